@@ -1,0 +1,178 @@
+"""Types of the Rust extension module. Python decides what to compute; this module reads the bytes and computes it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, final
+
+__version__: str
+
+@final
+class SafetensorsFile:
+    """A memory-mapped safetensors file whose header has been checked against the file.
+
+    Raises `safelora_fast.errors.CheckpointError` when the file is missing, truncated, or its header lies.
+    """
+
+    def __new__(cls, path: str) -> SafetensorsFile: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int:
+        """Length of the file in bytes."""
+    @property
+    def data_start(self) -> int:
+        """Offset of the first tensor byte in the file (8 + header length)."""
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header's `__metadata__`, empty when there is none."""
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+        """name -> (dtype as safetensors spells it, shape, begin, end); offsets are bytes from the start of the file."""
+    def read(self, name: str) -> bytes:
+        """The bytes of one tensor (a copy)."""
+
+def read_index(path: str) -> dict[str, str]:
+    """`weight_map` of a `*.safetensors.index.json`: tensor name -> absolute path of its shard.
+
+    Refuses entries that leave the index's folder and files that do not exist (`CheckpointError`).
+    """
+
+@final
+class View:
+    """A strided matrix inside a tensor of a file; offsets and strides in elements. Bounds are checked here."""
+
+    def __new__(
+        cls,
+        file: SafetensorsFile,
+        tensor: str,
+        *,
+        offset: int = 0,
+        rows: int,
+        cols: int,
+        row_stride: int,
+        col_stride: int = 1,
+    ) -> View: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements that the view covers."""
+
+@final
+class Part:
+    """One block of rows of V = aligned - base. Both views have the same shape and `col_stride == 1`."""
+
+    def __new__(cls, aligned: View, base: View) -> Part: ...
+
+@final
+class Factors:
+    """The LoRA factors of one adapter for one module: dW = left @ right, left (m, r), right (r, n)."""
+
+    def __new__(cls, left: View, right: View) -> Factors: ...
+
+@final
+class Job:
+    """One module: V from `parts` stacked by rows, and the factors of every adapter that touches the module.
+
+    `transposed=False`: the stored matrix is V (m, n), as `nn.Linear` keeps it. `transposed=True`: the stored matrix is
+    V^T (n, m), as Conv1D, embeddings and (E, in, out) expert weights keep it.
+    """
+
+    def __new__(cls, name: str, parts: Sequence[Part], factors: Sequence[Factors], *, transposed: bool = False) -> Job: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both checkpoints that this job covers (each counted once)."""
+
+@final
+class FactorOutcome:
+    """What projection does to one adapter's factors in one module. All figures are float64.
+
+    With C = V V^T / ||V||_F (whatever the operator) `cosine` is the Frobenius cosine of C dW and dW. The other figures
+    belong to the operator that was asked for, here O: `gain` = ||O B||_F / ||B||_F, `left_norm` = ||B||_F,
+    `left_norm_projected` = ||O B||_F, `update_norm` = ||B A||_F, `update_norm_projected` = ||O B A||_F (LoRA scale not applied).
+    `cosine` and `gain` are NaN where B or A is zero; `cosine` is NaN too where V is zero or C dW is zero.
+    """
+
+    @property
+    def cosine(self) -> float: ...
+    @property
+    def gain(self) -> float: ...
+    @property
+    def left_norm(self) -> float: ...
+    @property
+    def left_norm_projected(self) -> float: ...
+    @property
+    def update_norm(self) -> float: ...
+    @property
+    def update_norm_projected(self) -> float: ...
+    def projected(self) -> bytes:
+        """O·left, (m, r) row-major, in the stored dtype of `left`, rounded once to nearest even.
+
+        Raises ValueError when the stream was made with `keep_projected=False`.
+        """
+
+@final
+class JobOutcome:
+    @property
+    def index(self) -> int:
+        """Position of the job in the sequence that was given."""
+    @property
+    def v_norm(self) -> float:
+        """||V||_F."""
+    @property
+    def rank(self) -> int | None:
+        """Rank kept by the orthogonal operator."""
+    @property
+    def energy(self) -> float | None:
+        """Share of ||V||_F^2 that the kept rank holds (orthogonal)."""
+    @property
+    def spectral_norm(self) -> float | None:
+        """Largest singular value of V (spectral normalisation and orthogonal)."""
+    @property
+    def factors(self) -> list[FactorOutcome]: ...
+
+@final
+class ProjectionStream(Iterator[JobOutcome]):
+    """Runs jobs in the order given and yields their outcomes in that order; `next()` honours Ctrl-C.
+
+    Work runs on private threads; pages of finished jobs are given back to the system. `close()` cancels and joins.
+    """
+
+    def __new__(
+        cls,
+        jobs: Sequence[Job],
+        *,
+        operator: Literal["safelora", "orthogonal", "zero"] = "safelora",
+        normalize: Literal["frobenius", "spectral"] = "frobenius",
+        rank: int | None = None,
+        energy: float | None = None,
+        keep_projected: bool = True,
+        threads: int | None = None,
+        seed: int = 0,
+    ) -> ProjectionStream: ...
+    def __iter__(self) -> ProjectionStream: ...
+    def __next__(self) -> JobOutcome: ...
+    @property
+    def bytes_done(self) -> int: ...
+    def close(self) -> None: ...
+
+def subspace_projection(
+    aligned: tuple[int, str, int, int, int],
+    base: tuple[int, str, int, int, int],
+    left: tuple[int, str, int, int, int, int],
+    output: tuple[int, str, int, int, int, int],
+    *,
+    normalize: Literal["frobenius", "spectral"] = "frobenius",
+    transposed: bool = False,
+    threads: int | None = None,
+) -> float:
+    """Write C·left to `output` and return ||V||_F, on matrices in memory that the caller keeps alive.
+
+    A weight is (address, dtype, rows, cols, row_stride); left and output are (address, dtype, rows, cols, row_stride,
+    col_stride); strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16").
+    """
+
+def cpu_features() -> dict[str, bool]:
+    """Features that the kernels look for: avx2, fma, f16c, avx512f, ..."""
+
+def kernel_level() -> Literal["scalar", "avx2", "avx512"]:
+    """The level that the kernels use here: the best the CPU has, or SAFELORA_FAST_CPU_LEVEL where that is lower."""
+
+def default_threads() -> int: ...

@@ -1,0 +1,38 @@
+"""Exceptions raised by safelora-fast.
+
+Every exception that a caller can provoke with bad input derives from :class:`SafeLoraFastError`. Its message is one
+line that says what was wrong, where (file, tensor, module) and what to do; the command line prints that line alone and
+exits with :attr:`SafeLoraFastError.exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class SafeLoraFastError(Exception):
+    """Base class of all errors of this package."""
+
+    exit_code = 2
+
+
+class CheckpointError(SafeLoraFastError):
+    """A checkpoint file, index or tensor cannot be read as it claims to be."""
+
+
+class AdapterError(SafeLoraFastError):
+    """The adapter is of a kind that cannot be projected, or its files are inconsistent."""
+
+
+class PairingError(SafeLoraFastError):
+    """An adapted module has no unambiguous, equally shaped counterpart in the checkpoints."""
+
+
+class SettingsError(SafeLoraFastError):
+    """Options contradict each other or are out of range."""
+
+
+class OutputError(SafeLoraFastError):
+    """The output cannot be written."""
+
+
+class MissingDependencyError(SafeLoraFastError):
+    """An optional package is needed for what was asked."""

@@ -1,0 +1,3 @@
+//! Checkpoint reading and SIMD kernels of safelora-fast. No Python, no CUDA.
+
+pub mod kernels;
