@@ -1,0 +1,81 @@
+"""One table per suite, printed at the end of the run and, with --record, kept as CSV under benches/results/."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import sys
+from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Row = dict[str, object]
+RESULTS = Path(__file__).parent / "results"
+tables: dict[str, list[Row]] = defaultdict(list)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="write the tables to benches/results/<suite>-<date>.csv")
+    parser.addoption("--models", default="0.5b", help="whole-model suite: comma-separated among 0.5b and 7b (30 GB of disk)")
+    parser.addoption("--scratch", type=Path, help="folder for the random checkpoints (kept, so that they are made once)")
+
+
+@pytest.fixture
+def add_row(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Add a row to the table of the calling suite: `add_row(shape="4096x4096", ms=2.1)`."""
+    suite = Path(str(request.node.fspath)).stem.removeprefix("test_")
+    return lambda **row: tables[suite].append(row)
+
+
+def machine() -> Row:
+    """What every recorded row carries: where and with what it was measured."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    versions = {}
+    for package in ("safelora-fast", "torch", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+        "command": "pytest " + " ".join(arg for arg in sys.argv[1:] if "/tmp" not in arg),
+    }
+
+
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for suite, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        texts = [[_text(row.get(column, "")) for column in columns] for row in rows]
+        widths = [max(len(line[i]) for line in [columns, *texts]) for i in range(len(columns))]
+        terminalreporter.section(suite)
+        for line in [columns, *texts]:
+            terminalreporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        if config.getoption("--record"):
+            RESULTS.mkdir(exist_ok=True)
+            facts = machine()
+            target = RESULTS / f"{suite}-{facts['date']}.csv"
+            with target.open("w", newline="") as file:
+                writer = csv.DictWriter(file, [*columns, *facts])
+                writer.writeheader()
+                writer.writerows({**row, **facts} for row in rows)
+            terminalreporter.write_line(f"recorded in {target.relative_to(Path.cwd())}")
