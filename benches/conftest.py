@@ -24,8 +24,12 @@ tables: dict[str, list[Row]] = defaultdict(list)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write the tables to benches/results/<suite>-<date>.csv")
-    parser.addoption("--models", default="0.5b", help="whole-model suite: comma-separated among 0.5b and 7b (30 GB of disk)")
-    parser.addoption("--scratch", type=Path, help="folder for the random checkpoints (kept, so that they are made once)")
+    parser.addoption(
+        "--models", default="0.5b", help="whole-model suite: comma-separated among 0.5b and 7b (30 GB of disk)"
+    )
+    parser.addoption(
+        "--scratch", type=Path, help="folder for the random checkpoints (kept, so that they are made once)"
+    )
 
 
 @pytest.fixture
@@ -40,7 +44,9 @@ def machine() -> Row:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     versions = {}
     for package in ("safelora-fast", "torch", "numpy"):

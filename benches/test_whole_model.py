@@ -81,7 +81,17 @@ def project(pair: tuple[Path, Path], adapters: list[Path], output: Path) -> Run:
     """Run the command line in a process of its own and watch its memory."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "safelora_fast", "project", *map(str, adapters)]
-    command += ["--aligned", str(pair[0]), "--base", str(pair[1]), "--output", str(output), "--select", "all", "--quiet"]
+    command += [
+        "--aligned",
+        str(pair[0]),
+        "--base",
+        str(pair[1]),
+        "--output",
+        str(output),
+        "--select",
+        "all",
+        "--quiet",
+    ]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     run = Run(0.0)
@@ -112,7 +122,12 @@ def fits_in_memory(files: list[Path]) -> bool:
 
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_one_adapter(
-    benchmark: Callable[..., None], add_row: Callable[..., None], scratch: Path, shapes: Shapes, pair: tuple[Path, Path], cache: str
+    benchmark: Callable[..., None],
+    add_row: Callable[..., None],
+    scratch: Path,
+    shapes: Shapes,
+    pair: tuple[Path, Path],
+    cache: str,
 ) -> None:
     files = weights(pair)
     if cache == "warm" and not fits_in_memory(files):
@@ -121,7 +136,10 @@ def test_one_adapter(
     reads, projections = [], []
 
     def both() -> None:
-        for measure, runs in ((lambda: read(files), reads), (lambda: project(pair, [adapter], scratch / "out"), projections)):
+        for measure, runs in (
+            (lambda: read(files), reads),
+            (lambda: project(pair, [adapter], scratch / "out"), projections),
+        ):
             if cache == "cold":
                 drop_cache(files)
             else:
