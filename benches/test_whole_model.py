@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from checkpoints import QWEN_0_5B, QWEN_7B, Shapes, write_adapter, write_pair
 
 if TYPE_CHECKING:
