@@ -52,7 +52,7 @@ lint: develop ## formatting, lints, types, and the stub against the binary
 	$(BIN)/python -m mypy.stubtest safelora_fast._core --mypy-config-file pyproject.toml
 
 .PHONY: test
-test: lint ## everything that CI runs: lints, Rust tests, Python tests
+test: lint wheel ## everything that CI runs: lints, Rust tests, Python tests, the wheel alone in an empty environment
 	cargo test --workspace --quiet
 	$(BIN)/python -m pytest
 
