@@ -1,12 +1,29 @@
 //! The products with V, split over a private thread pool.
 
-use super::{Difference, Level, ShapeError, scalar};
+use super::workspace::Workspace;
+#[cfg(target_arch = "x86_64")]
+use super::{Avx2, Avx512};
+use super::{Difference, Level, Scalar, ShapeError, norm, product, transposed};
 
 /// Threads, SIMD level and reusable workspace of the products with V.
 #[derive(Debug)]
 pub struct Engine {
     level: Level,
     pool: rayon::ThreadPool,
+    workspace: Workspace,
+}
+
+/// Calls a function that is generic over the level.
+macro_rules! at_level {
+    ($level:expr, $module:ident :: $function:ident, $arguments:tt) => {
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => $module::$function::<Avx512> $arguments,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => $module::$function::<Avx2> $arguments,
+            _ => $module::$function::<Scalar> $arguments,
+        }
+    };
 }
 
 impl Engine {
@@ -15,15 +32,13 @@ impl Engine {
     /// # Errors
     /// When the CPU lacks `level` or the system refuses the threads.
     pub fn new(threads: usize, level: Level) -> Result<Self, String> {
-        if !level.is_available() {
-            return Err(format!("this CPU has no {}", level.name()));
-        }
+        let level = level.check().map_err(|error| error.to_string())?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.max(1))
             .thread_name(|index| format!("safelora-fast-{index}"))
             .build()
             .map_err(|error| format!("cannot start {threads} threads: {error}"))?;
-        Ok(Self { level, pool })
+        Ok(Self { level, pool, workspace: Workspace::default() })
     }
 
     /// The SIMD level in use.
@@ -38,9 +53,10 @@ impl Engine {
         self.pool.current_num_threads()
     }
 
-    /// `y += Vᵀ·x` for `rank` vectors, returning ‖V‖²_F.
+    /// `y += Vᵀ·x` for `rank` vectors, returning ‖V‖² (Frobenius).
     ///
     /// `x` is (rank, rows) and `y` (rank, cols), both row-major: each vector is contiguous.
+    /// ‖V‖² is not finite when V holds a NaN or an infinity.
     ///
     /// # Errors
     /// When the lengths of `x` or `y` do not match.
@@ -53,7 +69,11 @@ impl Engine {
     ) -> Result<f64, ShapeError> {
         check(x, rank, v.rows(), "x")?;
         check(y, rank, v.cols(), "y")?;
-        Ok(scalar::transposed_product(v, x, rank, y))
+        let (level, threads, workspace) = (self.level, self.pool.current_num_threads(), &mut self.workspace);
+        Ok(self.pool.install(|| {
+            let squares = at_level!(level, transposed::run, (v, x, rank, y, threads, workspace));
+            if norm::is_doubtful(squares, v) { at_level!(level, norm::run, (v)) } else { squares }
+        }))
     }
 
     /// `y = V·x` for `rank` vectors.
@@ -65,7 +85,8 @@ impl Engine {
     pub fn product(&mut self, v: &Difference<'_>, x: &[f32], rank: usize, y: &mut [f32]) -> Result<(), ShapeError> {
         check(x, rank, v.cols(), "x")?;
         check(y, rank, v.rows(), "y")?;
-        scalar::product(v, x, rank, y);
+        let (level, threads, workspace) = (self.level, self.pool.current_num_threads(), &mut self.workspace);
+        self.pool.install(|| at_level!(level, product::run, (v, x, rank, y, threads, workspace)));
         Ok(())
     }
 }

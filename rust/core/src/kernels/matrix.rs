@@ -1,5 +1,7 @@
 //! Borrowed, possibly unaligned views of stored weights.
 
+use super::micro::Corner;
+
 /// Element types that the kernels read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dtype {
@@ -88,6 +90,14 @@ impl<'a> Matrix<'a> {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let start = row * self.row_stride * self.dtype.size();
         &self.bytes[start..start + self.cols * self.dtype.size()]
+    }
+
+    /// The address of an element, which may lie outside the matrix when nothing is read there.
+    pub(super) fn corner(&self, row: usize, col: usize) -> Corner {
+        let size = self.dtype.size();
+        let offset = row.wrapping_mul(self.row_stride).wrapping_add(col).wrapping_mul(size);
+        let row_step = self.row_stride * size;
+        Corner { pointer: self.bytes.as_ptr().wrapping_add(offset), row_step, dtype: self.dtype }
     }
 }
 

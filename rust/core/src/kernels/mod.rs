@@ -3,11 +3,31 @@
 //! Everything here is deterministic: the same input gives the same bits on every SIMD level and for every number of
 //! threads, because each output element is summed by one task in one fixed order with fused multiply-adds.
 
+// Register tiles are arrays with constant bounds: indices keep the loops of a micro kernel in step. Its pieces must be
+// inlined whatever their size, and a level takes all of its instruction set at once.
+#![allow(clippy::needless_range_loop, clippy::inline_always, clippy::wildcard_imports)]
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod engine;
 mod level;
 mod matrix;
+mod micro;
+mod norm;
+mod product;
 mod scalar;
+mod simd;
+mod transposed;
+mod workspace;
+
+#[cfg(target_arch = "x86_64")]
+use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use avx512::Avx512;
+use scalar::Scalar;
 
 pub use engine::Engine;
-pub use level::Level;
+pub use level::{LEVEL_VARIABLE, Level, LevelError};
 pub use matrix::{Difference, Dtype, Matrix, ShapeError};

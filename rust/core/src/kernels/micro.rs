@@ -1,0 +1,370 @@
+//! The micro kernels, written once over [`Simd`] and compiled for every level.
+//!
+//! `stage` forms a tile of V in f32, `accumulate` multiplies a staged tile from the left (lanes are columns), `dot`
+//! multiplies it from the right (lanes take part in a reduction).
+
+use super::simd::{GROUP, LANES, Line, Simd, prefetch};
+use super::{Dtype, Scalar};
+
+/// Rows that `dot` takes together.
+pub(super) const DOT_ROWS: usize = 4;
+
+/// A corner of a stored matrix: unaligned rows that start `row_step` bytes apart.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Corner {
+    pub(super) pointer: *const u8,
+    pub(super) row_step: usize,
+    pub(super) dtype: Dtype,
+}
+
+/// Where `stage` puts its vectors; steps count f32 values.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Staged {
+    pub(super) pointer: *mut f32,
+    pub(super) row_step: usize,
+    pub(super) odd_step: usize,
+    pub(super) group_step: usize,
+}
+
+/// Lines to bring into L2 while working: one of each matrix for every row, `row_step` bytes apart.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ahead {
+    pub(super) pointers: [*const u8; 2],
+    pub(super) row_steps: [usize; 2],
+}
+
+/// The micro kernels of one level.
+///
+/// # Safety
+/// Of every function: the CPU has the level's instructions, and pointers are valid for the shapes given.
+pub(super) trait Kernels: Simd {
+    /// Most vectors that one call of `accumulate` takes.
+    const ACCUMULATE: usize;
+    /// Most vectors that one call of `dot` takes.
+    const DOT: usize;
+
+    /// Stages `rows` x `groups`·32 elements of aligned − base.
+    unsafe fn stage(aligned: Corner, base: Corner, rows: usize, groups: usize, staged: Staged);
+
+    /// Stages `rows` x 32 elements of aligned − base as rows of 32, prefetches, and returns the sum of squares of each
+    /// column (split).
+    unsafe fn stage_squares(aligned: Corner, base: Corner, rows: usize, staged: *mut Line, ahead: Ahead) -> [Line; 2];
+
+    /// `sums[k] = Σ_row x[row][k]·v[row]` for K vectors of 32 columns, added to what `sums` held unless `first`.
+    unsafe fn accumulate<const K: usize>(v: *const Line, x: *const f32, rows: usize, sums: *mut Line, first: bool);
+
+    /// `sums[k][row] = Σ_vector Σ_lane v[vector][row]·x[vector][k]` for four rows, added to what `sums` held unless `first`.
+    /// `x` is aligned as a line.
+    unsafe fn dot<const K: usize>(v: *const Line, x: *const f32, vectors: usize, sums: *mut f32, first: bool);
+
+    /// Splits `groups`·32 unaligned f32 values; group `g` goes to `output + g·group_step`, its odd half `odd_step` further.
+    unsafe fn split(values: *const f32, groups: usize, output: *mut f32, odd_step: usize, group_step: usize);
+
+    /// Adds a split group of 32 to unaligned values.
+    unsafe fn add_joined(split: *const Line, output: *mut f32);
+}
+
+#[inline(always)]
+unsafe fn load_split<S: Simd>(pointer: *const u8, dtype: Dtype) -> [S::Register; 2] {
+    // SAFETY: the caller vouches for the CPU and the pointer.
+    unsafe {
+        match dtype {
+            Dtype::F32 => S::split_f32(pointer),
+            Dtype::Bf16 => S::split_bf16(pointer),
+            Dtype::F16 => S::split_f16(pointer),
+        }
+    }
+}
+
+/// Calls `$body!(aligned dtype, base dtype)` with both dtypes known to the compiler.
+macro_rules! for_dtypes {
+    ($aligned:expr, $base:expr, $call:ident) => {
+        match ($aligned, $base) {
+            (Dtype::Bf16, Dtype::Bf16) => $call!(Dtype::Bf16, Dtype::Bf16),
+            (Dtype::Bf16, Dtype::F16) => $call!(Dtype::Bf16, Dtype::F16),
+            (Dtype::Bf16, Dtype::F32) => $call!(Dtype::Bf16, Dtype::F32),
+            (Dtype::F16, Dtype::Bf16) => $call!(Dtype::F16, Dtype::Bf16),
+            (Dtype::F16, Dtype::F16) => $call!(Dtype::F16, Dtype::F16),
+            (Dtype::F16, Dtype::F32) => $call!(Dtype::F16, Dtype::F32),
+            (Dtype::F32, Dtype::Bf16) => $call!(Dtype::F32, Dtype::Bf16),
+            (Dtype::F32, Dtype::F16) => $call!(Dtype::F32, Dtype::F16),
+            (Dtype::F32, Dtype::F32) => $call!(Dtype::F32, Dtype::F32),
+        }
+    };
+}
+
+#[inline(always)]
+unsafe fn stage<S: Simd>(aligned: Corner, base: Corner, rows: usize, groups: usize, staged: Staged) {
+    // SAFETY: the caller vouches for the CPU and for all three shapes.
+    unsafe {
+        macro_rules! body {
+            ($aligned:expr, $base:expr) => {
+                for row in 0..rows {
+                    let mut a = aligned.pointer.add(row * aligned.row_step);
+                    let mut b = base.pointer.add(row * base.row_step);
+                    let mut output = staged.pointer.add(row * staged.row_step);
+                    for _ in 0..groups {
+                        for part in 0..LANES / S::WIDTH {
+                            let offset = part * S::WIDTH;
+                            let [a_even, a_odd] = load_split::<S>(a.add(2 * offset * $aligned.size()), $aligned);
+                            let [b_even, b_odd] = load_split::<S>(b.add(2 * offset * $base.size()), $base);
+                            S::store(output.add(offset), S::subtract(a_even, b_even));
+                            S::store(output.add(offset + staged.odd_step), S::subtract(a_odd, b_odd));
+                        }
+                        a = a.add(GROUP * $aligned.size());
+                        b = b.add(GROUP * $base.size());
+                        output = output.add(staged.group_step);
+                    }
+                }
+            };
+        }
+        for_dtypes!(aligned.dtype, base.dtype, body);
+    }
+}
+
+#[inline(always)]
+unsafe fn stage_squares<S: Simd>(
+    aligned: Corner,
+    base: Corner,
+    rows: usize,
+    staged: *mut Line,
+    ahead: Ahead,
+) -> [Line; 2] {
+    // SAFETY: the caller vouches for the CPU and for all three shapes.
+    unsafe {
+        // Two parts at most: registers of eight lanes.
+        let mut squares = [[S::zero(); 2]; 2];
+        macro_rules! body {
+            ($aligned:expr, $base:expr) => {
+                for row in 0..rows {
+                    let a = aligned.pointer.add(row * aligned.row_step);
+                    let b = base.pointer.add(row * base.row_step);
+                    let output = staged.add(2 * row).cast::<f32>();
+                    prefetch(ahead.pointers[0].wrapping_add(row * ahead.row_steps[0]));
+                    prefetch(ahead.pointers[1].wrapping_add(row * ahead.row_steps[1]));
+                    for part in 0..LANES / S::WIDTH {
+                        let offset = part * S::WIDTH;
+                        let [a_even, a_odd] = load_split::<S>(a.add(2 * offset * $aligned.size()), $aligned);
+                        let [b_even, b_odd] = load_split::<S>(b.add(2 * offset * $base.size()), $base);
+                        let (even, odd) = (S::subtract(a_even, b_even), S::subtract(a_odd, b_odd));
+                        squares[part][0] = S::multiply_add(even, even, squares[part][0]);
+                        squares[part][1] = S::multiply_add(odd, odd, squares[part][1]);
+                        S::store(output.add(offset), even);
+                        S::store(output.add(LANES + offset), odd);
+                    }
+                }
+            };
+        }
+        for_dtypes!(aligned.dtype, base.dtype, body);
+        let mut sums = [Line::ZERO; 2];
+        for part in 0..LANES / S::WIDTH {
+            for half in 0..2 {
+                S::store(sums[half].0.as_mut_ptr().add(part * S::WIDTH), squares[part][half]);
+            }
+        }
+        sums
+    }
+}
+
+#[inline(always)]
+unsafe fn accumulate<S: Simd, const K: usize>(
+    v: *const Line,
+    x: *const f32,
+    rows: usize,
+    sums: *mut Line,
+    first: bool,
+) {
+    // SAFETY: the caller vouches for the CPU and for all three shapes.
+    unsafe {
+        for start in (0..GROUP).step_by(2 * S::WIDTH) {
+            let mut accumulators = [[S::zero(); 2]; K];
+            let mut v = v.cast::<f32>().add(start);
+            let mut x = x;
+            for _ in 0..rows {
+                let columns = [S::load(v), S::load(v.add(S::WIDTH))];
+                for k in 0..K {
+                    let factor = S::splat(x.add(k));
+                    for half in 0..2 {
+                        accumulators[k][half] = S::multiply_add(columns[half], factor, accumulators[k][half]);
+                    }
+                }
+                v = v.add(GROUP);
+                x = x.add(K);
+            }
+            for k in 0..K {
+                for half in 0..2 {
+                    let sum = sums.add(2 * k).cast::<f32>().add(start + half * S::WIDTH);
+                    let value = accumulators[k][half];
+                    S::store(sum, if first { value } else { S::add(S::load(sum), value) });
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn dot<S: Simd, const K: usize>(v: *const Line, x: *const f32, vectors: usize, sums: *mut f32, first: bool) {
+    // SAFETY: the caller vouches for the CPU and for all three shapes.
+    unsafe {
+        let mut totals = [[S::zero(); DOT_ROWS]; K];
+        for part in 0..LANES / S::WIDTH {
+            let mut accumulators = [[S::zero(); DOT_ROWS]; K];
+            let mut v = v.cast::<f32>().add(part * S::WIDTH);
+            let mut x = x.add(part * S::WIDTH);
+            for _ in 0..vectors {
+                let mut factors = [S::zero(); K];
+                for k in 0..K {
+                    factors[k] = S::load(x.add(k * LANES));
+                }
+                for row in 0..DOT_ROWS {
+                    let value = S::load(v.add(row * LANES));
+                    for k in 0..K {
+                        accumulators[k][row] = S::multiply_add(value, factors[k], accumulators[k][row]);
+                    }
+                }
+                v = v.add(DOT_ROWS * LANES);
+                x = x.add(K * LANES);
+            }
+            for k in 0..K {
+                for row in 0..DOT_ROWS {
+                    let value = accumulators[k][row];
+                    totals[k][row] = if part == 0 { value } else { S::add(totals[k][row], value) };
+                }
+            }
+        }
+        for k in 0..K {
+            let values = S::sums(totals[k]);
+            for row in 0..DOT_ROWS {
+                let sum = &mut *sums.add(k * DOT_ROWS + row);
+                *sum = if first { values[row] } else { *sum + values[row] };
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn split<S: Simd>(values: *const f32, groups: usize, output: *mut f32, odd_step: usize, group_step: usize) {
+    // SAFETY: the caller vouches for the CPU and for both shapes.
+    unsafe {
+        for group in 0..groups {
+            for part in 0..LANES / S::WIDTH {
+                let [even, odd] = S::split_f32(values.add(group * GROUP + 2 * part * S::WIDTH).cast());
+                let output = output.add(group * group_step + part * S::WIDTH);
+                S::store(output, even);
+                S::store(output.add(odd_step), odd);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_joined<S: Simd>(split: *const Line, output: *mut f32) {
+    // SAFETY: the caller vouches for the CPU and for both shapes.
+    unsafe {
+        let mut joined = [Line::ZERO; 2];
+        for part in 0..LANES / S::WIDTH {
+            let even = split.cast::<f32>().add(part * S::WIDTH);
+            let [low, high] = S::join([S::load(even), S::load(even.add(LANES))]);
+            let target = joined.as_mut_ptr().cast::<f32>().add(2 * part * S::WIDTH);
+            S::store(target, low);
+            S::store(target.add(S::WIDTH), high);
+        }
+        for (lane, value) in joined.iter().flat_map(|line| line.0).enumerate() {
+            *output.add(lane) += value;
+        }
+    }
+}
+
+/// Compiles the micro kernels with a level's instructions.
+macro_rules! kernels {
+    ($level:ty, accumulate: $accumulate:literal, dot: $dot:literal $(, #[$feature:meta])?) => {
+        impl Kernels for $level {
+            const ACCUMULATE: usize = $accumulate;
+            const DOT: usize = $dot;
+
+            $(#[$feature])?
+            unsafe fn stage(aligned: Corner, base: Corner, rows: usize, groups: usize, staged: Staged) {
+                // SAFETY: passed on to the caller.
+                unsafe { stage::<Self>(aligned, base, rows, groups, staged) }
+            }
+
+            $(#[$feature])?
+            unsafe fn stage_squares(
+                aligned: Corner,
+                base: Corner,
+                rows: usize,
+                staged: *mut Line,
+                ahead: Ahead,
+            ) -> [Line; 2] {
+                // SAFETY: passed on to the caller.
+                unsafe { stage_squares::<Self>(aligned, base, rows, staged, ahead) }
+            }
+
+            $(#[$feature])?
+            unsafe fn accumulate<const K: usize>(
+                v: *const Line,
+                x: *const f32,
+                rows: usize,
+                sums: *mut Line,
+                first: bool,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { accumulate::<Self, K>(v, x, rows, sums, first) }
+            }
+
+            $(#[$feature])?
+            unsafe fn dot<const K: usize>(
+                v: *const Line,
+                x: *const f32,
+                vectors: usize,
+                sums: *mut f32,
+                first: bool,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { dot::<Self, K>(v, x, vectors, sums, first) }
+            }
+
+            $(#[$feature])?
+            unsafe fn split(
+                values: *const f32,
+                groups: usize,
+                output: *mut f32,
+                odd_step: usize,
+                group_step: usize,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { split::<Self>(values, groups, output, odd_step, group_step) }
+            }
+
+            $(#[$feature])?
+            unsafe fn add_joined(split: *const Line, output: *mut f32) {
+                // SAFETY: passed on to the caller.
+                unsafe { add_joined::<Self>(split, output) }
+            }
+        }
+    };
+}
+
+kernels!(Scalar, accumulate: 6, dot: 3);
+#[cfg(target_arch = "x86_64")]
+kernels!(super::Avx2, accumulate: 6, dot: 3, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+kernels!(super::Avx512, accumulate: 12, dot: 6, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);
+
+/// Calls a micro kernel whose number of vectors is a constant of the type.
+macro_rules! with_constant {
+    ($count:expr, $level:ident :: $kernel:ident, [$($constant:literal)+], $arguments:tt) => {
+        match $count {
+            $($constant => $level::$kernel::<$constant> $arguments,)+
+            count => unreachable!("no micro kernel for {count} vectors"),
+        }
+    };
+}
+pub(super) use with_constant;
+
+/// Cuts `rank` vectors into the fewest tiles of at most `most`, as even as can be: (start, count) of each.
+pub(super) fn tiles(rank: usize, most: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
+    let count = rank.div_ceil(most);
+    let edge = move |tile: usize| tile * (rank / count) + tile.min(rank % count);
+    (0..count).map(move |tile| (edge(tile), edge(tile + 1) - edge(tile)))
+}

@@ -1,0 +1,66 @@
+//! The handful of vector operations that the micro kernels are written in.
+//!
+//! Columns are handled in groups of 32. A staged group is *split*: its even columns fill one vector of 16 lanes and its
+//! odd columns the next, which is how a pair of bfloat16 leaves a 32-bit lane. Every level and every dtype uses this
+//! layout, so that sums run in the same order everywhere.
+
+/// Lanes of the logical vector: one AVX-512 register, two AVX2 registers.
+pub(super) const LANES: usize = 16;
+/// Columns that are split together.
+pub(super) const GROUP: usize = 2 * LANES;
+
+/// Sixteen lanes on one cache line: the unit of all workspace.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [f32; LANES]);
+
+impl Line {
+    pub(super) const ZERO: Self = Self([0.0; LANES]);
+}
+
+/// Vector operations of one SIMD level.
+///
+/// # Safety
+/// Of every function: the CPU has the level's instructions, and pointers are valid for the lanes they are said to cover.
+/// Results agree bit for bit between levels, NaN payloads aside.
+pub(super) trait Simd: Copy + 'static {
+    /// `WIDTH` lanes of f32.
+    type Register: Copy;
+    /// 8 or 16.
+    const WIDTH: usize;
+
+    unsafe fn zero() -> Self::Register;
+    /// `WIDTH` lanes from a pointer aligned to them.
+    unsafe fn load(pointer: *const f32) -> Self::Register;
+    /// `WIDTH` lanes to a pointer aligned to them.
+    unsafe fn store(pointer: *mut f32, value: Self::Register);
+    /// One value in every lane.
+    unsafe fn splat(pointer: *const f32) -> Self::Register;
+    unsafe fn add(a: Self::Register, b: Self::Register) -> Self::Register;
+    unsafe fn subtract(a: Self::Register, b: Self::Register) -> Self::Register;
+    /// `a·b + c`, rounded once.
+    unsafe fn multiply_add(a: Self::Register, b: Self::Register, c: Self::Register) -> Self::Register;
+    /// The even and the odd ones of `2·WIDTH` unaligned values.
+    unsafe fn split_f32(pointer: *const u8) -> [Self::Register; 2];
+    /// The even and the odd ones of `2·WIDTH` unaligned values.
+    unsafe fn split_bf16(pointer: *const u8) -> [Self::Register; 2];
+    /// The even and the odd ones of `2·WIDTH` unaligned values.
+    unsafe fn split_f16(pointer: *const u8) -> [Self::Register; 2];
+    /// Undoes `split`.
+    unsafe fn join(split: [Self::Register; 2]) -> [Self::Register; 2];
+    /// The sum over the lanes of each of four registers: lane l plus lane l + 8 (where there are 16), then l + 4, l + 2, l + 1.
+    unsafe fn sums(values: [Self::Register; 4]) -> [f32; 4];
+}
+
+/// Asks for a cache line to be brought into L2; any address will do.
+#[inline(always)]
+pub(super) fn prefetch(pointer: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: prefetching has no architectural effect, whatever the address; SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(pointer.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = pointer;
+}
