@@ -1,3 +1,4 @@
 //! Checkpoint reading and SIMD kernels of safelora-fast. No Python, no CUDA.
 
+pub mod checkpoint;
 pub mod kernels;

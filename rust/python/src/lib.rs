@@ -1,5 +1,8 @@
 //! The Python module `safelora_fast._core`.
 
+mod checkpoint;
+mod errors;
+
 use pyo3::prelude::*;
 
 /// Rust host layer of safelora-fast.
@@ -7,6 +10,9 @@ use pyo3::prelude::*;
 mod _core {
     use super::{Bound, PyModule, PyResult};
     use pyo3::types::PyModuleMethods;
+
+    #[pymodule_export]
+    use crate::checkpoint::{SafetensorsFile, View, read_index};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

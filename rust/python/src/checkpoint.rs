@@ -1,0 +1,124 @@
+//! Safetensors files, indices and views of their tensors.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyTuple};
+use safelora_fast_core::checkpoint as core;
+
+use crate::errors::checkpoint_error;
+
+/// A memory-mapped safetensors file whose header has been checked against the file.
+#[pyclass(frozen, module = "safelora_fast._core")]
+pub(crate) struct SafetensorsFile {
+    inner: Arc<core::SafetensorsFile>,
+}
+
+#[pymethods]
+impl SafetensorsFile {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let opened = py.detach(|| core::SafetensorsFile::open(path));
+        let inner = Arc::new(opened.map_err(|error| checkpoint_error(&error))?);
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn path(&self) -> OsString {
+        self.inner.path().into()
+    }
+
+    #[getter]
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    #[getter]
+    fn data_start(&self) -> usize {
+        self.inner.data_start()
+    }
+
+    #[getter]
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        self.inner.metadata().into_pyobject(py)
+    }
+
+    #[getter]
+    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let tensors = PyDict::new(py);
+        for (name, entry) in self.inner.tensors() {
+            let shape = PyTuple::new(py, &entry.shape)?;
+            tensors.set_item(name, (entry.dtype.to_string(), shape, entry.begin, entry.end))?;
+        }
+        Ok(tensors)
+    }
+
+    fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = self.inner.read(name).map_err(|error| checkpoint_error(&error))?;
+        Ok(PyBytes::new(py, bytes))
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "SafetensorsFile({:?}, {} tensors, {} bytes)",
+            self.inner.path(),
+            self.inner.tensors().len(),
+            self.inner.size()
+        )
+    }
+}
+
+/// `weight_map` of a `*.safetensors.index.json`: tensor name -> absolute path of its shard.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+pub(crate) fn read_index(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
+    let located = py.detach(|| core::read_index(&path)).map_err(|error| checkpoint_error(&error))?;
+    let index = PyDict::new(py);
+    for (tensor, shard) in located {
+        index.set_item(tensor, shard.into_os_string())?;
+    }
+    Ok(index)
+}
+
+/// A strided matrix inside a tensor of a file.
+#[pyclass(frozen, module = "safelora_fast._core")]
+pub(crate) struct View {
+    pub(crate) inner: core::View,
+}
+
+#[pymethods]
+impl View {
+    #[new]
+    #[pyo3(signature = (file, tensor, *, offset=0, rows, cols, row_stride, col_stride=1))]
+    fn new(
+        file: &SafetensorsFile,
+        tensor: &str,
+        offset: usize,
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+        col_stride: usize,
+    ) -> PyResult<Self> {
+        let layout = core::Layout { offset, rows, cols, row_stride, col_stride };
+        let inner =
+            core::View::new(Arc::clone(&file.inner), tensor, layout).map_err(|error| checkpoint_error(&error))?;
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.inner.nbytes()
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "View({:?}, {}x{}, {:?})",
+            self.inner.tensor(),
+            self.inner.rows(),
+            self.inner.cols(),
+            self.inner.dtype()
+        )
+    }
+}
