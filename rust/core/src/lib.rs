@@ -2,3 +2,6 @@
 
 pub mod checkpoint;
 pub mod kernels;
+pub mod linalg;
+pub mod projection;
+pub mod stream;

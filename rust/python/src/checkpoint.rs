@@ -62,8 +62,8 @@ impl SafetensorsFile {
 
     fn __repr__(&self) -> String {
         format!(
-            "SafetensorsFile({:?}, {} tensors, {} bytes)",
-            self.inner.path(),
+            "SafetensorsFile(\"{}\", {} tensors, {} bytes)",
+            self.inner.path().display(),
             self.inner.tensors().len(),
             self.inner.size()
         )

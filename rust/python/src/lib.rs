@@ -1,7 +1,11 @@
 //! The Python module `safelora_fast._core`.
 
 mod checkpoint;
+mod environment;
 mod errors;
+mod job;
+mod settings;
+mod stream;
 
 use pyo3::prelude::*;
 
@@ -13,6 +17,12 @@ mod _core {
 
     #[pymodule_export]
     use crate::checkpoint::{SafetensorsFile, View, read_index};
+    #[pymodule_export]
+    use crate::environment::{cpu_features, default_threads, kernel_level};
+    #[pymodule_export]
+    use crate::job::{Factors, Job, Part};
+    #[pymodule_export]
+    use crate::stream::{FactorOutcome, JobOutcome, ProjectionStream};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -53,6 +53,11 @@ impl Engine {
         self.pool.current_num_threads()
     }
 
+    /// Runs other work on the engine's threads.
+    pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.pool.install(work)
+    }
+
     /// `y += Vᵀ·x` for `rank` vectors, returning ‖V‖² (Frobenius).
     ///
     /// `x` is (rank, rows) and `y` (rank, cols), both row-major: each vector is contiguous.

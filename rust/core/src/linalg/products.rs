@@ -1,0 +1,237 @@
+//! Inner products and linear combinations of long vectors.
+
+use rayon::prelude::*;
+
+/// Vectors that are loaded together.
+const TILE: usize = 4;
+/// Partial sums of one inner product.
+const LANES: usize = 8;
+/// Columns of a linear combination that are summed together.
+const BLOCK: usize = 64;
+
+/// Compiles a function for AVX-512, AVX2 and the baseline, and calls the widest that the CPU has.
+macro_rules! multiversion {
+    ($name:ident, $body:ident, ($($argument:ident: $type:ty),*) -> $result:ty) => {
+        fn $name($($argument: $type),*) -> $result {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl")]
+                fn avx512($($argument: $type),*) -> $result {
+                    $body($($argument),*)
+                }
+                #[target_feature(enable = "avx2")]
+                fn avx2($($argument: $type),*) -> $result {
+                    $body($($argument),*)
+                }
+                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+                    // SAFETY: the CPU has just been found to have these features.
+                    return unsafe { avx512($($argument),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: as above.
+                    return unsafe { avx2($($argument),*) };
+                }
+            }
+            $body($($argument),*)
+        }
+    };
+}
+
+/// Inner products ⟨aᵢ, aⱼ⟩ of vectors of `length` values: a symmetric (count, count) matrix, row-major.
+///
+/// # Panics
+/// When `a` does not hold whole vectors.
+#[must_use]
+pub fn gram(a: &[f32], length: usize) -> Vec<f64> {
+    products(a, a, length, true)
+}
+
+/// Inner products ⟨aᵢ, bⱼ⟩ of vectors of `length` values: an (a's count, b's count) matrix, row-major.
+///
+/// # Panics
+/// When `a` or `b` does not hold whole vectors.
+#[must_use]
+pub fn inner_products(a: &[f32], b: &[f32], length: usize) -> Vec<f64> {
+    products(a, b, length, false)
+}
+
+fn products(a: &[f32], b: &[f32], length: usize, symmetric: bool) -> Vec<f64> {
+    let (rows, cols) = (count(a, length), count(b, length));
+    let tiles: Vec<(usize, usize)> = (0..rows)
+        .step_by(TILE)
+        .flat_map(|row| (0..cols).step_by(TILE).map(move |col| (row, col)))
+        .filter(|(row, col)| !symmetric || col <= row)
+        .collect();
+    let sums: Vec<[[f64; TILE]; TILE]> = tiles
+        .par_iter()
+        .map(|(row, col)| {
+            let at = |vectors: &[f32], count: usize, first: usize, index: usize| {
+                // A tile over the edge repeats the last vector; the copies are not stored.
+                let start = (first + index).min(count - 1) * length;
+                start..start + length.min(vectors.len())
+            };
+            let left: [&[f32]; TILE] = std::array::from_fn(|index| &a[at(a, rows, *row, index)]);
+            let right: [&[f32]; TILE] = std::array::from_fn(|index| &b[at(b, cols, *col, index)]);
+            tile(left, right)
+        })
+        .collect();
+    let mut result = vec![0.0; rows * cols];
+    for ((row, col), sums) in tiles.into_iter().zip(sums) {
+        for (i, sums) in sums.iter().enumerate().take(rows - row) {
+            for (j, sum) in sums.iter().enumerate().take(cols - col) {
+                result[(row + i) * cols + col + j] = *sum;
+                if symmetric {
+                    result[(col + j) * cols + row + i] = *sum;
+                }
+            }
+        }
+    }
+    result
+}
+
+multiversion!(tile, tile_body, (left: [&[f32]; TILE], right: [&[f32]; TILE]) -> [[f64; TILE]; TILE]);
+
+#[allow(clippy::inline_always, reason = "the body takes the features of the function it is inlined in")]
+#[inline(always)]
+fn tile_body(left: [&[f32]; TILE], right: [&[f32]; TILE]) -> [[f64; TILE]; TILE] {
+    let mut sums = [[[0.0; LANES]; TILE]; TILE];
+    let (left_lanes, left_rest) = split(left);
+    let (right_lanes, right_rest) = split(right);
+    for index in 0..left_lanes[0].len() {
+        let a = left_lanes.map(|lanes| widen(lanes[index]));
+        let b = right_lanes.map(|lanes| widen(lanes[index]));
+        add(&mut sums, a, b);
+    }
+    add(&mut sums, left_rest.map(padded), right_rest.map(padded));
+    sums.map(|sums| sums.map(total))
+}
+
+#[allow(clippy::inline_always, reason = "as above")]
+#[inline(always)]
+fn split(vectors: [&[f32]; TILE]) -> ([&[[f32; LANES]]; TILE], [&[f32]; TILE]) {
+    let halves = vectors.map(<[f32]>::as_chunks::<LANES>);
+    // The same length for all, which spares the loop its bounds checks.
+    let length = halves[0].0.len();
+    (halves.map(|(lanes, _)| &lanes[..length]), halves.map(|(_, rest)| rest))
+}
+
+#[allow(clippy::inline_always, reason = "as above")]
+#[inline(always)]
+fn widen(lanes: [f32; LANES]) -> [f64; LANES] {
+    lanes.map(f64::from)
+}
+
+#[allow(clippy::inline_always, reason = "as above")]
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f64; LANES] {
+    let mut lanes = [0.0; LANES];
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane = f64::from(*value);
+    }
+    lanes
+}
+
+#[allow(clippy::inline_always, reason = "as above")]
+#[inline(always)]
+fn add(sums: &mut [[[f64; LANES]; TILE]; TILE], a: [[f64; LANES]; TILE], b: [[f64; LANES]; TILE]) {
+    for (sums, a) in sums.iter_mut().zip(a) {
+        for (sums, b) in sums.iter_mut().zip(b) {
+            for lane in 0..LANES {
+                sums[lane] += a[lane] * b[lane];
+            }
+        }
+    }
+}
+
+fn total(lanes: [f64; LANES]) -> f64 {
+    let [a, b, c, d, e, f, g, h] = lanes;
+    ((a + b) + (c + d)) + ((e + f) + (g + h))
+}
+
+/// `yⱼ = Σₖ weights[k, j]·xₖ` with sums in f64: `outputs` vectors of `length` values, rounded once to f32.
+///
+/// # Panics
+/// When `x` does not hold whole vectors or `weights` is not (x's count, outputs), row-major.
+#[must_use]
+pub fn combine(x: &[f32], length: usize, weights: &[f64], outputs: usize) -> Vec<f32> {
+    let inputs = count(x, length);
+    assert_eq!(weights.len(), inputs * outputs, "{inputs} vectors, {outputs} outputs");
+    let mut y = vec![0.0_f32; outputs * length];
+    y.par_chunks_mut((TILE * length).max(1)).enumerate().for_each(|(index, y)| {
+        combine_tile(x, length, &weights[index * TILE..], outputs, y);
+    });
+    y
+}
+
+multiversion!(combine_tile, combine_body, (x: &[f32], length: usize, weights: &[f64], stride: usize, y: &mut [f32]) -> ());
+
+#[allow(clippy::inline_always, reason = "as above")]
+#[inline(always)]
+fn combine_body(x: &[f32], length: usize, weights: &[f64], stride: usize, y: &mut [f32]) {
+    for start in (0..length).step_by(BLOCK) {
+        let width = BLOCK.min(length - start);
+        let mut sums = [[0.0; BLOCK]; TILE];
+        for (vector, weights) in x.chunks_exact(length).zip(weights.chunks(stride)) {
+            let values = &vector[start..start + width];
+            for (sums, weight) in sums.iter_mut().zip(weights) {
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum += weight * f64::from(*value);
+                }
+            }
+        }
+        for (vector, sums) in y.chunks_exact_mut(length).zip(&sums) {
+            for (value, sum) in vector[start..start + width].iter_mut().zip(sums) {
+                *value = *sum as f32;
+            }
+        }
+    }
+}
+
+fn count(vectors: &[f32], length: usize) -> usize {
+    if length == 0 {
+        return 0;
+    }
+    assert!(vectors.len().is_multiple_of(length), "{} values are no vectors of {length}", vectors.len());
+    vectors.len() / length
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn vectors(count: usize, length: usize, seed: u32) -> Vec<f32> {
+        (0..count * length)
+            .map(|index| ((index as u32 * 2_654_435_761 + seed) >> 8) as f32 / 8_388_608.0 - 1.0)
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn products_are_sums_of_products(rows in 1_usize..9, cols in 1_usize..9, length in 1_usize..70, seed: u32) {
+            let (a, b) = (vectors(rows, length, seed), vectors(cols, length, !seed));
+            let expected = |a: &[f32], b: &[f32]| -> Vec<f64> {
+                let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+                a.chunks(length).flat_map(|x| b.chunks(length).map(move |y| dot(x, y))).collect()
+            };
+            for (found, expected) in inner_products(&a, &b, length).iter().zip(expected(&a, &b)) {
+                prop_assert!((found - expected).abs() <= 1e-13 * length as f64);
+            }
+            prop_assert_eq!(gram(&a, length), inner_products(&a, &a, length));
+        }
+
+        #[test]
+        fn combinations_are_sums(inputs in 1_usize..7, outputs in 1_usize..10, length in 1_usize..140, seed: u32) {
+            let x = vectors(inputs, length, seed);
+            let weights: Vec<f64> = vectors(inputs, outputs, !seed).into_iter().map(f64::from).collect();
+            let y = combine(&x, length, &weights, outputs);
+            for j in 0..outputs {
+                for i in 0..length {
+                    let sum: f64 = (0..inputs).map(|k| weights[k * outputs + j] * f64::from(x[k * length + i])).sum();
+                    prop_assert!((f64::from(y[j * length + i]) - sum).abs() <= 1e-6);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! Projection of LoRA factors onto the subspace of V = aligned − base, one module at a time.
+//!
+//! With C = V·Vᵀ/‖V‖ (Frobenius norm; Hsu et al. 2024, arXiv 2405.16833, section 3.2) and ΔW = B·A: T = VᵀB, S = V·T, and
+//! every figure follows from r×r Gram matrices in f64. Neither C nor ΔW is formed.
+
+mod error;
+mod factors;
+mod job;
+mod outcome;
+mod projector;
+mod round;
+mod settings;
+mod stacked;
+
+pub use error::ProjectionError;
+pub use job::{Factors, Job, JobError, Part};
+pub use outcome::{FactorOutcome, JobOutcome};
+pub use projector::Projector;
+pub use round::{Overflow, write_rounded};
+pub use settings::{Operator, Settings};
+pub use stacked::Stacked;

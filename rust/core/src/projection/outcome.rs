@@ -1,0 +1,81 @@
+//! What projection did to one module.
+
+use super::Overflow;
+
+/// What projection does to one adapter's factors in one module; see the figures of the Python class of this name.
+#[derive(Clone, Debug)]
+pub struct FactorOutcome {
+    /// Frobenius cosine of C·ΔW and ΔW, whatever the operator.
+    pub cosine: f64,
+    /// ‖O·B‖/‖B‖.
+    pub gain: f64,
+    /// ‖B‖.
+    pub left_norm: f64,
+    /// ‖O·B‖.
+    pub left_norm_projected: f64,
+    /// ‖B·A‖.
+    pub update_norm: f64,
+    /// ‖O·B·A‖.
+    pub update_norm_projected: f64,
+    /// O·B, (m, r) row-major, in the dtype of B.
+    pub projected: Option<Vec<u8>>,
+    /// The first element of O·B that the dtype of B cannot hold.
+    pub overflow: Option<Overflow>,
+}
+
+/// What projection does to one module.
+#[derive(Clone, Debug)]
+pub struct JobOutcome {
+    /// ‖V‖.
+    pub v_norm: f64,
+    /// Rank that the orthogonal operator keeps.
+    pub rank: Option<usize>,
+    /// Share of ‖V‖² that this rank holds.
+    pub energy: Option<f64>,
+    /// σ₁(V).
+    pub spectral_norm: Option<f64>,
+    /// One outcome for each adapter.
+    pub factors: Vec<FactorOutcome>,
+}
+
+/// Gram matrices of one adapter, (r, r): BᵀB and A·Aᵀ.
+#[derive(Debug)]
+pub(super) struct Grams {
+    pub(super) left: Vec<f64>,
+    pub(super) right: Vec<f64>,
+}
+
+impl Grams {
+    /// ‖B‖.
+    pub(super) fn left_norm(&self, rank: usize) -> f64 {
+        diagonal(&self.left, rank).sqrt()
+    }
+
+    /// ‖B·A‖.
+    pub(super) fn update_norm(&self) -> f64 {
+        self.of_update(&self.left)
+    }
+
+    /// ‖X·A‖ for XᵀX.
+    pub(super) fn of_update(&self, gram: &[f64]) -> f64 {
+        trace(gram, &self.right).max(0.0).sqrt()
+    }
+
+    /// Cosine of C·ΔW and ΔW from TᵀT and SᵀS, where T = VᵀB/t and S = V·T.
+    pub(super) fn cosine(&self, reduced: &[f64], applied: &[f64], scale: f64) -> f64 {
+        let inner = scale * trace(reduced, &self.right).max(0.0);
+        let norms = self.of_update(applied) * self.update_norm();
+        // C·ΔW = 0 makes both sides zero, and 0/0 is NaN as promised.
+        (inner / norms).clamp(-1.0, 1.0)
+    }
+}
+
+/// Trace of an (n, n) matrix.
+pub(super) fn diagonal(matrix: &[f64], n: usize) -> f64 {
+    matrix.iter().step_by(n + 1).sum()
+}
+
+/// Trace of the product of two symmetric matrices.
+fn trace(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}

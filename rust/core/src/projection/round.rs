@@ -1,0 +1,76 @@
+//! Results in the dtype of the adapter.
+
+use half::{bf16, f16};
+
+use crate::kernels::Dtype;
+
+/// A result that its dtype cannot hold.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Overflow {
+    /// Row of the first such element.
+    pub row: usize,
+    /// Column of that element.
+    pub col: usize,
+    /// Its value.
+    pub value: f64,
+}
+
+/// Writes `factor`·x in `dtype`, rounded to nearest even, where x is stored as columns of `rows` values each.
+///
+/// `element(row, col)` is the offset in bytes of an element of the output. Returns the first element that overflows.
+///
+/// # Panics
+/// When an offset lies beyond the output.
+pub fn write_rounded(
+    columns: &[f32],
+    rows: usize,
+    factor: f64,
+    dtype: Dtype,
+    element: impl Fn(usize, usize) -> usize,
+    output: &mut [u8],
+) -> Option<Overflow> {
+    match dtype {
+        Dtype::F32 => write(columns, rows, factor, f32::is_finite, f32::to_le_bytes, element, output),
+        Dtype::Bf16 => write(
+            columns,
+            rows,
+            factor,
+            |value| bf16::from_f32(value).is_finite(),
+            |value| bf16::from_f32(value).to_le_bytes(),
+            element,
+            output,
+        ),
+        Dtype::F16 => write(
+            columns,
+            rows,
+            factor,
+            |value| f16::from_f32(value).is_finite(),
+            |value| f16::from_f32(value).to_le_bytes(),
+            element,
+            output,
+        ),
+    }
+}
+
+fn write<const SIZE: usize>(
+    columns: &[f32],
+    rows: usize,
+    factor: f64,
+    is_finite: impl Fn(f32) -> bool,
+    bytes: impl Fn(f32) -> [u8; SIZE],
+    element: impl Fn(usize, usize) -> usize,
+    output: &mut [u8],
+) -> Option<Overflow> {
+    let mut overflow = None;
+    for (col, column) in columns.chunks_exact(rows.max(1)).enumerate() {
+        for (row, value) in column.iter().enumerate() {
+            let value = f64::from(*value) * factor;
+            if !is_finite(value as f32) && overflow.is_none() {
+                overflow = Some(Overflow { row, col, value });
+            }
+            let start = element(row, col);
+            output[start..start + SIZE].copy_from_slice(&bytes(value as f32));
+        }
+    }
+    overflow
+}

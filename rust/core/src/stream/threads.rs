@@ -1,0 +1,42 @@
+//! How many threads to use.
+
+/// The environment variable that sets the number of threads.
+pub const THREADS_VARIABLE: &str = "SAFELORA_FAST_NUM_THREADS";
+
+/// More threads than this share the memory bandwidth of any machine without gain.
+const MOST: usize = 64;
+
+/// A value of the environment variable that is no number of threads.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{THREADS_VARIABLE} is {0:?}; use a whole number from 1 to {MOST}")]
+pub struct ThreadsError(pub String);
+
+/// The number of threads from `SAFELORA_FAST_NUM_THREADS`, or else what the system lets this process use.
+///
+/// # Errors
+/// When the variable holds no number from 1 to 64.
+pub fn default_threads() -> Result<usize, ThreadsError> {
+    match std::env::var_os(THREADS_VARIABLE).filter(|word| !word.is_empty()) {
+        Some(word) => parse(&word.to_string_lossy()),
+        None => Ok(std::thread::available_parallelism().map_or(1, usize::from).min(MOST)),
+    }
+}
+
+fn parse(word: &str) -> Result<usize, ThreadsError> {
+    let number = word.trim().parse().ok().filter(|number| (1..=MOST).contains(number));
+    number.ok_or_else(|| ThreadsError(word.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_numbers_of_threads() {
+        assert_eq!(parse("1"), Ok(1));
+        assert_eq!(parse(" 64 "), Ok(64));
+        for word in ["0", "65", "two", "-1"] {
+            assert_eq!(parse(word), Err(ThreadsError(word.to_owned())));
+        }
+    }
+}

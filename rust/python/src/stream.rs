@@ -1,0 +1,207 @@
+//! The run over many modules and what it yields.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use safelora_fast_core::projection as core;
+use safelora_fast_core::stream::{Next, Stream};
+
+use crate::errors::{AdapterError, projection_error};
+use crate::job::Job;
+use crate::settings;
+
+/// How long signals may wait.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// What projection does to one adapter's factors in one module.
+#[pyclass(frozen, module = "safelora_fast._core")]
+pub(crate) struct FactorOutcome {
+    inner: core::FactorOutcome,
+    job: Arc<core::Job>,
+    position: usize,
+}
+
+#[pymethods]
+impl FactorOutcome {
+    #[getter]
+    fn cosine(&self) -> f64 {
+        self.inner.cosine
+    }
+
+    #[getter]
+    fn gain(&self) -> f64 {
+        self.inner.gain
+    }
+
+    #[getter]
+    fn left_norm(&self) -> f64 {
+        self.inner.left_norm
+    }
+
+    #[getter]
+    fn left_norm_projected(&self) -> f64 {
+        self.inner.left_norm_projected
+    }
+
+    #[getter]
+    fn update_norm(&self) -> f64 {
+        self.inner.update_norm
+    }
+
+    #[getter]
+    fn update_norm_projected(&self) -> f64 {
+        self.inner.update_norm_projected
+    }
+
+    fn projected<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let Some(bytes) = &self.inner.projected else {
+            return Err(PyValueError::new_err("the stream was made with keep_projected=False"));
+        };
+        let Some(overflow) = self.inner.overflow else {
+            return Ok(PyBytes::new(py, bytes));
+        };
+        let left = self.job.factors()[self.position].left();
+        Err(AdapterError::new_err(format!(
+            "{}: tensor {:?}, once projected, holds {:.4e} at row {}, column {}, beyond the range of {:?}; store the \
+             adapter in float32",
+            left.file().path().display(),
+            left.tensor(),
+            overflow.value,
+            overflow.row,
+            overflow.col,
+            left.dtype(),
+        )))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("FactorOutcome(cosine={:.6}, gain={:.6})", self.inner.cosine, self.inner.gain)
+    }
+}
+
+/// What projection does to one module.
+#[pyclass(frozen, module = "safelora_fast._core")]
+pub(crate) struct JobOutcome {
+    index: usize,
+    v_norm: f64,
+    rank: Option<usize>,
+    energy: Option<f64>,
+    spectral_norm: Option<f64>,
+    factors: Vec<Py<FactorOutcome>>,
+}
+
+#[pymethods]
+impl JobOutcome {
+    #[getter]
+    fn index(&self) -> usize {
+        self.index
+    }
+
+    #[getter]
+    fn v_norm(&self) -> f64 {
+        self.v_norm
+    }
+
+    #[getter]
+    fn rank(&self) -> Option<usize> {
+        self.rank
+    }
+
+    #[getter]
+    fn energy(&self) -> Option<f64> {
+        self.energy
+    }
+
+    #[getter]
+    fn spectral_norm(&self) -> Option<f64> {
+        self.spectral_norm
+    }
+
+    #[getter]
+    fn factors(&self, py: Python<'_>) -> Vec<Py<FactorOutcome>> {
+        self.factors.iter().map(|factors| factors.clone_ref(py)).collect()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("JobOutcome(index={}, v_norm={:.6}, {} adapters)", self.index, self.v_norm, self.factors.len())
+    }
+}
+
+/// Runs jobs in the order given and yields their outcomes in that order.
+#[pyclass(frozen, module = "safelora_fast._core")]
+pub(crate) struct ProjectionStream {
+    jobs: Vec<Arc<core::Job>>,
+    stream: Stream,
+}
+
+#[pymethods]
+impl ProjectionStream {
+    #[new]
+    #[pyo3(signature = (
+        jobs, *, operator="safelora", normalize="frobenius", rank=None, energy=None, keep_projected=true, threads=None,
+        seed=0
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+    fn new(
+        jobs: Vec<PyRef<'_, Job>>,
+        operator: &str,
+        normalize: &str,
+        rank: Option<usize>,
+        energy: Option<f64>,
+        keep_projected: bool,
+        threads: Option<usize>,
+        seed: u64,
+    ) -> PyResult<Self> {
+        let operator = settings::operator(operator, normalize, rank, energy)?;
+        let settings = core::Settings { operator, keep_projected, seed };
+        let jobs: Vec<_> = jobs.iter().map(|job| Arc::clone(&job.inner)).collect();
+        let stream = Stream::start(jobs.clone(), settings, settings::threads(threads)?, settings::level()?)
+            .map_err(PyRuntimeError::new_err)?;
+        Ok(Self { jobs, stream })
+    }
+
+    fn __iter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<JobOutcome>> {
+        if self.stream.is_foreign() {
+            return Err(PyRuntimeError::new_err("this stream belongs to the process before the fork; make a new one"));
+        }
+        loop {
+            match py.detach(|| self.stream.next(SLICE)) {
+                Next::Outcome(index, outcome) => return self.outcome(py, index, outcome).map(Some),
+                Next::Failed(_, error) => return Err(projection_error(&error)),
+                Next::Finished => return Ok(None),
+                Next::Pending => py.check_signals().inspect_err(|_| self.stream.cancel())?,
+            }
+        }
+    }
+
+    #[getter]
+    fn bytes_done(&self) -> u64 {
+        self.stream.bytes_done()
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.stream.close());
+    }
+
+    fn __repr__(&self) -> String {
+        format!("ProjectionStream({} jobs, {} bytes done)", self.jobs.len(), self.stream.bytes_done())
+    }
+}
+
+impl ProjectionStream {
+    fn outcome(&self, py: Python<'_>, index: usize, outcome: core::JobOutcome) -> PyResult<JobOutcome> {
+        let core::JobOutcome { v_norm, rank, energy, spectral_norm, factors } = outcome;
+        let factors = factors.into_iter().enumerate().map(|(position, inner)| {
+            let job = Arc::clone(&self.jobs[index]);
+            Py::new(py, FactorOutcome { inner, job, position })
+        });
+        Ok(JobOutcome { index, v_norm, rank, energy, spectral_norm, factors: factors.collect::<PyResult<_>>()? })
+    }
+}
