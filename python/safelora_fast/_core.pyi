@@ -3,6 +3,23 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal, final
 
+__all__ = [
+    "FactorOutcome",
+    "Factors",
+    "Job",
+    "JobOutcome",
+    "Part",
+    "ProjectionStream",
+    "SafetensorsFile",
+    "View",
+    "__version__",
+    "cpu_features",
+    "default_threads",
+    "kernel_level",
+    "read_index",
+    "subspace_projection",
+]
+
 __version__: str
 
 @final
@@ -75,7 +92,9 @@ class Job:
     V^T (n, m), as Conv1D, embeddings and (E, in, out) expert weights keep it.
     """
 
-    def __new__(cls, name: str, parts: Sequence[Part], factors: Sequence[Factors], *, transposed: bool = False) -> Job: ...
+    def __new__(
+        cls, name: str, parts: Sequence[Part], factors: Sequence[Factors], *, transposed: bool = False
+    ) -> Job: ...
     @property
     def nbytes(self) -> int:
         """Bytes of both checkpoints that this job covers (each counted once)."""
@@ -84,10 +103,11 @@ class Job:
 class FactorOutcome:
     """What projection does to one adapter's factors in one module. All figures are float64.
 
-    With C = V V^T / ||V||_F (whatever the operator) `cosine` is the Frobenius cosine of C dW and dW. The other figures
-    belong to the operator that was asked for, here O: `gain` = ||O B||_F / ||B||_F, `left_norm` = ||B||_F,
-    `left_norm_projected` = ||O B||_F, `update_norm` = ||B A||_F, `update_norm_projected` = ||O B A||_F (LoRA scale not applied).
-    `cosine` and `gain` are NaN where B or A is zero; `cosine` is NaN too where V is zero or C dW is zero.
+    With C = V V^T / ||V||_F (whatever the operator) `cosine` is the Frobenius cosine of C dW and dW. The other
+    figures belong to the operator that was asked for, here O, before rounding: `gain` = ||O B||_F / ||B||_F,
+    `left_norm` = ||B||_F, `left_norm_projected` = ||O B||_F, `update_norm` = ||B A||_F, `update_norm_projected` = ||O
+    B A||_F (LoRA scale not applied). `cosine` and `gain` are NaN where B or A is zero; `cosine` is NaN too where V is
+    zero or C dW is zero. Where V is zero every operator leaves B as it is.
     """
 
     @property
@@ -105,7 +125,8 @@ class FactorOutcome:
     def projected(self) -> bytes:
         """O·left, (m, r) row-major, in the stored dtype of `left`, rounded once to nearest even.
 
-        Raises ValueError when the stream was made with `keep_projected=False`.
+        Raises ValueError when the stream was made with `keep_projected=False`, AdapterError when a value leaves the
+        range of that dtype.
         """
 
 @final
@@ -132,7 +153,12 @@ class JobOutcome:
 class ProjectionStream(Iterator[JobOutcome]):
     """Runs jobs in the order given and yields their outcomes in that order; `next()` honours Ctrl-C.
 
-    Work runs on private threads; pages of finished jobs are given back to the system. `close()` cancels and joins.
+    `next()` raises CheckpointError where a weight or factor is NaN or infinite; nothing comes after an error.
+    Outcomes of a job do not depend on the jobs and adapters beside it, on their order or on `threads`. The orthogonal
+    operator treats singular values below 1e-5 of the largest as zero; the rank may come out lower than asked for.
+
+    Work runs on private threads; pages of finished jobs are given back to the system. `close()` cancels and joins. A
+    stream belongs to the process that made it: after a fork, the child's `next()` raises RuntimeError.
     """
 
     def __new__(
@@ -164,6 +190,9 @@ def subspace_projection(
     threads: int | None = None,
 ) -> float:
     """Write C·left to `output` and return ||V||_F, on matrices in memory that the caller keeps alive.
+
+    Zeros are written where V is zero. `output` may be `left` itself. Raises ValueError when shapes, strides or dtypes
+    do not fit, a value is NaN or infinite, or the result leaves the range of its dtype.
 
     A weight is (address, dtype, rows, cols, row_stride); left and output are (address, dtype, rows, cols, row_stride,
     col_stride); strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16").

@@ -4,6 +4,7 @@ mod checkpoint;
 mod environment;
 mod errors;
 mod job;
+mod operation;
 mod settings;
 mod stream;
 
@@ -21,6 +22,8 @@ mod _core {
     use crate::environment::{cpu_features, default_threads, kernel_level};
     #[pymodule_export]
     use crate::job::{Factors, Job, Part};
+    #[pymodule_export]
+    use crate::operation::subspace_projection;
     #[pymodule_export]
     use crate::stream::{FactorOutcome, JobOutcome, ProjectionStream};
 

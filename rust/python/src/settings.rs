@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 use safelora_fast_core::kernels::Level;
-use safelora_fast_core::projection::Operator;
+use safelora_fast_core::projection::{Normalization, Operator};
 use safelora_fast_core::stream;
 
 use crate::errors::SettingsError;
@@ -17,11 +17,11 @@ pub(crate) fn operator(
     if operator != "orthogonal" && (rank.is_some() || energy.is_some()) {
         return Err(SettingsError::new_err("rank and energy belong to the orthogonal operator"));
     }
-    if operator == "orthogonal" {
-        return Err(SettingsError::new_err("the orthogonal operator is not built in yet"));
-    }
     match (operator, normalize, rank, energy) {
-        ("safelora", ..) => normalization(normalize),
+        ("safelora", ..) => Ok(match normalization(normalize)? {
+            Normalization::Frobenius => Operator::Frobenius,
+            Normalization::Spectral => Operator::Spectral,
+        }),
         (_, "spectral", ..) => Err(SettingsError::new_err("normalize belongs to the safelora operator")),
         ("zero", ..) => Ok(Operator::Zero),
         ("orthogonal", _, Some(0), None) => Err(SettingsError::new_err("rank is 0; give at least 1")),
@@ -39,11 +39,11 @@ pub(crate) fn operator(
     }
 }
 
-/// The safelora operator with this normalisation.
-pub(crate) fn normalization(normalize: &str) -> PyResult<Operator> {
+/// What the safelora operator divides by.
+pub(crate) fn normalization(normalize: &str) -> PyResult<Normalization> {
     match normalize {
-        "frobenius" => Ok(Operator::Frobenius),
-        "spectral" => Err(SettingsError::new_err("the spectral normalisation is not built in yet")),
+        "frobenius" => Ok(Normalization::Frobenius),
+        "spectral" => Ok(Normalization::Spectral),
         _ => Err(SettingsError::new_err(format!(
             "unknown normalisation {normalize:?}; use \"frobenius\" or \"spectral\""
         ))),

@@ -4,6 +4,10 @@
 //! by one task in one fixed order without fused multiply-adds, so results are the same bits on every CPU and for every
 //! number of threads. Functions run on the rayon pool they are called in.
 
+mod eigen;
+mod orthonormal;
 mod products;
 
+pub use eigen::{Eigen, symmetric_eigen};
+pub use orthonormal::{orthonormal, removed};
 pub use products::{combine, gram, inner_products};

@@ -3,13 +3,36 @@
 use crate::checkpoint::{CheckpointError, View};
 use crate::kernels::Dtype;
 
+/// Elements in two nested loops over stored bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Walk {
+    /// First element.
+    pub start: usize,
+    /// Count and stride of the outer loop, in elements.
+    pub outer: (usize, usize),
+    /// Count and stride of the inner loop, in elements.
+    pub inner: (usize, usize),
+}
+
+/// An element that is NaN or infinite.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NotFinite {
+    /// Its position in the outer loop.
+    pub outer: usize,
+    /// Its position in the inner loop.
+    pub inner: usize,
+    /// The element.
+    pub value: f32,
+}
+
 /// Appends the columns of a view to `vectors`, each contiguous.
 ///
 /// # Errors
 /// When an element is NaN or infinite.
 pub(super) fn append_columns(view: &View, vectors: &mut Vec<f32>) -> Result<(), CheckpointError> {
-    append(view, (view.cols(), view.col_stride()), (view.rows(), view.row_stride()), vectors)
-        .map_err(|(col, row, value)| view.not_finite(row, col, value))
+    let walk = Walk { start: 0, outer: (view.cols(), view.col_stride()), inner: (view.rows(), view.row_stride()) };
+    append(view.bytes(), view.dtype(), walk, vectors)
+        .map_err(|found| view.not_finite(found.inner, found.outer, found.value))
 }
 
 /// Appends the rows of a view to `vectors`, each contiguous.
@@ -17,53 +40,45 @@ pub(super) fn append_columns(view: &View, vectors: &mut Vec<f32>) -> Result<(), 
 /// # Errors
 /// When an element is NaN or infinite.
 pub(super) fn append_rows(view: &View, vectors: &mut Vec<f32>) -> Result<(), CheckpointError> {
-    append(view, (view.rows(), view.row_stride()), (view.cols(), view.col_stride()), vectors)
-        .map_err(|(row, col, value)| view.not_finite(row, col, value))
+    let walk = Walk { start: 0, outer: (view.rows(), view.row_stride()), inner: (view.cols(), view.col_stride()) };
+    append(view.bytes(), view.dtype(), walk, vectors)
+        .map_err(|found| view.not_finite(found.outer, found.inner, found.value))
 }
 
 /// The first element of a view that is NaN or infinite, as an error.
 pub(super) fn first_not_finite(view: &View) -> Option<CheckpointError> {
-    let mut row_values = Vec::new();
+    let mut values = Vec::new();
     (0..view.rows()).find_map(|row| {
-        row_values.clear();
-        let one = (1, view.row_stride());
-        let (start, columns) = (row * view.row_stride(), (view.cols(), view.col_stride()));
-        append_from(view, start, one, columns, &mut row_values)
-            .err()
-            .map(|(_, col, value)| view.not_finite(row, col, value))
+        values.clear();
+        let inner = (view.cols(), view.col_stride());
+        let walk = Walk { start: row * view.row_stride(), outer: (1, view.row_stride()), inner };
+        let found = append(view.bytes(), view.dtype(), walk, &mut values).err()?;
+        Some(view.not_finite(row, found.inner, found.value))
     })
 }
 
-type NotFinite = (usize, usize, f32);
-
-fn append(view: &View, outer: (usize, usize), inner: (usize, usize), vectors: &mut Vec<f32>) -> Result<(), NotFinite> {
-    append_from(view, 0, outer, inner, vectors)
-}
-
-/// Appends elements in two nested loops of (count, stride), starting at element `start` of the view.
-fn append_from(
-    view: &View,
-    start: usize,
-    outer: (usize, usize),
-    inner: (usize, usize),
-    vectors: &mut Vec<f32>,
-) -> Result<(), NotFinite> {
-    let bytes = view.bytes();
-    match view.dtype() {
-        Dtype::F32 => convert::<4>(bytes, start, outer, inner, vectors, f32::from_le_bytes),
-        Dtype::Bf16 => convert::<2>(bytes, start, outer, inner, vectors, |b| half::bf16::from_le_bytes(b).to_f32()),
-        Dtype::F16 => convert::<2>(bytes, start, outer, inner, vectors, |b| half::f16::from_le_bytes(b).to_f32()),
+/// Appends elements to `vectors` as f32.
+///
+/// # Errors
+/// At the first element that is NaN or infinite.
+///
+/// # Panics
+/// When the walk leaves the bytes.
+pub fn append(bytes: &[u8], dtype: Dtype, walk: Walk, vectors: &mut Vec<f32>) -> Result<(), NotFinite> {
+    match dtype {
+        Dtype::F32 => convert::<4>(bytes, walk, vectors, f32::from_le_bytes),
+        Dtype::Bf16 => convert::<2>(bytes, walk, vectors, |b| half::bf16::from_le_bytes(b).to_f32()),
+        Dtype::F16 => convert::<2>(bytes, walk, vectors, |b| half::f16::from_le_bytes(b).to_f32()),
     }
 }
 
 fn convert<const SIZE: usize>(
     bytes: &[u8],
-    start: usize,
-    (outer, outer_stride): (usize, usize),
-    (inner, inner_stride): (usize, usize),
+    walk: Walk,
     vectors: &mut Vec<f32>,
     value: impl Fn([u8; SIZE]) -> f32,
 ) -> Result<(), NotFinite> {
+    let Walk { start, outer: (outer, outer_stride), inner: (inner, inner_stride) } = walk;
     let (elements, _) = bytes.as_chunks::<SIZE>();
     vectors.reserve(outer * inner);
     for i in 0..outer {
@@ -71,8 +86,9 @@ fn convert<const SIZE: usize>(
         let elements = elements[start + i * outer_stride..].iter().step_by(inner_stride.max(1));
         vectors.extend(elements.take(inner).map(|bytes| value(*bytes)));
         let vector = &vectors[first..];
+        assert_eq!(vector.len(), inner, "the walk leaves the bytes");
         if let Some(j) = vector.iter().position(|value| !value.is_finite()) {
-            return Err((i, j, vector[j]));
+            return Err(NotFinite { outer: i, inner: j, value: vector[j] });
         }
     }
     Ok(())

@@ -1,13 +1,17 @@
 //! The projection of one module.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::factors::{append_columns, append_rows, first_not_finite};
 use super::outcome::{Grams, diagonal};
-use super::{FactorOutcome, Factors, Job, JobOutcome, Operator, ProjectionError, Settings, Stacked, write_rounded};
+use super::subspace::{Iteration, Leading, start_count};
+use super::{
+    FactorOutcome, Factors, Job, JobOutcome, Operator, ProjectionError, Random, Settings, Stacked, write_rounded,
+};
 use crate::kernels::{Engine, ShapeError};
-use crate::linalg::gram;
+use crate::linalg::{combine, gram, inner_products, orthonormal};
 
 /// Projects modules one after another with the same threads and buffers.
 #[derive(Debug)]
@@ -22,6 +26,14 @@ pub struct Projector {
     reduced: Vec<f32>,
     /// S = V·T, (R, m).
     applied: Vec<f32>,
+}
+
+/// O·B = factor·columns, and the Gram matrix of the columns.
+struct Projected<'a> {
+    /// (r, m).
+    columns: Cow<'a, [f32]>,
+    factor: f64,
+    gram: Vec<f64>,
 }
 
 /// One adapter's share of the stacked columns.
@@ -52,15 +64,24 @@ impl Projector {
         let (m, n) = job.shape();
         let rank = self.left.len() / m;
 
+        let extent = self.settings.operator.extent((m, n));
+        let mut random = Random::new(self.settings.seed, job.name());
+        let started = extent.map_or(0, |extent| start_count(extent, (m, n)));
+        random.extend(&mut self.left, started * m);
+
         check(cancel)?;
-        self.reduced.resize(rank * n, 0.0);
-        v.transposed_product(&mut self.engine, &self.left, rank, &mut self.reduced).map_err(shape)?;
+        self.reduced.resize((rank + started) * n, 0.0);
+        v.transposed_product(&mut self.engine, &self.left, rank + started, &mut self.reduced).map_err(shape)?;
         for share in &mut shares {
             share.scale = normalise(&mut self.reduced[share.columns.start * n..share.columns.end * n]);
         }
+        let right = self.engine.install(|| orthonormal(&self.reduced[rank * n..], &[], n));
+        self.reduced.truncate(rank * n);
+        self.reduced.extend_from_slice(&right);
         check(cancel)?;
-        self.applied.resize(rank * m, 0.0);
-        v.product(&mut self.engine, &self.reduced, rank, &mut self.applied).map_err(shape)?;
+        let columns = rank + right.len() / n;
+        self.applied.resize(columns * m, 0.0);
+        v.product(&mut self.engine, &self.reduced, columns, &mut self.applied).map_err(shape)?;
         check(cancel)?;
 
         let norm_squared = v.norm_squared().unwrap_or(f64::NAN);
@@ -68,11 +89,29 @@ impl Projector {
             return Err(not_finite(job));
         }
         let v_norm = norm_squared.sqrt();
+        let leading = match extent {
+            Some(extent) if v_norm > 0.0 => {
+                let left = self.applied[rank * m..].to_vec();
+                let iteration = Iteration::new(&mut v, &mut self.engine, right, left, extent, random);
+                Some(iteration.run(cancel).map_err(|failure| failure.of(job.name()))?)
+            }
+            Some(_) => Some(Leading::default()),
+            None => None,
+        };
         let mut factors = Vec::with_capacity(shares.len());
         for share in shares {
-            factors.push(if v_norm > 0.0 { self.project(job, &share, v_norm)? } else { self.unchanged(&share) });
+            let outcome = if v_norm > 0.0 {
+                self.project(job, &share, v_norm, leading.as_ref())?
+            } else {
+                self.unchanged(&share)
+            };
+            factors.push(outcome);
         }
-        Ok(JobOutcome { v_norm, rank: None, energy: None, spectral_norm: None, factors })
+        let spectral_norm = leading.as_ref().map(|leading| leading.values.first().copied().unwrap_or(0.0));
+        let leading = leading.filter(|_| self.settings.operator.is_orthogonal());
+        let energy = leading.as_ref().filter(|_| v_norm > 0.0).map(|leading| leading.energy() / norm_squared);
+        let rank = leading.map(|leading| leading.values.len());
+        Ok(JobOutcome { v_norm, rank, energy: energy.map(|energy| energy.min(1.0)), spectral_norm, factors })
     }
 
     /// Reads the factors of every adapter.
@@ -93,7 +132,13 @@ impl Projector {
     }
 
     /// The figures of one adapter and its projected left factor.
-    fn project(&self, job: &Job, share: &Share<'_>, v_norm: f64) -> Result<FactorOutcome, ProjectionError> {
+    fn project(
+        &self,
+        job: &Job,
+        share: &Share<'_>,
+        v_norm: f64,
+        leading: Option<&Leading>,
+    ) -> Result<FactorOutcome, ProjectionError> {
         let (m, n) = job.shape();
         let Range { start, end } = share.columns;
         let rank = end - start;
@@ -102,34 +147,49 @@ impl Projector {
         if !(diagonal(&reduced_gram, rank).is_finite() && diagonal(&applied_gram, rank).is_finite()) {
             return Err(ProjectionError::OutOfRange(job.name().to_owned()));
         }
-        let grams = &share.grams;
-        let factor = match self.settings.operator {
-            Operator::Zero => 0.0,
-            _ => share.scale / v_norm,
+        let spectral_norm = leading.and_then(|leading| leading.values.first().copied()).unwrap_or(f64::NAN);
+        let projected = match (self.settings.operator, leading) {
+            (Operator::Zero, _) => {
+                Projected { columns: Cow::Borrowed(applied), factor: 0.0, gram: applied_gram.clone() }
+            }
+            (Operator::OrthogonalRank(_) | Operator::OrthogonalEnergy(_), Some(leading)) => {
+                self.engine.install(|| orthogonal(leading, &self.left[start * m..end * m], m))
+            }
+            (Operator::Spectral, _) => {
+                let factor = share.scale / (spectral_norm * spectral_norm);
+                Projected { columns: Cow::Borrowed(applied), factor, gram: applied_gram.clone() }
+            }
+            _ => {
+                let factor = share.scale / v_norm;
+                Projected { columns: Cow::Borrowed(applied), factor, gram: applied_gram.clone() }
+            }
         };
+        Ok(self.outcome(share, &projected, share.grams.cosine(&reduced_gram, &applied_gram, share.scale)))
+    }
+
+    fn outcome(&self, share: &Share<'_>, projected: &Projected<'_>, cosine: f64) -> FactorOutcome {
+        let (grams, view) = (&share.grams, share.factors.left());
+        let (m, rank, dtype) = (view.rows(), view.cols(), view.dtype());
         let left_norm = grams.left_norm(rank);
-        let left_norm_projected = factor * diagonal(&applied_gram, rank).sqrt();
+        let left_norm_projected = projected.factor * diagonal(&projected.gram, rank).sqrt();
+        let update_norm = grams.update_norm();
         let mut outcome = FactorOutcome {
-            cosine: grams.cosine(&reduced_gram, &applied_gram, share.scale),
-            gain: left_norm_projected / left_norm,
+            cosine,
+            gain: if update_norm > 0.0 { left_norm_projected / left_norm } else { f64::NAN },
             left_norm,
             left_norm_projected,
-            update_norm: grams.update_norm(),
-            update_norm_projected: factor * grams.of_update(&applied_gram),
+            update_norm,
+            update_norm_projected: projected.factor * grams.of_update(&projected.gram),
             projected: None,
             overflow: None,
         };
-        if outcome.update_norm == 0.0 {
-            outcome.gain = f64::NAN;
-        }
         if self.settings.keep_projected {
-            let dtype = share.factors.left().dtype();
-            let mut bytes = vec![0; m * rank * dtype.size()];
+            let mut bytes = vec![0; view.nbytes()];
             let offset = |row: usize, col: usize| (row * rank + col) * dtype.size();
-            outcome.overflow = write_rounded(applied, m, factor, dtype, offset, &mut bytes);
+            outcome.overflow = write_rounded(&projected.columns, m, projected.factor, dtype, offset, &mut bytes);
             outcome.projected = Some(bytes);
         }
-        Ok(outcome)
+        outcome
     }
 
     /// The outcome where V is zero: B stays as it is.
@@ -161,9 +221,17 @@ impl Projector {
     }
 }
 
+/// U·Uᵀ·B for B (r, m).
+fn orthogonal(leading: &Leading, left: &[f32], m: usize) -> Projected<'static> {
+    let coefficients = inner_products(&leading.vectors, left, m);
+    let columns = combine(&leading.vectors, m, &coefficients, left.len() / m);
+    let gram = gram(&columns, m);
+    Projected { columns: Cow::Owned(columns), factor: 1.0, gram }
+}
+
 /// Divides by the power of two just above the largest magnitude, which is returned; so a second product with V
 /// neither overflows nor falls below the smallest normal number where the result itself does not.
-fn normalise(values: &mut [f32]) -> f64 {
+pub(super) fn normalise(values: &mut [f32]) -> f64 {
     let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
     if largest == 0.0 || !largest.is_finite() {
         return 1.0;
@@ -176,7 +244,7 @@ fn normalise(values: &mut [f32]) -> f64 {
     scale
 }
 
-fn check(cancel: &AtomicBool) -> Result<(), ProjectionError> {
+pub(super) fn check(cancel: &AtomicBool) -> Result<(), ProjectionError> {
     if cancel.load(Ordering::Relaxed) { Err(ProjectionError::Cancelled) } else { Ok(()) }
 }
 

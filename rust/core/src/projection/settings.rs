@@ -1,5 +1,7 @@
 //! What to project with.
 
+use super::subspace::Extent;
+
 /// The operator O that replaces B by O·B.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Operator {
@@ -13,6 +15,22 @@ pub enum Operator {
     OrthogonalEnergy(f64),
     /// O = 0, the control.
     Zero,
+}
+
+impl Operator {
+    /// How much of the subspace of V (m, n) the operator needs to know.
+    pub(super) fn extent(self, (m, n): (usize, usize)) -> Option<Extent> {
+        match self {
+            Self::Frobenius | Self::Zero => None,
+            Self::Spectral => Some(Extent::Rank(1)),
+            Self::OrthogonalRank(rank) => Some(Extent::Rank(rank.min(m).min(n))),
+            Self::OrthogonalEnergy(share) => Some(Extent::Energy(share)),
+        }
+    }
+
+    pub(super) const fn is_orthogonal(self) -> bool {
+        matches!(self, Self::OrthogonalRank(_) | Self::OrthogonalEnergy(_))
+    }
 }
 
 /// Settings of a run.

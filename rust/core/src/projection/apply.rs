@@ -1,0 +1,75 @@
+//! C·B for one matrix in memory.
+
+use std::sync::atomic::AtomicBool;
+
+use super::projector::normalise;
+use super::subspace::{Extent, Iteration, start_count};
+use super::{ProjectionError, Random, Stacked};
+use crate::kernels::Engine;
+use crate::linalg::orthonormal;
+
+/// What C·B is divided by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Normalization {
+    /// ‖V‖, as the paper has it.
+    Frobenius,
+    /// σ₁(V)², so that the largest gain is 1.
+    Spectral,
+}
+
+/// V·Vᵀ·B before its last scaling.
+#[derive(Debug)]
+pub struct Applied {
+    /// (r, m): columns of B, multiplied.
+    pub columns: Vec<f32>,
+    /// C·B = factor·columns; zero where V is zero.
+    pub factor: f64,
+    /// ‖V‖.
+    pub v_norm: f64,
+}
+
+/// Multiplies B, stored as columns (r, m), by C.
+///
+/// # Errors
+/// When V or B are not finite.
+pub fn apply(
+    engine: &mut Engine,
+    v: &mut Stacked<'_>,
+    left: &[f32],
+    normalization: Normalization,
+) -> Result<Applied, ProjectionError> {
+    const NAME: &str = "subspace_projection";
+    let shape = |source| ProjectionError::Shape { module: NAME.to_owned(), source };
+    let (m, n) = v.shape();
+    let rank = left.len() / m;
+    let mut reduced = vec![0.0; rank * n];
+    v.transposed_product(engine, left, rank, &mut reduced).map_err(shape)?;
+    let scale = normalise(&mut reduced);
+    let mut columns = vec![0.0; rank * m];
+    v.product(engine, &reduced, rank, &mut columns).map_err(shape)?;
+    let v_norm = v.norm_squared().map_or(f64::NAN, f64::sqrt);
+    if !v_norm.is_finite() || !columns.iter().all(|value| value.is_finite()) {
+        return Err(ProjectionError::OutOfRange(NAME.to_owned()));
+    }
+    let divisor = match normalization {
+        _ if v_norm == 0.0 => return Ok(Applied { columns, factor: 0.0, v_norm }),
+        Normalization::Frobenius => v_norm,
+        Normalization::Spectral => spectral_norm(engine, v).map_err(|failure| failure.of(NAME))?.powi(2),
+    };
+    Ok(Applied { columns, factor: scale / divisor, v_norm })
+}
+
+fn spectral_norm(engine: &mut Engine, v: &mut Stacked<'_>) -> Result<f64, super::subspace::Failure> {
+    let (m, n) = v.shape();
+    let mut random = Random::new(0, "");
+    let count = start_count(Extent::Rank(1), (m, n));
+    let mut start = Vec::new();
+    random.extend(&mut start, count * m);
+    let mut image = vec![0.0; count * n];
+    v.transposed_product(engine, &start, count, &mut image)?;
+    let right = engine.install(|| orthonormal(&image, &[], n));
+    let mut left = vec![0.0; right.len() / n * m];
+    v.product(engine, &right, right.len() / n, &mut left)?;
+    let leading = Iteration::new(v, engine, right, left, Extent::Rank(1), random).run(&AtomicBool::new(false))?;
+    Ok(leading.values.first().copied().unwrap_or(0.0))
+}

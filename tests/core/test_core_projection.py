@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from dense import Module, module, paper_operator, rounded, truth, whole, write
+
+from safelora_fast import _core
+from safelora_fast.errors import AdapterError, CheckpointError, PairingError, SettingsError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Half a unit in the last place, relative, of each dtype.
+ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
+
+
+def assert_close(outcome: _core.JobOutcome, given: Module, operator: np.ndarray | None = None, tolerance: float = 1e-5):
+    """Every figure of every adapter against the dense truth."""
+    assert outcome.v_norm == pytest.approx(np.linalg.norm(given.v), rel=1e-6)
+    for adapter, (factors, (left, right)) in enumerate(zip(outcome.factors, given.adapters, strict=True)):
+        expected = truth(given.v, left, right, operator)
+        assert factors.cosine == pytest.approx(expected.cosine, abs=1e-6)
+        assert factors.gain == pytest.approx(expected.gain, rel=tolerance)
+        assert factors.left_norm == pytest.approx(expected.left_norm, rel=1e-12)
+        assert factors.left_norm_projected == pytest.approx(np.linalg.norm(expected.projected), rel=tolerance)
+        assert factors.update_norm == pytest.approx(expected.update_norm, rel=1e-12)
+        assert factors.update_norm_projected == pytest.approx(expected.update_norm_projected, rel=tolerance)
+        found = given.projected(outcome, adapter)
+        scale = np.abs(expected.projected).max()
+        assert np.linalg.norm(found - rounded(expected.projected, given.dtype)) <= (
+            tolerance + ROUNDING[given.dtype]
+        ) * np.linalg.norm(expected.projected)
+        allowed = tolerance * scale + 1.001 * ROUNDING[given.dtype] * np.abs(expected.projected)
+        if given.dtype == "F16":
+            allowed += 2.0**-25  # subnormal numbers have an absolute rounding
+        assert (np.abs(found - expected.projected) <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("weight_dtypes", list(itertools.product(["F32", "BF16", "F16"], repeat=2)), ids="-".join)
+def test_paper_operator_in_every_dtype(tmp_path: Path, weight_dtypes: tuple[str, str], dtype: str) -> None:
+    given = module(tmp_path, np.random.default_rng(1), weight_dtypes=weight_dtypes, dtype=dtype)
+    assert_close(given.run(), given)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (33, 200), (300, 31), (129, 513)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("operator", ["safelora", "zero"])
+def test_shapes_and_orientation(tmp_path: Path, shape: tuple[int, int], transposed: bool, operator: str) -> None:
+    given = module(tmp_path, np.random.default_rng(2), shape=shape, ranks=(3,), transposed=transposed)
+    outcome = given.run(operator=operator)
+    if operator == "safelora":
+        assert_close(outcome, given)
+    else:
+        (factors,), ((left, right),) = outcome.factors, given.adapters
+        assert factors.cosine == pytest.approx(truth(given.v, left, right).cosine, abs=1e-6)
+        assert (factors.gain, factors.left_norm_projected, factors.update_norm_projected) == (0, 0, 0)
+        assert not given.projected(outcome).any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_are_stacked_by_rows(tmp_path: Path, transposed: bool) -> None:
+    shape = (130, 70) if transposed else (70, 130)
+    given = module(tmp_path, np.random.default_rng(3), shape=shape, transposed=transposed, parts=(10, 59, 1))
+    assert_close(given.run(), given)
+    assert given.job.nbytes == 2 * 4 * 70 * 130
+
+
+@pytest.mark.parametrize("padding", range(8))
+def test_unaligned_bytes(tmp_path: Path, padding: int) -> None:
+    given = module(tmp_path, np.random.default_rng(4), weight_dtypes=("BF16", "F32"), padding=padding)
+    assert_close(given.run(), given)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 16, 33, 64, 100])
+def test_ranks(tmp_path: Path, rank: int) -> None:
+    given = module(tmp_path, np.random.default_rng(rank), ranks=(rank,))
+    assert_close(given.run(), given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize": "spectral"}, {"operator": "orthogonal", "rank": 6}, {"operator": "orthogonal", "energy": 0.5}],
+    ids=str,
+)
+def test_an_adapter_alone_and_among_others_gives_the_same_bytes(tmp_path: Path, options: dict) -> None:
+    rng = np.random.default_rng(5)
+    together = module(tmp_path / "together", rng, ranks=(4, 1, 9))
+    outcome = together.run(**options)
+    files = [_core.SafetensorsFile(str(tmp_path / "together" / f"{side}.safetensors")) for side in ("aligned", "base")]
+    part = _core.Part(whole(files[0], "part0"), whole(files[1], "part0"))
+    for index in range(3):
+        file = _core.SafetensorsFile(str(tmp_path / "together" / f"adapter{index}.safetensors"))
+        job = _core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])
+        (alone,) = _core.ProjectionStream([job], **options)
+        assert alone.factors[0].projected() == outcome.factors[index].projected()
+        assert alone.factors[0].cosine == outcome.factors[index].cosine
+        assert alone.rank == outcome.rank
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize": "spectral"}, {"operator": "orthogonal", "rank": 6}, {"operator": "orthogonal", "energy": 0.9}],
+    ids=str,
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_thread_count_does_not_change_a_bit(tmp_path: Path, options: dict, transposed: bool) -> None:
+    given = module(tmp_path, np.random.default_rng(6), shape=(150, 290), ranks=(5, 18), transposed=transposed)
+    runs = [given.run(threads=threads, **options) for threads in (1, 2, 3, 7)]
+    for run in runs[1:]:
+        assert (run.v_norm, run.rank, run.energy, run.spectral_norm) == (
+            runs[0].v_norm,
+            runs[0].rank,
+            runs[0].energy,
+            runs[0].spectral_norm,
+        )
+        for found, expected in zip(run.factors, runs[0].factors, strict=True):
+            assert (found.cosine, found.gain, found.update_norm_projected) == (
+                expected.cosine,
+                expected.gain,
+                expected.update_norm_projected,
+            )
+            assert found.projected() == expected.projected()
+
+
+def test_factors_are_read_through_strides(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    given = module(tmp_path, rng)
+    left, right = given.adapters[0]
+    # B transposed in the middle of a larger tensor, A as every other column of another.
+    framed = rng.standard_normal((9, 80))
+    framed[2:7, 4:74] = left.T
+    wide = rng.standard_normal((5, 260))
+    wide[:, 1::2] = right
+    file = write(tmp_path / "strided.safetensors", {"framed": ("F32", framed), "wide": ("F32", wide)})
+    files = [_core.SafetensorsFile(str(tmp_path / f"{side}.safetensors")) for side in ("aligned", "base")]
+    factors = _core.Factors(
+        _core.View(file, "framed", offset=2 * 80 + 4, rows=70, cols=5, row_stride=1, col_stride=80),
+        _core.View(file, "wide", offset=1, rows=5, cols=130, row_stride=260, col_stride=2),
+    )
+    job = _core.Job("layer", [_core.Part(whole(files[0], "part0"), whole(files[1], "part0"))], [factors])
+    (found,) = _core.ProjectionStream([job])
+    assert found.factors[0].projected() == given.run().factors[0].projected()
+    assert found.factors[0].cosine == given.run().factors[0].cosine
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (3, 50), (50, 2)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_spectral_normalisation_has_gain_one_at_most(tmp_path: Path, shape: tuple[int, int], transposed: bool) -> None:
+    given = module(tmp_path, np.random.default_rng(8), shape=shape, transposed=transposed)
+    largest = np.linalg.svd(given.v, compute_uv=False)[0]
+    outcome = given.run(normalize="spectral")
+    assert outcome.spectral_norm == pytest.approx(largest, rel=1e-6)
+    assert_close(outcome, given, given.v @ given.v.T / largest**2)
+    assert outcome.factors[0].gain <= 1
+
+
+def decaying(rng: np.random.Generator, shape: tuple[int, int], values: np.ndarray) -> np.ndarray:
+    """A matrix with these singular values."""
+    count = len(values)
+    u = np.linalg.qr(rng.standard_normal((shape[0], count)))[0]
+    w = np.linalg.qr(rng.standard_normal((shape[1], count)))[0]
+    return (u * values) @ w.T
+
+
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_orthogonal_by_rank_is_the_projector_of_the_svd(
+    tmp_path: Path, shape: tuple[int, int], transposed: bool, rank: int
+) -> None:
+    rng = np.random.default_rng(9)
+    v = decaying(rng, shape, 0.3 * 0.9 ** np.arange(120))
+    given = module(tmp_path, rng, shape=shape, v=v, transposed=transposed)
+    u, s, _ = np.linalg.svd(given.v)
+    outcome = given.run(operator="orthogonal", rank=rank)
+    assert outcome.rank == rank
+    assert outcome.energy == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), rel=1e-5)
+    assert outcome.spectral_norm == pytest.approx(s[0], rel=1e-6)
+    assert_close(outcome, given, u[:, :rank] @ u[:, :rank].T, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("flat", [False, True])
+def test_orthogonal_by_energy_keeps_the_fewest_vectors(tmp_path: Path, energy: float, flat: bool) -> None:
+    rng = np.random.default_rng(10)
+    v = None if flat else decaying(rng, (100, 150), 0.3 * 0.9 ** np.arange(100))
+    given = module(tmp_path, rng, shape=(100, 150), v=v)
+    s = np.linalg.svd(given.v, compute_uv=False)
+    shares = np.cumsum(s**2) / (s**2).sum()
+    outcome = given.run(operator="orthogonal", energy=energy)
+    assert outcome.rank is not None
+    assert outcome.energy is not None
+    expected = int(np.searchsorted(shares, energy * (1 - 1e-6))) + 1
+    assert outcome.rank == (expected if energy < 1 else pytest.approx(100, abs=40))
+    assert outcome.energy == pytest.approx(shares[outcome.rank - 1], rel=1e-5)
+    assert outcome.energy >= energy * (1 - 2e-6)
+
+
+@pytest.mark.parametrize("rank", [48, 1000])
+def test_orthogonal_of_full_rank_is_the_identity(tmp_path: Path, rank: int) -> None:
+    given = module(tmp_path, np.random.default_rng(11), shape=(48, 100))
+    outcome = given.run(operator="orthogonal", rank=rank)
+    assert outcome.rank == 48
+    assert outcome.energy == pytest.approx(1, abs=1e-6)
+    assert_close(outcome, given, np.eye(48))
+
+
+def test_orthogonal_keeps_no_more_than_the_rank_of_v(tmp_path: Path) -> None:
+    rng = np.random.default_rng(12)
+    # Powers of two keep V exact in float32.
+    v = np.sign(rng.standard_normal((64, 1))) * np.sign(rng.standard_normal((1, 80))) * 2.0**-6
+    v[:, :3] *= 2
+    v += np.outer(np.arange(64) % 4 == 0, np.arange(80) % 8 == 1) * 2.0**-5
+    given = module(tmp_path, rng, shape=(64, 80), v=v)
+    u, s, _ = np.linalg.svd(given.v)
+    assert (s > 1e-4 * s[0]).sum() == 2
+    outcome = given.run(operator="orthogonal", rank=20)
+    assert outcome.rank == 2
+    assert_close(outcome, given, u[:, :2] @ u[:, :2].T, tolerance=1e-4)
+
+
+def test_seed_and_name_decide_the_random_start(tmp_path: Path) -> None:
+    rng = np.random.default_rng(13)
+    given = module(tmp_path / "a", rng, shape=(300, 300))
+    other = module(tmp_path / "b", rng, name="other")
+    options = {"operator": "orthogonal", "rank": 3}
+    alone = given.run(**options)
+    _, among = _core.ProjectionStream([other.job, given.job], **options)
+    assert among.factors[0].projected() == alone.factors[0].projected()
+    assert given.run(seed=1, **options).factors[0].cosine == alone.factors[0].cosine
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"operator": "zero"}, {"normalize": "spectral"}, {"operator": "orthogonal", "energy": 0.5}], ids=str
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_zero_v_leaves_the_adapter_alone(tmp_path: Path, options: dict, transposed: bool) -> None:
+    given = module(tmp_path, np.random.default_rng(14), v=np.zeros((70, 130)), dtype="BF16", transposed=transposed)
+    outcome = given.run(**options)
+    (factors,), ((left, _),) = outcome.factors, given.adapters
+    assert outcome.v_norm == 0
+    assert math.isnan(factors.cosine)
+    assert (factors.gain, factors.left_norm_projected) == (1, factors.left_norm)
+    assert np.array_equal(given.projected(outcome), left)
+    assert outcome.rank == (0 if "energy" in options else None)
+
+
+@pytest.mark.parametrize("zero", ["B", "A"])
+def test_zero_factors_have_no_cosine(tmp_path: Path, zero: str) -> None:
+    given = module(tmp_path, np.random.default_rng(15))
+    left, right = given.adapters[0]
+    factors = {"B": ("F32", left * (zero != "B")), "A": ("F32", right * (zero != "A"))}
+    file = write(tmp_path / "zero.safetensors", factors)
+    files = [_core.SafetensorsFile(str(tmp_path / f"{side}.safetensors")) for side in ("aligned", "base")]
+    part = _core.Part(whole(files[0], "part0"), whole(files[1], "part0"))
+    (outcome,) = _core.ProjectionStream(
+        [_core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])]
+    )
+    assert math.isnan(outcome.factors[0].cosine)
+    assert math.isnan(outcome.factors[0].gain)
+    assert outcome.factors[0].update_norm == 0
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e15])
+def test_scale_of_v_does_not_change_the_cosine(tmp_path: Path, scale: float) -> None:
+    rng = np.random.default_rng(16)
+    v = scale * rng.standard_normal((70, 130))
+    given = module(tmp_path, rng, v=v)
+    base = write(tmp_path / "base.safetensors", {"part0": ("F32", np.zeros((70, 130)))})
+    aligned = write(tmp_path / "aligned.safetensors", {"part0": ("F32", v)})
+    file = _core.SafetensorsFile(str(tmp_path / "adapter0.safetensors"))
+    part = _core.Part(whole(aligned, "part0"), whole(base, "part0"))
+    job = _core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])
+    scaled = Module(job, rounded(v, "F32"), given.adapters, "F32")
+    assert_close(scaled.run(), scaled)
+
+
+def test_outcomes_without_bytes(tmp_path: Path) -> None:
+    given = module(tmp_path, np.random.default_rng(17))
+    kept, dropped = given.run().factors[0], given.run(keep_projected=False).factors[0]
+    assert (kept.cosine, kept.gain) == (dropped.cosine, dropped.gain)
+    with pytest.raises(ValueError, match="keep_projected"):
+        dropped.projected()
+
+
+def test_a_result_beyond_float16_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
+    rng = np.random.default_rng(18)
+    given = module(tmp_path, rng, v=1e5 * rng.standard_normal((70, 130)), dtype="F16")
+    outcome = given.run()
+    expected = paper_operator(given.v) @ given.adapters[0][0]
+    assert outcome.factors[0].left_norm_projected == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+    with pytest.raises(AdapterError, match=r'tensor "B".*beyond the range of F16') as caught:
+        outcome.factors[0].projected()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["aligned", "base", "B", "A"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nan_and_inf_are_found(tmp_path: Path, side: str, value: float, dtype: str, transposed: bool) -> None:
+    given = module(
+        tmp_path, np.random.default_rng(19), weight_dtypes=(dtype, dtype), dtype=dtype, transposed=transposed
+    )
+    name, tensor = ("adapter0", side) if side in "AB" else (side, "part0")
+    path = tmp_path / f"{name}.safetensors"
+    kind, shape, begin, _ = _core.SafetensorsFile(str(path)).tensors[tensor]
+    row, col = shape[0] - 1, shape[1] - 2
+    size = {"F32": 4, "BF16": 2, "F16": 2}[kind]
+    codes = {
+        "F32": np.float32(value).tobytes(),
+        "BF16": np.float32(value).tobytes()[2:],
+        "F16": np.float16(value).tobytes(),
+    }
+    content = bytearray(path.read_bytes())
+    start = begin + (row * shape[1] + col) * size
+    content[start : start + size] = codes[kind]
+    path.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=f'{name}.safetensors: tensor "{tensor}" holds .* row {row}, column {col};'
+    ):
+        given.run()
+
+
+def test_views_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(20)
+    tensors = {
+        "a": ("F32", rng.standard_normal((4, 6))),
+        "b": ("F32", rng.standard_normal((4, 5))),
+        "A": ("F32", rng.standard_normal((2, 6))),
+        "B": ("F32", rng.standard_normal((4, 2))),
+        "B3": ("F32", rng.standard_normal((4, 3))),
+    }
+    file = write(tmp_path / "x.safetensors", tensors)
+    a, b, right, left, wider = (whole(file, name) for name in tensors)
+    with pytest.raises(PairingError, match="4x6 but base is 4x5"):
+        _core.Part(a, b)
+    with pytest.raises(PairingError, match="elements apart"):
+        _core.Part(*2 * [_core.View(file, "a", rows=4, cols=3, row_stride=6, col_stride=2)])
+    with pytest.raises(AdapterError, match="B3 has rank 3 but A has rank 2"):
+        _core.Factors(wider, right)
+    with pytest.raises(PairingError, match="module m: A has 6 columns but the weight has 5"):
+        _core.Job("m", [_core.Part(b, b)], [_core.Factors(left, right)])
+    with pytest.raises(PairingError, match="module m: B has 4 rows but the weight has 6"):
+        _core.Job("m", [_core.Part(a, a)], [_core.Factors(left, right)], transposed=True)
+    with pytest.raises(PairingError, match="no weights"):
+        _core.Job("m", [], [])
+    with pytest.raises(PairingError, match="b has 5 columns, the first part 6"):
+        _core.Job("m", [_core.Part(a, a), _core.Part(b, b)], [])
+
+
+@pytest.mark.parametrize(
+    ("layout", "fits"),
+    [
+        ({"rows": 4, "cols": 6, "row_stride": 6}, True),
+        ({"rows": 4, "cols": 6, "row_stride": 6, "offset": 1}, False),
+        ({"rows": 4, "cols": 6, "row_stride": 7}, False),
+        ({"rows": 6, "cols": 4, "row_stride": 1, "col_stride": 6}, True),
+        ({"rows": 1, "cols": 1, "row_stride": 2**62, "col_stride": 2**62, "offset": 23}, True),
+        ({"rows": 2, "cols": 1, "row_stride": 2**63}, False),
+        ({"rows": 2**33, "cols": 1, "row_stride": 2**33}, False),
+        ({"rows": 1, "cols": 1, "row_stride": 1, "offset": 24}, False),
+        ({"rows": 1, "cols": 1, "row_stride": 1, "offset": 2**64 - 1}, False),
+        ({"rows": 0, "cols": 1, "row_stride": 1}, False),
+    ],
+)
+def test_views_stay_in_their_tensor(tmp_path: Path, layout: dict, fits: bool) -> None:
+    file = write(tmp_path / "x.safetensors", {"a": ("F32", np.ones((4, 6))), "after": ("F32", np.ones((9, 9)))})
+    if fits:
+        assert _core.View(file, "a", **layout).nbytes == 4 * layout["rows"] * layout["cols"]
+    else:
+        with pytest.raises(CheckpointError, match=r'tensor "a" of shape \[4, 6\] does not hold'):
+            _core.View(file, "a", **layout)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"operator": "magic"}, "unknown operator"),
+        ({"normalize": "nuclear"}, "unknown normalisation"),
+        ({"operator": "orthogonal"}, "either rank or energy"),
+        ({"operator": "orthogonal", "rank": 3, "energy": 0.5}, "either rank or energy"),
+        ({"operator": "orthogonal", "rank": 0}, "rank is 0"),
+        ({"operator": "orthogonal", "energy": 0.0}, "energy is 0"),
+        ({"operator": "orthogonal", "energy": 1.5}, "energy is 1.5"),
+        ({"operator": "orthogonal", "energy": math.nan}, "energy is NaN"),
+        ({"operator": "orthogonal", "rank": 3, "normalize": "spectral"}, "belongs to the safelora operator"),
+        ({"rank": 3}, "belong to the orthogonal operator"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_settings_that_contradict_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        _core.ProjectionStream([], **options)
