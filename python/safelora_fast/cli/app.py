@@ -1,0 +1,40 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from safelora_fast import __version__
+from safelora_fast.cli import demo, env, inspect, project
+
+app = typer.Typer(
+    name="safelora-fast",
+    help="Fast SafeLoRA projection against emergent misalignment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+app.command("project")(project.project)
+app.command("inspect")(inspect.inspect)
+app.command("env")(env.env)
+app.command("demo")(demo.demo)

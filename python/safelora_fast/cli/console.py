@@ -1,0 +1,119 @@
+"""Progress and tables on the terminal. Progress and warnings go to standard error, results to standard output."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safelora_fast.posthoc.report import ModuleReport, ProjectionReport
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class ByteProgress:
+    """A bar by bytes with rate and time left; a line every ten seconds where standard error is no terminal."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._total = 0
+        self._started = self._printed = 0.0
+
+    def start(self, total_bytes: int, modules: int) -> None:
+        """Show what there is to do."""
+        self._total = total_bytes
+        self._started = self._printed = time.monotonic()
+        if err.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=err, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(f"{modules} modules", total=total_bytes)
+
+    def advance(self, done_bytes: int, module: str) -> None:
+        """Show how far the run is."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done_bytes, description=short(module))
+            return
+        now = time.monotonic()
+        if now - self._printed >= self.SECONDS_BETWEEN_LINES:
+            self._printed = now
+            rate = done_bytes / (now - self._started)
+            left = (self._total - done_bytes) / rate if rate else math.inf
+            share = 100 * done_bytes / self._total if self._total else 100
+            print(f"{share:3.0f} % at {rate / 1e9:.2f} GB/s, {left:.0f} s left: {module}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def short(name: str, width: int = 40) -> str:
+    """The end of a module's name, which tells more than its beginning."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def figure(value: float) -> str:
+    """Four significant digits, or a dash where there is no value."""
+    return "–" if math.isnan(value) else f"{value:.4g}"
+
+
+def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
+    """A table with one row per module."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("module", no_wrap=True)
+    for column in ("cosine", "gain ‖OB‖/‖B‖", "‖B‖", "‖V‖"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("projected")
+    for module in modules:
+        figures = (module.cosine, module.gain, module.b_norm, module.v_norm)
+        table.add_row(short(module.name), *map(figure, figures), "yes" if module.projected else f"no: {module.reason}")
+    return table
+
+
+def print_warnings(report: ProjectionReport) -> None:
+    """What a careful reader of the figures would say, on standard error."""
+    for warning in report.warnings:
+        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+
+
+def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
+    """One table for each adapter: all modules, or those whose update changed most."""
+    for adapter in report.adapters:
+        count = f"{adapter.adapter}: {len(adapter.projected)} of {len(adapter.modules)} modules selected"
+        modules: Sequence[ModuleReport] = adapter.modules
+        if most is not None:
+            change = {id(module): abs(module.update_norm - module.update_norm_after) for module in adapter.projected}
+            modules = sorted(adapter.projected, key=lambda module: (-change[id(module)], module.name))[:most]
+            if modules:
+                count += "; most changed:"
+        out.print(module_table(count, modules) if modules else count, soft_wrap=True)
+        if adapter.copied:
+            out.print(
+                f"copied through, not projected: {len(adapter.copied)} tensors, e.g. {adapter.copied[0]['tensor']}",
+                soft_wrap=True,
+            )

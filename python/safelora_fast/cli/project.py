@@ -1,0 +1,82 @@
+"""`safelora-fast project`: project finished adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safelora_fast.cli import options
+from safelora_fast.errors import SettingsError
+
+
+def project(
+    adapters: options.Adapters,
+    aligned: options.Aligned,
+    base: options.Base,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to make; with several adapters, one sub-folder each.")
+    ] = None,
+    operator: options.Operator = "safelora",
+    normalize: options.Normalize = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    select: options.Select = "threshold",
+    threshold: options.Threshold = None,
+    num_layers: options.NumLayers = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and report everything, write nothing.")] = False,
+    as_json: options.Json = False,
+    plot: options.Plot = None,
+    threads: options.Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Project LoRA adapters onto the alignment subspace of their model.
+
+    Reads both checkpoints once, in a stream, for any number of adapters; loads no model. The output folder holds an adapter
+    that PEFT loads, a model card and a report, and appears under its name only when it is whole.
+    """
+    from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings
+    from safelora_fast.posthoc.project import project_adapter
+
+    if output is None and not dry_run:
+        raise SettingsError("say where to write with --output DIR, or pass --dry-run")
+    if plot is not None:
+        from safelora_fast.posthoc.plot import check_plot
+
+        check_plot(plot)
+    with ByteProgress() as progress:
+        report = project_adapter(
+            adapters,
+            aligned=aligned,
+            base=base,
+            output=None if dry_run else output,
+            operator=operator,
+            normalize=normalize,
+            rank=rank,
+            energy=energy,
+            select=select,
+            threshold=threshold,
+            num_layers=num_layers,
+            threads=threads,
+            overwrite=overwrite,
+            progress=None if quiet or as_json else progress,
+        )
+    if plot is not None:
+        from safelora_fast.posthoc.plot import plot_report
+
+        plot_report(report, plot)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        print_module_tables(report, most=10)
+        rate = report.bytes_read / 1e9 / report.seconds
+        out.print(f"{report.bytes_read / 1e9:.2f} GB of weights in {report.seconds:.1f} s ({rate:.2f} GB/s)")
+        if dry_run:
+            out.print("dry run: nothing was written")
+        for adapter in report.adapters:
+            if adapter.output is not None:
+                out.print(f"written to {adapter.output}", soft_wrap=True)
+    print_warnings(report)

@@ -1,0 +1,125 @@
+"""Output folders that are either whole or absent.
+
+Everything is written in a temporary folder beside the target and renamed at the end. A run that is killed leaves a
+temporary folder (named `.<target>.partial-…`) and the target as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safelora_fast.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool, nbytes: int) -> None:
+    """Refuse a target that exists, holds or lies in an input, cannot be written, or has no room for `nbytes` bytes.
+
+    Raises:
+        OutputError: with the reason.
+    """
+    resolved = target.resolve()
+    for source in inputs:
+        other = source.resolve()
+        if resolved == other or resolved in other.parents or other in resolved.parents:
+            raise OutputError(f"{target}: the output folder and the input {source} must not contain one another")
+    if target.exists() or target.is_symlink():
+        if not target.is_dir() or target.is_symlink():
+            raise OutputError(f"{target}: exists and is not a folder")
+        if not overwrite and any(target.iterdir()):
+            raise OutputError(f"{target}: exists already; choose another folder, or pass --overwrite")
+    parent = next(folder for folder in resolved.parents if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{target}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: no permission to write in {parent}")
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputError(f"{target}: {nbytes:,} bytes are needed, but {parent} has {free:,} left; free some space")
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: when the system refuses to write.
+    """
+    with described(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        with described(target):
+            yield partial
+            for folder, _, files in os.walk(partial):
+                for file in files:
+                    sync(Path(folder, file))
+                sync(Path(folder))
+            partial.chmod(0o777 & ~_umask())
+            replaced = _put(partial, target)
+            sync(target.parent)
+        if replaced:
+            shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _put(partial: Path, target: Path) -> bool:
+    """Give the folder its final name in one step; True when `partial` now holds what stood there before."""
+    if not target.exists():
+        partial.rename(target)
+        return False
+    with contextlib.suppress(OSError):
+        target.rmdir()
+        partial.rename(target)
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        done = libc.renameat2(AT_FDCWD, os.fsencode(partial), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE)
+        if done == 0:
+            return True
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+    target.rename(aside)
+    partial.rename(target)
+    aside.rename(partial)
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def described(target: Path) -> Iterator[None]:
+    """Turn what the system refuses into an :class:`OutputError` that names the target."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise OutputError(f"{target}: the disk is full ({error.strerror}); nothing was kept") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}{where}") from error

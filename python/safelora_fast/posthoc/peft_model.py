@@ -1,0 +1,81 @@
+"""Projection of an adapter of a model that is already loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.posthoc.project import project_adapter
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+    from safelora_fast.posthoc.report import ProjectionReport
+
+
+def project_peft_model(
+    model: PeftModel,
+    *,
+    aligned: str | Path,
+    base: str | Path,
+    adapter_name: str = "default",
+    new_adapter_name: str = "safe",
+    **settings: Any,
+) -> ProjectionReport:
+    """Add a projected copy of one of a PeftModel's adapters, and leave the model otherwise as it was.
+
+    The adapter is saved to a temporary folder, projected as :func:`project_adapter` does, and loaded under the new name, on
+    the devices and in the dtypes of the original. The active adapter, gradients and the original adapter are not touched;
+    activate the new one with `model.set_adapter(new_adapter_name)`.
+
+    Args:
+        model: the model that carries the adapter.
+        aligned: path or Hub id of the model that the adapter was trained on.
+        base: path or Hub id of the model before alignment.
+        adapter_name: the adapter to project.
+        new_adapter_name: the name of the projected one; must be free.
+        **settings: operator, normalize, rank, energy, select, threshold, num_layers, threads, progress, as of
+            :func:`project_adapter`.
+
+    Returns:
+        The report; its `output` is None, since nothing stays on disk.
+
+    Raises:
+        SettingsError: when there is no such adapter, or the new name is taken.
+        SafeLoraFastError: as :func:`project_adapter`.
+    """
+    if adapter_name not in model.peft_config:
+        raise SettingsError(
+            f"the model has no adapter {adapter_name!r}; it has {', '.join(map(repr, model.peft_config))}"
+        )
+    if new_adapter_name in model.peft_config:
+        raise SettingsError(f"the model has an adapter {new_adapter_name!r} already; choose another new_adapter_name")
+    unknown = settings.keys() & {"output", "overwrite", "adapter"}
+    if unknown:
+        raise SettingsError(f"{', '.join(sorted(unknown))} cannot be set here: the result goes into the model")
+    with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
+        saved, projected = Path(folder, "saved"), Path(folder, "projected")
+        model.save_pretrained(str(saved), selected_adapters=[adapter_name])
+        if adapter_name != "default":
+            saved /= adapter_name
+        report = project_adapter(saved, aligned=aligned, base=base, output=projected, **settings)
+        _load(model, projected, adapter_name, new_adapter_name)
+    return report
+
+
+def _load(model: PeftModel, folder: Path, adapter_name: str, new_adapter_name: str) -> None:
+    """Load the projected adapter as the original lies, without disturbing which adapter is active or trained."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    active = model.active_adapters
+    model.load_adapter(str(folder), new_adapter_name, is_trainable=False, autocast_adapter_dtype=False)
+    parameters: dict[str, torch.nn.Parameter] = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        original = parameters.get(name.replace(f".{new_adapter_name}.", f".{adapter_name}."))
+        if name not in trained and original is not None:
+            parameter.data = parameter.data.to(original.device, original.dtype)
+    model.base_model.set_adapter(active)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, False))

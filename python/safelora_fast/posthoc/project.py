@@ -1,0 +1,241 @@
+"""Project finished adapters: plan, stream, select, write, report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safelora_fast import _core
+from safelora_fast.errors import PairingError, SettingsError
+from safelora_fast.posthoc import card
+from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
+from safelora_fast.posthoc.output import check_target, whole_folder
+from safelora_fast.posthoc.plan import Plan, plan_projection
+from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
+from safelora_fast.posthoc.settings import Settings, chosen
+from safelora_fast.posthoc.sources import Checkpoint, open_checkpoint
+from safelora_fast.posthoc.writer import AdapterWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+REPORT = "safelora_report.json"
+PathLike = str | Path
+
+
+class Progress(Protocol):
+    """Told once what there is to do, then after every module how far the run is."""
+
+    def start(self, total_bytes: int, modules: int) -> None:
+        """Called before the first byte is read."""
+
+    def advance(self, done_bytes: int, module: str) -> None:
+        """Called after each module with the bytes done so far."""
+
+
+def project_adapter(
+    adapter: PathLike | Sequence[PathLike],
+    *,
+    aligned: PathLike,
+    base: PathLike,
+    output: PathLike | None,
+    operator: str = "safelora",
+    normalize: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    select: str = "threshold",
+    threshold: float | None = None,
+    num_layers: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ProjectionReport:
+    """Project one or several PEFT adapters with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) and write the results.
+
+    The checkpoints are streamed once, whatever the number of adapters; no model is loaded. Inputs are never written. The
+    output appears under its name only when it is whole. docs/methods.md defines operators and selection.
+
+    Args:
+        adapter: folder of a PEFT LoRA adapter, or several of them.
+        aligned: the model that the adapter was trained on: path or Hub id, with `@revision` if need be.
+        base: the model before alignment.
+        output: the folder to make; with several adapters it gets one sub-folder each, named as theirs. None writes nothing.
+        operator: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ) or "zero".
+        normalize: "frobenius" (default, the paper's) or "spectral"; for safelora.
+        rank: columns of U_k; for orthogonal.
+        energy: share of ‖V‖²_F that U_k must hold; for orthogonal, instead of rank.
+        select: "threshold" (cosine ≤ threshold), "number" (the lowest cosines) or "all".
+        threshold: 0.5 where not given.
+        num_layers: 10 where not given.
+        threads: number of threads; all cores by default. The result does not depend on it.
+        overwrite: replace an output folder that exists.
+        progress: told about every module.
+
+    Returns:
+        What was done, as it is also written to `safelora_report.json`.
+
+    Raises:
+        SafeLoraFastError: any bad input, in one line; nothing is written then.
+    """
+    settings = Settings(operator, normalize, rank, energy, select, threshold, num_layers, threads)  # type: ignore[arg-type]
+    paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    if not paths:
+        raise SettingsError("no adapter was given")
+    start = time.perf_counter()
+    adapters = [load_adapter(path) for path in paths]
+    folders = _folders(adapters, None if output is None else Path(output))
+    if output is not None:
+        inputs = [adapter.path for adapter in adapters] + [path for path in map(Path, (aligned, base)) if path.exists()]
+        size = sum(adapter.file.size for adapter in adapters)
+        check_target(Path(output), inputs, overwrite=overwrite, nbytes=size)
+    models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
+    plan = plan_projection(adapters, *models)
+
+    whole: AbstractContextManager[Path | None] = (
+        contextlib.nullcontext() if output is None else whole_folder(Path(output))
+    )
+    with whole as partial:
+        writers: list[AdapterWriter | None] = [None] * len(adapters)
+        if partial is not None and output is not None:
+            places = [partial / folder.relative_to(output) for folder in folders if folder is not None]
+            writers = [AdapterWriter(adapter, place) for adapter, place in zip(adapters, places, strict=True)]
+        modules = _run(plan, settings, writers, progress)
+        report = ProjectionReport(
+            settings={**asdict(settings), **settings.effective()},
+            aligned=_describe(models[0]),
+            base=_describe(models[1]),
+            adapters=[
+                AdapterReport(str(adapter.path), None if folder is None else str(folder), reports, _copied(adapter))
+                for adapter, folder, reports in zip(adapters, folders, modules, strict=True)
+            ],
+            bytes_read=plan.nbytes,
+            seconds=time.perf_counter() - start,
+            versions=_versions(),
+        )
+        for index, writer in enumerate(writers):
+            if writer is not None:
+                text = json.dumps(
+                    replace(report, adapters=[report.adapters[index]]).to_dict(), indent=2, ensure_ascii=False
+                )
+                (writer.folder / REPORT).write_text(text + "\n", encoding="utf-8")
+                (writer.folder / "README.md").write_text(card.render(report, index), encoding="utf-8")
+    return report
+
+
+def _run(
+    plan: Plan, settings: Settings, writers: Sequence[AdapterWriter | None], progress: Progress | None
+) -> list[list[ModuleReport]]:
+    """Stream the modules, write what may be selected, and settle the selection at the end."""
+    reports: list[list[ModuleReport]] = [[] for _ in writers]
+    targets = [[] for _ in writers]  # type: ignore[var-annotated]
+    stream = _core.ProjectionStream(
+        [module.job for module in plan.modules],
+        operator=settings.operator,
+        normalize=settings.normalize or "frobenius",
+        rank=settings.rank,
+        energy=settings.energy,
+        keep_projected=any(writer is not None for writer in writers),
+        threads=settings.threads,
+    )
+    if progress is not None:
+        progress.start(plan.nbytes, len(plan.modules))
+    try:
+        for outcome in stream:
+            planned = plan.modules[outcome.index]
+            for target, factor in zip(planned.targets, outcome.factors, strict=True):
+                report = ModuleReport(
+                    name=planned.name,
+                    cosine=factor.cosine,
+                    projected=False,
+                    reason="",
+                    gain=factor.gain,
+                    rank=target.module.rank,
+                    b_norm=factor.left_norm,
+                    b_norm_after=factor.left_norm_projected,
+                    update_norm=factor.update_norm,
+                    update_norm_after=factor.update_norm_projected,
+                    v_norm=outcome.v_norm,
+                    v_rank=outcome.rank,
+                    v_energy=outcome.energy,
+                    sources=[asdict(source) for source in planned.sources],
+                )
+                reports[target.adapter].append(report)
+                targets[target.adapter].append(target)
+                writer = writers[target.adapter]
+                if writer is not None and chosen({report.name: report.cosine}, settings):
+                    writer.write(target, factor.projected())
+            if progress is not None:
+                progress.advance(stream.bytes_done, planned.name)
+    finally:
+        stream.close()
+    if plan.modules and all(report.v_norm == 0 for adapter_reports in reports for report in adapter_reports):
+        raise PairingError(
+            "aligned and base hold the same weights in every adapted module, so V = aligned - base is zero and there is "
+            "nothing to project onto; give the model before alignment as --base"
+        )
+    return [
+        _settle(adapter_reports, adapter_targets, writer, settings)
+        for adapter_reports, adapter_targets, writer in zip(reports, targets, writers, strict=True)
+    ]
+
+
+def _settle(
+    reports: list[ModuleReport], targets: list[Any], writer: AdapterWriter | None, settings: Settings
+) -> list[ModuleReport]:
+    """Mark the selected modules and put back the others."""
+    selected = chosen({report.name: report.cosine for report in reports}, settings)
+    settled = []
+    for report, target in zip(reports, targets, strict=True):
+        projected = report.name in selected
+        if projected:
+            settled.append(replace(report, projected=True, reason=settings.why(report.cosine, projected=True)))
+            continue
+        if writer is not None:
+            writer.restore(target)
+        reason = settings.why(report.cosine, projected=False)
+        if report.v_norm == 0:
+            reason = "V is zero: aligned and base agree here"
+        elif report.update_norm == 0:
+            reason = "the update is zero"
+        settled.append(replace(report, reason=reason, b_norm_after=report.b_norm, update_norm_after=report.update_norm))
+    return settled
+
+
+def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | None]:
+    """Where each adapter goes: the output itself, or a sub-folder of the same name each."""
+    if output is None:
+        return [None] * len(adapters)
+    if len(adapters) == 1:
+        return [output]
+    names = [adapter.path.resolve().name for adapter in adapters]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(f"two adapters are in folders called {name!r}; their outputs would share a name")
+    return [output / name for name in names]
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "source": checkpoint.description,
+        "revision": checkpoint.revision,
+        "files": sorted(file.path for file in checkpoint.files),
+    }
+
+
+def _copied(adapter: Adapter) -> list[dict[str, str]]:
+    return [{"tensor": key, "reason": reason} for key, reason in adapter.copied]
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("safelora-fast", "numpy", "huggingface_hub")}
+    return {**packages, "python": platform.python_version(), "kernel": _core.kernel_level()}
+
+
+__all__ = ["REPORT", "WEIGHTS", "Progress", "project_adapter"]

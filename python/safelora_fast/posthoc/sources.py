@@ -1,0 +1,230 @@
+"""Where a checkpoint's tensors come from: a safetensors file, a sharded index, a folder, or the Hugging Face Hub.
+
+A checkpoint knows the names of its tensors from an index or a header. Shards are opened, and fetched where they are
+remote, only when :meth:`Checkpoint.require` asks for tensors in them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast import _core
+from safelora_fast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)(@(?P<revision>[\w./-]+))?")
+CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: the file it lies in, its dtype as safetensors spells it, and its shape."""
+
+    file: _core.SafetensorsFile
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of one model.
+
+    Attributes:
+        description: the path or Hub id that was asked for.
+        revision: the commit hash on the Hub, or None.
+        config: the content of its config.json, or None where there is none.
+    """
+
+    description: str
+    revision: str | None
+    config: Mapping[str, Any] | None
+    _shards: Mapping[str, str]
+    _locate: Callable[[str], Path]
+    _opened: dict[str, tuple[_core.SafetensorsFile, Mapping[str, tuple[str, tuple[int, ...], int, int]]]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of all tensors, known before any shard is fetched."""
+        return self._shards.keys()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return name in self._shards
+
+    def require(self, names: Iterable[str]) -> None:
+        """Open, and fetch where they are remote, the shards that hold these tensors."""
+        for shard in sorted({self._shards[name] for name in names}):
+            if shard not in self._opened:
+                file = _core.SafetensorsFile(str(self._locate(shard)))
+                self._opened[shard] = file, file.tensors
+
+    def tensor(self, name: str) -> TensorEntry:
+        """The entry of a tensor; opens its shard if need be.
+
+        Raises:
+            CheckpointError: when the shard does not hold what the index promises.
+        """
+        shard = self._shards[name]
+        self.require([name])
+        file, tensors = self._opened[shard]
+        if name not in tensors:
+            raise CheckpointError(f"{file.path}: the index promises tensor {name!r}, but the file does not hold it")
+        return TensorEntry(file, *tensors[name])
+
+    @property
+    def files(self) -> list[_core.SafetensorsFile]:
+        """The shards opened so far."""
+        return [file for file, _ in self._opened.values()]
+
+
+def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
+    """Open a checkpoint by path or Hub id; a path that exists wins over a Hub id of the same name.
+
+    Args:
+        source: a safetensors file, an index, a folder, or a Hub id with an optional `@revision`.
+        role: "aligned" or "base", for messages.
+
+    Raises:
+        CheckpointError: when there is nothing to open, or it is of a format that cannot be streamed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.exists():
+        return _from_file(path)
+    match = HUB_ID.fullmatch(str(source))
+    if match is None or isinstance(source, Path):
+        raise CheckpointError(f"{source}: the {role} model is neither a file, nor a folder, nor a Hub id")
+    return _from_hub(match["repository"], match["revision"], role)
+
+
+def _from_folder(folder: Path) -> Checkpoint:
+    if (folder / INDEX).exists():
+        return _from_file(folder / INDEX)
+    if (folder / SINGLE).exists():
+        return _from_file(folder / SINGLE)
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: this is a PEFT adapter, not a model; give the model that it was trained on")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return _from_file(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+        if others:
+            raise CheckpointError(f"{folder}: holds {others[0]} but no safetensors file; to convert it, {CONVERT}")
+        raise CheckpointError(f"{folder}: holds no safetensors file and no index")
+    opened = {file.name: _core.SafetensorsFile(str(file)) for file in files}
+    shards: dict[str, str] = {}
+    for shard, opened_file in opened.items():
+        for name in opened_file.tensors:
+            if name in shards:
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is in {shards[name]} and in {shard}, and there is no index to choose"
+                )
+            shards[name] = shard
+    checkpoint = Checkpoint(str(folder), None, _config(folder / "config.json"), shards, lambda shard: folder / shard)
+    checkpoint._opened.update({shard: (file, file.tensors) for shard, file in opened.items()})
+    return checkpoint
+
+
+def _from_file(path: Path) -> Checkpoint:
+    folder, config = path.parent, _config(path.parent / "config.json")
+    description = str(folder if path.name in {INDEX, SINGLE} else path)
+    if path.suffix == ".json":
+        located = _core.read_index(str(path))
+        return Checkpoint(description, None, config, located, Path)
+    if path.suffix in {".bin", ".pt", ".pth", ".gguf"}:
+        raise CheckpointError(f"{path}: only safetensors can be streamed; to convert it, {CONVERT}")
+    file = _core.SafetensorsFile(str(path))
+    tensors = file.tensors
+    checkpoint = Checkpoint(description, None, config, dict.fromkeys(tensors, path.name), lambda _: path)
+    checkpoint._opened[path.name] = file, tensors
+    return checkpoint
+
+
+def _from_hub(repository: str, revision: str | None, role: str) -> Checkpoint:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    def fetch(file: str) -> Path:
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"{repository}: {file} is neither in the local cache nor within reach; go online, or give the {role} "
+                "model as a path"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"{repository}: the {role} model is neither a local path nor a repository that you may read; check the "
+                "name and your token"
+            ) from error
+        except (HfHubHTTPError, OSError) as error:
+            if isinstance(error, EntryNotFoundError):
+                raise
+            raise CheckpointError(f"{repository}: cannot fetch {file}: {str(error).splitlines()[0]}") from error
+
+    def fetch_if_there(file: str) -> Path | None:
+        try:
+            return fetch(file)
+        except EntryNotFoundError:
+            return None
+
+    config = fetch_if_there("config.json")
+    index = fetch_if_there(INDEX)
+    shards: dict[str, str]
+    if index is not None:
+        shards = _shard_names(index)
+        here = index
+    else:
+        single = fetch_if_there(SINGLE)
+        if single is None:
+            raise CheckpointError(
+                f"{repository}: holds neither {INDEX} nor {SINGLE}; older .bin checkpoints: {CONVERT}"
+            )
+        here = single
+        shards = dict.fromkeys(_core.SafetensorsFile(str(single)).tensors, SINGLE)
+    commit = here.parent.name if here.parent.parent.name == "snapshots" else None
+    return Checkpoint(repository, commit, _config(config) if config else None, shards, fetch)
+
+
+def _shard_names(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index whose shards have not been fetched yet."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: this is not an index of safetensors shards: {error}") from error
+    for name, shard in names.items():
+        parts = PurePosixPath(shard)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in shard:
+            raise CheckpointError(f"{index}: tensor {name!r} lies in {shard!r}, outside the repository")
+    return names
+
+
+def _config(path: Path) -> Mapping[str, Any] | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    return config if isinstance(config, dict) else None
