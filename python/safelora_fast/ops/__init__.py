@@ -1,19 +1,9 @@
-"""Operations on torch tensors, for people who embed them. Each is loaded when first used, and torch with it."""
+"""Operations on torch tensors, for people who embed them. Importing this package imports torch.
 
-from __future__ import annotations
+Each function has the name of the folder that holds it, so all are imported here, at once: a later import of such a
+folder then finds the function in its place.
+"""
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from safelora_fast.ops.subspace_projection import subspace_projection
-
-_HOMES = {"subspace_projection": "safelora_fast.ops.subspace_projection"}
+from safelora_fast.ops.subspace_projection import subspace_projection
 
 __all__ = ["subspace_projection"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
