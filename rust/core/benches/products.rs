@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use safelora_fast_core::kernels::{Difference, Dtype, Engine, Level, Matrix};
+use safelora_fast_core::limits::{fma_peak, read_seconds};
 
 const THREADS: usize = 2;
 
@@ -39,8 +40,16 @@ fn main() {
     let v = Difference::new(matrix(&aligned), matrix(&base)).expect("one shape");
     let gigabytes = 4e-9 * rows as f64 * cols as f64;
     for level in Level::ALL.into_iter().rev().filter(|level| level.is_available()) {
+        let read = fastest(10, || {
+            std::hint::black_box(read_seconds(&[&aligned, &base], THREADS));
+        });
+        let peak = (0..3).map(|_| fma_peak(THREADS, level)).fold(0.0, f64::max);
+        println!("{}: reads {:.1} GB/s, {:.1} GFLOP/s", level.name(), gigabytes / read, peak * 1e-9);
         let mut engine = Engine::new(THREADS, level).expect("the level is available");
         for &rank in ranks {
+            if level == Level::Scalar && rank > 32 {
+                continue;
+            }
             let left = vec![0.5_f32; rank * rows];
             let mut right = vec![0.0_f32; rank * cols];
             let mut result = vec![0.0_f32; rank * rows];

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod kernels;
+pub mod limits;
 pub mod linalg;
 pub mod projection;
 pub mod stream;

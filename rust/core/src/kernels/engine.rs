@@ -3,7 +3,7 @@
 use super::workspace::Workspace;
 #[cfg(target_arch = "x86_64")]
 use super::{Avx2, Avx512};
-use super::{Difference, Level, Scalar, ShapeError, norm, product, transposed};
+use super::{Difference, Level, Scalar, ShapeError, micro, norm, product, transposed};
 
 /// Threads, SIMD level and reusable workspace of the products with V.
 #[derive(Debug)]
@@ -94,6 +94,12 @@ impl Engine {
         self.pool.install(|| at_level!(level, product::run, (v, x, rank, y, threads, workspace)));
         Ok(())
     }
+}
+
+/// Runs `steps` fused multiply-adds in each lane of as many independent chains as keep the CPU busy; returns the number of
+/// lanes. The caller has checked the level.
+pub(crate) fn fused_chains(level: Level, steps: usize) -> usize {
+    at_level!(level, micro::fused_chains, (steps))
 }
 
 fn check(vectors: &[f32], rank: usize, length: usize, name: &str) -> Result<(), ShapeError> {

@@ -6,6 +6,8 @@
 use super::simd::{GROUP, LANES, Line, Simd, prefetch};
 use super::{Dtype, Scalar};
 
+/// Independent chains of multiply-adds: they hide the latency of any CPU, and fit sixteen registers.
+const CHAINS: usize = 12;
 /// Rows that `dot` takes together.
 pub(super) const DOT_ROWS: usize = 4;
 
@@ -56,6 +58,9 @@ pub(super) trait Kernels: Simd {
     /// `sums[k][row] = Σ_vector Σ_lane v[vector][row]·x[vector][k]` for four rows, added to what `sums` held unless `first`.
     /// `x` is aligned as a line.
     unsafe fn dot<const K: usize>(v: *const Line, x: *const f32, vectors: usize, sums: *mut f32, first: bool);
+
+    /// `steps` multiply-adds in registers only, for each of [`CHAINS`] registers.
+    unsafe fn chains(steps: usize) -> [Self::Register; CHAINS];
 
     /// Splits `groups`·32 unaligned f32 values; group `g` goes to `output + g·group_step`, its odd half `odd_step` further.
     unsafe fn split(values: *const f32, groups: usize, output: *mut f32, odd_step: usize, group_step: usize);
@@ -275,6 +280,28 @@ unsafe fn add_joined<S: Simd>(split: *const Line, output: *mut f32) {
     }
 }
 
+#[inline(always)]
+unsafe fn chains<S: Simd>(steps: usize) -> [S::Register; CHAINS] {
+    // SAFETY: the caller vouches for the CPU; both constants outlive the calls.
+    unsafe {
+        let (factor, addend) = (S::splat(&std::hint::black_box(0.5)), S::splat(&std::hint::black_box(1.0)));
+        let mut chains = [addend; CHAINS];
+        for _ in 0..steps {
+            for chain in 0..CHAINS {
+                chains[chain] = S::multiply_add(chains[chain], factor, addend);
+            }
+        }
+        chains
+    }
+}
+
+/// Runs `steps` fused multiply-adds in each lane of independent chains, on registers only; returns the number of lanes.
+pub(super) fn fused_chains<L: Kernels>(steps: usize) -> usize {
+    // SAFETY: the caller has checked the level.
+    std::hint::black_box(unsafe { L::chains(steps) });
+    CHAINS * L::WIDTH
+}
+
 /// Compiles the micro kernels with a level's instructions.
 macro_rules! kernels {
     ($level:ty, accumulate: $accumulate:literal, dot: $dot:literal $(, #[$feature:meta])?) => {
@@ -322,6 +349,12 @@ macro_rules! kernels {
             ) {
                 // SAFETY: passed on to the caller.
                 unsafe { dot::<Self, K>(v, x, vectors, sums, first) }
+            }
+
+            $(#[$feature])?
+            unsafe fn chains(steps: usize) -> [Self::Register; CHAINS] {
+                // SAFETY: passed on to the caller.
+                unsafe { chains::<Self>(steps) }
             }
 
             $(#[$feature])?

@@ -29,5 +29,7 @@ use avx512::Avx512;
 use scalar::Scalar;
 
 pub use engine::Engine;
+pub(crate) use engine::fused_chains;
 pub use level::{LEVEL_VARIABLE, Level, LevelError};
 pub use matrix::{Difference, Dtype, Matrix, ShapeError};
+pub(crate) use simd::prefetch;

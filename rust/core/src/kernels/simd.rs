@@ -54,7 +54,7 @@ pub(super) trait Simd: Copy + 'static {
 
 /// Asks for a cache line to be brought into L2; any address will do.
 #[inline(always)]
-pub(super) fn prefetch(pointer: *const u8) {
+pub(crate) fn prefetch(pointer: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: prefetching has no architectural effect, whatever the address; SSE is part of x86-64.
     unsafe {
