@@ -6,8 +6,6 @@ use std::time::Instant;
 use safelora_fast_core::kernels::{Difference, Dtype, Engine, Level, Matrix};
 use safelora_fast_core::limits::{fma_peak, read_seconds};
 
-const THREADS: usize = 2;
-
 fn weights(count: usize, seed: u32) -> Vec<u8> {
     let mut state = seed;
     let mut bytes = Vec::with_capacity(2 * count);
@@ -29,6 +27,7 @@ fn fastest(rounds: usize, mut work: impl FnMut()) -> f64 {
 }
 
 fn main() {
+    let threads = std::env::var("THREADS").ok().and_then(|word| word.parse().ok()).unwrap_or(2);
     let arguments: Vec<usize> = std::env::args().filter_map(|word| word.parse().ok()).collect();
     let (rows, cols, ranks): (usize, usize, &[usize]) = match arguments.as_slice() {
         [rows, cols, ranks @ ..] if !ranks.is_empty() => (*rows, *cols, ranks),
@@ -40,12 +39,15 @@ fn main() {
     let v = Difference::new(matrix(&aligned), matrix(&base)).expect("one shape");
     let gigabytes = 4e-9 * rows as f64 * cols as f64;
     for level in Level::ALL.into_iter().rev().filter(|level| level.is_available()) {
+        if std::env::var("LEVEL").is_ok_and(|word| word != level.name()) {
+            continue;
+        }
         let read = fastest(10, || {
-            std::hint::black_box(read_seconds(&[&aligned, &base], THREADS));
+            std::hint::black_box(read_seconds(&[&aligned, &base], threads));
         });
-        let peak = (0..3).map(|_| fma_peak(THREADS, level)).fold(0.0, f64::max);
+        let peak = (0..3).map(|_| fma_peak(threads, level)).fold(0.0, f64::max);
         println!("{}: reads {:.1} GB/s, {:.1} GFLOP/s", level.name(), gigabytes / read, peak * 1e-9);
-        let mut engine = Engine::new(THREADS, level).expect("the level is available");
+        let mut engine = Engine::new(threads, level).expect("the level is available");
         for &rank in ranks {
             if level == Level::Scalar && rank > 32 {
                 continue;
@@ -53,7 +55,7 @@ fn main() {
             let left = vec![0.5_f32; rank * rows];
             let mut right = vec![0.0_f32; rank * cols];
             let mut result = vec![0.0_f32; rank * rows];
-            let rounds = if level == Level::Scalar { 1 } else { 400 / (rank + 20) + 2 };
+            let rounds = if level == Level::Scalar { 1 } else { 1000 / (rank + 20) + 2 };
             let transposed = fastest(rounds, || {
                 engine.transposed_product(&v, &left, rank, &mut right).expect("shapes fit");
             });

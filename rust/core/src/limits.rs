@@ -90,6 +90,7 @@ fn fold_avx2(bytes: &[u8]) -> u64 {
     fold_any(bytes)
 }
 
+#[allow(clippy::inline_always)] // so that it takes on the caller's instruction set
 #[inline(always)]
 fn fold_any(bytes: &[u8]) -> u64 {
     let mut lanes = [0_u64; 16];

@@ -8,8 +8,10 @@ use super::{Dtype, Scalar};
 
 /// Independent chains of multiply-adds: they hide the latency of any CPU, and fit sixteen registers.
 const CHAINS: usize = 12;
-/// Rows that `dot` takes together.
-pub(super) const DOT_ROWS: usize = 4;
+/// How far ahead `update` prefetches, in groups of 32 columns.
+const AHEAD: usize = 32;
+/// Rows that `update` and `dot` take together. More would lie in the same few sets of L1 where rows are a power of two long.
+pub(super) const ROWS: usize = 4;
 
 /// A corner of a stored matrix: unaligned rows that start `row_step` bytes apart.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +19,14 @@ pub(super) struct Corner {
     pub(super) pointer: *const u8,
     pub(super) row_step: usize,
     pub(super) dtype: Dtype,
+}
+
+/// Lines to bring into L2 while working: `per_vector` for each vector of 16 columns, taking [`ROWS`] rows in turn.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ahead {
+    pub(super) pointer: *const u8,
+    pub(super) row_step: usize,
+    pub(super) per_vector: usize,
 }
 
 /// Where `stage` puts its vectors; steps count f32 values.
@@ -28,36 +38,39 @@ pub(super) struct Staged {
     pub(super) group_step: usize,
 }
 
-/// Lines to bring into L2 while working: one of each matrix for every row, `row_step` bytes apart.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ahead {
-    pub(super) pointers: [*const u8; 2],
-    pub(super) row_steps: [usize; 2],
-}
-
 /// The micro kernels of one level.
 ///
 /// # Safety
 /// Of every function: the CPU has the level's instructions, and pointers are valid for the shapes given.
 pub(super) trait Kernels: Simd {
-    /// Most vectors that one call of `accumulate` takes.
-    const ACCUMULATE: usize;
     /// Most vectors that one call of `dot` takes.
     const DOT: usize;
 
-    /// Stages `rows` x `groups`·32 elements of aligned − base.
-    unsafe fn stage(aligned: Corner, base: Corner, rows: usize, groups: usize, staged: Staged);
+    /// Stages `rows` x `groups`·32 elements of aligned − base, and prefetches as many of aligned from `next` on.
+    unsafe fn stage(aligned: Corner, base: Corner, next: *const u8, rows: usize, groups: usize, staged: Staged);
 
-    /// Stages `rows` x 32 elements of aligned − base as rows of 32, prefetches, and returns the sum of squares of each
-    /// column (split).
-    unsafe fn stage_squares(aligned: Corner, base: Corner, rows: usize, staged: *mut Line, ahead: Ahead) -> [Line; 2];
-
-    /// `sums[k] = Σ_row x[row][k]·v[row]` for K vectors of 32 columns, added to what `sums` held unless `first`.
-    unsafe fn accumulate<const K: usize>(v: *const Line, x: *const f32, rows: usize, sums: *mut Line, first: bool);
+    /// `sums[group][0] += Σ_row v²` and `sums[group][1 + k] += Σ_row x[k][row]·v[row]` for R rows (1 or `ROWS`) of `groups`·32 columns of
+    /// aligned − base and `rank` vectors.
+    unsafe fn update<const R: usize>(
+        aligned: Corner,
+        base: Corner,
+        next: [*const u8; 2],
+        groups: usize,
+        x: *const f32,
+        rank: usize,
+        sums: *mut Line,
+    );
 
     /// `sums[k][row] = Σ_vector Σ_lane v[vector][row]·x[vector][k]` for four rows, added to what `sums` held unless `first`.
     /// `x` is aligned as a line.
-    unsafe fn dot<const K: usize>(v: *const Line, x: *const f32, vectors: usize, sums: *mut f32, first: bool);
+    unsafe fn dot<const K: usize>(
+        v: *const Line,
+        x: *const f32,
+        vectors: usize,
+        sums: *mut f32,
+        first: bool,
+        ahead: Ahead,
+    );
 
     /// `steps` multiply-adds in registers only, for each of [`CHAINS`] registers.
     unsafe fn chains(steps: usize) -> [Self::Register; CHAINS];
@@ -99,7 +112,7 @@ macro_rules! for_dtypes {
 }
 
 #[inline(always)]
-unsafe fn stage<S: Simd>(aligned: Corner, base: Corner, rows: usize, groups: usize, staged: Staged) {
+unsafe fn stage<S: Simd>(aligned: Corner, base: Corner, next: *const u8, rows: usize, groups: usize, staged: Staged) {
     // SAFETY: the caller vouches for the CPU and for all three shapes.
     unsafe {
         macro_rules! body {
@@ -108,7 +121,12 @@ unsafe fn stage<S: Simd>(aligned: Corner, base: Corner, rows: usize, groups: usi
                     let mut a = aligned.pointer.add(row * aligned.row_step);
                     let mut b = base.pointer.add(row * base.row_step);
                     let mut output = staged.pointer.add(row * staged.row_step);
+                    let mut next = next.wrapping_add(row * aligned.row_step);
                     for _ in 0..groups {
+                        for line in 0..$aligned.size() / 2 {
+                            prefetch(next.wrapping_add(line * 64));
+                        }
+                        next = next.wrapping_add(GROUP * $aligned.size());
                         for part in 0..LANES / S::WIDTH {
                             let offset = part * S::WIDTH;
                             let [a_even, a_odd] = load_split::<S>(a.add(2 * offset * $aligned.size()), $aligned);
@@ -127,111 +145,113 @@ unsafe fn stage<S: Simd>(aligned: Corner, base: Corner, rows: usize, groups: usi
     }
 }
 
+/// Prefetches R rows of the group of 32 columns that lies `AHEAD` groups after `group` in a stretch of `groups` from `corner`
+/// on, continued at `next`.
 #[inline(always)]
-unsafe fn stage_squares<S: Simd>(
+fn prefetch_rows<const R: usize>(corner: Corner, next: *const u8, size: usize, group: usize, groups: usize) {
+    let target = group + AHEAD;
+    let (start, target) =
+        if target < groups { (corner.pointer, target) } else { (next, (target - groups).min(groups - 1)) };
+    for row in 0..R {
+        for line in 0..size / 2 {
+            prefetch(start.wrapping_add(row * corner.row_step + target * GROUP * size + line * 64));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn update<S: Simd, const R: usize>(
     aligned: Corner,
     base: Corner,
-    rows: usize,
-    staged: *mut Line,
-    ahead: Ahead,
-) -> [Line; 2] {
-    // SAFETY: the caller vouches for the CPU and for all three shapes.
+    next: [*const u8; 2],
+    groups: usize,
+    x: *const f32,
+    rank: usize,
+    sums: *mut Line,
+) {
+    // SAFETY: the caller vouches for the CPU and for all shapes.
     unsafe {
-        // Two parts at most: registers of eight lanes.
-        let mut squares = [[S::zero(); 2]; 2];
         macro_rules! body {
             ($aligned:expr, $base:expr) => {
-                for row in 0..rows {
-                    let a = aligned.pointer.add(row * aligned.row_step);
-                    let b = base.pointer.add(row * base.row_step);
-                    let output = staged.add(2 * row).cast::<f32>();
-                    prefetch(ahead.pointers[0].wrapping_add(row * ahead.row_steps[0]));
-                    prefetch(ahead.pointers[1].wrapping_add(row * ahead.row_steps[1]));
+                for group in 0..groups {
+                    prefetch_rows::<R>(aligned, next[0], $aligned.size(), group, groups);
+                    prefetch_rows::<R>(base, next[1], $base.size(), group, groups);
                     for part in 0..LANES / S::WIDTH {
-                        let offset = part * S::WIDTH;
-                        let [a_even, a_odd] = load_split::<S>(a.add(2 * offset * $aligned.size()), $aligned);
-                        let [b_even, b_odd] = load_split::<S>(b.add(2 * offset * $base.size()), $base);
-                        let (even, odd) = (S::subtract(a_even, b_even), S::subtract(a_odd, b_odd));
-                        squares[part][0] = S::multiply_add(even, even, squares[part][0]);
-                        squares[part][1] = S::multiply_add(odd, odd, squares[part][1]);
-                        S::store(output.add(offset), even);
-                        S::store(output.add(LANES + offset), odd);
+                        let column = group * GROUP + 2 * part * S::WIDTH;
+                        let mut v = [[S::zero(); 2]; R];
+                        for row in 0..R {
+                            let a = aligned.pointer.add(row * aligned.row_step + column * $aligned.size());
+                            let b = base.pointer.add(row * base.row_step + column * $base.size());
+                            let [a_even, a_odd] = load_split::<S>(a, $aligned);
+                            let [b_even, b_odd] = load_split::<S>(b, $base);
+                            v[row] = [S::subtract(a_even, b_even), S::subtract(a_odd, b_odd)];
+                        }
+                        let sum = sums.add(group * 2 * (1 + rank)).cast::<f32>().add(part * S::WIDTH);
+                        let mut squares = [S::load(sum), S::load(sum.add(LANES))];
+                        for row in 0..R {
+                            for half in 0..2 {
+                                squares[half] = S::multiply_add(v[row][half], v[row][half], squares[half]);
+                            }
+                        }
+                        S::store(sum, squares[0]);
+                        S::store(sum.add(LANES), squares[1]);
+                        for k in 0..rank {
+                            let sum = sum.add((1 + k) * GROUP);
+                            let mut values = [S::load(sum), S::load(sum.add(LANES))];
+                            for row in 0..R {
+                                let factor = S::splat(x.add(k * R + row));
+                                for half in 0..2 {
+                                    values[half] = S::multiply_add(v[row][half], factor, values[half]);
+                                }
+                            }
+                            S::store(sum, values[0]);
+                            S::store(sum.add(LANES), values[1]);
+                        }
                     }
                 }
             };
         }
         for_dtypes!(aligned.dtype, base.dtype, body);
-        let mut sums = [Line::ZERO; 2];
-        for part in 0..LANES / S::WIDTH {
-            for half in 0..2 {
-                S::store(sums[half].0.as_mut_ptr().add(part * S::WIDTH), squares[part][half]);
-            }
-        }
-        sums
     }
 }
 
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const K: usize>(
+unsafe fn dot<S: Simd, const K: usize>(
     v: *const Line,
     x: *const f32,
-    rows: usize,
-    sums: *mut Line,
+    vectors: usize,
+    sums: *mut f32,
     first: bool,
+    ahead: Ahead,
 ) {
     // SAFETY: the caller vouches for the CPU and for all three shapes.
     unsafe {
-        for start in (0..GROUP).step_by(2 * S::WIDTH) {
-            let mut accumulators = [[S::zero(); 2]; K];
-            let mut v = v.cast::<f32>().add(start);
-            let mut x = x;
-            for _ in 0..rows {
-                let columns = [S::load(v), S::load(v.add(S::WIDTH))];
-                for k in 0..K {
-                    let factor = S::splat(x.add(k));
-                    for half in 0..2 {
-                        accumulators[k][half] = S::multiply_add(columns[half], factor, accumulators[k][half]);
-                    }
-                }
-                v = v.add(GROUP);
-                x = x.add(K);
-            }
-            for k in 0..K {
-                for half in 0..2 {
-                    let sum = sums.add(2 * k).cast::<f32>().add(start + half * S::WIDTH);
-                    let value = accumulators[k][half];
-                    S::store(sum, if first { value } else { S::add(S::load(sum), value) });
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn dot<S: Simd, const K: usize>(v: *const Line, x: *const f32, vectors: usize, sums: *mut f32, first: bool) {
-    // SAFETY: the caller vouches for the CPU and for all three shapes.
-    unsafe {
-        let mut totals = [[S::zero(); DOT_ROWS]; K];
+        let mut totals = [[S::zero(); ROWS]; K];
         for part in 0..LANES / S::WIDTH {
-            let mut accumulators = [[S::zero(); DOT_ROWS]; K];
+            let mut accumulators = [[S::zero(); ROWS]; K];
             let mut v = v.cast::<f32>().add(part * S::WIDTH);
             let mut x = x.add(part * S::WIDTH);
-            for _ in 0..vectors {
+            for vector in 0..vectors {
+                if part == 0 {
+                    for line in vector * ahead.per_vector..(vector + 1) * ahead.per_vector {
+                        prefetch(ahead.pointer.wrapping_add(line % ROWS * ahead.row_step + line / ROWS * 64));
+                    }
+                }
                 let mut factors = [S::zero(); K];
                 for k in 0..K {
                     factors[k] = S::load(x.add(k * LANES));
                 }
-                for row in 0..DOT_ROWS {
+                for row in 0..ROWS {
                     let value = S::load(v.add(row * LANES));
                     for k in 0..K {
                         accumulators[k][row] = S::multiply_add(value, factors[k], accumulators[k][row]);
                     }
                 }
-                v = v.add(DOT_ROWS * LANES);
+                v = v.add(ROWS * LANES);
                 x = x.add(K * LANES);
             }
             for k in 0..K {
-                for row in 0..DOT_ROWS {
+                for row in 0..ROWS {
                     let value = accumulators[k][row];
                     totals[k][row] = if part == 0 { value } else { S::add(totals[k][row], value) };
                 }
@@ -239,8 +259,8 @@ unsafe fn dot<S: Simd, const K: usize>(v: *const Line, x: *const f32, vectors: u
         }
         for k in 0..K {
             let values = S::sums(totals[k]);
-            for row in 0..DOT_ROWS {
-                let sum = &mut *sums.add(k * DOT_ROWS + row);
+            for row in 0..ROWS {
+                let sum = &mut *sums.add(k * ROWS + row);
                 *sum = if first { values[row] } else { *sum + values[row] };
             }
         }
@@ -304,39 +324,35 @@ pub(super) fn fused_chains<L: Kernels>(steps: usize) -> usize {
 
 /// Compiles the micro kernels with a level's instructions.
 macro_rules! kernels {
-    ($level:ty, accumulate: $accumulate:literal, dot: $dot:literal $(, #[$feature:meta])?) => {
+    ($level:ty, dot: $dot:literal $(, #[$feature:meta])?) => {
         impl Kernels for $level {
-            const ACCUMULATE: usize = $accumulate;
             const DOT: usize = $dot;
 
             $(#[$feature])?
-            unsafe fn stage(aligned: Corner, base: Corner, rows: usize, groups: usize, staged: Staged) {
-                // SAFETY: passed on to the caller.
-                unsafe { stage::<Self>(aligned, base, rows, groups, staged) }
-            }
-
-            $(#[$feature])?
-            unsafe fn stage_squares(
+            unsafe fn stage(
                 aligned: Corner,
                 base: Corner,
+                next: *const u8,
                 rows: usize,
-                staged: *mut Line,
-                ahead: Ahead,
-            ) -> [Line; 2] {
+                groups: usize,
+                staged: Staged,
+            ) {
                 // SAFETY: passed on to the caller.
-                unsafe { stage_squares::<Self>(aligned, base, rows, staged, ahead) }
+                unsafe { stage::<Self>(aligned, base, next, rows, groups, staged) }
             }
 
             $(#[$feature])?
-            unsafe fn accumulate<const K: usize>(
-                v: *const Line,
+            unsafe fn update<const R: usize>(
+                aligned: Corner,
+                base: Corner,
+                next: [*const u8; 2],
+                groups: usize,
                 x: *const f32,
-                rows: usize,
+                rank: usize,
                 sums: *mut Line,
-                first: bool,
             ) {
                 // SAFETY: passed on to the caller.
-                unsafe { accumulate::<Self, K>(v, x, rows, sums, first) }
+                unsafe { update::<Self, R>(aligned, base, next, groups, x, rank, sums) }
             }
 
             $(#[$feature])?
@@ -346,9 +362,10 @@ macro_rules! kernels {
                 vectors: usize,
                 sums: *mut f32,
                 first: bool,
+                ahead: Ahead,
             ) {
                 // SAFETY: passed on to the caller.
-                unsafe { dot::<Self, K>(v, x, vectors, sums, first) }
+                unsafe { dot::<Self, K>(v, x, vectors, sums, first, ahead) }
             }
 
             $(#[$feature])?
@@ -378,11 +395,11 @@ macro_rules! kernels {
     };
 }
 
-kernels!(Scalar, accumulate: 6, dot: 3);
+kernels!(Scalar, dot: 3);
 #[cfg(target_arch = "x86_64")]
-kernels!(super::Avx2, accumulate: 6, dot: 3, #[target_feature(enable = "avx2,fma,f16c")]);
+kernels!(super::Avx2, dot: 3, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-kernels!(super::Avx512, accumulate: 12, dot: 6, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);
+kernels!(super::Avx512, dot: 6, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);
 
 /// Calls a micro kernel whose number of vectors is a constant of the type.
 macro_rules! with_constant {

@@ -36,7 +36,7 @@ fn squares<L: Kernels>(v: &Difference<'_>, row: usize) -> f64 {
             }
         }
         // SAFETY: both corners hold a group of 32 elements, and so does `staged`; the engine has checked the CPU.
-        unsafe { L::stage(corners[0], corners[1], 1, 1, target) };
+        unsafe { L::stage(corners[0], corners[1], corners[0].pointer, 1, 1, target) };
         for line in staged {
             for (lane, value) in lanes.iter_mut().zip(line.0) {
                 *lane += f64::from(value) * f64::from(value);

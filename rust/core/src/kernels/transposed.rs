@@ -1,20 +1,25 @@
-//! `y += Vᵀ·x`: V is read once, in blocks of 128 rows; lanes are columns.
+//! `y += Vᵀ·x`: V is read once; lanes are columns.
 //!
 //! Every column of every vector is summed by fused multiply-adds in the order of the rows, from zero in each block of
-//! 128 rows; the sums of the blocks are added up in order, and the total is added to `y`. The squares of V are summed
-//! likewise within a column of a block, and in f64 from there on: over the columns of a tile, the blocks, the tiles.
+//! 1024 rows; the sums of the blocks are added to `y` in order. The squares of V are summed likewise in each column of a
+//! block, and from there on in f64: over the columns of a group of 32, the blocks, the groups.
+//!
+//! Four rows of V at a time are held in registers while each sum is fetched, multiplied into and put back. That costs little
+//! for each weight, reads V in long rows, and needs no more than two registers of sums whatever the rank.
 
 use rayon::prelude::*;
 
-use super::micro::{Ahead, Corner, Kernels, tiles, with_constant};
+use super::micro::{Corner, Kernels, ROWS, with_constant};
 use super::simd::{GROUP, Line};
 use super::workspace::{Borrowed, Shared, Workspace};
 use super::{Difference, Matrix};
 
-/// Rows of a block. With 32 columns in f32 it fills half of a 32 KiB L1 cache.
-const BLOCK: usize = 128;
-/// How far ahead a row is prefetched, in tiles of 32 columns.
-const DISTANCE: usize = 16;
+/// Rows whose sums start from zero.
+const BLOCK: usize = 1024;
+/// Rows that are taken panel by panel of columns.
+const SWEEP: usize = 32;
+/// Lines of sums of a panel: they should stay in L2 while the rows of a sweep go by.
+const PANEL: usize = 2048;
 
 pub(super) fn run<L: Kernels>(
     v: &Difference<'_>,
@@ -28,103 +33,127 @@ pub(super) fn run<L: Kernels>(
     if rows == 0 || cols == 0 {
         return 0.0;
     }
-    let count = cols.div_ceil(GROUP);
-    // At least one line, so that rank 0 can be cut like the others.
-    let lines = (2 * rank).max(1);
-    let Borrowed { vectors, sums, squares } = workspace.borrow(rank * rows, count * lines, count);
+    let groups = cols.div_ceil(GROUP);
+    let lines = 2 * (1 + rank);
+    let Borrowed { vectors, sums, squares } = workspace.borrow(rank * rows, groups * lines, groups);
 
     if rank > 0 {
-        let blocks = vectors.par_chunks_mut(BLOCK * rank).enumerate();
-        blocks.for_each(|(block, packed)| pack(x, rank, rows, block * BLOCK, L::ACCUMULATE, packed));
+        let bands = vectors.par_chunks_mut(ROWS * rank).enumerate();
+        bands.for_each(|(band, packed)| pack(x, rank, rows, band * ROWS, packed));
     }
     let packed = &*vectors;
     let y = Shared::new(y);
-    let unit = count.div_ceil(threads);
+    let unit = groups.div_ceil(threads);
     let units = sums.par_chunks_mut(unit * lines).zip(squares.par_chunks_mut(unit)).enumerate();
     units.for_each(|(index, (sums, squares))| {
-        let first = index * unit;
-        Unit { v, packed, rank, first, lines, sums, squares }.run::<L>();
-        // SAFETY: `y` is (rank, cols) and no other unit covers these columns.
-        unsafe { add::<L>(sums, lines, rank, first, cols, y) };
+        let unit = Unit { v, packed, rank, first: index * unit, groups: squares.len() };
+        squares.fill(0.0);
+        for start in (0..rows).step_by(BLOCK) {
+            let end = rows.min(start + BLOCK);
+            sums.fill(Line::ZERO);
+            unit.update::<L>(start, end, sums);
+            for (square, sums) in squares.iter_mut().zip(sums.chunks_exact(lines)) {
+                *square += sums[..2].iter().flat_map(|line| line.0).map(f64::from).sum::<f64>();
+            }
+            // SAFETY: `y` is (rank, cols) and no other unit covers these columns.
+            unsafe { add::<L>(sums, lines, rank, unit.first, cols, y) };
+        }
     });
     squares.iter().sum()
 }
 
-/// Rearranges a block of rows of `x` to (tile of vectors, row, vector).
-fn pack(x: &[f32], rank: usize, rows: usize, start: usize, most: usize, packed: &mut [f32]) {
-    let block = packed.len() / rank;
-    for (first, count) in tiles(rank, most) {
-        let tile = &mut packed[first * block..(first + count) * block];
-        for (k, vector) in x.chunks_exact(rows).skip(first).take(count).enumerate() {
-            for (slot, value) in tile.iter_mut().skip(k).step_by(count).zip(&vector[start..start + block]) {
-                *slot = *value;
-            }
+/// Rearranges four rows of `x` to (vector, row), or the fewer rows at the end to (row, vector).
+fn pack(x: &[f32], rank: usize, rows: usize, start: usize, packed: &mut [f32]) {
+    let band = packed.len() / rank;
+    let (row_step, step) = if band == ROWS { (1, ROWS) } else { (rank, 1) };
+    for (k, vector) in x.chunks_exact(rows).enumerate() {
+        for (row, value) in vector[start..start + band].iter().enumerate() {
+            packed[k * step + row * row_step] = *value;
         }
     }
 }
 
-/// Neighbouring tiles of 32 columns that one thread works on.
+/// Neighbouring groups of 32 columns that one thread works on.
 struct Unit<'a> {
     v: &'a Difference<'a>,
     packed: &'a [f32],
     rank: usize,
     first: usize,
-    lines: usize,
-    sums: &'a mut [Line],
-    squares: &'a mut [f64],
+    groups: usize,
 }
 
 impl Unit<'_> {
-    fn run<L: Kernels>(self) {
-        let Self { v, packed, rank, first, lines, sums, squares } = self;
-        let (rows, count) = (v.rows(), squares.len());
-        squares.fill(0.0);
-        let mut staged = [Line::ZERO; 2 * BLOCK];
-        let (mut aligned_padding, mut base_padding) = (Padding::ZERO, Padding::ZERO);
-        for start in (0..rows).step_by(BLOCK) {
-            let block = BLOCK.min(rows - start);
-            for tile in 0..count {
-                let column = (first + tile) * GROUP;
-                let (aligned, base) = if column + GROUP <= v.cols() {
-                    (v.aligned().corner(start, column), v.base().corner(start, column))
-                } else {
-                    let aligned = aligned_padding.copy(&v.aligned(), start, block, column);
-                    (aligned, base_padding.copy(&v.base(), start, block, column))
-                };
-                let wrapped = tile + DISTANCE;
-                let ahead = ahead(v, start + BLOCK * (wrapped / count), (first + wrapped % count) * GROUP);
-                // SAFETY: both corners hold `block` rows of 32 elements, and so does `staged`; the engine has checked the CPU.
-                let of_columns = unsafe { L::stage_squares(aligned, base, block, staged.as_mut_ptr(), ahead) };
-                squares[tile] += of_columns.iter().flat_map(|line| line.0).map(f64::from).sum::<f64>();
-                let sums = &mut sums[tile * lines..];
-                let packed = &packed[start * rank..(start + block) * rank];
-                for (k, vectors) in tiles(rank, L::ACCUMULATE) {
-                    let x = packed[k * block..(k + vectors) * block].as_ptr();
-                    let sums = sums[2 * k..2 * (k + vectors)].as_mut_ptr();
-                    let v = staged.as_ptr();
-                    // SAFETY: `v` holds `block` staged rows, `x` that many times `vectors` values, `sums` two lines a vector.
-                    unsafe {
-                        with_constant!(vectors, L::accumulate, [1 2 3 4 5 6 7 8 9 10 11 12], (v, x, block, sums, start == 0));
-                    }
-                }
+    fn update<L: Kernels>(&self, start: usize, end: usize, sums: &mut [Line]) {
+        let lines = 2 * (1 + self.rank);
+        let whole = self.groups.min(self.v.cols() / GROUP - self.first);
+        let panel = (PANEL / lines).max(4);
+        for start in (start..end).step_by(SWEEP) {
+            let end = end.min(start + SWEEP);
+            for group in (0..whole).step_by(panel) {
+                let groups = panel.min(whole - group);
+                let after = if group + panel < whole { (start, group + panel) } else { (end, 0) };
+                self.sweep::<L>((start, end), (group, groups), after, &mut sums[group * lines..]);
             }
+            if whole < self.groups {
+                self.sweep_tail::<L>((start, end), &mut sums[whole * lines..]);
+            }
+        }
+    }
+
+    /// Adds rows `start` to `end` of some groups to their sums, prefetching what comes `after` (row, group).
+    fn sweep<L: Kernels>(
+        &self,
+        (start, end): (usize, usize),
+        (group, groups): (usize, usize),
+        after: (usize, usize),
+        sums: &mut [Line],
+    ) {
+        let (aligned, base) = (self.v.aligned(), self.v.base());
+        let column = |group| (self.first + group) * GROUP;
+        let mut row = start;
+        while row < end {
+            let rows = if end - row < ROWS { 1 } else { ROWS };
+            let (next_row, next_group) = if row + rows < end { (row + rows, group) } else { after };
+            let next = [aligned, base].map(|matrix| matrix.corner(next_row, column(next_group)).pointer);
+            let (aligned, base) = (aligned.corner(row, column(group)), base.corner(row, column(group)));
+            let (x, sums) = (self.packed[row * self.rank..].as_ptr(), sums.as_mut_ptr());
+            // SAFETY: V has these rows and groups, `packed` `rows` values for each vector, and `sums` two lines for each group
+            // and vector and the squares; the engine has checked the CPU.
+            unsafe {
+                with_constant!(rows, L::update, [1 4], (aligned, base, next, groups, x, self.rank, sums));
+            }
+            row += rows;
+        }
+    }
+
+    /// Adds rows `start` to `end` of the last group, which is narrower than the others, to its sums.
+    fn sweep_tail<L: Kernels>(&self, (start, end): (usize, usize), sums: &mut [Line]) {
+        let (mut aligned_padding, mut base_padding) = (Padding::ZERO, Padding::ZERO);
+        let column = self.v.cols() / GROUP * GROUP;
+        let mut row = start;
+        while row < end {
+            let rows = if end - row < ROWS { 1 } else { ROWS };
+            let aligned = aligned_padding.copy(&self.v.aligned(), row, rows, column);
+            let base = base_padding.copy(&self.v.base(), row, rows, column);
+            let next = [aligned.pointer, base.pointer];
+            let (x, sums) = (self.packed[row * self.rank..].as_ptr(), sums.as_mut_ptr());
+            // SAFETY: the copies hold `rows` rows of 32 elements; the rest as in `sweep`.
+            unsafe {
+                with_constant!(rows, L::update, [1 4], (aligned, base, next, 1, x, self.rank, sums));
+            }
+            row += rows;
         }
     }
 }
 
-fn ahead(v: &Difference<'_>, row: usize, column: usize) -> Ahead {
-    let (aligned, base) = (v.aligned().corner(row, column), v.base().corner(row, column));
-    Ahead { pointers: [aligned.pointer, base.pointer], row_steps: [aligned.row_step, base.row_step] }
-}
-
-/// The last columns of a block of one matrix, copied and filled up with zeros to a group of 32.
-struct Padding([[u8; 4 * GROUP]; BLOCK]);
+/// The last columns of a few rows of one matrix, copied and filled up with zeros to a group of 32.
+struct Padding([[u8; 4 * GROUP]; ROWS]);
 
 impl Padding {
-    const ZERO: Self = Self([[0; 4 * GROUP]; BLOCK]);
+    const ZERO: Self = Self([[0; 4 * GROUP]; ROWS]);
 
-    fn copy(&mut self, matrix: &Matrix<'_>, start: usize, block: usize, column: usize) -> Corner {
-        for (row, copy) in self.0.iter_mut().enumerate().take(block) {
+    fn copy(&mut self, matrix: &Matrix<'_>, start: usize, rows: usize, column: usize) -> Corner {
+        for (row, copy) in self.0.iter_mut().enumerate().take(rows) {
             let rest = &matrix.row(start + row)[column * matrix.dtype().size()..];
             copy[..rest.len()].copy_from_slice(rest);
         }
@@ -140,7 +169,7 @@ unsafe fn add<L: Kernels>(sums: &[Line], lines: usize, rank: usize, first: usize
     for (tile, sums) in sums.chunks_exact(lines).enumerate() {
         let column = (first + tile) * GROUP;
         for k in 0..rank {
-            let split = sums[2 * k..2 * k + 2].as_ptr();
+            let split = sums[2 * (1 + k)..].as_ptr();
             let width = GROUP.min(cols - column);
             // SAFETY: `width` values lie at `output`, ours alone; a narrower group takes a detour.
             unsafe {
