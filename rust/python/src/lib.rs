@@ -4,6 +4,7 @@ mod checkpoint;
 mod environment;
 mod errors;
 mod job;
+mod limits;
 mod operation;
 mod settings;
 mod stream;
@@ -22,6 +23,8 @@ mod _core {
     use crate::environment::{cpu_features, default_threads, kernel_level};
     #[pymodule_export]
     use crate::job::{Factors, Job, Part};
+    #[pymodule_export]
+    use crate::limits::{fma_peak, read_seconds};
     #[pymodule_export]
     use crate::operation::subspace_projection;
     #[pymodule_export]
