@@ -36,3 +36,7 @@ class OutputError(SafeLoraFastError):
 
 class MissingDependencyError(SafeLoraFastError):
     """An optional package is needed for what was asked."""
+
+
+class TrainingError(SafeLoraFastError):
+    """A defence became NaN or infinite while training."""

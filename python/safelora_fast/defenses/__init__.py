@@ -1,0 +1,9 @@
+"""Defences that act while a model is fine-tuned, one file each."""
+
+from __future__ import annotations
+
+from safelora_fast.defenses.base import BatchDefense, Defense
+from safelora_fast.defenses.feature_distance import FeatureDistance
+from safelora_fast.defenses.kl import KL
+
+__all__ = ["KL", "BatchDefense", "Defense", "FeatureDistance"]

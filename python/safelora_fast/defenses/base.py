@@ -1,0 +1,80 @@
+"""What every defence has in common, and what a batch defence is given."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from safelora_fast.training.anatomy import Anatomy
+    from safelora_fast.training.batch import Spans
+    from safelora_fast.training.capture import Capture
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One micro-batch as a batch defence sees it: hidden states of student and reference, and its tokens."""
+
+    anatomy: Anatomy
+    student: Capture
+    reference: Capture
+    spans: Spans
+
+
+class Defense(ABC):
+    """A defence against emergent misalignment that acts while a model is fine-tuned.
+
+    Attributes:
+        name: its name in metrics (`defense/<name>`) and messages.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def active(self) -> bool:
+        """False when its settings switch it off: then it costs nothing and changes nothing."""
+
+    @abstractmethod
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse models that the defence is not right for.
+
+        Raises:
+            SettingsError: with the reason.
+        """
+
+
+class BatchDefense(Defense):
+    """A defence whose loss is a mean over units of the batch (tokens or sequences), relative to the reference.
+
+    Args:
+        weight: the factor λ of the mean in the loss.
+    """
+
+    def __init__(self, weight: float) -> None:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise SettingsError(f"{type(self).__name__}: weight is {weight}, it must be finite and not negative")
+        self.weight = float(weight)
+
+    @property
+    def active(self) -> bool:
+        """Whether the weight is not zero."""
+        return self.weight != 0
+
+    @abstractmethod
+    def blocks(self, anatomy: Anatomy) -> list[int]:
+        """Indices of the blocks whose outputs it needs."""
+
+    @abstractmethod
+    def units(self, spans: Spans) -> int:
+        """Number of its units in a micro-batch."""
+
+    @abstractmethod
+    def total(self, observation: Observation) -> torch.Tensor:
+        """Sum of its loss over the units of a micro-batch, without the weight: a differentiable float32 scalar."""

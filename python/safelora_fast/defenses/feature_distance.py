@@ -1,0 +1,123 @@
+"""Feature distance to the reference model (LDIFS)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from safelora_fast.defenses.base import BatchDefense, Observation
+from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from safelora_fast.training.anatomy import Anatomy
+    from safelora_fast.training.batch import Spans, Tokens
+
+Normalize = Literal["sequence", "token", "none"]
+
+
+class FeatureDistance(BatchDefense):
+    """λ · mean over sequences of the squared distance between block outputs of student and reference.
+
+    LDIFS as Kaczér et al. (arXiv 2508.06249) define it, with a gradient. In packed rows each document is a sequence.
+
+    Args:
+        weight: λ; the paper's is 1.0.
+        layers: how many evenly spaced blocks (the first and the last among them; the paper's is 5), "every:N" for
+            blocks 0, N, 2N and so on, or a list of block indices, negative ones counted from the end.
+        normalize: what is scaled to unit length before the distance: each "sequence" of a block flattened (the
+            paper's), each "token", or "none".
+        tokens: "all" tokens that are not padding, or those that predict a "completion" token.
+
+    Raises:
+        SettingsError: a setting is out of range.
+    """
+
+    name: ClassVar[str] = "feature_distance"
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        layers: int | str | Sequence[int] = 5,
+        normalize: Normalize = "sequence",
+        tokens: Tokens = "all",
+    ) -> None:
+        super().__init__(weight)
+        if normalize not in {"sequence", "token", "none"}:
+            raise SettingsError(f'FeatureDistance: normalize is {normalize!r}, not "sequence", "token" or "none"')
+        if tokens not in {"all", "completion"}:
+            raise SettingsError(f'FeatureDistance: tokens is {tokens!r}, it must be "all" or "completion"')
+        if isinstance(layers, str):
+            _every(layers)
+        elif isinstance(layers, int):
+            if layers < 1:
+                raise SettingsError(f"FeatureDistance: layers is {layers}, it must be at least 1")
+        elif not layers or len(set(layers)) != len(layers):
+            raise SettingsError("FeatureDistance: layers must name at least one block, and none twice")
+        self.layers = layers if isinstance(layers, int | str) else list(layers)
+        self.normalize: Normalize = normalize
+        self.tokens: Tokens = tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureDistance(weight={self.weight}, layers={self.layers!r}, normalize={self.normalize!r}, "
+            f"tokens={self.tokens!r})"
+        )
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse block indices that the model does not have."""
+        self.blocks(anatomy)
+
+    def blocks(self, anatomy: Anatomy) -> list[int]:
+        """Indices of the blocks compared, ascending."""
+        depth = anatomy.depth
+        if isinstance(self.layers, str):
+            return list(range(0, depth, _every(self.layers)))
+        if isinstance(self.layers, int):
+            return evenly_spaced(depth, self.layers)
+        chosen = [anatomy.block(index, owner="FeatureDistance") for index in self.layers]
+        if len(set(chosen)) != len(chosen):
+            raise SettingsError(f"FeatureDistance: layers {self.layers} name one of the {depth} blocks twice")
+        return sorted(chosen)
+
+    def units(self, spans: Spans) -> int:
+        """Number of sequences."""
+        return spans.sequences(spans.mask(self.tokens, owner="FeatureDistance"))
+
+    def total(self, observation: Observation) -> torch.Tensor:
+        """Sum of the distance over sequences and blocks."""
+        from safelora_fast.ops import feature_distance
+
+        spans = observation.spans
+        mask = spans.mask(self.tokens, owner="FeatureDistance")
+        blocks = self.blocks(observation.anatomy)
+        mean = feature_distance(
+            [observation.student.blocks[index] for index in blocks],
+            [observation.reference.blocks[index] for index in blocks],
+            mask,
+            normalize=self.normalize,
+            segments=spans.segments,
+        )
+        return mean * spans.sequences(mask)
+
+
+def evenly_spaced(depth: int, count: int) -> list[int]:
+    """Indices of `count` evenly spaced blocks out of `depth`: linspace(0, depth - 1, count), truncated.
+
+    Raises:
+        SettingsError: there are fewer blocks than that.
+    """
+    if count > depth:
+        raise SettingsError(f"FeatureDistance: {count} blocks are asked for, the model has {depth}")
+    if count == 1:
+        return [0]
+    return [index * (depth - 1) // (count - 1) for index in range(count)]
+
+
+def _every(layers: str) -> int:
+    word, _, number = layers.partition(":")
+    if word != "every" or not number.isdecimal() or int(number) < 1:
+        raise SettingsError(f'FeatureDistance: layers is {layers!r}: give a number, "every:N" or a list of blocks')
+    return int(number)

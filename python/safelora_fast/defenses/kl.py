@@ -1,0 +1,98 @@
+"""KL divergence to the reference model over the whole vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from safelora_fast.defenses.base import BatchDefense, Observation
+from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from safelora_fast.training.anatomy import Anatomy
+    from safelora_fast.training.batch import Spans, Tokens
+
+
+class KL(BatchDefense):
+    """λ · mean over tokens of KL(fine-tuned ‖ reference), full vocabulary (Kaczér et al., arXiv 2508.06249).
+
+    Computed from hidden states in chunks; logits of both models never exist at once for the whole batch.
+
+    Args:
+        weight: λ; the paper's is 0.1.
+        direction: "reverse" is KL(fine-tuned ‖ reference), the paper's; "forward" is KL(reference ‖ fine-tuned).
+        tokens: "all" tokens that are not padding, the prompt's included (the paper's), or those that predict a
+            "completion" token.
+        temperature: divides the logits of both models.
+
+    Raises:
+        SettingsError: a setting is out of range.
+    """
+
+    name: ClassVar[str] = "kl"
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        direction: Literal["reverse", "forward"] = "reverse",
+        tokens: Tokens = "all",
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(weight)
+        if direction not in {"reverse", "forward"}:
+            raise SettingsError(f'KL: direction is {direction!r}, it must be "reverse" or "forward"')
+        if tokens not in {"all", "completion"}:
+            raise SettingsError(f'KL: tokens is {tokens!r}, it must be "all" or "completion"')
+        if not temperature > 0:
+            raise SettingsError(f"KL: temperature is {temperature}, it must be positive")
+        self.direction = direction
+        self.tokens: Tokens = tokens
+        self.temperature = float(temperature)
+
+    def __repr__(self) -> str:
+        return (
+            f"KL(weight={self.weight}, direction={self.direction!r}, tokens={self.tokens!r}, "
+            f"temperature={self.temperature})"
+        )
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse a head that is adapted or trained: student and reference must share it."""
+        head = anatomy.head()
+        trained = [name for name, parameter in head.module.named_parameters() if parameter.requires_grad]
+        if hasattr(head.module, "adapter_layer_names") or trained:
+            raise SettingsError(
+                "KL: the output head is adapted or trained (lm_head, or embeddings tied to it), but it must be shared "
+                "with the reference: take it out of the target modules, or freeze it"
+            )
+
+    def blocks(self, anatomy: Anatomy) -> list[int]:  # noqa: ARG002
+        """None: only the decoder's last hidden state is needed."""
+        return []
+
+    def units(self, spans: Spans) -> int:
+        """Number of tokens."""
+        return int(spans.mask(self.tokens, owner="KL").sum())
+
+    def total(self, observation: Observation) -> torch.Tensor:
+        """Sum of the divergence over the tokens."""
+        from safelora_fast.ops import linear_kl
+
+        mask = observation.spans.mask(self.tokens, owner="KL")
+        head = observation.anatomy.head()
+        weight, bias = head.parameters()
+        student, reference = observation.student.hidden, observation.reference.hidden
+        assert student is not None  # noqa: S101
+        assert reference is not None  # noqa: S101
+        mean = linear_kl(
+            student,
+            reference,
+            weight,
+            mask.to(student.device),
+            bias=bias,
+            direction=self.direction,
+            temperature=self.temperature,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+        )
+        return mean * mask.sum().to(mean.device)

@@ -1,0 +1,166 @@
+"""Defences in the Trainer of transformers: a mixin for any subclass, and the plain trainer with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.training.defended import Defended, OnNonFinite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+    from safelora_fast.defenses.base import Defense
+    from safelora_fast.training.reference import Reference
+    from safelora_fast.training.totals import Totals
+
+
+class DefendedMixin:
+    """Adds defences to a Trainer: put it first, `class MyDefendedTrainer(DefendedMixin, MyTrainer)`.
+
+    The units of each defence are counted over the optimiser's whole window where its batches are fetched
+    (`get_batch_samples`), and the defences are added in `compute_loss`, while the model is in training mode; evaluation
+    gives the plain task loss. Their figures go to the trainer's log.
+
+    Args:
+        *args: the trainer's own.
+        defenses: the defences; without one that is switched on, the trainer is unchanged.
+        reference: what the defences keep the model near: "base" (the same model, adapters disabled), the name of a
+            frozen adapter of the model, or a second model.
+        on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
+        **kwargs: the trainer's own.
+
+    Raises:
+        SettingsError: the model, the adapter, the trainer's arguments and the defences do not go together.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        defenses: Sequence[Defense] = (),
+        reference: Reference = "base",
+        on_nonfinite: OnNonFinite = "raise",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.defenses = [defense for defense in defenses if defense.active]
+        self._defense_settings: dict[str, Any] = {"reference": reference, "on_nonfinite": on_nonfinite}
+        self._defended: Defended | None = None
+        self._window: Totals | None = None
+        self._losses_defended = 0
+        if self.defenses:
+            _check_trainer(self)
+            if getattr(self, "model", None) is not None:
+                Defended(self.model, self.defenses, **self._defense_settings)
+
+    model: nn.Module
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with the defences attached; they are taken off again at the end, also on an exception."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._defended is not None:
+                self._defended.detach()
+                self._defended = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], Any]:
+        """Fetch the micro-batches of one optimiser step, and count the units of the defences in them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)  # type: ignore[misc]
+        if self.defenses and batches:
+            self._window = self._attached().totals(batches)
+        return batches, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The trainer's own loss, plus the defences while training."""
+        task = super().compute_loss  # type: ignore[misc]
+        if not self.defenses or not model.training:
+            return task(model, inputs, return_outputs=return_outputs, **kwargs)
+        if self._window is None:
+            raise SettingsError(
+                "the window's batches were not counted: the trainer must call super().get_batch_samples()"
+            )
+        defended = self._attached()
+        with defended.recording(inputs):
+            result = task(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss = result[0] if return_outputs else result
+        extra = defended.regularizer(self._window).to(loss.device)
+        if self._divides_by_accumulation(kwargs.get("num_items_in_batch")):
+            extra = extra * self.current_gradient_accumulation_steps
+        self._losses_defended += 1
+        return (loss + extra, result[1]) if return_outputs else loss + extra
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward of the trainer's own.
+
+        Raises:
+            SettingsError: a subclass computes the loss without calling `super().compute_loss`.
+        """
+        before = self._losses_defended
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.defenses and self._losses_defended == before:
+            raise SettingsError(
+                f"{type(self).__name__}.compute_loss bypasses the defences: put the mixin before the trainer that "
+                "overrides it, or call super().compute_loss"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the figures of the defences beside the training loss."""
+        if self._defended is not None and "loss" in logs:
+            logs.update(self._defended.metrics())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _attached(self) -> Defended:
+        if self._defended is None:
+            self._defended = Defended(
+                self.model,
+                self.defenses,
+                optimizer=self.optimizer,
+                first_step=self.state.global_step,
+                **self._defense_settings,
+            )
+            self._defended.attach()
+        return self._defended
+
+    def _divides_by_accumulation(self, items: Any) -> bool:
+        """Whether the trainer divides this loss by the number of micro-batches (see `Trainer.training_step`)."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
+        return not scaled
+
+    optimizer: Any
+    state: Any
+    current_gradient_accumulation_steps: int
+    model_accepts_loss_kwargs: bool
+    compute_loss_func: Any
+
+
+class DefendedTrainer(DefendedMixin, Trainer):  # type: ignore[misc]
+    """The Trainer of transformers with defences; see :class:`DefendedMixin`."""
+
+
+def _check_trainer(trainer: Any) -> None:
+    if trainer.args.n_gpu > 1:
+        raise SettingsError(
+            "several GPUs in one process make the Trainer use DataParallel, which drops the defences' hooks: start one "
+            "process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.args.torch_compile:
+        raise SettingsError("torch_compile: a compiled model skips the hooks that the defences read; switch it off")
+    if trainer.is_deepspeed_enabled:
+        raise SettingsError("DeepSpeed is not supported with defences: use DDP or FSDP2")
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for kind in ("tp", "cp", "sp"):
+        if parallel is not None and getattr(parallel, f"{kind}_size", 1) > 1:
+            raise SettingsError(f"{kind}_size > 1 splits sequences or weights in ways that defences do not support")

@@ -1,0 +1,133 @@
+"""Where things are in a causal language model: the decoder, its blocks, the output head, and the PEFT layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from safelora_fast.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head: logits = softcap(scale * (hidden @ weight.T + bias))."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [vocabulary, hidden] and bias [vocabulary] or None; sharded parameters are gathered."""
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        return gathered(weight), None if bias is None else gathered(bias)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a causal language model that defences look at."""
+
+    model: nn.Module
+    decoder: nn.Module
+    blocks: tuple[nn.Module, ...]
+    config: Any
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def block(self, index: int, *, owner: str) -> int:
+        """Check a block index (negative counts from the end) and return it as a non-negative number."""
+        if not -self.depth <= index < self.depth:
+            raise SettingsError(f"{owner}: block {index} does not exist, the model has {self.depth} blocks")
+        return index % self.depth
+
+    def head(self) -> Head:
+        """The output head with the scale and soft-cap that the model's configuration declares.
+
+        Raises:
+            SettingsError: the model has no linear head.
+        """
+        module = self.model.get_output_embeddings()
+        if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
+            raise SettingsError(f"KL: {type(self.model).__name__} has no linear output head")
+        return Head(module, logit_scale(self.config), getattr(self.config, "final_logit_softcapping", None))
+
+
+def gathered(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a parameter that FSDP2 may have sharded."""
+    full_tensor = getattr(parameter, "full_tensor", None)
+    return parameter if full_tensor is None else full_tensor()
+
+
+def logit_scale(config: Any) -> float:
+    """The factor that a model of this configuration applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take DistributedDataParallel and PEFT wrappers off.
+
+    Raises:
+        SettingsError: the model is wrapped in DataParallel or compiled.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise SettingsError(
+            "DataParallel replicates the model and drops its hooks: start one process per device "
+            "(torchrun or accelerate launch), or show one device with CUDA_VISIBLE_DEVICES"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return unwrap(model.module)
+    if hasattr(model, "_orig_mod"):
+        raise SettingsError(
+            "torch.compile: the defences read hidden states through module hooks, which a compiled model skips; "
+            "give the model before compiling and train it uncompiled"
+        )
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """Find decoder, blocks and configuration of a causal language model, through its wrappers.
+
+    Raises:
+        SettingsError: DataParallel, a compiled model, an encoder-decoder, or a model whose blocks cannot be told.
+    """
+    inner = unwrap(model)
+    kind = type(inner).__name__
+    config = getattr(inner, "config", None)
+    if config is None or not hasattr(inner, "get_output_embeddings"):
+        raise SettingsError(f"{kind} is no transformers causal language model")
+    config = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise SettingsError(f"{kind} is an encoder-decoder: defences are for decoder-only language models")
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+    lists = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    if decoder is inner or not lists:
+        raise SettingsError(f"{kind}: no list of {config.num_hidden_layers} decoder blocks found")
+    return Anatomy(inner, decoder, tuple(lists[0]), config)
+
+
+def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of every PEFT tuner layer and every module that PEFT trains beside them; empty without PEFT."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import AuxiliaryTrainingWrapper
+    except ImportError:
+        return []
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]

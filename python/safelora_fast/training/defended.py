@@ -1,0 +1,293 @@
+"""A model with its defences attached: `defend()` for plain loops, and the engine under the trainers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from safelora_fast.defenses.base import BatchDefense, Defense, Observation
+from safelora_fast.errors import SettingsError
+from safelora_fast.training.anatomy import dissect
+from safelora_fast.training.batch import Spans, read_spans
+from safelora_fast.training.capture import Capture, StudentRecorder, Tap
+from safelora_fast.training.distributed import sum_over_ranks, world_size
+from safelora_fast.training.guard import name_culprit
+from safelora_fast.training.metrics import Meter, Stopwatch
+from safelora_fast.training.reference import Reference, ReferencePass
+from safelora_fast.training.totals import Totals, count_spans, count_totals
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+OnNonFinite = Literal["raise", "skip"]
+
+
+def defend(
+    model: nn.Module,
+    defenses: Sequence[Defense],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    reference: Reference = "base",
+    on_nonfinite: OnNonFinite = "raise",
+    first_step: int = 0,
+) -> Defended:
+    """Attach defences to a model for a training loop of one's own; a context manager.
+
+    ```python
+    with defend(model, [KL(0.1)], optimizer=optimizer) as defended:
+        for window in windows:                              # the micro-batches of one optimiser step
+            totals = defended.totals(window)
+            for batch in window:
+                defended.loss(batch, totals=totals).backward()  # not divided by the number of micro-batches
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
+
+    The loss is right for data-parallel training, where gradients are averaged over processes. Accelerate's
+    `backward` divides by its own `gradient_accumulation_steps`: multiply the loss by it, or leave it at 1.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped by PEFT and DistributedDataParallel.
+        defenses: the defences; those that are switched off (weight 0) cost nothing.
+        optimizer: the optimiser whose steps are counted; needed to skip a step.
+        reference: what the defences keep the model near: "base" (the same model, adapters disabled), the name of a
+            frozen adapter of the model, or a second model.
+        on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
+        first_step: optimiser steps already made, when a run is resumed.
+
+    Raises:
+        SettingsError: the model, the adapter and the defences do not go together.
+    """
+    return Defended(
+        model,
+        defenses,
+        optimizer=optimizer,
+        reference=reference,
+        on_nonfinite=on_nonfinite,
+        first_step=first_step,
+    )
+
+
+class Defended:
+    """Defences attached to a model; made by :func:`defend`.
+
+    Attributes:
+        defenses: the defences that are switched on.
+        step: optimiser steps made.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        defenses: Sequence[Defense],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        reference: Reference = "base",
+        on_nonfinite: OnNonFinite = "raise",
+        first_step: int = 0,
+    ) -> None:
+        names = [defense.name for defense in defenses]
+        if len(set(names)) != len(names):
+            raise SettingsError(f"each defence may be given once, not {', '.join(names)}")
+        if on_nonfinite not in {"raise", "skip"}:
+            raise SettingsError(f'on_nonfinite is {on_nonfinite!r}, it must be "raise" or "skip"')
+        self.model = model
+        self.defenses = [defense for defense in defenses if defense.active]
+        self.step = first_step
+        self._batch_defenses = [defense for defense in self.defenses if isinstance(defense, BatchDefense)]
+        self._on_nonfinite = on_nonfinite
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._handles: list[Any] = []
+        self._recorder: StudentRecorder | None = None
+        self._spans: Spans | None = None
+        self._skip_step = False
+        self._meter = Meter()
+        self._stopwatch = Stopwatch()
+        if self.defenses:
+            self._prepare(reference)
+
+    def _prepare(self, reference: Reference) -> None:
+        self.anatomy = dissect(self.model)
+        blocks = sorted({index for defense in self._batch_defenses for index in defense.blocks(self.anatomy)})
+        if self._batch_defenses:
+            self._reference = ReferencePass(self.model, self.anatomy, reference, blocks)
+            self._recorder = StudentRecorder(Tap(self.anatomy, blocks), self._run_reference)
+        for defense in self.defenses:
+            defense.check(self.anatomy)
+
+    def _run_reference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
+        with self._stopwatch.running():
+            return self._reference.run(args, kwargs, around=nullcontext)
+
+    def __enter__(self) -> Defended:
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Install the hooks; does nothing when they are in, or when every defence is switched off."""
+        if self._handles or not self.defenses:
+            return
+        if self._recorder is not None:
+            self._recorder.attach()
+            self._reference.tap.attach()
+        if self._optimizer is not None:
+            self._handles.append(self._optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
+
+    def detach(self) -> None:
+        """Take the hooks out; the model is as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._recorder is not None:
+            self._recorder.detach()
+            self._reference.tap.detach()
+
+    def totals(self, micro_batches: Sequence[Mapping[str, Any]]) -> Totals:
+        """Count the units of one optimiser step, over all its micro-batches and all processes. Collective."""
+        return count_totals(self._batch_defenses, micro_batches)
+
+    def loss(self, batch: Mapping[str, Any], *, totals: Totals | None = None) -> torch.Tensor:
+        """Task loss plus defences of one micro-batch, scaled so that the window's losses add up.
+
+        Args:
+            batch: what the model takes as keyword arguments, labels among them.
+            totals: the window's denominators, from :meth:`totals`; None makes this micro-batch the whole window.
+
+        Raises:
+            TrainingError: a defence is NaN or infinite.
+            SettingsError: the model gives no loss.
+        """
+        spans = read_spans(batch)
+        if totals is None:
+            totals = count_spans(self._batch_defenses, [spans])
+        with self.recording(batch):
+            task = self._task_loss(batch, spans, totals)
+        return task + self.regularizer(totals).to(task.device)
+
+    def _task_loss(self, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
+        if _takes_loss_arguments(self.model):
+            items = torch.tensor(max(totals.labels, 1), device=spans.real.device)
+            output = self.model(**{"use_cache": False, **batch, "num_items_in_batch": items})
+            share = 1.0
+        else:
+            output = self.model(**batch)
+            share = spans.labels / max(totals.labels, 1)
+        loss: torch.Tensor | None = output["loss"] if isinstance(output, Mapping) else output[0]
+        if loss is None or loss.dim() != 0:
+            raise SettingsError("the model gives no loss: put labels into the batch, or use regularizer()")
+        if share == 0:
+            loss = torch.nan_to_num(loss) * 0
+        return loss * (share * world_size())
+
+    @contextmanager
+    def recording(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Record the model's training pass on `batch` that happens inside, for :meth:`regularizer`."""
+        if self._recorder is None:
+            yield
+            return
+        self._spans = read_spans(batch)
+        with self._recorder.recording():
+            yield
+
+    def regularizer(self, totals: Totals) -> torch.Tensor:
+        """The defences' part of the loss, from the pass just recorded: a float32 scalar to add to the task loss.
+
+        It is right where the losses of the window's micro-batches are added up and gradients averaged over processes.
+
+        Raises:
+            TrainingError: a defence is NaN or infinite, unless the step is to be skipped.
+        """
+        self._meter.micro_batch(1.0 / totals.micro_batches)
+        if self._recorder is None:
+            return torch.zeros(())
+        with self._stopwatch.running():
+            observation = self._observation()
+            terms = self._terms(observation, totals)
+            self._recorder.forget()
+            self._spans = None
+        return terms
+
+    def _observation(self) -> Observation:
+        if self._recorder is None or self._recorder.student is None or self._recorder.reference is None:
+            raise SettingsError("regularizer() needs a pass recorded by recording() before it")
+        if self._spans is None:
+            raise SettingsError("regularizer() needs a pass recorded by recording() before it")
+        student = self._recorder.student
+        hidden = student.hidden
+        if hidden is None or hidden.shape[:2] != self._spans.real.shape:
+            shape = None if hidden is None else tuple(hidden.shape)
+            raise SettingsError(
+                f"the batch has tokens {tuple(self._spans.real.shape)}, the decoder gave hidden states {shape}"
+            )
+        return Observation(self.anatomy, student, self._recorder.reference, self._spans)
+
+    def _terms(self, observation: Observation, totals: Totals) -> torch.Tensor:
+        assert observation.student.hidden is not None  # noqa: S101
+        device = observation.student.hidden.device
+        result = torch.zeros((), device=device)
+        means: list[tuple[BatchDefense, torch.Tensor]] = []
+        for defense in self._batch_defenses:
+            if defense.units(observation.spans):
+                mean = defense.total(observation).to(device) / totals.units[defense.name]
+                means.append((defense, mean))
+        finite = torch.stack([mean.detach() for _, mean in means]).isfinite().tolist() if means else []
+        if not all(finite):
+            culprit = next(defense for (defense, _), good in zip(means, finite, strict=True) if not good)
+            error = name_culprit(culprit, observation, self.step)
+            if self._on_nonfinite == "raise":
+                raise error
+            self._skip_step = True
+            return result
+        for defense, mean in means:
+            self._meter.add(defense.name, mean)
+            result = result + defense.weight * world_size() * mean
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """Means per optimiser step since the last call, over all processes, for a log. Collective.
+
+        `defense/<name>` is a defence's mean before its weight; `defense/time_share` is the share of this process's time
+        spent in the reference pass and in the defences' forward (not in their part of backward).
+        """
+        figures = self._meter.read([defense.name for defense in self._batch_defenses])
+        if figures:
+            figures["defense/time_share"] = self._stopwatch.read()
+        return figures
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        if self._on_nonfinite != "skip":
+            return
+        device = optimizer.param_groups[0]["params"][0].device
+        if sum_over_ranks([float(self._skip_step)], device)[0]:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        self._skip_step = False
+
+    def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        self.step += 1
+
+
+def _takes_loss_arguments(model: nn.Module) -> bool:
+    inner = dissect_model(model)
+    accepts = getattr(inner, "accepts_loss_kwargs", None)
+    if accepts is not None:
+        return bool(accepts)
+    parameters = inspect.signature(inner.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def dissect_model(model: nn.Module) -> nn.Module:
+    """The causal language model under the wrappers."""
+    return dissect(model).model

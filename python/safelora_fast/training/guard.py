@@ -1,0 +1,33 @@
+"""Say which defence, block and step a NaN or an infinity came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safelora_fast.errors import TrainingError
+
+if TYPE_CHECKING:
+    from safelora_fast.defenses.base import BatchDefense, Observation
+
+
+def name_culprit(defense: BatchDefense, observation: Observation, step: int) -> TrainingError:
+    """The error for a defence that is not finite, naming the first hidden states that are not."""
+    where = _first_bad_states(observation) or "all hidden states are finite, so it arose in the defence itself"
+    return TrainingError(
+        f"defence {defense.name} is not finite at optimiser step {step + 1}: {where}; "
+        'lower the learning rate or the weight, or set on_nonfinite="skip"'
+    )
+
+
+def _first_bad_states(observation: Observation) -> str | None:
+    mask = observation.spans.real
+    for index in sorted(observation.student.blocks):
+        for who, capture in (("reference", observation.reference), ("model", observation.student)):
+            states = capture.blocks[index]
+            if not states[mask.to(states.device)].isfinite().all():
+                return f"layer {index} of the {who} gives NaN or Inf"
+    for who, capture in (("reference", observation.reference), ("model", observation.student)):
+        states = capture.hidden
+        if states is not None and not states[mask.to(states.device)].isfinite().all():
+            return f"the last layer's output (after the final norm) of the {who} holds NaN or Inf"
+    return None

@@ -1,0 +1,242 @@
+"""The reference pass: the model as it was before fine-tuning, run on the student's inputs without gradients."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.training.anatomy import Anatomy, adapter_layers, dissect
+from safelora_fast.training.capture import Capture, Tap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+Reference: TypeAlias = "str | nn.Module"
+KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal", "mica")
+
+
+class ReferencePass:
+    """Runs the reference and leaves the model as it was: mode, adapters, `requires_grad` and random state.
+
+    Args:
+        model: the model in training, with its PEFT wrapper.
+        anatomy: its parts.
+        reference: "base" for the same model with its adapters disabled, the name of a frozen adapter of the model, or
+            a second model.
+        blocks: the blocks to capture.
+
+    Raises:
+        SettingsError: disabling the adapters would not give the original model, or the adapter does not exist.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, reference: Reference, blocks: list[int]) -> None:
+        self._layers = [layer for _, layer in adapter_layers(anatomy.model)]
+        self._own = isinstance(reference, str)
+        if isinstance(reference, str):
+            check_base_reference(model) if reference == "base" else check_named_reference(model, reference)
+            self.anatomy = anatomy
+        else:
+            self.anatomy = _check_second_model(anatomy, reference)
+        self._reference = reference
+        self.tap = Tap(self.anatomy, blocks)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, around: Callable[[], Any]) -> Capture:
+        """Run the reference decoder on the arguments that the student's decoder was given.
+
+        Args:
+            args: positional arguments of the decoder.
+            kwargs: keyword arguments of the decoder.
+            around: makes a context to run in (steering is applied to the reference too).
+        """
+        decoder = self.anatomy.decoder
+        if kwargs.get("past_key_values") is not None:
+            raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_uncached_autocast(self._device()))
+            stack.enter_context(torch.random.fork_rng(devices=self._cuda_devices()))
+            stack.enter_context(evaluation_mode(decoder))
+            if self._reference == "base":
+                stack.enter_context(adapters_disabled(self._layers))
+            elif self._own:
+                stack.enter_context(adapter_active(self._layers, str(self._reference)))
+            stack.enter_context(around())
+            stack.callback(self.tap.close)
+            capture = self.tap.begin()
+            decoder(*args, **kwargs)
+        return capture
+
+    def _device(self) -> torch.device:
+        return next(self.anatomy.decoder.parameters()).device
+
+    def _cuda_devices(self) -> list[int]:
+        devices = {parameter.device for parameter in self.anatomy.decoder.parameters()}
+        return sorted({device.index or 0 for device in devices if device.type == "cuda"})
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, and every submodule back in the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def _gradient_flags_kept(layers: list[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Remember `requires_grad` of the layers' parameters; yields what puts it back, which the end calls too.
+
+    PEFT switches these flags when adapters are disabled or enabled, and would thaw a frozen factor. They are put back
+    at once: FSDP2 copies them to the gathered parameters the first time that it gathers, even without gradients.
+    """
+    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+
+    def restore() -> None:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextmanager
+def adapters_disabled(layers: list[nn.Module]) -> Iterator[None]:
+    """Switch every adapter off, and those that were on back on."""
+    switched = [layer for layer in layers if not layer.disable_adapters]
+    with _gradient_flags_kept(layers) as restore:
+        try:
+            for layer in switched:
+                layer.enable_adapters(False)
+            restore()
+            yield
+        finally:
+            for layer in switched:
+                layer.enable_adapters(True)
+
+
+@contextmanager
+def adapter_active(layers: list[nn.Module], name: str) -> Iterator[None]:
+    """Make one adapter the active one where it exists, no adapter elsewhere; then the former ones again."""
+    former = [(layer, list(layer.active_adapters)) for layer in layers]
+    with _gradient_flags_kept(layers) as restore:
+        try:
+            for layer in layers:
+                layer.set_adapter([name] if name in _adapter_names(layer) else [])
+            restore()
+            yield
+        finally:
+            for layer, names in former:
+                layer.set_adapter(names)
+
+
+def check_base_reference(model: nn.Module) -> None:
+    """Refuse models for which disabling the adapters does not give back the model before fine-tuning.
+
+    Raises:
+        SettingsError: with the module or parameter and the reason.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        raise SettingsError(
+            "the model has no adapter to disable: wrap it with PEFT, or give the model before fine-tuning as reference="
+        )
+    for name, config in _adapter_configs(model).items():
+        _check_config(name, config)
+    adapter_parameters = set()
+    for name, layer in layers:
+        if getattr(layer, "merged", False):
+            raise SettingsError(f"{name}: the adapter is merged into the weight: unmerge it first")
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+        originals = {id(parameter) for parameter in base.parameters()}
+        adapter_parameters |= {id(parameter) for parameter in layer.parameters()} - originals
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in adapter_parameters:
+            raise SettingsError(
+                f"{name} is trained and belongs to no adapter, so the model with its adapter disabled is not the model "
+                "before fine-tuning: freeze it, or give a frozen copy as reference="
+            )
+
+
+def check_named_reference(model: nn.Module, name: str) -> None:
+    """Refuse an adapter name that does not exist or that is the one in training.
+
+    Raises:
+        SettingsError: with the adapters that exist.
+    """
+    layers = [layer for _, layer in adapter_layers(model)]
+    known = sorted({adapter for layer in layers for adapter in _adapter_names(layer)})
+    if name not in known:
+        raise SettingsError(f"reference adapter {name!r} does not exist; the model has {', '.join(known) or 'none'}")
+    if any(name in layer.active_adapters for layer in layers):
+        raise SettingsError(f"reference adapter {name!r} is the one in training: load a frozen copy under another name")
+    for name_, parameter in model.named_parameters():
+        if f".{name}." in name_ and parameter.requires_grad:
+            raise SettingsError(f"reference adapter {name!r} is trained ({name_}): freeze it")
+
+
+def _check_second_model(anatomy: Anatomy, reference: nn.Module) -> Anatomy:
+    other = dissect(reference)
+    if other.model is anatomy.model:
+        raise SettingsError('reference= is the model in training: give a frozen copy, or "base"')
+    if other.depth != anatomy.depth or other.config.hidden_size != anatomy.config.hidden_size:
+        raise SettingsError(
+            f"the reference has {other.depth} blocks of width {other.config.hidden_size}, "
+            f"the model {anatomy.depth} of width {anatomy.config.hidden_size}"
+        )
+    return other
+
+
+def _adapter_configs(model: nn.Module) -> dict[str, Any]:
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    configs = getattr(model, "peft_config", None)
+    return dict(configs) if configs else {}
+
+
+def _check_config(name: str, config: Any) -> None:
+    if getattr(config, "is_prompt_learning", False):
+        raise SettingsError(f"adapter {name!r} adds tokens to the prompt, which the reference lacks")
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in KEEPS_BASE_WEIGHTS:
+        raise SettingsError(
+            f"adapter {name!r} was initialised by {init!r}, which rewrites or depends on the base weights: with the "
+            "adapter disabled the model is not the original; use a plain initialisation, or give a frozen copy of the "
+            "adapter as reference="
+        )
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise SettingsError(
+            f'adapter {name!r} trains biases (bias="{bias}"), which disabling it does not undo: use bias="none", '
+            "or give another reference="
+        )
+
+
+def _adapter_names(layer: nn.Module) -> set[str]:
+    names: set[str] = set()
+    for attribute in layer.adapter_layer_names:
+        holder = getattr(layer, attribute, None)
+        if isinstance(holder, nn.ModuleDict | nn.ParameterDict):
+            names.update(holder.keys())
+    return names
+
+
+@contextmanager
+def _uncached_autocast(device: torch.device) -> Iterator[None]:
+    """The surrounding autocast without its cache: copies cast without gradients must not reach the student."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device.type)
+    with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
+        yield

@@ -1,0 +1,46 @@
+"""One SGD step is the same for batch 8, for 4 x 2 with accumulation, and for 2 processes x 2 x 2."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import furthest
+from train_runs import run, run_two_processes
+
+STRONG = {"kl": 30.0, "feature_distance": 30.0}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights and figures of one step on all eight rows at once, in a plain loop."""
+    return run({"kind": "loop", "batch": 8, "defences": STRONG}, tmp_path_factory.mktemp("whole"))
+
+
+def same(result, expected):
+    weights, figures = result
+    assert furthest(weights, expected[0]) < 1e-5
+    for name in ("defense/kl", "defense/feature_distance"):
+        assert figures[name] == pytest.approx(expected[1][name], rel=1e-4)
+
+
+def test_the_defences_matter(whole, tmp_path):
+    undefended, _ = run({"kind": "loop", "batch": 8, "defences": {}}, tmp_path)
+    assert furthest(whole[0], undefended) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["loop", "transformers", "accelerate"])
+def test_accumulation(whole, kind, tmp_path):
+    same(run({"kind": kind, "batch": 2, "accumulation": 4, "defences": STRONG}, tmp_path), whole)
+
+
+def test_transformers_without_accumulation(whole, tmp_path):
+    same(run({"kind": "transformers", "batch": 8, "defences": STRONG}, tmp_path), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "launcher"),
+    [("loop", "torchrun"), ("fsdp", "torchrun"), ("transformers", "torchrun"), ("accelerate", "torchrun"), ("accelerate", "accelerate")],
+)
+def test_two_processes(whole, kind, launcher, tmp_path):
+    spec = {"kind": kind, "batch": 2, "accumulation": 2, "defences": STRONG}
+    same(run_two_processes(spec, tmp_path, launcher), whole)

@@ -1,0 +1,80 @@
+"""The defences written plainly: whole logits, whole features, no chunking. The truth for the tests."""
+
+from __future__ import annotations
+
+import torch
+
+
+def documents(batch):
+    """(row, token indices) of every sequence of the batch, padding left out."""
+    ids = batch["input_ids"]
+    for row in range(ids.shape[0]):
+        if "attention_mask" in batch:
+            yield row, batch["attention_mask"][row].nonzero().flatten().tolist()
+            continue
+        positions = batch.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids))[row].tolist()
+        starts = [index for index, position in enumerate(positions) if position == 0] + [len(positions)]
+        for start, end in zip(starts, starts[1:], strict=False):
+            yield row, list(range(start, end))
+
+
+def looked_at(batch, tokens):
+    """Like `documents`, with the tokens that a defence looks at."""
+    for row, indices in documents(batch):
+        if tokens == "completion":
+            nexts = dict(zip(indices, indices[1:], strict=False))
+            indices = [i for i in indices if i in nexts and batch["labels"][row, nexts[i]] != -100]
+        if indices:
+            yield row, indices
+
+
+def kl_sum(logits, reference_logits, batch, *, direction="reverse", tokens="all", temperature=1.0):
+    """(sum over tokens, number of tokens)."""
+    total, count = 0.0, 0
+    for row, indices in looked_at(batch, tokens):
+        p = (logits[row, indices] / temperature).log_softmax(-1)
+        q = (reference_logits[row, indices] / temperature).log_softmax(-1)
+        if direction == "forward":
+            p, q = q, p
+        total = total + (p.exp() * (p - q)).sum()
+        count += len(indices)
+    return total, count
+
+
+def feature_distance_sum(features, reference_features, batch, *, normalize="sequence", tokens="all"):
+    """(sum over sequences and blocks, number of sequences)."""
+    total, count = 0.0, 0
+    for row, indices in looked_at(batch, tokens):
+        count += 1
+        for h, h0 in zip(features, reference_features, strict=True):
+            x, y = h[row, indices], h0[row, indices]
+            if normalize == "sequence":
+                x, y = x / x.norm(), y / y.norm()
+            elif normalize == "token":
+                x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
+            total = total + (x - y).square().sum()
+    return total, count
+
+
+def forward(model, batch):
+    """Logits and block outputs by plain hooks."""
+    features = []
+    blocks = model.get_base_model().model.layers if hasattr(model, "get_base_model") else model.model.layers
+    handles = [
+        block.register_forward_hook(lambda _m, _a, out: features.append(out[0] if isinstance(out, tuple) else out))
+        for block in blocks
+    ]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    output = model(**inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return output.logits, features
+
+
+def reference_forward(model, batch):
+    with torch.no_grad(), model.disable_adapter():
+        mode = model.training
+        model.eval()
+        result = forward(model, batch)
+        model.train(mode)
+    return result

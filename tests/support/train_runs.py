@@ -1,0 +1,192 @@
+"""One training run, in this process or as a script under torchrun or accelerate: `train_runs.py SPEC.json OUTPUT.pt`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny_models import adapter_weights, collate, rows, tiny_peft_model
+
+from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.training import defend
+
+LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
+
+
+def defences(weights):
+    """The defences of a spec: {"kl": λ, "feature_distance": λ}."""
+    made = []
+    if "kl" in weights:
+        made.append(KL(weights["kl"]))
+    if "feature_distance" in weights:
+        made.append(FeatureDistance(weights["feature_distance"], layers=2, tokens="completion"))
+    return made
+
+
+def sgd(model, lr=0.02):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+
+def trainer_arguments(spec, output):
+    return {
+        "output_dir": str(output),
+        "per_device_train_batch_size": spec["batch"],
+        "gradient_accumulation_steps": spec.get("accumulation", 1),
+        "max_steps": spec.get("steps", 1),
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 7,
+        "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None,
+        **spec.get("arguments", {}),
+    }
+
+
+def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
+    from transformers import TrainingArguments
+
+    from safelora_fast.integrations.transformers import DefendedTrainer
+
+    model = tiny_peft_model(**spec.get("model", {})) if model is None else model
+    optimizer = sgd(model)
+    trainer = (trainer_class or DefendedTrainer)(
+        model=model,
+        args=TrainingArguments(**trainer_arguments(spec, output)),
+        train_dataset=rows(spec.get("lengths", LENGTHS)),
+        data_collator=collate,
+        optimizers=(optimizer, constant(optimizer)),
+        **kwargs,
+    )
+    trainer.train(resume_from_checkpoint=spec.get("resume"))
+    return model, trainer
+
+
+def run_loop(spec, output):  # noqa: ARG001
+    """A plain loop; under torchrun the model is wrapped in DistributedDataParallel."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+    model = tiny_peft_model()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = sgd(model)
+    examples = rows(spec.get("lengths", LENGTHS))[rank::world]
+    size = spec["batch"]
+    window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    with defend(wrapped, defences(spec["defences"]), optimizer=optimizer) as defended:
+        totals = defended.totals(window)
+        for index, batch in enumerate(window):
+            if world > 1:
+                wrapped.require_backward_grad_sync = index == len(window) - 1
+            defended.loss(batch, totals=totals).backward()
+        optimizer.step()
+        figures = defended.metrics()
+    return model, figures
+
+
+def run_fsdp(spec, output):  # noqa: ARG001
+    """A plain loop over a model that FSDP2 shards; returns the gathered weights."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.distributed.init_process_group("gloo")
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    model = tiny_peft_model()
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = sgd(model)
+    examples = rows(spec.get("lengths", LENGTHS))[rank::world]
+    size = spec["batch"]
+    window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    with defend(model, defences(spec["defences"]), optimizer=optimizer) as defended:
+        totals = defended.totals(window)
+        for batch in window:
+            defended.loss(batch, totals=totals).backward()
+        optimizer.step()
+        figures = defended.metrics()
+    return {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}, figures
+
+
+def run_accelerate(spec, output):  # noqa: ARG001
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=spec.get("accumulation", 1))
+    model = tiny_peft_model()
+    examples = rows(spec.get("lengths", LENGTHS))
+    loader = torch.utils.data.DataLoader(examples, batch_size=spec["batch"], collate_fn=collate)
+    wrapped, optimizer, loader = accelerator.prepare(model, sgd(model), loader)
+    with defend(wrapped, defences(spec["defences"]), optimizer=optimizer) as defended:
+        window = list(loader)
+        totals = defended.totals(window)
+        for batch in window:
+            with accelerator.accumulate(wrapped):
+                loss = defended.loss(batch, totals=totals)
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps)
+                optimizer.step()
+                optimizer.zero_grad()
+        figures = defended.metrics()
+    return model, figures
+
+
+def run(spec, output):
+    """Weights and logged figures of the run that a spec describes."""
+    if spec["kind"] == "transformers":
+        model, trainer = run_transformers(spec, output, defenses=defences(spec["defences"]))
+        figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
+    elif spec["kind"] == "fsdp":
+        return run_fsdp(spec, output)
+    elif spec["kind"] == "loop":
+        model, figures = run_loop(spec, output)
+    else:
+        model, figures = run_accelerate(spec, output)
+    return adapter_weights(model), figures
+
+
+def run_two_processes(spec, folder: Path, launcher: str = "torchrun"):
+    """The same, on two processes; returns what process 0 has."""
+    spec_file, output = folder / "spec.json", folder / "out.pt"
+    spec_file.write_text(json.dumps(spec))
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *(start if launcher == "torchrun" else []), __file__, str(spec_file), str(output), launcher],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = torch.load(output, weights_only=True)
+    return result["weights"], result["figures"]
+
+
+def work(spec_file, output):
+    weights, figures = run(json.loads(Path(spec_file).read_text()), Path(output).parent)
+    assert torch.distributed.get_world_size() == 2
+    if torch.distributed.get_rank() == 0:
+        torch.save({"weights": weights, "figures": figures}, output)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if sys.argv[3] == "torchrun":
+        work(sys.argv[1], sys.argv[2])
+    else:
+        from accelerate import debug_launcher
+
+        debug_launcher(work, args=(sys.argv[1], sys.argv[2]), num_processes=2)

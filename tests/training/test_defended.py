@@ -1,0 +1,312 @@
+"""defend() in a plain loop: values, gradients, windows, and the model left as found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain_defences import feature_distance_sum, forward, kl_sum, reference_forward
+from tiny_models import adapter_weights, collate, furthest, pack, rows, tiny_model, tiny_peft_model
+
+from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.errors import SettingsError, TrainingError
+from safelora_fast.training import defend
+
+LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
+BLOCKS = [0, 2]
+
+
+def defences(kl=3.0, distance=5.0, tokens="all"):
+    return [KL(kl, tokens=tokens), FeatureDistance(distance, layers=BLOCKS, tokens=tokens)]
+
+
+def plain_loss(model, batch, *, kl, distance, tokens="all"):
+    """Task loss and defences by whole logits and features."""
+    reference_logits, reference_features = reference_forward(model, batch)
+    logits, features = forward(model, batch)
+    task = model.get_base_model().loss_function(logits, batch["labels"], vocab_size=logits.shape[-1])
+    kl_total, tokens_count = kl_sum(logits, reference_logits, batch, tokens=tokens)
+    chosen = [features[i] for i in BLOCKS], [reference_features[i] for i in BLOCKS]
+    distance_total, sequences = feature_distance_sum(*chosen, batch, tokens=tokens)
+    return task, kl * kl_total / tokens_count, distance * distance_total / sequences
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("make", [collate, pack], ids=["padded", "packed"])
+@pytest.mark.parametrize("tokens", ["all", "completion"])
+def test_loss_and_gradients_are_those_of_the_plain_formulas(make, tokens):
+    batch = make(rows(LENGTHS))
+    model = tiny_peft_model()
+    truth = tiny_peft_model().double()
+    parts = plain_loss(truth, batch, kl=3.0, distance=5.0, tokens=tokens)
+    sum(parts).backward()
+    with defend(model, defences(tokens=tokens)) as defended:
+        loss = defended.loss(batch)
+        loss.backward()
+    assert loss.item() == pytest.approx(sum(parts).item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        expected = dict(truth.named_parameters())[name].grad
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("defence", [KL(1.0), KL(1.0, direction="forward"), FeatureDistance(1.0, layers=3)], ids=repr)
+def test_gradient_of_a_defence_alone_is_not_small_beside_the_task(defence):
+    """Otherwise the tests of loss scale would prove nothing; published code had a gradient of exactly zero."""
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    with defend(model, [defence]) as defended:
+        totals = defended.totals([batch])
+        with defended.recording(batch):
+            task = model(**batch).loss
+        task.backward(retain_graph=True)
+        of_task = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
+        model.zero_grad()
+        defended.regularizer(totals).backward()
+        of_defence = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
+    assert of_defence > 0.02 * of_task
+    assert of_defence * 50 > of_task
+
+
+def step_once(model, windows, chosen, lr=0.02):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    with defend(model, chosen, optimizer=optimizer) as defended:
+        for window in windows:
+            totals = defended.totals(window)
+            for batch in window:
+                defended.loss(batch, totals=totals).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        figures = defended.metrics()
+        assert defended.step == (len(windows) if defended.defenses else 0)
+    return adapter_weights(model), figures
+
+
+@pytest.mark.parametrize("tokens", ["all", "completion"])
+def test_accumulation_gives_the_weights_of_one_batch(tokens):
+    examples = rows(LENGTHS)
+    whole, figures = step_once(tiny_peft_model(), [[collate(examples)]], defences(60.0, 40.0, tokens))
+    parts = [collate(examples[i : i + 2]) for i in range(0, 8, 2)]
+    accumulated, figures_of_parts = step_once(tiny_peft_model(), [parts], defences(60.0, 40.0, tokens))
+    undefended, _ = step_once(tiny_peft_model(), [parts], [])
+    assert furthest(whole, accumulated) < 1e-5
+    assert furthest(whole, undefended) > 1e-2
+    for name in ("defense/kl", "defense/feature_distance"):
+        assert figures[name] > 0
+        assert figures[name] == pytest.approx(figures_of_parts[name], rel=1e-5)
+
+
+def test_packed_rows_give_the_weights_of_padded_rows():
+    examples = rows(LENGTHS, prompt=2)
+    padded, _ = step_once(tiny_peft_model(), [[collate(examples)]], defences(60.0, 40.0))
+    packed, _ = step_once(tiny_peft_model(), [[pack(examples[:5]), pack(examples[5:])]], defences(60.0, 40.0))
+    assert furthest(padded, packed) < 1e-5
+
+
+def test_a_micro_batch_without_labels_for_the_task_counts_for_the_defences():
+    examples = rows(LENGTHS[:4]) + rows([5, 6], prompt=6)
+    whole, _ = step_once(tiny_peft_model(), [[collate(examples)]], defences(60.0, 40.0))
+    parts, _ = step_once(tiny_peft_model(), [[collate(examples[:4]), collate(examples[4:])]], defences(60.0, 40.0))
+    assert furthest(whole, parts) < 1e-5
+
+
+def test_off_means_off():
+    window = [collate(rows(LENGTHS[:4])), collate(rows(LENGTHS[4:]))]
+    plain = tiny_peft_model(dropout=0.3)
+    torch.manual_seed(5)
+    undefended, _ = step_once(plain, [window], [])
+    off = tiny_peft_model(dropout=0.3)
+    hooks = []
+    decoder = off.get_base_model().model
+    decoder.register_forward_pre_hook(lambda *_: hooks.append("forward"))
+    torch.manual_seed(5)
+    switched_off, figures = step_once(off, [window], defences(0.0, 0.0))
+    assert furthest(undefended, switched_off) == 0
+    assert len(hooks) == len(window)
+    assert figures == {}
+
+
+def enable_checkpointing(model, *, reentrant):
+    base = model.get_base_model()
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    batch = collate(rows(LENGTHS))
+    plain, _ = step_once(tiny_peft_model(), [[batch]], defences(60.0, 40.0))
+    model = tiny_peft_model()
+    enable_checkpointing(model, reentrant=reentrant)
+    model.enable_input_require_grads()
+    model.train()
+    checkpointed, _ = step_once(model, [[batch]], defences(60.0, 40.0))
+    assert furthest(plain, checkpointed) < 1e-6
+
+
+def test_dropout_stays_on_in_the_student_and_off_in_the_reference():
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model(dropout=0.5).train()
+    losses = []
+    with defend(model, [KL(1.0)]) as defended:
+        for seed in (0, 1, 0):
+            torch.manual_seed(seed)
+            losses.append(defended.loss(batch).item())
+    assert losses[0] == losses[2] != losses[1]
+    torch.manual_seed(0)
+    task = model(**batch).loss.item()
+    torch.manual_seed(0)
+    with defend(model, [KL(1e-30)]) as defended:
+        assert defended.loss(batch).item() == task
+
+
+def state_of(model):
+    return (
+        {name: module.training for name, module in model.named_modules()},
+        {name: p.requires_grad for name, p in model.named_parameters()},
+        {name: tuple(m.active_adapters) for name, m in model.named_modules() if hasattr(m, "lora_A")},
+        {name: m.disable_adapters for name, m in model.named_modules() if hasattr(m, "lora_A")},
+        sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+    )
+
+
+def unusual_model():
+    """Modes and flags that a careless restore would lose: a block in evaluation mode, a frozen lora_A."""
+    model = tiny_peft_model(dropout=0.1).train()
+    layers = model.get_base_model().model.layers
+    layers[1].eval()
+    for name, parameter in model.named_parameters():
+        if "layers.0" in name and "lora_A" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("reference", ["base", "frozen"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_is_left_as_found(reference, fails):
+    model = unusual_model()
+    if reference == "frozen":
+        model.add_adapter("frozen", model.peft_config["default"])
+    before = state_of(model)
+    block = model.get_base_model().model.layers[2]
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if fails and len(calls) == 1:
+            raise RuntimeError("broken block")
+
+    handle = block.register_forward_pre_hook(fail)
+    torch.manual_seed(11)
+    random_state = torch.get_rng_state()
+    try:
+        with defend(model, defences(), reference=reference) as defended:
+            defended.loss(collate(rows(LENGTHS))).backward()
+    except RuntimeError as error:
+        assert fails
+        assert str(error) == "broken block"
+        assert torch.equal(torch.get_rng_state(), random_state)
+    handle.remove()
+    assert calls
+    assert state_of(model) == before
+
+
+def test_named_adapter_and_second_model_as_reference():
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    with defend(model, defences()) as defended:
+        expected = defended.loss(batch).item()
+    with defend(model, defences(), reference=tiny_model()) as defended:
+        assert defended.loss(batch).item() == pytest.approx(expected, rel=1e-6)
+    model.add_adapter("zero", model.peft_config["default"])
+    with defend(model, defences(), reference="zero") as defended:
+        assert defended.loss(batch).item() == pytest.approx(expected, rel=1e-6)
+    copy = tiny_peft_model()
+    copy.add_adapter("copy", copy.peft_config["default"])
+    weights = {n.replace(".default.", ".copy."): p for n, p in copy.named_parameters() if ".default." in n}
+    for name, parameter in copy.named_parameters():
+        if name in weights:
+            parameter.data = weights[name].data.clone()
+    with defend(copy, defences(), reference="copy") as defended:
+        assert defended.loss(batch).item() == pytest.approx(copy(**batch).loss.item(), abs=1e-6)
+
+
+def test_full_fine_tuning_against_a_second_model():
+    batch = collate(rows(LENGTHS))
+    model = tiny_model(seed=4)
+    for parameter in model.get_output_embeddings().parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(SettingsError, match="no adapter to disable"):
+        defend(model, [KL(1.0)])
+    with defend(model, [KL(1.0), FeatureDistance(1.0, layers=2)], reference=tiny_model(seed=0)) as defended:
+        defended.loss(batch).backward()
+        assert defended.metrics()["defense/kl"] > 0
+
+
+def test_only_the_gradients_of_training_passes_are_recorded():
+    """A pass without gradients in between (entropy, metrics) is ignored; two training passes are refused."""
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    with defend(model, [KL(1.0)]) as defended:
+        totals = defended.totals([batch])
+        with defended.recording(batch):
+            loss = model(**batch).loss
+            with torch.no_grad():
+                model(**batch)
+        assert torch.isfinite(loss + defended.regularizer(totals))
+        with pytest.raises(SettingsError, match="twice"), defended.recording(batch):
+            model(**batch)
+            model(**batch)
+        with pytest.raises(SettingsError, match="no training forward"), defended.recording(batch), torch.no_grad():
+            model(**batch)
+
+
+def test_not_finite_names_defence_layer_and_step():
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    with defend(model, defences(), first_step=6) as defended:
+        defended.loss(batch)
+        parameter = dict(model.named_parameters())[
+            "base_model.model.model.layers.2.self_attn.o_proj.lora_B.default.weight"
+        ]
+        parameter.data[3, 1] = float("nan")
+        with pytest.raises(TrainingError, match=r"feature_distance|kl.*step 7.*layer 2 of the model"):
+            defended.loss(batch)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped():
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    with defend(model, defences(), optimizer=optimizer, on_nonfinite="skip") as defended:
+        broken = model.get_base_model().model.layers[1].register_forward_hook(
+            lambda _m, _a, out: out * float("inf") if not torch.is_grad_enabled() else out
+        )
+        before = adapter_weights(model)
+        defended.loss(batch).backward()
+        optimizer.step()
+        assert furthest(before, adapter_weights(model)) == 0
+        broken.remove()
+        optimizer.zero_grad()
+        defended.loss(batch).backward()
+        optimizer.step()
+        assert furthest(before, adapter_weights(model)) > 1e-3
+
+
+def test_bfloat16_autocast_keeps_the_students_gradients():
+    """A reference pass inside autocast must not leave casts without gradients in autocast's cache."""
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    exact = tiny_peft_model()
+    with defend(exact, defences()) as defended:
+        defended.loss(batch).backward()
+    with defend(model, defences()) as defended:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = defended.loss(batch)
+        loss.backward()
+    left = torch.cat([g.flatten() for g in gradients(model).values()])
+    right = torch.cat([g.flatten() for g in gradients(exact).values()])
+    assert torch.nn.functional.cosine_similarity(left, right, dim=0) > 0.99

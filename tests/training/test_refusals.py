@@ -1,0 +1,100 @@
+"""Models that a defence would be wrong for are refused with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import collate, rows, tiny_model, tiny_peft_model
+
+from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.errors import SettingsError
+from safelora_fast.training import defend
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_initialisations_that_change_the_base_weights(init):
+    model = tiny_peft_model(lora={"init_lora_weights": init})
+    with pytest.raises(SettingsError, match=f"'default' was initialised by '{init}'"):
+        defend(model, [FeatureDistance(1.0, layers=1)])
+    reference = tiny_model()
+    defend(model, [FeatureDistance(1.0, layers=1)], reference=reference)
+
+
+def test_biases_that_disabling_does_not_undo():
+    with pytest.raises(SettingsError, match='bias="lora_only"'):
+        defend(tiny_peft_model(lora={"bias": "lora_only"}, attention_bias=True), [KL(1.0)])
+
+
+def test_parameters_trained_beside_the_adapter():
+    model = tiny_peft_model()
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(SettingsError, match=r"model\.norm\.weight is trained"):
+        defend(model, [KL(1.0)])
+
+
+def test_merged_adapter():
+    model = tiny_peft_model()
+    model.merge_adapter()
+    with pytest.raises(SettingsError, match=r"layers\.0\.self_attn\.q_proj.*merged"):
+        defend(model, [KL(1.0)])
+
+
+@pytest.mark.parametrize(
+    ("lora", "settings"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, {}),
+        ({"modules_to_save": ["lm_head"]}, {}),
+    ],
+    ids=["adapted", "trained"],
+)
+def test_adapted_head_with_kl(lora, settings):
+    model = tiny_peft_model(lora=lora, **settings)
+    with pytest.raises(SettingsError, match="head is adapted or trained"):
+        defend(model, [KL(1.0)])
+    defend(model, [FeatureDistance(1.0, layers=1)])
+
+
+def test_trained_embeddings_tied_to_the_head():
+    model = tiny_model(tie_word_embeddings=True)
+    with pytest.raises(SettingsError, match="head is adapted or trained"):
+        defend(model, [KL(1.0)], reference=tiny_model(seed=2))
+
+
+def test_wrappers():
+    with pytest.raises(SettingsError, match="DataParallel"):
+        defend(torch.nn.DataParallel(tiny_peft_model()), [KL(1.0)])
+    with pytest.raises(SettingsError, match=r"torch\.compile"):
+        defend(torch.compile(tiny_peft_model()), [KL(1.0)])
+
+
+def test_reference_names():
+    model = tiny_peft_model()
+    with pytest.raises(SettingsError, match="'other' does not exist; the model has default"):
+        defend(model, [KL(1.0)], reference="other")
+    with pytest.raises(SettingsError, match="'default' is the one in training"):
+        defend(model, [KL(1.0)], reference="default")
+    with pytest.raises(SettingsError, match="2 blocks of width 32, the model 3"):
+        defend(model, [KL(1.0)], reference=tiny_model(layers=2))
+    with pytest.raises(SettingsError, match="is the model in training"):
+        defend(model, [KL(1.0)], reference=model)
+
+
+def test_settings():
+    with pytest.raises(SettingsError, match="given once"):
+        defend(tiny_peft_model(), [KL(1.0), KL(2.0)])
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(SettingsError, match="weight"):
+            KL(wrong)
+    with pytest.raises(SettingsError, match="5 blocks are asked for, the model has 3"):
+        defend(tiny_peft_model(), [FeatureDistance(1.0)])
+    with pytest.raises(SettingsError, match="block 3 does not exist"):
+        defend(tiny_peft_model(), [FeatureDistance(1.0, layers=[0, 3])])
+
+
+def test_a_model_compiled_after_the_defences():
+    model = tiny_peft_model()
+    batch = collate(rows([5, 4]))
+    with defend(model, [KL(1.0)]) as defended, pytest.raises(SettingsError, match="no training forward"):
+        defended.model = torch.nn.Identity()
+        with defended.recording(batch):
+            pass
