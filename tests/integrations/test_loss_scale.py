@@ -6,6 +6,8 @@ import pytest
 from tiny_models import furthest
 from train_runs import run, run_two_processes
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
+
 STRONG = {"kl": 30.0, "feature_distance": 30.0}
 
 
@@ -27,7 +29,7 @@ def test_the_defences_matter(whole, tmp_path):
     assert furthest(whole[0], undefended) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["loop", "transformers", "accelerate"])
+@pytest.mark.parametrize("kind", ["loop", "transformers", "accelerate", "trl"])
 def test_accumulation(whole, kind, tmp_path):
     same(run({"kind": kind, "batch": 2, "accumulation": 4, "defences": STRONG}, tmp_path), whole)
 
@@ -39,7 +41,7 @@ def test_transformers_without_accumulation(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "launcher"),
-    [("loop", "torchrun"), ("fsdp", "torchrun"), ("transformers", "torchrun"), ("accelerate", "torchrun"), ("accelerate", "accelerate")],
+    [("loop", "torchrun"), ("fsdp", "torchrun"), ("transformers", "torchrun"), ("trl", "torchrun"), ("accelerate", "torchrun"), ("accelerate", "accelerate")],
 )
 def test_two_processes(whole, kind, launcher, tmp_path):
     spec = {"kind": kind, "batch": 2, "accumulation": 2, "defences": STRONG}

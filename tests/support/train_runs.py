@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_models import adapter_weights, collate, rows, tiny_peft_model
+from tiny_models import VOCABULARY, adapter_weights, collate, rows, tiny_peft_model
 
 from safelora_fast.defenses import KL, FeatureDistance
 from safelora_fast.training import defend
@@ -66,6 +66,39 @@ def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
         train_dataset=rows(spec.get("lengths", LENGTHS)),
         data_collator=collate,
         optimizers=(optimizer, constant(optimizer)),
+        **kwargs,
+    )
+    trainer.train(resume_from_checkpoint=spec.get("resume"))
+    return model, trainer
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, VOCABULARY)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def run_trl(spec, output, model=None, trainer_class=None, **kwargs):
+    from datasets import Dataset, disable_progress_bars
+    from trl import SFTConfig
+
+    from safelora_fast.integrations.trl import DefendedSFTTrainer
+
+    disable_progress_bars()
+    model = tiny_peft_model(**spec.get("model", {})) if model is None else model
+    if "peft_config" not in kwargs:
+        optimizer = sgd(model)
+        kwargs["optimizers"] = (optimizer, constant(optimizer))
+    arguments = {"gradient_checkpointing": False, "bf16": False, "max_length": 64}
+    trainer = (trainer_class or DefendedSFTTrainer)(
+        model=model,
+        args=SFTConfig(**{**arguments, **trainer_arguments(spec, output)}),
+        train_dataset=Dataset.from_list(rows(spec.get("lengths", LENGTHS))),
+        processing_class=tiny_tokenizer(),
         **kwargs,
     )
     trainer.train(resume_from_checkpoint=spec.get("resume"))
@@ -146,6 +179,9 @@ def run(spec, output):
     """Weights and logged figures of the run that a spec describes."""
     if spec["kind"] == "transformers":
         model, trainer = run_transformers(spec, output, defenses=defences(spec["defences"]))
+        figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
+    elif spec["kind"] == "trl":
+        model, trainer = run_trl(spec, output, defenses=defences(spec["defences"]))
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "fsdp":
         return run_fsdp(spec, output)

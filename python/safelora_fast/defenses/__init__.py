@@ -5,5 +5,6 @@ from __future__ import annotations
 from safelora_fast.defenses.base import BatchDefense, Defense
 from safelora_fast.defenses.feature_distance import FeatureDistance
 from safelora_fast.defenses.kl import KL
+from safelora_fast.defenses.steering import Steering
 
-__all__ = ["KL", "BatchDefense", "Defense", "FeatureDistance"]
+__all__ = ["KL", "BatchDefense", "Defense", "FeatureDistance", "Steering"]

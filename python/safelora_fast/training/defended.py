@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from safelora_fast.defenses.base import BatchDefense, Defense, Observation
+from safelora_fast.defenses.steering import Steering
 from safelora_fast.errors import SettingsError
 from safelora_fast.training.anatomy import dissect
 from safelora_fast.training.batch import Spans, read_spans
@@ -103,9 +104,11 @@ class Defended:
         self._on_nonfinite = on_nonfinite
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._handles: list[Any] = []
+        self._attached = False
         self._recorder: StudentRecorder | None = None
         self._spans: Spans | None = None
         self._skip_step = False
+        self._passes = 0
         self._meter = Meter()
         self._stopwatch = Stopwatch()
         if self.defenses:
@@ -122,7 +125,7 @@ class Defended:
 
     def _run_reference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
         with self._stopwatch.running():
-            return self._reference.run(args, kwargs, around=nullcontext)
+            return self._reference.run(args, kwargs, around=self._training_pass)
 
     def __enter__(self) -> Defended:
         self.attach()
@@ -135,8 +138,12 @@ class Defended:
 
     def attach(self) -> None:
         """Install the hooks; does nothing when they are in, or when every defence is switched off."""
-        if self._handles or not self.defenses:
+        if self._attached or not self.defenses:
             return
+        self._attached = True
+        for defense in self.defenses:
+            if isinstance(defense, Steering):
+                self._install(defense)
         if self._recorder is not None:
             self._recorder.attach()
             self._reference.tap.attach()
@@ -144,11 +151,28 @@ class Defended:
             self._handles.append(self._optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
 
+    def _install(self, steering: Steering) -> None:
+        """Steer the model, and a second model that serves as reference; before the hooks that read the outputs."""
+        model = self.anatomy.model
+        self._handles.append(steering.install(self.anatomy, lambda: model.training or self._passes > 0))
+        if self._recorder is not None and self._reference.anatomy.model is not model:
+            self._handles.append(steering.install(self._reference.anatomy, lambda: self._passes > 0))
+
+    @contextmanager
+    def _training_pass(self) -> Iterator[None]:
+        """Inside, steering is on whatever the model's mode."""
+        self._passes += 1
+        try:
+            yield
+        finally:
+            self._passes -= 1
+
     def detach(self) -> None:
         """Take the hooks out; the model is as it was found."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._attached = False
         if self._recorder is not None:
             self._recorder.detach()
             self._reference.tap.detach()
@@ -193,12 +217,13 @@ class Defended:
     @contextmanager
     def recording(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Record the model's training pass on `batch` that happens inside, for :meth:`regularizer`."""
-        if self._recorder is None:
-            yield
-            return
-        self._spans = read_spans(batch)
-        with self._recorder.recording():
-            yield
+        with self._training_pass():
+            if self._recorder is None:
+                yield
+                return
+            self._spans = read_spans(batch)
+            with self._recorder.recording():
+                yield
 
     def regularizer(self, totals: Totals) -> torch.Tensor:
         """The defences' part of the loss, from the pass just recorded: a float32 scalar to add to the task loss.
