@@ -8,7 +8,7 @@ from train_runs import run, run_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
 
-STRONG = {"kl": 30.0, "feature_distance": 30.0}
+STRONG = {"kl": 30.0, "feature_distance": 30.0, "subspace_penalty": 0.3, "safelora": 1}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def whole(tmp_path_factory):
 def same(result, expected):
     weights, figures = result
     assert furthest(weights, expected[0]) < 1e-5
-    for name in ("defense/kl", "defense/feature_distance"):
-        assert figures[name] == pytest.approx(expected[1][name], rel=1e-4)
+    for name in ("kl", "feature_distance", "subspace_penalty", "cosine_min", "modules_projected"):
+        assert figures[f"defense/{name}"] == pytest.approx(expected[1][f"defense/{name}"], rel=1e-4)
 
 
 def test_the_defences_matter(whole, tmp_path):
@@ -41,7 +41,14 @@ def test_transformers_without_accumulation(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "launcher"),
-    [("loop", "torchrun"), ("fsdp", "torchrun"), ("transformers", "torchrun"), ("trl", "torchrun"), ("accelerate", "torchrun"), ("accelerate", "accelerate")],
+    [
+        ("loop", "torchrun"),
+        ("fsdp", "torchrun"),
+        ("transformers", "torchrun"),
+        ("trl", "torchrun"),
+        ("accelerate", "torchrun"),
+        ("accelerate", "accelerate"),
+    ],
 )
 def test_two_processes(whole, kind, launcher, tmp_path):
     spec = {"kind": kind, "batch": 2, "accumulation": 2, "defences": STRONG}

@@ -83,7 +83,7 @@ class BypassingTrainer(DefendedMixin, Trainer):
 
 
 def test_mixin_on_a_users_trainer(tmp_path):
-    """Half the task loss and all of the defence: the step is that of the whole task loss and twice the defence, halved."""
+    """Half the task loss and the defence: the step is half of that of the whole task loss and twice the defence."""
     spec = {"batch": 4, "accumulation": 2}
     half, _ = run_transformers(spec, tmp_path / "a", trainer_class=DefendedHalfLossTrainer, defenses=[KL(15.0)])
     whole, _ = run_transformers(spec, tmp_path / "b", defenses=[KL(30.0)])
@@ -129,8 +129,8 @@ def test_not_finite_stops_the_run(tmp_path):
 def test_refusals_come_with_the_trainer(tmp_path):
     with pytest.raises(SettingsError, match="no adapter to disable"):
         run_transformers(SPEC, tmp_path, model=tiny_model(), defenses=strong())
+    spec = {**SPEC, "arguments": {"torch_compile": True}}
     with pytest.raises(SettingsError, match="torch_compile"):
-        spec = {**SPEC, "arguments": {"torch_compile": True}}
         run_transformers(spec, tmp_path, defenses=strong())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -14,16 +16,16 @@ def documents(batch):
             continue
         positions = batch.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids))[row].tolist()
         starts = [index for index, position in enumerate(positions) if position == 0] + [len(positions)]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             yield row, list(range(start, end))
 
 
 def looked_at(batch, tokens):
     """Like `documents`, with the tokens that a defence looks at."""
-    for row, indices in documents(batch):
-        if tokens == "completion":
-            nexts = dict(zip(indices, indices[1:], strict=False))
-            indices = [i for i in indices if i in nexts and batch["labels"][row, nexts[i]] != -100]
+    for row, document in documents(batch):
+        nexts = dict(itertools.pairwise(document))
+        trained = [i for i in document if i in nexts and batch["labels"][row, nexts[i]] != -100]
+        indices = trained if tokens == "completion" else document
         if indices:
             yield row, indices
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from safelora_fast.subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.training.adapted import adapted_modules
 
 VOCABULARY = 61
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,6 +44,18 @@ def fill_adapter(model, *, seed: int, adapter: str = "default", scale: float = 0
     for name, parameter in model.named_parameters():
         if "lora_" in name and f".{adapter}." in name:
             parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+
+
+def random_subspace(model, rank=3, seed=0):
+    """A subspace with random orthonormal vectors for every adapted module."""
+    random = np.random.default_rng(seed)
+    modules = {}
+    for module in adapted_modules(model.get_base_model(), owner="test"):
+        rows_, columns = module.left.shape[0], module.right.shape[1]
+        vectors = np.linalg.qr(random.standard_normal((rows_, rank)))[0].astype(np.float32)
+        values = np.sort(random.random(rank).astype(np.float32))[::-1].copy()
+        modules[module.name] = ModuleSubspace(vectors, values, 2.0, columns)
+    return SafeSubspace(modules, {"aligned": {"path": "a"}, "base": {"path": "b", "revision": "1"}})
 
 
 def rows(lengths: list[int], *, seed: int = 3, prompt: int = 2) -> list[dict[str, list[int]]]:

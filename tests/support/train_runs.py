@@ -1,4 +1,4 @@
-"""One training run, in this process or as a script under torchrun or accelerate: `train_runs.py SPEC.json OUTPUT.pt`."""
+"""One training run, in this process or as a script on two: `train_runs.py SPEC.json OUTPUT.pt LAUNCHER`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_models import VOCABULARY, adapter_weights, collate, rows, tiny_peft_model
+from tiny_models import VOCABULARY, adapter_weights, collate, random_subspace, rows, tiny_peft_model
 
-from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.defenses import KL, FeatureDistance, SafeLora, SubspacePenalty
 from safelora_fast.training import defend
 
 LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
 
 
-def defences(weights):
-    """The defences of a spec: {"kl": λ, "feature_distance": λ}."""
+def defences(weights, model):
+    """The defences of a spec, by name with their λ; for "safelora" the number of steps between projections."""
     made = []
     if "kl" in weights:
         made.append(KL(weights["kl"]))
     if "feature_distance" in weights:
         made.append(FeatureDistance(weights["feature_distance"], layers=2, tokens="completion"))
+    if "subspace_penalty" in weights:
+        made.append(SubspacePenalty(random_subspace(model), weights["subspace_penalty"]))
+    if "safelora" in weights:
+        made.append(SafeLora(random_subspace(model, rank=20, seed=1), every=weights["safelora"]))
     return made
 
 
@@ -116,7 +120,7 @@ def run_loop(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
-    with defend(wrapped, defences(spec["defences"]), optimizer=optimizer) as defended:
+    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer) as defended:
         totals = defended.totals(window)
         for index, batch in enumerate(window):
             if world > 1:
@@ -145,7 +149,7 @@ def run_fsdp(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
-    with defend(model, defences(spec["defences"]), optimizer=optimizer) as defended:
+    with defend(model, defences(spec["defences"], model), optimizer=optimizer) as defended:
         totals = defended.totals(window)
         for batch in window:
             defended.loss(batch, totals=totals).backward()
@@ -162,7 +166,7 @@ def run_accelerate(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))
     loader = torch.utils.data.DataLoader(examples, batch_size=spec["batch"], collate_fn=collate)
     wrapped, optimizer, loader = accelerator.prepare(model, sgd(model), loader)
-    with defend(wrapped, defences(spec["defences"]), optimizer=optimizer) as defended:
+    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer) as defended:
         window = list(loader)
         totals = defended.totals(window)
         for batch in window:
@@ -178,10 +182,12 @@ def run_accelerate(spec, output):  # noqa: ARG001
 def run(spec, output):
     """Weights and logged figures of the run that a spec describes."""
     if spec["kind"] == "transformers":
-        model, trainer = run_transformers(spec, output, defenses=defences(spec["defences"]))
+        model = tiny_peft_model()
+        model, trainer = run_transformers(spec, output, model, defenses=defences(spec["defences"], model))
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "trl":
-        model, trainer = run_trl(spec, output, defenses=defences(spec["defences"]))
+        model = tiny_peft_model()
+        model, trainer = run_trl(spec, output, model, defenses=defences(spec["defences"], model))
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "fsdp":
         return run_fsdp(spec, output)

@@ -39,7 +39,9 @@ class Steering(Defense):
 
         self.vector = torch.as_tensor(vector).detach().clone()
         if self.vector.dim() != 1 or not self.vector.is_floating_point():
-            raise SettingsError(f"Steering: the vector has shape {tuple(self.vector.shape)}, it must be [hidden] floats")
+            raise SettingsError(
+                f"Steering: the vector has shape {tuple(self.vector.shape)}, it must be [hidden] floats"
+            )
         if not (self.vector.isfinite().all() and math.isfinite(coefficient)):
             raise SettingsError("Steering: the vector and the coefficient must be finite")
         self.layer = layer

@@ -75,7 +75,9 @@ class DefendedMixin:
         """Fetch the micro-batches of one optimiser step, and count the units of the defences in them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)  # type: ignore[misc]
         if self.defenses and batches:
-            self._window = self._attached().totals(batches)
+            defended = self._attached()
+            defended.step = self.state.global_step
+            self._window = defended.totals(batches)
         return batches, items
 
     def compute_loss(

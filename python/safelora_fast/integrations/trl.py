@@ -10,5 +10,5 @@ from safelora_fast.integrations.transformers import DefendedMixin
 class DefendedSFTTrainer(DefendedMixin, SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer with defences; see :class:`~safelora_fast.integrations.transformers.DefendedMixin`.
 
-    TRL builds no logits: the defences work from the decoder's hidden states. In packed rows each document is a sequence.
+    TRL builds no logits: the defences work from hidden states. In packed rows each document is a sequence.
     """

@@ -11,15 +11,18 @@ import torch
 from torch import nn
 
 from safelora_fast.defenses.base import BatchDefense, Defense, Observation
+from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.defenses.steering import Steering
+from safelora_fast.defenses.subspace_penalty import SubspacePenalty
 from safelora_fast.errors import SettingsError
 from safelora_fast.training.anatomy import dissect
 from safelora_fast.training.batch import Spans, read_spans
 from safelora_fast.training.capture import Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import sum_over_ranks, world_size
-from safelora_fast.training.guard import name_culprit
+from safelora_fast.training.guard import name_culprit, penalty_culprit
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.reference import Reference, ReferencePass
+from safelora_fast.training.safe_modules import SafeModules
 from safelora_fast.training.totals import Totals, count_spans, count_totals
 
 if TYPE_CHECKING:
@@ -106,6 +109,8 @@ class Defended:
         self._handles: list[Any] = []
         self._attached = False
         self._recorder: StudentRecorder | None = None
+        self._penalty: tuple[SubspacePenalty, SafeModules] | None = None
+        self._projection: tuple[SafeLora, SafeModules] | None = None
         self._spans: Spans | None = None
         self._skip_step = False
         self._passes = 0
@@ -122,6 +127,10 @@ class Defended:
             self._recorder = StudentRecorder(Tap(self.anatomy, blocks), self._run_reference)
         for defense in self.defenses:
             defense.check(self.anatomy)
+            if isinstance(defense, SubspacePenalty):
+                self._penalty = (defense, SafeModules(self.anatomy.model, defense.subspace, owner="SubspacePenalty"))
+            elif isinstance(defense, SafeLora):
+                self._projection = (defense, SafeModules(self.anatomy.model, defense.subspace, owner="SafeLora"))
 
     def _run_reference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
         with self._stopwatch.running():
@@ -140,6 +149,8 @@ class Defended:
         """Install the hooks; does nothing when they are in, or when every defence is switched off."""
         if self._attached or not self.defenses:
             return
+        if self._projection is not None and self._optimizer is None:
+            raise SettingsError('SafeLora: at="step" needs the optimizer whose steps it follows: optimizer=')
         self._attached = True
         for defense in self.defenses:
             if isinstance(defense, Steering):
@@ -234,13 +245,14 @@ class Defended:
             TrainingError: a defence is NaN or infinite, unless the step is to be skipped.
         """
         self._meter.micro_batch(1.0 / totals.micro_batches)
-        if self._recorder is None:
-            return torch.zeros(())
         with self._stopwatch.running():
-            observation = self._observation()
-            terms = self._terms(observation, totals)
-            self._recorder.forget()
-            self._spans = None
+            terms = torch.zeros(())
+            if self._recorder is not None:
+                terms = self._terms(self._observation(), totals)
+                self._recorder.forget()
+                self._spans = None
+            if self._penalty is not None:
+                terms = terms + self._weighted_penalty(*self._penalty, totals).to(terms.device)
         return terms
 
     def _observation(self) -> Observation:
@@ -279,13 +291,29 @@ class Defended:
             result = result + defense.weight * world_size() * mean
         return result
 
+    def _weighted_penalty(self, defense: SubspacePenalty, modules: SafeModules, totals: Totals) -> torch.Tensor:
+        """The penalty's share of this micro-batch: the window's add up to it once, whatever the processes."""
+        penalties = modules.penalties()
+        values = torch.stack([value.to(penalties[0][1].device) for _, value in penalties])
+        if not values.detach().isfinite().all():
+            if self._on_nonfinite == "raise":
+                raise penalty_culprit(penalties, self.step)
+            self._skip_step = True
+            return torch.zeros(())
+        share = values.sum() / totals.micro_batches
+        self._meter.add(defense.name, share / world_size())
+        return defense.weight * share
+
     def metrics(self) -> dict[str, float]:
         """Means per optimiser step since the last call, over all processes, for a log. Collective.
 
-        `defense/<name>` is a defence's mean before its weight; `defense/time_share` is the share of this process's time
-        spent in the reference pass and in the defences' forward (not in their part of backward).
+        `defense/<name>` is a defence's mean before its weight. `defense/modules_projected` and `defense/cosine_min`
+        (the lowest cosine of P_k·ΔW and ΔW just before) tell of the last projection. `defense/time_share` is the share
+        of this process's time spent in the reference pass, in the defences' forward (not in their part of backward),
+        and in projections.
         """
-        figures = self._meter.read([defense.name for defense in self._batch_defenses])
+        names = [defense.name for defense in self.defenses if isinstance(defense, BatchDefense | SubspacePenalty)]
+        figures = self._meter.read(names)
         if figures:
             figures["defense/time_share"] = self._stopwatch.read()
         return figures
@@ -302,6 +330,13 @@ class Defended:
 
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         self.step += 1
+        if self._projection is None:
+            return
+        defense, modules = self._projection
+        if self.step % defense.every == 0:
+            with self._stopwatch.running():
+                self._meter.set("cosine_min", modules.project())
+                self._meter.set("modules_projected", float(len(modules.modules)))
 
 
 def _takes_loss_arguments(model: nn.Module) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from safelora_fast.errors import TrainingError
 
 if TYPE_CHECKING:
+    import torch
+
     from safelora_fast.defenses.base import BatchDefense, Observation
 
 
@@ -15,6 +17,15 @@ def name_culprit(defense: BatchDefense, observation: Observation, step: int) -> 
     where = _first_bad_states(observation) or "all hidden states are finite, so it arose in the defence itself"
     return TrainingError(
         f"defence {defense.name} is not finite at optimiser step {step + 1}: {where}; "
+        'lower the learning rate or the weight, or set on_nonfinite="skip"'
+    )
+
+
+def penalty_culprit(penalties: list[tuple[str, torch.Tensor]], step: int) -> TrainingError:
+    """The error for a penalty on the weights that is not finite, naming the first module."""
+    name = next(name for name, value in penalties if not value.isfinite())
+    return TrainingError(
+        f"defence subspace_penalty is not finite at optimiser step {step + 1}: module {name}; "
         'lower the learning rate or the weight, or set on_nonfinite="skip"'
     )
 

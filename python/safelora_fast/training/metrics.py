@@ -19,6 +19,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._latest: dict[str, float] = {}
         self._steps = 0.0
         self._device = torch.device("cpu")
 
@@ -27,6 +28,10 @@ class Meter:
         value = value.detach().to(torch.float64)
         self._device = value.device
         self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def set(self, name: str, value: float) -> None:
+        """Set a figure that is the same on every process; the latest counts."""
+        self._latest[name] = value
 
     def micro_batch(self, share_of_step: float) -> None:
         """Count a micro-batch as a share of an optimiser step."""
@@ -39,7 +44,9 @@ class Meter:
         local = [float(self._sums.get(name, 0.0)) for name in names]
         totals = sum_over_ranks(local, self._device)
         means = {f"defense/{name}": total / self._steps for name, total in zip(names, totals, strict=True)}
+        means.update((f"defense/{name}", value) for name, value in self._latest.items())
         self._sums.clear()
+        self._latest.clear()
         self._steps = 0.0
         return means
 

@@ -1,0 +1,66 @@
+"""Penalty on the part of the weight update that leaves the safe subspace."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from safelora_fast.defenses.base import Defense
+from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from safelora_fast.subspace import SafeSubspace
+    from safelora_fast.training.anatomy import Anatomy
+
+
+class SubspacePenalty(Defense):
+    """λ · Σ over modules of ‖(I − P_k)ΔW‖²_F with P_k = U_k·U_kᵀ (AsFT, arXiv 2506.08473, with a true projector).
+
+    With R = B − U(UᵀB) it is s²·tr(RᵀR·AAᵀ): no matrix of the weight's shape is made. Counted once an optimiser step.
+
+    Args:
+        subspace: the safe subspace of the model's aligned and base checkpoints.
+        weight: λ; the paper's is 1.
+
+    Raises:
+        SettingsError: the weight is out of range.
+    """
+
+    name: ClassVar[str] = "subspace_penalty"
+
+    def __init__(self, subspace: SafeSubspace, weight: float = 1.0) -> None:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise SettingsError(f"SubspacePenalty: weight is {weight}, it must be finite and not negative")
+        self.subspace = subspace
+        self.weight = float(weight)
+
+    def __repr__(self) -> str:
+        return f"SubspacePenalty(weight={self.weight})"
+
+    @property
+    def active(self) -> bool:
+        """Whether the weight is not zero."""
+        return self.weight != 0
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse a model with a module that the subspace does not fit."""
+        from safelora_fast.training.safe_modules import SafeModules
+
+        SafeModules(anatomy.model, self.subspace, owner="SubspacePenalty")
+
+
+def penalty(left: torch.Tensor, right: torch.Tensor, scale: float, vectors: torch.Tensor) -> torch.Tensor:
+    """s²·tr(RᵀR·AAᵀ) with R = B − U(UᵀB), a float32 scalar (float64 for float64 factors).
+
+    Expanding the product would cancel: just after a projection R is a small difference of large matrices.
+
+    Args:
+        left: B [m, r].
+        right: A [r, n].
+        scale: s.
+        vectors: U [m, k] with orthonormal columns.
+    """
+    outside = left - vectors @ (vectors.T @ left)
+    return scale**2 * ((outside.T @ outside) * (right @ right.T)).sum()

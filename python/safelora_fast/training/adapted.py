@@ -1,0 +1,73 @@
+"""The LoRA factors of a model in training, for defences that act on the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.training.anatomy import adapter_layers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted module: ΔW = scale · left @ right.
+
+    Attributes:
+        name: the module's name in the model without PEFT.
+        left: lora_B's weight [m, r].
+        right: lora_A's weight [r, n].
+        scale: LoRA's scale s.
+    """
+
+    name: str
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+
+def adapted_modules(model: nn.Module, *, owner: str) -> list[AdaptedModule]:
+    """The factors of the active adapter, by module.
+
+    Args:
+        model: the causal language model under the PEFT wrapper.
+        owner: the defence, for messages.
+
+    Raises:
+        SettingsError: no LoRA, several active adapters, or a kind that cannot be projected; the module is named.
+    """
+    modules: list[AdaptedModule] = []
+    for name, layer in adapter_layers(model):
+        factors = getattr(layer, "lora_B", None)
+        if factors is None:
+            continue
+        active = [adapter for adapter in layer.active_adapters if adapter in _holders(layer)]
+        if len(active) > 1:
+            raise SettingsError(f"{owner}: {name} has {len(active)} active adapters; activate the one in training")
+        modules.extend(_one(name, layer, adapter, owner) for adapter in active)
+    if not modules:
+        raise SettingsError(f"{owner}: the model has no active LoRA adapter")
+    return modules
+
+
+def _holders(layer: nn.Module) -> set[str]:
+    return set(layer.lora_B) | set(getattr(layer, "lora_embedding_B", {}))
+
+
+def _one(name: str, layer: nn.Module, adapter: str, owner: str) -> AdaptedModule:
+    if getattr(layer, "use_dora", {}).get(adapter):
+        raise SettingsError(
+            f"{owner}: {name} is adapted by DoRA, whose learned magnitude undoes a projection: use plain LoRA"
+        )
+    if adapter in getattr(layer, "lora_variant", {}):
+        raise SettingsError(f"{owner}: {name} is adapted by a variant of LoRA that is not B·A: use plain LoRA")
+    if adapter not in layer.lora_B or hasattr(layer, "parameter_name"):
+        raise SettingsError(f"{owner}: {name} adapts embeddings or expert parameters: exclude it from the adapter")
+    left, right = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    if left.dim() != 2:
+        raise SettingsError(f"{owner}: {name} is a convolution: exclude it from the adapter")
+    return AdaptedModule(name, left, right, float(layer.scaling[adapter]))

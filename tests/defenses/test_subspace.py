@@ -1,0 +1,161 @@
+"""SubspacePenalty and SafeLora at a step, and the file of a subspace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import adapter_weights, collate, furthest, random_subspace, rows, tiny_peft_model
+from train_runs import run_transformers, sgd
+
+from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
+from safelora_fast.defenses.subspace_penalty import penalty
+from safelora_fast.errors import CheckpointError, PairingError, SettingsError
+from safelora_fast.subspace import SafeSubspace
+from safelora_fast.training import defend
+from safelora_fast.training.adapted import adapted_modules
+
+
+def outside(model, subspace):
+    """‖(I − P)ΔW‖²_F of every module, from dense float64 matrices."""
+    result = {}
+    for module in adapted_modules(model.get_base_model(), owner="test"):
+        vectors = torch.from_numpy(subspace.find(module.name).left_vectors).double()
+        update = module.scale * module.left.detach().double() @ module.right.detach().double()
+        result[module.name] = (update - vectors @ (vectors.T @ update)).square().sum().item()
+    return result
+
+
+def test_penalty_against_dense_matrices_and_gradcheck():
+    torch.manual_seed(0)
+    left = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    right = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    vectors = torch.linalg.qr(torch.randn(7, 2, dtype=torch.float64))[0]
+    projector = torch.eye(7, dtype=torch.float64) - vectors @ vectors.T
+    dense = (1.5 * projector @ left @ right).square().sum()
+    assert penalty(left, right, 1.5, vectors).item() == pytest.approx(dense.item(), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda b, a: penalty(b, a, 1.5, vectors), (left, right))
+
+
+def test_penalty_is_accurate_just_after_a_projection():
+    """Expanded into small products it would be far off here, where the true value is tiny."""
+    torch.manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(300, 8))[0]
+    right = torch.randn(8, 200)
+    left = vectors @ torch.randn(8, 8) + 1e-5 * torch.randn(300, 8)
+    exact = left.double() - vectors.double() @ (vectors.double().T @ left.double())
+    expected = (exact @ right.double()).square().sum().item()
+    assert penalty(left, right, 1.0, vectors).item() == pytest.approx(expected, rel=0.05)
+
+
+def train_one_step(micro_batches, *, weight=0.5):
+    model = tiny_peft_model()
+    subspace = random_subspace(model)
+    optimizer = sgd(model)
+    with defend(model, [SubspacePenalty(subspace, weight)], optimizer=optimizer) as defended:
+        totals = defended.totals(micro_batches)
+        for batch in micro_batches:
+            defended.loss(batch, totals=totals).backward()
+        optimizer.step()
+        return adapter_weights(model), defended.metrics()
+
+
+def test_penalty_is_counted_once_an_optimiser_step():
+    examples = rows([7, 3, 9, 4])
+    whole, figures = train_one_step([collate(examples)])
+    parts, figures_of_parts = train_one_step([collate(examples[:2]), collate(examples[2:])])
+    undefended, _ = train_one_step([collate(examples)], weight=0.0)
+    assert furthest(whole, parts) < 1e-5
+    assert furthest(whole, undefended) > 1e-2
+    model = tiny_peft_model()
+    expected = sum(outside(model, random_subspace(model)).values())
+    for logged in (figures, figures_of_parts):
+        assert logged["defense/subspace_penalty"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_projection_after_every_second_step():
+    model = tiny_peft_model()
+    subspace = random_subspace(model)
+    optimizer = sgd(model)
+    left_over = []
+    with defend(model, [SafeLora(subspace, every=2)], optimizer=optimizer) as defended:
+        for _ in range(4):
+            defended.loss(collate(rows([7, 3]))).backward()
+            optimizer.step()
+            left_over.append(max(outside(model, subspace).values()))
+        figures = defended.metrics()
+    assert [value < 1e-8 for value in left_over] == [False, True, False, True]
+    assert figures["defense/modules_projected"] == 21
+    assert 0 < figures["defense/cosine_min"] < 1
+
+
+def test_resume_keeps_the_schedule(tmp_path):
+    def run(folder, resume=None):
+        model = tiny_peft_model(dropout=0.2)
+        defenses = [SafeLora(random_subspace(model), every=2), SubspacePenalty(random_subspace(model, seed=1), 0.1)]
+        arguments = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 9}
+        spec = {"batch": 2, "accumulation": 2, "steps": 4, "arguments": arguments, "resume": resume}
+        return adapter_weights(run_transformers(spec, folder, model=model, defenses=defenses)[0])
+
+    unbroken = run(tmp_path / "run")
+    resumed = run(tmp_path / "again", resume=str(tmp_path / "run" / "checkpoint-1"))
+    assert furthest(unbroken, resumed) == 0
+
+
+def test_saved_and_loaded(tmp_path):
+    subspace = random_subspace(tiny_peft_model())
+    subspace.save(tmp_path / "safe.safetensors")
+    loaded = SafeSubspace.load(tmp_path / "safe.safetensors")
+    assert loaded.sources == subspace.sources
+    assert loaded.modules.keys() == subspace.modules.keys()
+    for name, module in subspace.modules.items():
+        assert np.array_equal(loaded.modules[name].left_vectors, module.left_vectors)
+        assert np.array_equal(loaded.modules[name].singular_values, module.singular_values)
+        assert loaded.modules[name].energy == module.energy
+    assert [path.name for path in tmp_path.iterdir()] == ["safe.safetensors"]
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SafeSubspace.load(tmp_path / "missing.safetensors")
+    damaged = (tmp_path / "safe.safetensors").read_bytes()[:-4]
+    (tmp_path / "safe.safetensors").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SafeSubspace.load(tmp_path / "safe.safetensors")
+
+
+def test_a_subspace_that_does_not_fit_is_refused_by_name():
+    model = tiny_peft_model()
+    subspace = random_subspace(model)
+    name = "model.layers.1.mlp.down_proj"
+    missing = SafeSubspace({key: value for key, value in subspace.modules.items() if key != name})
+    with pytest.raises(PairingError, match=r"module model\.layers\.1\.mlp\.down_proj is not in the subspace; nearest"):
+        defend(model, [SubspacePenalty(missing, 1.0)])
+    other = subspace.modules["model.layers.1.mlp.up_proj"]
+    with pytest.raises(PairingError, match=r"down_proj is \(32, 48\), the subspace has \(48, 32\)"):
+        defend(model, [SubspacePenalty(SafeSubspace({**subspace.modules, name: other}), 1.0)])
+    prefixed = SafeSubspace({f"language_model.{key}": value for key, value in subspace.modules.items()})
+    defend(model, [SubspacePenalty(prefixed, 1.0)])
+
+
+def test_refusals():
+    model = tiny_peft_model()
+    subspace = random_subspace(model)
+    for operator in ("safelora", "zero"):
+        with pytest.raises(SettingsError, match="would drive it to zero"):
+            SafeLora(subspace, operator=operator)
+    with pytest.raises(SettingsError, match="needs the optimizer"):
+        defend(model, [SafeLora(subspace)]).attach()
+    dora = tiny_peft_model(lora={"use_dora": True})
+    with pytest.raises(SettingsError, match=r"layers\.0\.self_attn\.q_proj is adapted by DoRA"):
+        defend(dora, [SubspacePenalty(subspace, 1.0)])
+
+
+def test_off_and_beside_other_defences():
+    batch = collate(rows([7, 3]))
+    model = tiny_peft_model()
+    subspace = random_subspace(model)
+    with defend(model, [KL(2.0)]) as defended:
+        alone = defended.loss(batch).item()
+    with defend(model, [KL(2.0), SubspacePenalty(subspace, 0.0)]) as defended:
+        assert defended.loss(batch).item() == alone
+    with defend(model, [KL(2.0), SubspacePenalty(subspace, 0.5)]) as defended:
+        expected = alone + 0.5 * sum(outside(model, subspace).values())
+        assert defended.loss(batch).item() == pytest.approx(expected, rel=1e-5)
