@@ -24,6 +24,7 @@ def tiny_model(*, layers: int = 3, seed: int = 0, **settings):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        use_cache=False,
         pad_token_id=0,
         **settings,
     )

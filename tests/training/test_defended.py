@@ -149,6 +149,15 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     assert furthest(plain, checkpointed) < 1e-6
 
 
+def test_a_model_compiled_in_place():
+    batch = collate(rows(LENGTHS))
+    plain, _ = step_once(tiny_peft_model().train(), [[batch]], defences(60.0, 40.0))
+    model = tiny_peft_model().train()
+    model.compile(backend="aot_eager")
+    compiled, _ = step_once(model, [[batch]], defences(60.0, 40.0))
+    assert furthest(plain, compiled) < 1e-6
+
+
 def test_dropout_stays_on_in_the_student_and_off_in_the_reference():
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model(dropout=0.5).train()

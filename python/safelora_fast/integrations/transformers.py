@@ -159,7 +159,9 @@ def _check_trainer(trainer: Any) -> None:
             "process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES"
         )
     if trainer.args.torch_compile:
-        raise SettingsError("torch_compile: a compiled model skips the hooks that the defences read; switch it off")
+        raise SettingsError(
+            "torch_compile wraps the model and hides the modules that the defences hook: compile it in place, model.compile()"
+        )
     if trainer.is_deepspeed_enabled:
         raise SettingsError("DeepSpeed is not supported with defences: use DDP or FSDP2")
     parallel = getattr(trainer.accelerator, "parallelism_config", None)

@@ -90,8 +90,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         return unwrap(model.module)
     if hasattr(model, "_orig_mod"):
         raise SettingsError(
-            "torch.compile: the defences read hidden states through module hooks, which a compiled model skips; "
-            "give the model before compiling and train it uncompiled"
+            "torch.compile(model) wraps the model and hides the modules that the defences hook: compile it in place, "
+            "model.compile()"
         )
     get_base_model = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()
