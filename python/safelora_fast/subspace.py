@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 from safelora_fast.errors import CheckpointError, OutputError, PairingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 FORMAT = "safelora_fast.subspace"
-VERSION = "1"
+VERSION = 1
 _VECTORS, _VALUES = ".left_vectors", ".singular_values"
 
 
@@ -63,6 +63,52 @@ class SafeSubspace:
     modules: Mapping[str, ModuleSubspace]
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @classmethod
+    def build(
+        cls,
+        *,
+        aligned: str | os.PathLike[str],
+        base: str | os.PathLike[str],
+        modules: Sequence[str] | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        fan_in_fan_out: bool = False,
+        seed: int = 0,
+        threads: int | None = None,
+        progress: Callable[[str, ModuleSubspace], None] | None = None,
+    ) -> SafeSubspace:
+        """Build from two checkpoints on disk by randomised subspace iteration; they are streamed, no model is loaded.
+
+        Args:
+            aligned: the aligned (instruct) checkpoint: a safetensors file, or a folder with one or with an index.
+            base: the base checkpoint, likewise.
+            modules: last parts of module names; by default the seven projections of Llama-like models.
+            rank: vectors a module (64 when neither this nor `energy` is given).
+            energy: share of ‖V‖²_F to hold, instead of a rank.
+            fan_in_fan_out: weights are stored (in, out), as Conv1D keeps them.
+            seed: of the random start; the same seed gives the same subspace.
+            threads: threads of the kernels.
+            progress: called after each module.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be read.
+            PairingError: a module is in one checkpoint only, or has another shape there.
+            SettingsError: a setting is out of range.
+        """
+        from safelora_fast.subspace_build import PROJECTIONS, build_subspace
+
+        return build_subspace(
+            aligned,
+            base,
+            modules=PROJECTIONS if modules is None else modules,
+            rank=rank,
+            energy=energy,
+            fan_in_fan_out=fan_in_fan_out,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+
     def find(self, name: str) -> ModuleSubspace:
         """The subspace of a module of a loaded model, whatever prefix either side puts before the name.
 
@@ -91,12 +137,9 @@ class SafeSubspace:
             tensors[name + _VECTORS] = np.ascontiguousarray(module.left_vectors, dtype=np.float32)
             tensors[name + _VALUES] = np.ascontiguousarray(module.singular_values, dtype=np.float32)
             facts[name] = {"v_norm": module.v_norm, "columns": module.columns}
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "modules": json.dumps(facts, sort_keys=True),
-            "sources": json.dumps(self.sources, sort_keys=True, default=dict),
-        }
+        # One entry only: safetensors writes several in no fixed order, and the same subspace must give the same bytes.
+        document = {"version": VERSION, "modules": facts, "sources": self.sources}
+        metadata = {FORMAT: json.dumps(document, sort_keys=True, default=dict)}
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
@@ -116,8 +159,8 @@ class SafeSubspace:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+                document = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+                if document.get("version") != VERSION:
                     raise CheckpointError(
                         f"{path}: not a subspace file of version {VERSION} (safelora-fast subspace build)"
                     )
@@ -128,8 +171,8 @@ class SafeSubspace:
                         v_norm=float(facts["v_norm"]),
                         columns=int(facts["columns"]),
                     )
-                    for name, facts in json.loads(metadata["modules"]).items()
+                    for name, facts in document["modules"].items()
                 }
-                return cls(modules, json.loads(metadata["sources"]))
+                return cls(modules, document["sources"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: the subspace cannot be read ({error})") from error
