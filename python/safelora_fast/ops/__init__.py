@@ -1,9 +1,13 @@
-"""Operations on torch tensors, for people who embed them. Importing this package imports torch.
+"""Operations on torch tensors, for people who embed them; each folder has its plain reference beside the operation.
 
-Each function has the name of the folder that holds it, so all are imported here, at once: a later import of such a
-folder then finds the function in its place.
+Importing this package imports torch. The functions are bound here at once: a name bound later would be hidden by the
+folder of the same name.
 """
 
+from __future__ import annotations
+
+from safelora_fast.ops.feature_distance import feature_distance
+from safelora_fast.ops.linear_kl import linear_kl
 from safelora_fast.ops.subspace_projection import subspace_projection
 
-__all__ = ["subspace_projection"]
+__all__ = ["feature_distance", "linear_kl", "subspace_projection"]

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from safelora_fast.ops.linear_kl import linear_kl, linear_kl_reference
+
+MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
+fused = importlib.import_module("safelora_fast.ops.linear_kl.fused")
+SETTINGS = [
+    {},
+    {"direction": "forward"},
+    {"temperature": 2.5},
+    {"bias": True},
+    {"softcap": 3.0, "logit_scale": 0.7, "bias": True, "direction": "forward"},
+    {"softcap": 3.0, "temperature": 0.6},
+]
+
+
+def inputs(dtype, drift=0.5, vocabulary=37, hidden=6, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    reference = size * random(3, 5, hidden)
+    student = reference + drift * size * random(3, 5, hidden)
+    head, bias = random(vocabulary, hidden), random(vocabulary)
+    return student.to(dtype).requires_grad_(), reference.to(dtype), head.to(dtype), bias.to(dtype)
+
+
+def options(settings, bias):
+    return {**settings, "bias": bias if settings.get("bias") else None}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("drift", [0.5, 5.0, 1e-2])
+def test_value_and_gradient_in_float64(settings, drift, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 1)
+    student, reference, head, bias = inputs(torch.float64, drift)
+    value = linear_kl(student, reference, head, MASK, **options(settings, bias))
+    expected = linear_kl_reference(student, reference, head, MASK, **options(settings, bias))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+    ours, theirs = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, student)[0]
+    assert theirs.norm() > 1e-4
+    assert (ours - theirs).norm() < 1e-9 * theirs.norm()
+    assert not ours[~MASK].any()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradcheck(settings):
+    student, reference, head, bias = inputs(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda s: 3 * linear_kl(s, reference, head, MASK, **options(settings, bias)), (student,)
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("drift", [0.5, 1e-2, 1e-3])
+def test_float32_does_not_cancel_near_the_start(settings, drift):
+    student, reference, head, bias = inputs(torch.float32, drift, vocabulary=501, hidden=24)
+    exact = student.detach().double().requires_grad_()
+    given = options(settings, bias)
+    exact_given = {**given, "bias": None if given["bias"] is None else bias.double()}
+    value = linear_kl(student, reference, head, MASK, **given)
+    expected = linear_kl_reference(exact, reference.double(), head.double(), MASK, **exact_given)
+    assert value.item() == pytest.approx(expected.item(), rel=2e-4)
+    ours, theirs = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, exact)[0]
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_bfloat16_is_as_good_as_its_logits():
+    student, reference, head, _ = inputs(torch.bfloat16, 0.1, vocabulary=501, hidden=24)
+    exact = student.detach().double().requires_grad_()
+    value = linear_kl(student, reference, head, MASK)
+    expected = linear_kl_reference(exact, reference.double(), head.double(), MASK)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=3e-2)
+    ours, theirs = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, exact)[0]
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - theirs).norm() < 3e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_far_apart_stays_finite(direction):
+    student, reference, head, _ = inputs(torch.float32, drift=3.0, size=40.0, vocabulary=101, hidden=24)
+    exact = student.detach().double()
+    value = linear_kl(student, reference, head, MASK, direction=direction)
+    expected = linear_kl_reference(exact, reference.double(), head.double(), MASK, direction=direction)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def test_identical_empty_and_padding():
+    student, reference, head, _ = inputs(torch.float32, drift=0.0)
+    value = linear_kl(student, reference, head, MASK)
+    assert value.item() == 0
+    assert not torch.autograd.grad(value, student)[0].any()
+    student, reference, head, _ = inputs(torch.float32)
+    expected = linear_kl(student, reference, head, MASK).item()
+    student.data[~MASK] = float("nan")
+    assert linear_kl(student, reference, head, MASK).item() == expected
+    value = linear_kl(student, reference, head, torch.zeros_like(MASK))
+    assert value.item() == 0
+    assert not torch.autograd.grad(value, student)[0].any()
+
+
+def test_autocast_leaves_the_dtype_to_the_hidden_states():
+    student, reference, head, _ = inputs(torch.float32)
+    expected = linear_kl(student, reference, head, MASK).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_kl(student, reference, head, MASK).item() == expected
+
+
+def test_refusals():
+    student, reference, head, _ = inputs(torch.float32)
+    with pytest.raises(ValueError, match="direction"):
+        linear_kl(student, reference, head, MASK, direction="sideways")
+    with pytest.raises(ValueError, match="disagree"):
+        linear_kl(student, reference, head, MASK[:, :3])
+    with pytest.raises(ValueError, match="width"):
+        linear_kl(student, reference, head[:, :3], MASK)
