@@ -11,23 +11,54 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast._core import __version__
 
 if TYPE_CHECKING:
+    from safelora_fast.defenses import KL, FeatureDistance, SafeLora, Steering, SubspacePenalty
     from safelora_fast.posthoc.peft_model import project_peft_model
     from safelora_fast.posthoc.project import project_adapter
     from safelora_fast.posthoc.report import ProjectionReport
+    from safelora_fast.subspace import SafeSubspace
+    from safelora_fast.training import defend
 
 _HOMES = {
+    "KL": "safelora_fast.defenses",
+    "FeatureDistance": "safelora_fast.defenses",
     "ProjectionReport": "safelora_fast.posthoc.report",
+    "SafeLora": "safelora_fast.defenses",
+    "SafeSubspace": "safelora_fast.subspace",
+    "Steering": "safelora_fast.defenses",
+    "SubspacePenalty": "safelora_fast.defenses",
+    "defend": "safelora_fast.training",
     "project_adapter": "safelora_fast.posthoc.project",
     "project_peft_model": "safelora_fast.posthoc.peft_model",
 }
 
-__all__ = ["ProjectionReport", "__version__", "project_adapter", "project_peft_model"]
+__all__ = [
+    "KL",
+    "FeatureDistance",
+    "ProjectionReport",
+    "SafeLora",
+    "SafeSubspace",
+    "Steering",
+    "SubspacePenalty",
+    "__version__",
+    "defend",
+    "project_adapter",
+    "project_peft_model",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if error.name not in {"torch", "transformers", "peft"}:
+            raise
+        from safelora_fast.errors import MissingDependencyError
+
+        message = f"{name} needs {error.name}: pip install 'safelora-fast[train]'"
+        raise MissingDependencyError(message) from error
 
 
 def __dir__() -> list[str]:
