@@ -12,8 +12,17 @@ const DEPENDENT: f64 = 1e-4;
 #[must_use]
 pub fn orthonormal(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> {
     // Twice is enough: the first round leaves errors of rounding times 1/DEPENDENT, the second of rounding alone.
-    let once = in_order(&removed(vectors, against, length), length);
+    let once = in_order(&independent(vectors, against, length), length);
     in_order(&removed(&once, against, length), length)
+}
+
+/// What is left of each vector beside `against`, where that is more than rounding.
+fn independent(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> {
+    let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+    let rest = removed(vectors, against, length);
+    let pairs = rest.chunks_exact(length.max(1)).zip(vectors.chunks_exact(length.max(1)));
+    let kept = pairs.filter(|(rest, vector)| norm(rest) > DEPENDENT * norm(vector));
+    kept.flat_map(|(rest, _)| rest.iter().copied()).collect()
 }
 
 /// `vectors` without their components along the orthonormal vectors `against`.

@@ -203,7 +203,9 @@ mod tests {
 
     fn vectors(count: usize, length: usize, seed: u32) -> Vec<f32> {
         (0..count * length)
-            .map(|index| ((index as u32 * 2_654_435_761 + seed) >> 8) as f32 / 8_388_608.0 - 1.0)
+            .map(|index| {
+                ((index as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32 / 8_388_608.0 - 1.0
+            })
             .collect()
     }
 
