@@ -12,35 +12,48 @@ from safelora_fast import _core
 from safelora_fast.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 FLOATS = {"F32", "BF16", "F16"}
 
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "embedding", "parameter"]
 
-LEFT = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
+FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
+NAMED_FACTOR = re.compile(r".+\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(\.weight)?")
 BIAS = re.compile(r".+\.lora_B\.bias")
+NESTED = ".base_layer"
 
-BASE_CHANGING = {"pissa", "olora", "corda", "loftq", "lora_ga"}
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 VARIANTS = {
-    "use_dora": "DoRA rescales the whole weight by a learned magnitude, so projecting B alone does not project the update",
+    "use_dora": "DoRA rescales the whole weight by a learned magnitude, so projecting B does not project the update",
     "use_qalora": "QALoRA pools the input, so its factors do not multiply to an update of the weight",
     "use_bdlora": "BD-LoRA keeps block-diagonal factors",
-    "alora_invocation_tokens": "aLoRA applies to a part of the tokens only; project it with tools that know them",
+    "kasa_config": "KaSA cuts the base weight and puts a diagonal between B and A",
+    "velora_config": "VeLoRA is not known to train a plain B·A",
+    "monteclora_config": "MonteCLoRA samples around its factors",
+    "arrow_config": "Arrow routes between adapters per token",
+    "alora_invocation_tokens": "aLoRA applies to a part of the tokens only, so B·A is not the update of the weight",
+    "layer_replication": "replicated layers share one base weight, so their names do not exist in the checkpoints",
+    "megatron_config": "Megatron splits layers across processes under names of its own",
 }
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted module: ΔW = s·left·right, in the orientation that the kind tells.
+    """One pair of LoRA factors, as PEFT names and stores it.
+
+    For "linear" and "embedding" ΔW = s·left·right, W being (out, in). For "parameter" (PEFT's `target_parameters`) both
+    factors hold every expert, and the shapes tell which side belongs to left (posthoc/experts.py).
 
     Attributes:
-        name: path of the module, without `base_model.model.`.
-        left_key: tensor that the projection changes, (m, r).
-        right_key: tensor that it leaves alone, (r, n).
+        name: path of the module, without `base_model.model.` and without PEFT's `base_layer`.
+        left_key: tensor of `lora_B` or `lora_embedding_B`, (m, r).
+        right_key: tensor of `lora_A` or `lora_embedding_A`, (r, n).
+        parameters: for "parameter", the names that the pair may stand for: the keys do not say; empty when unknown.
+        depth: for "parameter", how deep PEFT nested the pair: 0 is the outermost.
     """
 
     name: str
@@ -49,6 +62,8 @@ class LoraModule:
     right_key: str
     left_shape: tuple[int, int]
     right_shape: tuple[int, int]
+    parameters: tuple[str, ...] = ()
+    depth: int = 0
 
     @property
     def rank(self) -> int:
@@ -118,10 +133,10 @@ def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
         if config.get(key):
             raise AdapterError(f"{folder}: {key} is set: {reason}; this adapter cannot be projected")
     init = str(config.get("init_lora_weights", "")).lower()
-    if any(init.startswith(name) for name in BASE_CHANGING):
+    if init.startswith(BASE_CHANGING):
         raise AdapterError(
-            f"{folder}: was initialised with {init}, which also changes the base weights, so B·A is not the update of the "
-            "original model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
+            f"{folder}: was initialised with {init}, which also changes the base weights, so B·A is not the update of "
+            "the original model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
         )
 
 
@@ -137,46 +152,71 @@ def _account(
             raise AdapterError(f"{folder}: {key} belongs to DoRA: {VARIANTS['use_dora']}")
         if BIAS.fullmatch(key):
             copied.append((key, "bias of lora_B: not part of B·A"))
-        elif match := LEFT.fullmatch(key):
+        elif match := FACTOR.fullmatch(key):
             factors[match["module"].removeprefix(PREFIX), match["factor"]] = key
+        elif match := NAMED_FACTOR.fullmatch(key):
+            raise AdapterError(
+                f"{folder}: the key {key!r} still carries the adapter name {match['adapter']!r}; write the adapter "
+                "with PEFT's save_pretrained"
+            )
         elif ".lora_" in key:
             raise AdapterError(f"{folder}: tensor {key!r} belongs to a LoRA variant that is not known here")
+        elif key.endswith(f"{NESTED}.weight"):
+            copied.append((key, "the base weight, which PEFT saved along"))
         else:
             copied.append((key, "trained in full (modules_to_save, bias or new embeddings): it has no B·A"))
     if not factors:
         raise AdapterError(f"{folder}: {WEIGHTS} holds no LoRA factors")
+    names: dict[tuple[str, bool], None] = dict.fromkeys((module, "embedding" in factor) for module, factor in factors)
+    targets = config.get("target_parameters") or []
     modules = []
-    for module, factor in factors:
-        left, right = ("lora_B", "lora_A") if "embedding" not in factor else ("lora_embedding_B", "lora_embedding_A")
-        if factor == right:
-            continue
-        modules.append(_module(folder, module, factors.get((module, left)), factors.get((module, right)), tensors))
-    for module, factor in factors:
-        other = factor[:-1] + ("B" if factor.endswith("A") else "A")
-        if (module, other) not in factors:
-            raise AdapterError(f"{folder}: module {module} has {factor} but no {other}")
-    if config.get("target_parameters") and any(len(tensors[key][1]) != 2 for key in factors.values()):
-        raise AdapterError(f"{folder}: a factor of a target parameter is not a matrix")
+    for name, embedding in names:
+        left, right = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")
+        left_key, right_key = factors.get((name, left)), factors.get((name, right))
+        if left_key is None or right_key is None:
+            there, absent = (right, left) if left_key is None else (left, right)
+            raise AdapterError(f"{folder}: module {name} has {there} but no {absent}")
+        kind: Kind = "embedding" if embedding else "linear"
+        modules.append(_module(folder, name, kind, left_key, right_key, tensors, targets))
     return tuple(modules), tuple(copied)
 
 
 def _module(
     folder: Path,
-    name: str,
-    left_key: str | None,
-    right_key: str | None,
+    path: str,
+    kind: Kind,
+    left_key: str,
+    right_key: str,
     tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]],
+    targets: Sequence[str],
 ) -> LoraModule:
-    if left_key is None or right_key is None:
-        raise AdapterError(f"{folder}: module {name} has only one of its two LoRA factors")
     for key in (left_key, right_key):
         dtype, shape = tensors[key][:2]
         if dtype not in FLOATS:
             raise AdapterError(f"{folder}: {key} is {dtype}; LoRA factors must be F32, BF16 or F16")
-        if len(shape) != 2:
-            raise AdapterError(f"{folder}: {key} has shape {list(shape)}; only factors of matrices can be projected")
-    (m, r), (r_right, n) = tensors[left_key][1], tensors[right_key][1]
-    if r != r_right:
-        raise AdapterError(f"{folder}: the factors of {name} do not multiply: {[m, r]} by {[r_right, n]}")
-    kind: Kind = "embedding" if "lora_embedding" in left_key else "linear"
-    return LoraModule(name, kind, left_key, right_key, (m, r), (r_right, n))
+        if len(shape) > 2:
+            raise AdapterError(
+                f"{folder}: {key} has shape {list(shape)}, of a convolution; only matrices can be projected"
+            )
+        if len(shape) != 2 or 0 in shape:
+            raise AdapterError(
+                f"{folder}: {key} has shape {list(shape)}, so it is no whole factor; gather the shards before saving"
+            )
+    (m, rank), (rank_right, n) = tensors[left_key][1], tensors[right_key][1]
+    if rank != rank_right:
+        raise AdapterError(f"{folder}: the factors of {path} do not multiply: {[m, rank]} by {[rank_right, n]}")
+    name, depth = path.replace(NESTED, ""), path.count(NESTED)
+    parameters = _parameters(name, targets)
+    if kind == "linear" and (parameters or depth or name.endswith(".experts")):
+        kind = "parameter"
+    return LoraModule(name, kind, left_key, right_key, (m, rank), (rank_right, n), parameters, depth)
+
+
+def _parameters(module: str, targets: Sequence[str]) -> tuple[str, ...]:
+    """The parameters of a module that `target_parameters` may name: PEFT matches whole trailing components."""
+    found = []
+    for target in sorted(set(targets)):
+        owner, _, parameter = target.rpartition(".")
+        if module == owner or module.endswith(f".{owner}") or (not owner and module.endswith(".experts")):
+            found.append(parameter)
+    return tuple(found)

@@ -1,0 +1,237 @@
+"""Shapes, orientation and row blocks of the weights that posthoc/pairing.py has found by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast import _core
+from safelora_fast.errors import CheckpointError, PairingError
+from safelora_fast.posthoc.adapter import FLOATS
+from safelora_fast.posthoc.experts import stored_in_out
+from safelora_fast.posthoc.pairing import INPUT_EMBEDDINGS, Piece, TensorNames, canonical
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from safelora_fast.posthoc.adapter import LoraModule
+    from safelora_fast.posthoc.sources import TensorEntry
+
+# Models whose transformers code keeps these modules as Conv1D, that is (in, out).
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+VOCABULARY = {*INPUT_EMBEDDINGS, "lm_head"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a stored matrix: a view with unit column stride."""
+
+    tensor: str
+    file: _core.SafetensorsFile
+    begin: int
+    offset: int
+    rows: int
+    cols: int
+
+    @property
+    def identity(self) -> tuple[str, str, int, int, int]:
+        """What tells one block from another."""
+        return self.file.path, self.tensor, self.offset, self.rows, self.cols
+
+    def cut(self, start: int, rows: int) -> Block:
+        """Some of its rows."""
+        return Block(self.tensor, self.file, self.begin, self.offset + start * self.cols, rows, self.cols)
+
+    def view(self) -> _core.View:
+        """The block as the extension reads it."""
+        return _core.View(
+            self.file, self.tensor, offset=self.offset, rows=self.rows, cols=self.cols, row_stride=self.cols
+        )
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight as it is stored: blocks of rows, and whether they are of the transpose of (out, in)."""
+
+    blocks: tuple[Block, ...]
+    transposed: bool = False
+    vocabulary: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        stored = sum(block.rows for block in self.blocks), self.blocks[0].cols
+        return stored[::-1] if self.transposed else stored
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The parameters of one module with experts: a tensor that holds all of them, or the pieces of each expert."""
+
+    module: str
+    parameters: Mapping[str, str | tuple[tuple[Piece, ...], ...]]
+
+    @staticmethod
+    def locate(names: TensorNames, modules: Sequence[LoraModule]) -> ExpertWeights:
+        """Find the parameters that the factors of these modules may stand for.
+
+        Raises:
+            PairingError: when one of them is missing.
+        """
+        module = modules[0].name
+        wanted = modules[0].parameters or ("gate_up_proj", "down_proj")
+        found = {parameter: names.parameter(module, parameter) for parameter in wanted}
+        there = {parameter: weight for parameter, weight in found.items() if weight is not None}
+        if len(there) < len(modules) or (modules[0].parameters and len(there) < len(wanted)):
+            lacking = next(parameter for parameter in wanted if parameter not in there)
+            raise names.missing(f"{module}.{lacking}", f"{module}.{lacking}")
+        return ExpertWeights(module, there)
+
+    def tensors(self) -> Iterator[str]:
+        """The names of all tensors."""
+        for weight in self.parameters.values():
+            if isinstance(weight, str):
+                yield weight
+            else:
+                yield from (piece.tensor for pieces in weight for piece in pieces)
+
+    def matrices(self, names: TensorNames, parameter: str) -> list[Matrix]:
+        """One matrix for each expert."""
+        weight = self.parameters[parameter]
+        if isinstance(weight, str):
+            entry = _entry(names, weight)
+            if len(entry.shape) == 2:
+                return [Matrix(_blocks(names, (Piece(weight),), self.module, None))]
+            if len(entry.shape) != 3:
+                raise PairingError(f"{self.module}: {weight} has shape {list(entry.shape)}; experts need three axes")
+            shape = entry.shape[1], entry.shape[2]
+            transposed = stored_in_out(parameter, shape, names.setting("hidden_size"), names.setting("model_type"))
+            return [
+                Matrix(_blocks(names, (Piece(weight, expert),), self.module, None), transposed)
+                for expert in range(entry.shape[0])
+            ]
+        return [Matrix(_blocks(names, pieces, self.module, None)) for pieces in weight]
+
+    def shapes(self, names: TensorNames) -> dict[str, tuple[int, int]]:
+        """(out, in) of one expert, for each parameter."""
+        return {parameter: self.matrices(names, parameter)[0].shape for parameter in self.parameters}
+
+    def flat(self, names: TensorNames, parameter: str) -> bool:
+        """Whether the parameter is a matrix without experts."""
+        weight = self.parameters[parameter]
+        return isinstance(weight, str) and len(_entry(names, weight).shape) == 2
+
+
+def matrix_of(names: TensorNames, pieces: tuple[Piece, ...], module: LoraModule, config: Mapping[str, Any]) -> Matrix:
+    """The weight of a linear or embedding module.
+
+    Args:
+        names: the checkpoint.
+        pieces: where `TensorNames.weight` found it.
+        module: tells (out, in) by its factors.
+        config: of the adapter.
+
+    Raises:
+        PairingError: when the tensors are no matrices, or cannot be cut as their names say.
+        CheckpointError: when they are quantised.
+    """
+    shape = module.left_shape[0], module.right_shape[1]
+    if module.kind == "embedding":
+        return Matrix(_blocks(names, pieces, module.name, None), transposed=True, vocabulary=_of_vocabulary(module))
+    transposed = len(pieces) == 1 and _is_conv1d(names, pieces[0], module, shape, config)
+    rows = None if transposed else shape[0]
+    return Matrix(_blocks(names, pieces, module.name, rows), transposed, _of_vocabulary(module))
+
+
+def cut_together(aligned: Matrix, base: Matrix) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+    """Blocks of both matrices with the same rows, whatever each checkpoint fuses."""
+    edges = sorted({edge for matrix in (aligned, base) for edge in _edges(matrix.blocks)})
+    return _cut(aligned.blocks, edges), _cut(base.blocks, edges)
+
+
+def _edges(blocks: Sequence[Block]) -> Iterator[int]:
+    edge = 0
+    for block in blocks:
+        edge += block.rows
+        yield edge
+
+
+def _cut(blocks: Sequence[Block], edges: Sequence[int]) -> tuple[Block, ...]:
+    cuts, start = [], 0
+    for block in blocks:
+        end, done = start + block.rows, start
+        for edge in edges:
+            if start < edge <= end:
+                cuts.append(block.cut(done - start, edge - done))
+                done = edge
+        start = end
+    return tuple(cuts)
+
+
+def _of_vocabulary(module: LoraModule) -> bool:
+    return canonical(module.name) in VOCABULARY
+
+
+def _is_conv1d(
+    names: TensorNames, piece: Piece, module: LoraModule, shape: tuple[int, int], config: Mapping[str, Any]
+) -> bool:
+    """Whether a linear weight is kept as (in, out): told by the kind of model, since shapes cannot tell squares."""
+    leaf = module.name.rpartition(".")[2]
+    if names.setting("model_type") in CONV1D_MODELS:
+        return leaf in CONV1D_MODULES
+    stored = _entry(names, piece.tensor).shape
+    return bool(config.get("fan_in_fan_out")) and stored == shape[::-1] and not _of_vocabulary(module)
+
+
+def _entry(names: TensorNames, tensor: str) -> TensorEntry:
+    entry = names.checkpoint.tensor(tensor)
+    names.refuse_quantised(tensor)
+    if entry.dtype not in FLOATS:
+        where = f"{names.checkpoint.description}: {tensor} of the {names.role} model is {entry.dtype}"
+        raise CheckpointError(f"{where}; weights must be F32, BF16 or F16, not quantised")
+    return entry
+
+
+def _blocks(names: TensorNames, pieces: Sequence[Piece], module: str, rows: int | None) -> tuple[Block, ...]:
+    return tuple(_block(names, piece, module, rows) for piece in pieces)
+
+
+def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> Block:
+    """The block of a piece; `rows` is the height of the module's weight, which says where a fused one is cut."""
+    entry = _entry(names, piece.tensor)
+    model = f"the {names.role} model {names.checkpoint.description}"
+    where = f"{module}: {piece.tensor} of {model} has shape {list(entry.shape)}"
+    if len(entry.shape) != (2 if piece.expert is None else 3):
+        raise PairingError(f"{where}; only linear layers, embeddings and experts can be projected")
+    height, width = entry.shape[-2:]
+    if 0 in entry.shape:
+        raise PairingError(f"{where}; it is empty")
+    offset = 0
+    if piece.expert is not None:
+        if piece.expert >= entry.shape[0]:
+            raise PairingError(f"{where}, so it has no expert {piece.expert}")
+        leaf, hidden, kind = piece.tensor.rpartition(".")[2], names.setting("hidden_size"), names.setting("model_type")
+        if piece.count > 1 and stored_in_out(leaf, (height, width), hidden, kind):
+            raise PairingError(f"{where}: it is kept (experts, in, out), and cannot be cut by output rows")
+        offset = piece.expert * math.prod(entry.shape[1:])
+    block = Block(piece.tensor, entry.file, entry.begin, offset, height, width)
+    if piece.count == 1 or rows is None:
+        return block
+    start = _start(piece, height, rows)
+    if start is None:
+        raise PairingError(
+            f"{where}, which cannot hold the adapter's {rows} rows as part {piece.index + 1} of {piece.count}"
+        )
+    return block.cut(start, rows)
+
+
+def _start(piece: Piece, height: int, rows: int) -> int | None:
+    """First row of a part in a fused matrix: two equal parts; or queries, keys and values."""
+    if piece.count == 2:
+        return piece.index * rows if height == 2 * rows else None
+    rest = height - (rows if piece.index == 0 else 2 * rows)
+    if rest <= 0 or (piece.index == 0 and rest % 2):
+        return None
+    return (0, rest, rest + rows)[piece.index]

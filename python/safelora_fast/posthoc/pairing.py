@@ -1,0 +1,204 @@
+"""From the name of a module to the tensors of a checkpoint that hold its weight: by name, never by position.
+
+An exact name wins. Otherwise names are compared after wrappers at their front (`model.`, `language_model.`, …) are
+taken off and spellings that transformers converts while loading are made one; exactly one tensor must be left.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from safelora_fast.errors import CheckpointError, PairingError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from safelora_fast.posthoc.sources import Checkpoint
+
+WRAPPERS = {"base_model", "model", "language_model", "text_model", "transformer"}
+INPUT_EMBEDDINGS = ("embed_tokens", "decoder.embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+HEAD = "lm_head"
+
+# Spellings on disk against those of the loaded model (transformers' conversion mappings), after the wrappers are off.
+SPELLINGS = (
+    (re.compile(r"\.block_sparse_moe\.input_linear(\.weight)?$"), ".mlp.experts.gate_up_proj"),
+    (re.compile(r"\.block_sparse_moe\.output_linear(\.weight)?$"), ".mlp.experts.down_proj"),
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+    (re.compile(r"(?<=\.experts)\.fc1\.weight$"), ".gate_up_proj"),
+    (re.compile(r"(?<=\.experts)\.fc2\.weight$"), ".down_proj"),
+    (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
+    (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
+    (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
+    (re.compile(r"^embed_out\."), "lm_head."),
+)
+# Fused modules: their rows are those of these modules, in this order.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED_IN = {part: (fused, index) for fused, parts in FUSED.items() for index, part in enumerate(parts)}
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
+QUANTISED = (
+    *("qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv", "weight_format"),
+    *("weight.absmax", "weight.quant_map", "SCB", "weight.SCB"),
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one tensor: all of it, or part `index` of `count` that are fused in it; of one expert if told."""
+
+    tensor: str
+    expert: int | None = None
+    index: int = 0
+    count: int = 1
+
+
+def canonical(name: str) -> str:
+    """A tensor's name without the wrappers at its front and in one spelling."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in WRAPPERS:
+        parts.pop(0)
+    name = ".".join(parts)
+    for pattern, replacement in SPELLINGS:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+class TensorNames:
+    """The names of one checkpoint, ready to be asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, role: Literal["aligned", "base"]) -> None:
+        self.checkpoint = checkpoint
+        self.role = role
+        self.config: Mapping[str, Any] = checkpoint.config or {}
+        self._by_canonical: dict[str, list[str]] = defaultdict(list)
+        for name in checkpoint.names:
+            self._by_canonical[canonical(name)].append(name)
+        if quantised := self.config.get("quantization_config"):
+            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+            raise CheckpointError(
+                f"{checkpoint.description}: the {role} model is quantised ({method or 'see its quantization_config'}); "
+                "give the weights that it was quantised from, or dequantise it and save it without quantization_config"
+            )
+
+    def setting(self, name: str) -> Any:
+        """A setting of config.json, looked up in the text model's part too."""
+        inner = self.config.get("text_config")
+        value = self.config.get(name)
+        return inner.get(name) if value is None and isinstance(inner, dict) else value
+
+    def find(self, name: str) -> str | None:
+        """The one tensor of this name; None when there is none.
+
+        Raises:
+            PairingError: when several tensors differ from it by wrappers only.
+        """
+        if name in self.checkpoint:
+            return name
+        found = self._by_canonical.get(canonical(name), [])
+        if len(found) > 1:
+            raise PairingError(
+                f"{name}: the {self.role} model {self.checkpoint.description} has several tensors that may be meant: "
+                f"{', '.join(sorted(found)[:4])}"
+            )
+        return found[0] if found else None
+
+    def weight(self, module: str) -> tuple[Piece, ...]:
+        """The pieces, stacked by rows, that hold the weight of a linear or embedding module.
+
+        Raises:
+            PairingError: when there are none, naming the nearest candidates.
+        """
+        if whole := self.find(f"{module}.weight"):
+            return (Piece(whole),)
+        pieces = self._tied(module) or self._stacked(module) or self._fused(module) or self._expert(module)
+        if pieces is None:
+            raise self.missing(module, f"{module}.weight")
+        return pieces
+
+    def parameter(self, module: str, parameter: str) -> str | tuple[tuple[Piece, ...], ...] | None:
+        """The tensor that holds a parameter of all experts, or the pieces of each expert, or None."""
+        for name in (f"{module}.{parameter}", f"{module}.{parameter}.weight"):
+            if fused := self.find(name):
+                return fused
+        experts: list[tuple[Piece, ...]] = []
+        while pieces := self._separate(f"{module}.{len(experts)}.{parameter}"):
+            experts.append(pieces)
+        return tuple(experts) or None
+
+    def missing(self, module: str, looked_for: str) -> PairingError:
+        """The error for a module that has no tensor, with the nearest names."""
+        name = canonical(looked_for)
+        stem = name.removesuffix(".weight")
+        for ending in QUANTISED:
+            if found := self._by_canonical.get(f"{stem}.{ending}"):
+                return PairingError(
+                    f"{module}: the {self.role} model {self.checkpoint.description} holds it quantised ({found[0]}); "
+                    "give the weights that it was quantised from"
+                )
+        near = [
+            tensor
+            for close in difflib.get_close_matches(name, list(self._by_canonical), n=3, cutoff=0.6)
+            for tensor in self._by_canonical[close]
+        ]
+        candidates = f"the nearest are {', '.join(near)}" if near else "none has a similar name"
+        return PairingError(
+            f"{module}: the {self.role} model {self.checkpoint.description} has no tensor {looked_for}; {candidates}"
+        )
+
+    def refuse_quantised(self, tensor: str) -> None:
+        """Refuse a weight that has the scales of a quantised one beside it."""
+        module = tensor.removesuffix(".weight")
+        for ending in QUANTISED:
+            if f"{module}.{ending}" in self.checkpoint:
+                raise CheckpointError(
+                    f"{self.checkpoint.description}: {tensor} is quantised ({module}.{ending} lies beside it); give "
+                    f"the weights that the {self.role} model was quantised from"
+                )
+
+    def _tied(self, module: str) -> tuple[Piece, ...] | None:
+        """Head and input embeddings may be one tensor, which transformers saves once."""
+        name = canonical(module)
+        others = INPUT_EMBEDDINGS if name == HEAD else (HEAD,) if name in INPUT_EMBEDDINGS else ()
+        if not others or self.checkpoint.config is None or self.setting("tie_word_embeddings") is False:
+            return None
+        found = [tensor for other in others if (tensor := self.find(f"{other}.weight"))]
+        return (Piece(found[0]),) if len(found) == 1 else None
+
+    def _separate(self, module: str) -> tuple[Piece, ...] | None:
+        """The module's own tensor, or those of the modules that it fuses."""
+        if whole := self.find(f"{module}.weight"):
+            return (Piece(whole),)
+        return self._stacked(module)
+
+    def _stacked(self, module: str) -> tuple[Piece, ...] | None:
+        owner, _, leaf = module.rpartition(".")
+        if leaf not in FUSED:
+            return None
+        found = [self.find(f"{owner}.{part}.weight") for part in FUSED[leaf]]
+        pieces = tuple(Piece(tensor) for tensor in found if tensor is not None)
+        return pieces if len(pieces) == len(found) else None
+
+    def _fused(self, module: str) -> tuple[Piece, ...] | None:
+        owner, _, leaf = module.rpartition(".")
+        if leaf not in FUSED_IN:
+            return None
+        fused, index = FUSED_IN[leaf]
+        tensor = self.find(f"{owner}.{fused}.weight")
+        return (Piece(tensor, index=index, count=len(FUSED[fused])),) if tensor else None
+
+    def _expert(self, module: str) -> tuple[Piece, ...] | None:
+        """One expert's module where the checkpoint keeps all experts in one tensor."""
+        match = EXPERT.fullmatch(canonical(f"{module}.weight").removesuffix(".weight"))
+        if match is None:
+            return None
+        expert, leaf = int(match["index"]), match["leaf"]
+        if tensor := self.find(f"{match['experts']}.{leaf}"):
+            return (Piece(tensor, expert),)
+        if leaf in FUSED_IN:
+            fused, index = FUSED_IN[leaf]
+            if tensor := self.find(f"{match['experts']}.{fused}"):
+                return (Piece(tensor, expert, index, len(FUSED[fused])),)
+        return None

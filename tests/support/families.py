@@ -1,0 +1,227 @@
+"""Tiny random models of the families, adapters that PEFT writes around them, and the dense float64 truth about both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
+from safetensors.torch import load_file, save_file
+
+from safelora_fast import _core
+from safelora_fast.posthoc.adapter import load_adapter
+from safelora_fast.posthoc.plan import Plan, plan_projection
+from safelora_fast.posthoc.sources import open_checkpoint
+
+COMMON = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+PROJECTIONS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A configuration, and what an adapter of this family usually targets."""
+
+    config: type[transformers.PretrainedConfig]
+    modules: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+    common: bool = True
+    lora: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """Settings of an adapter that touches every kind of weight in the blocks."""
+        return {"target_modules": self.modules, "target_parameters": self.parameters or None, **self.lora}
+
+    def make(self, seed: int, **settings: Any) -> transformers.PreTrainedModel:
+        """A model with random weights, biases included."""
+        common = COMMON if self.common else {}
+        config = self.config(**{**common, **self.settings, **settings})
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.2)
+        return model
+
+
+_NAMES = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 40}
+FAMILIES = {
+    "llama": Family(transformers.LlamaConfig, PROJECTIONS),
+    "qwen2": Family(transformers.Qwen2Config, PROJECTIONS),
+    "mistral": Family(transformers.MistralConfig, PROJECTIONS),
+    "gemma": Family(transformers.GemmaConfig, PROJECTIONS, {"head_dim": 8}),
+    "phi3": Family(transformers.Phi3Config, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "opt": Family(
+        transformers.OPTConfig,
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        {"ffn_dim": 24, "word_embed_proj_dim": 32},
+    ),
+    "gpt2": Family(
+        transformers.GPT2Config,
+        ["c_attn", "c_proj", "c_fc"],
+        {**_NAMES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        common=False,
+        lora={"fan_in_fan_out": True},
+    ),
+    "falcon": Family(
+        transformers.FalconConfig,
+        ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+        {**_NAMES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        common=False,
+    ),
+    "mixtral": Family(transformers.MixtralConfig, ATTENTION, {"num_local_experts": 3}, EXPERTS),
+    "qwen2_moe": Family(
+        transformers.Qwen2MoeConfig,
+        [*ATTENTION, "shared_expert.gate_proj"],
+        {
+            "num_experts": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "num_experts_per_tok": 2,
+        },
+        EXPERTS,
+    ),
+    "gpt_oss": Family(
+        transformers.GptOssConfig,
+        ATTENTION,
+        {"num_local_experts": 3, "head_dim": 8, "num_experts_per_tok": 2, "max_position_embeddings": 4096 * 32},
+        EXPERTS,
+    ),
+}
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
+    """The folder, after the model has been saved there."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def adapt(model: transformers.PreTrainedModel, *, seed: int = 7, name: str = "default", **config: Any) -> PeftModel:
+    """The model with a LoRA adapter whose factors are all random."""
+    peft_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **config}), adapter_name=name)
+    randomise(peft_model, seed)
+    return peft_model
+
+
+def randomise(peft_model: PeftModel, seed: int) -> None:
+    """Fill every trainable tensor, so that no update is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def updates(peft_model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
+    """PEFT's own ΔW of every module and every expert, as (out, in), in float64."""
+    return {key: delta for key, (delta, _) in _adapted(peft_model, name).items()}
+
+
+def weights(peft_model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
+    """The frozen weight of every adapted module and expert, as (out, in), in float64."""
+    return {key: weight for key, (_, weight) in _adapted(peft_model, name).items()}
+
+
+def _adapted(peft_model: PeftModel, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found = {}
+    for path, module in peft_model.base_model.model.named_modules():
+        if not isinstance(module, LoraLayer) or name not in {**module.lora_A, **module.lora_embedding_A}:
+            continue
+        path = path.replace(".base_layer", "")
+        with torch.no_grad():
+            delta = module.get_delta_weight(name).double()
+        if isinstance(module, ParamWrapper):
+            weight = module.get_param().detach().double()
+            if not module._did_swap_in_out_features and weight.dim() == 3:
+                delta, weight = delta.transpose(1, 2), weight.transpose(1, 2)
+            if weight.dim() == 2:
+                found[f"{path}.{module.parameter_name}"] = delta, weight
+                continue
+            for expert in range(len(weight)):
+                found[f"{path}.{expert}.{module.parameter_name}"] = delta[expert], weight[expert]
+        else:
+            weight = module.get_base_layer().weight.detach().double()
+            if isinstance(module, Embedding) or module.fan_in_fan_out:
+                delta, weight = delta.T, weight.T
+            found[path] = delta, weight
+    return found
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What came of projecting every module of one adapter: its folder, and a cosine and ‖V‖_F for each module."""
+
+    folder: Path
+    plan: Plan
+    cosines: dict[str, float]
+    norms: dict[str, float]
+
+
+def project(adapters: list[Path], aligned: Path, base: Path, output: Path, **options: Any) -> list[Projected]:
+    """Plan, stream, and write every projected block where its target says."""
+    loaded = [load_adapter(adapter) for adapter in adapters]
+    plan = plan_projection(loaded, open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base"))
+    tensors = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
+    cosines: list[dict[str, float]] = [{} for _ in adapters]
+    norms: list[dict[str, float]] = [{} for _ in adapters]
+    stream = _core.ProjectionStream([module.job for module in plan.modules], threads=2, **options)
+    for module, outcome in zip(plan.modules, stream, strict=True):
+        for target, factors in zip(module.targets, outcome.factors, strict=True):
+            tensor = tensors[target.adapter][target.key]
+            place = tensor.as_strided((target.rows, target.cols), (target.row_stride, target.col_stride), target.offset)
+            block = torch.frombuffer(bytearray(factors.projected()), dtype=tensor.dtype)
+            place.copy_(block.reshape(target.rows, target.cols))
+            cosines[target.adapter][module.name] = factors.cosine
+            norms[target.adapter][module.name] = outcome.v_norm
+    results = []
+    for index, adapter in enumerate(adapters):
+        folder = output / f"{index}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+        save_file(tensors[index], folder / "adapter_model.safetensors", {"format": "pt"})
+        results.append(Projected(folder, plan, cosines[index], norms[index]))
+    return results
+
+
+def assert_projected(
+    result: Projected,
+    peft_model: PeftModel,
+    base_weights: dict[str, torch.Tensor],
+    *,
+    name: str = "default",
+    tolerance: float = 1e-5,
+) -> None:
+    """Compare with C·ΔW computed densely in float64 from what PEFT and transformers hold in memory.
+
+    The projected adapter is loaded by PEFT into the same model, so names, orientation and layout are all PEFT's.
+    """
+    before, aligned = updates(peft_model, name), weights(peft_model, name)
+    peft_model.load_adapter(result.folder, adapter_name="projected")
+    after = updates(peft_model, "projected")
+    assert set(result.cosines) == set(before) == set(after)
+    for module, delta in before.items():
+        difference = aligned[module] - base_weights[module]
+        norm = difference.norm()
+        truth = difference @ (difference.T @ delta) / norm
+        cosine = (truth * delta).sum() / (truth.norm() * delta.norm())
+        assert abs(result.norms[module] / norm - 1) < 1e-6, module
+        assert abs(result.cosines[module] - cosine) < 1e-6, module
+        assert (after[module] - truth).norm() / truth.norm() < tolerance, module
