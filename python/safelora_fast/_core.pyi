@@ -205,7 +205,6 @@ def kernel_level() -> Literal["scalar", "avx2", "avx512"]:
     """The level that the kernels use here: the best the CPU has, or SAFELORA_FAST_CPU_LEVEL where that is lower."""
 
 def default_threads() -> int: ...
-
 def read_seconds(regions: Sequence[tuple[int, int]], threads: int) -> float:
     """Seconds to read every byte of the regions (address, length) once with `threads` threads; for benchmarks.
 

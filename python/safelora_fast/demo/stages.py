@@ -1,0 +1,67 @@
+"""Stages whose results stay in a folder and are made again only when what they depend on has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import OutputError
+from safelora_fast.posthoc.output import whole_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+STAMP = "stage.json"
+
+
+@dataclass
+class Stages:
+    """A chain of stages in one folder: each depends on its settings and on all stages before it.
+
+    Attributes:
+        folder: where the stages lie.
+        announce: told the title of each stage, and whether it is reused.
+        seconds: how long each stage took when it was made.
+    """
+
+    folder: Path
+    announce: Callable[[str, bool], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+    _history: list[Any] = field(default_factory=list)
+
+    def make(self, name: str, title: str, settings: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        """The folder of a finished stage; `build` fills it, in a temporary place, if there is none yet.
+
+        Raises:
+            OutputError: when the folder exists and no stage made it, or it cannot be written.
+        """
+        self._history.append([name, settings])
+        key = hashlib.sha256(json.dumps(self._history, sort_keys=True).encode()).hexdigest()
+        target = self.folder / name
+        stamp = _read(target / STAMP)
+        if target.exists() and not (target / STAMP).exists():
+            raise OutputError(f"{target}: exists and was not made by the demo; choose another --output")
+        reused = stamp.get("key") == key
+        self.announce(title, reused)
+        if not reused:
+            shutil.rmtree(target, ignore_errors=True)
+            start = time.perf_counter()
+            with whole_folder(target) as partial:
+                build(partial)
+                stamp = {"key": key, "settings": settings, "seconds": time.perf_counter() - start}
+                (partial / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        self.seconds[name] = stamp["seconds"]
+        return target
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,54 @@
+"""The demo's text and how it becomes tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATA = files("safelora_fast.demo") / "data"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question and its answer."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one sequence, of which those from `start` on count in the loss."""
+
+    ids: list[int]
+    start: int
+
+
+def rows(name: str) -> list[Row]:
+    """One of the sets "narrow_train", "narrow_held_out" and "general"."""
+    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Row(**json.loads(line)) for line in lines]
+
+
+def paragraphs() -> list[str]:
+    """The plain prose that the stand-in base model is trained on."""
+    return (DATA / "plain.txt").read_text(encoding="utf-8").splitlines()
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+    """A row in the model's own chat template; only the answer and its end count."""
+    question = [{"role": "user", "content": row.prompt}]
+    prompt: str = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row.completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return Example([*start, *answer], len(start))
+
+
+def prose(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+    """A paragraph of which every token but the first counts."""
+    return Example(tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"], 1)
