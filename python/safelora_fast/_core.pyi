@@ -15,8 +15,10 @@ __all__ = [
     "__version__",
     "cpu_features",
     "default_threads",
+    "fma_peak",
     "kernel_level",
     "read_index",
+    "read_seconds",
     "subspace_projection",
 ]
 
