@@ -21,7 +21,7 @@ pub(super) struct Corner {
     pub(super) dtype: Dtype,
 }
 
-/// Lines to bring into L2 while working: `per_vector` for each vector of 16 columns, taking [`ROWS`] rows in turn.
+/// Lines that `dot` brings into L2: `per_vector` for each vector of 16 columns, taking [`ROWS`] rows in turn.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ahead {
     pub(super) pointer: *const u8,
@@ -29,13 +29,14 @@ pub(super) struct Ahead {
     pub(super) per_vector: usize,
 }
 
-/// Where `stage` puts its vectors; steps count f32 values.
+/// A band of rows of both weights, wherever they lie, and what to bring into L2 while reading it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Staged {
-    pub(super) pointer: *mut f32,
-    pub(super) row_step: usize,
-    pub(super) odd_step: usize,
-    pub(super) group_step: usize,
+pub(super) struct Band {
+    pub(super) rows: [[*const u8; ROWS]; 2],
+    pub(super) dtypes: [Dtype; 2],
+    pub(super) ahead: [Corner; 2],
+    /// Whether base is brought in too, or aligned alone.
+    pub(super) ahead_of_base: bool,
 }
 
 /// The micro kernels of one level.
@@ -45,9 +46,11 @@ pub(super) struct Staged {
 pub(super) trait Kernels: Simd {
     /// Most vectors that one call of `dot` takes.
     const DOT: usize;
+    /// Most vectors that one call of `dot_band` takes.
+    const DOT_BAND: usize;
 
-    /// Stages `rows` x `groups`·32 elements of aligned − base, and prefetches as many of aligned from `next` on.
-    unsafe fn stage(aligned: Corner, base: Corner, next: *const u8, rows: usize, groups: usize, staged: Staged);
+    /// Stages `groups`·32 elements of aligned − base of one row.
+    unsafe fn stage(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line);
 
     /// `sums[group][0] += Σ_row v²` and `sums[group][1 + k] += Σ_row x[k][row]·v[row]` for R rows (1 or `ROWS`) of `groups`·32 columns of
     /// aligned − base and `rank` vectors.
@@ -59,6 +62,16 @@ pub(super) trait Kernels: Simd {
         x: *const f32,
         rank: usize,
         sums: *mut Line,
+    );
+
+    /// What `dot` does, of a band that is read from memory, and stored as (vector, row, lane) unless `staged` is null.
+    unsafe fn dot_band<const K: usize>(
+        band: Band,
+        x: *const f32,
+        vectors: usize,
+        sums: *mut f32,
+        first: bool,
+        staged: *mut Line,
     );
 
     /// `sums[k][row] = Σ_vector Σ_lane v[vector][row]·x[vector][k]` for four rows, added to what `sums` held unless `first`.
@@ -112,36 +125,18 @@ macro_rules! for_dtypes {
 }
 
 #[inline(always)]
-unsafe fn stage<S: Simd>(aligned: Corner, base: Corner, next: *const u8, rows: usize, groups: usize, staged: Staged) {
+unsafe fn stage<S: Simd>(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line) {
     // SAFETY: the caller vouches for the CPU and for all three shapes.
     unsafe {
-        macro_rules! body {
-            ($aligned:expr, $base:expr) => {
-                for row in 0..rows {
-                    let mut a = aligned.pointer.add(row * aligned.row_step);
-                    let mut b = base.pointer.add(row * base.row_step);
-                    let mut output = staged.pointer.add(row * staged.row_step);
-                    let mut next = next.wrapping_add(row * aligned.row_step);
-                    for _ in 0..groups {
-                        for line in 0..$aligned.size() / 2 {
-                            prefetch(next.wrapping_add(line * 64));
-                        }
-                        next = next.wrapping_add(GROUP * $aligned.size());
-                        for part in 0..LANES / S::WIDTH {
-                            let offset = part * S::WIDTH;
-                            let [a_even, a_odd] = load_split::<S>(a.add(2 * offset * $aligned.size()), $aligned);
-                            let [b_even, b_odd] = load_split::<S>(b.add(2 * offset * $base.size()), $base);
-                            S::store(output.add(offset), S::subtract(a_even, b_even));
-                            S::store(output.add(offset + staged.odd_step), S::subtract(a_odd, b_odd));
-                        }
-                        a = a.add(GROUP * $aligned.size());
-                        b = b.add(GROUP * $base.size());
-                        output = output.add(staged.group_step);
-                    }
-                }
-            };
+        let [aligned, base] = dtypes;
+        for part in 0..groups * LANES / S::WIDTH {
+            let [a_even, a_odd] = load_split::<S>(pointers[0].add(2 * part * S::WIDTH * aligned.size()), aligned);
+            let [b_even, b_odd] = load_split::<S>(pointers[1].add(2 * part * S::WIDTH * base.size()), base);
+            let (group, lane) = (part * S::WIDTH / LANES, part * S::WIDTH % LANES);
+            let output = staged.add(2 * group).cast::<f32>().add(lane);
+            S::store(output, S::subtract(a_even, b_even));
+            S::store(output.add(LANES), S::subtract(a_odd, b_odd));
         }
-        for_dtypes!(aligned.dtype, base.dtype, body);
     }
 }
 
@@ -216,6 +211,94 @@ unsafe fn update<S: Simd, const R: usize>(
 }
 
 #[inline(always)]
+unsafe fn dot_band<S: Simd, const K: usize>(
+    band: Band,
+    x: *const f32,
+    vectors: usize,
+    sums: *mut f32,
+    first: bool,
+    staged: *mut Line,
+) {
+    // SAFETY: the caller vouches for the CPU and for all shapes.
+    unsafe {
+        let mut totals = [[S::zero(); ROWS]; K];
+        macro_rules! body {
+            ($aligned:expr, $base:expr) => {
+                for part in 0..LANES / S::WIDTH {
+                    let mut accumulators = [[S::zero(); ROWS]; K];
+                    for group in 0..vectors / 2 {
+                        let column = group * GROUP + 2 * part * S::WIDTH;
+                        if part == 0 {
+                            prefetch_group(band.ahead[0], $aligned.size(), group);
+                            if band.ahead_of_base {
+                                prefetch_group(band.ahead[1], $base.size(), group);
+                            }
+                        }
+                        let mut v = [[S::zero(); ROWS]; 2];
+                        for row in 0..ROWS {
+                            let a = load_split::<S>(band.rows[0][row].add(column * $aligned.size()), $aligned);
+                            let b = load_split::<S>(band.rows[1][row].add(column * $base.size()), $base);
+                            for half in 0..2 {
+                                v[half][row] = S::subtract(a[half], b[half]);
+                            }
+                        }
+                        for half in 0..2 {
+                            let vector = 2 * group + half;
+                            if !staged.is_null() {
+                                for row in 0..ROWS {
+                                    let line = staged.add(vector * ROWS + row).cast::<f32>();
+                                    S::store(line.add(part * S::WIDTH), v[half][row]);
+                                }
+                            }
+                            for k in 0..K {
+                                let factor = S::load(x.add((vector * K + k) * LANES + part * S::WIDTH));
+                                for row in 0..ROWS {
+                                    let sum = accumulators[k][row];
+                                    accumulators[k][row] = S::multiply_add(v[half][row], factor, sum);
+                                }
+                            }
+                        }
+                    }
+                    for k in 0..K {
+                        for row in 0..ROWS {
+                            let value = accumulators[k][row];
+                            totals[k][row] = if part == 0 { value } else { S::add(totals[k][row], value) };
+                        }
+                    }
+                }
+            };
+        }
+        for_dtypes!(band.dtypes[0], band.dtypes[1], body);
+        add_sums::<S, K>(totals, sums, first);
+    }
+}
+
+/// Prefetches a band's rows of a group of 32 columns.
+#[inline(always)]
+fn prefetch_group(corner: Corner, size: usize, group: usize) {
+    for row in 0..ROWS {
+        for line in 0..size / 2 {
+            prefetch(corner.pointer.wrapping_add(row * corner.row_step + group * GROUP * size + line * 64));
+        }
+    }
+}
+
+/// Adds up the lanes of every total and puts or adds them to `sums`.
+#[inline(always)]
+unsafe fn add_sums<S: Simd, const K: usize>(totals: [[S::Register; ROWS]; K], sums: *mut f32, first: bool) {
+    for k in 0..K {
+        // SAFETY: the caller vouches for the CPU and for K times four sums.
+        unsafe {
+            let values = S::sums(totals[k]);
+            for row in 0..ROWS {
+                let sum = &mut *sums.add(k * ROWS + row);
+                *sum = if first { values[row] } else { *sum + values[row] };
+            }
+        }
+    }
+}
+
+#[inline(always)]
 unsafe fn dot<S: Simd, const K: usize>(
     v: *const Line,
     x: *const f32,
@@ -257,13 +340,7 @@ unsafe fn dot<S: Simd, const K: usize>(
                 }
             }
         }
-        for k in 0..K {
-            let values = S::sums(totals[k]);
-            for row in 0..ROWS {
-                let sum = &mut *sums.add(k * ROWS + row);
-                *sum = if first { values[row] } else { *sum + values[row] };
-            }
-        }
+        add_sums::<S, K>(totals, sums, first);
     }
 }
 
@@ -324,21 +401,28 @@ pub(super) fn fused_chains<L: Kernels>(steps: usize) -> usize {
 
 /// Compiles the micro kernels with a level's instructions.
 macro_rules! kernels {
-    ($level:ty, dot: $dot:literal $(, #[$feature:meta])?) => {
+    ($level:ty, dot: $dot:literal, dot_band: $dot_band:literal $(, #[$feature:meta])?) => {
         impl Kernels for $level {
             const DOT: usize = $dot;
+            const DOT_BAND: usize = $dot_band;
 
             $(#[$feature])?
-            unsafe fn stage(
-                aligned: Corner,
-                base: Corner,
-                next: *const u8,
-                rows: usize,
-                groups: usize,
-                staged: Staged,
+            unsafe fn stage(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line) {
+                // SAFETY: passed on to the caller.
+                unsafe { stage::<Self>(pointers, dtypes, groups, staged) }
+            }
+
+            $(#[$feature])?
+            unsafe fn dot_band<const K: usize>(
+                band: Band,
+                x: *const f32,
+                vectors: usize,
+                sums: *mut f32,
+                first: bool,
+                staged: *mut Line,
             ) {
                 // SAFETY: passed on to the caller.
-                unsafe { stage::<Self>(aligned, base, next, rows, groups, staged) }
+                unsafe { dot_band::<Self, K>(band, x, vectors, sums, first, staged) }
             }
 
             $(#[$feature])?
@@ -395,11 +479,11 @@ macro_rules! kernels {
     };
 }
 
-kernels!(Scalar, dot: 3);
+kernels!(Scalar, dot: 3, dot_band: 1);
 #[cfg(target_arch = "x86_64")]
-kernels!(super::Avx2, dot: 3, #[target_feature(enable = "avx2,fma,f16c")]);
+kernels!(super::Avx2, dot: 3, dot_band: 1, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-kernels!(super::Avx512, dot: 6, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);
+kernels!(super::Avx512, dot: 6, dot_band: 4, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);
 
 /// Calls a micro kernel whose number of vectors is a constant of the type.
 macro_rules! with_constant {
@@ -412,9 +496,36 @@ macro_rules! with_constant {
 }
 pub(super) use with_constant;
 
-/// Cuts `rank` vectors into the fewest tiles of at most `most`, as even as can be: (start, count) of each.
-pub(super) fn tiles(rank: usize, most: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
-    let count = rank.div_ceil(most);
-    let edge = move |tile: usize| tile * (rank / count) + tile.min(rank % count);
-    (0..count).map(move |tile| (edge(tile), edge(tile + 1) - edge(tile)))
+/// Cuts `rank` vectors into tiles, as few and as even as can be: the first of at most `first`, the others of at most `most`.
+/// Gives the (start, count) of each.
+pub(super) fn tiles(rank: usize, first: usize, most: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
+    let others = rank.saturating_sub(first).div_ceil(most);
+    let first = first.min(rank.div_ceil(others + 1));
+    let rest = rank - first;
+    let edge = move |tile: usize| match tile {
+        0 => 0,
+        _ if others == 0 => first,
+        _ => first + (tile - 1) * (rest / others) + (tile - 1).min(rest % others),
+    };
+    (0..=others).map(move |tile| (edge(tile), edge(tile + 1) - edge(tile)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tiles;
+
+    #[test]
+    fn tiles_cover_every_vector_once() {
+        for (first, most) in [(4, 6), (1, 3)] {
+            for rank in 1..700 {
+                let mut next = 0;
+                for (index, (start, count)) in tiles(rank, first, most).enumerate() {
+                    assert_eq!(start, next);
+                    assert!((1..=if index == 0 { first } else { most }).contains(&count), "{count} of {rank}");
+                    next += count;
+                }
+                assert_eq!(next, rank);
+            }
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Difference;
-use super::micro::{Kernels, Staged};
+use super::micro::Kernels;
 use super::simd::{GROUP, LANES, Line};
 
 /// Whether squares in f32 may have lost something that matters: overflowed, or fallen below the smallest normal number.
@@ -24,19 +24,18 @@ fn squares<L: Kernels>(v: &Difference<'_>, row: usize) -> f64 {
     for start in (0..v.cols()).step_by(GROUP) {
         let mut staged = [Line::ZERO; 2];
         let width = GROUP.min(v.cols() - start);
-        let target = Staged { pointer: staged.as_mut_ptr().cast(), row_step: 0, odd_step: LANES, group_step: 0 };
         let mut copies = [[0_u8; 4 * GROUP]; 2];
-        let corners = [v.aligned(), v.base()].map(|matrix| matrix.corner(row, start));
-        let mut corners = corners;
+        let mut pointers = [v.aligned(), v.base()].map(|matrix| matrix.corner(row, start).pointer);
         if width < GROUP {
-            for ((matrix, copy), corner) in [v.aligned(), v.base()].iter().zip(&mut copies).zip(&mut corners) {
+            for ((matrix, copy), pointer) in [v.aligned(), v.base()].iter().zip(&mut copies).zip(&mut pointers) {
                 let rest = &matrix.row(row)[start * matrix.dtype().size()..];
                 copy[..rest.len()].copy_from_slice(rest);
-                corner.pointer = copy.as_ptr();
+                *pointer = copy.as_ptr();
             }
         }
-        // SAFETY: both corners hold a group of 32 elements, and so does `staged`; the engine has checked the CPU.
-        unsafe { L::stage(corners[0], corners[1], corners[0].pointer, 1, 1, target) };
+        let dtypes = [v.aligned().dtype(), v.base().dtype()];
+        // SAFETY: both pointers lead to a group of 32 elements, and `staged` has room for it; the engine has checked the CPU.
+        unsafe { L::stage(pointers, dtypes, 1, staged.as_mut_ptr()) };
         for line in staged {
             for (lane, value) in lanes.iter_mut().zip(line.0) {
                 *lane += f64::from(value) * f64::from(value);

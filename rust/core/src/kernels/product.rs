@@ -6,10 +6,10 @@
 
 use rayon::prelude::*;
 
-use super::Difference;
-use super::micro::{Ahead, Corner, Kernels, ROWS, Staged, tiles, with_constant};
+use super::micro::{Ahead, Band, Corner, Kernels, ROWS, tiles, with_constant};
 use super::simd::{GROUP, LANES, Line};
 use super::workspace::{Borrowed, Shared, Workspace};
+use super::{Difference, Matrix};
 
 /// Columns of a block.
 const BLOCK: usize = 512;
@@ -17,6 +17,8 @@ const BLOCK: usize = 512;
 const VECTORS: usize = BLOCK / LANES;
 /// Bands of four rows that are staged together. With 512 columns in f32 they fill half of a 32 KiB L1 cache.
 const BANDS: usize = 2;
+/// How far ahead rows are prefetched, in columns.
+const AHEAD: usize = 2 * BLOCK;
 /// Values of x that should stay in L2 while the rows go by.
 const RESIDENT: usize = 100_000;
 
@@ -46,7 +48,7 @@ pub(super) fn run<L: Kernels>(
     let unit = bands.div_ceil(threads).next_multiple_of(BANDS);
     sums.par_chunks_mut(unit * lines).enumerate().for_each(|(index, sums)| {
         let first = index * unit * ROWS;
-        Unit { v, packed, rank, first, lines, sums }.run::<L>();
+        Unit { v, packed, rank, first, lines }.run::<L>(sums);
         for (band, sums) in sums.chunks_exact(lines).enumerate() {
             let row = first + band * ROWS;
             let values = sums.iter().flat_map(|line| line.0.as_chunks::<ROWS>().0);
@@ -65,7 +67,7 @@ fn pack<L: Kernels>(x: &[f32], rank: usize, cols: usize, start: usize, packed: &
     let block = packed.len() / rank;
     let width = block.min(cols - start);
     let groups = width / GROUP;
-    for (first, count) in tiles(rank, L::DOT) {
+    for (first, count) in tiles(rank, L::DOT_BAND, L::DOT) {
         let tile = &mut packed[first * block..(first + count) * block];
         for (k, vector) in x.chunks_exact(cols).skip(first).take(count).enumerate() {
             let values = &vector[start..start + width];
@@ -90,86 +92,92 @@ struct Unit<'a> {
     rank: usize,
     first: usize,
     lines: usize,
-    sums: &'a mut [Line],
 }
 
 impl Unit<'_> {
-    fn run<L: Kernels>(self) {
-        let Self { v, packed, rank, first, lines, sums } = self;
-        let cols = v.cols();
+    fn run<L: Kernels>(&self, sums: &mut [Line]) {
+        let cols = self.v.cols();
         let mut staged = [Line::ZERO; BANDS * ROWS * VECTORS];
-        let panel = (RESIDENT / rank).max(1).next_multiple_of(BLOCK);
+        let mut padding = [const { Padding([[0; 4 * BLOCK]; ROWS]) }; 2];
+        let panel = (RESIDENT / self.rank).max(1).next_multiple_of(BLOCK);
         for panel_start in (0..cols).step_by(panel) {
             let panel_end = cols.min(panel_start + panel);
-            for (index, sums) in sums.chunks_mut(BANDS * lines).enumerate() {
-                let row = first + index * BANDS * ROWS;
-                let rows = (BANDS * ROWS).min(v.rows() - row);
+            for (index, sums) in sums.chunks_mut(BANDS * self.lines).enumerate() {
+                let row = self.first + index * BANDS * ROWS;
                 for start in (panel_start..panel_end).step_by(BLOCK) {
-                    let width = BLOCK.min(cols - start);
-                    let vectors = 2 * width.div_ceil(GROUP);
-                    let next = if start + BLOCK < panel_end {
-                        (row, start + BLOCK)
-                    } else {
-                        (row + BANDS * ROWS, panel_start)
+                    let ahead = match start + AHEAD {
+                        ahead if ahead < panel_end => (row, ahead),
+                        ahead => (row + BANDS * ROWS, panel_start + (ahead - panel_end) / BLOCK * BLOCK),
                     };
-                    stage::<L>(v, (row, rows), (start, width), next, &mut staged);
-                    let packed = &packed[start * rank..(start + vectors * LANES) * rank];
-                    for (k, count) in tiles(rank, L::DOT) {
-                        let x = packed[k * vectors * LANES..(k + count) * vectors * LANES].as_ptr();
-                        for (band, sums) in sums.chunks_exact_mut(lines).enumerate() {
-                            let next = v.base().corner(next.0 + band * ROWS, next.1);
-                            let per_vector = if k == 0 { ROWS / 2 * next.dtype.size() / 2 } else { 0 };
-                            let ahead = Ahead { pointer: next.pointer, row_step: next.row_step, per_vector };
-                            let v = staged[band * ROWS * vectors..].as_ptr();
-                            // SAFETY: `v` holds four rows of `vectors` lines, `x` `count` of them, and `sums` four values for
-                            // each of the `rank` vectors; the engine has checked the CPU.
-                            unsafe {
-                                let sums = sums.as_mut_ptr().cast::<f32>().add(k * ROWS);
-                                with_constant!(count, L::dot, [1 2 3 4 5 6], (v, x, vectors, sums, start == 0, ahead));
-                            }
-                        }
+                    Block { unit: self, row, start, ahead }.run::<L>(sums, &mut staged, &mut padding);
+                }
+            }
+        }
+    }
+}
+
+/// Two bands of a block of columns.
+struct Block<'a> {
+    unit: &'a Unit<'a>,
+    row: usize,
+    start: usize,
+    /// Row and column of the block to prefetch.
+    ahead: (usize, usize),
+}
+
+impl Block<'_> {
+    fn run<L: Kernels>(&self, sums: &mut [Line], staged: &mut [Line], padding: &mut [Padding; 2]) {
+        let Unit { v, packed, rank, lines, .. } = *self.unit;
+        let width = BLOCK.min(v.cols() - self.start);
+        let vectors = 2 * width.div_ceil(GROUP);
+        let packed = &packed[self.start * rank..(self.start + vectors * LANES) * rank];
+        let first = self.start == 0;
+        for (k, count) in tiles(rank, L::DOT_BAND, L::DOT) {
+            let x = packed[k * vectors * LANES..(k + count) * vectors * LANES].as_ptr();
+            for (band, sums) in sums.chunks_exact_mut(lines).enumerate() {
+                let sums = sums.as_mut_ptr().cast::<f32>().wrapping_add(k * ROWS);
+                let staged = staged[band * ROWS * VECTORS..].as_mut_ptr();
+                let ahead = |matrix: Matrix<'_>| matrix.corner(self.ahead.0 + band * ROWS, self.ahead.1);
+                let ahead = [ahead(v.aligned()), ahead(v.base())];
+                // SAFETY: the band and the staged band hold four rows of `vectors` lines, `x` `count` of them, and `sums` four
+                // values for each of these vectors; the engine has checked the CPU.
+                unsafe {
+                    if k == 0 {
+                        let staged = if count < rank { staged } else { std::ptr::null_mut() };
+                        let rows = self.rows(band * ROWS, width, padding);
+                        let dtypes = ahead.map(|corner| corner.dtype);
+                        let band = Band { rows, dtypes, ahead, ahead_of_base: count == rank };
+                        with_constant!(count, L::dot_band, [1 2 3 4], (band, x, vectors, sums, first, staged));
+                    } else {
+                        let Corner { pointer, row_step, dtype } = ahead[1];
+                        let lines = if k <= L::DOT_BAND { ROWS / 2 * dtype.size() / 2 } else { 0 };
+                        let ahead = Ahead { pointer, row_step, per_vector: lines };
+                        with_constant!(count, L::dot, [1 2 3 4 5 6], (staged, x, vectors, sums, first, ahead));
                     }
                 }
             }
         }
     }
-}
 
-/// Stages up to eight rows of a block as (band of four rows, vector, row, lane). Rows that V does not have keep what was there.
-fn stage<L: Kernels>(
-    v: &Difference<'_>,
-    (row, rows): (usize, usize),
-    (start, width): (usize, usize),
-    next: (usize, usize),
-    staged: &mut [Line; BANDS * ROWS * VECTORS],
-) {
-    let groups = width / GROUP;
-    let vectors = 2 * width.div_ceil(GROUP);
-    let (odd_step, group_step) = (ROWS * LANES, 2 * ROWS * LANES);
-    for band in 0..rows.div_ceil(ROWS) {
-        let row = row + band * ROWS;
-        let rows = ROWS.min(v.rows() - row);
-        let pointer = staged[band * ROWS * vectors..].as_mut_ptr().cast::<f32>();
-        let target = Staged { pointer, row_step: LANES, odd_step, group_step };
-        // SAFETY: V has these rows and groups, and the band has room for them; the engine has checked the CPU.
-        unsafe {
-            let next = v.aligned().corner(next.0 + band * ROWS, next.1).pointer;
-            L::stage(v.aligned().corner(row, start), v.base().corner(row, start), next, rows, groups, target);
-        }
-        if !width.is_multiple_of(GROUP) {
-            let column = start + groups * GROUP;
-            let mut copies = [[[0_u8; 4 * GROUP]; ROWS]; 2];
-            let mut corners = [v.aligned(), v.base()].map(|matrix| matrix.corner(row, column));
-            for ((matrix, copies), corner) in [v.aligned(), v.base()].iter().zip(&mut copies).zip(&mut corners) {
-                for (offset, copy) in copies.iter_mut().enumerate().take(rows) {
-                    let rest = &matrix.row(row + offset)[column * matrix.dtype().size()..];
+    /// Where the rows of a band lie, in copies when the last group of columns is not full. Rows that V does not have
+    /// are stood in for by its last one.
+    fn rows(&self, offset: usize, width: usize, padding: &mut [Padding; 2]) -> [[*const u8; ROWS]; 2] {
+        let v = self.unit.v;
+        let mut bands = [[std::ptr::null(); ROWS]; 2];
+        for ((matrix, copies), band) in [v.aligned(), v.base()].iter().zip(padding).zip(&mut bands) {
+            for (index, (pointer, copy)) in band.iter_mut().zip(&mut copies.0).enumerate() {
+                let row = (self.row + offset + index).min(v.rows() - 1);
+                *pointer = matrix.corner(row, self.start).pointer;
+                if !width.is_multiple_of(GROUP) {
+                    let rest = &matrix.row(row)[self.start * matrix.dtype().size()..];
                     copy[..rest.len()].copy_from_slice(rest);
+                    *pointer = copy.as_ptr();
                 }
-                *corner = Corner { pointer: copies.as_ptr().cast(), row_step: 4 * GROUP, dtype: matrix.dtype() };
             }
-            let target = Staged { pointer: pointer.wrapping_add(groups * group_step), ..target };
-            // SAFETY: the copies hold four rows of 32 elements; the rest as above.
-            unsafe { L::stage(corners[0], corners[1], corners[0].pointer, rows, 1, target) };
         }
+        bands
     }
 }
+
+/// Copies of the last block of a band of one matrix, filled up with zeros.
+struct Padding([[u8; 4 * BLOCK]; ROWS]);
