@@ -3,6 +3,11 @@
 use crate::checkpoint::{CheckpointError, View};
 use crate::kernels::Dtype;
 
+/// Vectors that are converted together.
+const TILE: usize = 16;
+/// Elements of each of them that are converted in one go.
+const BLOCK: usize = 256;
+
 /// Elements in two nested loops over stored bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Walk {
@@ -80,13 +85,28 @@ fn convert<const SIZE: usize>(
 ) -> Result<(), NotFinite> {
     let Walk { start, outer: (outer, outer_stride), inner: (inner, inner_stride) } = walk;
     let (elements, _) = bytes.as_chunks::<SIZE>();
-    vectors.reserve(outer * inner);
-    for i in 0..outer {
-        let first = vectors.len();
-        let elements = elements[start + i * outer_stride..].iter().step_by(inner_stride.max(1));
-        vectors.extend(elements.take(inner).map(|bytes| value(*bytes)));
-        let vector = &vectors[first..];
-        assert_eq!(vector.len(), inner, "the walk leaves the bytes");
+    if outer * inner == 0 {
+        return Ok(());
+    }
+    assert!(
+        start + (outer - 1) * outer_stride + (inner - 1) * inner_stride < elements.len(),
+        "the walk leaves the bytes"
+    );
+    let first = vectors.len();
+    vectors.resize(first + outer * inner, 0.0);
+    for (tile, vectors) in vectors[first..].chunks_mut(TILE * inner).enumerate() {
+        // Neighbouring vectors may share cache lines: take a stretch of each before going on.
+        for block in (0..inner).step_by(BLOCK) {
+            for (i, vector) in vectors.chunks_exact_mut(inner).enumerate() {
+                let from = start + (tile * TILE + i) * outer_stride + block * inner_stride;
+                let stretch = &mut vector[block..inner.min(block + BLOCK)];
+                for (slot, bytes) in stretch.iter_mut().zip(elements[from..].iter().step_by(inner_stride.max(1))) {
+                    *slot = value(*bytes);
+                }
+            }
+        }
+    }
+    for (i, vector) in vectors[first..].chunks_exact(inner).enumerate() {
         if let Some(j) = vector.iter().position(|value| !value.is_finite()) {
             return Err(NotFinite { outer: i, inner: j, value: vector[j] });
         }

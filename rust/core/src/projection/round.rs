@@ -4,10 +4,13 @@ use half::{bf16, f16};
 
 use crate::kernels::Dtype;
 
+/// Rows that are written together.
+const BLOCK: usize = 64;
+
 /// A result that its dtype cannot hold.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Overflow {
-    /// Row of the first such element.
+    /// Row of one such element.
     pub row: usize,
     /// Column of that element.
     pub col: usize,
@@ -17,7 +20,7 @@ pub struct Overflow {
 
 /// Writes `factor`·x in `dtype`, rounded to nearest even, where x is stored as columns of `rows` values each.
 ///
-/// `element(row, col)` is the offset in bytes of an element of the output. Returns the first element that overflows.
+/// `element(row, col)` is the offset in bytes of an element of the output. Returns an element that overflows, if any.
 ///
 /// # Panics
 /// When an offset lies beyond the output.
@@ -62,14 +65,17 @@ fn write<const SIZE: usize>(
     output: &mut [u8],
 ) -> Option<Overflow> {
     let mut overflow = None;
-    for (col, column) in columns.chunks_exact(rows.max(1)).enumerate() {
-        for (row, value) in column.iter().enumerate() {
-            let value = f64::from(*value) * factor;
-            if !is_finite(value as f32) && overflow.is_none() {
-                overflow = Some(Overflow { row, col, value });
+    // Neighbouring columns share cache lines of a row-major output: write a few rows of all before going on.
+    for block in (0..rows).step_by(BLOCK) {
+        for (col, column) in columns.chunks_exact(rows).enumerate() {
+            for (row, value) in column.iter().enumerate().skip(block).take(BLOCK) {
+                let value = f64::from(*value) * factor;
+                if !is_finite(value as f32) && overflow.is_none() {
+                    overflow = Some(Overflow { row, col, value });
+                }
+                let start = element(row, col);
+                output[start..start + SIZE].copy_from_slice(&bytes(value as f32));
             }
-            let start = element(row, col);
-            output[start..start + SIZE].copy_from_slice(&bytes(value as f32));
         }
     }
     overflow
