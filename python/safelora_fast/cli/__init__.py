@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+BAD_INPUT = 2
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+BROKEN_PIPE = 141
 
 
-def main() -> None:
-    """Run the command line: one line and exit code 2 for bad input, 130 for Ctrl-C, no traceback for either."""
+def main() -> NoReturn:
+    """Run the command line: one line and exit code 2 for bad input, 130 for Ctrl-C, 143 when told to end; no traceback."""
+    import typer
+
     from safelora_fast.cli.app import app
     from safelora_fast.errors import SafeLoraFastError
 
+    usage_error: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(prog_name="safelora-fast")
+        code = app(prog_name="safelora-fast", standalone_mode=False) or 0
     except SafeLoraFastError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+        _fail(str(error), error.exit_code)
+    except usage_error as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if not message:  # no arguments: the help has been shown
+            raise SystemExit(BAD_INPUT) from None
+        _fail(f"{message.rstrip('. ')}; see safelora-fast --help", BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        raise SystemExit(BROKEN_PIPE) from None
+    if code == INTERRUPTED:
+        print("interrupted; nothing was written", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    raise SystemExit(TERMINATED)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Folders of PEFT LoRA adapters.")]
+Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters.")]
 Aligned = Annotated[
     str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model, which the adapters were trained on.")
 ]

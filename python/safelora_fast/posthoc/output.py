@@ -57,6 +57,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: when the system refuses to write.
     """
+    absent = [folder for folder in target.parents if not folder.exists()]
     with described(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -74,6 +75,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for made in absent:
+                made.rmdir()
         raise
 
 

@@ -162,6 +162,7 @@ def _from_hub(repository: str, revision: str | None, role: str) -> Checkpoint:
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     def fetch(file: str) -> Path:
@@ -176,6 +177,10 @@ def _from_hub(repository: str, revision: str | None, role: str) -> Checkpoint:
             raise CheckpointError(
                 f"{repository}: the {role} model is neither a local path nor a repository that you may read; check the "
                 "name and your token"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise CheckpointError(
+                f"{repository}: has no revision {revision!r}; check what follows the @ of the {role} model"
             ) from error
         except (HfHubHTTPError, OSError) as error:
             if isinstance(error, EntryNotFoundError):

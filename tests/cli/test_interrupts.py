@@ -1,0 +1,67 @@
+"""Ctrl-C leaves nothing behind; after kill -9 the output is absent, and the next run makes it whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from plain_pair import contents, run, start, write_pair
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A pair that keeps one thread busy for a second or more."""
+    return write_pair(tmp_path_factory.mktemp("long"), scale=40, layers=8)
+
+
+def stop(pair, number: signal.Signals):
+    """Send a signal once a temporary output folder is there."""
+    process = start(pair.command("--select", "all", "--threads", "1", "--operator", "orthogonal", "--energy", "0.99"))
+    end = time.monotonic() + 60
+    while not list(pair.output.parent.glob(".safe.partial-*/adapter_model.safetensors")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_interrupted(long):
+    code, out, err = stop(long, signal.SIGINT)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted; nothing was written"
+    assert "Traceback" not in err
+    assert not long.output.parent.exists()
+
+
+def test_killed(long):
+    code, _, _ = stop(long, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not long.output.exists()
+    code, _, err = run(long.command("--select", "all", "--quiet"))
+    assert code == 0, err
+    files = contents(long.output)
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "safelora_report.json"}
+    json.loads(files["safelora_report.json"])
+
+
+def test_terminated_by_the_job_scheduler(long):
+    """SIGTERM is how schedulers stop a job: as clean as Ctrl-C."""
+    before = set(long.output.parent.glob(".*")) if long.output.parent.exists() else set()
+    if long.output.exists():
+        for path in long.output.iterdir():
+            path.unlink()
+        long.output.rmdir()
+    for leftover in before:
+        for path in leftover.iterdir():
+            path.unlink()
+        leftover.rmdir()
+    code, out, err = stop(long, signal.SIGTERM)
+    assert (code, out) == (143, "")
+    assert "Traceback" not in err
+    assert not long.output.exists()
+    assert not list(long.output.parent.glob(".safe.partial-*"))

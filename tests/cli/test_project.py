@@ -1,0 +1,237 @@
+"""What `safelora-fast project` prints and writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from plain_pair import contents, module_names, run, write_adapter, write_pair
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+
+def dense(pair, adapter=None):
+    """Cosine and C·B of every module in float64, as the paper writes them."""
+    weights = [{}, {}]
+    for model, folder in zip(weights, (pair.aligned, pair.base), strict=True):
+        for shard in folder.glob("*.safetensors"):
+            model.update(load_file(shard))
+    factors = load_file((adapter or pair.adapter) / "adapter_model.safetensors")
+    truth = {}
+    for name in module_names():
+        v = weights[0][f"{name}.weight"].astype(np.float64) - weights[1][f"{name}.weight"]
+        b, a = (factors[f"base_model.model.{name}.lora_{factor}.weight"].astype(np.float64) for factor in "BA")
+        projected = v @ v.T @ b / np.linalg.norm(v)
+        update, after = b @ a, projected @ a
+        truth[name] = (update * after).sum() / np.linalg.norm(update) / np.linalg.norm(after), projected
+    return truth
+
+
+def test_report_and_tensors(pair, call):
+    truth = dense(pair)
+    cosines = sorted(cosine for cosine, _ in truth.values())
+    threshold = round((cosines[2] + cosines[3]) / 2, 4)
+    code, out, err = call(*pair.command("--threshold", threshold))
+    assert code == 0, err
+    report = json.loads((pair.output / "safelora_report.json").read_text())
+    (adapter,) = report["adapters"]
+    chosen = {name for name, (cosine, _) in truth.items() if cosine <= threshold}
+    assert len(chosen) == 3
+    assert {module["name"] for module in adapter["modules"] if module["projected"]} == chosen
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (pair.adapter, pair.output))
+    for module in adapter["modules"]:
+        cosine, projected = truth[module["name"]]
+        assert module["cosine"] == pytest.approx(cosine, abs=1e-6)
+        key = f"base_model.model.{module['name']}.lora_B.weight"
+        original = before[key].astype(np.float64)
+        assert module["gain"] == pytest.approx(np.linalg.norm(projected) / np.linalg.norm(original), rel=1e-6)
+        assert module["b_norm"] == pytest.approx(np.linalg.norm(original), rel=1e-6)
+        source = module["sources"][0]
+        assert source["aligned"] == source["base"] == f"{module['name']}.weight"
+        assert source["aligned_file"].startswith(str(pair.aligned))
+        if module["projected"]:
+            assert np.linalg.norm(after[key] - projected) <= 1e-6 * np.linalg.norm(projected)
+        else:
+            assert after[key].tobytes() == before[key].tobytes()
+    for key in before:
+        if "lora_A" in key:
+            assert after[key].tobytes() == before[key].tobytes()
+    assert adapter["counts"] == {"modules": 6, "projected": len(chosen), "without_cosine": 0, "copied_tensors": 0}
+    assert report["bytes_read"] == 2 * 4 * 2 * (24 * 16 + 8 * 16 + 16 * 40)
+    assert report["settings"]["threshold"] == threshold
+    assert report["seconds"] > 0
+    assert {"safelora-fast", "python"} <= set(report["versions"])
+    assert f"{len(chosen)} of 6 modules selected" in out
+    assert str(pair.output) in out.replace("\n", "")
+
+
+def test_keys_dtypes_and_metadata_are_kept(pair, call):
+    call(*pair.command("--select", "all"))
+    with (
+        safe_open(pair.adapter / "adapter_model.safetensors", "numpy") as before,
+        safe_open(pair.output / "adapter_model.safetensors", "numpy") as after,
+    ):
+        assert after.metadata() == before.metadata() == {"format": "pt", "note": "kept"}
+        assert list(after.keys()) == list(before.keys())
+    assert (pair.output / "adapter_config.json").read_bytes() == (pair.adapter / "adapter_config.json").read_bytes()
+    sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (pair.adapter, pair.output)]
+    assert sizes[0] == sizes[1]
+
+
+def test_model_card(pair, call):
+    call(*pair.command("--select", "number", "--num-layers", "2"))
+    text = (pair.output / "README.md").read_text()
+    assert text.startswith("---\n")
+    assert "2405.16833" in text
+    for words in (str(pair.aligned), str(pair.base), "safelora", "self_attn.q_proj", "2 of 6"):
+        assert words in text
+
+
+@pytest.mark.parametrize("words", [(), ("--select", "all"), ("--operator", "orthogonal", "--rank", "3")])
+def test_same_bytes_whatever_the_number_of_threads(pair, call, tmp_path, words):
+    files = []
+    for threads in (1, 2, 5):
+        output = tmp_path / f"threads-{threads}"
+        assert call(*pair.command(*words, "--threads", threads, "--output", output, output=False)).code == 0
+        files.append((output / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_swapped_models_give_the_same_bytes(pair, call, tmp_path):
+    """C is even in V."""
+    call(*pair.command("--select", "all"))
+    swapped = tmp_path / "swapped"
+    words = ["--aligned", pair.base, "--base", pair.aligned, "--output", swapped, "--select", "all"]
+    assert call("project", pair.adapter, *words).code == 0
+    name = "adapter_model.safetensors"
+    assert (swapped / name).read_bytes() == (pair.output / name).read_bytes()
+
+
+def test_several_adapters_in_one_pass(pair, call, tmp_path):
+    others = [write_adapter(tmp_path / "in" / name, seed, rank=rank) for name, seed, rank in (("b", 8, 2), ("c", 9, 7))]
+    words = ["--aligned", pair.aligned, "--base", pair.base, "--select", "all", "--output"]
+    assert call("project", pair.adapter, *others, *words, pair.output).code == 0
+    assert sorted(path.name for path in pair.output.iterdir()) == ["adapter", "b", "c"]
+    for adapter in [pair.adapter, *others]:
+        alone = tmp_path / "alone" / adapter.name
+        assert call("project", adapter, *words, alone).code == 0
+        together, single = (contents(folder) for folder in (pair.output / adapter.name, alone))
+        assert together["adapter_model.safetensors"] == single["adapter_model.safetensors"]
+        (part,) = json.loads(together["safelora_report.json"])["adapters"]
+        assert part["modules"] == json.loads(single["safelora_report.json"])["adapters"][0]["modules"]
+
+
+def test_adapters_of_one_name_get_folders_of_their_own(pair, call, tmp_path):
+    other = write_adapter(tmp_path / "elsewhere" / "adapter", 8)
+    words = ["--aligned", pair.aligned, "--base", pair.base, "--output", pair.output]
+    code, _, err = call("project", pair.adapter, other, *words)
+    if code == 0:
+        assert len(list(pair.output.glob("*/adapter_model.safetensors"))) == 2
+    else:
+        assert code == 2
+        assert "adapter" in err
+        assert not pair.output.exists()
+
+
+def test_dry_run_writes_nothing(pair, call, tmp_path):
+    before = contents(tmp_path)
+    code, out, _ = call(*pair.command("--dry-run", output=False))
+    assert code == 0
+    assert "nothing was written" in out
+    assert call(*pair.command("--dry-run")).code == 0
+    assert contents(tmp_path) == before
+
+
+def test_json_alone_on_standard_output(pair, call):
+    code, out, _ = call(*pair.command("--json"))
+    assert code == 0
+    written = json.loads((pair.output / "safelora_report.json").read_text())
+    assert json.loads(out) == written
+
+
+def test_quiet(pair, call):
+    code, out, err = call(*pair.command("--quiet", "--select", "all", "--normalize", "spectral"))
+    assert (code, out, err) == (0, "", "")
+
+
+def test_overwrite_replaces_everything(pair, call):
+    pair.output.mkdir(parents=True)
+    (pair.output / "old.txt").write_text("old")
+    assert call(*pair.command("--overwrite")).code == 0
+    assert not (pair.output / "old.txt").exists()
+    assert [path.name for path in pair.output.parent.iterdir()] == ["safe"]
+
+
+def test_an_empty_folder_may_be_filled(pair, call):
+    pair.output.mkdir(parents=True)
+    assert call(*pair.command()).code == 0
+    assert (pair.output / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_plot(pair, call, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"picture.{suffix}"
+    assert call(*pair.command("--plot", picture)).code == 0
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert picture.read_bytes().startswith(start)
+
+
+def test_inspect_writes_nothing_and_shows_every_module(pair, call, tmp_path):
+    before = contents(tmp_path)
+    words = ["inspect", pair.adapter, "--aligned", pair.aligned, "--base", pair.base]
+    code, out, _ = call(*words)
+    assert code == 0
+    assert all(name[-20:] in out for name in module_names())
+    code, out, _ = call(*words, "--sweep", "--json")
+    (adapter,) = json.loads(out)["adapters"]
+    cosines = [cosine for cosine, _ in dense(pair).values()]
+    for point in adapter["sweep"]:
+        assert point["projected"] == sum(cosine <= point["threshold"] for cosine in cosines)
+    assert len(adapter["sweep"]) == 21
+    assert contents(tmp_path) == before
+
+
+def test_env_names_the_kernels(call):
+    code, out, _ = call("env")
+    assert code == 0
+    for words in ("safelora-fast", "python", "kernels", "CPU"):
+        assert words in out
+
+
+def test_usage_errors_are_one_line(call):
+    code, out, err = call("project", "--nonsense")
+    assert (code, out) == (2, "")
+    assert err == "error: No such option: --nonsense; see safelora-fast --help\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["project", "--help"], ["inspect", "--help"]])
+def test_help(call, words):
+    code, out, err = call(*words)
+    assert (code, err) == (0, "")
+    assert "Usage: safelora-fast" in out
+
+
+def test_neither_torch_nor_transformers_is_imported(tmp_path):
+    pair = write_pair(tmp_path / "in")
+    program = (
+        "import sys; from safelora_fast.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sorted({'torch', 'transformers', 'peft', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, *pair.command("--quiet", "--select", "all")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+    assert (pair.output / "adapter_model.safetensors").exists()
+
+
+def test_lines_fit_into_eighty_columns(tmp_path):
+    pair = write_pair(tmp_path / "in")
+    code, out, _ = run(pair.command("--select", "all"), env={"COLUMNS": "80"})
+    assert code == 0
+    table = [line for line in out.splitlines() if "proj" in line and "written" not in line and "selected" not in line]
+    assert len(table) >= 6
+    assert max(map(len, table)) <= 80

@@ -1,0 +1,200 @@
+"""Where checkpoints come from: files, indices, folders, and a server that stands in for the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from plain_pair import module_names, write_adapter, write_model
+from safetensors.numpy import load_file, save_file
+
+from safelora_fast import project_adapter
+from safelora_fast.errors import CheckpointError
+from safelora_fast.posthoc.sources import open_checkpoint
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+class Hub:
+    """Serves folders as repositories, and remembers which files were asked for."""
+
+    def __init__(self, folders):
+        self.folders, self.fetched = folders, []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.answer(body=False)
+
+            def do_GET(self):
+                self.answer(body=True)
+
+            def answer(self, *, body: bool):
+                parts = self.path.strip("/").split("/")
+                repository, rest = "/".join(parts[:2]), parts[2:]
+                if rest[:1] != ["resolve"] or repository not in hub.folders:
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                commit = COMMITS.get(rest[1], rest[1])
+                path = hub.folders[repository] / rest[2]
+                if not path.exists() or commit not in COMMITS.values():
+                    self.send_response(404)
+                    self.send_header(
+                        "X-Error-Code", "EntryNotFound" if commit in COMMITS.values() else "RevisionNotFound"
+                    )
+                    self.send_header("X-Repo-Commit", commit)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                content = path.read_bytes()
+                self.send_response(200)
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", commit)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if body:
+                    hub.fetched.append((repository, commit, rest[2]))
+                    self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    folders = {"some/aligned": write_model(tmp_path / "aligned", 1), "some/base": write_model(tmp_path / "base", 2)}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"PK")
+    folders["some/old"] = tmp_path / "old"
+    served = Hub(folders)
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", served.address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield served
+    served.close()
+
+
+def project(tmp_path, aligned, base, output, layers=2):
+    adapter = tmp_path / f"adapter-{layers}"
+    if not adapter.exists():
+        write_adapter(adapter, 3, layers=layers)
+    report = project_adapter(adapter, aligned=aligned, base=base, output=tmp_path / output, select="all")
+    return report, (tmp_path / output / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("hub")
+def test__ids_give_what_folders_give(tmp_path):
+    _, local = project(tmp_path, tmp_path / "aligned", tmp_path / "base", "local")
+    report, remote = project(tmp_path, "some/aligned", "some/base@v1", "remote")
+    assert remote == local
+    assert (report.aligned["source"], report.aligned["revision"]) == ("some/aligned", COMMITS["main"])
+    assert (report.base["source"], report.base["revision"]) == ("some/base", COMMITS["v1"])
+
+
+def test_only_shards_that_hold_needed_tensors_are_fetched(hub, tmp_path):
+    """The adapter touches layer 0, which lies in the first shard."""
+    project(tmp_path, "some/aligned", "some/base", "out", layers=1)
+    shards = {name for _, _, name in hub.fetched if name.endswith(".safetensors")}
+    assert shards == {"model-00001-of-00002.safetensors"}
+
+
+def test_a_second_run_takes_everything_from_the_cache(hub, tmp_path, monkeypatch):
+    _, first = project(tmp_path, "some/aligned", "some/base", "first")
+    hub.fetched.clear()
+    _, second = project(tmp_path, "some/aligned", "some/base", "second")
+    assert hub.fetched == []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _, offline = project(tmp_path, "some/aligned", "some/base", "offline")
+    assert first == second == offline
+
+
+def test_offline_without_a_cache(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"some/aligned.*go online, or give the aligned model as a path"):
+        open_checkpoint("some/aligned", role="aligned")
+    assert hub.fetched == []
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_unknown_repository():
+    with pytest.raises(
+        CheckpointError, match="nobody/nothing: the base model is neither a local path nor a repository"
+    ):
+        open_checkpoint("nobody/nothing", role="base")
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_unknown_revision():
+    with pytest.raises(CheckpointError, match="some/base: has no revision 'v9'"):
+        open_checkpoint("some/base@v9", role="base")
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_old_repository():
+    with pytest.raises(CheckpointError, match=r"older \.bin checkpoints: load it with transformers"):
+        open_checkpoint("some/old", role="base")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_remote_index_that_escapes(tmp_path):
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "../../secret"
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="outside the repository"):
+        open_checkpoint("some/base", role="base")
+
+
+def test_every_kind_of_local_source_gives_the_same(tmp_path):
+    sharded = write_model(tmp_path / "aligned", 1)
+    tensors = {}
+    for shard in sorted(sharded.glob("*.safetensors")):
+        tensors.update(load_file(shard))
+    single = tmp_path / "single"
+    single.mkdir()
+    save_file(tensors, single / "model.safetensors")
+    unindexed = tmp_path / "unindexed"
+    unindexed.mkdir()
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:3]}, unindexed / "one.safetensors")
+    save_file({name: tensors[name] for name in names[3:]}, unindexed / "two.safetensors")
+    base = write_model(tmp_path / "base", 2)
+    sources = [sharded, sharded / "model.safetensors.index.json", single, single / "model.safetensors", unindexed]
+    results = {project(tmp_path, source, base, f"out-{index}")[1] for index, source in enumerate(sources)}
+    assert len(results) == 1
+
+
+def test_a_tensor_in_two_files_without_an_index(tmp_path):
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name in ("one", "two"):
+        save_file({f"{module_names()[0]}.weight": np.ones((2, 2), np.float32)}, folder / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"is in one.safetensors and in two.safetensors"):
+        open_checkpoint(folder, role="base")
+
+
+def test_neither_path_nor_id():
+    with pytest.raises(CheckpointError, match="neither a file, nor a folder, nor a Hub id"):
+        open_checkpoint("./no/such/folder", role="base")
