@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +16,10 @@ from safelora_fast import _core
 from safelora_fast.posthoc.adapter import load_adapter
 from safelora_fast.posthoc.plan import Plan, plan_projection
 from safelora_fast.posthoc.sources import open_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 COMMON = {
     "vocab_size": 40,
@@ -114,6 +118,24 @@ def save(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
+def rewrite(
+    folder: Path,
+    output: Path,
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+    config: dict[str, Any] | None = None,
+    file: str = "model.safetensors",
+) -> Path:
+    """A copy of a checkpoint or adapter with other tensors, and with settings replaced in its configuration."""
+    output.mkdir(parents=True)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in change(load_file(folder / file)).items()}
+    save_file(tensors, output / file, {"format": "pt"})
+    name = "adapter_config.json" if file == "adapter_model.safetensors" else "config.json"
+    settings = json.loads((folder / name).read_text())
+    settings.update(config or {})
+    (output / name).write_text(json.dumps(settings))
+    return output
+
+
 def adapt(model: transformers.PreTrainedModel, *, seed: int = 7, name: str = "default", **config: Any) -> PeftModel:
     """The model with a LoRA adapter whose factors are all random."""
     peft_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **config}), adapter_name=name)
@@ -142,10 +164,10 @@ def weights(peft_model: PeftModel, name: str = "default") -> dict[str, torch.Ten
 
 def _adapted(peft_model: PeftModel, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     found = {}
-    for path, module in peft_model.base_model.model.named_modules():
+    for place, module in peft_model.base_model.model.named_modules():
         if not isinstance(module, LoraLayer) or name not in {**module.lora_A, **module.lora_embedding_A}:
             continue
-        path = path.replace(".base_layer", "")
+        key = place.replace(".base_layer", "")
         with torch.no_grad():
             delta = module.get_delta_weight(name).double()
         if isinstance(module, ParamWrapper):
@@ -153,15 +175,15 @@ def _adapted(peft_model: PeftModel, name: str) -> dict[str, tuple[torch.Tensor, 
             if not module._did_swap_in_out_features and weight.dim() == 3:
                 delta, weight = delta.transpose(1, 2), weight.transpose(1, 2)
             if weight.dim() == 2:
-                found[f"{path}.{module.parameter_name}"] = delta, weight
+                found[f"{key}.{module.parameter_name}"] = delta, weight
                 continue
             for expert in range(len(weight)):
-                found[f"{path}.{expert}.{module.parameter_name}"] = delta[expert], weight[expert]
+                found[f"{key}.{expert}.{module.parameter_name}"] = delta[expert], weight[expert]
         else:
             weight = module.get_base_layer().weight.detach().double()
             if isinstance(module, Embedding) or module.fan_in_fan_out:
                 delta, weight = delta.T, weight.T
-            found[path] = delta, weight
+            found[key] = delta, weight
     return found
 
 
@@ -211,12 +233,14 @@ def assert_projected(
 ) -> None:
     """Compare with C·ΔW computed densely in float64 from what PEFT and transformers hold in memory.
 
-    The projected adapter is loaded by PEFT into the same model, so names, orientation and layout are all PEFT's.
+    PEFT loads the projected tensors into the same adapter, so names, orientation and layout are all PEFT's.
     """
+    peft_model.double()
     before, aligned = updates(peft_model, name), weights(peft_model, name)
-    peft_model.load_adapter(result.folder, adapter_name="projected")
-    after = updates(peft_model, "projected")
-    assert set(result.cosines) == set(before) == set(after)
+    state = load_file(result.folder / "adapter_model.safetensors")
+    assert not set_peft_model_state_dict(peft_model, state, adapter_name=name).unexpected_keys
+    after = updates(peft_model, name)
+    assert set(result.cosines) == set(before)
     for module, delta in before.items():
         difference = aligned[module] - base_weights[module]
         norm = difference.norm()

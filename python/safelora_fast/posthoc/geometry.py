@@ -178,11 +178,12 @@ def _is_conv1d(
     names: TensorNames, piece: Piece, module: LoraModule, shape: tuple[int, int], config: Mapping[str, Any]
 ) -> bool:
     """Whether a linear weight is kept as (in, out): told by the kind of model, since shapes cannot tell squares."""
-    leaf = module.name.rpartition(".")[2]
+    named_so = module.name.rpartition(".")[2] in CONV1D_MODULES
     if names.setting("model_type") in CONV1D_MODELS:
-        return leaf in CONV1D_MODULES
+        return named_so
     stored = _entry(names, piece.tensor).shape
-    return bool(config.get("fan_in_fan_out")) and stored == shape[::-1] and not _of_vocabulary(module)
+    square = shape[0] == shape[1]
+    return bool(config.get("fan_in_fan_out")) and stored == shape[::-1] and (named_so or not square)
 
 
 def _entry(names: TensorNames, tensor: str) -> TensorEntry:
