@@ -73,7 +73,7 @@ def test_several_shards_are_read_in_the_order_of_their_bytes(tmp_path, family):
         {"target_modules": ["lm_head"]},
         {"trainable_token_indices": [3, 5]},
     ],
-    ids=lambda config: "-".join(config),
+    ids="-".join,
 )
 @pytest.mark.filterwarnings("ignore:Adapter .default.. 6 LoRA tensor:Warning")  # PEFT takes its own biases for shards
 def test_settings_of_peft(tmp_path, config):

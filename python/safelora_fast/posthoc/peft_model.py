@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def project_peft_model(
             :func:`project_adapter`.
 
     Returns:
-        The report; its `output` is None, since nothing stays on disk.
+        The report, in which the adapter is known by its name in the model, and `output` is None: nothing stays on disk.
 
     Raises:
         SettingsError: when there is no such adapter, or the new name is taken.
@@ -63,12 +64,14 @@ def project_peft_model(
             saved /= adapter_name
         report = project_adapter(saved, aligned=aligned, base=base, output=projected, **settings)
         _load(model, projected, adapter_name, new_adapter_name)
-    return report
+    adapters = [replace(adapter, adapter=adapter_name, output=None) for adapter in report.adapters]
+    return replace(report, adapters=adapters)
 
 
 def _load(model: PeftModel, folder: Path, adapter_name: str, new_adapter_name: str) -> None:
     """Load the projected adapter as the original lies, without disturbing which adapter is active or trained."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {module: module.training for module in model.modules()}
     active = model.active_adapters
     model.load_adapter(str(folder), new_adapter_name, is_trainable=False, autocast_adapter_dtype=False)
     parameters: dict[str, torch.nn.Parameter] = dict(model.named_parameters())
@@ -77,5 +80,7 @@ def _load(model: PeftModel, folder: Path, adapter_name: str, new_adapter_name: s
         if name not in trained and original is not None:
             parameter.data = parameter.data.to(original.device, original.dtype)
     model.base_model.set_adapter(active)
+    for module in model.modules():
+        module.training = modes.get(module, model.training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.get(name, False))

@@ -1,0 +1,106 @@
+"""Projection inside a loaded PeftModel: a new adapter beside the old one, and nothing else changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, adapt, save
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from safelora_fast import project_adapter, project_peft_model
+from safelora_fast.errors import SettingsError
+
+
+@pytest.fixture
+def case(tmp_path):
+    family = FAMILIES["llama"]
+    aligned = save(family.make(1), tmp_path / "aligned")
+    base = save(family.make(2), tmp_path / "base")
+    adapted = adapt(family.make(1), **family.target)
+    adapter = save(adapted, tmp_path / "adapter")
+    return adapted, adapter, {"aligned": aligned, "base": base}
+
+
+def lora(model, name):
+    return {
+        key.replace(f".{name}.", "."): value.detach().clone()
+        for key, value in model.named_parameters()
+        if "lora_" in key and f".{name}." in key
+    }
+
+
+def test_equals_the_projection_from_disk(case, tmp_path):
+    model, adapter, sources = case
+    ids = torch.arange(8).reshape(1, 8) + 3
+    model.eval()
+    with torch.no_grad():
+        before = model(ids).logits
+    report = project_peft_model(model, **sources, select="all")
+    project_adapter(adapter, **sources, output=tmp_path / "out", select="all")
+    expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    found = lora(model, "safe")
+    assert {key.removeprefix("base_model.model.") for key in expected} == {
+        key.removeprefix("base_model.model.") for key in found
+    }
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(module.projected for module in report.adapters[0].modules)
+    assert report.adapters[0].output is None
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+        model.set_adapter("safe")
+        loaded = PeftModel.from_pretrained(FAMILIES["llama"].make(1), tmp_path / "out").eval()
+        torch.testing.assert_close(model(ids).logits, loaded(ids).logits, rtol=0, atol=0)
+
+
+def test_the_rest_is_left_alone(case):
+    model, _, sources = case
+    model.train()
+    original = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trained = {name: value.requires_grad for name, value in model.named_parameters()}
+    project_peft_model(model, **sources, operator="zero", select="all")
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in original.items())
+    assert {name: after[name].requires_grad for name in trained} == trained
+    assert not any(value.requires_grad for name, value in after.items() if ".safe." in name)
+    assert model.active_adapters == ["default"]
+    assert model.training
+
+
+def test_another_adapter_and_another_name(case):
+    model, _, sources = case
+    model.add_adapter("narrow", adapt(FAMILIES["llama"].make(1), r=3, target_modules=["v_proj"]).peft_config["default"])
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if ".narrow." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    project_peft_model(
+        model, **sources, adapter_name="narrow", new_adapter_name="narrow-safe", operator="zero", select="all"
+    )
+    found = lora(model, "narrow-safe")
+    assert len(found) == 4
+    assert all(not value.any() for key, value in found.items() if "lora_B" in key)
+    assert all(torch.equal(value, lora(model, "narrow")[key]) for key, value in found.items() if "lora_A" in key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype_of_the_original(case, dtype):
+    model, _, sources = case
+    model.to(dtype)
+    project_peft_model(model, **sources, select="all")
+    assert {value.dtype for value in lora(model, "safe").values()} == {dtype}
+
+
+def test_errors_leave_the_model_as_it_was(case, tmp_path):
+    model, _, sources = case
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(SettingsError, match="no adapter 'other'; it has 'default'"):
+        project_peft_model(model, **sources, adapter_name="other")
+    with pytest.raises(SettingsError, match="has an adapter 'default' already"):
+        project_peft_model(model, **sources, new_adapter_name="default")
+    with pytest.raises(SettingsError, match="output cannot be set here"):
+        project_peft_model(model, **sources, output=tmp_path / "x")
+    with pytest.raises(SettingsError, match="threshold"):
+        project_peft_model(model, **sources, threshold=3.0)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert list(model.peft_config) == ["default"]
