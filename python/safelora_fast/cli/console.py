@@ -91,7 +91,8 @@ def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
     table.add_column("projected")
     for module in modules:
         figures = (module.cosine, module.gain, module.b_norm, module.v_norm)
-        table.add_row(short(module.name), *map(figure, figures), "yes" if module.projected else f"no: {module.reason}")
+        unusual = f"no: {module.reason}" if math.isnan(module.cosine) else "no"
+        table.add_row(short(module.name), *map(figure, figures), "yes" if module.projected else unusual)
     return table
 
 
@@ -104,7 +105,7 @@ def print_warnings(report: ProjectionReport) -> None:
 def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
     """One table for each adapter: all modules, or those whose update changed most."""
     for adapter in report.adapters:
-        count = f"{adapter.adapter}: {len(adapter.projected)} of {len(adapter.modules)} modules selected"
+        count = f"{adapter.adapter}: {len(adapter.projected)} of {len(adapter.modules)} modules selected ({report.selection})"
         modules: Sequence[ModuleReport] = adapter.modules
         if most is not None:
             change = {id(module): abs(module.update_norm - module.update_norm_after) for module in adapter.projected}

@@ -23,7 +23,10 @@ def inspect(
     rank: options.Rank = None,
     energy: options.Energy = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Show how many modules each threshold would project, from the same pass.")
+        bool,
+        typer.Option(
+            "--sweep", metavar="", help="Show how many modules each threshold would project, from the same pass."
+        ),
     ] = False,
     as_json: options.Json = False,
     plot: options.Plot = None,

@@ -44,5 +44,7 @@ Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw cosine and
 Threads = Annotated[
     int | None, typer.Option(metavar="N", help="Threads. The result does not depend on it. (default: all cores)")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print the report as JSON on standard output, and nothing else.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but warnings and errors.")]

@@ -26,11 +26,15 @@ def project(
     select: options.Select = "threshold",
     threshold: options.Threshold = None,
     num_layers: options.NumLayers = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and report everything, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Compute and report everything, write nothing.")
+    ] = False,
     as_json: options.Json = False,
     plot: options.Plot = None,
     threads: options.Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace an output folder that exists.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Project LoRA adapters onto the alignment subspace of their model.
@@ -38,6 +42,8 @@ def project(
     Reads both checkpoints once, in a stream, for any number of adapters; loads no model. The output folder holds an adapter
     that PEFT loads, a model card and a report, and appears under its name only when it is whole.
     """
+    from rich.filesize import decimal
+
     from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings
     from safelora_fast.posthoc.project import project_adapter
 
@@ -72,8 +78,8 @@ def project(
         typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     elif not quiet:
         print_module_tables(report, most=10)
-        rate = report.bytes_read / 1e9 / report.seconds
-        out.print(f"{report.bytes_read / 1e9:.2f} GB of weights in {report.seconds:.1f} s ({rate:.2f} GB/s)")
+        rate = decimal(int(report.bytes_read / report.seconds))
+        out.print(f"{decimal(report.bytes_read)} of weights in {report.seconds:.2f} s ({rate}/s)")
         if dry_run:
             out.print("dry run: nothing was written")
         for adapter in report.adapters:

@@ -42,7 +42,7 @@ def render(report: ProjectionReport, index: int) -> str:
         f"| aligned model | {_source(report.aligned)} |",
         f"| base model | {_source(report.base)} |",
         f"| operator | {OPERATORS[operator]} |",
-        f"| selection | {_selection(settings)} |",
+        f"| selection | {report.selection} |",
         f"| safelora-fast | {report.versions['safelora-fast']} |",
         "",
         "V is the aligned weight minus the base weight. The cosine is that of C·ΔW and ΔW; the gain is the Frobenius norm of the",
@@ -89,14 +89,6 @@ def _copied(adapter: AdapterReport) -> list[str]:
         *(f"- {_cell(item['tensor'])}: {item['reason']}" for item in adapter.copied),
         "",
     ]
-
-
-def _selection(settings: dict[str, object]) -> str:
-    if settings["select"] == "threshold":
-        return f"cosine at most {settings['threshold']:g}"
-    if settings["select"] == "number":
-        return f"the {settings['num_layers']} lowest cosines"
-    return "all modules"
 
 
 def _source(source: dict[str, object]) -> str:

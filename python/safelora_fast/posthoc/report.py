@@ -75,6 +75,15 @@ class ProjectionReport:
         return {"schema": content.pop("schema"), **content}
 
     @property
+    def selection(self) -> str:
+        """Which modules are projected, in words."""
+        if self.settings["select"] == "threshold":
+            return f"cosine at most {self.settings['threshold']:g}"
+        if self.settings["select"] == "number":
+            return f"the {self.settings['num_layers']} lowest cosines"
+        return "all modules"
+
+    @property
     def warnings(self) -> list[str]:
         """What a careful reader of the figures would tell the user."""
         found = []

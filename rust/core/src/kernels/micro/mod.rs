@@ -1,0 +1,196 @@
+//! The micro kernels, written once over [`Simd`] and compiled for every level.
+//!
+//! `update` multiplies V from the left (lanes are columns), `dot` and `dot_band` from the right (lanes take part in a
+//! reduction); `stage` forms a tile of V in f32 for them.
+
+mod chains;
+mod dot;
+mod layout;
+mod load;
+mod tiles;
+mod update;
+
+use super::Dtype;
+use super::Scalar;
+use super::simd::{Line, Simd};
+use chains::chains;
+use dot::{dot, dot_band};
+use layout::{add_joined, split};
+use load::stage;
+use update::update;
+
+pub(super) use chains::fused_chains;
+pub(super) use tiles::{tiles, with_constant};
+
+/// Independent chains of multiply-adds: they hide the latency of any CPU, and fit sixteen registers.
+const CHAINS: usize = 12;
+/// Rows that `update` and `dot` take together. More would lie in the same few sets of L1 where rows are a power of two long.
+pub(super) const ROWS: usize = 4;
+
+/// A corner of a stored matrix: unaligned rows that start `row_step` bytes apart.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Corner {
+    pub(super) pointer: *const u8,
+    pub(super) row_step: usize,
+    pub(super) dtype: Dtype,
+}
+
+/// Lines that `dot` brings into L2: `per_vector` for each vector of 16 columns, taking [`ROWS`] rows in turn.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ahead {
+    pub(super) pointer: *const u8,
+    pub(super) row_step: usize,
+    pub(super) per_vector: usize,
+}
+
+/// A band of rows of both weights, wherever they lie, and what to bring into L2 while reading it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Band {
+    pub(super) rows: [[*const u8; ROWS]; 2],
+    pub(super) dtypes: [Dtype; 2],
+    pub(super) ahead: [Corner; 2],
+    /// Whether base is brought in too, or aligned alone.
+    pub(super) ahead_of_base: bool,
+}
+
+/// The micro kernels of one level.
+///
+/// # Safety
+/// Of every function: the CPU has the level's instructions, and pointers are valid for the shapes given.
+pub(super) trait Kernels: Simd {
+    /// Most vectors that one call of `dot` takes.
+    const DOT: usize;
+    /// Most vectors that one call of `dot_band` takes.
+    const DOT_BAND: usize;
+
+    /// Stages `groups`·32 elements of aligned − base of one row.
+    unsafe fn stage(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line);
+
+    /// `sums[group][0] += Σ_row v²` and `sums[group][1 + k] += Σ_row x[k][row]·v[row]` for R rows (1 or `ROWS`) of `groups`·32 columns of
+    /// aligned − base and `rank` vectors.
+    unsafe fn update<const R: usize>(
+        aligned: Corner,
+        base: Corner,
+        next: [*const u8; 2],
+        groups: usize,
+        x: *const f32,
+        rank: usize,
+        sums: *mut Line,
+    );
+
+    /// What `dot` does, of a band that is read from memory, and stored as (vector, row, lane) unless `staged` is null.
+    unsafe fn dot_band<const K: usize>(
+        band: Band,
+        x: *const f32,
+        vectors: usize,
+        sums: *mut f32,
+        first: bool,
+        staged: *mut Line,
+    );
+
+    /// `sums[k][row] = Σ_vector Σ_lane v[vector][row]·x[vector][k]` for four rows, added to what `sums` held unless `first`.
+    /// `x` is aligned as a line.
+    unsafe fn dot<const K: usize>(
+        v: *const Line,
+        x: *const f32,
+        vectors: usize,
+        sums: *mut f32,
+        first: bool,
+        ahead: Ahead,
+    );
+
+    /// `steps` multiply-adds in registers only, for each of [`CHAINS`] registers.
+    unsafe fn chains(steps: usize) -> [Self::Register; CHAINS];
+
+    /// Splits `groups`·32 unaligned f32 values; group `g` goes to `output + g·group_step`, its odd half `odd_step` further.
+    unsafe fn split(values: *const f32, groups: usize, output: *mut f32, odd_step: usize, group_step: usize);
+
+    /// Adds a split group of 32 to unaligned values.
+    unsafe fn add_joined(split: *const Line, output: *mut f32);
+}
+
+/// Compiles the micro kernels with a level's instructions.
+macro_rules! kernels {
+    ($level:ty, dot: $dot:literal, dot_band: $dot_band:literal $(, #[$feature:meta])?) => {
+        impl Kernels for $level {
+            const DOT: usize = $dot;
+            const DOT_BAND: usize = $dot_band;
+
+            $(#[$feature])?
+            unsafe fn stage(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line) {
+                // SAFETY: passed on to the caller.
+                unsafe { stage::<Self>(pointers, dtypes, groups, staged) }
+            }
+
+            $(#[$feature])?
+            unsafe fn dot_band<const K: usize>(
+                band: Band,
+                x: *const f32,
+                vectors: usize,
+                sums: *mut f32,
+                first: bool,
+                staged: *mut Line,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { dot_band::<Self, K>(band, x, vectors, sums, first, staged) }
+            }
+
+            $(#[$feature])?
+            unsafe fn update<const R: usize>(
+                aligned: Corner,
+                base: Corner,
+                next: [*const u8; 2],
+                groups: usize,
+                x: *const f32,
+                rank: usize,
+                sums: *mut Line,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { update::<Self, R>(aligned, base, next, groups, x, rank, sums) }
+            }
+
+            $(#[$feature])?
+            unsafe fn dot<const K: usize>(
+                v: *const Line,
+                x: *const f32,
+                vectors: usize,
+                sums: *mut f32,
+                first: bool,
+                ahead: Ahead,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { dot::<Self, K>(v, x, vectors, sums, first, ahead) }
+            }
+
+            $(#[$feature])?
+            unsafe fn chains(steps: usize) -> [Self::Register; CHAINS] {
+                // SAFETY: passed on to the caller.
+                unsafe { chains::<Self>(steps) }
+            }
+
+            $(#[$feature])?
+            unsafe fn split(
+                values: *const f32,
+                groups: usize,
+                output: *mut f32,
+                odd_step: usize,
+                group_step: usize,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { split::<Self>(values, groups, output, odd_step, group_step) }
+            }
+
+            $(#[$feature])?
+            unsafe fn add_joined(split: *const Line, output: *mut f32) {
+                // SAFETY: passed on to the caller.
+                unsafe { add_joined::<Self>(split, output) }
+            }
+        }
+    };
+}
+
+kernels!(Scalar, dot: 3, dot_band: 1);
+#[cfg(target_arch = "x86_64")]
+kernels!(super::Avx2, dot: 3, dot_band: 1, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+kernels!(super::Avx512, dot: 6, dot_band: 4, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);
