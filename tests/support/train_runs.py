@@ -225,9 +225,22 @@ def work(spec_file, output):
     torch.distributed.destroy_process_group()
 
 
+def leave():
+    """End this process as multiprocessing ends its children: at once, without ending the interpreter first.
+
+    A thread of gloo may still hold a tensor of the last collective, because the group lives on after its destruction
+    where a model (or a cache of DTensor) refers to it. Dropping the tensor takes the GIL, and a thread that asks for the
+    GIL while the interpreter ends is unwound through a destructor, which aborts the process (pytorch/pytorch#190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     if sys.argv[3] == "torchrun":
         work(sys.argv[1], sys.argv[2])
+        leave()
     else:
         from accelerate import debug_launcher
 
