@@ -88,7 +88,7 @@ class Factors:
 
 @final
 class Job:
-    """One module: V from `parts` stacked by rows, and the factors of every adapter that touches the module.
+    """One module: V from `parts` stacked by rows, and the factors of every adapter that touches the module, if any.
 
     `transposed=False`: the stored matrix is V (m, n), as `nn.Linear` keeps it. `transposed=True`: the stored matrix is
     V^T (n, m), as Conv1D, embeddings and (E, in, out) expert weights keep it.
@@ -148,6 +148,13 @@ class JobOutcome:
     @property
     def spectral_norm(self) -> float | None:
         """Largest singular value of V (spectral normalisation and orthogonal)."""
+    def left_vectors(self) -> bytes:
+        """U_k, what the orthogonal operator projects onto: `rank` orthonormal vectors of m float32 values each.
+
+        Raises ValueError unless the stream was made with `operator="orthogonal"` and `keep_subspace=True`.
+        """
+    def singular_values(self) -> list[float]:
+        """The singular values of V that belong to them, descending. Raises ValueError as `left_vectors`."""
     @property
     def factors(self) -> list[FactorOutcome]: ...
 
@@ -172,6 +179,7 @@ class ProjectionStream(Iterator[JobOutcome]):
         rank: int | None = None,
         energy: float | None = None,
         keep_projected: bool = True,
+        keep_subspace: bool = False,
         threads: int | None = None,
         seed: int = 0,
     ) -> ProjectionStream: ...

@@ -224,6 +224,70 @@ def test_orthogonal_keeps_no_more_than_the_rank_of_v(tmp_path: Path) -> None:
     assert_close(outcome, given, u[:, :2] @ u[:, :2].T, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("options", [{"rank": 7}, {"energy": 0.8}], ids=str)
+def test_the_kept_subspace_is_that_of_the_svd(
+    tmp_path: Path, shape: tuple[int, int], transposed: bool, options: dict
+) -> None:
+    """With factors beside it, without any, and for every number of threads it is the same bytes."""
+    rng = np.random.default_rng(21)
+    v = decaying(rng, shape, 0.3 * 0.9 ** np.arange(120))
+    stored = shape[1] if transposed else shape[0]
+    bare = module(tmp_path, rng, shape=shape, v=v, transposed=transposed, ranks=(), parts=(stored - 31, 31))
+    u, s, _ = np.linalg.svd(bare.v)
+    outcome = bare.run(operator="orthogonal", keep_subspace=True, threads=2, **options)
+    assert outcome.factors == []
+    assert outcome.v_norm == pytest.approx(np.linalg.norm(bare.v), rel=1e-6)
+    k = outcome.rank
+    assert k is not None
+    vectors = np.frombuffer(outcome.left_vectors(), np.float32).reshape(k, shape[0]).astype(np.float64)
+    assert np.abs(vectors @ vectors.T - np.eye(k)).max() < 1e-6
+    assert np.abs(vectors.T @ vectors - u[:, :k] @ u[:, :k].T).max() < 2e-4
+    assert outcome.singular_values() == pytest.approx(s[:k], rel=1e-6)
+    for threads in (1, 3, 7):
+        again = bare.run(operator="orthogonal", keep_subspace=True, threads=threads, **options)
+        assert again.left_vectors() == outcome.left_vectors()
+        assert again.singular_values() == outcome.singular_values()
+    beside = module(tmp_path / "beside", rng, ranks=(4, 9))
+    parts = [
+        _core.Part(
+            *(whole(_core.SafetensorsFile(str(tmp_path / f"{side}.safetensors")), name) for side in ("aligned", "base"))
+        )
+        for name in ("part0", "part1")
+    ]
+    file = write(
+        tmp_path / "factors.safetensors",
+        {"B": ("F32", rng.standard_normal((shape[0], 4))), "A": ("F32", rng.standard_normal((4, shape[1])))},
+    )
+    job = _core.Job("layer", parts, [_core.Factors(whole(file, "B"), whole(file, "A"))], transposed=transposed)
+    _, among = _core.ProjectionStream([beside.job, job], operator="orthogonal", keep_subspace=True, **options)
+    assert among.left_vectors() == outcome.left_vectors()
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "spectral"}, {"operator": "zero"}], ids=str)
+def test_a_job_without_factors_has_a_norm(tmp_path: Path, options: dict) -> None:
+    given = module(tmp_path, np.random.default_rng(22), ranks=())
+    outcome = given.run(**options)
+    assert outcome.v_norm == pytest.approx(np.linalg.norm(given.v), rel=1e-6)
+    assert outcome.factors == []
+
+
+def test_a_zero_v_has_an_empty_subspace(tmp_path: Path) -> None:
+    given = module(tmp_path, np.random.default_rng(23), v=np.zeros((70, 130)), ranks=())
+    outcome = given.run(operator="orthogonal", rank=3, keep_subspace=True)
+    assert (outcome.v_norm, outcome.rank, outcome.left_vectors(), outcome.singular_values()) == (0, 0, b"", [])
+
+
+@pytest.mark.parametrize("options", [{"operator": "orthogonal", "rank": 2}, {"keep_subspace": True}], ids=str)
+def test_a_subspace_that_was_not_kept(tmp_path: Path, options: dict) -> None:
+    outcome = module(tmp_path, np.random.default_rng(24)).run(**options)
+    with pytest.raises(ValueError, match="keep_subspace"):
+        outcome.left_vectors()
+    with pytest.raises(ValueError, match="keep_subspace"):
+        outcome.singular_values()
+
+
 def test_seed_and_name_decide_the_random_start(tmp_path: Path) -> None:
     rng = np.random.default_rng(13)
     given = module(tmp_path / "a", rng, shape=(300, 300))

@@ -89,6 +89,7 @@ pub(crate) struct JobOutcome {
     rank: Option<usize>,
     energy: Option<f64>,
     spectral_norm: Option<f64>,
+    leading: Option<core::Leading>,
     factors: Vec<Py<FactorOutcome>>,
 }
 
@@ -119,6 +120,20 @@ impl JobOutcome {
         self.spectral_norm
     }
 
+    fn left_vectors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let vectors = &self.kept()?.vectors;
+        PyBytes::new_with(py, size_of_val(vectors.as_slice()), |bytes| {
+            for (bytes, value) in bytes.as_chunks_mut().0.iter_mut().zip(vectors) {
+                *bytes = value.to_le_bytes();
+            }
+            Ok(())
+        })
+    }
+
+    fn singular_values(&self) -> PyResult<Vec<f64>> {
+        self.kept().map(|leading| leading.values.clone())
+    }
+
     #[getter]
     fn factors(&self, py: Python<'_>) -> Vec<Py<FactorOutcome>> {
         self.factors.iter().map(|factors| factors.clone_ref(py)).collect()
@@ -126,6 +141,13 @@ impl JobOutcome {
 
     fn __repr__(&self) -> String {
         format!("JobOutcome(index={}, v_norm={:.6}, {} adapters)", self.index, self.v_norm, self.factors.len())
+    }
+}
+
+impl JobOutcome {
+    fn kept(&self) -> PyResult<&core::Leading> {
+        let missing = "the stream was made without keep_subspace=True, or for another operator than orthogonal";
+        self.leading.as_ref().ok_or_else(|| PyValueError::new_err(missing))
     }
 }
 
@@ -140,8 +162,8 @@ pub(crate) struct ProjectionStream {
 impl ProjectionStream {
     #[new]
     #[pyo3(signature = (
-        jobs, *, operator="safelora", normalize="frobenius", rank=None, energy=None, keep_projected=true, threads=None,
-        seed=0
+        jobs, *, operator="safelora", normalize="frobenius", rank=None, energy=None, keep_projected=true, keep_subspace=false,
+        threads=None, seed=0
     ))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
@@ -152,11 +174,12 @@ impl ProjectionStream {
         rank: Option<usize>,
         energy: Option<f64>,
         keep_projected: bool,
+        keep_subspace: bool,
         threads: Option<usize>,
         seed: u64,
     ) -> PyResult<Self> {
         let operator = settings::operator(operator, normalize, rank, energy)?;
-        let settings = core::Settings { operator, keep_projected, seed };
+        let settings = core::Settings { operator, keep_projected, keep_subspace, seed };
         let jobs: Vec<_> = jobs.iter().map(|job| Arc::clone(&job.inner)).collect();
         let stream = Stream::start(jobs.clone(), settings, settings::threads(threads)?, settings::level()?)
             .map_err(PyRuntimeError::new_err)?;
@@ -197,11 +220,12 @@ impl ProjectionStream {
 
 impl ProjectionStream {
     fn outcome(&self, py: Python<'_>, index: usize, outcome: core::JobOutcome) -> PyResult<JobOutcome> {
-        let core::JobOutcome { v_norm, rank, energy, spectral_norm, factors } = outcome;
+        let core::JobOutcome { v_norm, rank, energy, spectral_norm, leading, factors } = outcome;
         let factors = factors.into_iter().enumerate().map(|(position, inner)| {
             let job = Arc::clone(&self.jobs[index]);
             Py::new(py, FactorOutcome { inner, job, position })
         });
-        Ok(JobOutcome { index, v_norm, rank, energy, spectral_norm, factors: factors.collect::<PyResult<_>>()? })
+        let factors = factors.collect::<PyResult<_>>()?;
+        Ok(JobOutcome { index, v_norm, rank, energy, spectral_norm, leading, factors })
     }
 }

@@ -25,3 +25,4 @@ pub use random::Random;
 pub use round::{Overflow, write_rounded};
 pub use settings::{Operator, Settings};
 pub use stacked::Stacked;
+pub use subspace::Leading;

@@ -1,6 +1,6 @@
 //! What projection did to one module.
 
-use super::Overflow;
+use super::{Leading, Overflow};
 
 /// What projection does to one adapter's factors in one module; see the figures of the Python class of this name.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct JobOutcome {
     pub energy: Option<f64>,
     /// σ₁(V).
     pub spectral_norm: Option<f64>,
+    /// What the orthogonal operator projects onto, if it is to be kept.
+    pub leading: Option<Leading>,
     /// One outcome for each adapter.
     pub factors: Vec<FactorOutcome>,
 }

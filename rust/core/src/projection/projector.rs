@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::factors::{append_columns, append_rows, first_not_finite};
 use super::outcome::{Grams, diagonal};
-use super::subspace::{Iteration, Leading, start_count};
+use super::subspace::{Iteration, start_count};
 use super::{
-    FactorOutcome, Factors, Job, JobOutcome, Operator, ProjectionError, Random, Settings, Stacked, write_rounded,
+    FactorOutcome, Factors, Job, JobOutcome, Leading, Operator, ProjectionError, Random, Settings, Stacked,
+    write_rounded,
 };
 use crate::kernels::{Engine, ShapeError};
 use crate::linalg::{combine, gram, inner_products, orthonormal};
@@ -110,8 +111,10 @@ impl Projector {
         let spectral_norm = leading.as_ref().map(|leading| leading.values.first().copied().unwrap_or(0.0));
         let leading = leading.filter(|_| self.settings.operator.is_orthogonal());
         let energy = leading.as_ref().filter(|_| v_norm > 0.0).map(|leading| leading.energy() / norm_squared);
-        let rank = leading.map(|leading| leading.values.len());
-        Ok(JobOutcome { v_norm, rank, energy: energy.map(|energy| energy.min(1.0)), spectral_norm, factors })
+        let energy = energy.map(|energy| energy.min(1.0));
+        let rank = leading.as_ref().map(|leading| leading.values.len());
+        let leading = leading.filter(|_| self.settings.keep_subspace);
+        Ok(JobOutcome { v_norm, rank, energy, spectral_norm, leading, factors })
     }
 
     /// Reads the factors of every adapter.

@@ -40,6 +40,8 @@ pub struct Settings {
     pub operator: Operator,
     /// Whether outcomes keep the projected factors.
     pub keep_projected: bool,
+    /// Whether outcomes keep what the orthogonal operator projects onto.
+    pub keep_subspace: bool,
     /// Seed of the random start of subspace iterations.
     pub seed: u64,
 }

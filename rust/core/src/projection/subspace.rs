@@ -30,12 +30,12 @@ pub(super) enum Extent {
 }
 
 /// Leading left singular vectors of V and their singular values.
-#[derive(Debug, Default)]
-pub(super) struct Leading {
+#[derive(Clone, Debug, Default)]
+pub struct Leading {
     /// (rank, m), orthonormal.
-    pub(super) vectors: Vec<f32>,
+    pub vectors: Vec<f32>,
     /// Descending.
-    pub(super) values: Vec<f64>,
+    pub values: Vec<f64>,
 }
 
 impl Leading {
