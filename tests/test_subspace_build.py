@@ -1,14 +1,17 @@
-"""SafeSubspace.build against the dense singular value decomposition."""
+"""SafeSubspace.build against the dense singular value decomposition in float64."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from plain_pair import module_names, write_pair
+from safetensors.numpy import load_file, save_file
 
-from safelora_fast.errors import CheckpointError, PairingError, SettingsError
+from safelora_fast.errors import CheckpointError, OutputError, PairingError, SettingsError
+from safelora_fast.posthoc.provenance import reopen
 from safelora_fast.subspace import SafeSubspace
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (48, 40), "model.layers.0.mlp.down_proj": (33, 71)}
@@ -35,6 +38,7 @@ def checkpoints(tmp_path):
         base[name + ".weight"] = random.standard_normal(v.shape).astype(np.float32)
         aligned[name + ".weight"] = (base[name + ".weight"] + v).astype(np.float32)
     base["lm_head.weight"] = aligned["lm_head.weight"] = np.ones((4, 4), np.float32)
+    base["model.layers.0.norm.weight"] = aligned["model.layers.0.norm.weight"] = np.ones(4, np.float32)
     (tmp_path / "aligned").mkdir()
     (tmp_path / "base").mkdir()
     index = {}
@@ -48,8 +52,6 @@ def checkpoints(tmp_path):
 
 
 def dense(checkpoints_):
-    from safetensors.numpy import load_file
-
     base = load_file(checkpoints_["base"] / "model.safetensors")
     aligned = {}
     for file in checkpoints_["aligned"].glob("*.safetensors"):
@@ -65,11 +67,13 @@ def test_against_the_dense_decomposition(checkpoints):
         module = subspace.modules[name]
         assert module.rank == 6
         assert np.allclose(module.singular_values, values[:6], rtol=1e-5)
-        projector = module.left_vectors @ module.left_vectors.T
-        assert np.abs(projector - left[:, :6] @ left[:, :6].T).max() < 1e-3
+        angles = np.linalg.svd(left[:, :6].T @ module.left_vectors, compute_uv=False)
+        assert np.sqrt(1 - np.minimum(angles, 1) ** 2).max() < 1e-3
         assert np.abs(module.left_vectors.T @ module.left_vectors - np.eye(6)).max() < 1e-6
         assert module.v_norm == pytest.approx(np.linalg.norm(v), rel=1e-6)
         assert module.energy == pytest.approx((values[:6] ** 2).sum() / (values**2).sum(), rel=1e-5)
+        assert module.spectral_norm == pytest.approx(values[0], rel=1e-5)
+        assert module.columns == v.shape[1]
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
@@ -83,43 +87,165 @@ def test_energy_keeps_the_fewest_vectors(checkpoints, energy):
         assert subspace.modules[name].energy >= energy - 1e-5
 
 
-def test_conv1d_weights_are_stored_the_other_way(checkpoints):
-    subspace = SafeSubspace.build(**checkpoints, rank=4, fan_in_fan_out=True)
-    for name, v in dense(checkpoints).items():
-        right = np.linalg.svd(v)[2][:4]
-        module = subspace.modules[name]
-        assert module.left_vectors.shape == (v.shape[1], 4)
-        assert np.abs(module.left_vectors @ module.left_vectors.T - right.T @ right).max() < 1e-3
+def test_a_rank_beyond_that_of_v_keeps_what_there_is(checkpoints):
+    modules = SafeSubspace.build(**checkpoints, rank=500).modules
+    assert all(module.rank <= min(SHAPES[name]) for name, module in modules.items())
+    assert all(module.energy == pytest.approx(1, abs=1e-5) for module in modules.values())
 
 
-def test_the_same_seed_gives_the_same_subspace(checkpoints, tmp_path):
-    for number in (1, 2):
+def test_the_same_input_gives_the_same_bytes(checkpoints, tmp_path):
+    for number in (1, 2, 5):
         SafeSubspace.build(**checkpoints, rank=5, threads=number).save(tmp_path / f"{number}.safetensors")
-    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    written = {(tmp_path / f"{number}.safetensors").read_bytes() for number in (1, 2, 5)}
+    assert len(written) == 1
+    SafeSubspace.build(**checkpoints, rank=5, seed=1).save(tmp_path / "seed.safetensors")
+    assert (tmp_path / "seed.safetensors").read_bytes() not in written
 
 
 def test_a_module_without_difference_has_rank_zero(checkpoints):
-    subspace = SafeSubspace.build(aligned=checkpoints["base"], base=checkpoints["base"], rank=5)
-    assert {module.rank for module in subspace.modules.values()} == {0}
+    same = "model.layers.0.self_attn.q_proj.weight"
+    base, shard = load_file(checkpoints["base"] / "model.safetensors"), checkpoints["aligned"] / "model-0.safetensors"
+    assert set(load_file(shard)) == {same}
+    save_file({same: base[same]}, shard)
+    modules = SafeSubspace.build(**checkpoints, rank=5).modules
+    assert [module.rank for module in modules.values()] == [0, 5]
+    assert modules["model.layers.0.self_attn.q_proj"].left_vectors.shape == (48, 0)
+    assert np.isnan(modules["model.layers.0.self_attn.q_proj"].energy)
+    with pytest.raises(PairingError, match="the same weights in every module"):
+        SafeSubspace.build(aligned=checkpoints["base"], base=checkpoints["base"], rank=5)
 
 
-def test_provenance(checkpoints):
-    sources = SafeSubspace.build(**checkpoints, rank=2, modules=["q_proj"]).sources
-    assert sources["aligned"]["path"] == str(checkpoints["aligned"])
-    file = checkpoints["base"] / "model.safetensors"
-    described = sources["base"]["files"]["model.safetensors"]
-    assert described["size"] == file.stat().st_size
-    assert len(described["header_sha256"]) == 64
+def test_modules_are_chosen_by_their_last_components(checkpoints):
+    for ending in ("down_proj", "mlp.down_proj", "model.layers.0.mlp.down_proj"):
+        found = SafeSubspace.build(**checkpoints, modules=[ending], rank=2)
+        assert list(found.modules) == ["model.layers.0.mlp.down_proj"]
+    with pytest.raises(PairingError, match="'c_attn'; its modules end in down_proj, lm_head, norm, q_proj"):
+        SafeSubspace.build(**checkpoints, modules=["q_proj", "c_attn"])
+    with pytest.raises(PairingError, match="'own_proj'"):
+        SafeSubspace.build(**checkpoints, modules=["own_proj"])
+    with pytest.raises(PairingError, match=r"norm.*only linear layers"):
+        SafeSubspace.build(**checkpoints, modules=["norm"])
+
+
+def test_nan_weights_are_named(checkpoints):
+    path = checkpoints["base"] / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = np.nan
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r'down_proj.weight" holds .* row 3, column 5'):
+        SafeSubspace.build(**checkpoints)
+
+
+def test_progress_counts_bytes_and_names_modules(checkpoints):
+    told = []
+
+    class Progress:
+        def start(self, total_bytes, modules):
+            told.append((total_bytes, modules))
+
+        def advance(self, done_bytes, module):
+            told.append((done_bytes, module))
+
+    SafeSubspace.build(**checkpoints, rank=2, progress=Progress())
+    sizes = [8 * rows * columns for rows, columns in SHAPES.values()]
+    assert told == [
+        (sum(sizes), 2),
+        (sizes[0], "model.layers.0.self_attn.q_proj"),
+        (sum(sizes), "model.layers.0.mlp.down_proj"),
+    ]
+
+
+def test_provenance(checkpoints, tmp_path):
+    subspace = SafeSubspace.build(**checkpoints, rank=2, modules=["q_proj"])
+    assert subspace.sources["aligned"]["source"] == str(checkpoints["aligned"])
+    (described,) = subspace.sources["base"]["files"]
+    assert described["size"] == (checkpoints["base"] / "model.safetensors").stat().st_size
+    assert len(described["fingerprint"]) == 64
+    assert [file["name"] for file in subspace.sources["aligned"]["files"]] == [
+        f"model-{i}.safetensors" for i in range(4)
+    ]
+    assert subspace.settings["rank"] == 2
+    assert subspace.settings["modules"] == ["q_proj"]
+    assert SafeSubspace.from_sources(**checkpoints).sources == subspace.sources
+    reopen(subspace.sources["base"], role="base")
+    shutil.move(checkpoints["base"], tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="base: the base model that the subspace was built from is gone"):
+        reopen(subspace.sources["base"], role="base")
+
+
+@pytest.mark.parametrize("place", [0, 5_000_000, 9_999_999])
+def test_a_fingerprint_notices_a_page_and_a_header(tmp_path, place):
+    """A large file is sampled, its ends always."""
+    path = tmp_path / "model.safetensors"
+    weight = np.zeros(10_000_000, np.uint8)
+    save_file({"a": weight}, path)
+    subspace = SafeSubspace.from_sources(aligned=path, base=path)
+    weight[max(place - 12_000, 0) : place + 12_000] = 1
+    save_file({"a": weight}, path)
+    with pytest.raises(CheckpointError, match=r"has changed since the subspace was built from it \(model.safetensors"):
+        reopen(subspace.sources["base"], role="base")
+    weight[:] = 0
+    save_file({"b": weight}, path)
+    with pytest.raises(CheckpointError, match="has changed"):
+        reopen(subspace.sources["base"], role="base")
+
+
+def test_a_file_that_came_or_went_is_a_change(checkpoints):
+    sources = SafeSubspace.from_sources(**checkpoints).sources
+    index = checkpoints["aligned"] / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["lm_head.weight"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"changed.*\(model-2.safetensors differs\)"):
+        reopen(sources["aligned"], role="aligned")
 
 
 def test_refusals(checkpoints, tmp_path):
-    with pytest.raises(PairingError, match="no module ends in c_attn"):
-        SafeSubspace.build(**checkpoints, modules=["c_attn"])
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="nowhere: the aligned model is neither a file"):
         SafeSubspace.build(aligned=tmp_path / "nowhere", base=checkpoints["base"])
     save_file({"model.layers.0.self_attn.q_proj.weight": np.ones((48, 40), np.float32)}, tmp_path / "part.safetensors")
-    with pytest.raises(PairingError, match=r"layers\.0\.mlp\.down_proj is not in the base checkpoint"):
+    with pytest.raises(PairingError, match=r"layers\.0\.mlp\.down_proj: the base model .* has no tensor"):
         SafeSubspace.build(aligned=checkpoints["aligned"], base=tmp_path / "part.safetensors")
-    for wrong in ({"rank": 0}, {"energy": 1.5}, {"rank": 2, "energy": 0.5}):
-        with pytest.raises(SettingsError, match=r"rank|energy"):
+    for wrong in (
+        {"rank": 0},
+        {"energy": 1.5},
+        {"rank": 2, "energy": 0.5},
+        {"seed": -1},
+        {"threads": 0},
+        {"modules": []},
+    ):
+        with pytest.raises(SettingsError, match=next(iter(wrong))):
             SafeSubspace.build(**checkpoints, **wrong)
+
+
+def test_the_file_is_whole_or_absent(checkpoints, tmp_path, monkeypatch):
+    subspace = SafeSubspace.build(**checkpoints, rank=2)
+    target = tmp_path / "new" / "safe.safetensors"
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safelora_fast.posthoc.output.sync", fail)
+    with pytest.raises(OutputError, match="the disk is full"):
+        subspace.save(target)
+    assert not target.parent.exists()
+    monkeypatch.undo()
+    subspace.save(target)
+    assert [path.name for path in target.parent.iterdir()] == ["safe.safetensors"]
+    loaded = SafeSubspace.load(target)
+    assert list(loaded.modules) == list(subspace.modules)
+    assert loaded.to_dict() == subspace.to_dict()
+
+
+def test_shards_in_any_order_give_the_same_subspace(tmp_path):
+    """The two checkpoints of the plain pair, and again as one file with the names in reverse."""
+    pair = write_pair(tmp_path)
+    built = SafeSubspace.build(aligned=pair.aligned, base=pair.base, rank=3)
+    assert set(built.modules) == set(module_names())
+    tensors = {}
+    for shard in pair.aligned.glob("*.safetensors"):
+        tensors.update(load_file(shard))
+    save_file(dict(reversed(tensors.items())), tmp_path / "one.safetensors")
+    again = SafeSubspace.build(aligned=tmp_path / "one.safetensors", base=pair.base, rank=3)
+    for name, module in built.modules.items():
+        assert np.array_equal(again.modules[name].left_vectors, module.left_vectors)

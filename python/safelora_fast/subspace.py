@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import math
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError, PairingError
+from safelora_fast.posthoc.output import whole_file
+from safelora_fast.posthoc.pairing import canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from safelora_fast.posthoc.project import Progress
 
 FORMAT = "safelora_fast.subspace"
 VERSION = 1
@@ -40,8 +47,13 @@ class ModuleSubspace:
 
     @property
     def rank(self) -> int:
-        """Number of vectors k."""
+        """Number of vectors k; 0 where V is zero."""
         return int(self.left_vectors.shape[1])
+
+    @property
+    def spectral_norm(self) -> float:
+        """σ₁, the largest singular value of V; 0 where V is zero."""
+        return float(self.singular_values[0]) if self.rank else 0.0
 
     @property
     def energy(self) -> float:
@@ -56,74 +68,114 @@ class SafeSubspace:
     """U_k, σ_k and ‖V‖_F of every module of a pair of checkpoints, with the sources that they came from.
 
     Attributes:
-        modules: by module name, as in the checkpoints ("model.layers.0.self_attn.q_proj").
-        sources: "aligned" and "base", each with what identifies it (path or Hub id, revision, hashes).
+        modules: by module name, as in the aligned checkpoint ("model.layers.0.self_attn.q_proj").
+        sources: "aligned" and "base", each with its source (absolute path or Hub id), its revision (the commit, on the
+            Hub) and, on disk, name, size and fingerprint of its files; posthoc/provenance.py defines the fingerprint.
+        settings: what it was built with: rank or energy, seed, modules, and the version of this package.
     """
 
     modules: Mapping[str, ModuleSubspace]
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
         cls,
         *,
-        aligned: str | os.PathLike[str],
-        base: str | os.PathLike[str],
+        aligned: str | Path,
+        base: str | Path,
         modules: Sequence[str] | None = None,
         rank: int | None = None,
         energy: float | None = None,
-        fan_in_fan_out: bool = False,
         seed: int = 0,
         threads: int | None = None,
-        progress: Callable[[str, ModuleSubspace], None] | None = None,
+        progress: Progress | None = None,
     ) -> SafeSubspace:
-        """Build from two checkpoints on disk by randomised subspace iteration; they are streamed, no model is loaded.
+        """Build from two checkpoints by a randomised block Krylov iteration (Halko et al. 2011, arXiv 0909.4061).
+
+        The checkpoints are streamed once, in parallel with the work, and no model is loaded. Weights are paired by
+        name as in a projection, so that the two may be sharded, fused, spelled and typed differently. The same input
+        and seed give the same bytes, whatever the number of threads.
 
         Args:
-            aligned: the aligned (instruct) checkpoint: a safetensors file, or a folder with one or with an index.
-            base: the base checkpoint, likewise.
-            modules: last parts of module names; by default the seven projections of Llama-like models.
-            rank: vectors a module (64 when neither this nor `energy` is given).
+            aligned: the aligned (instruct) model: path or Hub id, with `@revision` if need be.
+            base: the model before alignment, likewise.
+            modules: last components of module names ("q_proj", "mlp.down_proj"), experts, embeddings and parts of fused
+                weights among them; by default every linear weight of the numbered blocks, experts aside: what a LoRA
+                on all linear layers adapts.
+            rank: vectors a module; 64 when neither this nor `energy` is given.
             energy: share of ‖V‖²_F to hold, instead of a rank.
-            fan_in_fan_out: weights are stored (in, out), as Conv1D keeps them.
-            seed: of the random start; the same seed gives the same subspace.
-            threads: threads of the kernels.
-            progress: called after each module.
+            seed: of the random start.
+            threads: number of threads; all cores by default.
+            progress: told about every module.
 
         Raises:
-            CheckpointError: a checkpoint cannot be read.
-            PairingError: a module is in one checkpoint only, or has another shape there.
+            CheckpointError: a checkpoint cannot be read, is quantised, or holds NaN or Inf.
+            PairingError: a module has no counterpart of the same shape in the base, or V is zero everywhere.
             SettingsError: a setting is out of range.
         """
-        from safelora_fast.subspace_build import PROJECTIONS, build_subspace
+        from safelora_fast.subspace_build import build_subspace
 
         return build_subspace(
             aligned,
             base,
-            modules=PROJECTIONS if modules is None else modules,
+            modules=modules,
             rank=rank,
             energy=energy,
-            fan_in_fan_out=fan_in_fan_out,
             seed=seed,
             threads=threads,
             progress=progress,
         )
 
+    @classmethod
+    def from_sources(cls, *, aligned: str | Path, base: str | Path) -> SafeSubspace:
+        """Name the sources and take their fingerprints, but compute no U_k: all that SafeLora needs at the end.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be read.
+        """
+        from safelora_fast.posthoc.provenance import describe
+        from safelora_fast.posthoc.sources import open_checkpoint
+
+        models = {"aligned": aligned, "base": base}
+        return cls({}, {role: describe(open_checkpoint(source, role=role)) for role, source in models.items()})
+
     def find(self, name: str) -> ModuleSubspace:
-        """The subspace of a module of a loaded model, whatever prefix either side puts before the name.
+        """The subspace of a module of a loaded model; wrappers before the name and spellings do not matter.
 
         Raises:
             PairingError: there is none, or more than one; the message names the nearest.
         """
-        if name in self.modules:
-            return self.modules[name]
-        found = [known for known in self.modules if known.endswith("." + name) or name.endswith("." + known)]
+        found = [name] if name in self.modules else self._by_canonical.get(_canonical(name), [])
         if len(found) == 1:
             return self.modules[found[0]]
         ending = name.rsplit(".", 1)[-1]
         near = found or [known for known in self.modules if known.rsplit(".", 1)[-1] == ending]
         problem = "is ambiguous in the subspace" if found else "is not in the subspace"
         raise PairingError(f"module {name} {problem}; nearest: {', '.join(sorted(near)[:3]) or 'none'}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known of it apart from the vectors, for JSON; the energy is None where V is zero."""
+        modules = [
+            {
+                "name": name,
+                "rows": len(module.left_vectors),
+                "columns": module.columns,
+                "rank": module.rank,
+                "energy": None if math.isnan(module.energy) else module.energy,
+                "v_norm": module.v_norm,
+                "spectral_norm": module.spectral_norm,
+            }
+            for name, module in self.modules.items()
+        ]
+        return {"settings": dict(self.settings), "sources": dict(self.sources), "modules": modules}
+
+    @cached_property
+    def _by_canonical(self) -> Mapping[str, list[str]]:
+        names: dict[str, list[str]] = defaultdict(list)
+        for name in self.modules:
+            names[_canonical(name)].append(name)
+        return names
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, under a temporary name first.
@@ -132,23 +184,19 @@ class SafeSubspace:
             OutputError: the file cannot be written.
         """
         tensors: dict[str, np.ndarray] = {}
-        facts: dict[str, dict[str, float | int]] = {}
-        for name, module in sorted(self.modules.items()):
+        facts: list[dict[str, Any]] = []
+        for name, module in self.modules.items():
             tensors[name + _VECTORS] = np.ascontiguousarray(module.left_vectors, dtype=np.float32)
             tensors[name + _VALUES] = np.ascontiguousarray(module.singular_values, dtype=np.float32)
-            facts[name] = {"v_norm": module.v_norm, "columns": module.columns}
+            facts.append({"name": name, "v_norm": module.v_norm, "columns": module.columns})
         # One entry only: safetensors writes several in no fixed order, and the same subspace must give the same bytes.
-        document = {"version": VERSION, "modules": facts, "sources": self.sources}
+        document = {"version": VERSION, "modules": facts, "sources": self.sources, "settings": self.settings}
         metadata = {FORMAT: json.dumps(document, sort_keys=True, default=dict)}
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            temporary.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{target}: the subspace cannot be written ({error})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(Path(path)) as partial:
+            try:
+                save_file(tensors, partial, metadata=metadata)
+            except SafetensorError as error:
+                raise OutputError(f"{path}: the subspace cannot be written ({error}); nothing was kept") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SafeSubspace:
@@ -164,15 +212,19 @@ class SafeSubspace:
                     raise CheckpointError(
                         f"{path}: not a subspace file of version {VERSION} (safelora-fast subspace build)"
                     )
-                modules = {
-                    name: ModuleSubspace(
-                        left_vectors=file.get_tensor(name + _VECTORS),
-                        singular_values=file.get_tensor(name + _VALUES),
-                        v_norm=float(facts["v_norm"]),
-                        columns=int(facts["columns"]),
-                    )
-                    for name, facts in document["modules"].items()
-                }
-                return cls(modules, document["sources"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+                modules = {facts["name"]: _read(file, facts) for facts in document["modules"]}
+                return cls(modules, document["sources"], document["settings"])
+        except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: the subspace cannot be read ({error})") from error
+
+
+def _canonical(name: str) -> str:
+    return canonical(f"{name}.weight").removesuffix(".weight")
+
+
+def _read(file: Any, facts: Mapping[str, Any]) -> ModuleSubspace:
+    name = facts["name"]
+    vectors, values = file.get_tensor(name + _VECTORS), file.get_tensor(name + _VALUES)
+    if vectors.dtype != np.float32 or vectors.ndim != 2 or values.shape != vectors.shape[1:]:
+        raise ValueError(f"{name}: {vectors.dtype} vectors of shape {vectors.shape}, {values.shape} singular values")
+    return ModuleSubspace(vectors, values, float(facts["v_norm"]), int(facts["columns"]))

@@ -15,7 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from safelora_fast import project_adapter
 from safelora_fast.errors import CheckpointError
+from safelora_fast.posthoc.provenance import reopen
 from safelora_fast.posthoc.sources import open_checkpoint
+from safelora_fast.subspace import SafeSubspace
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -135,6 +137,23 @@ def test_offline_without_a_cache(hub, monkeypatch):
     with pytest.raises(CheckpointError, match=r"some/aligned.*go online, or give the aligned model as a path"):
         open_checkpoint("some/aligned", role="aligned")
     assert hub.fetched == []
+
+
+def test_a_subspace_of_ids_stays_with_their_commits(hub, tmp_path, monkeypatch):
+    """Built from a branch that then moves on: the subspace names the commit, and it is the commit that is read."""
+    subspace = SafeSubspace.build(aligned="some/aligned", base="some/base@v1", rank=2, modules=["0.self_attn.q_proj"])
+    sources = {role: (described["source"], described["revision"]) for role, described in subspace.sources.items()}
+    assert sources == {"aligned": ("some/aligned", COMMITS["main"]), "base": ("some/base", COMMITS["v1"])}
+    shards = {name for _, _, name in hub.fetched if name.endswith(".safetensors")}
+    assert shards == {"model-00001-of-00002.safetensors"}
+    local = SafeSubspace.build(
+        aligned=tmp_path / "aligned", base=tmp_path / "base", rank=2, modules=["0.self_attn.q_proj"]
+    )
+    (ours,), (theirs,) = subspace.modules.values(), local.modules.values()
+    assert np.array_equal(ours.left_vectors, theirs.left_vectors)
+    monkeypatch.setitem(COMMITS, "main", "c" * 40)
+    checkpoint = reopen(subspace.sources["aligned"], role="aligned")
+    assert (checkpoint.description, checkpoint.revision) == ("some/aligned", "a" * 40)
 
 
 @pytest.mark.usefixtures("hub")

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from safelora_fast import _core
 from safelora_fast.posthoc.adapter import load_adapter
-from safelora_fast.posthoc.plan import Plan, plan_projection
+from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.sources import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from safelora_fast.posthoc.jobs import Plan
 
 COMMON = {
     "vocab_size": 40,

@@ -25,6 +25,7 @@ FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|
 NAMED_FACTOR = re.compile(r".+\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(\.weight)?")
 BIAS = re.compile(r".+\.lora_B\.bias")
 NESTED = ".base_layer"
+TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
 
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 VARIANTS = {
@@ -164,7 +165,7 @@ def _account(
         elif key.endswith(f"{NESTED}.weight"):
             copied.append((key, "the base weight, which PEFT saved along"))
         else:
-            copied.append((key, "trained in full (modules_to_save, bias or new embeddings): it has no B·A"))
+            copied.append((key, TRAINED_IN_FULL))
     if not factors:
         raise AdapterError(f"{folder}: {WEIGHTS} holds no LoRA factors")
     names: dict[tuple[str, bool], None] = dict.fromkeys((module, "embedding" in factor) for module, factor in factors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError, PairingError
@@ -124,25 +124,36 @@ class ExpertWeights:
         return isinstance(weight, str) and len(_entry(names, weight).shape) == 2
 
 
-def matrix_of(names: TensorNames, pieces: tuple[Piece, ...], module: LoraModule, config: Mapping[str, Any]) -> Matrix:
+def matrix_of(
+    names: TensorNames,
+    pieces: tuple[Piece, ...],
+    module: str,
+    shape: tuple[int, int] | None,
+    *,
+    embedding: bool = False,
+    fan_in_fan_out: bool = False,
+) -> Matrix:
     """The weight of a linear or embedding module.
 
     Args:
         names: the checkpoint.
         pieces: where `TensorNames.weight` found it.
-        module: tells (out, in) by its factors.
-        config: of the adapter.
+        module: its name.
+        shape: (out, in) as the adapter's factors tell; None where there are none, and then the config of the model
+            says where a fused weight is cut.
+        embedding: the module is an embedding, whose update PEFT keeps as (hidden, vocabulary).
+        fan_in_fan_out: of the adapter's configuration.
 
     Raises:
         PairingError: when the tensors are no matrices, or cannot be cut as their names say.
         CheckpointError: when they are quantised.
     """
-    shape = module.left_shape[0], module.right_shape[1]
-    if module.kind == "embedding":
-        return Matrix(_blocks(names, pieces, module.name, None), transposed=True, vocabulary=_of_vocabulary(module))
-    transposed = len(pieces) == 1 and _is_conv1d(names, pieces[0], module, shape, config)
-    rows = None if transposed else shape[0]
-    return Matrix(_blocks(names, pieces, module.name, rows), transposed, _of_vocabulary(module))
+    vocabulary = canonical(module) in VOCABULARY
+    if embedding:
+        return Matrix(_blocks(names, pieces, module, None), transposed=True, vocabulary=vocabulary)
+    transposed = len(pieces) == 1 and _is_conv1d(names, pieces[0], module, shape, fan_in_fan_out=fan_in_fan_out)
+    rows = None if transposed else _part_rows(names, pieces[0], module) if shape is None else shape[0]
+    return Matrix(_blocks(names, pieces, module, rows), transposed, vocabulary)
 
 
 def cut_together(aligned: Matrix, base: Matrix) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
@@ -170,20 +181,39 @@ def _cut(blocks: Sequence[Block], edges: Sequence[int]) -> tuple[Block, ...]:
     return tuple(cuts)
 
 
-def _of_vocabulary(module: LoraModule) -> bool:
-    return canonical(module.name) in VOCABULARY
+def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
+    """Rows of a part of a fused weight: half, or what the model's configuration says of heads; None for a whole one.
+
+    Raises:
+        PairingError: when the configuration does not say.
+    """
+    if piece.count == 1:
+        return None
+    entry = _entry(names, piece.tensor)
+    height = entry.shape[-2]
+    if piece.count == 2:
+        return height // 2
+    heads, size, hidden = (names.setting(name) for name in ("num_attention_heads", "head_dim", "hidden_size"))
+    if not heads or not (size or hidden):
+        raise PairingError(
+            f"{module}: config.json of the {names.role} model {names.checkpoint.description} does not tell how many "
+            f"rows of {piece.tensor} are queries; name {piece.tensor.removesuffix('.weight').rpartition('.')[2]} instead"
+        )
+    queries = int(heads) * int(size or hidden // heads)
+    return queries if piece.index == 0 else (height - queries) // 2
 
 
 def _is_conv1d(
-    names: TensorNames, piece: Piece, module: LoraModule, shape: tuple[int, int], config: Mapping[str, Any]
+    names: TensorNames, piece: Piece, module: str, shape: tuple[int, int] | None, *, fan_in_fan_out: bool
 ) -> bool:
     """Whether a linear weight is kept as (in, out): told by the kind of model, since shapes cannot tell squares."""
-    named_so = module.name.rpartition(".")[2] in CONV1D_MODULES
+    named_so = module.rpartition(".")[2] in CONV1D_MODULES
     if names.setting("model_type") in CONV1D_MODELS:
         return named_so
+    if shape is None or not fan_in_fan_out:
+        return False
     stored = _entry(names, piece.tensor).shape
-    square = shape[0] == shape[1]
-    return bool(config.get("fan_in_fan_out")) and stored == shape[::-1] and (named_so or not square)
+    return stored == shape[::-1] and (named_so or shape[0] != shape[1])
 
 
 def _entry(names: TensorNames, tensor: str) -> TensorEntry:

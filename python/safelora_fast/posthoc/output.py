@@ -1,7 +1,7 @@
-"""Output folders that are either whole or absent.
+"""Output folders and files that are either whole or absent.
 
-Everything is written in a temporary folder beside the target and renamed at the end. A run that is killed leaves a
-temporary folder (named `.<target>.partial-…`) and the target as it was.
+Everything is written under a temporary name beside the target and renamed at the end. A run that is killed leaves what
+it had written (named `.<target>.partial-…`) and the target as it was.
 """
 
 from __future__ import annotations
@@ -24,6 +24,23 @@ RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
+def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse a file that exists, lies in an input, or cannot be written.
+
+    Raises:
+        OutputError: with the reason.
+    """
+    resolved = target.resolve()
+    for source in inputs:
+        if source.resolve() in (resolved, *resolved.parents):
+            raise OutputError(f"{target}: the output must not be, or lie in, the input {source}")
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder; give the name of a file")
+    if not overwrite and os.path.lexists(target):
+        raise OutputError(f"{target}: exists already; choose another name, or pass --overwrite")
+    _writable_parent(target)
+
+
 def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool, nbytes: int) -> None:
     """Refuse a target that exists, holds or lies in an input, cannot be written, or has no room for `nbytes` bytes.
 
@@ -40,14 +57,20 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool, nbyte
             raise OutputError(f"{target}: exists and is not a folder")
         if not overwrite and any(target.iterdir()):
             raise OutputError(f"{target}: exists already; choose another folder, or pass --overwrite")
-    parent = next(folder for folder in resolved.parents if folder.exists())
+    parent = _writable_parent(target)
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputError(f"{target}: {nbytes:,} bytes are needed, but {parent} has {free:,} left; free some space")
+
+
+def _writable_parent(target: Path) -> Path:
+    """The nearest folder above the target that exists."""
+    parent = next(folder for folder in target.resolve().parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{target}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: no permission to write in {parent}")
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise OutputError(f"{target}: {nbytes:,} bytes are needed, but {parent} has {free:,} left; free some space")
+    return parent
 
 
 @contextlib.contextmanager
@@ -75,6 +98,34 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for made in absent:
+                made.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A temporary file that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: when the system refuses to write.
+    """
+    absent = [folder for folder in target.parents if not folder.exists()]
+    with described(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        os.close(descriptor)
+    partial = Path(name)
+    try:
+        with described(target):
+            yield partial
+            sync(partial)
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(target)
+            sync(target.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             for made in absent:
                 made.rmdir()

@@ -16,7 +16,7 @@ from safelora_fast.errors import PairingError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
 from safelora_fast.posthoc.output import check_target, whole_folder
-from safelora_fast.posthoc.plan import Plan, plan_projection
+from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
 from safelora_fast.posthoc.settings import Settings, chosen
 from safelora_fast.posthoc.sources import Checkpoint, open_checkpoint
@@ -25,6 +25,8 @@ from safelora_fast.posthoc.writer import AdapterWriter
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
+
+    from safelora_fast.posthoc.jobs import Plan
 
 REPORT = "safelora_report.json"
 PathLike = str | Path

@@ -43,6 +43,7 @@ class Checkpoint:
         description: the path or Hub id that was asked for.
         revision: the commit hash on the Hub, or None.
         config: the content of its config.json, or None where there is none.
+        remote: whether it comes from the Hub.
     """
 
     description: str
@@ -53,6 +54,7 @@ class Checkpoint:
     _opened: dict[str, tuple[_core.SafetensorsFile, Mapping[str, tuple[str, tuple[int, ...], int, int]]]] = field(
         default_factory=dict
     )
+    remote: bool = False
 
     @property
     def names(self) -> Iterable[str]:
@@ -208,7 +210,7 @@ def _from_hub(repository: str, revision: str | None, role: str) -> Checkpoint:
         here = single
         shards = dict.fromkeys(_core.SafetensorsFile(str(single)).tensors, SINGLE)
     commit = here.parent.name if here.parent.parent.name == "snapshots" else None
-    return Checkpoint(repository, commit, _config(config) if config else None, shards, fetch)
+    return Checkpoint(repository, commit, _config(config) if config else None, shards, fetch, remote=True)
 
 
 def _shard_names(index: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from safelora_fast.posthoc.adapter import CONFIG, WEIGHTS, Adapter
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safelora_fast.posthoc.plan import Target
+    from safelora_fast.posthoc.jobs import Target
 
 BITS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<u2")}
 

@@ -1,0 +1,151 @@
+"""`safelora-fast subspace`: build the safe subspace of two checkpoints, and show what a file holds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safelora_fast.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from safelora_fast.subspace import ModuleSubspace, SafeSubspace
+
+app = typer.Typer(
+    no_args_is_help=True, help="Build the safe subspace that in-training defences project onto, or show one."
+)
+
+
+@app.command("build")
+def build(
+    aligned: Annotated[
+        str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model, which the training starts from.")
+    ],
+    base: options.Base,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The safetensors file to write.")],
+    rank: Annotated[
+        int | None, typer.Option(metavar="K", help="Leading singular vectors of V to keep. (default 64)")
+    ] = None,
+    energy: Annotated[float | None, typer.Option(metavar="E", help="Share of ‖V‖² to keep, instead of --rank.")] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="Last parts of module names, e.g. q_proj,mlp.down_proj. (default: every linear weight of the blocks, "
+            "experts aside)",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    as_json: options.Json = False,
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Build the safe subspace of two checkpoints.
+
+    For each module the leading left singular vectors of V = aligned - base, their singular values and the norm of V. Reads
+    both checkpoints once, in a stream; loads no model. The file also says what it was built from.
+    """
+    from safelora_fast.cli.console import ByteProgress, out
+    from safelora_fast.posthoc.output import check_file
+    from safelora_fast.subspace import SafeSubspace
+
+    inputs = [path for path in map(Path, (aligned, base)) if path.exists()]
+    check_file(output, inputs, overwrite=overwrite)
+    names = None if not modules else [name.strip() for names in modules for name in names.split(",")]
+    with ByteProgress() as progress:
+        subspace = SafeSubspace.build(
+            aligned=aligned,
+            base=base,
+            modules=names,
+            rank=rank,
+            energy=energy,
+            seed=seed,
+            threads=threads,
+            progress=None if quiet or as_json else progress,
+        )
+    subspace.save(output)
+    if as_json:
+        typer.echo(json.dumps(subspace.to_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        out.print(_by_ending(subspace))
+        out.print(f"written to {output} ({output.stat().st_size / 1e6:.3g} MB)", soft_wrap=True)
+    _warn(subspace)
+
+
+@app.command("show")
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What subspace build wrote.")],
+    as_json: options.Json = False,
+) -> None:
+    """Show what a subspace file was built from, and the energy that it keeps of every module."""
+    from safelora_fast.cli.console import out
+    from safelora_fast.subspace import SafeSubspace
+
+    subspace = SafeSubspace.load(file)
+    if as_json:
+        typer.echo(json.dumps(subspace.to_dict(), indent=2, ensure_ascii=False))
+        return
+    for role, source in subspace.sources.items():
+        revision = f" at {source['revision']}" if source.get("revision") else ""
+        out.print(f"{role:<8} {source.get('source', 'unknown')}{revision}", soft_wrap=True)
+    given = (f"{name} {value}" for name, value in subspace.settings.items() if value is not None)
+    out.print(f"{'built':<8} with {', '.join(given)}", soft_wrap=True)
+    out.print(_of_modules(subspace))
+    _warn(subspace)
+
+
+def _by_ending(subspace: SafeSubspace) -> Table:
+    """The energy kept, by the last part of the modules' names."""
+    groups: dict[str, list[ModuleSubspace]] = defaultdict(list)
+    for name, module in subspace.modules.items():
+        if module.rank:
+            groups[name.rpartition(".")[2]].append(module)
+    table = _table("modules", "count", "rank", "energy kept: least", "median", "most")
+    for ending, modules in groups.items():
+        ranks, energies = [module.rank for module in modules], [module.energy for module in modules]
+        rank = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+        spread = (min(energies), statistics.median(energies), max(energies))
+        table.add_row(ending, str(len(modules)), rank, *(f"{energy:.3f}" for energy in spread))
+    return table
+
+
+def _of_modules(subspace: SafeSubspace) -> Table:
+    from safelora_fast.cli.console import figure, short
+
+    table = _table("module", "shape", "rank", "energy kept", "σ₁", "‖V‖")
+    for name, module in subspace.modules.items():
+        shape = f"{len(module.left_vectors)}×{module.columns}"
+        values = (figure(value) for value in (module.spectral_norm, module.v_norm))
+        table.add_row(short(name), shape, str(module.rank), figure(module.energy), *values)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _warn(subspace: SafeSubspace) -> None:
+    """Name the modules that training will not touch."""
+    from safelora_fast.cli.console import err
+
+    zero = [name for name, module in subspace.modules.items() if not module.rank]
+    if zero:
+        more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
+        err.print(
+            f"[yellow]warning:[/] V is zero in {zero[0]}{more}: there is nothing to project onto, and defences leave such "
+            "modules alone",
+            soft_wrap=True,
+        )

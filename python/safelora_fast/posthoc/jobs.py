@@ -1,0 +1,174 @@
+"""V of one weight, from blocks of two checkpoints, and the factors that meet it: what becomes a job of the extension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from safelora_fast import _core
+from safelora_fast.errors import PairingError
+from safelora_fast.posthoc.geometry import Block, Matrix, cut_together
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from safelora_fast.posthoc.adapter import Adapter, LoraModule
+    from safelora_fast.posthoc.experts import Slice
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a projected left factor (rows, cols) goes: a strided matrix in one tensor of one adapter, in elements."""
+
+    adapter: int
+    key: str
+    module: LoraModule
+    offset: int
+    rows: int
+    cols: int
+    row_stride: int
+    col_stride: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pair of tensors whose difference is V, or a block of rows of it."""
+
+    aligned: str
+    base: str
+    aligned_file: str
+    base_file: str
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One weight: its job, where V (m, n) comes from, and a target for each of the job's factors, in the same order."""
+
+    name: str
+    job: _core.Job
+    shape: tuple[int, int]
+    sources: tuple[Source, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The modules in the order in which the bytes of the aligned checkpoint lie."""
+
+    modules: tuple[PlannedModule, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The factors of one module of one adapter."""
+
+    adapter: int
+    module: LoraModule
+    left: Slice
+    right: Slice
+
+
+@dataclass
+class Group:
+    """V as blocks of rows of both checkpoints, and the factors of all adapters that meet it."""
+
+    name: str
+    aligned: tuple[Block, ...]
+    base: tuple[Block, ...]
+    shape: tuple[int, int]
+    transposed: bool
+    factors: list[Meeting] = field(default_factory=list)
+
+    @property
+    def identity(self) -> object:
+        """What tells one V from another."""
+        return self.transposed, tuple(block.identity for block in self.aligned + self.base)
+
+
+def meet(name: str, aligned: Matrix, base: Matrix, factors: Meeting | None = None) -> Group:
+    """V of a module, and the factors that meet it if there are any.
+
+    Raises:
+        PairingError: when the two weights, or they and the update, differ in shape or orientation.
+    """
+    update = aligned.shape if factors is None else (factors.left.rows, factors.right.cols)
+    if aligned.shape == base.shape == update and aligned.transposed == base.transposed:
+        blocks = cut_together(aligned, base)
+        return Group(name, *blocks, update, aligned.transposed, [] if factors is None else [factors])
+    shapes = (
+        f"aligned {list(aligned.shape)} ({aligned.blocks[0].tensor}), base {list(base.shape)} ({base.blocks[0].tensor})"
+    )
+    if aligned.shape == base.shape == update:
+        raise PairingError(f"{name}: one of the two checkpoints keeps it transposed: {shapes}")
+    if aligned.vocabulary and aligned.shape != base.shape:
+        raise PairingError(
+            f"{name}: the vocabulary was resized between the two models, so their difference is not defined: {shapes}; "
+            "resize one to the other (resize_token_embeddings), or train the adapter without this module"
+        )
+    if factors is None:
+        raise PairingError(f"{name}: the weights differ in shape: {shapes}")
+    raise PairingError(f"{name}: the adapter's update is {list(update)}, but the weights are {shapes}")
+
+
+def plan_groups(groups: Iterable[Group], adapters: Sequence[Adapter] = ()) -> Plan:
+    """The jobs of the groups, in the order of their bytes."""
+    ordered = sorted(groups, key=lambda group: (group.aligned[0].file.path, group.aligned[0].begin, group.name))
+    planned = tuple(_planned(group, adapters) for group in ordered)
+    return Plan(planned, sum(module.job.nbytes for module in planned))
+
+
+def collect(problems: list[PairingError], into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]
+    """Extend a list by what some work gives, or note its problem."""
+    try:
+        into.extend(work())
+    except PairingError as problem:
+        problems.append(problem)
+
+
+def raise_first(problems: list[PairingError]) -> None:
+    """Raise the first of several problems, and say how many more there are."""
+    if problems:
+        more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
+        raise PairingError(f"{problems[0]}{more}")
+
+
+def _planned(group: Group, adapters: Sequence[Adapter]) -> PlannedModule:
+    parts = [_core.Part(ours.view(), theirs.view()) for ours, theirs in zip(group.aligned, group.base, strict=True)]
+    factors = [
+        _core.Factors(_view(adapters[found.adapter], found.left), _view(adapters[found.adapter], found.right))
+        for found in group.factors
+    ]
+    targets = tuple(
+        Target(
+            found.adapter,
+            found.left.key,
+            found.module,
+            found.left.offset,
+            found.left.rows,
+            found.left.cols,
+            found.left.row_stride,
+            found.left.col_stride,
+        )
+        for found in group.factors
+    )
+    sources = tuple(
+        dict.fromkeys(
+            Source(ours.tensor, theirs.tensor, ours.file.path, theirs.file.path)
+            for ours, theirs in zip(group.aligned, group.base, strict=True)
+        )
+    )
+    job = _core.Job(group.name, parts, factors, transposed=group.transposed)
+    return PlannedModule(group.name, job, group.shape, sources, targets)
+
+
+def _view(adapter: Adapter, matrix: Slice) -> _core.View:
+    return _core.View(
+        adapter.file,
+        matrix.key,
+        offset=matrix.offset,
+        rows=matrix.rows,
+        cols=matrix.cols,
+        row_stride=matrix.row_stride,
+        col_stride=matrix.col_stride,
+    )
