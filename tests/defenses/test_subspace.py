@@ -78,7 +78,7 @@ def test_projection_after_every_second_step():
     subspace = random_subspace(model)
     optimizer = sgd(model)
     left_over = []
-    with defend(model, [SafeLora(subspace, every=2)], optimizer=optimizer) as defended:
+    with defend(model, [SafeLora(subspace, at="step", every=2)], optimizer=optimizer) as defended:
         for _ in range(4):
             defended.loss(collate(rows([7, 3]))).backward()
             optimizer.step()
@@ -92,7 +92,10 @@ def test_projection_after_every_second_step():
 def test_resume_keeps_the_schedule(tmp_path):
     def run(folder, resume=None):
         model = tiny_peft_model(dropout=0.2)
-        defenses = [SafeLora(random_subspace(model), every=2), SubspacePenalty(random_subspace(model, seed=1), 0.1)]
+        defenses = [
+            SafeLora(random_subspace(model), at="step", every=2),
+            SubspacePenalty(random_subspace(model, seed=1), 0.1),
+        ]
         arguments = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 9}
         spec = {"batch": 2, "accumulation": 2, "steps": 4, "arguments": arguments, "resume": resume}
         return adapter_weights(run_transformers(spec, folder, model=model, defenses=defenses)[0])
@@ -140,9 +143,9 @@ def test_refusals():
     subspace = random_subspace(model)
     for operator in ("safelora", "zero"):
         with pytest.raises(SettingsError, match="would drive it to zero"):
-            SafeLora(subspace, operator=operator)
+            SafeLora(subspace, at="step", operator=operator)
     with pytest.raises(SettingsError, match="needs the optimizer"):
-        defend(model, [SafeLora(subspace)]).attach()
+        defend(model, [SafeLora(subspace, at="step")]).attach()
     dora = tiny_peft_model(lora={"use_dora": True})
     with pytest.raises(SettingsError, match=r"layers\.0\.self_attn\.q_proj is adapted by DoRA"):
         defend(dora, [SubspacePenalty(subspace, 1.0)])

@@ -59,6 +59,13 @@ def random_subspace(model, rank=3, seed=0):
     return SafeSubspace(modules, {"aligned": {"path": "a"}, "base": {"path": "b", "revision": "1"}})
 
 
+def save_pair(folder, **settings):
+    """Checkpoints of the model that `tiny_peft_model` adapts, and of another one that stands for its base."""
+    for role, seed in (("aligned", 0), ("base", 5)):
+        tiny_model(seed=seed, **settings).save_pretrained(folder / role)
+    return {role: folder / role for role in ("aligned", "base")}
+
+
 def rows(lengths: list[int], *, seed: int = 3, prompt: int = 2) -> list[dict[str, list[int]]]:
     """Token rows of the given lengths; labels leave the first `prompt` tokens out."""
     generator = torch.Generator().manual_seed(seed)

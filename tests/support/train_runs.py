@@ -12,13 +12,17 @@ import torch
 from tiny_models import VOCABULARY, adapter_weights, collate, random_subspace, rows, tiny_peft_model
 
 from safelora_fast.defenses import KL, FeatureDistance, SafeLora, SubspacePenalty
+from safelora_fast.subspace import SafeSubspace
 from safelora_fast.training import defend
 
 LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
 
 
 def defences(weights, model):
-    """The defences of a spec, by name with their λ; for "safelora" the number of steps between projections."""
+    """The defences of a spec, by name with their λ; for "safelora" the number of steps between projections.
+
+    "safelora_end" gives aligned, base and options of a projection at the end.
+    """
     made = []
     if "kl" in weights:
         made.append(KL(weights["kl"]))
@@ -27,7 +31,11 @@ def defences(weights, model):
     if "subspace_penalty" in weights:
         made.append(SubspacePenalty(random_subspace(model), weights["subspace_penalty"]))
     if "safelora" in weights:
-        made.append(SafeLora(random_subspace(model, rank=20, seed=1), every=weights["safelora"]))
+        made.append(SafeLora(random_subspace(model, rank=20, seed=1), at="step", every=weights["safelora"]))
+    if "safelora_end" in weights:
+        given = weights["safelora_end"]
+        subspace = SafeSubspace.from_sources(aligned=given["aligned"], base=given["base"])
+        made.append(SafeLora(subspace, at="end", **given.get("options", {})))
     return made
 
 
@@ -220,6 +228,10 @@ def run_two_processes(spec, folder: Path, launcher: str = "torchrun"):
 def work(spec_file, output):
     weights, figures = run(json.loads(Path(spec_file).read_text()), Path(output).parent)
     assert torch.distributed.get_world_size() == 2
+    for name, value in weights.items():
+        first = value.clone()
+        torch.distributed.broadcast(first, src=0)
+        assert torch.equal(value, first), f"{name} differs between the processes"
     if torch.distributed.get_rank() == 0:
         torch.save({"weights": weights, "figures": figures}, output)
     torch.distributed.destroy_process_group()

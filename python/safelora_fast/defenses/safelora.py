@@ -1,32 +1,50 @@
-"""SafeLoRA during training: the adapter is brought back into the safe subspace after optimiser steps."""
+"""SafeLoRA on a model in training: once when training ends, or onto the safe subspace after optimiser steps."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from safelora_fast.defenses.base import Defense
 from safelora_fast.errors import SettingsError
+from safelora_fast.posthoc.settings import Normalize, Operator, Select, Settings
 
 if TYPE_CHECKING:
     from safelora_fast.subspace import SafeSubspace
     from safelora_fast.training.anatomy import Anatomy
 
+When = Literal["end", "step"]
+
 
 class SafeLora(Defense):
-    """Projects every module's lora_B onto its safe subspace, B ← U_k·U_kᵀ·B, after every k-th optimiser step.
+    """Projects the adapter in training with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833).
 
-    Only this idempotent operator may be repeated: the paper's C = V·Vᵀ/‖V‖_F shrinks what it touches, and applied at
-    each step it would drive B to zero geometrically. Every module is projected: the paper's selection needs V itself,
-    for which U_k is no substitute.
+    At the end, the finished adapter becomes what `safelora-fast project` makes of it, with the same operators and the
+    same selection by the paper's cosine. Both need V = aligned − base itself, so V is streamed from the checkpoints that
+    the subspace names; U_k never stands in for it. Checkpoints saved while training hold the adapter as it was trained.
+
+    At a step, B ← U_k·U_kᵀ·B for every module after every k-th optimiser step. Only this idempotent operator may be
+    repeated: the paper's C = V·Vᵀ/‖V‖_F shrinks what it touches, and applied at each step it would drive B to zero
+    geometrically. Modules whose V is zero are left alone, as the projection command leaves them.
 
     Args:
-        subspace: the safe subspace of the model's aligned and base checkpoints.
-        at: when to project: after optimiser steps.
-        every: k, in optimiser steps, counted from the start of the run, also after a resume.
-        operator: "orthogonal".
+        subspace: the safe subspace of the model's aligned and base checkpoints; for the end, its sources suffice
+            (:meth:`SafeSubspace.from_sources`).
+        at: when to project, "end" or "step".
+        every: at "step": k, in optimiser steps, counted from the start of the run, also after a resume; 1 by default.
+        operator: "safelora" (the default at the end), "orthogonal" (the only one at a step) or "zero".
+        normalize: "frobenius" (the default) or "spectral", for operator safelora.
+        rank: columns of U_k, for operator orthogonal at the end; by default what the subspace was built with.
+        energy: share of ‖V‖²_F that U_k must hold, instead of rank.
+        select: which modules are projected at the end: "threshold" (the default), "number" or "all".
+        threshold: cosines at most this; 0.5 by default.
+        num_layers: how many of the lowest cosines; 10 by default.
+        threads: threads of the projection at the end; all cores by default.
+
+    Attributes:
+        settings: the settings of the projection at the end, None at a step.
 
     Raises:
-        SettingsError: an operator that shrinks, or a setting out of range.
+        SettingsError: a shrinking operator at a step, options that contradict each other, or one out of range.
     """
 
     name: ClassVar[str] = "safelora"
@@ -34,26 +52,70 @@ class SafeLora(Defense):
     def __init__(
         self,
         subspace: SafeSubspace,
-        at: Literal["step"] = "step",
-        every: int = 1,
-        operator: Literal["orthogonal"] = "orthogonal",
+        at: When = "end",
+        *,
+        every: int | None = None,
+        operator: Operator | None = None,
+        normalize: Normalize | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        select: Select | None = None,
+        threshold: float | None = None,
+        num_layers: int | None = None,
+        threads: int | None = None,
     ) -> None:
-        if at != "step":
-            raise SettingsError(f'SafeLora: at is {at!r}, it must be "step"')
-        if operator != "orthogonal":
+        if at not in get_args(When):
+            raise SettingsError(f'SafeLora: at is {at!r}, it must be "end" or "step"')
+        self.subspace = subspace
+        self.at: When = at
+        self.every = 1 if every is None else every
+        self.settings: Settings | None = None
+        if at == "step":
+            of_the_end = {
+                "normalize": normalize,
+                "rank": rank,
+                "energy": energy,
+                "select": None if select == "all" else select,
+                "threshold": threshold,
+                "num_layers": num_layers,
+                "threads": threads,
+            }
+            self._check_step(operator, [name for name, value in of_the_end.items() if value is not None])
+            return
+        if every is not None:
+            raise SettingsError('SafeLora: every belongs to at="step"; at the end the adapter is projected once')
+        if operator == "orthogonal" and rank is None and energy is None:
+            rank, energy = subspace.settings.get("rank"), subspace.settings.get("energy")
+        try:
+            self.settings = Settings(
+                operator or "safelora", normalize, rank, energy, select or "threshold", threshold, num_layers, threads
+            )
+        except SettingsError as error:
+            raise SettingsError(f"SafeLora: {error}") from None
+
+    def _check_step(self, operator: Operator | None, of_the_end: list[str]) -> None:
+        if operator not in {None, "orthogonal"}:
+            if operator not in get_args(Operator):
+                raise SettingsError(
+                    f"SafeLora: operator must be one of {', '.join(get_args(Operator))}, not {operator!r}"
+                )
             raise SettingsError(
                 f"SafeLora: operator {operator!r} shrinks B each time that it is applied and would drive it to zero; "
-                'at="step" takes operator="orthogonal"'
+                'at="step" takes operator="orthogonal", at="end" any operator'
             )
-        if every < 1:
-            raise SettingsError(f"SafeLora: every is {every}, it must be at least 1")
-        self.subspace = subspace
-        self.every = every
-        self.at = at
-        self.operator = operator
+        if of_the_end:
+            raise SettingsError(
+                f'SafeLora: {", ".join(of_the_end)} belongs to at="end"; at="step" projects every module onto the '
+                "subspace as it was built"
+            )
+        if self.every < 1:
+            raise SettingsError(f"SafeLora: every is {self.every}, it must be at least 1")
 
     def __repr__(self) -> str:
-        return f"SafeLora(at={self.at!r}, every={self.every}, operator={self.operator!r})"
+        if self.settings is None:
+            return f"SafeLora(at='step', every={self.every}, operator='orthogonal')"
+        given = {name: value for name, value in vars(self.settings).items() if value is not None}
+        return f"SafeLora(at='end', {', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     @property
     def active(self) -> bool:
@@ -61,7 +123,11 @@ class SafeLora(Defense):
         return True
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a model with a module that the subspace does not fit."""
-        from safelora_fast.training.safe_modules import SafeModules
+        """Refuse a model with a module that the subspace does not fit.
 
-        SafeModules(anatomy.model, self.subspace, owner="SafeLora")
+        At the end it is the sources that must fit; training/finish.py pairs every adapted module with them.
+        """
+        if self.at == "step":
+            from safelora_fast.training.safe_modules import SafeModules
+
+            SafeModules(anatomy.model, self.subspace, owner="SafeLora")

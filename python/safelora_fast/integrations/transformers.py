@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.errors import SettingsError
 from safelora_fast.training.defended import Defended, OnNonFinite
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from safelora_fast.defenses.base import Defense
+    from safelora_fast.posthoc.report import ProjectionReport
     from safelora_fast.training.reference import Reference
     from safelora_fast.training.totals import Totals
 
@@ -27,6 +29,10 @@ class DefendedMixin:
     (`get_batch_samples`), and the defences are added in `compute_loss`, while the model is in training mode; evaluation
     gives the plain task loss. Their figures go to the trainer's log.
 
+    SafeLora at the end projects the adapter when training has ended well, after the best model has been loaded where that
+    was asked for and before other callbacks learn of the end: checkpoints saved while training hold the adapter as it was
+    trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()` saves the projected one.
+
     Args:
         *args: the trainer's own.
         defenses: the defences; without one that is switched on, the trainer is unchanged.
@@ -35,8 +41,12 @@ class DefendedMixin:
         on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
         **kwargs: the trainer's own.
 
+    Attributes:
+        projection_report: what SafeLora did at the end of the last training; None before.
+
     Raises:
         SettingsError: the model, the adapter, the trainer's arguments and the defences do not go together.
+        CheckpointError: the checkpoints that SafeLora needs at the end are gone, or have changed.
     """
 
     def __init__(
@@ -53,6 +63,11 @@ class DefendedMixin:
         self._defended: Defended | None = None
         self._window: Totals | None = None
         self._losses_defended = 0
+        self.projection_report: ProjectionReport | None = None
+        if any(isinstance(defense, SafeLora) and defense.at == "end" for defense in self.defenses):
+            self.add_callback(_AtTheEnd(self))
+            # First in line, so that trackers are still open and what they upload is the projected adapter.
+            self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
         if self.defenses:
             _check_trainer(self)
             if getattr(self, "model", None) is not None:
@@ -122,6 +137,12 @@ class DefendedMixin:
             logs.update(self._defended.metrics())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def finish_defenses(self) -> None:
+        """What the defences do when training ends; called then."""
+        defended = self._attached()
+        self.projection_report = defended.finish()
+        self.log(defended.metrics())
+
     def _attached(self) -> Defended:
         if self._defended is None:
             self._defended = Defended(
@@ -141,11 +162,24 @@ class DefendedMixin:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         return not scaled
 
+    add_callback: Any
+    callback_handler: Any
     optimizer: Any
     state: Any
     current_gradient_accumulation_steps: int
     model_accepts_loss_kwargs: bool
     compute_loss_func: Any
+
+
+class _AtTheEnd(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer that training has ended well."""
+
+    def __init__(self, trainer: DefendedMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_end(self, *_args: Any, **_kwargs: Any) -> None:
+        """Called when the last step has been made and the best model has been loaded."""
+        self._trainer.finish_defenses()
 
 
 class DefendedTrainer(DefendedMixin, Trainer):  # type: ignore[misc]

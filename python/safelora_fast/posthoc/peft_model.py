@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.project import project_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     from safelora_fast.posthoc.report import ProjectionReport
 
@@ -58,14 +62,58 @@ def project_peft_model(
     if unknown:
         raise SettingsError(f"{', '.join(sorted(unknown))} cannot be set here: the result goes into the model")
     with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
-        saved, projected = Path(folder, "saved"), Path(folder, "projected")
-        model.save_pretrained(str(saved), selected_adapters=[adapter_name])
-        if adapter_name != "default":
-            saved /= adapter_name
-        report = project_adapter(saved, aligned=aligned, base=base, output=projected, **settings)
-        _load(model, projected, adapter_name, new_adapter_name)
-    adapters = [replace(adapter, adapter=adapter_name, output=None) for adapter in report.adapters]
-    return replace(report, adapters=adapters)
+        model.save_pretrained(folder, selected_adapters=[adapter_name])
+        saved = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
+        with projected_folder(saved, adapter_name, aligned=aligned, base=base, **settings) as (report, projected):
+            _load(model, projected, adapter_name, new_adapter_name)
+    return report
+
+
+@contextlib.contextmanager
+def projected_folder(saved: Path, adapter_name: str, **options: Any) -> Iterator[tuple[ProjectionReport, Path]]:
+    """Project an adapter that was saved for the purpose.
+
+    Args:
+        saved: the adapter's folder.
+        adapter_name: its name in the model, for the report.
+        **options: aligned, base and settings, as of :func:`project_adapter`.
+
+    Yields:
+        The report, and the folder of the projected adapter, which is removed at the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
+        projected = Path(folder, "projected")
+        report = project_adapter(saved, output=projected, **options)
+        adapters = [replace(adapter, adapter=adapter_name, output=None) for adapter in report.adapters]
+        yield replace(report, adapters=adapters), projected
+
+
+def lora_tensors(model: Any, adapter_name: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of one LoRA adapter under the keys that PEFT saves, sharing the model's memory.
+
+    Args:
+        model: a PeftModel, or another model with `peft_config`.
+        adapter_name: the adapter.
+
+    Returns:
+        The factors, and the keys of what else is trained with them (modules_to_save, biases).
+    """
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(
+        model, state_dict=model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False
+    )
+    factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    return factors, sorted(state.keys() - factors.keys())
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path) -> Path:
+    """Save an adapter's tensors and configuration as PEFT does, and return the folder."""
+    from safetensors.torch import save_file
+
+    config.save_pretrained(str(folder))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    return folder
 
 
 def _load(model: PeftModel, folder: Path, adapter_name: str, new_adapter_name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.training.anatomy import adapter_layers
@@ -52,6 +52,36 @@ def adapted_modules(model: nn.Module, *, owner: str) -> list[AdaptedModule]:
     if not modules:
         raise SettingsError(f"{owner}: the model has no active LoRA adapter")
     return modules
+
+
+def active_adapter(model: nn.Module, *, owner: str) -> str:
+    """The name of the one LoRA adapter that is active.
+
+    Raises:
+        SettingsError: there is none, or there are several.
+    """
+    layers = [layer for _, layer in adapter_layers(model) if hasattr(layer, "lora_B")]
+    active: list[str] = sorted(
+        {adapter for layer in layers for adapter in layer.active_adapters if adapter in _holders(layer)}
+    )
+    if not active:
+        raise SettingsError(f"{owner}: the model has no active LoRA adapter")
+    if len(active) > 1:
+        raise SettingsError(f"{owner}: the adapters {', '.join(active)} are active; activate the one in training")
+    return active[0]
+
+
+def adapter_holder(model: nn.Module, *, owner: str) -> Any:
+    """The model that knows its adapters by `peft_config`, out of DistributedDataParallel.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    while not hasattr(model, "peft_config") and hasattr(model, "module"):
+        model = model.module
+    if not hasattr(model, "peft_config"):
+        raise SettingsError(f"{owner}: the model has no active LoRA adapter")
+    return model
 
 
 def _holders(layer: nn.Module) -> set[str]:

@@ -63,6 +63,17 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
     return parameter if full_tensor is None else full_tensor()
 
 
+def like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """A whole value in the parameter's dtype and on its device, sharded as the parameter is."""
+    value = value.to(parameter.device, parameter.dtype)
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: torch.Tensor = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return sharded
+
+
 def logit_scale(config: Any) -> float:
     """The factor that a model of this configuration applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from safelora_fast.training.anatomy import dissect
 from safelora_fast.training.batch import Spans, read_spans
 from safelora_fast.training.capture import Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import sum_over_ranks, world_size
+from safelora_fast.training.finish import EndProjection
 from safelora_fast.training.guard import name_culprit, penalty_culprit
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.reference import Reference, ReferencePass
@@ -27,6 +29,8 @@ from safelora_fast.training.totals import Totals, count_spans, count_totals
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from safelora_fast.posthoc.report import ProjectionReport
 
 OnNonFinite = Literal["raise", "skip"]
 
@@ -83,6 +87,7 @@ class Defended:
     Attributes:
         defenses: the defences that are switched on.
         step: optimiser steps made.
+        projection_report: what SafeLora did at the end; None before, and where it does nothing then.
     """
 
     def __init__(
@@ -111,6 +116,8 @@ class Defended:
         self._recorder: StudentRecorder | None = None
         self._penalty: tuple[SubspacePenalty, SafeModules] | None = None
         self._projection: tuple[SafeLora, SafeModules] | None = None
+        self._end: EndProjection | None = None
+        self.projection_report: ProjectionReport | None = None
         self._spans: Spans | None = None
         self._skip_step = False
         self._passes = 0
@@ -129,6 +136,8 @@ class Defended:
             defense.check(self.anatomy)
             if isinstance(defense, SubspacePenalty):
                 self._penalty = (defense, SafeModules(self.anatomy.model, defense.subspace, owner="SubspacePenalty"))
+            elif isinstance(defense, SafeLora) and defense.at == "end":
+                self._end = EndProjection(self.model, defense)
             elif isinstance(defense, SafeLora):
                 self._projection = (defense, SafeModules(self.anatomy.model, defense.subspace, owner="SafeLora"))
 
@@ -143,7 +152,31 @@ class Defended:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.detach()
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.detach()
+
+    def finish(self) -> ProjectionReport | None:
+        """Project the adapter in place, if SafeLora is to do so at the end; the second call does nothing. Collective.
+
+        The context of :func:`defend` calls it when it ends without an exception.
+
+        Returns:
+            The report, also kept as `projection_report`; None where there is nothing to do.
+
+        Raises:
+            SafeLoraFastError: the sources of V have changed, or a factor is NaN or infinite; the model is as it was.
+        """
+        if self._end is None or self.projection_report is not None:
+            return self.projection_report
+        self.projection_report = self._end.run()
+        (adapter,) = self.projection_report.adapters
+        cosines = [module.cosine for module in adapter.modules if not math.isnan(module.cosine)]
+        self._meter.set("cosine_min", min(cosines, default=math.nan))
+        self._meter.set("modules_projected", float(len(adapter.projected)))
+        return self.projection_report
 
     def attach(self) -> None:
         """Install the hooks; does nothing when they are in, or when every defence is switched off."""
@@ -308,9 +341,9 @@ class Defended:
         """Means per optimiser step since the last call, over all processes, for a log. Collective.
 
         `defense/<name>` is a defence's mean before its weight. `defense/modules_projected` and `defense/cosine_min`
-        (the lowest cosine of P_k·ΔW and ΔW just before) tell of the last projection. `defense/time_share` is the share
-        of this process's time spent in the reference pass, in the defences' forward (not in their part of backward),
-        and in projections.
+        (the lowest cosine of P_k·ΔW and ΔW just before; at the end, of C·ΔW and ΔW) tell of the last projection.
+        `defense/time_share` is the share of this process's time spent in the reference pass, in the defences' forward
+        (not in their part of backward), and in projections at a step.
         """
         names = [defense.name for defense in self.defenses if isinstance(defense, BatchDefense | SubspacePenalty)]
         figures = self._meter.read(names)

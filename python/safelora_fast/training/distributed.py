@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -24,6 +26,33 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     distributed.all_reduce(reduced)
     summed: list[float] = reduced.tolist()
     return summed
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """Do some work on process 0; every process gets its result, or raises its exception. Collective."""
+    if not _running():
+        return work()
+    outcome: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # the other processes wait to hear of it
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+def broadcast_from_first(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What process 0 has in place of this tensor, to the bit. Collective; `device` is where the processes compute."""
+    if not _running():
+        return tensor
+    sent = tensor.to(_wire_device(device)).contiguous()
+    # As bytes, because not every backend knows every dtype.
+    distributed.broadcast(sent.view(torch.uint8), src=0)
+    return sent
 
 
 def _running() -> bool:

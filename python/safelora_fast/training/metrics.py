@@ -39,11 +39,11 @@ class Meter:
 
     def read(self, names: list[str]) -> dict[str, float]:
         """Means per optimiser step since the last call, over all processes; then start anew. Collective."""
-        if self._steps == 0:
-            return {}
-        local = [float(self._sums.get(name, 0.0)) for name in names]
-        totals = sum_over_ranks(local, self._device)
-        means = {f"defense/{name}": total / self._steps for name, total in zip(names, totals, strict=True)}
+        means: dict[str, float] = {}
+        if self._steps:
+            local = [float(self._sums.get(name, 0.0)) for name in names]
+            totals = sum_over_ranks(local, self._device)
+            means = {f"defense/{name}": total / self._steps for name, total in zip(names, totals, strict=True)}
         means.update((f"defense/{name}", value) for name, value in self._latest.items())
         self._sums.clear()
         self._latest.clear()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from safelora_fast.defenses.subspace_penalty import penalty
 from safelora_fast.errors import PairingError
 from safelora_fast.training.adapted import AdaptedModule, adapted_modules
-from safelora_fast.training.anatomy import gathered
+from safelora_fast.training.anatomy import gathered, like
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,24 +18,30 @@ if TYPE_CHECKING:
 
 
 class SafeModules:
-    """The adapted modules of a model and U_k of each, on the module's device.
+    """The adapted modules of a model and U_k of each, on the module's device; those whose V is zero are left out.
 
     Raises:
-        PairingError: an adapted module has no subspace, or one of another shape.
+        PairingError: an adapted module has no subspace, or one of another shape, or V is zero in all of them.
         SettingsError: an adapter of a kind that cannot be projected.
     """
 
     def __init__(self, model: nn.Module, subspace: SafeSubspace, *, owner: str) -> None:
-        self.modules = adapted_modules(model, owner=owner)
+        self.modules: list[AdaptedModule] = []
         self._vectors: dict[str, torch.Tensor] = {}
-        for module in self.modules:
+        for module in adapted_modules(model, owner=owner):
             found = subspace.find(module.name)
             shape, given = (module.left.shape[0], module.right.shape[1]), (len(found.left_vectors), found.columns)
             if shape != given:
                 raise PairingError(
                     f"{owner}: {module.name} is {shape}, the subspace has {given}: it is of another model"
                 )
-            self._vectors[module.name] = torch.from_numpy(found.left_vectors)
+            if found.rank:
+                self.modules.append(module)
+                self._vectors[module.name] = torch.from_numpy(found.left_vectors)
+        if not self.modules:
+            raise PairingError(
+                f"{owner}: V = aligned - base is zero in every adapted module: there is no safe subspace"
+            )
 
     def vectors(self, module: AdaptedModule) -> torch.Tensor:
         """U_k [m, k], float32, on the device of the module's factors."""
@@ -67,16 +73,5 @@ class SafeModules:
         inside = vectors @ (vectors.T @ left)
         gram = right @ right.T
         cosine = (((inside.T @ inside) * gram).sum() / ((left.T @ left) * gram).sum()).sqrt()
-        module.left.copy_(_like(module.left, inside))
+        module.left.copy_(like(module.left, inside))
         return cosine
-
-
-def _like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """The value in the parameter's dtype, sharded as the parameter is."""
-    value = value.to(parameter.dtype)
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: torch.Tensor = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return sharded

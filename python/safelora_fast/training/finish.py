@@ -1,0 +1,118 @@
+"""SafeLoRA when training ends: the adapter of the model becomes what the projection command would make of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError
+from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapter
+from safelora_fast.posthoc.peft_model import lora_tensors, projected_folder, save_tensors
+from safelora_fast.posthoc.plan import plan_projection
+from safelora_fast.posthoc.provenance import locator, reopen
+from safelora_fast.training.adapted import active_adapter, adapter_holder
+from safelora_fast.training.anatomy import gathered, like
+from safelora_fast.training.distributed import broadcast_from_first, on_first_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+
+    from safelora_fast.defenses.safelora import SafeLora
+    from safelora_fast.posthoc.report import ProjectionReport
+
+ROLES = ("aligned", "base")
+SAME_NORM = 1e-6
+
+
+class EndProjection:
+    """Projects the active adapter of a model in place, with V streamed from the sources of the defence's subspace.
+
+    Process 0 reads the checkpoints, and every process gets the same values; all of them must call. What can be refused
+    is refused when this is made, before training: sources that are gone or have changed, modules that do not pair with
+    them, adapters of a kind that cannot be projected.
+
+    Raises:
+        SafeLoraFastError: with the reason, on every process.
+    """
+
+    def __init__(self, model: nn.Module, defense: SafeLora) -> None:
+        assert defense.settings is not None  # noqa: S101
+        self._settings = asdict(defense.settings)
+        self._subspace = defense.subspace
+        self._holder = adapter_holder(model, owner="SafeLora")
+        self._adapter = active_adapter(model, owner="SafeLora")
+        tensors = self._gathered(lora_tensors(self._holder, self._adapter)[0])
+        on_first_rank(lambda: self._rehearse(tensors))
+
+    def run(self) -> ProjectionReport:
+        """Project, write the result into the model, and return the report. Collective.
+
+        Raises:
+            SafeLoraFastError: the sources have changed meanwhile, or a factor is NaN or infinite; the model is as it was.
+        """
+        parameters, others = lora_tensors(self._holder, self._adapter)
+        tensors = self._gathered(parameters)
+        report = on_first_rank(lambda: self._project(tensors, others))
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(like(parameter, broadcast_from_first(tensors[key], parameter.device)))
+        return report
+
+    def _gathered(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: gathered(parameter).detach().cpu().clone() for key, parameter in parameters.items()}
+
+    def _rehearse(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Everything that comes before the first byte of a weight is read."""
+        with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder, self._described(Path(folder)):
+            models = [reopen(self._subspace.sources.get(role, {}), role=role) for role in ROLES]
+            plan_projection([load_adapter(self._save(tensors, Path(folder)))], *models)
+
+    def _project(self, tensors: dict[str, torch.Tensor], others: list[str]) -> ProjectionReport:
+        """Replace the tensors by what the projection makes of them."""
+        from safetensors.torch import load_file
+
+        sources = self._subspace.sources
+        with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder, self._described(Path(folder)):
+            for role in ROLES:
+                reopen(sources[role], role=role)
+            where = {role: locator(sources[role]) for role in ROLES}
+            saved = self._save(tensors, Path(folder, "saved"))
+            with projected_folder(saved, self._adapter, **where, **self._settings) as (report, projected):
+                self._check_norms(report)
+                tensors.update(load_file(projected / WEIGHTS))
+        copied = [{"tensor": key, "reason": TRAINED_IN_FULL} for key in others]
+        adapters = [replace(adapter, copied=[*adapter.copied, *copied]) for adapter in report.adapters]
+        return replace(report, adapters=adapters)
+
+    def _save(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
+        return save_tensors(tensors, self._holder.peft_config[self._adapter], folder)
+
+    def _check_norms(self, report: ProjectionReport) -> None:
+        """Compare ‖V‖_F with what it was when the subspace was built: every weight has a share in it."""
+        for module in report.adapters[0].modules:
+            with contextlib.suppress(PairingError):
+                then = self._subspace.find(module.name).v_norm
+                if not math.isclose(then, module.v_norm, rel_tol=SAME_NORM):
+                    raise CheckpointError(
+                        f"{module.name}: ‖V‖ is {module.v_norm:.8g}, but was {then:.8g} when the subspace was built: a "
+                        "checkpoint has changed"
+                    )
+
+    @contextlib.contextmanager
+    def _described(self, folder: Path) -> Iterator[None]:
+        """Errors that name the adapter of the model instead of the temporary folder where it lies."""
+        try:
+            yield
+        except SafeLoraFastError as error:
+            message = str(error)
+            for path in (folder / "saved" / WEIGHTS, folder / WEIGHTS, folder / "saved", folder):
+                message = message.replace(str(path), f"adapter {self._adapter!r}")
+            raise type(error)(f"SafeLora: {message}") from error
