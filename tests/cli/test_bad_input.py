@@ -209,7 +209,8 @@ OPTIONS = [
     (["--operator", "zero", "--normalize", "spectral"], "normalize"),
     (["--rank", "4"], "rank"),
     (["--operator", "orthogonal"], "rank or energy"),
-    (["--operator", "orthogonal", "--rank", "0"], "at least 1"),
+    (["--operator", "orthogonal", "--rank", "0"], "rank must lie between 1 and"),
+    (["--operator", "orthogonal", "--rank", "99999999999999999999"], "rank must lie between 1 and"),
     (["--operator", "orthogonal", "--rank", "4", "--energy", "0.5"], "rank or energy"),
     (["--operator", "orthogonal", "--energy", "2"], "energy"),
     (["--operator", "orthogonal", "--energy", "nan"], "energy"),
@@ -219,6 +220,7 @@ OPTIONS = [
     (["--num-layers", "3"], "num_layers"),
     (["--select", "number", "--num-layers", "0"], "num_layers"),
     (["--threads", "0"], "threads"),
+    (["--threads", "99999999999999999999"], "threads must lie between 1 and"),
     (["--plot", "picture.exe"], "picture.exe"),
 ]
 

@@ -33,7 +33,7 @@ def stop(pair, number: signal.Signals):
 def test_interrupted(long):
     code, out, err = stop(long, signal.SIGINT)
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted; nothing was written"
+    assert err.splitlines()[-1] == "interrupted; no partial output is left"
     assert "Traceback" not in err
     assert not long.output.parent.exists()
 

@@ -97,7 +97,7 @@ def test_missing_names_the_nearest(llama, tmp_path):
     message = str(raised.value)
     assert message.startswith("model.layers.1.self_attn.q_proj: the base model")
     assert "the nearest are" in message
-    assert "model.layers.1.self_attn.k_proj.weight" in message
+    assert "model.layers.0.self_attn.q_proj.weight, model.layers.1.self_attn." in message
 
 
 def test_other_shape(llama, tmp_path):
@@ -229,6 +229,8 @@ def test_a_module_whose_v_is_zero(llama, tmp_path):
     [
         ({"use_dora": True}, "DoRA"),
         ({"use_qalora": True}, "QALoRA"),
+        ({"use_futurelora": True}, "use_futurelora is set, which is not known here"),
+        ({"future_config": {"depth": 2}}, "future_config is set, which is not known here"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "replicated layers"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
@@ -249,6 +251,36 @@ def test_dora_as_peft_writes_it(llama, tmp_path):
     folders, _, _, _, _ = llama
     adapter = save(adapt(FAMILIES["llama"].make(1), target_modules=["q_proj"], use_dora=True), tmp_path / "dora")
     with pytest.raises(AdapterError, match="learned magnitude"):
+        project_adapter(adapter, aligned=folders[0], base=folders[1], output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_rslora": True}, {"loftq_config": {}}, {"runtime_config": {"a": False}}], ids=str
+)
+def test_settings_that_leave_a_plain_product_are_taken(llama, tmp_path, config):
+    folders, adapter, truth, _, _ = llama
+    same = rewrite(adapter, tmp_path / "same", config=config, file=WEIGHTS)
+    project_adapter(same, aligned=folders[0], base=folders[1], output=tmp_path / "out", select="all")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (truth / WEIGHTS).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights in several ways
+def test_factors_that_embeddings_and_head_share_are_refused(tmp_path):
+    family = FAMILIES["gemma"]
+    folders = save(family.make(1), tmp_path / "aligned"), save(family.make(2), tmp_path / "base")
+    tied = adapt(family.make(1), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    with pytest.raises(AdapterError, match="ensure_weight_tying"):
+        project_adapter(save(tied, tmp_path / "tied"), aligned=folders[0], base=folders[1], output=tmp_path / "out")
+
+
+def test_experts_whose_orientation_nothing_tells(tmp_path):
+    """A square expert kept (in, out) looks like one kept (out, in) where no configuration says which."""
+    family = FAMILIES["gpt_oss"]
+    folders = [save(family.make(seed, intermediate_size=32), tmp_path / str(seed)) for seed in (1, 2)]
+    adapter = save(adapt(family.make(1, intermediate_size=32), **family.target), tmp_path / "adapter")
+    for folder in folders:
+        (folder / "config.json").unlink()
+    with pytest.raises(PairingError, match=r"\(out, in\) or \(in, out\).*config\.json"):
         project_adapter(adapter, aligned=folders[0], base=folders[1], output=tmp_path / "out")
 
 

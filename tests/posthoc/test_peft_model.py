@@ -91,6 +91,14 @@ def test_dtype_of_the_original(case, dtype):
     assert {value.dtype for value in lora(model, "safe").values()} == {dtype}
 
 
+def test_a_merged_adapter_is_refused(case):
+    model, _, sources = case
+    model.merge_adapter()
+    with pytest.raises(SettingsError, match="merged into the model's weights"):
+        project_peft_model(model, **sources)
+    assert all(module.merged for module in model.modules() if hasattr(module, "lora_A"))
+
+
 def test_errors_leave_the_model_as_it_was(case, tmp_path):
     model, _, sources = case
     names = [name for name, _ in model.named_parameters()]

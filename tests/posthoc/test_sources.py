@@ -132,6 +132,52 @@ def test_a_second_run_takes_everything_from_the_cache(hub, tmp_path, monkeypatch
     assert first == second == offline
 
 
+def single_file(folder, seed):
+    """The same model in one file, as small models are kept on the Hub."""
+    sharded = write_model(folder / "sharded", seed)
+    tensors = {name: tensor for shard in sharded.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    (folder / "single").mkdir()
+    save_file(tensors, folder / "single" / "model.safetensors", {"format": "pt"})
+    return folder / "single"
+
+
+def test_a_cached_model_in_one_file_can_be_used_offline(hub, tmp_path, monkeypatch):
+    """Even when nobody has asked for an index before, so that the cache does not know that there is none."""
+    for name, seed in (("some/one", 1), ("some/other", 2)):
+        (tmp_path / name).mkdir(parents=True)
+        hub.folders[name] = single_file(tmp_path / name, seed)
+        huggingface_hub.hf_hub_download(name, "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _, offline = project(tmp_path, "some/one", "some/other", "offline")
+    _, local = project(tmp_path, tmp_path / "aligned", tmp_path / "base", "local")
+    assert offline == local
+
+
+def test_every_file_is_of_the_commit_that_the_report_names(hub, monkeypatch):
+    """The main branch moves on between the index and the shards."""
+    checkpoint = open_checkpoint("some/aligned", role="aligned")
+    monkeypatch.setitem(COMMITS, "former", COMMITS["main"])
+    monkeypatch.setitem(COMMITS, "main", "c" * 40)
+    checkpoint.require(checkpoint.names)
+    assert checkpoint.revision == "a" * 40
+    assert {commit for _, commit, _ in hub.fetched} == {"a" * 40}
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("name", ["models--meta-llama--Llama-2-7b", "a..b/c"])
+def test_a_name_that_the_hub_does_not_allow(name):
+    with pytest.raises(CheckpointError, match="neither a local path nor a name that the Hub allows"):
+        open_checkpoint(name, role="aligned")
+
+
+def test_a_remote_index_that_promises_too_much(hub, tmp_path):
+    (tmp_path / "aligned" / "model-00002-of-00002.safetensors").unlink()
+    checkpoint = open_checkpoint("some/aligned", role="aligned")
+    with pytest.raises(CheckpointError, match="does not hold model-00002-of-00002"):
+        checkpoint.require(checkpoint.names)
+    assert hub.fetched
+
+
 def test_offline_without_a_cache(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"some/aligned.*go online, or give the aligned model as a path"):
@@ -151,6 +197,7 @@ def test_a_subspace_of_ids_stays_with_their_commits(hub, tmp_path, monkeypatch):
     )
     (ours,), (theirs,) = subspace.modules.values(), local.modules.values()
     assert np.array_equal(ours.left_vectors, theirs.left_vectors)
+    monkeypatch.setitem(COMMITS, "former", COMMITS["main"])
     monkeypatch.setitem(COMMITS, "main", "c" * 40)
     checkpoint = reopen(subspace.sources["aligned"], role="aligned")
     assert (checkpoint.description, checkpoint.revision) == ("some/aligned", "a" * 40)

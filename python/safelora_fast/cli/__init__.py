@@ -40,7 +40,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE) from None
     if code == INTERRUPTED:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; no partial output is left", file=sys.stderr)
     raise SystemExit(code)
 
 

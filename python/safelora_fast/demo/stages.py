@@ -51,7 +51,7 @@ class Stages:
         if not reused:
             shutil.rmtree(target, ignore_errors=True)
             start = time.perf_counter()
-            with whole_folder(target) as partial:
+            with whole_folder(target, overwrite=True) as partial:
                 build(partial)
                 stamp = {"key": key, "settings": settings, "seconds": time.perf_counter() - start}
                 (partial / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")

@@ -21,12 +21,16 @@ FLOATS = {"F32", "BF16", "F16"}
 
 Kind = Literal["linear", "embedding", "parameter"]
 
+HEADS = ("lm_head", "embed_out")
+
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
 NAMED_FACTOR = re.compile(r".+\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(\.weight)?")
 BIAS = re.compile(r".+\.lora_B\.bias")
 NESTED = ".base_layer"
 TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
 
+# Switches of LoraConfig that leave ΔW = s·B·A; a `use_…` or `…_config` that is not among them may not.
+PLAIN = {"use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 VARIANTS = {
     "use_dora": "DoRA rescales the whole weight by a learned magnitude, so projecting B does not project the update",
@@ -133,11 +137,18 @@ def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
     for key, reason in VARIANTS.items():
         if config.get(key):
             raise AdapterError(f"{folder}: {key} is set: {reason}; this adapter cannot be projected")
+    for key, value in config.items():
+        if value and key.startswith("use_") | key.endswith("_config") and key not in PLAIN | VARIANTS.keys():
+            raise AdapterError(
+                f"{folder}: {key} is set, which is not known here: it may belong to a variant of LoRA that is not B·A; "
+                "a newer safelora-fast may know it"
+            )
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(BASE_CHANGING):
         raise AdapterError(
             f"{folder}: was initialised with {init}, which also changes the base weights, so B·A is not the update of "
-            "the original model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first"
+            "the original model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first, in "
+            "float32: the converted factors nearly cancel"
         )
 
 
@@ -179,6 +190,12 @@ def _account(
             raise AdapterError(f"{folder}: module {name} has {there} but no {absent}")
         kind: Kind = "embedding" if embedding else "linear"
         modules.append(_module(folder, name, kind, left_key, right_key, tensors, targets))
+    of_vocabulary = {module.kind for module in modules if module.kind == "embedding" or module.name.endswith(HEADS)}
+    if config.get("ensure_weight_tying") and len(of_vocabulary) > 1:
+        raise AdapterError(
+            f"{folder}: ensure_weight_tying makes embeddings and head share their factors, one the transpose of the other, so "
+            "neither can be projected by itself; train the adapter on one of the two"
+        )
     return tuple(modules), tuple(copied)
 
 

@@ -68,14 +68,14 @@ def transpose(matrix: Slice) -> Slice:
     return Slice(matrix.key, matrix.offset, matrix.cols, matrix.rows, matrix.col_stride, matrix.row_stride)
 
 
-def stored_in_out(parameter: str, shape: tuple[int, int], hidden_size: object, model_type: object) -> bool:
-    """Whether a checkpoint keeps an expert as (in, out); `shape` is one expert's."""
+def stored_in_out(parameter: str, shape: tuple[int, int], hidden_size: object, model_type: object) -> bool | None:
+    """Whether a checkpoint keeps an expert as (in, out); `shape` is one expert's. None when nothing tells."""
     if shape[0] != shape[1] and hidden_size in shape:
         if parameter in READS_HIDDEN:
             return shape[0] == hidden_size
         if parameter in WRITES_HIDDEN:
             return shape[1] == hidden_size
-    return model_type in STORED_IN_OUT
+    return None if model_type is None else model_type in STORED_IN_OUT
 
 
 def sides_swapped(module: LoraModule, out: int, inner: int, model_type: object, peft_version: object) -> bool | None:

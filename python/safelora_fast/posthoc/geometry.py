@@ -107,7 +107,7 @@ class ExpertWeights:
             if len(entry.shape) != 3:
                 raise PairingError(f"{self.module}: {weight} has shape {list(entry.shape)}; experts need three axes")
             shape = entry.shape[1], entry.shape[2]
-            transposed = stored_in_out(parameter, shape, names.setting("hidden_size"), names.setting("model_type"))
+            transposed = _stored_in_out(names, weight, parameter, shape)
             return [
                 Matrix(_blocks(names, (Piece(weight, expert),), self.module, None), transposed)
                 for expert in range(entry.shape[0])
@@ -216,6 +216,17 @@ def _is_conv1d(
     return stored == shape[::-1] and (named_so or shape[0] != shape[1])
 
 
+def _stored_in_out(names: TensorNames, tensor: str, parameter: str, shape: tuple[int, int]) -> bool:
+    """Whether an expert is kept as (in, out), as the model's configuration tells."""
+    told = stored_in_out(parameter, shape, names.setting("hidden_size"), names.setting("model_type"))
+    if told is None:
+        raise PairingError(
+            f"{tensor}: nothing tells whether its experts are kept (out, in) or (in, out); put the {names.role} model's "
+            f"config.json beside it ({names.checkpoint.description})"
+        )
+    return told
+
+
 def _entry(names: TensorNames, tensor: str) -> TensorEntry:
     entry = names.checkpoint.tensor(tensor)
     names.refuse_quantised(tensor)
@@ -243,8 +254,8 @@ def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> B
     if piece.expert is not None:
         if piece.expert >= entry.shape[0]:
             raise PairingError(f"{where}, so it has no expert {piece.expert}")
-        leaf, hidden, kind = piece.tensor.rpartition(".")[2], names.setting("hidden_size"), names.setting("model_type")
-        if piece.count > 1 and stored_in_out(leaf, (height, width), hidden, kind):
+        leaf = piece.tensor.rpartition(".")[2]
+        if piece.count > 1 and _stored_in_out(names, piece.tensor, leaf, (height, width)):
             raise PairingError(f"{where}: it is kept (experts, in, out), and cannot be cut by output rows")
         offset = piece.expert * math.prod(entry.shape[1:])
     block = Block(piece.tensor, entry.file, entry.begin, offset, height, width)

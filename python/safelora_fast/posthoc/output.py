@@ -48,6 +48,8 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool, nbyte
         OutputError: with the reason.
     """
     resolved = target.resolve()
+    if resolved == Path.cwd():
+        raise OutputError(f"{target}: is the current folder; name a folder to make")
     for source in inputs:
         other = source.resolve()
         if resolved == other or resolved in other.parents or other in resolved.parents:
@@ -74,11 +76,15 @@ def _writable_parent(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
 
+    Args:
+        target: a folder that does not exist, or is empty.
+        overwrite: replace what stands there.
+
     Raises:
-        OutputError: when the system refuses to write.
+        OutputError: when the system refuses to write, or something appeared under the name meanwhile.
     """
     absent = [folder for folder in target.parents if not folder.exists()]
     with described(target):
@@ -92,7 +98,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
                     sync(Path(folder, file))
                 sync(Path(folder))
             partial.chmod(0o777 & ~_umask())
-            replaced = _put(partial, target)
+            replaced = _put(partial, target, overwrite=overwrite)
             sync(target.parent)
         if replaced:
             shutil.rmtree(partial, ignore_errors=True)
@@ -132,15 +138,17 @@ def whole_file(target: Path) -> Iterator[Path]:
         raise
 
 
-def _put(partial: Path, target: Path) -> bool:
+def _put(partial: Path, target: Path, *, overwrite: bool) -> bool:
     """Give the folder its final name in one step; True when `partial` now holds what stood there before."""
-    if not target.exists():
-        partial.rename(target)
+    try:
+        partial.rename(target)  # onto nothing, or onto an empty folder
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+    else:
         return False
-    with contextlib.suppress(OSError):
-        target.rmdir()
-        partial.rename(target)
-        return False
+    if not overwrite:
+        raise OutputError(f"{target}: appeared while this ran; choose another folder, or pass --overwrite")
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         done = libc.renameat2(AT_FDCWD, os.fsencode(partial), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE)
@@ -148,7 +156,11 @@ def _put(partial: Path, target: Path) -> bool:
             return True
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
     target.rename(aside)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
     aside.rename(partial)
     return True
 

@@ -38,6 +38,7 @@ SPELLINGS = (
 # Fused modules: their rows are those of these modules, in this order.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_IN = {part: (fused, index) for fused, parts in FUSED.items() for index, part in enumerate(parts)}
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
 QUANTISED = (
     *("qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv", "weight_format"),
@@ -74,6 +75,7 @@ class TensorNames:
         self.role = role
         self.config: Mapping[str, Any] = checkpoint.config or {}
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
+        self._by_pattern: dict[str, dict[tuple[str, ...], list[str]]] | None = None
         for name in checkpoint.names:
             self._by_canonical[canonical(name)].append(name)
         if quantised := self.config.get("quantization_config"):
@@ -138,15 +140,23 @@ class TensorNames:
                     f"{module}: the {self.role} model {self.checkpoint.description} holds it quantised ({found[0]}); "
                     "give the weights that it was quantised from"
                 )
-        near = [
-            tensor
-            for close in difflib.get_close_matches(name, list(self._by_canonical), n=3, cutoff=0.6)
-            for tensor in self._by_canonical[close]
-        ]
+        near = self._nearest(name)
         candidates = f"the nearest are {', '.join(near)}" if near else "none has a similar name"
         return PairingError(
             f"{module}: the {self.role} model {self.checkpoint.description} has no tensor {looked_for}; {candidates}"
         )
+
+    def _nearest(self, name: str) -> list[str]:
+        """Up to three tensors of similar names; compared without numbers, of which a large model has thousands."""
+        if self._by_pattern is None:
+            self._by_pattern = defaultdict(dict)
+            for known, tensors in self._by_canonical.items():
+                self._by_pattern[NUMBER.sub("#", known)][tuple(NUMBER.findall(known))] = tensors
+        numbers, near = tuple(NUMBER.findall(name)), []
+        for pattern in difflib.get_close_matches(NUMBER.sub("#", name), list(self._by_pattern), n=3, cutoff=0.6):
+            alike = self._by_pattern[pattern]
+            near += alike.get(numbers) or next(iter(alike.values()))
+        return near[:3]
 
     def refuse_quantised(self, tensor: str) -> None:
         """Refuse a weight that has the scales of a quantised one beside it."""

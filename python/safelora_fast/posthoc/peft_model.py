@@ -49,7 +49,7 @@ def project_peft_model(
         The report, in which the adapter is known by its name in the model, and `output` is None: nothing stays on disk.
 
     Raises:
-        SettingsError: when there is no such adapter, or the new name is taken.
+        SettingsError: when there is no such adapter, the new name is taken, or an adapter is merged.
         SafeLoraFastError: as :func:`project_adapter`.
     """
     if adapter_name not in model.peft_config:
@@ -58,6 +58,8 @@ def project_peft_model(
         )
     if new_adapter_name in model.peft_config:
         raise SettingsError(f"the model has an adapter {new_adapter_name!r} already; choose another new_adapter_name")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise SettingsError("an adapter is merged into the model's weights; call unmerge_adapter() first")
     unknown = settings.keys() & {"output", "overwrite", "adapter"}
     if unknown:
         raise SettingsError(f"{', '.join(sorted(unknown))} cannot be set here: the result goes into the model")

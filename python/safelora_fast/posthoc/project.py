@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safelora_fast import _core
-from safelora_fast.errors import PairingError, SettingsError
+from safelora_fast.errors import AdapterError, PairingError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
 from safelora_fast.posthoc.output import check_target, whole_folder
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-    from safelora_fast.posthoc.jobs import Plan
+    from safelora_fast.posthoc.jobs import Plan, Target
 
 REPORT = "safelora_report.json"
 PathLike = str | Path
@@ -101,7 +101,7 @@ def project_adapter(
     plan = plan_projection(adapters, *models)
 
     whole: AbstractContextManager[Path | None] = (
-        contextlib.nullcontext() if output is None else whole_folder(Path(output))
+        contextlib.nullcontext() if output is None else whole_folder(Path(output), overwrite=overwrite)
     )
     with whole as partial:
         writers: list[AdapterWriter | None] = [None] * len(adapters)
@@ -136,16 +136,8 @@ def _run(
 ) -> list[list[ModuleReport]]:
     """Stream the modules, write what may be selected, and settle the selection at the end."""
     reports: list[list[ModuleReport]] = [[] for _ in writers]
-    targets = [[] for _ in writers]  # type: ignore[var-annotated]
-    stream = _core.ProjectionStream(
-        [module.job for module in plan.modules],
-        operator=settings.operator,
-        normalize=settings.normalize or "frobenius",
-        rank=settings.rank,
-        energy=settings.energy,
-        keep_projected=any(writer is not None for writer in writers),
-        threads=settings.threads,
-    )
+    targets: list[list[tuple[Target, AdapterError | None]]] = [[] for _ in writers]
+    stream = _stream(plan, settings, keep_projected=any(writer is not None for writer in writers))
     if progress is not None:
         progress.start(plan.nbytes, len(plan.modules))
     try:
@@ -158,7 +150,7 @@ def _run(
                     projected=False,
                     reason="",
                     gain=factor.gain,
-                    rank=target.module.rank,
+                    rank=target.cols,
                     b_norm=factor.left_norm,
                     b_norm_after=factor.left_norm_projected,
                     update_norm=factor.update_norm,
@@ -169,10 +161,15 @@ def _run(
                     sources=[asdict(source) for source in planned.sources],
                 )
                 reports[target.adapter].append(report)
-                targets[target.adapter].append(target)
-                writer = writers[target.adapter]
+                writer, failure = writers[target.adapter], None
                 if writer is not None and chosen({report.name: report.cosine}, settings):
-                    writer.write(target, factor.projected())
+                    try:
+                        writer.write(target, factor.projected())
+                    except AdapterError as error:
+                        failure = error  # of a module that may not be selected in the end
+                        if settings.select != "number":
+                            raise
+                targets[target.adapter].append((target, failure))
             if progress is not None:
                 progress.advance(stream.bytes_done, planned.name)
     finally:
@@ -188,15 +185,35 @@ def _run(
     ]
 
 
+def _stream(plan: Plan, settings: Settings, *, keep_projected: bool) -> _core.ProjectionStream:
+    try:
+        return _core.ProjectionStream(
+            [module.job for module in plan.modules],
+            operator=settings.operator,
+            normalize=settings.normalize or "frobenius",
+            rank=settings.rank,
+            energy=settings.energy,
+            keep_projected=keep_projected,
+            threads=settings.threads,
+        )
+    except RuntimeError as error:  # the system refuses the threads
+        raise SettingsError(f"{error}; ask for fewer with threads") from error
+
+
 def _settle(
-    reports: list[ModuleReport], targets: list[Any], writer: AdapterWriter | None, settings: Settings
+    reports: list[ModuleReport],
+    targets: list[tuple[Target, AdapterError | None]],
+    writer: AdapterWriter | None,
+    settings: Settings,
 ) -> list[ModuleReport]:
     """Mark the selected modules and put back the others."""
     selected = chosen({report.name: report.cosine for report in reports}, settings)
     settled = []
-    for report, target in zip(reports, targets, strict=True):
+    for report, (target, failure) in zip(reports, targets, strict=True):
         projected = report.name in selected
         if projected:
+            if failure is not None:
+                raise failure
             settled.append(replace(report, projected=True, reason=settings.why(report.cosine, projected=True)))
             continue
         if writer is not None:

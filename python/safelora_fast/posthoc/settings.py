@@ -10,6 +10,8 @@ from safelora_fast.errors import SettingsError
 
 Operator = Literal["safelora", "orthogonal", "zero"]
 Normalize = Literal["frobenius", "spectral"]
+MOST_THREADS = 1024
+MOST_RANK = 2**31 - 1  # beyond the sides of any weight
 Select = Literal["threshold", "number", "all"]
 
 
@@ -45,8 +47,8 @@ class Settings:
         self._belongs("num_layers", self.num_layers, self.select == "number", "select number")
         if self.operator == "orthogonal" and (self.rank is None) == (self.energy is None):
             raise SettingsError("operator orthogonal needs either rank or energy: how much of V to keep, e.g. rank 64")
-        if self.rank is not None and self.rank < 1:
-            raise SettingsError(f"rank must be at least 1, not {self.rank}")
+        if self.rank is not None and not 1 <= self.rank <= MOST_RANK:
+            raise SettingsError(f"rank must lie between 1 and {MOST_RANK}, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise SettingsError(f"energy must be above 0 and at most 1, not {self.energy}")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
@@ -55,8 +57,8 @@ class Settings:
             )
         if self.num_layers is not None and self.num_layers < 1:
             raise SettingsError(f"num_layers must be at least 1, not {self.num_layers}")
-        if self.threads is not None and self.threads < 1:
-            raise SettingsError(f"threads must be at least 1, not {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise SettingsError(f"threads must lie between 1 and {MOST_THREADS}, not {self.threads}")
 
     @staticmethod
     def _one_of(name: str, value: str, choices: object) -> None:

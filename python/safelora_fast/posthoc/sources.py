@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError
+from safelora_fast.posthoc.hub import Repository
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -109,7 +110,7 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
     match = HUB_ID.fullmatch(str(source))
     if match is None or isinstance(source, Path):
         raise CheckpointError(f"{source}: the {role} model is neither a file, nor a folder, nor a Hub id")
-    return _from_hub(match["repository"], match["revision"], role)
+    return _from_hub(Repository(match["repository"], match["revision"], role))
 
 
 def _from_folder(folder: Path) -> Checkpoint:
@@ -157,60 +158,20 @@ def _from_file(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _from_hub(repository: str, revision: str | None, role: str) -> Checkpoint:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    def fetch(file: str) -> Path:
-        try:
-            return Path(hf_hub_download(repository, file, revision=revision))
-        except LocalEntryNotFoundError as error:
-            raise CheckpointError(
-                f"{repository}: {file} is neither in the local cache nor within reach; go online, or give the {role} "
-                "model as a path"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"{repository}: the {role} model is neither a local path nor a repository that you may read; check the "
-                "name and your token"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise CheckpointError(
-                f"{repository}: has no revision {revision!r}; check what follows the @ of the {role} model"
-            ) from error
-        except (HfHubHTTPError, OSError) as error:
-            if isinstance(error, EntryNotFoundError):
-                raise
-            raise CheckpointError(f"{repository}: cannot fetch {file}: {str(error).splitlines()[0]}") from error
-
-    def fetch_if_there(file: str) -> Path | None:
-        try:
-            return fetch(file)
-        except EntryNotFoundError:
-            return None
-
-    config = fetch_if_there("config.json")
-    index = fetch_if_there(INDEX)
-    shards: dict[str, str]
+def _from_hub(repository: Repository) -> Checkpoint:
+    config = repository.fetch_if_there("config.json", or_in_cache=True)
+    index = repository.fetch_if_there(INDEX, or_in_cache=True)
     if index is not None:
         shards = _shard_names(index)
-        here = index
     else:
-        single = fetch_if_there(SINGLE)
+        single = repository.fetch_if_there(SINGLE)
         if single is None:
             raise CheckpointError(
-                f"{repository}: holds neither {INDEX} nor {SINGLE}; older .bin checkpoints: {CONVERT}"
+                f"{repository.name}: holds neither {INDEX} nor {SINGLE}; older .bin checkpoints: {CONVERT}"
             )
-        here = single
         shards = dict.fromkeys(_core.SafetensorsFile(str(single)).tensors, SINGLE)
-    commit = here.parent.name if here.parent.parent.name == "snapshots" else None
-    return Checkpoint(repository, commit, _config(config) if config else None, shards, fetch, remote=True)
+    content = _config(config) if config else None
+    return Checkpoint(repository.name, repository.commit, content, shards, repository.fetch, remote=True)
 
 
 def _shard_names(index: Path) -> dict[str, str]:

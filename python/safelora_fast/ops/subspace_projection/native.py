@@ -43,7 +43,7 @@ def subspace_projection(
             aligned, base, transposed = aligned.mT.contiguous(), base.mT.contiguous(), False
     left = lora_b.detach()
     output = torch.empty_like(left, memory_format=torch.contiguous_format)
-    _core.subspace_projection(
+    v_norm = _core.subspace_projection(
         _weight(aligned),
         _weight(base),
         _factor(left),
@@ -51,7 +51,7 @@ def subspace_projection(
         normalize=normalize,  # type: ignore[arg-type]
         transposed=transposed,
     )
-    return output
+    return output if v_norm > 0 else output.copy_(left)
 
 
 def _rows_contiguous(matrix: torch.Tensor) -> bool:

@@ -1,0 +1,80 @@
+"""Output folders: whole, or absent, and never in the place of something that nobody agreed to lose."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+
+import pytest
+
+from safelora_fast.errors import OutputError
+from safelora_fast.posthoc.output import check_target, whole_folder
+
+
+def write(target, *, meanwhile=lambda: None, **options):
+    with whole_folder(target, **options) as partial:
+        (partial / "new").write_text("new")
+        meanwhile()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+
+    def other_run():
+        target.mkdir()
+        (target / "thesis.txt").write_text("thesis")
+
+    with pytest.raises(OutputError, match=r"out: appeared while this ran.*--overwrite"):
+        write(target, meanwhile=other_run)
+    assert names(tmp_path) == ["out", "thesis.txt"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out")
+    assert names(tmp_path) == ["new", "out"]
+
+
+class WithoutExchange:
+    """A system whose C library has no renameat2."""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: WithoutExchange())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    write(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["new", "out"]
+
+
+def test_a_rename_that_fails_leaves_what_stood_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: WithoutExchange())
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = type(target).rename
+
+    def refuse(path, to):
+        if "partial" in path.name and to == target and target.with_name("refused").exists():
+            raise OSError(errno.EIO, "refused")
+        if path == target:
+            target.with_name("refused").touch()
+        return rename(path, to)
+
+    monkeypatch.setattr(type(target), "rename", refuse)
+    with pytest.raises(OutputError, match="refused"):
+        write(target, overwrite=True)
+    assert names(tmp_path) == ["old", "out", "refused"]
+
+
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in (".", "", str(tmp_path)):
+        with pytest.raises(OutputError, match="is the current folder"):
+            check_target(type(tmp_path)(word), [], overwrite=True, nbytes=0)
