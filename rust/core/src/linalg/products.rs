@@ -95,49 +95,53 @@ multiversion!(tile, tile_body, (left: [&[f32]; TILE], right: [&[f32]; TILE]) -> 
 #[inline(always)]
 fn tile_body(left: [&[f32]; TILE], right: [&[f32]; TILE]) -> [[f64; TILE]; TILE] {
     let mut sums = [[[0.0; LANES]; TILE]; TILE];
-    let (left_lanes, left_rest) = split(left);
-    let (right_lanes, right_rest) = split(right);
-    for index in 0..left_lanes[0].len() {
-        let a = left_lanes.map(|lanes| widen(lanes[index]));
-        let b = right_lanes.map(|lanes| widen(lanes[index]));
-        add(&mut sums, a, b);
+    // The same length for all, which spares the loop its bounds checks.
+    let length = left[0].len();
+    let (left, right) = (left.map(|vector| &vector[..length]), right.map(|vector| &vector[..length]));
+    let whole = length - length % LANES;
+    let mut start = 0;
+    while start < whole {
+        add(&mut sums, left, right, start);
+        start += LANES;
     }
-    add(&mut sums, left_rest.map(padded), right_rest.map(padded));
+    if whole < length {
+        let (left, right) = (left.map(|vector| padded(&vector[whole..])), right.map(|vector| padded(&vector[whole..])));
+        add(
+            &mut sums,
+            left.each_ref().map(<[f32; LANES]>::as_slice),
+            right.each_ref().map(<[f32; LANES]>::as_slice),
+            0,
+        );
+    }
     sums.map(|sums| sums.map(total))
 }
 
-#[allow(clippy::inline_always, reason = "as above")]
-#[inline(always)]
-fn split(vectors: [&[f32]; TILE]) -> ([&[[f32; LANES]]; TILE], [&[f32]; TILE]) {
-    let halves = vectors.map(<[f32]>::as_chunks::<LANES>);
-    // The same length for all, which spares the loop its bounds checks.
-    let length = halves[0].0.len();
-    (halves.map(|(lanes, _)| &lanes[..length]), halves.map(|(_, rest)| rest))
-}
-
-#[allow(clippy::inline_always, reason = "as above")]
-#[inline(always)]
-fn widen(lanes: [f32; LANES]) -> [f64; LANES] {
-    lanes.map(f64::from)
-}
-
-#[allow(clippy::inline_always, reason = "as above")]
-#[inline(always)]
-fn padded(rest: &[f32]) -> [f64; LANES] {
+fn padded(rest: &[f32]) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
-    for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane = f64::from(*value);
-    }
+    lanes[..rest.len()].copy_from_slice(rest);
     lanes
 }
 
-#[allow(clippy::inline_always, reason = "as above")]
+// Loops instead of array methods: those stay calls, which keeps the sums out of the registers.
+#[allow(clippy::inline_always, clippy::needless_range_loop, reason = "as above")]
 #[inline(always)]
-fn add(sums: &mut [[[f64; LANES]; TILE]; TILE], a: [[f64; LANES]; TILE], b: [[f64; LANES]; TILE]) {
-    for (sums, a) in sums.iter_mut().zip(a) {
-        for (sums, b) in sums.iter_mut().zip(b) {
+fn add(sums: &mut [[[f64; LANES]; TILE]; TILE], left: [&[f32]; TILE], right: [&[f32]; TILE], start: usize) {
+    let mut b = [[0.0; LANES]; TILE];
+    for j in 0..TILE {
+        let values = &right[j][start..start + LANES];
+        for lane in 0..LANES {
+            b[j][lane] = f64::from(values[lane]);
+        }
+    }
+    for i in 0..TILE {
+        let values = &left[i][start..start + LANES];
+        let mut a = [0.0; LANES];
+        for lane in 0..LANES {
+            a[lane] = f64::from(values[lane]);
+        }
+        for j in 0..TILE {
             for lane in 0..LANES {
-                sums[lane] += a[lane] * b[lane];
+                sums[i][j][lane] += a[lane] * b[j][lane];
             }
         }
     }

@@ -139,7 +139,17 @@ impl<'a, 'v> Iteration<'a, 'v> {
         self.v.transposed_product(self.engine, &ritz_left, improved, &mut images)?;
         let limit = TOLERANCE * ritz.values.first().map_or(0.0, |value| value.max(0.0).sqrt());
         let right = &self.right;
-        let mut residuals = self.engine.install(|| removed(&images, right, n));
+        // Zᵀ·Vᵀ·U = YᵀU = Q·σ: what lies in Z need not be measured.
+        let mut inside = columns(ritz, improved);
+        for row in inside.chunks_exact_mut(improved.max(1)) {
+            for (weight, value) in row.iter_mut().zip(&ritz.values) {
+                *weight *= value.max(0.0).sqrt();
+            }
+        }
+        let mut residuals = self.engine.install(|| combine(right, n, &inside, improved));
+        for (residual, image) in residuals.iter_mut().zip(&images) {
+            *residual = image - *residual;
+        }
         let norms: Vec<f64> = residuals
             .chunks_exact(n)
             .map(|residual| residual.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>().sqrt())
