@@ -84,6 +84,15 @@ def test_show(pair, call, words, output):
         assert line[1:4] == [f"{len(module.left_vectors)}×{module.columns}", "3", f"{module.energy:.4g}"]
 
 
+def test_lines_fit_into_eighty_columns(words, output):
+    assert run(words("--rank", "3"), env={"COLUMNS": "80"})[0] == 0
+    code, out, _ = run(["subspace", "show", output], env={"COLUMNS": "80"})
+    assert code == 0
+    table = out.splitlines()[3:]
+    assert len(table) == 1 + len(module_names())
+    assert all(len(line) <= 80 and "…" not in line for line in table)
+
+
 def test_json_alone_on_standard_output(call, words, output):
     code, out, err = call(*words("--rank", "3", "--json"))
     assert (code, err) == (0, "")

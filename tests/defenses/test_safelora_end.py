@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import EXPERTS, FAMILIES, adapt, save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     adapter_weights,
     collate,
@@ -17,6 +17,7 @@ from tiny_models import (
     random_subspace,
     rows,
     save_pair,
+    tiny_model,
     tiny_peft_model,
 )
 from train_runs import sgd
@@ -110,6 +111,17 @@ def test_another_adapter_beside_what_is_trained_in_full(sources, tmp_path):
         assert torch.equal(value, before[name]) == (".lora_B.narrow." not in name)
 
 
+def test_an_adapter_that_the_model_itself_holds(sources, tmp_path):
+    """As transformers' own `add_adapter` makes it, without PEFT's wrapper."""
+    wrapped, model = tiny_peft_model(), tiny_model()
+    _, expected = from_disk(wrapped, sources, tmp_path, select="all")
+    model.add_adapter(wrapped.peft_config["default"], "narrow")
+    fill_adapter(model, seed=1, adapter="narrow")
+    with defend(model, [SafeLora(SafeSubspace.from_sources(**sources), select="all")]):
+        pass
+    same_bytes(model, {key.removeprefix("base_model.model."): tensor for key, tensor in expected.items()}, "narrow")
+
+
 def test_once_and_only_when_the_context_ends_well(sources):
     defences = [SafeLora(SafeSubspace.from_sources(**sources), select="all")]
     model = tiny_peft_model()
@@ -127,6 +139,20 @@ def test_once_and_only_when_the_context_ends_well(sources):
     assert defended.projection_report is report
     with defend(model, []) as defended:
         assert defended.finish() is None
+
+
+def test_what_the_report_warns_of_is_logged(sources, caplog):
+    """A projection that deletes the fine-tune must not go unnoticed: C scales with ‖V‖."""
+    weights = load_file(sources["aligned"] / "model.safetensors")
+    save_file({name: 1.0001 * weight for name, weight in weights.items()}, sources["base"] / "model.safetensors")
+    with defend(tiny_peft_model(), [SafeLora(SafeSubspace.from_sources(**sources), select="all")]):
+        pass
+    assert "SafeLora: default: the median gain" in caplog.text
+    assert "nearly deletes" in caplog.text
+    caplog.clear()
+    with defend(tiny_peft_model(), [SafeLora(SafeSubspace.from_sources(**sources), threshold=-1.0)]):
+        pass
+    assert "SafeLora: default: no module was selected" in caplog.text
 
 
 def test_beside_other_defences(sources, tmp_path):

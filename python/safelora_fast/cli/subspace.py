@@ -123,7 +123,7 @@ def _of_modules(subspace: SafeSubspace) -> Table:
     for name, module in subspace.modules.items():
         shape = f"{len(module.left_vectors)}×{module.columns}"
         values = (figure(value) for value in (module.spectral_norm, module.v_norm))
-        table.add_row(short(name), shape, str(module.rank), figure(module.energy), *values)
+        table.add_row(short(name, 32), shape, str(module.rank), figure(module.energy), *values)
     return table
 
 

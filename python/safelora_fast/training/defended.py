@@ -59,6 +59,9 @@ def defend(
     The loss is right for data-parallel training, where gradients are averaged over processes. Accelerate's
     `backward` divides by its own `gradient_accumulation_steps`: multiply the loss by it, or leave it at 1.
 
+    SafeLora at the end projects the adapter when the context ends without an exception, or earlier by
+    :meth:`Defended.finish`: save the adapter after that.
+
     Args:
         model: a causal language model of transformers, plain or wrapped by PEFT and DistributedDataParallel.
         defenses: the defences; those that are switched off (weight 0) cost nothing.
@@ -70,6 +73,7 @@ def defend(
 
     Raises:
         SettingsError: the model, the adapter and the defences do not go together.
+        CheckpointError: the checkpoints that SafeLora needs at the end are gone, or have changed.
     """
     return Defended(
         model,

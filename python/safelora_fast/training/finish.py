@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import tempfile
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 ROLES = ("aligned", "base")
 SAME_NORM = 1e-6
+logger = logging.getLogger(__name__)
 
 
 class EndProjection:
@@ -76,7 +78,7 @@ class EndProjection:
             plan_projection([load_adapter(self._save(tensors, Path(folder)))], *models)
 
     def _project(self, tensors: dict[str, torch.Tensor], others: list[str]) -> ProjectionReport:
-        """Replace the tensors by what the projection makes of them."""
+        """Replace the tensors by what the projection makes of them, and log what its report warns of."""
         from safetensors.torch import load_file
 
         sources = self._subspace.sources
@@ -88,6 +90,8 @@ class EndProjection:
             with projected_folder(saved, self._adapter, **where, **self._settings) as (report, projected):
                 self._check_norms(report)
                 tensors.update(load_file(projected / WEIGHTS))
+        for warning in report.warnings:
+            logger.warning("SafeLora: %s", warning)
         copied = [{"tensor": key, "reason": TRAINED_IN_FULL} for key in others]
         adapters = [replace(adapter, copied=[*adapter.copied, *copied]) for adapter in report.adapters]
         return replace(report, adapters=adapters)
