@@ -8,6 +8,7 @@ import numpy as np
 
 from safelora_fast import _core
 from safelora_fast.errors import PairingError, SettingsError
+from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.provenance import describe
 from safelora_fast.posthoc.settings import Settings
 from safelora_fast.posthoc.sources import open_checkpoint
@@ -45,16 +46,7 @@ def build_subspace(
     models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
     plan = plan_subspace(*models, modules)
     sources = dict(zip(("aligned", "base"), map(describe, models), strict=True))
-    stream = _core.ProjectionStream(
-        [module.job for module in plan.modules],
-        operator="orthogonal",
-        rank=settings.rank,
-        energy=settings.energy,
-        keep_projected=False,
-        keep_subspace=True,
-        threads=settings.threads,
-        seed=seed,
-    )
+    stream = start_stream(plan, settings, keep_subspace=True, seed=seed)
     if progress is not None:
         progress.start(plan.nbytes, len(plan.modules))
     built: dict[str, ModuleSubspace] = {}

@@ -266,6 +266,10 @@ def test_models_that_do_not_fit(sources, tmp_path):
     for lora, message in (({"use_dora": True}, "DoRA"), ({"init_lora_weights": "pissa"}, "pissa")):
         with pytest.raises(AdapterError, match=f"SafeLora: adapter 'default': .*{message}"):
             defend(tiny_peft_model(lora=lora), [defence])
+    merged = tiny_peft_model()
+    merged.merge_adapter()
+    with pytest.raises(SettingsError, match="merged into the model's weights"):
+        defend(merged, [defence])
     two = tiny_peft_model()
     two.add_adapter("other", two.peft_config["default"])
     two.base_model.set_adapter(["default", "other"])

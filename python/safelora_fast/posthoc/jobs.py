@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from safelora_fast import _core
-from safelora_fast.errors import PairingError
+from safelora_fast.errors import PairingError, SettingsError
 from safelora_fast.posthoc.geometry import Block, Matrix, cut_together
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.posthoc.adapter import Adapter, LoraModule
     from safelora_fast.posthoc.experts import Slice
+    from safelora_fast.posthoc.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,30 @@ def plan_groups(groups: Iterable[Group], adapters: Sequence[Adapter] = ()) -> Pl
     ordered = sorted(groups, key=lambda group: (group.aligned[0].file.path, group.aligned[0].begin, group.name))
     planned = tuple(_planned(group, adapters) for group in ordered)
     return Plan(planned, sum(module.job.nbytes for module in planned))
+
+
+def start_stream(
+    plan: Plan, settings: Settings, *, keep_projected: bool = False, keep_subspace: bool = False, seed: int = 0
+) -> _core.ProjectionStream:
+    """Start the work on a plan; the stream must be closed.
+
+    Raises:
+        SettingsError: when the system refuses so many threads.
+    """
+    try:
+        return _core.ProjectionStream(
+            [module.job for module in plan.modules],
+            operator=settings.operator,
+            normalize=settings.normalize or "frobenius",
+            rank=settings.rank,
+            energy=settings.energy,
+            keep_projected=keep_projected,
+            keep_subspace=keep_subspace,
+            threads=settings.threads,
+            seed=seed,
+        )
+    except RuntimeError as error:
+        raise SettingsError(f"{error}; ask for fewer with threads") from error
 
 
 def collect(problems: list[PairingError], into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]

@@ -15,6 +15,7 @@ from safelora_fast import _core
 from safelora_fast.errors import AdapterError, PairingError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
+from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
@@ -137,7 +138,7 @@ def _run(
     """Stream the modules, write what may be selected, and settle the selection at the end."""
     reports: list[list[ModuleReport]] = [[] for _ in writers]
     targets: list[list[tuple[Target, AdapterError | None]]] = [[] for _ in writers]
-    stream = _stream(plan, settings, keep_projected=any(writer is not None for writer in writers))
+    stream = start_stream(plan, settings, keep_projected=any(writer is not None for writer in writers))
     if progress is not None:
         progress.start(plan.nbytes, len(plan.modules))
     try:
@@ -183,21 +184,6 @@ def _run(
         _settle(adapter_reports, adapter_targets, writer, settings)
         for adapter_reports, adapter_targets, writer in zip(reports, targets, writers, strict=True)
     ]
-
-
-def _stream(plan: Plan, settings: Settings, *, keep_projected: bool) -> _core.ProjectionStream:
-    try:
-        return _core.ProjectionStream(
-            [module.job for module in plan.modules],
-            operator=settings.operator,
-            normalize=settings.normalize or "frobenius",
-            rank=settings.rank,
-            energy=settings.energy,
-            keep_projected=keep_projected,
-            threads=settings.threads,
-        )
-    except RuntimeError as error:  # the system refuses the threads
-        raise SettingsError(f"{error}; ask for fewer with threads") from error
 
 
 def _settle(

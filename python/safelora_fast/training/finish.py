@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError
+from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapter
 from safelora_fast.posthoc.peft_model import lora_tensors, projected_folder, save_tensors
 from safelora_fast.posthoc.plan import plan_projection
@@ -51,6 +51,10 @@ class EndProjection:
         self._subspace = defense.subspace
         self._holder = adapter_holder(model, owner="SafeLora")
         self._adapter = active_adapter(model, owner="SafeLora")
+        if any(getattr(module, "merged", False) for module in self._holder.modules()):
+            raise SettingsError(
+                "SafeLora: the adapter is merged into the model's weights: call unmerge_adapter() first"
+            )
         tensors = self._gathered(lora_tensors(self._holder, self._adapter)[0])
         on_first_rank(lambda: self._rehearse(tensors))
 
