@@ -76,12 +76,13 @@ def _writable_parent(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
 
     Args:
         target: a folder that does not exist, or is empty.
         overwrite: replace what stands there.
+        keep_others: what a replaced folder holds under other names moves into the new one; else it is deleted.
 
     Raises:
         OutputError: when the system refuses to write, or something appeared under the name meanwhile.
@@ -99,6 +100,8 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 sync(Path(folder))
             partial.chmod(0o777 & ~_umask())
             replaced = _put(partial, target, overwrite=overwrite)
+            if replaced and keep_others:
+                _move_others(partial, target)
             sync(target.parent)
         if replaced:
             shutil.rmtree(partial, ignore_errors=True)
@@ -163,6 +166,13 @@ def _put(partial: Path, target: Path, *, overwrite: bool) -> bool:
         raise
     aside.rename(partial)
     return True
+
+
+def _move_others(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if not (target / path.name).exists():
+            path.rename(target / path.name)
+    sync(target)
 
 
 def _umask() -> int:
