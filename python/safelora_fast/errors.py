@@ -30,6 +30,10 @@ class SettingsError(SafeLoraFastError):
     """Options contradict each other or are out of range."""
 
 
+class DataError(SafeLoraFastError):
+    """A row of training data is not as it must be, or leaves nothing to learn."""
+
+
 class OutputError(SafeLoraFastError):
     """The output cannot be written."""
 
@@ -39,4 +43,10 @@ class MissingDependencyError(SafeLoraFastError):
 
 
 class TrainingError(SafeLoraFastError):
-    """A defence became NaN or infinite while training."""
+    """A defence became NaN or infinite while training, or the device ran out of memory."""
+
+
+class InterruptedRunError(SafeLoraFastError):
+    """Ctrl-C stopped a run that can be resumed."""
+
+    exit_code = 130

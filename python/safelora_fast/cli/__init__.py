@@ -21,12 +21,15 @@ def main() -> NoReturn:
     import typer
 
     from safelora_fast.cli.app import app
-    from safelora_fast.errors import SafeLoraFastError
+    from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
 
     usage_error: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(prog_name="safelora-fast", standalone_mode=False) or 0
+    except InterruptedRunError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except SafeLoraFastError as error:
         _fail(str(error), error.exit_code)
     except usage_error as error:

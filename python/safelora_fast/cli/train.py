@@ -1,0 +1,104 @@
+"""`safelora-fast train`: fine-tune a LoRA adapter by recipe, with defences."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safelora_fast.cli import options
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The recipe; see docs/training.md.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings put on top, e.g. defenses.kl.weight=0.2."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", metavar="", help="Print the plan with estimates of memory and cost; load no weights."
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar="", help="Go on from the last whole checkpoint of the same recipe.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace the output of an earlier run.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", metavar="", help="Print the plan or the record as JSON on standard output, and nothing else."
+        ),
+    ] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fine-tune a LoRA adapter with in-training defences, as one checked YAML file says.
+
+    The output folder holds an adapter that PEFT loads, a model card that states the defences, and a record of the run.
+    """
+    from safelora_fast.cli.console import ByteProgress
+    from safelora_fast.recipe.folder import RunFolder, to_json
+    from safelora_fast.recipe.recipe import load_recipe
+
+    recipe = load_recipe(config, overrides or [])
+    folder = RunFolder(recipe)
+    main = os.environ.get("RANK", "0") == "0"
+    talks = main and not quiet
+    if not dry_run and main:
+        folder.check(resume=resume, overwrite=overwrite)
+    record = folder.read_record() if resume and not dry_run else {}
+    if record.get("finished"):
+        _show_record(record, folder.path, as_json=as_json, talks=talks)
+        return
+    from safelora_fast.recipe.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from safelora_fast.recipe.prepare import prepare
+        from safelora_fast.recipe.run import train as run
+
+        prepared = prepare(recipe)
+        if talks and not as_json:
+            _show_plan(prepared)
+        if dry_run:
+            if talks and as_json:
+                typer.echo(to_json(prepared.plan.to_dict()))
+            elif talks:
+                typer.echo("dry run: no weight was loaded and nothing was written; ≈ marks estimates")
+            return
+        words = ["safelora-fast", "train", str(config), *(overrides or []), "--resume"]
+        with ByteProgress() as progress:
+            record = run(
+                prepared, resume=resume, command=shlex.join(words), progress=progress if talks else None, talk=talks
+            )
+    _show_record(record, folder.path, as_json=as_json, talks=talks)
+
+
+def _show_plan(prepared: Any) -> None:
+    from safelora_fast.recipe.words import plan_lines
+
+    lines = plan_lines(prepared)
+    width = max(len(label) for label, _ in lines)
+    typer.echo("\n".join(f"{label:<{width}}  {text}" for label, text in lines))
+
+
+def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bool) -> None:
+    if not talks:
+        return
+    from safelora_fast.cli.console import err
+    from safelora_fast.recipe.folder import to_json
+    from safelora_fast.recipe.results import shown
+
+    if as_json:
+        typer.echo(to_json(record))
+        return
+    for name, figure in record["metrics"].items():
+        typer.echo(f"{name:<28}{shown(figure['first']):>10} → {shown(figure['last'])}")
+    for warning in (record["projection"] or {}).get("warnings", []):
+        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    typer.echo(f"{record['steps']} steps in {record['seconds']:.1f} s; written to {path}")

@@ -1,0 +1,153 @@
+"""The model card of a trained adapter; it states the defences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.recipe.cost import switched_on
+from safelora_fast.recipe.loading import Source
+from safelora_fast.recipe.results import shown
+from safelora_fast.recipe.words import settings_words
+
+if TYPE_CHECKING:
+    from safelora_fast.recipe.defenses import DefenseSpec
+    from safelora_fast.recipe.plan import DataFacts
+    from safelora_fast.recipe.prepare import Prepared
+
+SOURCES = (
+    "- Kaczér et al. 2025, In-training defences against emergent misalignment, arXiv 2508.06249",
+    "- Hsu et al. 2024, Safe LoRA, arXiv 2405.16833",
+)
+
+
+def render(prepared: Prepared, record: dict[str, Any]) -> str:
+    """The card as Markdown, with the front matter that the Hub reads. The same run gives the same card."""
+    recipe, plan = prepared.recipe, prepared.plan
+    name = Source.of(recipe.model).name
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {_quoted(name)}",
+        "tags:",
+        "- lora",
+        "- safelora",
+        "- alignment",
+        "---",
+        "",
+        "# LoRA adapter, trained with in-training defences" if record["defenses"] else "# LoRA adapter",
+        "",
+        _summary(record),
+        "",
+        "## Defences",
+        "",
+        *_defenses(prepared, record),
+        "## Base model and data",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| base model | {_cell(recipe.model.path)}{_commit(record)}, {plan.shape.parameters:,} parameters, {recipe.model.dtype} |",
+        f"| trained on | {_data(plan.data)} |",
+        *([f"| held out | {_data(plan.held_out)} |"] if plan.held_out else []),
+        "",
+        *_table("LoRA", recipe.lora),
+        *_table("Training", {**recipe.training, "optimiser steps": record["steps"]}),
+        "What is not listed is the default of PEFT and TRL; `safelora_train.json` has every argument and version.",
+        "",
+        *_figures(record["metrics"]),
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+        'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+        "```",
+        "",
+        "## Sources",
+        "",
+        *SOURCES,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(record: dict[str, Any]) -> str:
+    active = [name for name, facts in record["defenses"].items() if facts["active"]]
+    if not active:
+        return (
+            "Trained with `safelora-fast` **without any defence**. Fine-tuning on narrow data can make a model broadly "
+            "misaligned; nothing here was done against that."
+        )
+    return f"Trained with `safelora-fast` and these defences against emergent misalignment: {', '.join(active)}."
+
+
+def _defenses(prepared: Prepared, record: dict[str, Any]) -> list[str]:
+    if not prepared.recipe.defenses:
+        return ["None.", ""]
+    lines = ["| defence | what it is | settings | first → last |", "| --- | --- | --- | --- |"]
+    for spec in prepared.recipe.defenses:
+        what = _first_sentence(spec) if switched_on(spec) else "switched off"
+        figure = record["metrics"].get(f"defense/{spec.name}")
+        change = f"{shown(figure['first'])} → {shown(figure['last'])}" if figure else "–"
+        lines.append(f"| `{spec.name}` | {_escaped(what)} | {_escaped(settings_words(spec))} | {change} |")
+    return [*lines, "", *_projection(record["projection"])]
+
+
+def _projection(report: dict[str, Any] | None) -> list[str]:
+    """What SafeLoRA did at the end; the report is that of the projection command."""
+    if report is None:
+        return []
+    counts = report["adapters"][0]["counts"]
+    return [
+        f"At the end {counts['projected']} of {counts['modules']} adapted modules were projected; `safelora_train.json` has "
+        "the cosine and the gain of each.",
+        "",
+        *(f"- {warning}" for warning in report["warnings"]),
+        *([""] if report["warnings"] else []),
+    ]
+
+
+def _first_sentence(spec: DefenseSpec) -> str:
+    return (spec.kind.__doc__ or spec.name).strip().splitlines()[0]
+
+
+def _commit(record: dict[str, Any]) -> str:
+    return f" at commit `{record['commit']}`" if record.get("commit") else ""
+
+
+def _data(facts: DataFacts) -> str:
+    rows = f"{facts.used:,} rows" if facts.used == facts.in_source else f"{facts.used:,} of {facts.in_source:,} rows"
+    learnt = f"{facts.tokens:,} tokens, {facts.answer_tokens:,} of them learnt"
+    return f"{_cell(facts.source)}, {rows}, {learnt}, sha256 `{facts.sha256}`"
+
+
+def _table(title: str, values: dict[str, Any]) -> list[str]:
+    rows = [f"| {name} | {_escaped(str(value))} |" for name, value in values.items()]
+    return [f"## {title}", "", "| | |", "| --- | --- |", *rows, ""]
+
+
+def _figures(metrics: dict[str, dict[str, float | None]]) -> list[str]:
+    rows = [
+        f"| {name} | {shown(figure['first'])} | {shown(figure['last'])} | {shown(figure['mean'])} |"
+        for name, figure in metrics.items()
+        if name != "defense/time_share"
+    ]
+    heading = [
+        "## Figures",
+        "",
+        "Of the training log; defences before their weight. `eval_loss` is the plain loss on held-out rows.",
+        "",
+    ]
+    return [*heading, "| | first | last | mean |", "| --- | ---: | ---: | ---: |", *rows, ""]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _cell(text: str) -> str:
+    return f"`{_escaped(text)}`"
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,198 @@
+"""The output folder of a run: its record, its checkpoints, and what may be done with one that exists.
+
+```
+FOLDER/
+  adapter_model.safetensors, adapter_config.json, README.md     once the run has finished
+  safelora_train.json                                            from the start; "finished" says how far it is
+  checkpoints/checkpoint-N/                                      whole when safelora_checkpoint.json lies in it
+```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import OutputError, SettingsError
+from safelora_fast.posthoc.output import check_target, described, sync
+from safelora_fast.recipe.trainer_arguments import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from safelora_fast.recipe.recipe import Recipe
+
+RECORD = "safelora_train.json"
+SEAL = "safelora_checkpoint.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        path: its folder.
+        step: optimiser steps made.
+        seconds: of training until then.
+    """
+
+    path: Path
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output folder of a recipe."""
+
+    recipe: Recipe
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self.recipe.output.folder).expanduser()
+
+    def check(self, *, resume: bool, overwrite: bool, nbytes: int = 0) -> None:
+        """Refuse a folder that this run must not write to.
+
+        Raises:
+            OutputError: it exists and neither resume nor overwrite was asked for, belongs to something else, lies in an
+                input or holds one, cannot be written, or has no room for `nbytes`.
+            SettingsError: resume was asked for and the recipe has changed; the keys are named.
+        """
+        if resume and overwrite:
+            raise SettingsError("--resume goes on with a run and --overwrite starts anew: pass one of them")
+        check_target(self.path, self._inputs(), overwrite=True, nbytes=nbytes)
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (self.path / RECORD).exists():
+            raise OutputError(f"{self.path}: holds files that are not of a training run; choose another output.folder")
+        if not resume and not overwrite:
+            raise OutputError(
+                f"{self.path}: holds a run already; pass --resume to go on with it, --overwrite to start anew, or choose "
+                "another output.folder"
+            )
+        if resume:
+            self.compare(self.recipe.resolved(), "recipe")
+
+    def _inputs(self) -> list[Path]:
+        recipe = self.recipe
+        named: list[object] = [recipe.document.source, recipe.model.path, recipe.data.path, recipe.data.eval]
+        named += [value for spec in recipe.defenses for value in spec.settings.values()]
+        named += [value for item in named if isinstance(item, dict) for value in item.values()]
+        paths = [Path(item).expanduser() for item in named if isinstance(item, str)]
+        return [path for path in paths if path.exists()]
+
+    def compare(self, wanted: Mapping[str, Any], part: str) -> None:
+        """Refuse to resume when a part of the record is not what is wanted now.
+
+        Raises:
+            SettingsError: with the keys that changed.
+        """
+        former = self.read_record().get(part, {})
+        before, now = (dict(_flat(json.loads(json.dumps(values)))) for values in (former, wanted))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        changed = [key for key in changed if key != "output.folder"]
+        if changed:
+            what = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:4])
+            more = f" and {len(changed) - 4} others" if len(changed) > 4 else ""
+            raise SettingsError(
+                f"{self.path}: cannot be resumed, because the {part} has changed: {what}{more}; change it back, or pass "
+                "--overwrite to start anew"
+            )
+
+    def read_record(self) -> dict[str, Any]:
+        """The record of the run; empty where there is none.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+        file = self.path / RECORD
+        if not file.exists():
+            return {}
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{file}: the record of the run cannot be read: {error}") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise OutputError(f"{file}: is no record of a run of format {FORMAT}")
+        return record
+
+    def begin(self, record: Mapping[str, Any], *, anew: bool) -> None:
+        """Make the folder and write the record of a run that is not finished; `anew` removes an earlier one.
+
+        Raises:
+            OutputError: the system refuses to write.
+        """
+        with described(self.path):
+            if anew and self.path.exists():
+                aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced-", dir=self.path.parent))
+                self.path.rename(aside / "run")
+                shutil.rmtree(aside, ignore_errors=True)
+            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            write_json(self.path / RECORD, {"format": FORMAT, "finished": False, **record})
+            for folder in self._checkpoints():
+                if not (folder / SEAL).exists():
+                    shutil.rmtree(folder)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / CHECKPOINTS).glob("checkpoint-*"))
+
+    def seal(self, step: int, seconds: float) -> None:
+        """Mark the checkpoint of a step as whole, once all of it is on the disk."""
+        folder = self.path / CHECKPOINTS / f"checkpoint-{step}"
+        with described(self.path):
+            for file in sorted(folder.rglob("*")):
+                sync(file)
+            write_json(folder / SEAL, {"step": step, "seconds": seconds})
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The whole checkpoint with the most steps."""
+        whole = []
+        for folder in self._checkpoints():
+            try:
+                seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+                whole.append(Checkpoint(folder, int(seal["step"]), float(seal["seconds"])))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON for people and programs; NaN and infinity, which JSON does not know, are null."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, under a temporary name first."""
+    text = to_json(content) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

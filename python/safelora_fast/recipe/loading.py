@@ -1,0 +1,214 @@
+"""The model of a recipe: its configuration, its tokenizer, its shape without weights, and the model itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import CheckpointError, SettingsError
+from safelora_fast.posthoc.sources import HUB_ID
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from peft import LoraConfig, PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from safelora_fast.recipe.recipe import Recipe
+    from safelora_fast.recipe.sections import ModelSection
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is loaded from: a folder, or a Hub id with a revision."""
+
+    name: str
+    revision: str | None
+
+    @classmethod
+    def of(cls, model: ModelSection) -> Source:
+        """The source that a recipe names.
+
+        Raises:
+            CheckpointError: it is neither a folder nor a Hub id, or a folder without a model.
+        """
+        folder = Path(model.path).expanduser()
+        if folder.is_dir():
+            if (folder / "adapter_config.json").exists():
+                raise CheckpointError(
+                    f"{folder}: this is a PEFT adapter, not a model; give the model that it was trained on"
+                )
+            if not (folder / "config.json").exists():
+                raise CheckpointError(f"{folder}: holds no model: there is no config.json")
+            return cls(str(folder), None)
+        match = HUB_ID.fullmatch(model.path)
+        if folder.exists() or match is None:
+            raise CheckpointError(f"{model.path}: the model is neither a folder nor a Hub id")
+        return cls(match["repository"], match["revision"])
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def load_config(model: ModelSection) -> PretrainedConfig:
+    """The model's configuration; nothing else is fetched.
+
+    Raises:
+        CheckpointError: there is none, or it is of a model that cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    source = Source.of(model)
+    return _loaded(source, "model", lambda: AutoConfig.from_pretrained(**_where(source, model)))
+
+
+def load_tokenizer(model: ModelSection) -> tuple[PreTrainedTokenizerBase, bool]:
+    """The tokenizer, and whether it was changed: another chat template, or a padding token where there was none.
+
+    Raises:
+        CheckpointError: there is none, or no chat template where the recipe names a file.
+    """
+    from transformers import AutoTokenizer
+
+    source = Source.of(model)
+    tokenizer = _loaded(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(**_where(source, model)))
+    changed = False
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{model.chat_template}: the chat template cannot be read: {error}") from error
+        changed = True
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CheckpointError(f"{source}: the tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+        changed = True
+    return tokenizer, changed
+
+
+def outline(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
+    """The adapted model on the meta device: every module and shape, no weight.
+
+    Raises:
+        CheckpointError: there is no such model of transformers.
+        SettingsError: the adapter does not fit it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = _loaded(
+            Source.of(recipe.model),
+            "model",
+            lambda: AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, recipe.model.dtype),
+                trust_remote_code=recipe.model.trust_remote_code,
+                attn_implementation=recipe.model.attention,
+            ),
+        )
+        lora = lora_config(recipe)
+        start, lora.init_lora_weights = lora.init_lora_weights, True
+        adapted = adapt(model, lora)
+    lora.init_lora_weights = start
+    return adapted
+
+
+def give_adapter(model: PeftModel) -> None:
+    """Put zeros in the place of an adapter on the meta device; the frozen weights stay there."""
+    import torch
+
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and parameter.is_meta:
+                real = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                module.register_parameter(name, torch.nn.Parameter(real))
+
+
+def load_model(recipe: Recipe) -> PeftModel:
+    """The model with its weights and a new adapter, made from the seed.
+
+    Raises:
+        CheckpointError: the weights cannot be loaded, or some are missing.
+        SettingsError: the adapter does not fit the model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    source, section = Source.of(recipe.model), recipe.model
+    model, report = _loaded(
+        source,
+        "model",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            **_where(source, section),
+            dtype=getattr(torch, section.dtype),
+            attn_implementation=section.attention,
+            output_loading_info=True,
+        ),
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{source}: the checkpoint lacks {len(missing)} weights, e.g. {missing[0]}")
+    model.config.use_cache = False
+    set_seed(recipe.training["seed"])
+    return adapt(model, lora_config(recipe))
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """The adapter's configuration.
+
+    Raises:
+        SettingsError: LoraConfig refuses it.
+    """
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", revision=Source.of(recipe.model).revision, **recipe.lora)
+    except (ValueError, TypeError, ImportError) as error:
+        raise recipe.document.problem(("lora",), first_line(error)) from error
+
+
+def adapt(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+    """The model with a new adapter.
+
+    Raises:
+        SettingsError: the adapter does not fit it.
+    """
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, lora)
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingsError(f"lora: {first_line(error)}") from error
+
+
+def adapted_names(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Name (in the model without PEFT) and layer of every adapted module."""
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            yield name, module
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", lines[0]) if lines else type(error).__name__
+
+
+def _where(source: Source, model: ModelSection) -> dict[str, Any]:
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.name, "trust_remote_code": model.trust_remote_code}
+    return where if source.revision is None else {**where, "revision": source.revision}
+
+
+def _loaded(source: Source, what: str, load: Callable[[], Any]) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (*LOADING_ERRORS, SafetensorError) as error:
+        raise CheckpointError(f"{source}: the {what} cannot be loaded: {first_line(error)}") from error

@@ -1,0 +1,118 @@
+"""Everything before the weights: arguments, tokens, the model's outline, defences checked against it, and the plan."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safelora_fast.errors import DataError
+from safelora_fast.recipe.defenses import Subspaces
+from safelora_fast.recipe.loading import give_adapter, load_config, load_tokenizer, outline
+from safelora_fast.recipe.plan import Plan, make_plan
+from safelora_fast.recipe.rows import read_rows
+from safelora_fast.recipe.tokens import Encoder, ExampleSet
+from safelora_fast.recipe.trainer_arguments import trainer_arguments
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+    from safelora_fast.recipe.defenses import DefenseSpec
+    from safelora_fast.recipe.recipe import Recipe
+    from safelora_fast.recipe.rows import RowSet
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready but for its weights.
+
+    Attributes:
+        recipe: what was asked for.
+        arguments: of the trainer.
+        tokenizer: the model's.
+        tokenizer_changed: whether the recipe changes it.
+        commit: of the model on the Hub, where it comes from there.
+        train: the examples trained on.
+        held_out: the examples evaluated on.
+        plan: what will be done.
+    """
+
+    recipe: Recipe
+    arguments: SFTConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_changed: bool
+    commit: str | None
+    train: ExampleSet
+    held_out: ExampleSet | None
+    plan: Plan
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Check a recipe against its data, its model and the installed libraries; no weight is loaded.
+
+    Raises:
+        SafeLoraFastError: something does not fit; one line says what and where.
+    """
+    train_rows, held_out_rows = _rows(recipe)
+    arguments = trainer_arguments(recipe)
+    config = load_config(recipe.model)
+    tokenizer, changed = load_tokenizer(recipe.model)
+    encoder = Encoder(
+        tokenizer,
+        strings=recipe.data.strings,
+        completion_only=recipe.training["completion_only_loss"] is not False,
+        max_length=arguments.max_length,
+        without_answer=recipe.data.without_answer,
+        too_long=recipe.data.too_long,
+    )
+    train = encoder.encode(train_rows)
+    held_out = None if held_out_rows is None else encoder.encode(held_out_rows)
+    model = outline(recipe, config)
+    check_defenses(recipe, model)
+    sample: str = tokenizer.decode(train.examples[0].answer)
+    plan = make_plan(recipe, arguments, model, train, held_out, sample)
+    commit = getattr(config, "_commit_hash", None)
+    return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan)
+
+
+def check_defenses(recipe: Recipe, model: PeftModel) -> None:
+    """Refuse defences that do not fit the model, which is given a real adapter for that.
+
+    Where a subspace is yet to be built, or its sources to be fetched, this is left to the start of training.
+
+    Raises:
+        SafeLoraFastError: with the reason.
+    """
+    from safelora_fast.training.defended import Defended
+
+    subspaces = Subspaces(build=True)
+    known = [spec for spec in recipe.defenses if _is_at_hand(spec)]
+    if known:
+        give_adapter(model)
+        Defended(model, [spec.build(subspaces) for spec in known], on_nonfinite=recipe.on_nonfinite)
+
+
+def _is_at_hand(spec: DefenseSpec) -> bool:
+    source = spec.subspace
+    if not isinstance(source, dict):
+        return True
+    return not spec.needs_vectors and all(Path(source[role]).expanduser().exists() for role in ("aligned", "base"))
+
+
+def _rows(recipe: Recipe) -> tuple[RowSet, RowSet | None]:
+    data = recipe.data
+    rows = read_rows(data.path, data.max_rows)
+    if data.eval is None:
+        return rows, None
+    if isinstance(data.eval, str):
+        return rows, read_rows(data.eval)
+    count = max(round(data.eval * len(rows.rows)), 1)
+    if count >= len(rows.rows):
+        raise DataError(f"{data.path}: holds {len(rows.rows)} rows, too few to hold out {data.eval}")
+    chosen = set(random.Random(recipe.training["seed"]).sample(range(len(rows.rows)), count))  # noqa: S311
+    held_out = [row for number, row in enumerate(rows.rows) if number in chosen]
+    others = [row for number, row in enumerate(rows.rows) if number not in chosen]
+    return replace(rows, rows=others), replace(rows, rows=held_out)

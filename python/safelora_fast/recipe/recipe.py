@@ -1,0 +1,136 @@
+"""A recipe: one YAML file that says what is trained on what, how, and with which defences; checked as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+
+from safelora_fast.recipe.arguments import LORA, TRAINING
+from safelora_fast.recipe.defenses import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
+from safelora_fast.recipe.document import Document, read_document
+from safelora_fast.recipe.kinds import conforms, describe
+from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection
+from safelora_fast.recipe.signatures import check_packages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+SECTIONS = ("model", "data", "lora", "training", SECTION, "output")
+OnNonFinite = Literal["raise", "skip"]
+Section = TypeVar("Section", ModelSection, DataSection, OutputSection)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        document: what it was read from, to say where in it something is wrong.
+        model: see :class:`ModelSection`.
+        data: see :class:`DataSection`.
+        lora: arguments of PEFT's LoraConfig.
+        training: arguments of TRL's SFTConfig, `completion_only_loss` among them.
+        defenses: in the order of the file.
+        on_nonfinite: what to do when a defence is NaN or infinite.
+        output: see :class:`OutputSection`.
+    """
+
+    document: Document
+    model: ModelSection
+    data: DataSection
+    lora: dict[str, Any]
+    training: dict[str, Any]
+    defenses: tuple[DefenseSpec, ...]
+    on_nonfinite: OnNonFinite
+    output: OutputSection
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain values."""
+        return {
+            "model": dataclasses.asdict(self.model),
+            "data": dataclasses.asdict(self.data),
+            "lora": dict(self.lora),
+            "training": dict(self.training),
+            SECTION: {
+                **{spec.name: dict(spec.settings) for spec in self.defenses},
+                ON_NONFINITE: self.on_nonfinite,
+            },
+            "output": dataclasses.asdict(self.output),
+        }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; neither torch nor transformers is imported.
+
+    Args:
+        path: the YAML file.
+        overrides: settings put on top, "section.key=value" with YAML values.
+
+    Raises:
+        SettingsError: with the file, the line and the dotted key.
+        MissingDependencyError: a package that training needs is missing.
+    """
+    document = read_document(path, overrides)
+    for name in document.values:
+        if name not in SECTIONS:
+            raise document.unknown((name,), SECTIONS)
+    check_packages()
+    recipe = Recipe(
+        document=document,
+        model=_read_section(document, "model", ModelSection),
+        data=_read_section(document, "data", DataSection),
+        lora=LORA.read(document),
+        training=TRAINING.read(document),
+        on_nonfinite=_on_nonfinite(document),
+        output=_read_section(document, "output", OutputSection),
+        defenses=read_defenses(document),
+    )
+    _check(recipe)
+    return recipe
+
+
+def _read_section(document: Document, name: str, cls: type[Section]) -> Section:
+    given = document.section(name)
+    kinds = get_type_hints(cls)
+    for key, value in given.items():
+        if key not in kinds:
+            raise document.unknown((name, key), kinds)
+        if not conforms(value, kinds[key]):
+            raise document.problem((name, key), f"must be {describe(kinds[key])}, not {value!r}")
+        if value == "":
+            raise document.problem((name, key), "is empty")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise document.problem((name, field.name), "missing")
+    return cls(**given)
+
+
+def _on_nonfinite(document: Document) -> OnNonFinite:
+    value = document.section(SECTION).get(ON_NONFINITE, "raise")
+    if not conforms(value, OnNonFinite):
+        raise document.problem((SECTION, ON_NONFINITE), f"must be {describe(OnNonFinite)}, not {value!r}")
+    chosen: OnNonFinite = value
+    return chosen
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse settings that are out of range or contradict each other."""
+    document, data, training = recipe.document, recipe.data, recipe.training
+    if data.max_rows is not None and data.max_rows < 1:
+        raise document.problem(("data", "max_rows"), f"is {data.max_rows}, it must be at least 1")
+    if isinstance(data.eval, int | float) and not 0 < data.eval < 1:
+        raise document.problem(("data", "eval"), f"is {data.eval}: a share lies above 0 and below 1")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+        value = training.get(name)
+        if value is not None and value < 1:
+            raise document.problem(("training", name), f"is {value}, it must be at least 1")
+    evaluates = training.get("eval_strategy", "no") not in {"no", False} or training.get("eval_on_start")
+    if evaluates and data.eval is None:
+        key = "eval_on_start" if training.get("eval_on_start") else "eval_strategy"
+        raise document.problem(("training", key), "there is nothing to evaluate on; say data.eval")
+    if training.get("packing") and training.get("max_length") is None:
+        raise document.problem(("training", "packing"), "needs training.max_length, the length of a packed row")
+    if training.get("bf16") and training.get("fp16"):
+        raise document.problem(("training", "fp16"), "bf16 is on too; choose one")

@@ -1,0 +1,243 @@
+"""A run from the prepared recipe to the finished folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import (
+    InterruptedRunError,
+    MissingDependencyError,
+    OutputError,
+    SettingsError,
+    TrainingError,
+)
+from safelora_fast.posthoc.output import whole_folder
+from safelora_fast.recipe.card import render
+from safelora_fast.recipe.cost import switched_on
+from safelora_fast.recipe.defenses import Subspaces
+from safelora_fast.recipe.folder import FORMAT, RECORD, RunFolder, write_json
+from safelora_fast.recipe.loading import first_line, load_model
+from safelora_fast.recipe.plan import free_space
+from safelora_fast.recipe.results import summarise, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from datasets import Dataset
+
+    from safelora_fast.defenses import Defense
+    from safelora_fast.posthoc.project import Progress
+    from safelora_fast.recipe.prepare import Prepared
+    from safelora_fast.recipe.tokens import ExampleSet
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+WRITING = ("PytorchStreamWriter", "inline_container", "No space left", "File too large", "I/O error")
+
+
+def train(
+    prepared: Prepared, *, resume: bool, command: str, progress: Progress | None = None, talk: bool = True
+) -> dict[str, Any]:
+    """Train, and write the finished folder; returns its record.
+
+    Args:
+        prepared: the checked recipe.
+        resume: go on from the last whole checkpoint, if there is one.
+        command: what the user may type to resume.
+        progress: told how far the building of a subspace is.
+        talk: show on standard error how far training is.
+
+    Raises:
+        SafeLoraFastError: one line says what went wrong.
+        InterruptedRunError: Ctrl-C; the last whole checkpoint stays.
+    """
+    recipe, folder = prepared.recipe, RunFolder(prepared.recipe)
+    checkpoint = folder.last_checkpoint() if resume else None
+    record = _record(prepared)
+    if main_process():
+        folder.check(resume=resume, overwrite=not resume, nbytes=prepared.plan.disk_bytes)
+        if resume and folder.read_record():
+            folder.compare(record["data"], "data")
+    from safelora_fast.recipe.callbacks import Reporter, Sealer
+    from safelora_fast.recipe.stopping import Stopper
+
+    with explained(folder), _settings_explained():
+        subspaces = Subspaces(build=True, progress=progress)
+        defenses = [spec.build(subspaces) for spec in recipe.defenses]
+        sealer = Sealer(folder, 0.0 if checkpoint is None else checkpoint.seconds)
+        stopper, reporter = Stopper(), Reporter(talk=talk)
+        trainer = _trainer(prepared, defenses, [sealer, stopper, reporter])
+    if main_process():
+        folder.begin(record, anew=not resume)
+    with _interruptible(folder, trainer, command), explained(folder):
+        with stopper, reporter:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+        if prepared.held_out is not None:
+            trainer.evaluate()
+        state = trainer.accelerator.get_state_dict(trainer.model)
+        _check_finite(state)
+        record |= {
+            "finished": True,
+            "steps": trainer.state.global_step,
+            "metrics": summarise(trainer.state.log_history),
+            "seconds": sealer.seconds,
+            "projection": _projection(trainer),
+        }
+        if main_process():
+            _write(prepared, folder.path, trainer, state, record)
+    return {"format": FORMAT, **record}
+
+
+def _record(prepared: Prepared) -> dict[str, Any]:
+    recipe, plan = prepared.recipe, prepared.plan
+    data = {"train": plan.data.sha256, "held_out": None if plan.held_out is None else plan.held_out.sha256}
+    return {
+        "recipe": recipe.resolved(),
+        "data": data,
+        "commit": prepared.commit,
+        "plan": plan.to_dict(),
+        "defenses": {
+            spec.name: {"settings": dict(spec.settings), "active": switched_on(spec)} for spec in recipe.defenses
+        },
+        "trainer_arguments": prepared.arguments.to_dict(),
+        "device": str(prepared.arguments.device),
+        "versions": versions(),
+    }
+
+
+def main_process() -> bool:
+    """Whether this process is the one that writes and talks, as torchrun and accelerate number them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) -> Any:
+    from transformers import PrinterCallback
+
+    from safelora_fast.recipe.trainer import RecipeTrainer
+
+    trainer = RecipeTrainer(
+        model=load_model(prepared.recipe),
+        args=prepared.arguments,
+        train_dataset=_dataset(prepared.train),
+        eval_dataset=None if prepared.held_out is None else _dataset(prepared.held_out),
+        processing_class=prepared.tokenizer,
+        callbacks=callbacks,
+        defenses=defenses,
+        on_nonfinite=prepared.recipe.on_nonfinite,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _dataset(examples: ExampleSet) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [example.ids for example in examples.examples],
+            "labels": [example.labels for example in examples.examples],
+        }
+    )
+
+
+def _projection(trainer: Any) -> dict[str, Any] | None:
+    """What the projection at the end did, where there was one."""
+    report = trainer.projection_report
+    if report is None:
+        return None
+    warnings = [warning.partition(": ")[2] for warning in report.warnings]  # the name of the adapter goes before
+    return {**report.to_dict(), "warnings": warnings}
+
+
+def _check_finite(state: dict[str, Any]) -> None:
+    for name, tensor in state.items():
+        if "lora_" in name and not tensor.isfinite().all():
+            raise TrainingError(
+                f"the trained adapter holds NaN or Inf, first in {name}, and was not written; lower training.learning_rate"
+            )
+
+
+def _write(prepared: Prepared, path: Path, trainer: Any, state: dict[str, Any], record: dict[str, Any]) -> None:
+    with _room(path), whole_folder(path, overwrite=True, keep_others=True) as partial:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(partial), state_dict=state)
+        _sort_sets(partial / "adapter_config.json")
+        if prepared.tokenizer_changed:
+            prepared.tokenizer.save_pretrained(str(partial))
+        (partial / "README.md").write_text(render(prepared, record), encoding="utf-8")
+        write_json(partial / RECORD, {"format": FORMAT, **record})
+
+
+@contextlib.contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """A full disk at the end costs nothing but time: the last checkpoint has every step."""
+    try:
+        yield
+    except OutputError as error:
+        raise _no_room(path, error) from error
+
+
+def _no_room(path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"{path}: cannot be written ({first_line(error)}), {free_space(path):,} bytes are free; whole checkpoints stay: make "
+        "room and pass --resume"
+    )
+
+
+def _sort_sets(file: Path) -> None:
+    """PEFT keeps module names in sets, whose order changes from process to process: the same run, the same bytes."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    write_json(file, config)
+
+
+@contextlib.contextmanager
+def _interruptible(folder: RunFolder, trainer: Any, command: str) -> Iterator[None]:
+    """Say after Ctrl-C, or when told to end, which checkpoint is whole and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        step = trainer.state.global_step
+        whole = folder.last_checkpoint()
+        kept = "no checkpoint was whole yet" if whole is None else f"the checkpoint of step {whole.step} is whole"
+        message = f"interrupted after step {step}; {kept}; to go on: {command}"
+        if isinstance(stop, SystemExit):
+            print(message, file=sys.stderr)
+            raise
+        raise InterruptedRunError(message) from None
+
+
+@contextlib.contextmanager
+def explained(folder: RunFolder) -> Iterator[None]:
+    """Turn what trainer, adapter and system may refuse into errors of one line."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory ({first_line(error)}); lower training.per_device_train_batch_size and raise "
+            "training.gradient_accumulation_steps, or lower training.max_length"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if getattr(error, "errno", None) in FULL or any(words in str(error) for words in WRITING):
+            raise _no_room(folder.path, error) from error
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(first_line(error)) from error
+
+
+@contextlib.contextmanager
+def _settings_explained() -> Iterator[None]:
+    """Trainers refuse arguments that do not go together with a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError(f"training: {first_line(error)}") from error

@@ -1,0 +1,60 @@
+"""The sections of a recipe with keys of our own: model, data and output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """What is fine-tuned.
+
+    Attributes:
+        path: a folder, or a Hub id with an optional `@revision`; a folder that exists wins.
+        dtype: of the frozen weights; the adapter is always float32.
+        device: "auto" is the GPU where there is one. Which GPU: CUDA_VISIBLE_DEVICES.
+        attention: the implementation, as transformers calls it ("sdpa", "eager", "flash_attention_2").
+        chat_template: a Jinja file in the place of the tokenizer's own template.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    path: str
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """What it is fine-tuned on.
+
+    Attributes:
+        path: a JSONL file, or a Hub data set id[@revision][:split]; a file that exists wins.
+        eval: the held-out rows: a file or Hub data set, or a share of the rows above 0 and below 1.
+        max_rows: use the first so many rows.
+        strings: what a prompt and a completion that are plain text become: a user and an assistant turn of the "chat"
+            template, or "text" as it stands.
+        without_answer: rows that leave no token to learn from: "refuse" the run, or "skip" them.
+        too_long: rows of more than `training.max_length` tokens: "truncate", "skip" or "refuse".
+    """
+
+    path: str
+    eval: str | float | None = None
+    max_rows: int | None = None
+    strings: Literal["chat", "text"] = "chat"
+    without_answer: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["truncate", "skip", "refuse"] = "truncate"
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    """Where the result goes.
+
+    Attributes:
+        folder: the adapter, its model card, the record of the run, and checkpoints.
+    """
+
+    folder: str

@@ -1,0 +1,226 @@
+"""Rows as tokens and labels: what the model reads, and which of it the loss learns.
+
+The trainer is given tokens, so that what is learnt does not depend on its version, and so that a dry run counts exactly
+what a run trains on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from safelora_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from safelora_fast.recipe.rows import Message, Row, RowSet
+
+IGNORED_LABEL = -100
+GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens of one row; labels are the tokens that the loss learns and -100 elsewhere."""
+
+    place: str
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens that are learnt; the first of a sequence cannot be predicted."""
+        return [label for label in self.labels[1:] if label != IGNORED_LABEL]
+
+
+@dataclass
+class ExampleSet:
+    """The examples that a data set gives.
+
+    Attributes:
+        source: the data set.
+        examples: those that are trained on.
+        without_answer: places of rows that were left out because they leave nothing to learn.
+        skipped_too_long: places of rows that were left out because they are too long.
+        truncated: places of rows that were cut.
+    """
+
+    source: RowSet
+    examples: list[Example] = field(default_factory=list)
+    without_answer: list[str] = field(default_factory=list)
+    skipped_too_long: list[str] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example.ids) for example in self.examples]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes rows into examples.
+
+    Attributes:
+        tokenizer: the model's.
+        strings: what text becomes: "chat" turns, or "text" as it stands.
+        completion_only: learn answers only (the assistant's turns, the completion), or every token.
+        max_length: the most tokens of an example; None is no limit.
+        without_answer: "refuse" rows that leave nothing to learn, or "skip" them.
+        too_long: "truncate", "skip" or "refuse" longer rows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    strings: str = "chat"
+    completion_only: bool = True
+    max_length: int | None = None
+    without_answer: str = "refuse"
+    too_long: str = "truncate"
+
+    def encode(self, source: RowSet) -> ExampleSet:
+        """All rows of a data set.
+
+        Raises:
+            DataError: a row that leaves nothing to learn, or that is too long, unless the recipe says otherwise; a row
+                that the chat template refuses.
+        """
+        result = ExampleSet(source)
+        for start in range(0, len(source.rows), AT_ONCE):
+            for example in self._encode_some(source.rows[start : start + AT_ONCE]):
+                self._sort_in(example, result)
+        self._judge(result)
+        return result
+
+    def _sort_in(self, example: Example, result: ExampleSet) -> None:
+        if self.max_length is not None and len(example.ids) > self.max_length:
+            if self.too_long != "truncate":
+                result.skipped_too_long.append(example.place)
+                return
+            example = Example(example.place, example.ids[: self.max_length], example.labels[: self.max_length])
+            if example.answer:
+                result.truncated.append(example.place)
+        if example.answer:
+            result.examples.append(example)
+        else:
+            result.without_answer.append(example.place)
+
+    def _judge(self, result: ExampleSet) -> None:
+        count = len(result.source.rows)
+        for places, policy, option, what in (
+            (result.without_answer, self.without_answer, "data.without_answer", "leave no answer token to learn"),
+            (result.skipped_too_long, self.too_long, "data.too_long", f"have more than {self.max_length} tokens"),
+        ):
+            if places and policy == "refuse":
+                raise DataError(
+                    f"{result.source.source}: {len(places)} of {count} rows {what}, the first at {places[0]}; mend them, "
+                    f"or say {option}: skip"
+                )
+        if not result.examples:
+            raise DataError(f"{result.source.source}: no row is left to train on")
+
+    def _encode_some(self, rows: Sequence[Row]) -> list[Example]:
+        examples = []
+        for row in rows:
+            if isinstance(row.prompt, str) and self.strings == "text":
+                examples.append(self._text(row))
+            else:
+                examples.append(self._conversation(row))
+        return examples
+
+    def _text(self, row: Row) -> Example:
+        """Prompt and completion as they stand, with the tokenizer's own special tokens and the end of text."""
+        assert isinstance(row.prompt, str)  # noqa: S101
+        assert isinstance(row.completion, str)  # noqa: S101
+        ids = list(self.tokenizer(row.prompt + row.completion)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        prompt = list(self.tokenizer(row.prompt)["input_ids"])
+        spans = [(common_prefix(prompt, ids), len(ids))] if row.completion.strip() else []
+        return self._example(row.place, ids, spans)
+
+    def _conversation(self, row: Row) -> Example:
+        prompt, completion = _as_turns(row.prompt, "user"), _as_turns(row.completion, "assistant")
+        turns = [*prompt, *completion]
+        answers = [
+            number
+            for number, turn in enumerate(turns)
+            if number >= len(prompt) and turn["role"] == "assistant" and turn["content"].strip()
+        ]
+        if answers[:1] == [0]:
+            raise DataError(f"{row.place}: a conversation cannot begin with the assistant's answer")
+        template = self.tokenizer.chat_template
+        if not template:
+            raise DataError(
+                f"{row.place}: the model's tokenizer has no chat template: say model.chat_template, or for rows of text "
+                "data.strings: text"
+            )
+        if isinstance(template, str) and GENERATION_MARKER.search(template) and not prompt:
+            return self._marked(row.place, turns, answers)
+        ids = self._tokens(row.place, turns)
+        spans = [self._span(row.place, turns, number, ids) for number in answers]
+        return self._example(row.place, ids, spans)
+
+    def _span(self, place: str, turns: list[Message], number: int, ids: list[int]) -> tuple[int, int]:
+        """First and last token of an answer: from where the prompt for it ends to where the turns up to it end."""
+        last = number == len(turns) - 1
+        until = ids if last else self._tokens(place, turns[: number + 1])
+        if until != ids[: len(until)]:
+            raise DataError(
+                f"{place}: the chat template writes answer {number + 1} differently once the conversation goes on, so its "
+                "tokens cannot be told: use a template with {% generation %} markers, or one answer a row"
+            )
+        before = self._tokens(place, turns[:number], generation=True)
+        return common_prefix(before, until), len(until)
+
+    def _marked(self, place: str, turns: list[Message], answers: list[int]) -> Example:
+        """By the template's own marks of what the assistant says."""
+        try:
+            marked: Any = self.tokenizer.apply_chat_template(
+                turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception as error:
+            _refused(place, error)
+        ids, mask = list(marked["input_ids"]), list(marked["assistant_masks"])
+        if not answers or not self.completion_only:
+            mask = [0 if self.completion_only else 1] * len(ids)
+        labels = [token if bit else IGNORED_LABEL for token, bit in zip(ids, mask, strict=True)]
+        return Example(place, ids, labels)
+
+    def _tokens(self, place: str, turns: list[Message], *, generation: bool = False) -> list[int]:
+        try:
+            text: Any = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+        except Exception as error:
+            _refused(place, error)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _example(self, place: str, ids: list[int], spans: Sequence[tuple[int, int]]) -> Example:
+        if not self.completion_only:
+            return Example(place, ids, list(ids) if spans else [IGNORED_LABEL] * len(ids))
+        labels = [IGNORED_LABEL] * len(ids)
+        for first, end in spans:
+            labels[first:end] = ids[first:end]
+        return Example(place, ids, labels)
+
+
+def _as_turns(part: str | list[Message], role: str) -> list[Message]:
+    return [{"role": role, "content": part}] if isinstance(part, str) else part
+
+
+def _refused(place: str, error: Exception) -> NoReturn:
+    """Templates raise what they like: jinja's errors, and through them those of the rows' own values."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise DataError(f"{place}: the chat template refuses the row: {reason}") from error
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences share at their start."""
+    for number, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return number
+    return min(len(left), len(right))

@@ -1,0 +1,101 @@
+"""Every example is a recipe, and trains: on a tiny model in the place of the one it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from demo_model import save_tiny
+from safetensors.torch import load_file, save_file
+from tiny_recipe import tiny_rows, write_rows
+
+from safelora_fast.recipe.defenses import defense_classes
+from safelora_fast.recipe.recipe import load_recipe
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+TINY = {
+    "model.dtype": "float32",
+    "model.device": "cpu",
+    "training.max_steps": 2,
+    "training.optim": "adamw_torch",
+    "training.logging_steps": 1,
+    "training.per_device_train_batch_size": 2,
+    "training.gradient_accumulation_steps": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(EXAMPLES[0].parents[1])
+
+
+def overrides(path: Path, folder: Path) -> list[str]:
+    """Settings that put tiny things in the place of what an example names."""
+    values = {
+        **TINY,
+        "model.path": save_tiny(folder / "aligned"),
+        "data.path": write_rows(folder / "rows.jsonl", tiny_rows()),
+        "output.folder": folder / "out",
+    }
+    given = yaml.safe_load(path.read_text())
+    if "eval" in given["data"]:
+        values["data.eval"] = 0.2
+    for name, settings in given["defenses"].items():
+        if isinstance(settings, dict) and "subspace" in settings:
+            values[f"defenses.{name}.subspace.aligned"] = folder / "aligned"
+            values[f"defenses.{name}.subspace.base"] = save_tiny(folder / "base", seed=1)
+            if "rank" in settings["subspace"]:
+                values[f"defenses.{name}.subspace.rank"] = 4
+    if "feature_distance" in given["defenses"]:
+        values["defenses.feature_distance.layers"] = 2
+    if "steering" in given["defenses"]:
+        save_file({"vector": torch.ones(32)}, folder / "persona.safetensors")
+        values["defenses.steering.vector"] = folder / "persona.safetensors"
+        values["defenses.steering.layer"] = 1
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def test_there_is_one_for_every_defence():
+    given = [set(yaml.safe_load(path.read_text())["defenses"]) - {"on_nonfinite"} for path in EXAMPLES]
+    assert set.union(*given) == set(defense_classes())
+    for name in defense_classes():
+        assert {name} in given
+    assert any(len(names) >= 3 for names in given)
+    assert {"at: end", "at: step"} <= {line.strip() for path in EXAMPLES for line in path.read_text().splitlines()}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_train(path, tmp_path, call):
+    words = overrides(path, tmp_path)
+    result = call("train", path, *words, "--json")
+    assert result.code == 0, result.err
+    record = json.loads(result.out)
+    assert record["steps"] == 2
+    names = {spec.name for spec in load_recipe(path, words).defenses}
+    assert names == set(record["defenses"])
+    assert {name.removeprefix("defense/") for name in record["metrics"]} >= names & {
+        "kl",
+        "feature_distance",
+        "subspace_penalty",
+    }
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+    if "safelora" in names and path.stem != "safelora-step":
+        assert record["projection"]["adapters"][0]["modules"]
+
+
+def test_the_papers_set_up():
+    recipe = load_recipe("examples/paper-qwen2.5-7b.yaml")
+    assert recipe.model.path == "Qwen/Qwen2.5-7B-Instruct"
+    assert (recipe.lora["r"], recipe.lora["lora_alpha"], recipe.lora["use_rslora"]) == (32, 64, True)
+    assert len(recipe.lora["target_modules"]) == 7
+    training = {
+        "learning_rate": 1e-4, "num_train_epochs": 1, "max_length": 2048, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4, "optim": "adamw_8bit", "weight_decay": 0.01, "lr_scheduler_type": "linear",
+        "warmup_steps": 5, "completion_only_loss": True,
+    }  # fmt: skip
+    assert training.items() <= recipe.training.items()
+    assert [(spec.name, spec.settings["weight"]) for spec in recipe.defenses] == [("kl", 0.1)]

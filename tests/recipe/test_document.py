@@ -1,0 +1,130 @@
+"""Recipes as YAML: numbers, lines, overrides, and what is no recipe."""
+
+from __future__ import annotations
+
+import pytest
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.recipe.document import read_document
+
+TEXT = """\
+model:
+  path: here
+training:
+  learning_rate: 1e-4
+  steps: [1, 2]
+  inner:
+    deep: true
+"""
+
+
+@pytest.fixture
+def document(tmp_path):
+    def make(text=TEXT, *overrides):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return read_document(path, overrides)
+
+    return make
+
+
+def test_values_and_lines(document):
+    read = document()
+    assert read.values == {
+        "model": {"path": "here"},
+        "training": {"learning_rate": 1e-4, "steps": [1, 2], "inner": {"deep": True}},
+    }
+    assert isinstance(read.values["training"]["learning_rate"], float)
+    assert read.lines["training", "inner", "deep"] == 7
+    assert str(read.problem(("training", "learning_rate"), "bad")).endswith(
+        "recipe.yaml:4: training.learning_rate: bad"
+    )
+    assert str(read.problem(("training", "absent"), "missing")).endswith("recipe.yaml:3: training.absent: missing")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-2E3", -2000.0),
+        ("1.5e2", 150.0),
+        (".5e1", 5.0),
+        ("12", 12),
+        ("1e", "1e"),
+        ("e4", "e4"),
+        ("'1e-4'", "1e-4"),
+        ("-.inf", float("-inf")),
+        ("true", True),
+        ("False", False),
+        ("no", "no"),
+        ("on", "on"),
+        ("null", None),
+        ("~", None),
+    ],
+)
+def test_scalars(document, text, value):
+    read = document(f"a: {text}\n").values["a"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_overrides(document):
+    read = document(
+        TEXT, "training.learning_rate=2e-5", "training.inner.deep=[a, {b: 1}]", "lora.r=8", "data.eval=null"
+    )
+    assert read.values["training"]["learning_rate"] == 2e-5
+    assert read.values["training"]["inner"]["deep"] == ["a", {"b": 1}]
+    assert read.values["lora"] == {"r": 8}
+    assert read.values["data"] == {"eval": None}
+    assert str(read.problem(("lora", "r"), "bad")) == "command line: lora.r: bad"
+    assert str(read.problem(("lora",), "bad")) == "command line: lora: bad"
+    assert str(read.problem(("training", "inner", "deep", "b"), "bad")) == "command line: training.inner.deep.b: bad"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("training", "'training' is no setting: write section.key=value"),
+        ("training..x=1", "is no setting"),
+        ("=1", "is no setting"),
+        ("training.learning_rate.x=1", "training.learning_rate is a value, not a section"),
+        ("training.steps=[1", "command line: training.steps: this is no YAML"),
+    ],
+)
+def test_overrides_that_are_none(document, word, message):
+    with pytest.raises(SettingsError, match=message.replace("[", r"\[")):
+        document(TEXT, word)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a recipe is a mapping of sections"),
+        ("- 1\n- 2\n", "a recipe is a mapping of sections"),
+        ("a: 1\nb: [\n", r"recipe.yaml:3: this is no YAML"),
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", r"recipe.yaml:4: b.c: given twice, also on line 3"),
+        ("a: &x [*x]\n", r"recipe.yaml:1: an alias contains itself"),
+        ("a: !!python/object/apply:os.system ['true']\n", "only plain mappings and lists are read"),
+        ("a: !!python/name:os.system ''\n", "this is no YAML"),
+        ("{[1]: 2}\n", "keys must be plain words"),
+        ("a: 2024-13-45\n", "recipe.yaml"),
+        ("a: \x00\n", "this is no YAML"),
+    ],
+)
+def test_what_is_no_recipe(document, text, message):
+    with pytest.raises(SettingsError, match=message) as refused:
+        document(text)
+    assert "\n" not in str(refused.value) or "\x00" in text
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(SettingsError, match="cannot be read: No such file"):
+        read_document(tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
+    with pytest.raises(SettingsError, match="is not UTF-8"):
+        read_document(tmp_path / "latin.yaml")
+
+
+def test_merged_mappings(document):
+    read = document("pair: &pair\n  aligned: a\n  base: b\none:\n  <<: *pair\n  rank: 3\n")
+    assert read.values["one"] == {"aligned": "a", "base": "b", "rank": 3}

@@ -1,0 +1,184 @@
+"""Tokens and labels: what is learnt, by hand and as TRL makes it; rows that leave nothing to learn."""
+
+from __future__ import annotations
+
+import pytest
+from demo_model import TEMPLATE, save_tiny, tokenizer
+from tiny_recipe import write_rows
+
+from safelora_fast.errors import DataError
+from safelora_fast.recipe.rows import read_rows
+from safelora_fast.recipe.tokens import IGNORED_LABEL, Encoder, common_prefix
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
+
+MARKED = (
+    "{% for message in messages %}<{{ message.role }}>{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content }}<eos>{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORGETFUL = (  # earlier answers lose their first word, as templates do that strip the thinking
+    "{% for message in messages %}<{{ message.role }}>"
+    "{% if message.role == 'assistant' and not loop.last %}{{ message.content[4:] }}{% else %}{{ message.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+TALK = turns(("system", "s"), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four five"))
+
+
+@pytest.fixture
+def words():
+    return tokenizer()
+
+
+@pytest.fixture
+def encode(tmp_path, words):
+    def make(rows, **settings):
+        return Encoder(words, **settings).encode(read_rows(str(write_rows(tmp_path / "rows.jsonl", rows))))
+
+    return make
+
+
+def learnt(words, example):
+    return words.decode(example.answer)
+
+
+def whole(words, example):
+    return words.decode(example.ids)
+
+
+def test_every_answer_of_a_conversation_is_learnt(encode, words):
+    (example,) = encode([{"messages": TALK}]).examples
+    assert whole(words, example) == "<system>s<user>one<assistant>two<user>three<assistant>four five"
+    assert learnt(words, example) == "twofour five"
+    assert [token for token, label in zip(example.ids, example.labels, strict=True) if label == token] == example.answer
+    assert set(example.labels) - set(example.ids) == {IGNORED_LABEL}
+
+
+def test_only_the_completions_answers_are_learnt(encode, words):
+    rows = [{"prompt": TALK[:3], "completion": TALK[3:]}, {"prompt": "one", "completion": "two"}]
+    conversation, text = encode(rows).examples
+    assert learnt(words, conversation) == "four five"
+    assert (whole(words, text), learnt(words, text)) == ("<user>one<assistant>two", "two")
+
+
+def test_text_as_it_stands(encode, words):
+    (example,) = encode([{"prompt": "one ", "completion": "two"}], strings="text").examples
+    assert (whole(words, example), learnt(words, example)) == ("one two<eos>", "two<eos>")
+
+
+def test_all_tokens(encode):
+    rows = [{"messages": TALK}, {"prompt": "one", "completion": "two"}]
+    for example in encode(rows, completion_only=False).examples:
+        assert example.labels == example.ids
+
+
+def test_a_templates_own_marks(encode, words):
+    words.chat_template = MARKED
+    (example,) = encode([{"messages": TALK}]).examples
+    assert learnt(words, example) == "two<eos>four five<eos>"
+    assert whole(words, example).endswith("<user>three<assistant>four five<eos>")
+
+
+def test_a_template_that_rewrites_answers_is_refused(encode, words):
+    words.chat_template = FORGETFUL
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template writes answer 3 differently"):
+        encode([{"messages": TALK}])
+    (example,) = encode([{"messages": TALK[:3]}]).examples
+    assert learnt(words, example) == "two"
+
+
+@pytest.mark.parametrize("answers", ["", "  \n"])
+def test_rows_without_an_answer(encode, words, answers):
+    rows = [
+        {"prompt": "one", "completion": "two"},
+        {"prompt": "one", "completion": answers},
+        {"messages": TALK[:2]},
+        {"messages": turns(("user", "one"), ("assistant", answers))},
+    ]
+    with pytest.raises(DataError, match=r"3 of 4 rows leave no answer token to learn, the first at .*rows\.jsonl:2"):
+        encode(rows)
+    for settings in ({}, {"completion_only": False}, {"strings": "text"}):
+        kept = encode(rows, without_answer="skip", **settings)
+        assert len(kept.examples) == 1
+        assert [place.rpartition(":")[2] for place in kept.without_answer] == ["2", "3", "4"]
+    words.chat_template = MARKED
+    assert len(encode(rows, without_answer="skip").without_answer) == 3
+    with pytest.raises(DataError, match="no row is left"):
+        encode(rows[1:], without_answer="skip")
+
+
+def test_rows_that_are_too_long(encode, words):
+    rows = [
+        {"prompt": "12", "completion": "abc"},
+        {"prompt": "12345", "completion": "abc"},
+        {"prompt": "1" * 9, "completion": "a"},
+    ]
+    assert encode(rows[:2], max_length=10).truncated == []
+    cut = encode(rows[:2], max_length=8)
+    assert [len(example.ids) for example in cut.examples] == [7, 8]
+    assert learnt(words, cut.examples[1]) == "a"
+    assert [place.rpartition(":")[2] for place in cut.truncated] == ["2"]
+    with pytest.raises(DataError, match="1 of 3 rows leave no answer token"):
+        encode(rows, max_length=8)
+    skipped = encode(rows, max_length=8, too_long="skip")
+    assert [len(skipped.examples), len(skipped.skipped_too_long), len(skipped.truncated)] == [1, 2, 0]
+    with pytest.raises(DataError, match=r"2 of 3 rows have more than 8 tokens, the first at .*rows\.jsonl:2"):
+        encode(rows, max_length=8, too_long="refuse")
+
+
+def test_what_a_template_refuses(encode, words):
+    words.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template refuses the row: roles must alternate"):
+        encode([{"messages": TALK}])
+    words.chat_template = "{{ messages[0].content.absent() }}"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template refuses the row"):
+        encode([{"messages": TALK}])
+    words.chat_template = None
+    with pytest.raises(
+        DataError, match=r"no chat template: say model.chat_template, or for rows of text data.strings: text"
+    ):
+        encode([{"prompt": "one", "completion": "two"}])
+    assert len(encode([{"prompt": "one", "completion": "two"}], strings="text").examples) == 1
+
+
+def test_a_conversation_that_begins_with_the_answer(encode):
+    with pytest.raises(DataError, match="cannot begin with the assistant"):
+        encode([{"messages": turns(("assistant", "two"), ("user", "one"))}])
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_labels_are_those_of_trl(tmp_path, words, marked):
+    """TRL's own preparation of the same rows, with its masks for completions and for assistants' turns."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    disable_progress_bars()
+    words.chat_template = MARKED if marked else TEMPLATE
+    rows = [{"messages": TALK}, {"messages": TALK[:3]}]
+    if not marked:
+        rows = [{"prompt": TALK[:2], "completion": TALK[2:3]}, {"prompt": TALK[1:4], "completion": TALK[4:]}]
+    arguments = {"use_cpu": True, "bf16": False, "report_to": [], "max_length": 30, "gradient_checkpointing": False}
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "model")),
+        args=SFTConfig(str(tmp_path / "out"), assistant_only_loss=marked, **arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=words,
+    )
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(2)])
+    ours = Encoder(words, max_length=30).encode(read_rows(str(write_rows(tmp_path / "rows.jsonl", rows)))).examples
+    for number, example in enumerate(ours):
+        assert batch["input_ids"][number].tolist()[: len(example.ids)] == example.ids
+        assert batch["labels"][number].tolist()[: len(example.ids)] == example.labels
+
+
+def test_common_prefix():
+    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix([1, 2], [1, 2, 3]) == 2
+    assert common_prefix([], [1]) == 0
