@@ -78,6 +78,8 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("training.learning_rate=fast", "command line: training.learning_rate: must be a number, not 'fast'"),
         ("training.output_dir=x", "command line: training.output_dir: output.folder says it"),
         ("training.max_length=0", "command line: training.max_length: is 0, it must be at least 1"),
+        ("training.num_train_epochs=0", "command line: training.num_train_epochs: is 0, it must be above 0"),
+        ("training.max_steps=0", "command line: training.max_steps: is 0: nothing would be trained"),
         ("training.eval_strategy=steps", "command line: training.eval_strategy: there is nothing to evaluate on"),
         ("training={bf16: true, fp16: true}", "command line: training.fp16: bf16 is on too; choose one"),
         ("training={packing: true, max_length: null}", "command line: training.packing: needs training.max_length"),

@@ -126,6 +126,12 @@ def _check(recipe: Recipe) -> None:
         value = training.get(name)
         if value is not None and value < 1:
             raise document.problem(("training", name), f"is {value}, it must be at least 1")
+    if training["num_train_epochs"] <= 0:
+        raise document.problem(
+            ("training", "num_train_epochs"), f"is {training['num_train_epochs']}, it must be above 0"
+        )
+    if training.get("max_steps") == 0:
+        raise document.problem(("training", "max_steps"), "is 0: nothing would be trained; -1 leaves it to the epochs")
     evaluates = training.get("eval_strategy", "no") not in {"no", False} or training.get("eval_on_start")
     if evaluates and data.eval is None:
         key = "eval_on_start" if training.get("eval_on_start") else "eval_strategy"
