@@ -42,7 +42,7 @@ def build(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace a file that exists.")] = False,
     as_json: options.Json = False,
     threads: options.Threads = None,
     quiet: options.Quiet = False,
