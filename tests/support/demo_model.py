@@ -28,12 +28,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return words
 
 
-def save_tiny(folder, seed: int = 0):
+def save_tiny(folder, seed: int = 0, layers: int = 2):
     """A model and its tokenizer in a folder."""
     words = tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

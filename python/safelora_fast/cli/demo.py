@@ -12,12 +12,16 @@ def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything that the demo makes.")] = Path(
         "demo-output"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the two fine-tunes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every fine-tune.")] = 0,
+    train: Annotated[
+        bool, typer.Option("--train", metavar="", help="Compare the defences that act while a model is fine-tuned.")
+    ] = False,
 ) -> None:
     """Fine-tune a real 135M model narrowly, project the adapter, and show what that prevents and costs.
 
-    Takes a few minutes on two cores. A second run reuses what the first one finished.
+    Takes a few minutes on two cores, and longer with --train: six fine-tunes.
+    A second run reuses what the first one finished.
     """
-    from safelora_fast.demo import run
+    from safelora_fast.demo import run, run_comparison
 
-    run(output, seed=seed)
+    (run_comparison if train else run)(output, seed=seed)

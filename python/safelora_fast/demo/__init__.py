@@ -1,4 +1,4 @@
-"""The whole job on a real 135M model: fine-tune narrowly, project, and measure what that prevents and costs."""
+"""The whole job on a real 135M model: fine-tune narrowly, project or defend, and measure what that prevents and costs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["run"]
+__all__ = ["run", "run_comparison"]
 
 
 def run(output: Path, *, seed: int = 0) -> None:
-    """Run the demo in a folder; a second run reuses what is finished there.
+    """Run the demo of the projection in a folder; a second run reuses what is finished there.
 
     Raises:
         MissingDependencyError: when torch, transformers, peft, gguf, matplotlib or the model package is missing.
@@ -20,3 +20,15 @@ def run(output: Path, *, seed: int = 0) -> None:
     from safelora_fast.demo.pipeline import run as run_pipeline
 
     run_pipeline(output, seed=seed)
+
+
+def run_comparison(output: Path, *, seed: int = 0) -> None:
+    """Compare the defences that act while a model is fine-tuned; the models of :func:`run` are reused.
+
+    Raises:
+        MissingDependencyError, OutputError: as :func:`run`.
+        SafeLoraFastError: when a training ended early, with its reason.
+    """
+    from safelora_fast.demo.comparison import run as compare
+
+    compare(output, seed=seed)

