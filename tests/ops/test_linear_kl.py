@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
+from safelora_fast.ops.linear_kl import head as head_module
 from safelora_fast.ops.linear_kl import linear_kl, linear_kl_reference
 
 MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
-fused = importlib.import_module("safelora_fast.ops.linear_kl.fused")
 SETTINGS = [
     {},
     {"direction": "forward"},
@@ -31,6 +29,12 @@ def inputs(dtype, drift=0.5, vocabulary=37, hidden=6, seed=0, size=1.0):
     return student.to(dtype).requires_grad_(), reference.to(dtype), head.to(dtype), bias.to(dtype)
 
 
+def small_chunks(monkeypatch):
+    """Several chunks of several blocks, the last ones not full."""
+    monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", 5 * 37)
+    monkeypatch.setitem(head_module.BLOCK_ELEMENTS, "cpu", 2 * 37)
+
+
 def options(settings, bias):
     return {**settings, "bias": bias if settings.get("bias") else None}
 
@@ -38,7 +42,7 @@ def options(settings, bias):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("drift", [0.5, 5.0, 1e-2])
 def test_value_and_gradient_in_float64(settings, drift, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 1)
+    small_chunks(monkeypatch)
     student, reference, head, bias = inputs(torch.float64, drift)
     value = linear_kl(student, reference, head, MASK, **options(settings, bias))
     expected = linear_kl_reference(student, reference, head, MASK, **options(settings, bias))
@@ -107,11 +111,16 @@ def test_identical_empty_and_padding():
     assert not torch.autograd.grad(value, student)[0].any()
 
 
-def test_autocast_leaves_the_dtype_to_the_hidden_states():
-    student, reference, head, _ = inputs(torch.float32)
-    expected = linear_kl(student, reference, head, MASK).item()
+def test_autocast_gives_its_dtype_to_the_products_with_the_head():
+    """As in a linear layer; the difference of the hidden states is taken before it is rounded."""
+    student, reference, head, _ = inputs(torch.float32, drift=1e-3, vocabulary=501, hidden=24)
+    exact = linear_kl_reference(student.detach().double(), reference.double(), head.double(), MASK).item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert linear_kl(student, reference, head, MASK).item() == expected
+        value = linear_kl(student, reference, head, MASK)
+    assert value.dtype == torch.float32
+    assert value.item() != linear_kl(student, reference, head, MASK).item()
+    assert value.item() == pytest.approx(exact, rel=3e-2)
+    assert torch.autograd.grad(value, student)[0].dtype == torch.float32
 
 
 def test_refusals():

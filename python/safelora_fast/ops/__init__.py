@@ -7,7 +7,7 @@ folder of the same name.
 from __future__ import annotations
 
 from safelora_fast.ops.feature_distance import feature_distance
-from safelora_fast.ops.linear_kl import linear_kl
+from safelora_fast.ops.linear_kl import linear_kl, linear_kl_cross_entropy
 from safelora_fast.ops.subspace_projection import subspace_projection
 
-__all__ = ["feature_distance", "linear_kl", "subspace_projection"]
+__all__ = ["feature_distance", "linear_kl", "linear_kl_cross_entropy", "subspace_projection"]

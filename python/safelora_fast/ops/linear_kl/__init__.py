@@ -1,8 +1,15 @@
-"""KL divergence between two models that share an output head, from their hidden states."""
+"""KL divergence between two models that share an output head, from their hidden states; with or without cross-entropy."""
 
 from __future__ import annotations
 
-from safelora_fast.ops.linear_kl.fused import linear_kl
-from safelora_fast.ops.linear_kl.reference import linear_kl_reference
+from safelora_fast.ops.linear_kl.fused import SharedLoss, TokenFigures, linear_kl, linear_kl_cross_entropy
+from safelora_fast.ops.linear_kl.reference import cross_entropy_reference, linear_kl_reference
 
-__all__ = ["linear_kl", "linear_kl_reference"]
+__all__ = [
+    "SharedLoss",
+    "TokenFigures",
+    "cross_entropy_reference",
+    "linear_kl",
+    "linear_kl_cross_entropy",
+    "linear_kl_reference",
+]

@@ -1,12 +1,17 @@
-"""KL from hidden states, a chunk of tokens at a time, with the gradient computed in the forward."""
+"""KL and cross-entropy from hidden states, a chunk of tokens at a time, with the gradient computed in the forward."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-CHUNK_ELEMENTS = 1 << 22
+from safelora_fast.ops.linear_kl.divergence import Divergence, Given, Wanted
+from safelora_fast.ops.linear_kl.head import Chunk, Head
+
+Direction = Literal["reverse", "forward"]
+IGNORED_LABEL = -100
 
 
 def linear_kl(
@@ -16,7 +21,7 @@ def linear_kl(
     mask: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    direction: Literal["reverse", "forward"] = "reverse",
+    direction: Direction = "reverse",
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -30,7 +35,8 @@ def linear_kl(
     Args:
         hidden: [batch, tokens, hidden] of the student; float32, bfloat16, float16 or float64.
         reference_hidden: the same of the reference.
-        head_weight: W [vocabulary, hidden], shared; used in the dtype of `hidden`.
+        head_weight: W [vocabulary, hidden], shared; used in the dtype of `hidden`, or of autocast where that is on, as
+            a linear layer would be. Everything else is float32 (float64 for float64 states).
         mask: [batch, tokens] bool, the tokens that count.
         bias: [vocabulary].
         direction: "reverse" is KL(student ‖ reference), "forward" is KL(reference ‖ student).
@@ -44,111 +50,227 @@ def linear_kl(
     Raises:
         ValueError: shapes disagree or `direction` is unknown.
     """
+    _check(hidden, reference_hidden, head_weight, mask, direction)
+    head = _head(hidden, head_weight, bias, logit_scale, softcap)
+    mask = mask.to(hidden.device, torch.bool)
+    rows = mask.flatten().nonzero().squeeze(-1)
+    plan = _Plan(rows, mask.flatten()[rows], None, direction == "forward", temperature, figures=False)
+    one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
+    loss, *_ = _LinearLoss.apply(hidden, reference_hidden.detach(), head, plan, one, one)
+    total: torch.Tensor = loss
+    return total / max(len(rows), 1)
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """What the student makes of each label, [batch, tokens] each and without gradient; zero where there is no label.
+
+    Attributes:
+        nll: negative log-likelihood.
+        entropy: entropy of the next-token distribution.
+        is_top1: whether the label is the first choice; of equal ones the first counts.
+    """
+
+    nll: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SharedLoss:
+    """KL and cross-entropy from the same logits.
+
+    Attributes:
+        loss: kl_weight · kl + cross_entropy_weight · cross_entropy, differentiable; float32 (float64 for float64 states).
+        kl: sum of the divergence over the tokens in the mask, without gradient.
+        cross_entropy: sum of the negative log-likelihood of the labels, without gradient.
+        tokens: figures per token, where they were asked for.
+    """
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    cross_entropy: torch.Tensor
+    tokens: TokenFigures | None
+
+
+def linear_kl_cross_entropy(
+    hidden: torch.Tensor,
+    reference_hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    kl_weight: torch.Tensor | float,
+    cross_entropy_weight: torch.Tensor | float,
+    bias: torch.Tensor | None = None,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    figures: bool = False,
+) -> SharedLoss:
+    """The divergence of :func:`linear_kl` and the task's cross-entropy, both from one set of the student's logits.
+
+    The weights are those that the sums have in the loss (λ over the number of tokens, one over the number of labels):
+    with them known in the forward, one product with W gives the gradient of both, and one [batch, tokens, hidden]
+    tensor keeps it. Apart they would take two products and two tensors.
+
+    Args:
+        hidden: as in :func:`linear_kl`, like the arguments that are not named here.
+        reference_hidden: likewise.
+        head_weight: likewise.
+        mask: [batch, tokens] bool, the tokens whose divergence counts.
+        labels: [batch, tokens], at each position the token that follows; -100 where none counts.
+        kl_weight: factor of the sum of the divergence, a number or a scalar tensor.
+        cross_entropy_weight: factor of the sum of the negative log-likelihood, likewise.
+        bias: [vocabulary].
+        direction: as in :func:`linear_kl`.
+        temperature: divides the logits of the divergence; the cross-entropy has none.
+        logit_scale: multiplies the logits before the soft-cap.
+        softcap: c of c·tanh(logits/c).
+        figures: whether to give `tokens` too: two more passes over the logits.
+
+    Raises:
+        ValueError: shapes disagree or `direction` is unknown.
+    """
+    _check(hidden, reference_hidden, head_weight, mask, direction)
+    if labels.shape != mask.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} and mask {tuple(mask.shape)} disagree")
+    head = _head(hidden, head_weight, bias, logit_scale, softcap)
+    mask, labels = mask.to(hidden.device, torch.bool).flatten(), labels.to(hidden.device).flatten()
+    rows = (mask | (labels != IGNORED_LABEL)).nonzero().squeeze(-1)
+    plan = _Plan(rows, mask[rows], labels[rows], direction == "forward", temperature, figures)
+    weights = [
+        torch.as_tensor(weight, dtype=_exact(hidden), device=hidden.device).detach()
+        for weight in (kl_weight, cross_entropy_weight)
+    ]
+    loss, kl, cross_entropy, *per_row = _LinearLoss.apply(hidden, reference_hidden.detach(), head, plan, *weights)
+    tokens = None
+    if figures:
+        whole = (torch.zeros(labels.shape, dtype=row.dtype, device=row.device) for row in per_row)
+        tokens = TokenFigures(
+            *(flat.index_copy_(0, rows, row).view(hidden.shape[:-1]) for flat, row in zip(whole, per_row, strict=True))
+        )
+    return SharedLoss(loss, kl, cross_entropy, tokens)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The tokens that are computed: their flat indices, which of them the divergence counts, and their labels."""
+
+    rows: torch.Tensor
+    in_mask: torch.Tensor
+    labels: torch.Tensor | None
+    forward: bool
+    temperature: float
+    figures: bool
+
+    def wanted(self, part: slice, divergence: torch.Tensor, label: torch.Tensor) -> Wanted:
+        """What the rows of `part` are asked for, with the factors that both losses have in the gradient."""
+        of_divergence = (self.in_mask[part] * divergence)[:, None]
+        if self.labels is None:
+            return Wanted(of_divergence)
+        labels = self.labels[part]
+        of_label = ((labels != IGNORED_LABEL) * label)[:, None]
+        return Wanted(of_divergence, labels.clamp(min=0), of_label, self.figures)
+
+
+def _check(
+    hidden: torch.Tensor, reference: torch.Tensor, head_weight: torch.Tensor, mask: torch.Tensor, direction: str
+) -> None:
     if direction not in {"reverse", "forward"}:
         raise ValueError(f'direction is {direction!r}, it must be "reverse" or "forward"')
-    if hidden.shape != reference_hidden.shape or hidden.shape[:-1] != mask.shape:
+    if hidden.shape != reference.shape or hidden.shape[:-1] != mask.shape:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, reference {tuple(reference_hidden.shape)} and mask {tuple(mask.shape)} "
-            "disagree"
+            f"hidden {tuple(hidden.shape)}, reference {tuple(reference.shape)} and mask {tuple(mask.shape)} disagree"
         )
     if head_weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(f"the head has width {head_weight.shape[-1]}, the hidden states {hidden.shape[-1]}")
-    mask = mask.to(torch.bool)
-    head = _Head(head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
-    reference = reference_hidden.detach()[mask].to(hidden.device)
-    total: torch.Tensor = _LinearKL.apply(hidden[mask], reference, head, direction == "forward")
-    return total / max(int(mask.sum()), 1)
 
 
-class _Head:
-    """Logits of the reference and their distance to the student's, a chunk at a time."""
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float,
-    ) -> None:
-        self.weight, self.bias, self.scale, self.softcap, self.temperature = weight, bias, scale, softcap, temperature
-
-    def logits(
-        self, hidden: torch.Tensor, reference: torch.Tensor, exact: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(z₀, z − z₀, ∂z/∂raw of the student or None where it is constant), each [tokens, vocabulary]."""
-        difference = (hidden.to(exact) - reference.to(exact)).to(hidden.dtype)
-        weight = self.weight.to(device=hidden.device, dtype=hidden.dtype)
-        stacked = torch.cat([reference.to(hidden.dtype), difference]) @ weight.T
-        raw, delta = stacked.to(exact).split(len(hidden))
-        if self.bias is not None:
-            raw = raw + self.bias.to(raw)
-        if self.scale != 1.0:
-            raw, delta = raw * self.scale, delta * self.scale
-        slope = None
-        if self.softcap is not None:
-            reference_bent, bent = (raw / self.softcap).tanh(), ((raw + delta) / self.softcap).tanh()
-            # tanh a − tanh b = tanh(a − b)·(1 − tanh a·tanh b)
-            delta = self.softcap * (delta / self.softcap).tanh() * (1 - reference_bent * bent)
-            raw, slope = self.softcap * reference_bent, 1 - bent * bent
-        if self.temperature != 1.0:
-            raw, delta = raw / self.temperature, delta / self.temperature
-        return raw, delta, slope
-
-    def back(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The gradient with respect to the student's hidden states from that with respect to the raw logits."""
-        scaled = gradient.mul_(self.scale / self.temperature).to(dtype)
-        return scaled @ self.weight.to(device=gradient.device, dtype=dtype)
+def _exact(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-class _LinearKL(torch.autograd.Function):  # type: ignore[misc]
-    """Sum over tokens; computes the gradient in the forward, where the logits are at hand."""
+def _head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None
+) -> Head:
+    kind, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    weight = weight.detach().to(hidden.device, dtype)
+    return Head(weight, None if bias is None else bias.detach(), scale, softcap)
+
+
+class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
+    """Both weighted sums over the tokens; the gradient is computed in the forward, where the logits are at hand.
+
+    It is kept divided by the larger weight, so that small weights (one over very many tokens) do not underflow in half
+    precision.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, reference: torch.Tensor, head: _Head, forward_direction: bool
-    ) -> torch.Tensor:
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        chunk = max(CHUNK_ELEMENTS // len(head.weight), 16)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
-        total = torch.zeros((), dtype=exact, device=hidden.device)
+        ctx: Any,
+        hidden: torch.Tensor,
+        reference: torch.Tensor,
+        head: Head,
+        plan: _Plan,
+        kl_weight: torch.Tensor,
+        cross_entropy_weight: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
+        exact = _exact(hidden)
+        flat, reference = hidden.flatten(0, -2), reference.to(hidden.device).flatten(0, -2)
+        size = torch.maximum(kl_weight.abs(), cross_entropy_weight.abs())
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        given: list[Given] = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                raw, delta, slope = head.logits(hidden[part], reference[part], exact)
-                divergence, of_logits = _divergence(raw, delta, forward_direction=forward_direction)
-                total += divergence
+            chunk = Chunk(head, len(plan.rows), exact)
+            buffers = torch.empty(3, chunk.rows, len(head.weight), dtype=exact, device=hidden.device)
+            divergence = Divergence(buffers, forward=plan.forward, temperature=plan.temperature)
+            for start in range(0, len(plan.rows), chunk.tokens):
+                indices = plan.rows[start : start + chunk.tokens]
+                chunk.fill(flat[indices].to(exact), reference[indices].to(exact))
+                for rows, raw, delta in chunk.blocks():
+                    slope = head.bend(raw, delta)
+                    part = slice(start + rows.start, start + rows.stop)
+                    wanted = plan.wanted(part, kl_weight / size * head.scale, cross_entropy_weight / size * head.scale)
+                    given.append(divergence.block(raw, delta, wanted))
+                    if slope is not None:
+                        delta.mul_(slope)
                 if gradient is not None:
-                    gradient[part] = head.back(of_logits if slope is None else of_logits.mul_(slope), hidden.dtype)
+                    gradient.index_copy_(0, indices, chunk.back().to(gradient.dtype))
         if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
+            ctx.save_for_backward(gradient.view(hidden.shape), size)
+        loss, *figures = _summed(given, plan, kl_weight, cross_entropy_weight)
+        ctx.mark_non_differentiable(*(figure for figure in figures if figure is not None))
+        return (loss, *figures)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0]).to(gradient.dtype), None, None, None
+        gradient, size = ctx.saved_tensors
+        return (gradient * (gradients[0] * size)).to(gradient.dtype), None, None, None, None, None
 
 
-def _divergence(
-    raw: torch.Tensor, delta: torch.Tensor, *, forward_direction: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the divergence over a chunk, and its gradient with respect to the student's logits; overwrites both.
+def _summed(
+    given: list[Given], plan: _Plan, kl_weight: torch.Tensor, cross_entropy_weight: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """(loss, Σ KL, Σ NLL, NLL, entropy, hits), the last three by row or None."""
 
-    With q the reference and x = log p − log q, both divergences are sums of terms that are never negative:
-    KL(p‖q) = Σ p·x − (p − q) and KL(q‖p) = Σ (p − q) − q·x, with p − q = q·(eˣ − 1) where x is small.
-    """
-    log_q = raw.log_softmax(-1)
-    q = log_q.exp()
-    delta = delta.sub_((q * delta).sum(-1, keepdim=True))
-    # log Σ q·e^δ: exactly of second order while p is near q; from the two normalisers where it is not small.
-    near = torch.log1p((q * (torch.expm1(delta) - delta)).sum(-1, keepdim=True))
-    far = log_q.add(delta).logsumexp(-1, keepdim=True)
-    x = delta.sub_(torch.where(far > 0.1, far, near))
-    p = log_q.add_(x).exp_()
-    excess = torch.where(x.abs() < 0.5, q * torch.expm1(x), p - q)
-    if forward_direction:
-        return (excess - q * x).sum(), excess
-    divergences = (p * x - excess).sum(-1, keepdim=True)
-    return divergences.sum(), p.mul_(x.sub_(divergences))
+    def joined(name: str) -> torch.Tensor:
+        parts = [getattr(block, name) for block in given]
+        return torch.cat(parts) if parts else kl_weight.new_zeros(0)
+
+    kl = torch.where(plan.in_mask, joined("divergence"), 0).sum()
+    loss = kl_weight * kl
+    if plan.labels is None:
+        return loss, kl, None, None, None, None
+    labelled = plan.labels != IGNORED_LABEL
+    nll = torch.where(labelled, joined("nll"), 0)
+    cross_entropy = nll.sum()
+    loss = loss + cross_entropy_weight * cross_entropy
+    if not plan.figures:
+        return loss, kl, cross_entropy, None, None, None
+    entropy = torch.where(labelled, joined("entropy"), 0)
+    return loss, kl, cross_entropy, nll, entropy, labelled & joined("is_top1").to(torch.bool)

@@ -1,0 +1,140 @@
+"""KL, cross-entropy and their gradient for a block of rows of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# From here on Σ q·e^δ is left to logarithms: products with q would lose what matters, or overflow.
+LARGEST_SUM = 1e20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a block of rows is asked for.
+
+    Attributes:
+        divergence_factor: [rows, 1], factor of the divergence in the gradient.
+        labels: [rows], the class of each row; None without cross-entropy.
+        label_factor: [rows, 1], factor of the cross-entropy in the gradient, zero where a row has no label.
+        figures: whether the student's entropy and hits are asked for.
+    """
+
+    divergence_factor: torch.Tensor
+    labels: torch.Tensor | None = None
+    label_factor: torch.Tensor | None = None
+    figures: bool = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """Figures of a block, [rows] each.
+
+    Attributes:
+        divergence: the KL divergence.
+        nll: the label's negative log-likelihood under the student.
+        entropy: the student's entropy.
+        is_top1: whether the student's first choice is the label.
+    """
+
+    divergence: torch.Tensor
+    nll: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+
+class Divergence:
+    """Computes blocks, in buffers that are made once.
+
+    With q the reference, δ = z − z₀ less its mean under q, A = Σ q·δ·(e^δ − 1) and N = Σ q·(e^δ − 1 − δ), both sums of
+    terms that are never negative: KL(q‖p) = log(1 + N), KL(p‖q) = A/(1 + N) − log(1 + N), p = q·e^δ/(1 + N).
+    So nothing cancels while p is near q, and the exponential is taken twice an element.
+
+    Args:
+        buffers: [3, rows, vocabulary] to work in, at least as many rows as a block has.
+        forward: KL(q‖p) instead of KL(p‖q).
+        temperature: divides the logits of the divergence, not those of the cross-entropy.
+    """
+
+    def __init__(self, buffers: torch.Tensor, *, forward: bool, temperature: float) -> None:
+        self._buffers, self._forward, self._temperature = buffers, forward, temperature
+
+    def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
+        """Figures of a block; `delta` becomes the gradient with respect to the student's logits.
+
+        Args:
+            raw: [rows, vocabulary], logits of the reference.
+            delta: the student's distance to them.
+            wanted: factors and labels.
+        """
+        if self._temperature == 1.0:
+            return self._tempered(raw, delta, wanted)
+        logits = None if wanted.labels is None else raw + delta
+        raw.div_(self._temperature)
+        delta.div_(self._temperature)
+        given = self._tempered(raw, delta, Wanted(wanted.divergence_factor / self._temperature))
+        return given if logits is None else _cross_entropy(logits, delta, wanted, given.divergence)
+
+    def _tempered(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
+        q, student, scratch = (buffer[: len(raw)] for buffer in self._buffers)
+        torch.softmax(raw, -1, out=q)
+        delta.sub_(torch.mul(q, delta, out=scratch).sum(-1, keepdim=True))
+        log_norm, moved = self._student(raw, delta, q, student, scratch)
+        reverse = moved - log_norm
+        divergence = log_norm if self._forward else reverse
+        given = Given(divergence.squeeze(-1))
+        if wanted.labels is not None:
+            log_sum = raw.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log_()
+            labels = wanted.labels[:, None]
+            nll = log_sum + log_norm - raw.gather(-1, labels) - delta.gather(-1, labels)
+            given = Given(given.divergence, nll.squeeze(-1))
+            if wanted.figures:
+                is_top1 = torch.add(raw, delta, out=scratch).argmax(-1) == wanted.labels
+                p = torch.add(student, q, out=scratch) if self._forward else scratch.copy_(student)
+                entropy = log_sum + log_norm - moved - p.mul_(raw).sum(-1, keepdim=True)
+                given = Given(given.divergence, given.nll, entropy.squeeze(-1), is_top1)
+        of_divergence, of_label = wanted.divergence_factor, wanted.label_factor
+        if self._forward:
+            torch.mul(student, of_divergence if of_label is None else of_divergence + of_label, out=delta)
+            if of_label is not None:
+                delta.add_(q.mul_(of_label))
+        else:
+            shift = of_divergence * (log_norm + reverse)
+            delta.mul_(of_divergence).sub_(shift if of_label is None else shift - of_label).mul_(student)
+        if wanted.labels is not None and of_label is not None:
+            delta.scatter_add_(-1, wanted.labels[:, None], -of_label)
+        return given
+
+    def _student(
+        self, raw: torch.Tensor, delta: torch.Tensor, q: torch.Tensor, student: torch.Tensor, scratch: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill `student` with p (with p − q for the forward direction); returns (log Σ q·e^δ, Σ p·δ), [rows, 1] each."""
+        torch.expm1(delta, out=student)
+        moved = torch.mul(q, delta, out=scratch).mul_(student).sum(-1, keepdim=True)
+        excess = torch.sub(student, delta, out=scratch).mul_(q).sum(-1, keepdim=True)
+        if bool((excess < LARGEST_SUM).all()):
+            share = 1 / (1 + excess)
+            (student.sub_(excess) if self._forward else student.add_(1)).mul_(q).mul_(share)
+            return excess.log1p(), moved * share
+        torch.log_softmax(raw, -1, out=student).add_(delta)
+        log_norm = student.logsumexp(-1, keepdim=True)
+        student.sub_(log_norm).exp_()
+        moved = torch.mul(student, delta, out=scratch).sum(-1, keepdim=True)
+        if self._forward:
+            student.sub_(q)
+        return log_norm, moved
+
+
+def _cross_entropy(logits: torch.Tensor, gradient: torch.Tensor, wanted: Wanted, divergence: torch.Tensor) -> Given:
+    """Figures of the labels from the student's own logits, which are overwritten; their gradient is added."""
+    assert wanted.labels is not None  # noqa: S101
+    assert wanted.label_factor is not None  # noqa: S101
+    labels = wanted.labels[:, None]
+    is_top1 = logits.argmax(-1) == wanted.labels if wanted.figures else None
+    log_p = logits.log_softmax(-1)
+    nll = -log_p.gather(-1, labels).squeeze(-1)
+    p = torch.exp(log_p, out=logits)
+    entropy = -log_p.mul_(p).sum(-1) if wanted.figures else None
+    gradient.add_(p.mul_(wanted.label_factor)).scatter_add_(-1, labels, -wanted.label_factor)
+    return Given(divergence, nll, entropy, is_top1)

@@ -1,0 +1,90 @@
+"""From hidden states to logits and back: one output head, shared by student and reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Logits of one model that a chunk may have: large enough for the matrix product to be efficient.
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "other": 1 << 26}
+# Those of a block of a chunk, which the elementwise passes go over while they are in cache.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
+
+
+@dataclass(frozen=True)
+class Head:
+    """softcap(scale · (h·Wᵀ + bias)), in the dtype of `weight`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def bend(self, raw: torch.Tensor, delta: torch.Tensor) -> torch.Tensor | None:
+        """Turn h₀·Wᵀ and (h − h₀)·Wᵀ into the reference's logits and the student's distance to them, in place.
+
+        Returns:
+            Slope of the soft-cap at the student's logits, None where there is none.
+        """
+        if self.bias is not None:
+            raw.add_(self.bias.to(raw))
+        if self.scale != 1.0:
+            raw.mul_(self.scale)
+            delta.mul_(self.scale)
+        if self.softcap is None:
+            return None
+        bent = raw.add(delta).div_(self.softcap).tanh_()
+        raw.div_(self.softcap).tanh_()
+        # tanh a − tanh b = tanh(a − b)·(1 − tanh a·tanh b)
+        delta.div_(self.softcap).tanh_().mul_(self.softcap).mul_(1 - raw * bent)
+        raw.mul_(self.softcap)
+        return bent.square_().neg_().add_(1)
+
+
+class Chunk:
+    """Buffers for the logits of a chunk of tokens, made once and used for every chunk.
+
+    Args:
+        head: the output head.
+        tokens: how many tokens there are in all.
+        exact: dtype of the elementwise passes.
+    """
+
+    def __init__(self, head: Head, tokens: int, exact: torch.dtype) -> None:
+        self.head = head
+        vocabulary, device = len(head.weight), head.weight.device
+        kind = "cpu" if device.type == "cpu" else "other"
+        self.tokens = max(min(CHUNK_ELEMENTS[kind] // vocabulary, tokens), 1)
+        self.rows = max(min(BLOCK_ELEMENTS[kind] // vocabulary, self.tokens), 1)
+        self._stacked = torch.empty(2 * self.tokens, vocabulary, dtype=head.weight.dtype, device=device)
+        self._cast: tuple[torch.Tensor, torch.Tensor] | None = None
+        if exact != head.weight.dtype:
+            cast = torch.empty(2, self.rows, vocabulary, dtype=exact, device=device)
+            self._cast = (cast[0], cast[1])
+
+    def fill(self, hidden: torch.Tensor, reference: torch.Tensor) -> None:
+        """Make h₀·Wᵀ and (h − h₀)·Wᵀ by one product; both are [tokens, hidden] in the exact dtype."""
+        states = torch.cat([reference, hidden - reference]).to(self.head.weight.dtype)
+        self._count = len(hidden)
+        torch.mm(states, self.head.weight.T, out=self._stacked[: len(states)])
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """(rows, h₀·Wᵀ, (h − h₀)·Wᵀ) in the exact dtype; what the caller leaves in the last one is kept."""
+        for start in range(0, self._count, self.rows):
+            part = slice(start, min(start + self.rows, self._count))
+            raw, delta = self._stacked[part], self._stacked[self._count + part.start : self._count + part.stop]
+            if self._cast is None:
+                yield part, raw, delta
+                continue
+            exact = [buffer[: len(raw)].copy_(value) for buffer, value in zip(self._cast, (raw, delta), strict=True)]
+            yield part, exact[0], exact[1]
+            delta.copy_(exact[1])
+
+    def back(self) -> torch.Tensor:
+        """Gradients with respect to the logits, left in the blocks, times W: [tokens, hidden]."""
+        return self._stacked[self._count : 2 * self._count] @ self.head.weight
