@@ -29,9 +29,11 @@ def test_the_defences_matter(whole, tmp_path):
     assert furthest(whole[0], undefended) > 1e-2
 
 
+@pytest.mark.parametrize("share_logits", [True, False], ids=["shared logits", "apart"])
 @pytest.mark.parametrize("kind", ["loop", "transformers", "accelerate", "trl"])
-def test_accumulation(whole, kind, tmp_path):
-    same(run({"kind": kind, "batch": 2, "accumulation": 4, "defences": STRONG}, tmp_path), whole)
+def test_accumulation(whole, kind, share_logits, tmp_path):
+    spec = {"kind": kind, "batch": 2, "accumulation": 4, "defences": STRONG, "share_logits": share_logits}
+    same(run(spec, tmp_path), whole)
 
 
 def test_transformers_without_accumulation(whole, tmp_path):

@@ -39,6 +39,11 @@ def defences(weights, model):
     return made
 
 
+def settings(spec):
+    """Keyword arguments of the defences, for a loop and for a trainer alike."""
+    return {"share_logits": spec.get("share_logits", True)}
+
+
 def sgd(model, lr=0.02):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
@@ -128,7 +133,7 @@ def run_loop(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
-    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer) as defended:
+    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
         totals = defended.totals(window)
         for index, batch in enumerate(window):
             if world > 1:
@@ -157,7 +162,7 @@ def run_fsdp(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
-    with defend(model, defences(spec["defences"], model), optimizer=optimizer) as defended:
+    with defend(model, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
         totals = defended.totals(window)
         for batch in window:
             defended.loss(batch, totals=totals).backward()
@@ -174,7 +179,7 @@ def run_accelerate(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))
     loader = torch.utils.data.DataLoader(examples, batch_size=spec["batch"], collate_fn=collate)
     wrapped, optimizer, loader = accelerator.prepare(model, sgd(model), loader)
-    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer) as defended:
+    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
         window = list(loader)
         totals = defended.totals(window)
         for batch in window:
@@ -191,11 +196,13 @@ def run(spec, output):
     """Weights and logged figures of the run that a spec describes."""
     if spec["kind"] == "transformers":
         model = tiny_peft_model()
-        model, trainer = run_transformers(spec, output, model, defenses=defences(spec["defences"], model))
+        model, trainer = run_transformers(
+            spec, output, model, defenses=defences(spec["defences"], model), **settings(spec)
+        )
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "trl":
         model = tiny_peft_model()
-        model, trainer = run_trl(spec, output, model, defenses=defences(spec["defences"], model))
+        model, trainer = run_trl(spec, output, model, defenses=defences(spec["defences"], model), **settings(spec))
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "fsdp":
         return run_fsdp(spec, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safelora_fast.defenses.base import BatchDefense, Observation
 from safelora_fast.errors import SettingsError
@@ -10,6 +10,7 @@ from safelora_fast.errors import SettingsError
 if TYPE_CHECKING:
     import torch
 
+    from safelora_fast.ops.linear_kl import SharedLoss
     from safelora_fast.training.anatomy import Anatomy
     from safelora_fast.training.batch import Spans, Tokens
 
@@ -79,20 +80,51 @@ class KL(BatchDefense):
         from safelora_fast.ops import linear_kl
 
         mask = observation.spans.mask(self.tokens, owner="KL")
+        with observation.student.autocast_again():
+            mean = linear_kl(**self._states(observation), mask=mask)
+        return mean * mask.sum().to(mean.device)
+
+    def with_cross_entropy(
+        self,
+        observation: Observation,
+        *,
+        kl_weight: float,
+        cross_entropy_weight: torch.Tensor | float,
+        figures: bool = False,
+    ) -> SharedLoss:
+        """Sum of the divergence over the tokens and of the task's cross-entropy over the labels, each with its weight.
+
+        Args:
+            observation: a micro-batch with labels.
+            kl_weight: factor of the divergence of one token.
+            cross_entropy_weight: factor of the negative log-likelihood of one label.
+            figures: whether to give the figures of every token.
+        """
+        from safelora_fast.ops import linear_kl_cross_entropy
+
+        spans = observation.spans
+        assert spans.next_labels is not None  # noqa: S101
+        with observation.student.autocast_again():
+            return linear_kl_cross_entropy(
+                **self._states(observation),
+                mask=spans.mask(self.tokens, owner="KL"),
+                labels=spans.next_labels,
+                kl_weight=kl_weight,
+                cross_entropy_weight=cross_entropy_weight,
+                figures=figures,
+            )
+
+    def _states(self, observation: Observation) -> dict[str, Any]:
+        """Hidden states, head and settings, as the operations name them."""
         head = observation.anatomy.head()
         weight, bias = head.parameters()
-        student, reference = observation.student.hidden, observation.reference.hidden
-        assert student is not None  # noqa: S101
-        assert reference is not None  # noqa: S101
-        mean = linear_kl(
-            student,
-            reference,
-            weight,
-            mask.to(student.device),
-            bias=bias,
-            direction=self.direction,
-            temperature=self.temperature,
-            logit_scale=head.scale,
-            softcap=head.softcap,
-        )
-        return mean * mask.sum().to(mean.device)
+        return {
+            "hidden": observation.student.hidden,
+            "reference_hidden": observation.reference.hidden,
+            "head_weight": weight,
+            "bias": bias,
+            "direction": self.direction,
+            "temperature": self.temperature,
+            "logit_scale": head.scale,
+            "softcap": head.softcap,
+        }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.errors import SettingsError
+from safelora_fast.integrations.task_loss import label_weight, report, reports_figures, why_apart
 from safelora_fast.training.defended import Defended, OnNonFinite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import torch
     from torch import nn
 
     from safelora_fast.defenses.base import Defense
@@ -39,6 +40,8 @@ class DefendedMixin:
         reference: what the defences keep the model near: "base" (the same model, adapters disabled), the name of a
             frozen adapter of the model, or a second model.
         on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
+        share_logits: let the KL compute the task's loss too, where that is the plain cross-entropy (see
+            :func:`~safelora_fast.training.defend`).
         **kwargs: the trainer's own.
 
     Attributes:
@@ -55,11 +58,16 @@ class DefendedMixin:
         defenses: Sequence[Defense] = (),
         reference: Reference = "base",
         on_nonfinite: OnNonFinite = "raise",
+        share_logits: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.defenses = [defense for defense in defenses if defense.active]
-        self._defense_settings: dict[str, Any] = {"reference": reference, "on_nonfinite": on_nonfinite}
+        self._defense_settings: dict[str, Any] = {
+            "reference": reference,
+            "on_nonfinite": on_nonfinite,
+            "share_logits": share_logits,
+        }
         self._defended: Defended | None = None
         self._window: Totals | None = None
         self._losses_defended = 0
@@ -107,14 +115,43 @@ class DefendedMixin:
                 "the window's batches were not counted: the trainer must call super().get_batch_samples()"
             )
         defended = self._attached()
+        divided = self._divides_by_accumulation(kwargs.get("num_items_in_batch"))
+        factor = self.current_gradient_accumulation_steps if divided else 1
+        self._losses_defended += 1
+        owner = _task_owner(type(self))
+        apart = "the outputs are asked for" if return_outputs else why_apart(self, owner)
+        if defended.shares_logits(model, inputs, unless=apart):
+            shared = self._shared_loss(task, model, inputs, factor, owner, kwargs.get("num_items_in_batch"))
+            if shared is not None:
+                return shared
         with defended.recording(inputs):
             result = task(model, inputs, return_outputs=return_outputs, **kwargs)
         loss = result[0] if return_outputs else result
-        extra = defended.regularizer(self._window).to(loss.device)
-        if self._divides_by_accumulation(kwargs.get("num_items_in_batch")):
-            extra = extra * self.current_gradient_accumulation_steps
-        self._losses_defended += 1
-        return (loss + extra, result[1]) if return_outputs else loss + extra
+        loss = loss + factor * defended.regularizer(self._window).to(loss.device)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _shared_loss(
+        self,
+        task: Callable[..., torch.Tensor],
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        factor: int,
+        owner: type,
+        items: Any,
+    ) -> torch.Tensor | None:
+        """The loss with the task's part from the KL's logits; None where the trainer counts labels in another way."""
+        assert self._window is not None  # noqa: S101
+        defended, figures = self._attached(), reports_figures(owner)
+        weight = label_weight(self, inputs, items)
+        loss, shared = defended.shared_loss(
+            model, inputs, self._window, label_weight=weight, factor=factor, figures=figures
+        )
+        if shared.tokens is not None:
+            theirs, ours = report(task, shared.tokens, inputs, items), weight * shared.cross_entropy
+            if not torch.isclose(theirs.to(ours), ours, rtol=1e-4, atol=0.0, equal_nan=True):
+                defended.share_no_more(f"{owner.__name__} makes {theirs.item():.6g} of a loss of {ours.item():.6g}")
+                return None
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward of the trainer's own.
@@ -184,6 +221,12 @@ class _AtTheEnd(TrainerCallback):  # type: ignore[misc]
 
 class DefendedTrainer(DefendedMixin, Trainer):  # type: ignore[misc]
     """The Trainer of transformers with defences; see :class:`DefendedMixin`."""
+
+
+def _task_owner(kind: type) -> type:
+    """The class whose `compute_loss` comes after the mixin's."""
+    order = kind.__mro__
+    return next(base for base in order[order.index(DefendedMixin) + 1 :] if "compute_loss" in vars(base))
 
 
 def _check_trainer(trainer: Any) -> None:

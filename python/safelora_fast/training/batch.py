@@ -26,12 +26,14 @@ class Spans:
             None where the batch has no labels.
         segments: for packed rows, a number per token that differs between the documents of a row; else None.
         labels: how many labels the task loss counts.
+        next_labels: the label of the next token, -100 where there is none. None where the batch has no labels.
     """
 
     real: torch.Tensor
     completion: torch.Tensor | None
     segments: torch.Tensor | None
     labels: int
+    next_labels: torch.Tensor | None
 
     def mask(self, tokens: Tokens, *, owner: str) -> torch.Tensor:
         """The tokens that a defence looks at.
@@ -88,7 +90,7 @@ def read_spans(batch: Mapping[str, Any]) -> Spans:
         if segments is not None and "shift_labels" not in batch:
             completion = completion & _same_as_next(segments)
     count = 0 if labels is None else int((labels != IGNORED_LABEL).sum())
-    return Spans(real, completion, segments, count)
+    return Spans(real, completion, segments, count, labels)
 
 
 def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> torch.Tensor | None:

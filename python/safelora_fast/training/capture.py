@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Capture:
-    """Hidden states [batch, tokens, hidden] of one forward pass: block outputs by index, and the decoder's output."""
+    """Hidden states [batch, tokens, hidden] of one forward pass: block outputs by index, and the decoder's output.
+
+    Attributes:
+        blocks: outputs of blocks.
+        hidden: the decoder's output, after its final norm.
+        autocast: the dtype that autocast had at the decoder's end, None where it was off.
+    """
 
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
     hidden: torch.Tensor | None = None
+    autocast: torch.dtype | None = None
+
+    def autocast_again(self) -> AbstractContextManager[Any]:
+        """Autocast as the output head had it: trainers switch it on inside the model's forward only."""
+        assert self.hidden is not None  # noqa: S101
+        kind, dtype = self.hidden.device.type, self.autocast
+        again: AbstractContextManager[Any] = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+        return again
 
 
 def first_tensor(output: Any) -> torch.Tensor:
@@ -77,7 +91,10 @@ class Tap:
 
     def _decoder_hook(self, _module: Any, _inputs: Any, output: Any) -> None:
         if self._open is not None:
-            self._open.hidden = first_tensor(output)
+            hidden = first_tensor(output)
+            kind = hidden.device.type
+            self._open.hidden = hidden
+            self._open.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             self._open = None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from safelora_fast.defenses.base import BatchDefense, Defense, Observation
+from safelora_fast.defenses.kl import KL
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.defenses.steering import Steering
 from safelora_fast.defenses.subspace_penalty import SubspacePenalty
@@ -25,11 +26,13 @@ from safelora_fast.training.guard import name_culprit, penalty_culprit
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.reference import Reference, ReferencePass
 from safelora_fast.training.safe_modules import SafeModules
+from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
 from safelora_fast.training.totals import Totals, count_spans, count_totals
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from safelora_fast.ops.linear_kl import SharedLoss
     from safelora_fast.posthoc.report import ProjectionReport
 
 OnNonFinite = Literal["raise", "skip"]
@@ -43,6 +46,7 @@ def defend(
     reference: Reference = "base",
     on_nonfinite: OnNonFinite = "raise",
     first_step: int = 0,
+    share_logits: bool = True,
 ) -> Defended:
     """Attach defences to a model for a training loop of one's own; a context manager.
 
@@ -70,6 +74,9 @@ def defend(
             frozen adapter of the model, or a second model.
         on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
         first_step: optimiser steps already made, when a run is resumed.
+        share_logits: let the KL compute the task's loss too, from the same logits, where that is the plain
+            cross-entropy of a causal model; the model's own head does not run then. Elsewhere the losses are computed
+            apart, and the log says why. The result is the same.
 
     Raises:
         SettingsError: the model, the adapter and the defences do not go together.
@@ -82,6 +89,7 @@ def defend(
         reference=reference,
         on_nonfinite=on_nonfinite,
         first_step=first_step,
+        share_logits=share_logits,
     )
 
 
@@ -103,6 +111,7 @@ class Defended:
         reference: Reference = "base",
         on_nonfinite: OnNonFinite = "raise",
         first_step: int = 0,
+        share_logits: bool = True,
     ) -> None:
         names = [defense.name for defense in defenses]
         if len(set(names)) != len(names):
@@ -129,6 +138,8 @@ class Defended:
         self._stopwatch = Stopwatch()
         if self.defenses:
             self._prepare(reference)
+            kl = next((defense for defense in self._batch_defenses if isinstance(defense, KL)), None)
+            self._sharing = SharedLogits(self.anatomy, kl, wanted=share_logits)
 
     def _prepare(self, reference: Reference) -> None:
         self.anatomy = dissect(self.model)
@@ -243,9 +254,58 @@ class Defended:
         spans = read_spans(batch)
         if totals is None:
             totals = count_spans(self._batch_defenses, [spans])
+        if self.shares_logits(self.model, batch):
+            return self.shared_loss(self.model, batch, totals, label_weight=world_size() / max(totals.labels, 1))[0]
         with self.recording(batch):
             task = self._task_loss(batch, spans, totals)
         return task + self.regularizer(totals).to(task.device)
+
+    def shares_logits(self, model: nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
+        """Whether :meth:`shared_loss` gives the loss of this batch; if not, the log says why, once.
+
+        Args:
+            model: the model with its wrappers, as it is going to be called.
+            batch: what it is going to be called with.
+            unless: a reason of the caller's against it.
+        """
+        return bool(self.defenses) and self._sharing.allowed(model, batch, unless=unless)
+
+    def share_no_more(self, reason: str) -> None:
+        """Compute the task's loss and the KL apart from now on."""
+        self._sharing.refuse(reason)
+
+    def shared_loss(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        totals: Totals,
+        *,
+        label_weight: torch.Tensor | float,
+        factor: float = 1.0,
+        figures: bool = False,
+    ) -> tuple[torch.Tensor, SharedLoss]:
+        """Task loss and defences of one micro-batch, the task's cross-entropy from the logits of the KL.
+
+        Args:
+            model: the model with its wrappers.
+            batch: what it takes as keyword arguments, labels among them.
+            totals: the window's denominators.
+            label_weight: what the negative log-likelihood of one label counts in the task loss.
+            factor: multiplies the defences, not the task loss.
+            figures: whether the second result has the figures of every token.
+
+        Returns:
+            The loss, and the KL's part of it, the task loss among its figures.
+
+        Raises:
+            TrainingError: a defence is NaN or infinite, unless the step is to be skipped.
+        """
+        with self.recording(batch):
+            logits = forward_without_logits(model, batch)
+        task = SharedTask(label_weight, figures)
+        loss = self._regularizer(totals, factor, task)
+        assert task.shared is not None  # noqa: S101
+        return (loss if logits is None else loss + logits.sum()), task.shared
 
     def _task_loss(self, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
         if _takes_loss_arguments(self.model):
@@ -281,15 +341,18 @@ class Defended:
         Raises:
             TrainingError: a defence is NaN or infinite, unless the step is to be skipped.
         """
+        return self._regularizer(totals, 1.0, None)
+
+    def _regularizer(self, totals: Totals, factor: float, task: SharedTask | None) -> torch.Tensor:
         self._meter.micro_batch(1.0 / totals.micro_batches)
         with self._stopwatch.running():
             terms = torch.zeros(())
             if self._recorder is not None:
-                terms = self._terms(self._observation(), totals)
+                terms = self._terms(self._observation(), totals, factor, task)
                 self._recorder.forget()
                 self._spans = None
             if self._penalty is not None:
-                terms = terms + self._weighted_penalty(*self._penalty, totals).to(terms.device)
+                terms = terms + factor * self._weighted_penalty(*self._penalty, totals).to(terms.device)
         return terms
 
     def _observation(self) -> Observation:
@@ -306,26 +369,32 @@ class Defended:
             )
         return Observation(self.anatomy, student, self._recorder.reference, self._spans)
 
-    def _terms(self, observation: Observation, totals: Totals) -> torch.Tensor:
+    def _terms(self, observation: Observation, totals: Totals, factor: float, task: SharedTask | None) -> torch.Tensor:
         assert observation.student.hidden is not None  # noqa: S101
         device = observation.student.hidden.device
-        result = torch.zeros((), device=device)
         means: list[tuple[BatchDefense, torch.Tensor]] = []
+        result = torch.zeros((), device=device)
+        kl = None
         for defense in self._batch_defenses:
-            if defense.units(observation.spans):
-                mean = defense.total(observation).to(device) / totals.units[defense.name]
-                means.append((defense, mean))
-        finite = torch.stack([mean.detach() for _, mean in means]).isfinite().tolist() if means else []
+            weight, units = factor * defense.weight * world_size(), totals.units[defense.name]
+            if task is not None and isinstance(defense, KL):
+                kl, shared = defense, task.compute(defense, observation, weight / max(units, 1))
+                means.append((defense, shared.kl / max(units, 1)))
+                result = result + shared.loss
+            elif defense.units(observation.spans):
+                mean = defense.total(observation).to(device) / units
+                means.append((defense, mean.detach()))
+                result = result + weight * mean
+        finite = torch.stack([mean for _, mean in means]).isfinite().tolist() if means else []
         if not all(finite):
             culprit = next(defense for (defense, _), good in zip(means, finite, strict=True) if not good)
             error = name_culprit(culprit, observation, self.step)
             if self._on_nonfinite == "raise":
                 raise error
             self._skip_step = True
-            return result
+            return torch.zeros((), device=device) if kl is None or task is None else task.alone(kl, observation).loss
         for defense, mean in means:
             self._meter.add(defense.name, mean)
-            result = result + defense.weight * world_size() * mean
         return result
 
     def _weighted_penalty(self, defense: SubspacePenalty, modules: SafeModules, totals: Totals) -> torch.Tensor:

@@ -1,0 +1,183 @@
+"""The task's cross-entropy from the KL's logits: where it is the model's own loss, and the pass that builds no logits."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.defenses.base import Observation
+from safelora_fast.training.batch import IGNORED_LABEL, read_spans
+from safelora_fast.training.capture import Tap
+from safelora_fast.training.reference import evaluation_mode
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from safelora_fast.defenses.kl import KL
+    from safelora_fast.ops.linear_kl import SharedLoss
+    from safelora_fast.training.anatomy import Anatomy
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 24
+ROUTER_LOSS = "output_router_logits"
+KEPT_LOGITS = "logits_to_keep"
+
+
+class SharedLogits:
+    """Decides, batch by batch, whether the task's loss is the plain cross-entropy that the KL can compute on the way.
+
+    What can be read is read: the model's loss function, router losses, the keys of the batch. Then the model itself is
+    asked, once: its own loss of a few tokens must be ours, and it must build no logits when told to keep none.
+
+    Args:
+        anatomy: the parts of the model in training.
+        kl: the KL among the defences, None where there is none.
+        wanted: False to keep the losses apart.
+    """
+
+    def __init__(self, anatomy: Anatomy, kl: KL | None, *, wanted: bool) -> None:
+        self._anatomy = anatomy
+        self._kl = kl
+        self._wanted = wanted
+        self._told: set[str] = set()
+        self._asked = False
+        self._of_model: str | None = None
+
+    def allowed(self, model: nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
+        """Whether to share; if not, the reason is logged, each once.
+
+        Args:
+            model: the model in training with its wrappers, as it is going to be called.
+            batch: what it is going to be called with.
+            unless: a reason of the caller's.
+        """
+        if not self._wanted or self._kl is None:
+            return False
+        reason = unless or self._against_model(model, batch, self._kl) or _against_batch(batch)
+        if reason is not None:
+            self.tell(reason)
+        return reason is None
+
+    def tell(self, reason: str) -> None:
+        """Log once why the losses stay apart."""
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.info("the KL makes logits of its own beside those of the task's loss: %s", reason)
+
+    def refuse(self, reason: str) -> None:
+        """Keep the losses apart from now on."""
+        self._wanted = False
+        self.tell(reason)
+
+    def _against_model(self, model: nn.Module, batch: Mapping[str, Any], kl: KL) -> str | None:
+        if not self._asked:
+            self._of_model = _against_class(self._anatomy) or self._against_answer(model, batch, kl)
+            self._asked = True
+        return self._of_model
+
+    def _against_answer(self, model: nn.Module, batch: Mapping[str, Any], kl: KL) -> str | None:
+        """Ask the model for its own loss of a few tokens of the batch, and compare."""
+        ids = batch.get("input_ids")
+        if ids is None:
+            return "the batch has no input_ids to ask the model with"
+        ids = ids[:1, :PROBE_TOKENS]
+        labels = ids.clone()
+        labels[:, : ids.shape[1] // 4] = IGNORED_LABEL
+        question = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "use_cache": False}
+        tap = Tap(self._anatomy, [])
+        tap.attach()
+        try:
+            with torch.no_grad(), evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+                theirs = _field(model(**question), "loss")
+                capture = tap.begin()
+                logits = forward_without_logits(model, question)
+        except Exception as error:  # whatever a model of any kind raises: it can still be trained the other way
+            return f"the model gives no loss of a few tokens ({type(error).__name__}: {error})"
+        finally:
+            tap.detach()
+        if logits is not None and logits.numel():
+            return f"the model builds logits that {KEPT_LOGITS} told it not to keep"
+        assert capture.hidden is not None  # noqa: S101
+        spans = read_spans(question)
+        observation = Observation(self._anatomy, capture, capture, spans)
+        ours = kl.with_cross_entropy(observation, kl_weight=0.0, cross_entropy_weight=1.0).cross_entropy / spans.labels
+        exact = capture.hidden.dtype in {torch.float32, torch.float64} and capture.autocast is None
+        if not torch.isclose(ours, theirs.to(ours), rtol=1e-5 if exact else 5e-3, atol=0.0):
+            return f"the model's own loss is not the plain cross-entropy ({theirs.item():.6g}, not {ours.item():.6g})"
+        return None
+
+
+@dataclass
+class SharedTask:
+    """The task's loss of one micro-batch, to be computed by the KL.
+
+    Attributes:
+        label_weight: what the negative log-likelihood of one label counts in the loss.
+        figures: whether the figures of every token are wanted.
+        shared: what the KL computed.
+    """
+
+    label_weight: torch.Tensor | float
+    figures: bool
+    shared: SharedLoss | None = None
+
+    def compute(self, kl: KL, observation: Observation, kl_weight: float) -> SharedLoss:
+        """Both losses, with what the divergence of one token counts."""
+        self.shared = kl.with_cross_entropy(
+            observation, kl_weight=kl_weight, cross_entropy_weight=self.label_weight, figures=self.figures
+        )
+        return self.shared
+
+    def alone(self, kl: KL, observation: Observation) -> SharedLoss:
+        """The task's loss without the reference, which may be what a defence that is not finite comes from."""
+        return self.compute(kl, replace(observation, reference=observation.student), 0.0)
+
+
+def forward_without_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Run the model for its hidden states; returns its logits, of no position.
+
+    They have no element, but a gradient function: wrappers that watch a model's output see that it was used when their
+    sum, zero, is added to the loss.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in {"labels", "shift_labels"}}
+    source = inputs.get("input_ids")
+    source = inputs["inputs_embeds"] if source is None else source
+    none = torch.zeros(0, dtype=torch.long, device=source.device)
+    return _field(model(**{"use_cache": False, **inputs, KEPT_LOGITS: none}), "logits")
+
+
+def _field(output: Any, name: str) -> Any:
+    return output[name] if isinstance(output, Mapping) else output[0]
+
+
+def _against_class(anatomy: Anatomy) -> str | None:
+    """A reason that can be read off the model."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    model = anatomy.model
+    kind = type(model).__name__
+    if KEPT_LOGITS not in inspect.signature(model.forward).parameters:
+        return f"{kind} takes no {KEPT_LOGITS}"
+    if model.config is not anatomy.config:
+        return f"{kind} is multimodal"
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        return f"{kind} has a loss function of its own"
+    if getattr(anatomy.config, ROUTER_LOSS, False):
+        return f"{kind} adds the loss of its routers"
+    return None
+
+
+def _against_batch(batch: Mapping[str, Any]) -> str | None:
+    """A reason that can be read off the batch."""
+    if batch.get("labels") is None:
+        return "the batch has no labels"
+    for name in (KEPT_LOGITS, ROUTER_LOSS, "ignore_index", "num_items_in_batch"):
+        if batch.get(name) is not None:
+            return f"the batch sets {name}"
+    return None
