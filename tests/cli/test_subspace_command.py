@@ -183,7 +183,7 @@ def test_one_line_and_nothing_written(pair, call, words, output, tmp_path, spoil
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "0"], "at least 1"),
+        (["--rank", "0"], "rank must lie between 1 and"),
         (["--rank", "3", "--energy", "0.5"], "either rank or energy"),
         (["--energy", "nan"], "energy"),
         (["--threads", "0"], "threads"),

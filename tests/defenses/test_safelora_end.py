@@ -115,7 +115,12 @@ def test_an_adapter_that_the_model_itself_holds(sources, tmp_path):
     """As transformers' own `add_adapter` makes it, without PEFT's wrapper."""
     wrapped, model = tiny_peft_model(), tiny_model()
     _, expected = from_disk(wrapped, sources, tmp_path, select="all")
-    model.add_adapter(wrapped.peft_config["default"], "narrow")
+    try:
+        model.add_adapter(wrapped.peft_config["default"], "narrow")
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers asks for a PEFT that is not installed: {error}")
     fill_adapter(model, seed=1, adapter="narrow")
     with defend(model, [SafeLora(SafeSubspace.from_sources(**sources), select="all")]):
         pass
