@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import furthest
+from tiny_models import TARGETS, adapter_weights, furthest, tiny_peft_model
 from train_runs import run, run_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
@@ -55,3 +55,24 @@ def test_transformers_without_accumulation(whole, tmp_path):
 def test_two_processes(whole, kind, launcher, tmp_path):
     spec = {"kind": kind, "batch": 2, "accumulation": 2, "defences": STRONG}
     same(run_two_processes(spec, tmp_path, launcher), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[2], [1, 2]], ids=str)
+def test_fsdp_projects_uneven_rows_where_they_are(mesh, tmp_path):
+    """Every matrix with an odd number of rows; lora_A alone is gathered, and all modules share one sum."""
+    model = {"intermediate_size": 47, "lora": {"r": 3}}
+    spec = {"batch": 2, "accumulation": 2, "steps": 2, "model": model, "defences": STRONG}
+    whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
+    sharded = run_two_processes({**spec, "kind": "fsdp", "mesh": mesh}, tmp_path)
+    same(sharded, whole)
+    assert sorted(sharded[1]["messages"].values()) == [1, len(TARGETS) * 3]
+
+
+@pytest.mark.slow
+def test_a_defence_that_is_not_finite_on_one_process_makes_both_skip_the_step(tmp_path):
+    spec = {"kind": "loop", "batch": 2, "on_nonfinite": "skip", "broken_rank": 1, "defences": {"kl": 30.0}}
+    weights, _ = run_two_processes(spec, tmp_path)
+    assert furthest(weights, adapter_weights(tiny_peft_model())) == 0
+    weights, _ = run_two_processes({**spec, "broken_rank": None}, tmp_path)
+    assert furthest(weights, adapter_weights(tiny_peft_model())) > 1e-3

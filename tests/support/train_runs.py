@@ -41,7 +41,7 @@ def defences(weights, model):
 
 def settings(spec):
     """Keyword arguments of the defences, for a loop and for a trainer alike."""
-    return {"share_logits": spec.get("share_logits", True)}
+    return {"share_logits": spec.get("share_logits", True), "on_nonfinite": spec.get("on_nonfinite", "raise")}
 
 
 def sgd(model, lr=0.02):
@@ -99,6 +99,14 @@ def tiny_tokenizer():
     )
 
 
+def completions(examples):
+    """The same rows with a mask for the labels: TRL 0.24 drops labels when it packs."""
+    return [
+        {"input_ids": e["input_ids"], "completion_mask": [int(label != -100) for label in e["labels"]]}
+        for e in examples
+    ]
+
+
 def run_trl(spec, output, model=None, trainer_class=None, **kwargs):
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig
@@ -110,11 +118,11 @@ def run_trl(spec, output, model=None, trainer_class=None, **kwargs):
     if "peft_config" not in kwargs:
         optimizer = sgd(model)
         kwargs["optimizers"] = (optimizer, constant(optimizer))
-    arguments = {"gradient_checkpointing": False, "bf16": False, "max_length": 64}
+    arguments = {"gradient_checkpointing": False, "bf16": False, "max_length": 64, "completion_only_loss": True}
     trainer = (trainer_class or DefendedSFTTrainer)(
         model=model,
         args=SFTConfig(**{**arguments, **trainer_arguments(spec, output)}),
-        train_dataset=Dataset.from_list(rows(spec.get("lengths", LENGTHS))),
+        train_dataset=Dataset.from_list(completions(rows(spec.get("lengths", LENGTHS)))),
         processing_class=tiny_tokenizer(),
         **kwargs,
     )
@@ -127,33 +135,79 @@ def run_loop(spec, output):  # noqa: ARG001
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         torch.distributed.init_process_group("gloo")
-    model = tiny_peft_model()
+    model = tiny_peft_model(**spec.get("model", {}))
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     optimizer = sgd(model)
     examples = rows(spec.get("lengths", LENGTHS))[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    if rank == spec.get("broken_rank"):
+        block = model.get_base_model().model.layers[0]
+        block.register_forward_hook(lambda _m, _a, out: out if torch.is_grad_enabled() else out * float("nan"))
     with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
-        totals = defended.totals(window)
-        for index, batch in enumerate(window):
-            if world > 1:
-                wrapped.require_backward_grad_sync = index == len(window) - 1
-            defended.loss(batch, totals=totals).backward()
-        optimizer.step()
+        for _ in range(spec.get("steps", 1)):
+            totals = defended.totals(window)
+            for index, batch in enumerate(window):
+                if world > 1:
+                    wrapped.require_backward_grad_sync = index == len(window) - 1
+                defended.loss(batch, totals=totals).backward()
+            optimizer.step()
+            optimizer.zero_grad()
         figures = defended.metrics()
     return model, figures
 
 
+def deepspeed_config(spec):
+    return {
+        "train_micro_batch_size_per_gpu": spec["batch"],
+        "gradient_accumulation_steps": spec["accumulation"],
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": spec["stage"]},
+        "bf16": {"enabled": spec.get("bf16", False)},
+        "optimizer": {"type": "SGD", "params": {"lr": 0.02}},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def run_deepspeed(spec, output):  # noqa: ARG001
+    """A plain loop over DeepSpeed's engine; returns its float32 copies of the weights."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    model = tiny_peft_model()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, optimizer, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=deepspeed_config(spec))
+    examples = rows(spec.get("lengths", LENGTHS))[rank::world]
+    size = spec["batch"]
+    window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    with defend(engine, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
+        for _ in range(spec.get("steps", 1)):
+            totals = defended.totals(window)
+            for batch in window:
+                engine.backward(defended.loss(batch, totals=totals), scale_wrt_gas=False)
+                engine.step()
+            defended.engine_stepped()
+        figures = defended.metrics()
+    copies = {n: safe_get_full_fp32_param(p) for n, p in model.named_parameters() if p.requires_grad}
+    pairs = [(parameter.detach().float(), copies[n]) for n, parameter in model.named_parameters() if n in copies]
+    figures["rounding"] = max(((rounded - copy).norm() / copy.norm()).item() for rounded, copy in pairs)
+    return copies, figures
+
+
 def run_fsdp(spec, output):  # noqa: ARG001
-    """A plain loop over a model that FSDP2 shards; returns the gathered weights."""
+    """A plain loop over a model that FSDP2 shards; returns the gathered weights, and counts the step's messages."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.debug import CommDebugMode
 
     torch.distributed.init_process_group("gloo")
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    mesh = init_device_mesh("cpu", (world,))
-    model = tiny_peft_model()
+    shape = tuple(spec.get("mesh", [world]))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    model = tiny_peft_model(**spec.get("model", {}))
     for block in model.get_base_model().model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -163,11 +217,15 @@ def run_fsdp(spec, output):  # noqa: ARG001
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
     with defend(model, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
-        totals = defended.totals(window)
-        for batch in window:
-            defended.loss(batch, totals=totals).backward()
-        optimizer.step()
+        for _ in range(spec.get("steps", 1)):
+            totals = defended.totals(window)
+            for batch in window:
+                defended.loss(batch, totals=totals).backward()
+            with CommDebugMode() as messages:
+                optimizer.step()
+            optimizer.zero_grad()
         figures = defended.metrics()
+    figures["messages"] = {str(kind): count for kind, count in messages.get_comm_counts().items()}
     return {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}, figures
 
 
@@ -206,6 +264,8 @@ def run(spec, output):
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "fsdp":
         return run_fsdp(spec, output)
+    elif spec["kind"] == "deepspeed":
+        return run_deepspeed(spec, output)
     elif spec["kind"] == "loop":
         model, figures = run_loop(spec, output)
     else:

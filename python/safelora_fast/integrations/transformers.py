@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainerCallback
 
 from safelora_fast.defenses.safelora import SafeLora
@@ -166,6 +167,8 @@ class DefendedMixin:
                 f"{type(self).__name__}.compute_loss bypasses the defences: put the mixin before the trainer that "
                 "overrides it, or call super().compute_loss"
             )
+        if self._defended is not None and self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._defended.engine_stepped()
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -199,8 +202,10 @@ class DefendedMixin:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         return not scaled
 
+    accelerator: Any
     add_callback: Any
     callback_handler: Any
+    is_deepspeed_enabled: bool
     optimizer: Any
     state: Any
     current_gradient_accumulation_steps: int
@@ -235,12 +240,12 @@ def _check_trainer(trainer: Any) -> None:
             "several GPUs in one process make the Trainer use DataParallel, which drops the defences' hooks: start one "
             "process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES"
         )
-    if trainer.args.torch_compile:
+    if trainer.args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise SettingsError(
             "torch_compile wraps the model and hides the modules that the defences hook: compile it in place, model.compile()"
         )
-    if trainer.is_deepspeed_enabled:
-        raise SettingsError("DeepSpeed is not supported with defences: use DDP or FSDP2")
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage not in {1, 2}:
+        raise SettingsError("DeepSpeed is supported with ZeRO stages 1 and 2: choose one of them, or use DDP or FSDP2")
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for kind in ("tp", "cp", "sp"):
         if parallel is not None and getattr(parallel, f"{kind}_size", 1) > 1:

@@ -87,17 +87,23 @@ def logit_scale(config: Any) -> float:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take DistributedDataParallel and PEFT wrappers off.
+    """Take DistributedDataParallel, DeepSpeed's engine and PEFT wrappers off.
 
     Raises:
-        SettingsError: the model is wrapped in DataParallel or compiled.
+        SettingsError: the model is wrapped in DataParallel or the first FSDP, or compiled.
     """
+    kinds = {kind.__name__ for kind in type(model).__mro__}
     if isinstance(model, nn.DataParallel):
         raise SettingsError(
             "DataParallel replicates the model and drops its hooks: start one process per device "
             "(torchrun or accelerate launch), or show one device with CUDA_VISIBLE_DEVICES"
         )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if "FullyShardedDataParallel" in kinds:
+        raise SettingsError(
+            "FullyShardedDataParallel flattens the parameters that the defences act on: use its second version, "
+            "fully_shard (fsdp_version 2)"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel) or "DeepSpeedEngine" in kinds:
         return unwrap(model.module)
     if hasattr(model, "_orig_mod"):
         raise SettingsError(

@@ -61,13 +61,15 @@ def defend(
     ```
 
     The loss is right for data-parallel training, where gradients are averaged over processes. Accelerate's
-    `backward` divides by its own `gradient_accumulation_steps`: multiply the loss by it, or leave it at 1.
+    `backward` divides by its own `gradient_accumulation_steps`: multiply the loss by it, or leave it at 1. So does
+    DeepSpeed's, unless it is told `scale_wrt_gas=False`; after the engine's step call :meth:`Defended.engine_stepped`.
 
     SafeLora at the end projects the adapter when the context ends without an exception, or earlier by
     :meth:`Defended.finish`: save the adapter after that.
 
     Args:
-        model: a causal language model of transformers, plain or wrapped by PEFT and DistributedDataParallel.
+        model: a causal language model of transformers, plain, sharded by `fully_shard`, or wrapped by PEFT,
+            DistributedDataParallel and DeepSpeed's engine (ZeRO stages 1 and 2).
         defenses: the defences; those that are switched off (weight 0) cost nothing.
         optimizer: the optimiser whose steps are counted; needed to skip a step.
         reference: what the defences keep the model near: "base" (the same model, adapters disabled), the name of a
@@ -123,7 +125,9 @@ class Defended:
         self.step = first_step
         self._batch_defenses = [defense for defense in self.defenses if isinstance(defense, BatchDefense)]
         self._on_nonfinite = on_nonfinite
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        # Accelerate's wrapper is itself an Optimizer; DeepSpeed's is none, and steps the one inside it piece by piece.
+        wrapped = isinstance(optimizer, torch.optim.Optimizer)
+        self._optimizer = getattr(optimizer, "optimizer", optimizer) if wrapped else optimizer
         self._handles: list[Any] = []
         self._attached = False
         self._recorder: StudentRecorder | None = None
@@ -199,6 +203,14 @@ class Defended:
             return
         if self._projection is not None and self._optimizer is None:
             raise SettingsError('SafeLora: at="step" needs the optimizer whose steps it follows: optimizer=')
+        hooked = self._optimizer if isinstance(self._optimizer, torch.optim.Optimizer) else None
+        if self._on_nonfinite == "skip" and hooked is None:
+            raise SettingsError(
+                'on_nonfinite="skip" needs the optimizer whose step it skips, and hooks before its steps, which '
+                "DeepSpeed's lacks"
+            )
+        if hooked is not None:
+            self._check_trained(hooked)
         self._attached = True
         for defense in self.defenses:
             if isinstance(defense, Steering):
@@ -206,9 +218,20 @@ class Defended:
         if self._recorder is not None:
             self._recorder.attach()
             self._reference.tap.attach()
-        if self._optimizer is not None:
-            self._handles.append(self._optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
+        if hooked is not None:
+            self._handles.append(hooked.register_step_pre_hook(self._before_step))
+            self._handles.append(hooked.register_step_post_hook(self._after_step))
+
+    def _check_trained(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimiser of other parameters than those that the defences act on: they would do nothing."""
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for defense, modules in filter(None, (self._penalty, self._projection)):
+            for module in modules.modules:
+                if module.left.requires_grad and id(module.left) not in known:
+                    raise SettingsError(
+                        f"{type(defense).__name__}: lora_B of {module.name} is not among the optimizer's parameters: "
+                        "shard the model (fully_shard) and make the optimizer before defend()"
+                    )
 
     def _install(self, steering: Steering) -> None:
         """Steer the model, and a second model that serves as reference; before the hooks that read the outputs."""
@@ -435,13 +458,24 @@ class Defended:
         self._skip_step = False
 
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._stepped()
+
+    def engine_stepped(self) -> None:
+        """Say that an optimiser without step hooks has made a step: call it after the `step()` of a DeepSpeed engine.
+
+        Does nothing where the optimizer has hooks, which count the steps by themselves.
+        """
+        if not isinstance(self._optimizer, torch.optim.Optimizer):
+            self._stepped()
+
+    def _stepped(self) -> None:
         self.step += 1
         if self._projection is None:
             return
         defense, modules = self._projection
         if self.step % defense.every == 0:
             with self._stopwatch.running():
-                self._meter.set("cosine_min", modules.project())
+                self._meter.set("cosine_min", modules.project(self.step))
                 self._meter.set("modules_projected", float(len(modules.modules)))
 
 

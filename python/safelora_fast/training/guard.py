@@ -30,6 +30,14 @@ def penalty_culprit(penalties: list[tuple[str, torch.Tensor]], step: int) -> Tra
     )
 
 
+def projection_culprit(name: str, step: int) -> TrainingError:
+    """The error for a module that cannot be projected because its factor is not finite; it is left as it is."""
+    return TrainingError(
+        f"defence safelora is not finite after optimiser step {step}: lora_B of module {name} holds NaN or Inf; "
+        "lower the learning rate, or clip the gradients"
+    )
+
+
 def _first_bad_states(observation: Observation) -> str | None:
     mask = observation.spans.real
     for index in sorted(observation.student.blocks):

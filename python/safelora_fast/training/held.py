@@ -1,0 +1,106 @@
+"""A factor in training where its values really are: whole, in rows that FSDP2 shards, or in DeepSpeed's float32 copy."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def held_rows(parameter: torch.Tensor) -> torch.Tensor:
+    """The rows of a matrix that this process holds, float32, without gradient; read only.
+
+    DeepSpeed steps a float32 copy that it spreads over the processes, and overwrites the parameter from it: there the
+    copy is gathered, whole on every process. Collective with DeepSpeed.
+    """
+    copy = _deepspeed_copy(parameter)
+    return _local(parameter).detach().float() if copy is None else copy.detach().float()
+
+
+def write_rows(parameter: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write the rows that :func:`held_rows` gave, in the parameter's dtype; with DeepSpeed also into its float32 copy."""
+    with torch.no_grad():
+        if "deepspeed" in sys.modules:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, rows)
+        _local(parameter).copy_(rows)
+
+
+def matching_rows(parameter: torch.Tensor, whole: torch.Tensor, *, owner: str) -> torch.Tensor:
+    """The rows of a whole matrix that stand beside the rows of `parameter` on this process: a view.
+
+    FSDP2 cuts rows as `torch.chunk` does, so that the last processes may hold fewer, or none.
+
+    Raises:
+        SettingsError: the parameter is sharded in another way than by rows.
+    """
+    for size, rank, _ in _shards(parameter, owner=owner):
+        pieces = whole.chunk(size)
+        whole = pieces[rank] if rank < len(pieces) else whole[:0]
+    return whole
+
+
+def sum_over_shards(
+    parameters: Sequence[torch.Tensor], partial: Sequence[torch.Tensor], *, owner: str
+) -> list[torch.Tensor]:
+    """Add up what the processes computed from their rows of each parameter, in one message for all of one mesh.
+
+    Collective where parameters are sharded; values of whole parameters are returned as they are.
+    """
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        together.setdefault(tuple(group for *_, group in _shards(parameter, owner=owner)), []).append(index)
+    summed = list(partial)
+    for groups, indices in together.items():
+        if not groups:
+            continue
+        message = torch.cat([partial[index].flatten() for index in indices])
+        for group in groups:
+            distributed.all_reduce(message, group=group)
+        pieces = message.split([partial[index].numel() for index in indices])
+        for index, piece in zip(indices, pieces, strict=True):
+            summed[index] = piece.view_as(partial[index])
+    return summed
+
+
+def _shards(parameter: Any, *, owner: str) -> list[tuple[int, int, Any]]:
+    """(processes, this process's place among them, their group) of every mesh dimension that cuts rows."""
+    if not hasattr(parameter, "placements"):
+        return []
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = parameter.device_mesh
+    cuts = []
+    for dimension, placement in enumerate(parameter.placements):
+        if isinstance(placement, Replicate):
+            continue
+        if type(placement) is not Shard or placement.dim != 0:
+            raise SettingsError(
+                f"{owner}: a lora_B of shape {tuple(parameter.shape)} is placed by {placement}: shard it by rows, "
+                "as fully_shard does by default"
+            )
+        cuts.append((mesh.size(dimension), mesh.get_local_rank(dimension), mesh.get_group(dimension)))
+    return cuts
+
+
+def _local(parameter: Any) -> torch.Tensor:
+    rows: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return rows
+
+
+def _deepspeed_copy(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The whole float32 copy of a parameter that DeepSpeed steps, or None."""
+    if "deepspeed" not in sys.modules:
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    copy: torch.Tensor | None = safe_get_full_fp32_param(parameter)
+    return copy
