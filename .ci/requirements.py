@@ -1,6 +1,7 @@
 """Print the requirements of this package and of the extras named on the command line, one per line.
 
-They are installed before the package itself, so that a change of the code never reinstalls them.
+They are installed before the package itself, so that a change of the code never reinstalls them. With `--oldest` print
+the oldest supported versions of what the extras need, torch aside: that is gigabytes, and is not installed twice.
 """
 
 import re
@@ -15,9 +16,15 @@ def main(extras: list[str]) -> None:
     except ModuleNotFoundError:
         from pip._vendor import tomli as tomllib
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
-    for requirement in sorted({requirement for group in groups for requirement in group}):
-        print(re.sub(r"\s", "", requirement))
+    oldest = "--oldest" in extras
+    groups = [project["optional-dependencies"][extra] for extra in extras if extra != "--oldest"]
+    if not oldest:
+        groups.append(project["dependencies"])
+    for requirement in sorted({re.sub(r"\s", "", requirement) for group in groups for requirement in group}):
+        if not oldest:
+            print(requirement)
+        elif not requirement.startswith("torch>"):
+            print(re.sub(r">=([\d.]+)", r"==\1.*", requirement))
 
 
 main(sys.argv[1:])
