@@ -35,10 +35,14 @@ def test_model_and_reference_are_steered(training, second):
     divergence, tokens = kl_sum(output.logits, reference.logits, batch)
     distance, sequences = feature_distance_sum(features[1:], reference_features[1:], batch)
     expected = output.loss + 3 * divergence / tokens + 2 * distance / sequences
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(expected, trained)
     defences = [KL(3.0), FeatureDistance(2.0, layers=[1, 2]), Steering(VECTOR, 1, 2.0)]
     with defend(model, defences, reference=tiny_model() if second else "base") as defended:
         loss = defended.loss(batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(loss, trained), gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_gone_in_evaluation_and_afterwards():

@@ -10,10 +10,11 @@ from train_runs import run_transformers, sgd
 
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
 from safelora_fast.defenses.subspace_penalty import penalty
-from safelora_fast.errors import CheckpointError, PairingError, SettingsError
+from safelora_fast.errors import CheckpointError, PairingError, SettingsError, TrainingError
 from safelora_fast.subspace import SafeSubspace
 from safelora_fast.training import defend
 from safelora_fast.training.adapted import adapted_modules
+from safelora_fast.training.safe_modules import SafeModules
 
 
 def outside(model, subspace):
@@ -103,6 +104,66 @@ def test_resume_keeps_the_schedule(tmp_path):
     unbroken = run(tmp_path / "run")
     resumed = run(tmp_path / "again", resume=str(tmp_path / "run" / "checkpoint-1"))
     assert furthest(unbroken, resumed) == 0
+
+
+def test_bfloat16_factors():
+    """Computed in float32 from the rounded factors; only what is written is rounded again."""
+    model, exact = tiny_peft_model(lora={"r": 3}).to(torch.bfloat16), tiny_peft_model(lora={"r": 3})
+    exact.load_state_dict(model.state_dict())
+    subspace = random_subspace(model)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ours, truth = (SafeModules(m.get_base_model(), subspace, owner="test") for m in (model, exact.double()))
+    vectors = {m.name: truth.vectors(m).double() for m in truth.modules}
+    expected = sum(penalty(m.left, m.right, m.scale, vectors[m.name]) for m in truth.modules)
+    total = sum(value for _, value in ours.penalties())
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [
+        torch.autograd.grad(s, [dict(m.named_parameters())[n] for n in names])
+        for s, m in ((total, model), (expected, exact))
+    ]
+    for left, right in zip(*gradients, strict=True):
+        assert left.dtype == torch.bfloat16
+        assert (left.double() - right).norm() < 5e-3 * right.norm()
+    projected = {m.name: vectors[m.name] @ (vectors[m.name].T @ m.left.detach()) for m in truth.modules}
+    ours.project(1)
+    for module in ours.modules:
+        assert module.left.dtype == torch.bfloat16
+        assert (module.left.double() - projected[module.name]).norm() < 3e-3 * projected[module.name].norm()
+
+
+def broken_model(name):
+    """A model with an infinity in one row of a module's lora_B, and that matrix."""
+    model = tiny_peft_model()
+    left = dict(model.named_parameters())[f"base_model.model.{name}.lora_B.default.weight"]
+    left.data[3, 1] = float("inf")
+    return model, left
+
+
+def test_a_penalty_that_is_not_finite_names_the_module():
+    name = "model.layers.1.mlp.up_proj"
+    model, _ = broken_model(name)
+    message = rf"subspace_penalty is not finite at optimiser step 6: module {name}"
+    with (
+        defend(model, [SubspacePenalty(random_subspace(model))], first_step=5) as defended,
+        pytest.raises(TrainingError, match=message),
+    ):
+        defended.loss(collate(rows([7, 3])))
+
+
+def test_a_factor_that_is_not_finite_is_named_and_not_projected():
+    name = "model.layers.1.mlp.up_proj"
+    model, left = broken_model(name)
+    before = adapter_weights(model)
+    optimizer = sgd(model)
+    message = rf"safelora is not finite after optimiser step 6: lora_B of module {name}"
+    with (
+        defend(model, [SafeLora(random_subspace(model), at="step")], optimizer=optimizer, first_step=5),
+        pytest.raises(TrainingError, match=message),
+    ):
+        optimizer.step()
+    left.data[3, 1] = before[f"base_model.model.{name}.lora_B.default.weight"][3, 1] = 0.0
+    assert furthest(before, adapter_weights(model)) == 0
 
 
 def test_saved_and_loaded(tmp_path):

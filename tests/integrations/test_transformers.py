@@ -8,7 +8,7 @@ from tiny_models import adapter_weights, collate, furthest, rows, tiny_model, ti
 from train_runs import LENGTHS, run_transformers, trainer_arguments
 from transformers import Trainer, TrainingArguments
 
-from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.defenses import KL, FeatureDistance, Steering
 from safelora_fast.errors import SettingsError, TrainingError
 from safelora_fast.integrations.transformers import DefendedMixin, DefendedTrainer
 
@@ -122,16 +122,28 @@ def test_not_finite_stops_the_run(tmp_path):
     model.get_base_model().model.layers[0].register_forward_hook(
         lambda _m, _a, out: out * float("nan") if not torch.is_grad_enabled() else out
     )
-    with pytest.raises(TrainingError, match=r"feature_distance|kl.*step 1.*layer 0 of the reference"):
-        run_transformers(SPEC, tmp_path, model=model, defenses=strong())
+    with pytest.raises(TrainingError, match=r"(feature_distance|kl) .*step 1.*layer 0 of the reference"):
+        run_transformers(SPEC, tmp_path, model=model, defenses=[*strong(), Steering(torch.ones(32), 1)])
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 1
 
 
-def test_refusals_come_with_the_trainer(tmp_path):
+def test_refusals_come_with_the_trainer(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="no adapter to disable"):
         run_transformers(SPEC, tmp_path, model=tiny_model(), defenses=strong())
-    spec = {**SPEC, "arguments": {"torch_compile": True}}
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as accelerate's launcher asks for it
+    with pytest.raises(SettingsError, match="torch_compile"):
+        run_transformers(SPEC, tmp_path, defenses=strong())
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    spec = {**SPEC, "arguments": {"torch_compile": True}}  # which may set the variable, until the test's end
     with pytest.raises(SettingsError, match="torch_compile"):
         run_transformers(spec, tmp_path, defenses=strong())
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    """The Trainer would wrap the model in DataParallel."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(SettingsError, match="DataParallel, which drops the defences' hooks"):
+        run_transformers(SPEC, tmp_path, defenses=strong())
 
 
 def test_lengths_are_unequal():

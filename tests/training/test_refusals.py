@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_peft_model
+from tiny_models import random_subspace, tiny_model, tiny_peft_model
+from train_runs import sgd
 
-from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.defenses import KL, FeatureDistance, SafeLora, SubspacePenalty
 from safelora_fast.errors import SettingsError
 from safelora_fast.training import defend
 
@@ -18,6 +19,15 @@ def test_initialisations_that_change_the_base_weights(init):
         defend(model, [FeatureDistance(1.0, layers=1)])
     reference = tiny_model()
     defend(model, [FeatureDistance(1.0, layers=1)], reference=reference)
+
+
+@pytest.mark.parametrize("init", ["corda", "eva", "loftq", "lora_ga"])
+def test_initialisations_that_need_data_or_other_libraries(init):
+    """They are refused by name: to run them here would need what they need."""
+    model = tiny_peft_model()
+    model.peft_config["default"].init_lora_weights = init
+    with pytest.raises(SettingsError, match=f"'default' was initialised by '{init}'"):
+        defend(model, [FeatureDistance(1.0, layers=1)])
 
 
 def test_biases_that_disabling_does_not_undo():
@@ -47,6 +57,7 @@ def test_merged_adapter():
     ],
     ids=["adapted", "trained"],
 )
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18, of every Llama
 def test_adapted_head_with_kl(lora, settings):
     model = tiny_peft_model(lora=lora, **settings)
     with pytest.raises(SettingsError, match="head is adapted or trained"):
@@ -65,6 +76,30 @@ def test_wrappers():
         defend(torch.nn.DataParallel(tiny_peft_model()), [KL(1.0)])
     with pytest.raises(SettingsError, match=r"torch\.compile"):
         defend(torch.compile(tiny_peft_model()), [KL(1.0)])
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # on one process
+def test_the_first_fsdp(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.distributed.fsdp.FullyShardedDataParallel(
+            tiny_peft_model(), device_id=torch.device("cpu"), use_orig_params=True
+        )
+        with pytest.raises(SettingsError, match="use its second version"):
+            defend(model, [KL(1.0)])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_optimizers_that_do_not_fit():
+    """Without a look at its parameters, a defence on the weights of another optimizer would do nothing, in silence."""
+    model = tiny_peft_model()
+    for defence in (SubspacePenalty(random_subspace(model), 1.0), SafeLora(random_subspace(model), at="step")):
+        with pytest.raises(SettingsError, match=r"lora_B of model\.layers\.0\.self_attn\.q_proj is not among"):
+            defend(model, [defence], optimizer=sgd(tiny_peft_model())).attach()
+    with pytest.raises(SettingsError, match="needs the optimizer whose step it skips"):
+        defend(model, [KL(1.0)], on_nonfinite="skip").attach()
 
 
 def test_reference_names():
