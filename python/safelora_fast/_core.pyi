@@ -15,11 +15,14 @@ __all__ = [
     "__version__",
     "cpu_features",
     "default_threads",
+    "feature_distance",
+    "feature_distance_gradient",
     "fma_peak",
     "kernel_level",
     "read_index",
     "read_seconds",
     "subspace_projection",
+    "update_seconds",
 ]
 
 __version__: str
@@ -208,6 +211,45 @@ def subspace_projection(
     col_stride); strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16").
     """
 
+def feature_distance(
+    features: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+    reference: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+    mask: tuple[int, tuple[int, int]],
+    segments: tuple[int, tuple[int, int]] | None,
+    factors: int,
+    *,
+    normalize: Literal["sequence", "token", "none"] = "sequence",
+    threads: int | None = None,
+) -> float:
+    """Sum over blocks, mean over sequences, of the squared distance of (unit) hidden states that the caller keeps alive.
+
+    One read of features and reference; of tokens that do not count, none. Every sum is in float64 and in one order, so
+    that the result does not depend on `threads` or the CPU's level. Fills `factors`, the address of float64 [blocks,
+    batch, tokens, 2], with what `feature_distance_gradient` takes. Raises ValueError when shapes, strides, dtypes or
+    addresses do not fit.
+
+    Each block is (address, dtype, (batch, tokens, hidden), (batch_stride, token_stride)) with a contiguous hidden axis;
+    strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16"), a block's both the same. `mask` is
+    (address, (batch_stride, token_stride)) of one byte per token, `segments` the same of one int64: tokens of one row
+    and one segment are a sequence.
+    """
+
+def feature_distance_gradient(
+    features: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+    reference: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+    factors: Sequence[int],
+    outputs: Sequence[int],
+    weight: float,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Write `weight` times the gradient of `feature_distance` in `features` to `outputs`, contiguous and in their dtype.
+
+    One read of features and reference, one write. `factors` are, for each block, the address of its [batch, tokens, 2].
+    Tokens that do not count get zeros and are not read. Raises ValueError when shapes, strides, dtypes or addresses do
+    not fit, or an output shares memory with another tensor.
+    """
+
 def cpu_features() -> dict[str, bool]:
     """Features that the kernels look for: avx2, fma, f16c, avx512f, ..."""
 
@@ -219,6 +261,14 @@ def read_seconds(regions: Sequence[tuple[int, int]], threads: int) -> float:
     """Seconds to read every byte of the regions (address, length) once with `threads` threads; for benchmarks.
 
     The caller keeps the memory alive.
+    """
+
+def update_seconds(
+    regions: Sequence[tuple[int, int]], written: tuple[int, int], threads: int, *, stream: bool = False
+) -> float:
+    """Seconds to read the regions and to overwrite another one, past the caches with `stream`; for benchmarks.
+
+    The caller keeps the memory alive, and loses what was in `written`.
     """
 
 def fma_peak(threads: int) -> float:

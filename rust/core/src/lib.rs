@@ -1,6 +1,7 @@
 //! Checkpoint reading and SIMD kernels of safelora-fast. No Python, no CUDA.
 
 pub mod checkpoint;
+pub mod feature_distance;
 pub mod kernels;
 pub mod limits;
 pub mod linalg;

@@ -1,11 +1,14 @@
 //! What this machine can read and multiply: the limits that the speed of the kernels is judged by.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::kernels::{Level, fused_chains, prefetch};
 
 /// Bytes that one thread reads of a region before it turns to the next region.
 const STRETCH: usize = 1 << 14;
+/// The same where a region is written too: memory takes shorter turns of reading and writing better.
+const UPDATE_STRETCH: usize = 1 << 12;
 /// Distance of the software prefetch, in bytes.
 const AHEAD: usize = 1 << 12;
 /// Fused multiply-adds in one lane of one chain, in `fma_peak`.
@@ -17,6 +20,18 @@ const STEPS: usize = 1 << 22;
 /// weights.
 #[must_use]
 pub fn read_seconds(regions: &[&[u8]], threads: usize) -> f64 {
+    update_seconds(regions, &mut [], threads, false)
+}
+
+/// Seconds to read every byte of `regions` and to overwrite every byte of `written` once, as `read_seconds` does it;
+/// `stream` writes past the caches.
+pub fn update_seconds(regions: &[&[u8]], written: &mut [u8], threads: usize, stream: bool) -> f64 {
+    let threads = threads.max(1);
+    let stretch = if written.is_empty() { STRETCH } else { UPDATE_STRETCH };
+    let size = written.len().div_ceil(threads).max(1);
+    let mut parts: Vec<&mut [u8]> = written.chunks_mut(size).collect();
+    parts.resize_with(threads, Default::default);
+    let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
     at_once(threads, |thread, threads| {
         let shares: Vec<&[u8]> = regions
             .iter()
@@ -26,14 +41,17 @@ pub fn read_seconds(regions: &[&[u8]], threads: usize) -> f64 {
                 &region[edge(thread)..end]
             })
             .collect();
-        let longest = shares.iter().map(|share| share.len()).max().unwrap_or(0);
+        let mut part = parts[thread].lock().unwrap_or_else(PoisonError::into_inner);
+        let longest = shares.iter().map(|share| share.len()).max().unwrap_or(0).max(part.len());
         let mut folded = 0;
-        for start in (0..longest).step_by(STRETCH) {
+        for start in (0..longest).step_by(stretch) {
             for share in &shares {
-                let stretch = &share[start.min(share.len())..(start + STRETCH).min(share.len())];
-                folded ^= fold(stretch);
+                folded ^= fold(&share[start.min(share.len())..(start + stretch).min(share.len())]);
             }
+            let end = (start + stretch).min(part.len());
+            overwrite(&mut part[start.min(end)..end], folded as u8, stream);
         }
+        fence();
         std::hint::black_box(folded);
     })
 }
@@ -103,4 +121,56 @@ fn fold_any(bytes: &[u8]) -> u64 {
         }
     }
     lanes.iter().fold(0, |sum, lane| sum ^ lane) ^ rest.iter().fold(0, |sum, byte| sum ^ u64::from(*byte))
+}
+
+/// Fills `bytes`, past the caches when `stream` asks for it and the CPU can; then a `fence` must follow.
+fn overwrite(bytes: &mut [u8], value: u8, stream: bool) {
+    #[cfg(target_arch = "x86_64")]
+    if stream {
+        // SAFETY: the level is checked; SSE2 is part of x86-64.
+        return unsafe {
+            if Level::detect() >= Level::Avx512 { stream_avx512(bytes, value) } else { stream_sse2(bytes, value) }
+        };
+    }
+    let _ = stream;
+    bytes.fill(value);
+}
+
+/// Orders streamed stores before all later ones.
+fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn stream_avx512(bytes: &mut [u8], value: u8) {
+    use std::arch::x86_64::{__m512i, _mm512_set1_epi8, _mm512_stream_si512};
+    // SAFETY: any bytes make a register, and `body` is aligned to what is written; the caller fences.
+    unsafe {
+        let (head, body, tail) = bytes.align_to_mut::<__m512i>();
+        head.fill(value);
+        for register in body {
+            _mm512_stream_si512(register, _mm512_set1_epi8(value.cast_signed()));
+        }
+        tail.fill(value);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "sse2")]
+fn stream_sse2(bytes: &mut [u8], value: u8) {
+    use std::arch::x86_64::{__m128i, _mm_set1_epi8, _mm_stream_si128};
+    // SAFETY: any bytes make a register, and `body` is aligned to what is written; the caller fences.
+    unsafe {
+        let (head, body, tail) = bytes.align_to_mut::<__m128i>();
+        head.fill(value);
+        for register in body {
+            _mm_stream_si128(register, _mm_set1_epi8(value.cast_signed()));
+        }
+        tail.fill(value);
+    }
 }

@@ -1,8 +1,10 @@
 //! The Python module `safelora_fast._core`.
 
 mod checkpoint;
+mod engines;
 mod environment;
 mod errors;
+mod feature_distance;
 mod job;
 mod limits;
 mod operation;
@@ -22,9 +24,11 @@ mod _core {
     #[pymodule_export]
     use crate::environment::{cpu_features, default_threads, kernel_level};
     #[pymodule_export]
+    use crate::feature_distance::{feature_distance, feature_distance_gradient};
+    #[pymodule_export]
     use crate::job::{Factors, Job, Part};
     #[pymodule_export]
-    use crate::limits::{fma_peak, read_seconds};
+    use crate::limits::{fma_peak, read_seconds, update_seconds};
     #[pymodule_export]
     use crate::operation::subspace_projection;
     #[pymodule_export]

@@ -1,14 +1,13 @@
 //! C·B on matrices in memory that Python keeps alive.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use safelora_fast_core::kernels::{Difference, Dtype, Engine, Level, Matrix};
+use safelora_fast_core::kernels::{Difference, Dtype, Matrix};
 use safelora_fast_core::projection::{Stacked, Walk, append, apply, write_rounded};
 
-use crate::settings;
+use crate::{engines, settings};
 
 /// (address, dtype, rows, cols, `row_stride`).
 type Weight = (usize, String, usize, usize, usize);
@@ -63,10 +62,10 @@ pub(crate) fn subspace_projection(
         })?;
         let v = Difference::new(aligned.matrix()?, base.matrix()?);
         let v = v.map_err(|error| PyValueError::new_err(error.to_string()))?;
-        let mut engine = take_engine(threads, level)?;
+        let mut engine = engines::take(threads, level)?;
         let mut v = Stacked::new(vec![v], transposed);
         let applied = apply(&mut engine, &mut v, &columns, normalization);
-        keep_engine(engine);
+        engines::keep(engine);
         let applied = applied.map_err(|_| {
             PyValueError::new_err("aligned or base holds NaN or infinity, or the products leave the range of float32")
         })?;
@@ -105,12 +104,7 @@ impl Block {
         (rows, cols): (usize, usize),
         (row_stride, col_stride): (usize, usize),
     ) -> PyResult<Self> {
-        let dtype = match dtype {
-            "F32" => Dtype::F32,
-            "BF16" => Dtype::Bf16,
-            "F16" => Dtype::F16,
-            _ => return Err(PyValueError::new_err(format!("{name} is {dtype}; use F32, BF16 or F16"))),
-        };
+        let dtype = settings::dtype(name, dtype)?;
         let last = rows.checked_sub(1).and_then(|rows| rows.checked_mul(row_stride));
         let across = cols.checked_sub(1).and_then(|cols| cols.checked_mul(col_stride));
         let length = last
@@ -149,33 +143,5 @@ impl Block {
         let by_rows = self.col_stride > 0 && (self.rows == 1 || self.row_stride > (self.cols - 1) * self.col_stride);
         let by_cols = self.row_stride > 0 && (self.cols == 1 || self.col_stride > (self.rows - 1) * self.row_stride);
         !(by_rows || by_cols)
-    }
-}
-
-/// Engines that wait for the next call, with the process they belong to: threads do not survive a fork.
-static WAITING: Mutex<Vec<(u32, Engine)>> = Mutex::new(Vec::new());
-
-/// An engine of this process that waits, or a new one.
-fn take_engine(threads: usize, level: Level) -> PyResult<Engine> {
-    // A lock that was held during a fork stays held in the child: go without rather than wait for it.
-    if let Ok(mut waiting) = WAITING.try_lock() {
-        let process = std::process::id();
-        for (_, engine) in waiting.extract_if(.., |(owner, _)| *owner != process) {
-            // Dropping a pool would talk to threads that only the parent process has.
-            std::mem::forget(engine);
-        }
-        let fits = |engine: &Engine| engine.threads() == threads && engine.level() == level;
-        if let Some(position) = waiting.iter().position(|(_, engine)| fits(engine)) {
-            return Ok(waiting.swap_remove(position).1);
-        }
-    }
-    Engine::new(threads, level).map_err(PyRuntimeError::new_err)
-}
-
-/// Keeps an engine for the next call; those that nobody wants any more make room.
-fn keep_engine(engine: Engine) {
-    if let Ok(mut waiting) = WAITING.try_lock() {
-        waiting.truncate(3);
-        waiting.push((std::process::id(), engine));
     }
 }

@@ -1,7 +1,8 @@
 //! Options as Python spells them.
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use safelora_fast_core::kernels::Level;
+use safelora_fast_core::kernels::{Dtype, Level};
 use safelora_fast_core::projection::{Normalization, Operator};
 use safelora_fast_core::stream;
 
@@ -47,6 +48,16 @@ pub(crate) fn normalization(normalize: &str) -> PyResult<Normalization> {
         _ => Err(SettingsError::new_err(format!(
             "unknown normalisation {normalize:?}; use \"frobenius\" or \"spectral\""
         ))),
+    }
+}
+
+/// The element type that safetensors' name means; `owner` has it.
+pub(crate) fn dtype(owner: &str, dtype: &str) -> PyResult<Dtype> {
+    match dtype {
+        "F32" => Ok(Dtype::F32),
+        "BF16" => Ok(Dtype::Bf16),
+        "F16" => Ok(Dtype::F16),
+        _ => Err(PyValueError::new_err(format!("{owner} is {dtype}; use F32, BF16 or F16"))),
     }
 }
 

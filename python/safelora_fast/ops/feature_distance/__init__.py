@@ -2,7 +2,70 @@
 
 from __future__ import annotations
 
-from safelora_fast.ops.feature_distance.eager import feature_distance
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from safelora_fast.ops.feature_distance import eager, native
 from safelora_fast.ops.feature_distance.reference import feature_distance_reference
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = ["feature_distance", "feature_distance_reference"]
+
+
+def feature_distance(
+    features: Sequence[torch.Tensor],
+    reference_features: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    normalize: Literal["sequence", "token", "none"] = "sequence",
+    segments: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over blocks, mean over sequences, of ‖x − x₀‖² (Kaczér et al., arXiv 2508.06249: LDIFS).
+
+    Never computed as 2 − 2⟨x, x₀⟩, which cancels: from ‖h − h₀‖², ⟨h − h₀, h₀⟩ and ‖h₀‖². On the CPU these are summed in
+    float64 in one read, the gradient takes one more, and both are the same bits for any number of threads; on other
+    devices and for float64 the same algebra runs in torch. Differentiable once, in `features` only. Tokens that do not
+    count may hold anything.
+
+    Args:
+        features: per block, hidden states [batch, tokens, hidden]; float32, bfloat16, float16 or float64.
+        reference_features: per block, hidden states of the reference, same shapes.
+        mask: [batch, tokens] bool, the tokens that count.
+        normalize: what is scaled to unit length: "sequence", each sequence's tokens × hidden; "token", each token;
+            "none", nothing.
+        segments: [batch, tokens] int; in packed rows, tokens of one row with one number are a sequence. None: each
+            row is one.
+
+    Returns:
+        A float32 scalar (float64 for float64 features); zero where no token counts.
+
+    Raises:
+        ValueError: shapes differ, or `normalize` is unknown.
+        RuntimeError: a gradient of the gradient is asked for.
+    """
+    _check(features, reference_features, mask, normalize, segments)
+    backend = native if all(native.accepts(tensor) for tensor in (*features, *reference_features)) else eager
+    return backend.feature_distance(features, reference_features, mask.to(torch.bool), normalize, segments)
+
+
+def _check(
+    features: Sequence[torch.Tensor],
+    reference_features: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    normalize: str,
+    segments: torch.Tensor | None,
+) -> None:
+    if normalize not in {"sequence", "token", "none"}:
+        raise ValueError(f'normalize is {normalize!r}, it must be "sequence", "token" or "none"')
+    if len(features) != len(reference_features) or not features:
+        raise ValueError(f"{len(features)} blocks of features and {len(reference_features)} of reference features")
+    for block, reference in zip(features, reference_features, strict=True):
+        if block.shape != reference.shape or block.shape[:2] != mask.shape or block.dim() != 3:
+            raise ValueError(
+                f"features {tuple(block.shape)}, reference {tuple(reference.shape)} and mask {tuple(mask.shape)} "
+                "disagree"
+            )
+    if segments is not None and segments.shape != mask.shape:
+        raise ValueError(f"segments {tuple(segments.shape)} and mask {tuple(mask.shape)} disagree")

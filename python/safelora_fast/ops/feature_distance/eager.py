@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from safelora_fast.ops.feature_distance.once import differentiable_once
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -14,39 +16,10 @@ def feature_distance(
     features: Sequence[torch.Tensor],
     reference_features: Sequence[torch.Tensor],
     mask: torch.Tensor,
-    normalize: Literal["sequence", "token", "none"] = "sequence",
-    segments: torch.Tensor | None = None,
+    normalize: Literal["sequence", "token", "none"],
+    segments: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum over blocks, mean over sequences, of ‖x − x₀‖² (Kaczér et al., arXiv 2508.06249: LDIFS).
-
-    Never computed as 2 − 2⟨x, x₀⟩, which cancels; its error is at the rounding of the accumulation. Differentiable in
-    `features` only.
-
-    Args:
-        features: per block, hidden states [batch, tokens, hidden]; float32, bfloat16, float16 or float64.
-        reference_features: per block, hidden states of the reference, same shapes.
-        mask: [batch, tokens] bool, the tokens that count.
-        normalize: what is scaled to unit length: "sequence", each sequence's tokens × hidden; "token", each token;
-            "none", nothing.
-        segments: [batch, tokens] int; in packed rows, tokens of one row with one number are a sequence. None: each
-            row is one.
-
-    Returns:
-        A float32 scalar (float64 for float64 features); zero where no token counts.
-
-    Raises:
-        ValueError: shapes differ, or `normalize` is unknown.
-    """
-    if normalize not in {"sequence", "token", "none"}:
-        raise ValueError(f'normalize is {normalize!r}, it must be "sequence", "token" or "none"')
-    if len(features) != len(reference_features) or not features:
-        raise ValueError(f"{len(features)} blocks of features and {len(reference_features)} of reference features")
-    for block, reference in zip(features, reference_features, strict=True):
-        if block.shape != reference.shape or block.shape[:2] != mask.shape or block.dim() != 3:
-            raise ValueError(
-                f"features {tuple(block.shape)}, reference {tuple(reference.shape)} and mask {tuple(mask.shape)} "
-                "disagree"
-            )
+    """The distance, with sums in float32 (float64 for float64 features)."""
     groups, sequences = _groups(mask, segments)
     total = None
     for block, reference in zip(features, reference_features, strict=True):
@@ -59,9 +32,8 @@ def feature_distance(
 
 def _groups(mask: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Tensor, int]:
     """Per token the number of its sequence, or the number of sequences where the token does not count."""
-    mask = mask.to(torch.bool)
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)
-    if segments is not None:
+    if segments is not None and segments.numel():
         low = segments.min()
         rows = rows * (segments.max() - low + 1) + (segments - low)
     numbers, inverse = rows[mask].unique(return_inverse=True)
@@ -71,14 +43,16 @@ def _groups(mask: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Te
 
 
 class _Distance(torch.autograd.Function):  # type: ignore[misc]
-    """One block's distance, summed over sequences; the backward reads both tensors once and writes one."""
+    """One block's distance, summed over sequences."""
 
     @staticmethod
     def forward(
         ctx: Any, block: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor, sequences: int, normalize: str
     ) -> torch.Tensor:
         exact = torch.float64 if block.dtype == torch.float64 else torch.float32
-        sums = torch.stack([_row_sums(h.to(exact), h0.to(exact)) for h, h0 in zip(block, reference, strict=True)])
+        sums = torch.empty((block.shape[0], 3, block.shape[1]), dtype=exact, device=block.device)
+        for row in range(block.shape[0]):
+            sums[row] = _row_sums(block[row].to(exact), reference[row].to(exact))
         squared, dot, norm = sums.unbind(1)  # [batch, tokens]: ‖d‖², ⟨d, h₀⟩, ‖h₀‖²
         if normalize == "sequence":
             squared, dot, norm = (_summed(values, groups, sequences) for values in (squared, dot, norm))
@@ -97,15 +71,29 @@ class _Distance(torch.autograd.Function):  # type: ignore[misc]
         return distance.sum() if normalize == "sequence" else torch.where(counted, distance, zero).sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         block, reference, of_difference, of_block = ctx.saved_tensors
-        gradient = torch.empty_like(block)
-        for row in range(block.shape[0]):
-            h = block[row].to(of_block.dtype)
-            difference = h - reference[row].to(of_block.dtype)
-            scaled = difference.mul_(of_difference[row][:, None] * gradients[0])
-            gradient[row] = scaled.addcmul_(h, of_block[row][:, None] * gradients[0], value=-1.0)
-        return gradient, None, None, None, None
+        with torch.no_grad():
+            of_features = _gradient(block, reference, of_difference, of_block, gradient)
+        (of_features,) = differentiable_once([of_features], [block, gradient])
+        return of_features, None, None, None, None
+
+
+def _gradient(
+    block: torch.Tensor,
+    reference: torch.Tensor,
+    of_difference: torch.Tensor,
+    of_block: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    gradient = torch.empty_like(block)
+    for row in range(block.shape[0]):
+        h = block[row].to(of_block.dtype)
+        difference = h - reference[row].to(of_block.dtype)
+        scaled = difference.mul_(of_difference[row][:, None] * weight)
+        scaled.addcmul_(h, of_block[row][:, None] * weight, value=-1.0)
+        gradient[row] = scaled.masked_fill_((of_difference[row] == 0)[:, None], 0.0)
+    return gradient
 
 
 def _row_sums(h: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -133,10 +121,10 @@ def _unit_distance(
     q = norm.sqrt()
     p_squared = (norm + 2 * dot + squared).clamp(min=0)
     p = p_squared.sqrt()
-    known = (p > 0) & (q > 0)
+    known = (p != 0) & ((q != 0) | p.isnan())  # so that NaN shows
     product = torch.where(known, p * q, torch.ones_like(q))
     gap = torch.where(known, (2 * dot + squared) / torch.where(known, p + q, product), torch.zeros_like(q))
-    unknown = ((p > 0) | (q > 0)).to(q.dtype)
+    unknown = (p != q).to(q.dtype)
     distance = torch.where(known, (squared - gap * gap) / product, unknown)
     of_difference = torch.where(known, 2 / product, torch.zeros_like(q))
     share = (dot + squared) / torch.where(known, p_squared, torch.ones_like(q))

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::simd::Simd;
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx2;
+pub(crate) struct Avx2;
 
 /// # Safety
 /// The CPU has AVX2.

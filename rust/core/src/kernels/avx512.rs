@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::simd::Simd;
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx512;
+pub(crate) struct Avx512;
 
 /// Lane numbers for `_mm512_permutex2var_ps`; 16 and above take from the second operand.
 const EVEN: [i32; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];

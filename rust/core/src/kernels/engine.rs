@@ -1,9 +1,9 @@
 //! The products with V, split over a private thread pool.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::workspace::Workspace;
-#[cfg(target_arch = "x86_64")]
-use super::{Avx2, Avx512};
-use super::{Difference, Level, Scalar, ShapeError, micro, norm, product, transposed};
+use super::{Difference, Level, ShapeError, micro, norm, product, transposed};
 
 /// Threads, SIMD level and reusable workspace of the products with V.
 #[derive(Debug)]
@@ -18,13 +18,14 @@ macro_rules! at_level {
     ($level:expr, $module:ident :: $function:ident, $arguments:tt) => {
         match $level {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => $module::$function::<Avx512> $arguments,
+            $crate::kernels::Level::Avx512 => $module::$function::<$crate::kernels::Avx512> $arguments,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => $module::$function::<Avx2> $arguments,
-            _ => $module::$function::<Scalar> $arguments,
+            $crate::kernels::Level::Avx2 => $module::$function::<$crate::kernels::Avx2> $arguments,
+            _ => $module::$function::<$crate::kernels::Scalar> $arguments,
         }
     };
 }
+pub(crate) use at_level;
 
 impl Engine {
     /// An engine with `threads` threads (at least one) at `level`.
@@ -56,6 +57,28 @@ impl Engine {
     /// Runs other work on the engine's threads.
     pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.pool.install(work)
+    }
+
+    /// Does `work` on every item, each once, on the calling thread and as many of the engine's as make up its number: the
+    /// caller starts at once, while the others wake up.
+    pub fn share<T: Send>(&self, items: Vec<T>, work: impl Fn(T) + Sync) {
+        let helpers = self.threads().min(items.len()).saturating_sub(1);
+        let items = Mutex::new(items.into_iter());
+        let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let take = || {
+            while let Some(item) = next() {
+                work(item);
+            }
+        };
+        if helpers == 0 {
+            return take();
+        }
+        self.pool.in_place_scope(|scope| {
+            for _ in 0..helpers {
+                scope.spawn(|_| take());
+            }
+            take();
+        });
     }
 
     /// `y += Vᵀ·x` for `rank` vectors, returning ‖V‖² (Frobenius).

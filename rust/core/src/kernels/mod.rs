@@ -23,13 +23,12 @@ mod transposed;
 mod workspace;
 
 #[cfg(target_arch = "x86_64")]
-use avx2::Avx2;
+pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
-use avx512::Avx512;
-use scalar::Scalar;
-
+pub(crate) use avx512::Avx512;
 pub use engine::Engine;
-pub(crate) use engine::fused_chains;
+pub(crate) use engine::{at_level, fused_chains};
 pub use level::{LEVEL_VARIABLE, Level, LevelError};
 pub use matrix::{Difference, Dtype, Matrix, ShapeError};
-pub(crate) use simd::prefetch;
+pub(crate) use scalar::Scalar;
+pub(crate) use simd::{GROUP, LANES, Simd, prefetch};

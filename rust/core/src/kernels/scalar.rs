@@ -3,7 +3,7 @@
 use super::simd::{LANES, Simd};
 
 #[derive(Clone, Copy)]
-pub(super) struct Scalar;
+pub(crate) struct Scalar;
 
 /// `a·b + c` rounded once, as the hardware's fused multiply-add does it.
 ///

@@ -5,9 +5,9 @@
 //! layout, so that sums run in the same order everywhere.
 
 /// Lanes of the logical vector: one AVX-512 register, two AVX2 registers.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// Columns that are split together.
-pub(super) const GROUP: usize = 2 * LANES;
+pub(crate) const GROUP: usize = 2 * LANES;
 
 /// Sixteen lanes on one cache line: the unit of all workspace.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +23,7 @@ impl Line {
 /// # Safety
 /// Of every function: the CPU has the level's instructions, and pointers are valid for the lanes they are said to cover.
 /// Results agree bit for bit between levels, NaN payloads aside.
-pub(super) trait Simd: Copy + 'static {
+pub(crate) trait Simd: Copy + 'static {
     /// `WIDTH` lanes of f32.
     type Register: Copy;
     /// 8 or 16.

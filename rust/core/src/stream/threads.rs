@@ -1,10 +1,16 @@
 //! How many threads to use.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 /// The environment variable that sets the number of threads.
 pub const THREADS_VARIABLE: &str = "SAFELORA_FAST_NUM_THREADS";
 
 /// More threads than this share the memory bandwidth of any machine without gain.
 const MOST: usize = 64;
+
+/// What the system lets this process use, or zero before it was asked: the answer takes longer than a small kernel. No lock,
+/// which a fork could leave locked.
+static AVAILABLE: AtomicUsize = AtomicUsize::new(0);
 
 /// A value of the environment variable that is no number of threads.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -18,8 +24,18 @@ pub struct ThreadsError(pub String);
 pub fn default_threads() -> Result<usize, ThreadsError> {
     match std::env::var_os(THREADS_VARIABLE).filter(|word| !word.is_empty()) {
         Some(word) => parse(&word.to_string_lossy()),
-        None => Ok(std::thread::available_parallelism().map_or(1, usize::from).min(MOST)),
+        None => Ok(available()),
     }
+}
+
+fn available() -> usize {
+    let known = AVAILABLE.load(Ordering::Relaxed);
+    if known > 0 {
+        return known;
+    }
+    let available = std::thread::available_parallelism().map_or(1, usize::from).min(MOST);
+    AVAILABLE.store(available, Ordering::Relaxed);
+    available
 }
 
 fn parse(word: &str) -> Result<usize, ThreadsError> {

@@ -1,0 +1,100 @@
+//! The gradient: one read of both tensors, one write.
+
+use super::element::{Bf16, Element, F16, F32};
+use super::formula::Factor;
+use super::rows::Rows;
+use super::states::Pair;
+use crate::kernels::{Dtype, Engine, ShapeError, at_level};
+
+/// Bytes of gradients from which on they go past the caches: they would not be there any more when they are read.
+const STREAM: usize = 1 << 20;
+/// What streaming stores ask of an address.
+const LINE: usize = 64;
+
+/// One block whose gradient is wanted.
+#[derive(Debug)]
+pub struct Gradient<'a> {
+    /// The block.
+    pub block: Pair<'a>,
+    /// What `forward` left for each token of the block.
+    pub factors: &'a [Factor],
+    /// The gradient, in the dtype of the block, contiguous.
+    pub output: &'a mut [u8],
+}
+
+/// Writes `weight` times the gradient of what `forward` returned with respect to the features of each block. Tokens that do not
+/// count get zeros, and are not read.
+///
+/// # Errors
+/// When factors or output have another length than the block, in which case nothing is written.
+pub fn backward(engine: &Engine, gradients: &mut [Gradient<'_>], weight: f64) -> Result<(), ShapeError> {
+    let mut bytes = 0;
+    for Gradient { block, factors, output } in &*gradients {
+        let (rows, size) = (block.rows(), block.rows() * block.row_size());
+        if factors.len() != rows || output.len() != size {
+            return Err(ShapeError(format!(
+                "{} factors and {} bytes for the gradient of {rows} tokens and {size} bytes",
+                factors.len(),
+                output.len()
+            )));
+        }
+        bytes += size;
+    }
+    let mut units = Vec::new();
+    for Gradient { block, factors, output } in gradients {
+        let (row_size, size) = (block.row_size(), block.unit());
+        if row_size == 0 {
+            continue;
+        }
+        let aligned = output.as_ptr().addr().is_multiple_of(LINE) && row_size.is_multiple_of(LINE);
+        let stream = aligned && bytes >= STREAM;
+        for (index, (factors, output)) in factors.chunks(size).zip(output.chunks_mut(size * row_size)).enumerate() {
+            units.push(Unit { block, first: index * size, factors, output, stream });
+        }
+    }
+    let level = engine.level();
+    engine.share(units, |unit| at_level!(level, Unit::run, (unit, weight)));
+    Ok(())
+}
+
+/// Neighbouring tokens of a block.
+struct Unit<'a> {
+    block: &'a Pair<'a>,
+    first: usize,
+    factors: &'a [Factor],
+    output: &'a mut [u8],
+    stream: bool,
+}
+
+impl Unit<'_> {
+    fn run<L: Rows>(self, weight: f64) {
+        match self.block.dtype() {
+            Dtype::F32 => self.differentiate::<L, F32>(weight),
+            Dtype::Bf16 => self.differentiate::<L, Bf16>(weight),
+            Dtype::F16 => self.differentiate::<L, F16>(weight),
+        }
+    }
+
+    fn differentiate<L: Rows, E: Element>(self, weight: f64) {
+        let outputs = self.output.chunks_mut(self.block.row_size());
+        for (([features, reference], factor), output) in
+            self.block.tokens_from(self.first).zip(self.factors).zip(outputs)
+        {
+            let scaled = factor.times(weight);
+            if factor.scale == 0.0 || scaled.scale == 0.0 {
+                output.fill(0);
+                continue;
+            }
+            // SAFETY: the engine has checked the CPU; `stream` says that outputs are aligned.
+            unsafe {
+                if self.stream {
+                    L::differentiate::<E, true>(features, reference, scaled, output);
+                } else {
+                    L::differentiate::<E, false>(features, reference, scaled, output);
+                }
+            }
+        }
+        // SAFETY: the engine has checked the CPU.
+        unsafe { L::fence() }
+    }
+}

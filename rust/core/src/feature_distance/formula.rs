@@ -1,0 +1,75 @@
+//! From the three sums to the distance and to the factors of its gradient.
+
+use std::ops::AddAssign;
+
+/// What is scaled to unit length before the distance is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Normalize {
+    /// The tokens of a sequence, flattened.
+    Sequence,
+    /// Each token.
+    Token,
+    /// Nothing.
+    None,
+}
+
+/// ‖d‖², ⟨d, h₀⟩ and ‖h₀‖² with d = h − h₀.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Sums {
+    pub(super) squared: f64,
+    pub(super) dot: f64,
+    pub(super) norm: f64,
+}
+
+impl AddAssign for Sums {
+    fn add_assign(&mut self, other: Self) {
+        self.squared += other.squared;
+        self.dot += other.dot;
+        self.norm += other.norm;
+    }
+}
+
+/// The gradient of the distance with respect to one token is scale·(d − share·h). A scale of zero means that the gradient
+/// is zero whatever the token holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct Factor {
+    /// The factor of all.
+    pub scale: f64,
+    /// The factor of h.
+    pub share: f64,
+}
+
+impl Factor {
+    /// The factors of a gradient that is `weight` times as large.
+    pub(super) fn times(self, weight: f64) -> Self {
+        Self { scale: weight * self.scale, share: self.share }
+    }
+}
+
+impl Sums {
+    /// The squared distance of the unit vectors, and the factors of its gradient.
+    ///
+    /// With p = ‖h‖ and q = ‖h₀‖: (‖d‖² − (p − q)²)/(pq), gradient 2/(pq)·(d − ((⟨d, h₀⟩ + ‖d‖²)/p²)·h). A zero vector has no
+    /// direction: its unit vector counts as zero, and so does its gradient. NaN stays NaN.
+    pub(super) fn unit_distance(self) -> (f64, Factor) {
+        let growth = 2.0 * self.dot + self.squared;
+        let mut p_squared = self.norm + growth;
+        if p_squared < 0.0 {
+            p_squared = 0.0;
+        }
+        let (p, q) = (p_squared.sqrt(), self.norm.sqrt());
+        if p == 0.0 || (q == 0.0 && !p.is_nan()) {
+            let distance = if p == q { 0.0 } else { 1.0 };
+            return (distance, Factor::default());
+        }
+        let gap = growth / (p + q);
+        let scale = 2.0 / (p * q);
+        (0.5 * scale * (self.squared - gap * gap), Factor { scale, share: (self.dot + self.squared) / p_squared })
+    }
+
+    /// ‖d‖² itself, and the factors of its gradient.
+    pub(super) const fn plain_distance(self) -> (f64, Factor) {
+        (self.squared, Factor { scale: 2.0, share: 0.0 })
+    }
+}

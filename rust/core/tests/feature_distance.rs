@@ -1,0 +1,291 @@
+//! The feature distance: against its definition in f64, and every level and number of threads against plain Rust, bit for bit.
+
+use proptest::prelude::*;
+use safelora_fast_core::feature_distance::{Factor, Gradient, Normalize, Pair, Sequences, States, backward, forward};
+use safelora_fast_core::kernels::{Dtype, Engine, Level};
+
+/// States at an odd address, with NaN between the rows.
+#[derive(Clone, Debug)]
+struct Stored {
+    bytes: Vec<u8>,
+    offset: usize,
+    dtype: Dtype,
+    shape: [usize; 3],
+    strides: [usize; 2],
+}
+
+impl Stored {
+    fn new(
+        dtype: Dtype,
+        shape: [usize; 3],
+        padding: [usize; 2],
+        offset: usize,
+        mut value: impl FnMut(usize) -> f32,
+    ) -> Self {
+        let [batch, tokens, hidden] = shape;
+        let token_stride = hidden + padding[0];
+        let strides = [tokens * token_stride + padding[1], token_stride];
+        let mut bytes = vec![0xff; offset];
+        for element in 0..batch * strides[0] {
+            let (token, column) = (element % strides[0] / token_stride, element % strides[0] % token_stride);
+            let is_value = token < tokens && column < hidden;
+            let row = element / strides[0] * tokens + token;
+            encode(dtype, if is_value { value(row) } else { f32::NAN }, &mut bytes);
+        }
+        Self { bytes, offset, dtype, shape, strides }
+    }
+
+    fn states(&self) -> States<'_> {
+        States::new(&self.bytes[self.offset..], self.dtype, self.shape, self.strides).expect("it fits")
+    }
+
+    fn rows(&self) -> usize {
+        self.shape[0] * self.shape[1]
+    }
+
+    fn row(&self, row: usize) -> Vec<f64> {
+        let [_, tokens, hidden] = self.shape;
+        let start = row / tokens * self.strides[0] + row % tokens * self.strides[1];
+        (start..start + hidden).map(|element| decode(self.dtype, &self.bytes[self.offset..], element)).collect()
+    }
+}
+
+fn encode(dtype: Dtype, value: f32, bytes: &mut Vec<u8>) {
+    match dtype {
+        Dtype::F32 => bytes.extend(value.to_le_bytes()),
+        Dtype::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
+        Dtype::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
+    }
+}
+
+fn decode(dtype: Dtype, bytes: &[u8], element: usize) -> f64 {
+    let bytes = &bytes[element * dtype.size()..][..dtype.size()];
+    match dtype {
+        Dtype::F32 => f64::from(f32::from_le_bytes(bytes.try_into().expect("four bytes"))),
+        Dtype::Bf16 => f64::from(half::bf16::from_le_bytes(bytes.try_into().expect("two bytes")).to_f32()),
+        Dtype::F16 => f64::from(half::f16::from_le_bytes(bytes.try_into().expect("two bytes")).to_f32()),
+    }
+}
+
+/// Numbers in (-1, 1) from a seed.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1_u64 << 23) as f32 - 1.0
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// Two blocks of one batch; tokens that do not count hold NaN.
+#[derive(Clone, Debug)]
+struct Case {
+    blocks: Vec<[Stored; 2]>,
+    mask: Vec<bool>,
+    segments: Vec<i64>,
+    normalize: Normalize,
+}
+
+struct Outcome {
+    distance: f64,
+    gradients: Vec<Vec<u8>>,
+}
+
+impl Case {
+    fn new(
+        dtypes: [Dtype; 2],
+        shape: [usize; 3],
+        padding: [usize; 2],
+        offset: usize,
+        normalize: Normalize,
+        seed: u64,
+    ) -> Self {
+        let mut numbers = Numbers(seed);
+        let rows = shape[0] * shape[1];
+        let mask: Vec<bool> = (0..rows).map(|_| numbers.below(4) > 0).collect();
+        let segments = (0..rows).map(|_| numbers.below(3).cast_signed() - 1).collect();
+        let drift = 10.0_f32.powi(-(numbers.below(4) as i32));
+        let blocks = dtypes
+            .iter()
+            .map(|&dtype| {
+                let mut numbers = Numbers(numbers.below(1 << 30));
+                let reference = Stored::new(dtype, shape, padding, offset, |row| {
+                    let value = numbers.next();
+                    if mask[row] { value } else { f32::NAN }
+                });
+                let mut values = (0..rows).flat_map(|row| reference.row(row)).collect::<Vec<_>>().into_iter();
+                let features = Stored::new(dtype, shape, [padding[1], padding[0]], offset / 2, |_| {
+                    values.next().expect("as many") as f32 * (1.0 + drift) + drift * numbers.next()
+                });
+                [features, reference]
+            })
+            .collect();
+        Self { blocks, mask, segments, normalize }
+    }
+
+    fn run(&self, engine: &Engine) -> Outcome {
+        let [batch, tokens, hidden] = self.blocks[0][0].shape;
+        let sequences = Sequences::new(
+            [batch, tokens],
+            |row, token| self.mask[row * tokens + token],
+            |row, token| self.segments[row * tokens + token],
+        );
+        let pairs: Vec<Pair<'_>> =
+            self.blocks.iter().map(|[h, h0]| Pair::new(h.states(), h0.states()).expect("one shape")).collect();
+        let rows = batch * tokens;
+        let mut factors = vec![Factor { scale: f64::NAN, share: f64::NAN }; pairs.len() * rows];
+        let distance = forward(engine, &pairs, &sequences, self.normalize, &mut factors).expect("shapes fit");
+        let mut gradients: Vec<Vec<u8>> =
+            self.blocks.iter().map(|[h, _]| vec![0xff; rows * hidden * h.dtype.size()]).collect();
+        let mut wanted: Vec<Gradient<'_>> = pairs
+            .iter()
+            .zip(factors.chunks(rows.max(1)).chain(std::iter::repeat(&[][..])))
+            .zip(&mut gradients)
+            .map(|((block, factors), output)| Gradient { block: *block, factors, output })
+            .collect();
+        backward(engine, &mut wanted, WEIGHT).expect("shapes fit");
+        Outcome { distance, gradients }
+    }
+
+    /// Tokens that are scaled to unit length together.
+    fn units(&self) -> Vec<Vec<usize>> {
+        let tokens = self.blocks[0][0].shape[1];
+        let counted = (0..self.mask.len()).filter(|row| self.mask[*row]);
+        if self.normalize != Normalize::Sequence {
+            return counted.map(|row| vec![row]).collect();
+        }
+        let mut units: Vec<((usize, i64), Vec<usize>)> = Vec::new();
+        for row in counted {
+            let key = (row / tokens, self.segments[row]);
+            match units.iter_mut().find(|(known, _)| *known == key) {
+                Some((_, rows)) => rows.push(row),
+                None => units.push((key, vec![row])),
+            }
+        }
+        units.into_iter().map(|(_, rows)| rows).collect()
+    }
+
+    fn sequences(&self) -> f64 {
+        let tokens = self.blocks[0][0].shape[1].max(1);
+        let mut keys: Vec<_> =
+            (0..self.mask.len()).filter(|row| self.mask[*row]).map(|row| (row / tokens, self.segments[row])).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys.len().max(1) as f64
+    }
+
+    /// The definition: ‖x − x₀‖² of the flattened, scaled units, and its gradient by the chain rule.
+    fn check(&self, outcome: &Outcome) -> Result<(), TestCaseError> {
+        let mut distance = 0.0;
+        for ([features, reference], gradient) in self.blocks.iter().zip(&outcome.gradients) {
+            let hidden = features.shape[2];
+            let mut expected = vec![0.0; features.rows() * hidden];
+            for unit in self.units() {
+                let h: Vec<f64> = unit.iter().flat_map(|row| features.row(*row)).collect();
+                let h0: Vec<f64> = unit.iter().flat_map(|row| reference.row(*row)).collect();
+                let norm = |values: &[f64]| match self.normalize {
+                    Normalize::None => 1.0,
+                    _ => values.iter().map(|value| value * value).sum::<f64>().sqrt(),
+                };
+                let (p, q) = (norm(&h), norm(&h0));
+                let unit_of = |value: f64, length: f64| if length == 0.0 { 0.0 } else { value / length };
+                let x: Vec<f64> = h.iter().map(|value| unit_of(*value, p)).collect();
+                let gap: Vec<f64> = h0.iter().zip(&x).map(|(value, x)| x - unit_of(*value, q)).collect();
+                distance += gap.iter().map(|gap| gap * gap).sum::<f64>() / self.sequences();
+                let along: f64 = gap.iter().zip(&x).map(|(gap, x)| gap * x).sum();
+                let values = gap.iter().zip(&x).map(|(gap, x)| match self.normalize {
+                    Normalize::None => 2.0 * gap,
+                    _ if p == 0.0 || q == 0.0 => 0.0,
+                    _ => 2.0 * (gap - along * x) / p,
+                });
+                let positions = unit.iter().flat_map(|row| row * hidden..(row + 1) * hidden);
+                for (position, value) in positions.zip(values) {
+                    expected[position] = WEIGHT * value / self.sequences();
+                }
+            }
+            let ours = (0..expected.len()).map(|element| decode(features.dtype, gradient, element));
+            let error: f64 = ours.zip(&expected).map(|(ours, expected)| (ours - expected).powi(2)).sum::<f64>().sqrt();
+            let size: f64 = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
+            let rounding = match features.dtype {
+                Dtype::F32 => 2e-7,
+                Dtype::F16 => 2.0_f64.powi(-11),
+                Dtype::Bf16 => 2.0_f64.powi(-8),
+            };
+            // The last term is half of the smallest binary16.
+            let floor = 2.0_f64.powi(-25) * (expected.len() as f64).sqrt();
+            prop_assert!(error <= rounding * size + 1e-12 + floor, "gradient off by {error:e} of {size:e}");
+        }
+        let close = (outcome.distance - distance).abs() <= 1e-7 * distance + 1e-14;
+        prop_assert!(close, "{:e} not {distance:e}", outcome.distance);
+        Ok(())
+    }
+}
+
+const WEIGHT: f64 = 0.7;
+
+fn engine(threads: usize, level: Level) -> Engine {
+    Engine::new(threads, level).expect("the level is available")
+}
+
+/// One engine for each level with one and with three threads, the first of them plain.
+fn engines() -> Vec<Engine> {
+    let levels = Level::ALL.into_iter().filter(|level| level.is_available());
+    levels.flat_map(|level| [engine(1, level), engine(3, level)]).collect()
+}
+
+fn same(case: &Case) -> Result<(), TestCaseError> {
+    let engines = engines();
+    let expected = case.run(&engines[0]);
+    case.check(&expected)?;
+    for engine in engines {
+        let outcome = case.run(&engine);
+        let name = (engine.level(), engine.threads());
+        prop_assert_eq!(outcome.distance.to_bits(), expected.distance.to_bits(), "{:?}", name);
+        prop_assert!(outcome.gradients == expected.gradients, "gradients of {:?}", name);
+    }
+    Ok(())
+}
+
+fn dtype() -> impl Strategy<Value = Dtype> {
+    prop::sample::select(vec![Dtype::F32, Dtype::Bf16, Dtype::F16])
+}
+
+fn normalize() -> impl Strategy<Value = Normalize> {
+    prop::sample::select(vec![Normalize::Sequence, Normalize::Token, Normalize::None])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn small_states(
+        dtypes in [dtype(), dtype()],
+        shape in [0_usize..4, 0_usize..9, 0_usize..140],
+        padding in [0_usize..4, 0_usize..7],
+        offset in 0_usize..65,
+        normalize in normalize(),
+        seed in any::<u64>(),
+    ) {
+        same(&Case::new(dtypes, shape, padding, offset, normalize, seed))?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn several_units_and_stretches(
+        dtypes in [dtype(), dtype()],
+        shape in [1_usize..4, 20_usize..60, 1500_usize..5000],
+        offset in 0_usize..65,
+        normalize in normalize(),
+        seed in any::<u64>(),
+    ) {
+        same(&Case::new(dtypes, shape, [0, 0], offset, normalize, seed))?;
+    }
+}
