@@ -60,7 +60,7 @@ impl Sums {
         }
         let (p, q) = (p_squared.sqrt(), self.norm.sqrt());
         if p == 0.0 || (q == 0.0 && !p.is_nan()) {
-            let distance = if p == q { 0.0 } else { 1.0 };
+            let distance = if p + q == 0.0 { 0.0 } else { 1.0 };
             return (distance, Factor::default());
         }
         let gap = growth / (p + q);

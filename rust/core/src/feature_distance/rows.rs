@@ -151,7 +151,12 @@ impl<S: Wide> Constants<S> {
         let root = f64::from_bits(factor.scale.abs().sqrt().to_bits() & f64::INFINITY.to_bits());
         let [first, second] = [root as f32, (factor.scale / root) as f32];
         // SAFETY: the caller vouches for the CPU.
-        unsafe { Self { share: [S::splat(&share), S::splat(&left)], scale: [S::splat(&first), S::splat(&second)] } }
+        unsafe {
+            Self {
+                share: [S::splat(&raw const share), S::splat(&raw const left)],
+                scale: [S::splat(&raw const first), S::splat(&raw const second)],
+            }
+        }
     }
 
     #[inline(always)]
