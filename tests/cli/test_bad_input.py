@@ -211,7 +211,7 @@ OPTIONS = [
     (["--operator", "orthogonal"], "rank or energy"),
     (["--operator", "orthogonal", "--rank", "0"], "rank must lie between 1 and"),
     (["--operator", "orthogonal", "--rank", "99999999999999999999"], "rank must lie between 1 and"),
-    (["--operator", "orthogonal", "--rank", "4", "--energy", "0.5"], "rank or energy"),
+    (["--operator", "orthogonal", "--rank", "4", "--energy", "0.5"], "one of rank and energy, not both"),
     (["--operator", "orthogonal", "--energy", "2"], "energy"),
     (["--operator", "orthogonal", "--energy", "nan"], "energy"),
     (["--threshold", "nan"], "threshold"),

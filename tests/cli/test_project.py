@@ -133,6 +133,44 @@ def test_adapters_of_one_name_are_refused(pair, call, tmp_path):
     assert not pair.output.exists()
 
 
+def test_overwrite_spares_what_no_run_wrote(pair, call):
+    (pair.output / "chapter").mkdir(parents=True)
+    (pair.output / "notes.txt").write_text("mine")
+    code, _, err = call(*pair.command("--overwrite"))
+    assert code == 2
+    assert "holds 'chapter', which no earlier run wrote" in err
+    assert (pair.output / "notes.txt").read_text() == "mine"
+
+
+def test_a_terminal_that_lacks_signs(pair):
+    code, out, err = run(pair.command("--threshold", "1"), env={"PYTHONIOENCODING": "cp1252"})
+    assert (code, err) == (0, "")
+    assert "6 of 6 modules selected" in out
+
+
+def test_a_picture_that_fails_leaves_the_output(pair, call, tmp_path):
+    (tmp_path / "p.png").mkdir()
+    code, _, err = call(*pair.command("--plot", tmp_path / "p.png"))
+    assert code == 2
+    assert "the picture failed, the projection is done" in err
+    assert len(contents(pair.output)) == 4
+
+
+def test_tables_in_a_pipe_hold_whole_names(pair, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    code, out, _ = run(["inspect", pair.adapter, "--aligned", pair.aligned, "--base", pair.base], env={"COLUMNS": ""})
+    assert code == 0
+    assert all(name in out for name in module_names())
+
+
+def test_another_model_than_the_adapter_names(pair, call):
+    config = pair.adapter / "adapter_config.json"
+    for name, warns in (("org/other", True), (str(pair.aligned), False), ("org/aligned", False)):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+        _, _, err = call(*pair.command("--overwrite"))
+        assert ("says that it was trained on" in err) == warns
+
+
 def test_dry_run_writes_nothing(pair, call, tmp_path):
     before = contents(tmp_path)
     code, out, _ = call(*pair.command("--dry-run", output=False))
@@ -155,7 +193,7 @@ def test_quiet(pair, call):
 
 
 def test_overwrite_replaces_everything(pair, call):
-    pair.output.mkdir(parents=True)
+    assert call(*pair.command()).code == 0
     (pair.output / "old.txt").write_text("old")
     assert call(*pair.command("--overwrite")).code == 0
     assert not (pair.output / "old.txt").exists()

@@ -184,7 +184,7 @@ def test_one_line_and_nothing_written(pair, call, words, output, tmp_path, spoil
     ("options", "message"),
     [
         (["--rank", "0"], "rank must lie between 1 and"),
-        (["--rank", "3", "--energy", "0.5"], "either rank or energy"),
+        (["--rank", "3", "--energy", "0.5"], "one of rank and energy, not both"),
         (["--energy", "nan"], "energy"),
         (["--threads", "0"], "threads"),
         (["--seed", "-1"], "seed"),

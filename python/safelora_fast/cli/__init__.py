@@ -24,7 +24,10 @@ def main() -> NoReturn:
     from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
 
     usage_error: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # told to end, or the terminal is gone
+        signal.signal(number, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows another in its place
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         code = app(prog_name="safelora-fast", standalone_mode=False) or 0
     except InterruptedRunError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 
     from safelora_fast.posthoc.report import ModuleReport, ProjectionReport
 
-out = Console(highlight=False)
+# A file or a pipe has no width of its own: wide enough for whole names.
+PIPE_WIDTH = 200
+FIGURES_WIDTH = 56
+
+out = Console(
+    highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH, soft_wrap=False
+)
 err = Console(stderr=True, highlight=False)
 
 
@@ -92,7 +99,11 @@ def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
     for module in modules:
         figures = (module.cosine, module.gain, module.b_norm, module.v_norm)
         unusual = f"no: {module.reason}" if math.isnan(module.cosine) else "no"
-        table.add_row(short(module.name), *map(figure, figures), "yes" if module.projected else unusual)
+        table.add_row(
+            short(module.name, max(16, out.width - FIGURES_WIDTH)),
+            *map(figure, figures),
+            "yes" if module.projected else unusual,
+        )
     return table
 
 

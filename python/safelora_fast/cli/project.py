@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from safelora_fast.cli import options
-from safelora_fast.errors import SettingsError
+from safelora_fast.errors import OutputError, SettingsError
 
 
 def project(
@@ -73,7 +73,10 @@ def project(
     if plot is not None:
         from safelora_fast.posthoc.plot import plot_report
 
-        plot_report(report, plot)
+        try:
+            plot_report(report, plot)
+        except OutputError as error:
+            raise OutputError(f"the picture failed, the projection is done: {error}") from error
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     elif not quiet:

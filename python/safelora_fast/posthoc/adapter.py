@@ -134,6 +134,9 @@ def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{folder}: peft_type is {kind}; only LoRA adapters can be projected")
+    rank = config.get("r")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise AdapterError(f"{folder}: {CONFIG} says that r is {rank!r}; it must be a positive number")
     for key, reason in VARIANTS.items():
         if config.get(key):
             raise AdapterError(f"{folder}: {key} is set: {reason}; this adapter cannot be projected")

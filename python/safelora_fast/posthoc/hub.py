@@ -60,7 +60,8 @@ class Repository:
             if or_in_cache:
                 return None
             raise CheckpointError(
-                f"{self.name}: {file} is neither in the local cache nor within reach; go online, or give {model} as a path"
+                f"{self.name}: there is no such path here, and {file} is neither in the Hub's cache nor within reach; go "
+                f"online, or give {model} as a path"
             ) from error
         except EntryNotFoundError:
             return None

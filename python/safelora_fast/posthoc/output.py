@@ -41,8 +41,18 @@ def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None
     _writable_parent(target)
 
 
-def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool, nbytes: int) -> None:
+def check_target(
+    target: Path, inputs: Sequence[Path], *, overwrite: bool, nbytes: int, mark: str | None = None
+) -> None:
     """Refuse a target that exists, holds or lies in an input, cannot be written, or has no room for `nbytes` bytes.
+
+    Args:
+        target: the folder to make.
+        inputs: what is read.
+        overwrite: whether an earlier output may be replaced.
+        nbytes: how much will be written.
+        mark: the file that tells an earlier output, or each of its sub-folders, from a folder of somebody else's; None
+            leaves that to the caller.
 
     Raises:
         OutputError: with the reason.
@@ -59,6 +69,12 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool, nbyte
             raise OutputError(f"{target}: exists and is not a folder")
         if not overwrite and any(target.iterdir()):
             raise OutputError(f"{target}: exists already; choose another folder, or pass --overwrite")
+        if mark is not None and not (target / mark).exists():
+            foreign = sorted(path.name for path in target.iterdir() if not (path / mark).exists())
+            if foreign:
+                raise OutputError(
+                    f"{target}: holds {foreign[0]!r}, which no earlier run wrote; delete the folder yourself, or choose another"
+                )
     parent = _writable_parent(target)
     free = shutil.disk_usage(parent).free
     if free < nbytes:

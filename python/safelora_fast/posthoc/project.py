@@ -97,7 +97,7 @@ def project_adapter(
     if output is not None:
         inputs = [adapter.path for adapter in adapters] + [path for path in map(Path, (aligned, base)) if path.exists()]
         size = sum(adapter.file.size for adapter in adapters)
-        check_target(Path(output), inputs, overwrite=overwrite, nbytes=size)
+        check_target(Path(output), inputs, overwrite=overwrite, nbytes=size, mark=REPORT)
     models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
     plan = plan_projection(adapters, *models)
 
@@ -115,7 +115,13 @@ def project_adapter(
             aligned=_describe(models[0]),
             base=_describe(models[1]),
             adapters=[
-                AdapterReport(str(adapter.path), None if folder is None else str(folder), reports, _copied(adapter))
+                AdapterReport(
+                    str(adapter.path),
+                    None if folder is None else str(folder),
+                    reports,
+                    _copied(adapter),
+                    adapter.config.get("base_model_name_or_path") or None,
+                )
                 for adapter, folder, reports in zip(adapters, folders, modules, strict=True)
             ],
             bytes_read=plan.nbytes,

@@ -36,12 +36,13 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter: where it came from, where it went, and its modules in checkpoint order."""
+    """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names."""
 
     adapter: str
     output: str | None
     modules: list[ModuleReport]
     copied: list[dict[str, str]]
+    trained_on: str | None = None
 
     @property
     def projected(self) -> list[ModuleReport]:
@@ -88,6 +89,11 @@ class ProjectionReport:
         """What a careful reader of the figures would tell the user."""
         found = []
         for adapter in self.adapters:
+            if adapter.trained_on and not _alike(adapter.trained_on, str(self.aligned["source"])):
+                found.append(
+                    f"{adapter.adapter}: says that it was trained on {adapter.trained_on}, but aligned is "
+                    f"{self.aligned['source']}; see that they are the same model"
+                )
             if not adapter.projected:
                 found.append(f"{adapter.adapter}: no module was selected, so the output equals the input")
                 continue
@@ -98,6 +104,13 @@ class ProjectionReport:
                     "compare with --operator zero, or use --normalize spectral or --operator orthogonal"
                 )
         return found
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two paths or Hub ids may mean one model: the same last name, in the Hub's cache too."""
+    names = [path.rstrip("/").rpartition("/")[2].partition("@")[0].lower() for path in (one, other)]
+    cached = [f"--{name}/" in f"{path.lower()}/" for name, path in zip(names, (other, one), strict=True)]
+    return names[0] == names[1] or any(cached)
 
 
 def _without_nan(value: Any) -> Any:

@@ -46,7 +46,8 @@ class Settings:
         self._belongs("threshold", self.threshold, self.select == "threshold", "select threshold")
         self._belongs("num_layers", self.num_layers, self.select == "number", "select number")
         if self.operator == "orthogonal" and (self.rank is None) == (self.energy is None):
-            raise SettingsError("operator orthogonal needs either rank or energy: how much of V to keep, e.g. rank 64")
+            given = "one of rank and energy, not both" if self.rank is not None else "either rank or energy"
+            raise SettingsError(f"operator orthogonal needs {given}: how much of V to keep, e.g. rank 64")
         if self.rank is not None and not 1 <= self.rank <= MOST_RANK:
             raise SettingsError(f"rank must lie between 1 and {MOST_RANK}, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
