@@ -1,0 +1,223 @@
+"""Training steps of SmolLM2-135M with LoRA, to be timed side by side or watched for their memory; a script.
+
+`training_steps.py time FOLDER DTYPE ROUNDS` prints the seconds of every provider in each round, `training_steps.py memory
+FOLDER DTYPE PROVIDER` the peak of one, both as JSON. It runs in a process of its own so that the allocator can be set.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+
+from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.demo.model import load
+from safelora_fast.ops import feature_distance
+from safelora_fast.subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.training import Defended, defend
+from safelora_fast.training.adapted import adapted_modules
+from safelora_fast.training.anatomy import dissect
+from safelora_fast.training.safe_modules import SafeModules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROWS, LENGTH = 4, 256
+RANK, SUBSPACE_RANK = 16, 64
+WEIGHT = 0.1
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Steps:
+    """One model, one batch, one optimiser, and the ways to make a step of them."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder, self.half = folder, dtype == "bf16"
+        base = load(folder)
+        base.config.use_cache = False
+        options = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        self.model = get_peft_model(base, options).train()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
+        ids = torch.randint(base.config.vocab_size, (ROWS, LENGTH), generator=generator)
+        labels = ids.clone()
+        labels[:, : LENGTH // 4] = -100
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        self.inputs = {name: value for name, value in self.batch.items() if name != "labels"}
+        self.blocks = FeatureDistance(1.0).blocks(dissect(self.model))
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+        self.copy: Any = None
+        self.defended: dict[str, Defended] = {}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.half)
+
+    def finish(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def undefended(self) -> None:
+        with self.autocast():
+            loss = self.model(**self.batch).loss
+        self.finish(loss)
+
+    def ours(self, *, kl: bool, features: bool, share: bool) -> None:
+        defenses = [*([KL(WEIGHT)] if kl else []), *([FeatureDistance(1.0)] if features else [])]
+        # Kept, because the model is asked whether its loss can be shared once in a run.
+        defended = self.defended.setdefault(repr((defenses, share)), defend(self.model, defenses, share_logits=share))
+        with defended:
+            with self.autocast():
+                loss = defended.loss(self.batch)
+            self.finish(loss)
+
+    def straightforward(self, *, features: bool) -> None:
+        """A second frozen model, the whole logits of both, features of each row in turn."""
+        if self.copy is None:
+            self.copy = load(self.folder).requires_grad_(False).eval()
+        reference_blocks: list[torch.Tensor] = []
+        blocks: list[torch.Tensor] = []
+        with self.autocast(), torch.no_grad(), kept(self.copy.model.layers, self.blocks, reference_blocks):
+            reference = self.copy(**self.inputs, use_cache=False).logits
+        with self.autocast():
+            with kept(self.model.get_base_model().model.layers, self.blocks, blocks):
+                output = self.model(**self.batch)
+            p, q = output.logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+            loss = output.loss + WEIGHT * (p.exp() * (p - q)).sum(-1).mean()
+        if features:
+            distances = []
+            for h, h0 in zip(blocks, reference_blocks, strict=True):
+                for row in range(ROWS):
+                    x, y = h[row].float().flatten(), h0[row].float().flatten()
+                    distances.append((x / x.norm() - y / y.norm()).square().sum())
+            loss = loss + torch.stack(distances).sum() / ROWS
+        self.finish(loss)
+
+    def reference_forward(self) -> None:
+        """The same model with its adapter disabled, hidden states only."""
+        with self.autocast(), torch.no_grad(), self.model.disable_adapter():
+            self.model.get_base_model().model(**self.inputs, use_cache=False)
+
+    def chunked_divergence(self) -> None:
+        """TRL's divergence from hidden states, on the reference that ours has, beside the model's own loss."""
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        base = self.model.get_base_model()
+        weight, hidden = base.lm_head.weight, []
+        with self.autocast():
+            with torch.no_grad(), self.model.disable_adapter():
+                reference = base.model(**self.inputs, use_cache=False).last_hidden_state
+            hook = base.model.register_forward_hook(lambda _m, _a, out: hidden.append(out.last_hidden_state))
+            loss = self.model(**self.batch).loss
+            hook.remove()
+            divergence, _ = ChunkedDivergenceFunction.apply(
+                hidden[0].flatten(0, 1), weight.detach(), None, reference.flatten(0, 1), weight.detach(), None, 1.0
+            )
+        self.finish(loss + WEIGHT * divergence.mean())
+
+    def features_alone(self) -> Callable[[], None]:
+        """The distance and its gradient on features that are at hand."""
+        generator = torch.Generator().manual_seed(1)
+        width = self.model.get_base_model().config.hidden_size
+        h0 = [torch.randn(ROWS, LENGTH, width, generator=generator) for _ in self.blocks]
+        h = [(x + 0.01 * torch.randn(x.shape, generator=generator)).requires_grad_() for x in h0]
+        mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+
+        def step() -> None:
+            feature_distance(h, h0, mask).backward()
+            for block in h:
+                block.grad = None
+
+        return step
+
+    def projection(self) -> Callable[[], None]:
+        """B ← U·Uᵀ·B of every module, with random subspaces."""
+        random = np.random.default_rng(0)
+        modules = {}
+        for module in adapted_modules(self.model.get_base_model(), owner="bench"):
+            rows, columns = module.left.shape[0], module.right.shape[1]
+            vectors = np.linalg.qr(random.standard_normal((rows, SUBSPACE_RANK)))[0].astype(np.float32)
+            modules[module.name] = ModuleSubspace(vectors, np.ones(SUBSPACE_RANK, dtype=np.float32), 10.0, columns)
+        safe = SafeModules(self.model.get_base_model(), SafeSubspace(modules, {}), owner="bench")
+
+        def step() -> None:
+            safe.project(1)
+
+        return step
+
+    def providers(self) -> dict[str, Callable[[], None]]:
+        return {
+            "undefended": self.undefended,
+            "straightforward KL": partial(self.straightforward, features=False),
+            "straightforward KL + features": partial(self.straightforward, features=True),
+            "KL apart": partial(self.ours, kl=True, features=False, share=False),
+            "KL shared": partial(self.ours, kl=True, features=False, share=True),
+            "KL + features apart": partial(self.ours, kl=True, features=True, share=False),
+            "KL + features shared": partial(self.ours, kl=True, features=True, share=True),
+            "TRL's chunked divergence": self.chunked_divergence,
+            "reference forward": self.reference_forward,
+        }
+
+
+@contextmanager
+def kept(layers: Any, indices: list[int], outputs: list[torch.Tensor]) -> Iterator[None]:
+    """Append the outputs of some blocks to a list."""
+    hooks = [
+        layers[index].register_forward_hook(
+            lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for index in indices
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def timed(steps: Steps, rounds: int) -> dict[str, list[float]]:
+    """Each provider in turn, round by round; the first round does not count."""
+    providers = steps.providers() | {"features alone": steps.features_alone(), "projection": steps.projection()}
+    found: dict[str, list[float]] = {name: [] for name in providers}
+    for round_ in range(rounds + 1):
+        for name, work in providers.items():
+            elapsed = seconds(work)
+            if round_:
+                found[name].append(elapsed)
+    return found
+
+
+def peak(steps: Steps, provider: str) -> dict[str, float]:
+    """Resident megabytes before a step, when another has been made, and at its peak."""
+    work = steps.providers()[provider]
+    work()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work()
+    return {"before_mb": before, "peak_mb": _status("VmHWM")}
+
+
+def _status(field: str) -> float:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    what, folder, dtype, argument = sys.argv[1:]
+    steps = Steps(Path(folder), dtype)
+    print(json.dumps(timed(steps, int(argument)) if what == "time" else peak(steps, argument)))
