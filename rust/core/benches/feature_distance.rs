@@ -44,21 +44,33 @@ impl Bytes {
     }
 }
 
-/// Median of the seconds that `work` gives or takes for each of the sets, over some rounds.
-fn median(sets: &mut [[Bytes; 3]], rounds: usize, mut work: impl FnMut(&mut [Bytes; 3]) -> Option<f64>) -> f64 {
-    let mut seconds = Vec::new();
-    for round in 0..=rounds {
-        for set in &mut *sets {
-            let start = Instant::now();
-            let given = work(set);
-            let taken = start.elapsed().as_secs_f64();
-            if round > 0 {
-                seconds.push(given.unwrap_or(taken));
+/// Medians of the seconds that measures give, over some rounds through the sets. The measures take turns, because memory
+/// bandwidth drifts, and each takes a set that no other used lately.
+fn medians<const N: usize>(
+    sets: &mut [[Bytes; 3]],
+    rounds: usize,
+    mut measure: impl FnMut(usize, &mut [Bytes; 3]) -> f64,
+) -> [f64; N] {
+    let count = sets.len();
+    let mut seconds = [const { Vec::new() }; N];
+    for step in 0..(rounds + 1) * count {
+        for (index, seconds) in seconds.iter_mut().enumerate() {
+            let taken = measure(index, &mut sets[(step + index * (count / N).max(1)) % count]);
+            if step >= count {
+                seconds.push(taken);
             }
         }
     }
-    seconds.sort_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
+    seconds.map(|mut seconds| {
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    })
+}
+
+fn timed(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
 }
 
 fn pair<'a>(features: &'a Bytes, reference: &'a Bytes, dtype: Dtype, shape: [usize; 3]) -> Pair<'a> {
@@ -83,25 +95,10 @@ fn main() {
             let batch = ((megabytes << 20) / (TOKENS * hidden * dtype.size())).max(1);
             let shape = [batch, TOKENS, hidden];
             let size = batch * TOKENS * hidden * dtype.size();
-            let mut sets: Vec<_> = (0..(COLD / (3 * size)).max(2))
+            let mut sets: Vec<_> = (0..(COLD / (3 * size)).max(5))
                 .map(|set| std::array::from_fn(|index| Bytes::new(size, dtype, 3 * set + index)))
                 .collect();
-            let rounds = if sets.len() > 20 { 3 } else { 20 };
-            let read = median(&mut sets, rounds, |[h, h0, _]| Some(read_seconds(&[h.read(), h0.read()], threads)));
-            let [cached, streamed] = [false, true].map(|stream| {
-                median(&mut sets, rounds, |[h, h0, out]| {
-                    Some(update_seconds(&[h.read(), h0.read()], out.write(), threads, stream))
-                })
-            });
-            let update = cached.min(streamed);
-            println!(
-                "{dtype:?} {:.1} MB: reads {:.1} GB/s, updates {:.1} GB/s ({:.1} cached, {:.1} streamed)",
-                1e-6 * size as f64,
-                2e-9 * size as f64 / read,
-                3e-9 * size as f64 / update,
-                3e-9 * size as f64 / cached,
-                3e-9 * size as f64 / streamed,
-            );
+            let rounds = (60 / sets.len()).max(3);
             let sequences = Sequences::new([batch, TOKENS], |_, _| true, |_, _| 0);
             let mut factors = vec![Factor::default(); batch * TOKENS];
             for level in &levels {
@@ -109,26 +106,33 @@ fn main() {
                     continue;
                 }
                 let engine = Engine::new(threads, *level).expect("the level is available");
-                let rounds = if *level == Level::Scalar { 1 } else { rounds };
-                let there = median(&mut sets, rounds, |[h, h0, _]| {
-                    let blocks = [pair(h, h0, dtype, shape)];
-                    let value = forward(&engine, &blocks, &sequences, Normalize::Sequence, &mut factors);
-                    std::hint::black_box(value.expect("shapes fit"));
-                    None
+                let [there, read, cached, streamed, back] = medians(&mut sets, rounds, |measure, [h, h0, out]| {
+                    let (block, inputs) = (pair(h, h0, dtype, shape), [h.read(), h0.read()]);
+                    match measure {
+                        0 => timed(|| {
+                            let value = forward(&engine, &[block], &sequences, Normalize::Sequence, &mut factors);
+                            std::hint::black_box(value.expect("shapes fit"));
+                        }),
+                        1 => read_seconds(&inputs, threads),
+                        2 => update_seconds(&inputs, out.write(), threads, false),
+                        3 => update_seconds(&inputs, out.write(), threads, true),
+                        _ => timed(|| {
+                            let mut gradients = [Gradient { block, factors: &factors, output: out.write() }];
+                            backward(&engine, &mut gradients, 1.0).expect("shapes fit");
+                        }),
+                    }
                 });
-                let back = median(&mut sets, rounds, |[h, h0, out]| {
-                    let block = pair(h, h0, dtype, shape);
-                    let mut gradients = [Gradient { block, factors: &factors, output: out.write() }];
-                    backward(&engine, &mut gradients, 1.0).expect("shapes fit");
-                    None
-                });
+                let (update, gigabytes) = (cached.min(streamed), 1e-9 * size as f64);
                 println!(
-                    "  {:7} forward {:8.3} ms {:3.0} %   backward {:8.3} ms {:3.0} %",
+                    "{dtype:?} {:5.1} MB {:7} forward {:7.3} ms, {:3.0} % of {:4.1} GB/s   backward {:7.3} ms, {:3.0} % of {:4.1} GB/s",
+                    1e3 * gigabytes,
                     level.name(),
                     1e3 * there,
                     100.0 * read / there,
+                    2.0 * gigabytes / read,
                     1e3 * back,
                     100.0 * update / back,
+                    3.0 * gigabytes / update,
                 );
             }
         }

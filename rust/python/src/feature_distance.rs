@@ -42,13 +42,13 @@ pub(crate) fn feature_distance(
     };
     let (threads, level) = (settings::threads(threads)?, settings::level()?);
     let blocks = pairs(&features, &reference)?;
-    let Some(&[batch, tokens, _]) = blocks.first().map(Pair::shape).as_ref() else {
+    let Some([batch, tokens, _]) = blocks.first().map(Pair::shape) else {
         return Err(PyValueError::new_err("there is no block of features"));
     };
     let mask = Elements::<u8>::new("mask", mask, [batch, tokens])?;
     let segments = segments.map(|spec| Elements::<i64>::new("segments", spec, [batch, tokens])).transpose()?;
-    let length = blocks.len().saturating_mul(batch * tokens);
-    let range = region("factors", factors, length.checked_mul(size_of::<Factor>()), align_of::<Factor>())?;
+    let size = blocks.len().checked_mul(batch * tokens).and_then(|count| count.checked_mul(size_of::<Factor>()));
+    let range = region("factors", factors, size, align_of::<Factor>())?;
     // SAFETY: the caller promises that this memory is its own to write; size and alignment were checked.
     let factors = unsafe { memory_mut::<Factor>(&range) };
     py.detach(|| {

@@ -15,6 +15,14 @@ unsafe fn put<const STREAM: bool>(pointer: *mut u8, value: __m256i) {
     }
 }
 
+/// # Safety
+/// The CPU has SSE2, and 16 bytes at `pointer` may be written; with `STREAM` it is aligned to them.
+#[inline(always)]
+unsafe fn put_half<const STREAM: bool>(pointer: *mut u8, value: __m128i) {
+    // SAFETY: as in `put`.
+    unsafe { if STREAM { _mm_stream_si128(pointer.cast(), value) } else { _mm_storeu_si128(pointer.cast(), value) } }
+}
+
 /// Each lane's bfloat16 in its upper half, with anything below.
 ///
 /// # Safety
@@ -85,45 +93,44 @@ impl Wide for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_f32(pointer: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller vouches for the CPU and for 16 values at the pointer.
-        unsafe { [_mm256_loadu_ps(pointer.cast()), _mm256_loadu_ps(pointer.add(32).cast())] }
+    unsafe fn load_f32(group: *const u8, part: usize) -> [__m256; 2] {
+        // SAFETY: the caller vouches for the CPU and for 32 values at the pointer.
+        unsafe { [_mm256_loadu_ps(group.add(part * 32).cast()), _mm256_loadu_ps(group.add(64 + part * 32).cast())] }
     }
 
     #[inline(always)]
-    unsafe fn load_f16(pointer: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller vouches for the CPU and for 16 values at the pointer.
+    unsafe fn load_f16(group: *const u8, part: usize) -> [__m256; 2] {
+        // SAFETY: the caller vouches for the CPU and for 32 values at the pointer.
         unsafe {
-            let low = _mm256_cvtph_ps(_mm_loadu_si128(pointer.cast()));
-            [low, _mm256_cvtph_ps(_mm_loadu_si128(pointer.add(16).cast()))]
+            let low = _mm256_cvtph_ps(_mm_loadu_si128(group.add(part * 16).cast()));
+            [low, _mm256_cvtph_ps(_mm_loadu_si128(group.add(32 + part * 16).cast()))]
         }
     }
 
     #[inline(always)]
-    unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, [low, high]: [__m256; 2]) {
+    unsafe fn store_f32<const STREAM: bool>(group: *mut u8, part: usize, [low, high]: [__m256; 2]) {
         // SAFETY: the caller vouches for the CPU and the pointer.
         unsafe {
-            put::<STREAM>(pointer, _mm256_castps_si256(low));
-            put::<STREAM>(pointer.add(32), _mm256_castps_si256(high));
+            put::<STREAM>(group.add(part * 32), _mm256_castps_si256(low));
+            put::<STREAM>(group.add(64 + part * 32), _mm256_castps_si256(high));
         }
     }
 
     #[inline(always)]
-    unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, [low, high]: [__m256; 2]) {
+    unsafe fn store_f16<const STREAM: bool>(group: *mut u8, part: usize, [low, high]: [__m256; 2]) {
         // SAFETY: the caller vouches for the CPU and the pointer.
         unsafe {
-            let low = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low);
-            let high = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high);
-            put::<STREAM>(pointer, _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), high));
+            put_half::<STREAM>(group.add(part * 16), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low));
+            put_half::<STREAM>(group.add(32 + part * 16), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high));
         }
     }
 
     #[inline(always)]
-    unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, [even, odd]: [__m256; 2]) {
+    unsafe fn store_bf16<const STREAM: bool>(group: *mut u8, part: usize, [even, odd]: [__m256; 2]) {
         // SAFETY: the caller vouches for the CPU and the pointer.
         unsafe {
             let even = _mm256_srli_epi32::<16>(round_bf16(even));
-            put::<STREAM>(pointer, _mm256_blend_epi16::<0b1010_1010>(even, round_bf16(odd)));
+            put::<STREAM>(group.add(part * 32), _mm256_blend_epi16::<0b1010_1010>(even, round_bf16(odd)));
         }
     }
 

@@ -74,13 +74,13 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn load_f32(pointer: *const u8) -> [__m512; 2] {
+    unsafe fn load_f32(pointer: *const u8, _: usize) -> [__m512; 2] {
         // SAFETY: the caller vouches for the CPU and for 32 values at the pointer.
         unsafe { [_mm512_loadu_ps(pointer.cast()), _mm512_loadu_ps(pointer.add(64).cast())] }
     }
 
     #[inline(always)]
-    unsafe fn load_f16(pointer: *const u8) -> [__m512; 2] {
+    unsafe fn load_f16(pointer: *const u8, _: usize) -> [__m512; 2] {
         // SAFETY: the caller vouches for the CPU and for 32 values at the pointer.
         unsafe {
             let low = _mm512_cvtph_ps(_mm256_loadu_si256(pointer.cast()));
@@ -89,7 +89,7 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, [low, high]: [__m512; 2]) {
+    unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, _: usize, [low, high]: [__m512; 2]) {
         // SAFETY: the caller vouches for the CPU and the pointer.
         unsafe {
             put::<STREAM>(pointer, _mm512_castps_si512(low));
@@ -98,7 +98,7 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, [low, high]: [__m512; 2]) {
+    unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, _: usize, [low, high]: [__m512; 2]) {
         // SAFETY: the caller vouches for the CPU and the pointer.
         unsafe {
             let low = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low);
@@ -108,7 +108,7 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, [even, odd]: [__m512; 2]) {
+    unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, _: usize, [even, odd]: [__m512; 2]) {
         // SAFETY: the caller vouches for the CPU and the pointer.
         unsafe {
             let even = _mm512_srli_epi32::<16>(round_bf16(even));

@@ -60,8 +60,8 @@ impl Sums {
         }
         let (p, q) = (p_squared.sqrt(), self.norm.sqrt());
         if p == 0.0 || (q == 0.0 && !p.is_nan()) {
-            let distance = if p + q == 0.0 { 0.0 } else { 1.0 };
-            return (distance, Factor::default());
+            let both = p == 0.0 && q == 0.0;
+            return (if both { 0.0 } else { 1.0 }, Factor::default());
         }
         let gap = growth / (p + q);
         let scale = 2.0 / (p * q);

@@ -8,7 +8,7 @@ use crate::kernels::{GROUP, LANES, Scalar, prefetch};
 /// Elements that are summed in lanes before the lanes are added up: both tensors' stay in L1 for a level that takes the
 /// lanes in parts.
 const STRETCH: usize = 2048;
-/// Distance of the prefetch, in bytes.
+/// Distance of the prefetch, in bytes. Beside streamed writes it does harm.
 const AHEAD: usize = 1 << 12;
 
 /// The micro kernels of one level.
@@ -83,13 +83,13 @@ unsafe fn add<S: Wide, E: Element>(
     // SAFETY: the caller vouches for the CPU and for `groups` groups at both pointers.
     unsafe {
         for group in 0..groups {
-            let offset = (group * GROUP + 2 * part * S::WIDTH) * E::DTYPE.size();
+            let offset = group * GROUP * E::DTYPE.size();
             if part == 0 {
                 prefetch_group::<E>(features.wrapping_add(offset));
                 prefetch_group::<E>(reference.wrapping_add(offset));
             }
-            let h = E::load::<S>(features.add(offset));
-            let h0 = E::load::<S>(reference.add(offset));
+            let h = E::load::<S>(features.add(offset), part);
+            let h0 = E::load::<S>(reference.add(offset), part);
             for half in 0..2 {
                 let d = S::widen(S::subtract(h[half], h0[half]));
                 let h0 = S::widen(h0[half]);
@@ -151,12 +151,8 @@ impl<S: Wide> Constants<S> {
         let root = f64::from_bits(factor.scale.abs().sqrt().to_bits() & f64::INFINITY.to_bits());
         let [first, second] = [root as f32, (factor.scale / root) as f32];
         // SAFETY: the caller vouches for the CPU.
-        unsafe {
-            Self {
-                share: [S::splat(&raw const share), S::splat(&raw const left)],
-                scale: [S::splat(&raw const first), S::splat(&raw const second)],
-            }
-        }
+        let splat = |value: f32| unsafe { S::splat(&raw const value) };
+        Self { share: [splat(share), splat(left)], scale: [splat(first), splat(second)] }
     }
 
     #[inline(always)]
@@ -169,14 +165,11 @@ impl<S: Wide> Constants<S> {
     ) {
         // SAFETY: the caller vouches for the CPU, for `groups` groups at all pointers, and for the alignment of `output`.
         unsafe {
-            for pair in 0..groups * LANES / S::WIDTH {
-                let offset = 2 * pair * S::WIDTH * E::DTYPE.size();
-                if offset.is_multiple_of(GROUP * E::DTYPE.size()) {
-                    prefetch_group::<E>(features.wrapping_add(offset));
-                    prefetch_group::<E>(reference.wrapping_add(offset));
-                }
-                let h = E::load::<S>(features.add(offset));
-                let h0 = E::load::<S>(reference.add(offset));
+            for index in 0..groups * LANES / S::WIDTH {
+                let (group, part) = (index * S::WIDTH / LANES, index % (LANES / S::WIDTH));
+                let offset = group * GROUP * E::DTYPE.size();
+                let h = E::load::<S>(features.add(offset), part);
+                let h0 = E::load::<S>(reference.add(offset), part);
                 let mut gradient = [S::zero(); 2];
                 for half in 0..2 {
                     let d = S::subtract(h[half], h0[half]);
@@ -184,7 +177,7 @@ impl<S: Wide> Constants<S> {
                     let across = S::multiply_add(self.share[1], h[half], across);
                     gradient[half] = S::multiply(S::multiply(across, self.scale[0]), self.scale[1]);
                 }
-                E::store::<S, STREAM>(output.add(offset), gradient);
+                E::store::<S, STREAM>(output.add(offset), part, gradient);
             }
         }
     }

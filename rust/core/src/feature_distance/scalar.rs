@@ -42,34 +42,34 @@ impl Wide for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn load_f32(pointer: *const u8) -> [[f32; LANES]; 2] {
+    unsafe fn load_f32(pointer: *const u8, _: usize) -> [[f32; LANES]; 2] {
         // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
         let halves = unsafe { &*pointer.cast::<[[[u8; 4]; LANES]; 2]>() };
         halves.map(|half| half.map(f32::from_le_bytes))
     }
 
     #[inline(always)]
-    unsafe fn load_f16(pointer: *const u8) -> [[f32; LANES]; 2] {
+    unsafe fn load_f16(pointer: *const u8, _: usize) -> [[f32; LANES]; 2] {
         // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
         let halves = unsafe { &*pointer.cast::<[[[u8; 2]; LANES]; 2]>() };
         halves.map(|half| half.map(|bytes| half::f16::from_le_bytes(bytes).to_f32()))
     }
 
     #[inline(always)]
-    unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, halves: [[f32; LANES]; 2]) {
+    unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, _: usize, halves: [[f32; LANES]; 2]) {
         // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
         unsafe { *pointer.cast() = halves.map(|half| half.map(f32::to_le_bytes)) }
     }
 
     #[inline(always)]
-    unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, halves: [[f32; LANES]; 2]) {
+    unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, _: usize, halves: [[f32; LANES]; 2]) {
         let rounded = halves.map(|half| half.map(|value| half::f16::from_f32(value).to_le_bytes()));
         // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
         unsafe { *pointer.cast() = rounded }
     }
 
     #[inline(always)]
-    unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, [even, odd]: [[f32; LANES]; 2]) {
+    unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, _: usize, [even, odd]: [[f32; LANES]; 2]) {
         let pairs: [[[u8; 2]; 2]; LANES] =
             std::array::from_fn(|lane| [even[lane], odd[lane]].map(|value| half::bf16::from_f32(value).to_le_bytes()));
         // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.

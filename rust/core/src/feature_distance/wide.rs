@@ -19,17 +19,16 @@ pub(super) trait Wide: Simd {
     /// The sum over the lanes, in the order of `sums`: lane l plus lane l + 8 (where there are 16), then l + 4, l + 2, l + 1.
     unsafe fn wide_sum(value: Self::Wide) -> f64;
     unsafe fn multiply(a: Self::Register, b: Self::Register) -> Self::Register;
-    /// The first and the second half of `2·WIDTH` unaligned values.
-    unsafe fn load_f32(pointer: *const u8) -> [Self::Register; 2];
-    /// The first and the second half of `2·WIDTH` unaligned values.
-    unsafe fn load_f16(pointer: *const u8) -> [Self::Register; 2];
-    /// Undoes `load_f32`. With `STREAM` the values go past the caches, to a pointer aligned to a cache line or to the part of it
-    /// that they fill.
-    unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, halves: [Self::Register; 2]);
-    /// Undoes `load_f16`, rounding to nearest even; the pointer as in `store_f32`.
-    unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, halves: [Self::Register; 2]);
-    /// Undoes `split_bf16`, rounding to nearest even; the pointer as in `store_f32`.
-    unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, split: [Self::Register; 2]);
+    /// The lanes of a part (`WIDTH` of 16) of the first and of the second half of 32 unaligned values.
+    unsafe fn load_f32(group: *const u8, part: usize) -> [Self::Register; 2];
+    /// The same of binary16.
+    unsafe fn load_f16(group: *const u8, part: usize) -> [Self::Register; 2];
+    /// Undoes `load_f32`. With `STREAM` the values go past the caches, to a group that is aligned to 64 bytes.
+    unsafe fn store_f32<const STREAM: bool>(group: *mut u8, part: usize, halves: [Self::Register; 2]);
+    /// Undoes `load_f16`, rounding to nearest even; streams as `store_f32` does.
+    unsafe fn store_f16<const STREAM: bool>(group: *mut u8, part: usize, halves: [Self::Register; 2]);
+    /// Undoes `split_bf16` of the part's pairs, rounding to nearest even; streams as `store_f32` does.
+    unsafe fn store_bf16<const STREAM: bool>(group: *mut u8, part: usize, split: [Self::Register; 2]);
     /// Orders what was stored with `STREAM` before all later stores.
     unsafe fn fence();
 }
