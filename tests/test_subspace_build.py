@@ -148,11 +148,9 @@ def test_progress_counts_bytes_and_names_modules(checkpoints):
 
     SafeSubspace.build(**checkpoints, rank=2, progress=Progress())
     sizes = [8 * rows * columns for rows, columns in SHAPES.values()]
-    assert told == [
-        (sum(sizes), 2),
-        (sizes[0], "model.layers.0.self_attn.q_proj"),
-        (sum(sizes), "model.layers.0.mlp.down_proj"),
-    ]
+    assert told[0] == (sum(sizes), 2)
+    assert told[1] in [(done, "model.layers.0.self_attn.q_proj") for done in (sizes[0], sum(sizes))]  # work runs ahead
+    assert told[2:] == [(sum(sizes), "model.layers.0.mlp.down_proj")]
 
 
 def test_provenance(checkpoints, tmp_path):
