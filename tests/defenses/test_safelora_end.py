@@ -26,7 +26,7 @@ from train_runs import sgd
 from safelora_fast import project_adapter
 from safelora_fast.defenses import KL, SafeLora
 from safelora_fast.errors import AdapterError, CheckpointError, PairingError, SettingsError
-from safelora_fast.posthoc.peft_model import lora_tensors
+from safelora_fast.posthoc.peft_model import lora_parameters
 from safelora_fast.subspace import ModuleSubspace, SafeSubspace
 from safelora_fast.training import defend
 
@@ -53,11 +53,11 @@ def from_disk(model, sources, folder, name="default", **options):
 
 
 def same_bytes(model, expected, name="default"):
-    found, _ = lora_tensors(model, name)
+    found, _ = lora_parameters(model, name)
     assert found.keys() == {key for key in expected if ".lora_" in key}
     for key, tensor in found.items():
         assert tensor.dtype == expected[key].dtype
-        assert tensor.contiguous().view(torch.uint8).equal(expected[key].view(torch.uint8)), key
+        assert tensor.detach().contiguous().view(torch.uint8).equal(expected[key].view(torch.uint8)), key
 
 
 @pytest.mark.parametrize("options", OPERATORS.values(), ids=OPERATORS)
@@ -190,12 +190,12 @@ def test_orthogonal_takes_what_the_subspace_was_built_with(sources):
 
 
 def factors(model, subspace):
-    found, _ = lora_tensors(model, "default")
+    found, _ = lora_parameters(model, "default")
     names = {
         key: key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") for key in found if "lora_B" in key
     }
     return {
-        name: (found[key].double(), torch.from_numpy(subspace.find(name).left_vectors).double())
+        name: (found[key].detach().double(), torch.from_numpy(subspace.find(name).left_vectors).double())
         for key, name in names.items()
     }
 

@@ -90,8 +90,8 @@ def projected_folder(saved: Path, adapter_name: str, **options: Any) -> Iterator
         yield replace(report, adapters=adapters), projected
 
 
-def lora_tensors(model: Any, adapter_name: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of one LoRA adapter under the keys that PEFT saves, sharing the model's memory.
+def lora_parameters(model: Any, adapter_name: str) -> tuple[dict[str, torch.nn.Parameter], list[str]]:
+    """The parameters of one LoRA adapter under the keys that PEFT saves.
 
     Args:
         model: a PeftModel, or another model with `peft_config`.
@@ -102,10 +102,11 @@ def lora_tensors(model: Any, adapter_name: str) -> tuple[dict[str, torch.Tensor]
     """
     from peft import get_peft_model_state_dict
 
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     state = get_peft_model_state_dict(
-        model, state_dict=model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False
+        model, state_dict=parameters, adapter_name=adapter_name, save_embedding_layers=False
     )
-    factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    factors = {key: parameter for key, parameter in state.items() if ".lora_" in key}
     return factors, sorted(state.keys() - factors.keys())
 
 

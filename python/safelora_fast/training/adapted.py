@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.training.anatomy import adapter_layers
+from safelora_fast.training.anatomy import adapter_layers, is_parallel
 
 if TYPE_CHECKING:
     import torch
@@ -72,12 +72,12 @@ def active_adapter(model: nn.Module, *, owner: str) -> str:
 
 
 def adapter_holder(model: nn.Module, *, owner: str) -> Any:
-    """The model that knows its adapters by `peft_config`, out of DistributedDataParallel.
+    """The model that knows its adapters by `peft_config`, out of DistributedDataParallel or DeepSpeed's engine.
 
     Raises:
         SettingsError: there is none.
     """
-    while not hasattr(model, "peft_config") and hasattr(model, "module"):
+    while is_parallel(model):
         model = model.module
     if not hasattr(model, "peft_config"):
         raise SettingsError(f"{owner}: the model has no active LoRA adapter")

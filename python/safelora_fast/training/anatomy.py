@@ -63,17 +63,6 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
     return parameter if full_tensor is None else full_tensor()
 
 
-def like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """A whole value in the parameter's dtype and on its device, sharded as the parameter is."""
-    value = value.to(parameter.device, parameter.dtype)
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: torch.Tensor = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return sharded
-
-
 def logit_scale(config: Any) -> float:
     """The factor that a model of this configuration applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -84,6 +73,12 @@ def logit_scale(config: Any) -> float:
     if scaling is None:
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Whether the model wraps another one, its `module`, for data-parallel training."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    return isinstance(model, nn.parallel.DistributedDataParallel) or "DeepSpeedEngine" in kinds
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -103,7 +98,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             "FullyShardedDataParallel flattens the parameters that the defences act on: use its second version, "
             "fully_shard (fsdp_version 2)"
         )
-    if isinstance(model, nn.parallel.DistributedDataParallel) or "DeepSpeedEngine" in kinds:
+    if is_parallel(model):
         return unwrap(model.module)
     if hasattr(model, "_orig_mod"):
         raise SettingsError(

@@ -10,20 +10,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapter
-from safelora_fast.posthoc.peft_model import lora_tensors, projected_folder, save_tensors
+from safelora_fast.posthoc.peft_model import lora_parameters, projected_folder, save_tensors
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.provenance import locator, reopen
 from safelora_fast.training.adapted import active_adapter, adapter_holder
-from safelora_fast.training.anatomy import gathered, like
+from safelora_fast.training.anatomy import gathered
 from safelora_fast.training.distributed import broadcast_from_first, on_first_rank
+from safelora_fast.training.held import matching_rows, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import torch
     from torch import nn
 
     from safelora_fast.defenses.safelora import SafeLora
@@ -55,7 +55,7 @@ class EndProjection:
             raise SettingsError(
                 "SafeLora: the adapter is merged into the model's weights: call unmerge_adapter() first"
             )
-        tensors = self._gathered(lora_tensors(self._holder, self._adapter)[0])
+        tensors = self._gathered(lora_parameters(self._holder, self._adapter)[0])
         on_first_rank(lambda: self._rehearse(tensors))
 
     def run(self) -> ProjectionReport:
@@ -64,12 +64,12 @@ class EndProjection:
         Raises:
             SafeLoraFastError: the sources have changed meanwhile, or a factor is NaN or infinite; the model is as it was.
         """
-        parameters, others = lora_tensors(self._holder, self._adapter)
+        parameters, others = lora_parameters(self._holder, self._adapter)
         tensors = self._gathered(parameters)
         report = on_first_rank(lambda: self._project(tensors, others))
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(like(parameter, broadcast_from_first(tensors[key], parameter.device)))
+        for key, parameter in parameters.items():
+            whole = broadcast_from_first(tensors[key], parameter.device)
+            write_rows(parameter, matching_rows(parameter, whole, owner="SafeLora"))
         return report
 
     def _gathered(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
