@@ -64,7 +64,7 @@ lint: develop ## formatting, lints, types, and the stub against the binary
 
 .PHONY: test
 test: lint wheel ## everything that CI runs: lints, Rust tests, Python tests, the wheel alone in an empty environment
-	cargo test --workspace --quiet
+	PROPTEST_RNG_SEED=0 cargo test --workspace --quiet
 	$(BIN)/python -m pytest
 
 .PHONY: test-matrix
