@@ -249,8 +249,10 @@ impl Case {
             };
             let size = length(&expected.values);
             let elements = expected.values.len() as f64;
-            let tolerance =
-                rounding * size + smallest * elements.sqrt() + 2.0 * HALF_ULP * expected.inexact + 1e-15 * expected.terms;
+            let tolerance = rounding * size
+                + smallest * elements.sqrt()
+                + 2.0 * HALF_ULP * expected.inexact
+                + 1e-15 * expected.terms;
             prop_assert!(error <= tolerance, "gradient off by {error:e} of {size:e}");
         }
         let close = (outcome.distance - distance).abs() <= 1e-14 * distance + tolerance;
