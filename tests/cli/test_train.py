@@ -14,6 +14,8 @@ from tiny_recipe import difference, tiny_rows, write_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
 from safelora_fast.recipe import run as run_module
+from safelora_fast.recipe.prepare import prepare
+from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.recipe.trainer import RecipeTrainer
 
 
@@ -242,6 +244,22 @@ def test_packed_rows(tiny, call):
     assert result.code == 0, result.err
     assert "packed rows" in result.out
     assert tiny.record()["metrics"]["defense/kl"]["last"] > 0
+
+
+def test_only_answers_of_packed_rows_are_learnt(tiny, call, monkeypatch):
+    seen = []
+
+    def compute_loss(trainer, model, inputs, *args, **kwargs):
+        seen.extend(inputs["labels"].flatten().tolist())
+        return super(RecipeTrainer, trainer).compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss, raising=False)
+    words = ("training.packing=true", "training.max_length=40", "training.num_train_epochs=1")
+    assert call(*tiny.words("-q", *words)).code == 0
+    examples = prepare(load_recipe(tiny.path, [])).train.examples
+    assert sorted(label for label in seen if label != -100) == sorted(
+        label for example in examples for label in example.answer
+    )
 
 
 def test_missing_weights_are_refused(tiny, call):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from tiny_models import random_subspace, tiny_model, tiny_peft_model
 from train_runs import sgd
+from transformers import DynamicCache
 
 from safelora_fast.defenses import KL, FeatureDistance, SafeLora, SubspacePenalty
 from safelora_fast.errors import SettingsError
@@ -40,6 +43,15 @@ def test_parameters_trained_beside_the_adapter():
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(SettingsError, match=r"model\.norm\.weight is trained"):
         defend(model, [KL(1.0)])
+
+
+def test_key_value_cache():
+    model = tiny_peft_model()
+    ids = torch.randint(0, 50, (1, 6))
+    name = "cache" if "cache" in inspect.signature(model.get_base_model().forward).parameters else "past_key_values"
+    batch = {"input_ids": ids, "labels": ids, name: DynamicCache()}
+    with defend(model, [KL(1.0)]) as defended, pytest.raises(SettingsError, match="set use_cache=False"):
+        defended.loss(batch)
 
 
 def test_merged_adapter():

@@ -60,6 +60,7 @@ def train(
 
     with quiet_libraries():
         from safelora_fast.recipe.prepare import prepare
+        from safelora_fast.recipe.run import leave_processes
         from safelora_fast.recipe.run import train as run
 
         prepared = prepare(recipe)
@@ -76,6 +77,7 @@ def train(
             record = run(
                 prepared, resume=resume, command=shlex.join(words), progress=progress if talks else None, talk=talks
             )
+        leave_processes()
     _show_record(record, folder.path, as_json=as_json, talks=talks)
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.errors import SettingsError
 from safelora_fast.integrations.task_loss import label_weight, report, reports_figures, why_apart
-from safelora_fast.training.defended import Defended, OnNonFinite
+from safelora_fast.training.defended import Defended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from safelora_fast.defenses.base import Defense
     from safelora_fast.posthoc.report import ProjectionReport
     from safelora_fast.training.reference import Reference
+    from safelora_fast.training.steps import OnNonFinite
     from safelora_fast.training.totals import Totals
 
 

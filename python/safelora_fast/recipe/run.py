@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from safelora_fast.recipe.folder import FORMAT, RECORD, RunFolder, write_json
 from safelora_fast.recipe.loading import first_line, load_model
 from safelora_fast.recipe.plan import free_space
 from safelora_fast.recipe.results import summarise, versions
+from safelora_fast.recipe.tokens import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +95,15 @@ def train(
     return {"format": FORMAT, **record}
 
 
+def leave_processes() -> None:
+    """Take leave of the other processes of a distributed run, before Python ends under a collective's last tensor."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()
+        distributed.destroy_process_group()
+
+
 def _record(prepared: Prepared) -> dict[str, Any]:
     recipe, plan = prepared.recipe, prepared.plan
     data = {"train": plan.data.sha256, "held_out": None if plan.held_out is None else plan.held_out.sha256}
@@ -135,12 +146,16 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
 
 
 def _dataset(examples: ExampleSet) -> Dataset:
+    """Tokens and labels; and the labels once more as a mask, because TRL 0.24 packs tokens and masks only."""
     from datasets import Dataset
 
     return Dataset.from_dict(
         {
             "input_ids": [example.ids for example in examples.examples],
             "labels": [example.labels for example in examples.examples],
+            "assistant_masks": [
+                [int(label != IGNORED_LABEL) for label in example.labels] for example in examples.examples
+            ],
         }
     )
 

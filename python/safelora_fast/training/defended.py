@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,13 +20,14 @@ from safelora_fast.errors import SettingsError
 from safelora_fast.training.anatomy import dissect
 from safelora_fast.training.batch import Spans, read_spans
 from safelora_fast.training.capture import Capture, StudentRecorder, Tap
-from safelora_fast.training.distributed import sum_over_ranks, world_size
+from safelora_fast.training.distributed import world_size
 from safelora_fast.training.finish import EndProjection
-from safelora_fast.training.guard import name_culprit, penalty_culprit
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.reference import Reference, ReferencePass
 from safelora_fast.training.safe_modules import SafeModules
 from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
+from safelora_fast.training.steps import OnNonFinite, Steps
+from safelora_fast.training.terms import batch_terms, penalty_term
 from safelora_fast.training.totals import Totals, count_spans, count_totals
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
     from safelora_fast.ops.linear_kl import SharedLoss
     from safelora_fast.posthoc.report import ProjectionReport
-
-OnNonFinite = Literal["raise", "skip"]
 
 
 def defend(
@@ -100,7 +99,6 @@ class Defended:
 
     Attributes:
         defenses: the defences that are switched on.
-        step: optimiser steps made.
         projection_report: what SafeLora did at the end; None before, and where it does nothing then.
     """
 
@@ -118,16 +116,10 @@ class Defended:
         names = [defense.name for defense in defenses]
         if len(set(names)) != len(names):
             raise SettingsError(f"each defence may be given once, not {', '.join(names)}")
-        if on_nonfinite not in {"raise", "skip"}:
-            raise SettingsError(f'on_nonfinite is {on_nonfinite!r}, it must be "raise" or "skip"')
         self.model = model
         self.defenses = [defense for defense in defenses if defense.active]
-        self.step = first_step
         self._batch_defenses = [defense for defense in self.defenses if isinstance(defense, BatchDefense)]
-        self._on_nonfinite = on_nonfinite
-        # Accelerate's wrapper is itself an Optimizer; DeepSpeed's is none, and steps the one inside it piece by piece.
-        wrapped = isinstance(optimizer, torch.optim.Optimizer)
-        self._optimizer = getattr(optimizer, "optimizer", optimizer) if wrapped else optimizer
+        self._steps = Steps(optimizer, made=first_step, on_nonfinite=on_nonfinite, afterwards=self._project)
         self._handles: list[Any] = []
         self._attached = False
         self._recorder: StudentRecorder | None = None
@@ -136,7 +128,6 @@ class Defended:
         self._end: EndProjection | None = None
         self.projection_report: ProjectionReport | None = None
         self._spans: Spans | None = None
-        self._skip_step = False
         self._passes = 0
         self._meter = Meter()
         self._stopwatch = Stopwatch()
@@ -144,6 +135,15 @@ class Defended:
             self._prepare(reference)
             kl = next((defense for defense in self._batch_defenses if isinstance(defense, KL)), None)
             self._sharing = SharedLogits(self.anatomy, kl, wanted=share_logits)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps made."""
+        return self._steps.made
+
+    @step.setter
+    def step(self, made: int) -> None:
+        self._steps.made = made
 
     def _prepare(self, reference: Reference) -> None:
         self.anatomy = dissect(self.model)
@@ -201,16 +201,10 @@ class Defended:
         """Install the hooks; does nothing when they are in, or when every defence is switched off."""
         if self._attached or not self.defenses:
             return
-        if self._projection is not None and self._optimizer is None:
+        if self._projection is not None and not self._steps.known:
             raise SettingsError('SafeLora: at="step" needs the optimizer whose steps it follows: optimizer=')
-        hooked = self._optimizer if isinstance(self._optimizer, torch.optim.Optimizer) else None
-        if self._on_nonfinite == "skip" and hooked is None:
-            raise SettingsError(
-                'on_nonfinite="skip" needs the optimizer whose step it skips, and hooks before its steps, which '
-                "DeepSpeed's lacks"
-            )
-        if hooked is not None:
-            self._check_trained(hooked)
+        acting = filter(None, (self._penalty, self._projection))
+        self._steps.check((type(defense).__name__, modules) for defense, modules in acting)
         self._attached = True
         for defense in self.defenses:
             if isinstance(defense, Steering):
@@ -218,20 +212,7 @@ class Defended:
         if self._recorder is not None:
             self._recorder.attach()
             self._reference.tap.attach()
-        if hooked is not None:
-            self._handles.append(hooked.register_step_pre_hook(self._before_step))
-            self._handles.append(hooked.register_step_post_hook(self._after_step))
-
-    def _check_trained(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimiser of other parameters than those that the defences act on: they would do nothing."""
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for defense, modules in filter(None, (self._penalty, self._projection)):
-            for module in modules.modules:
-                if module.left.requires_grad and id(module.left) not in known:
-                    raise SettingsError(
-                        f"{type(defense).__name__}: lora_B of {module.name} is not among the optimizer's parameters: "
-                        "shard the model (fully_shard) and make the optimizer before defend()"
-                    )
+        self._handles.extend(self._steps.attach())
 
     def _install(self, steering: Steering) -> None:
         """Steer the model, and a second model that serves as reference; before the hooks that read the outputs."""
@@ -371,11 +352,20 @@ class Defended:
         with self._stopwatch.running():
             terms = torch.zeros(())
             if self._recorder is not None:
-                terms = self._terms(self._observation(), totals, factor, task)
+                terms = batch_terms(
+                    self._batch_defenses,
+                    self._observation(),
+                    totals,
+                    factor=factor,
+                    task=task,
+                    meter=self._meter,
+                    steps=self._steps,
+                )
                 self._recorder.forget()
                 self._spans = None
             if self._penalty is not None:
-                terms = terms + factor * self._weighted_penalty(*self._penalty, totals).to(terms.device)
+                penalty = penalty_term(*self._penalty, totals, meter=self._meter, steps=self._steps)
+                terms = terms + factor * penalty.to(terms.device)
         return terms
 
     def _observation(self) -> Observation:
@@ -392,47 +382,6 @@ class Defended:
             )
         return Observation(self.anatomy, student, self._recorder.reference, self._spans)
 
-    def _terms(self, observation: Observation, totals: Totals, factor: float, task: SharedTask | None) -> torch.Tensor:
-        assert observation.student.hidden is not None  # noqa: S101
-        device = observation.student.hidden.device
-        means: list[tuple[BatchDefense, torch.Tensor]] = []
-        result = torch.zeros((), device=device)
-        kl = None
-        for defense in self._batch_defenses:
-            weight, units = factor * defense.weight * world_size(), totals.units[defense.name]
-            if task is not None and isinstance(defense, KL):
-                kl, shared = defense, task.compute(defense, observation, weight / max(units, 1))
-                means.append((defense, shared.kl / max(units, 1)))
-                result = result + shared.loss
-            elif defense.units(observation.spans):
-                mean = defense.total(observation).to(device) / units
-                means.append((defense, mean.detach()))
-                result = result + weight * mean
-        finite = torch.stack([mean for _, mean in means]).isfinite().tolist() if means else []
-        if not all(finite):
-            culprit = next(defense for (defense, _), good in zip(means, finite, strict=True) if not good)
-            error = name_culprit(culprit, observation, self.step)
-            if self._on_nonfinite == "raise":
-                raise error
-            self._skip_step = True
-            return torch.zeros((), device=device) if kl is None or task is None else task.alone(kl, observation).loss
-        for defense, mean in means:
-            self._meter.add(defense.name, mean)
-        return result
-
-    def _weighted_penalty(self, defense: SubspacePenalty, modules: SafeModules, totals: Totals) -> torch.Tensor:
-        """The penalty's share of this micro-batch: the window's add up to it once, whatever the processes."""
-        penalties = modules.penalties()
-        values = torch.stack([value.to(penalties[0][1].device) for _, value in penalties])
-        if not values.detach().isfinite().all():
-            if self._on_nonfinite == "raise":
-                raise penalty_culprit(penalties, self.step)
-            self._skip_step = True
-            return torch.zeros(())
-        share = values.sum() / totals.micro_batches
-        self._meter.add(defense.name, share / world_size())
-        return defense.weight * share
-
     def metrics(self) -> dict[str, float]:
         """Means per optimiser step since the last call, over all processes, for a log. Collective.
 
@@ -447,29 +396,15 @@ class Defended:
             figures["defense/time_share"] = self._stopwatch.read()
         return figures
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if self._on_nonfinite != "skip":
-            return
-        device = optimizer.param_groups[0]["params"][0].device
-        if sum_over_ranks([float(self._skip_step)], device)[0]:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        self._skip_step = False
-
-    def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        self._stepped()
-
     def engine_stepped(self) -> None:
         """Say that an optimiser without step hooks has made a step: call it after the `step()` of a DeepSpeed engine.
 
         Does nothing where the optimizer has hooks, which count the steps by themselves.
         """
-        if not isinstance(self._optimizer, torch.optim.Optimizer):
-            self._stepped()
+        self._steps.engine_stepped()
 
-    def _stepped(self) -> None:
-        self.step += 1
+    def _project(self) -> None:
+        """Project the adapter, where that is due after the step just made."""
         if self._projection is None:
             return
         defense, modules = self._projection

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 Reference: TypeAlias = "str | nn.Module"
+CACHES = ("past_key_values", "cache")  # before and from transformers 5.24
 KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal", "mica")
 
 
@@ -53,7 +54,7 @@ class ReferencePass:
             around: makes a context to run in (steering is applied to the reference too).
         """
         decoder = self.anatomy.decoder
-        if kwargs.get("past_key_values") is not None:
+        if any(kwargs.get(name) is not None for name in CACHES):
             raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

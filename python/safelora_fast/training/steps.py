@@ -1,0 +1,126 @@
+"""Following the optimiser: its steps are counted, and one is left out when a defence is not finite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.training.distributed import sum_over_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch.utils.hooks import RemovableHandle
+
+    from safelora_fast.errors import TrainingError
+    from safelora_fast.training.safe_modules import SafeModules
+
+OnNonFinite = Literal["raise", "skip"]
+
+
+class Steps:
+    """The optimiser's steps, counted by its hooks.
+
+    Args:
+        optimizer: the optimiser, or accelerate's or DeepSpeed's wrapper of it; None counts nothing.
+        made: steps made before, when a run is resumed.
+        on_nonfinite: "raise" the error of a defence that is not finite, or "skip" the step.
+        afterwards: called after each step.
+
+    Attributes:
+        made: optimiser steps made.
+
+    Raises:
+        SettingsError: `on_nonfinite` is unknown.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        made: int,
+        on_nonfinite: OnNonFinite,
+        afterwards: Callable[[], None],
+    ) -> None:
+        if on_nonfinite not in {"raise", "skip"}:
+            raise SettingsError(f'on_nonfinite is {on_nonfinite!r}, it must be "raise" or "skip"')
+        self.made = made
+        # Accelerate's wrapper is itself an Optimizer; DeepSpeed's is none, and steps the one inside it piece by piece.
+        wrapped = isinstance(optimizer, torch.optim.Optimizer)
+        self._optimizer = getattr(optimizer, "optimizer", optimizer) if wrapped else optimizer
+        self._on_nonfinite = on_nonfinite
+        self._afterwards = afterwards
+        self._skip = False
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an optimiser to follow, with hooks or not."""
+        return self._optimizer is not None
+
+    @property
+    def _hooked(self) -> torch.optim.Optimizer | None:
+        return self._optimizer if isinstance(self._optimizer, torch.optim.Optimizer) else None
+
+    def check(self, trained: Iterable[tuple[str, SafeModules]]) -> None:
+        """Refuse an optimiser of other parameters than those that the defences act on: they would do nothing.
+
+        Args:
+            trained: the name of each defence that acts on factors, and the modules that it acts on.
+
+        Raises:
+            SettingsError: with the module; or a step is to be skipped and the optimiser has no hooks.
+        """
+        if self._on_nonfinite == "skip" and self._hooked is None:
+            raise SettingsError(
+                'on_nonfinite="skip" needs the optimizer whose step it skips, and hooks before its steps, which '
+                "DeepSpeed's lacks"
+            )
+        if self._hooked is None:
+            return
+        known = {id(parameter) for group in self._hooked.param_groups for parameter in group["params"]}
+        for name, modules in trained:
+            for module in modules.modules:
+                if module.left.requires_grad and id(module.left) not in known:
+                    raise SettingsError(
+                        f"{name}: lora_B of {module.name} is not among the optimizer's parameters: shard the model "
+                        "(fully_shard) and make the optimizer before defend()"
+                    )
+
+    def attach(self) -> list[RemovableHandle]:
+        """Install the hooks, where the optimiser has some."""
+        if self._hooked is None:
+            return []
+        return [
+            self._hooked.register_step_pre_hook(self._before),
+            self._hooked.register_step_post_hook(self._after),
+        ]
+
+    def not_finite(self, error: TrainingError) -> None:
+        """Raise the error of a defence that is not finite, or leave out the step that is coming, on every process."""
+        if self._on_nonfinite == "raise":
+            raise error
+        self._skip = True
+
+    def engine_stepped(self) -> None:
+        """An optimiser without hooks has made a step; does nothing where hooks have counted it."""
+        if self._hooked is None:
+            self._count()
+
+    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        if self._on_nonfinite != "skip":
+            return
+        device = optimizer.param_groups[0]["params"][0].device
+        if sum_over_ranks([float(self._skip)], device)[0]:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        self._skip = False
+
+    def _after(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._count()
+
+    def _count(self) -> None:
+        self.made += 1
+        self._afterwards()
