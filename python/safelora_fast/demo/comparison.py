@@ -129,7 +129,7 @@ def _measure(aligned: Path, adapters: Mapping[str, Path], folder: Path, console:
     for name, examples in sets.items():
         judged = [judge(own, own, example) for own, example in zip(known[name], examples, strict=True)]
         answers[REFERENCE][name] = [asdict(answer) for answer in judged]
-    with bar(console, "loss") as progress:
+    with bar(console, "general answers") as progress:
         for index, (title, model) in enumerate(_models(aligned, adapters)):
             answers[title] = {}
             for name, examples in sets.items():
@@ -138,7 +138,8 @@ def _measure(aligned: Path, adapters: Mapping[str, Path], folder: Path, console:
                     for example, other in zip(examples, known[name], strict=True)
                 ]
                 answers[title][name] = [asdict(answer) for answer in judged]
-            progress(index + 1, len(adapters) + len(WEAKENED), sum(answer.loss for answer in judged) / len(judged))
+            loss = sum(answer.loss for answer in judged) / sum(answer.tokens for answer in judged)
+            progress(index + 1, len(adapters) + len(WEAKENED), loss)
     (folder / ANSWERS).write_text(json.dumps(answers, indent=2) + "\n", encoding="utf-8")
 
 
