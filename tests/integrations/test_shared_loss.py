@@ -49,6 +49,8 @@ def train(kind, folder, *, spec=SPEC, share_logits=True, defenses=None, settings
     """(weights, training logs, positions of the head)."""
     watched = Watched(**(settings or {}))
     defenses = [KL(30.0, tokens="completion"), FeatureDistance(30.0, layers=2)] if defenses is None else defenses
+    if (spec.get("arguments", {}).get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
+        watched.model.enable_input_require_grads()  # which transformers before 5 leaves to the caller
     _, trainer = RUNS[kind](spec, folder, watched.model, defenses=defenses, share_logits=share_logits, **kwargs)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return adapter_weights(watched.model), logs, watched.positions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,13 @@ class Family:
     @property
     def target(self) -> dict[str, Any]:
         """Settings of an adapter that touches every kind of weight in the blocks."""
-        return {"target_modules": self.modules, "target_parameters": self.parameters or None, **self.lora}
+        return {"target_modules": self.modules, "target_parameters": self.experts or None, **self.lora}
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """The experts' weights, where this transformers has them in one tensor: before 5, each is a module of its own."""
+        names = [name for name, _ in self.make(seed=0).named_parameters()] if self.parameters else []
+        return [parameter for parameter in self.parameters if any(name.endswith(parameter) for name in names)]
 
     def make(self, seed: int, **settings: Any) -> transformers.PreTrainedModel:
         """A model with random weights, biases included."""

@@ -123,7 +123,9 @@ def dissect(model: nn.Module) -> Anatomy:
     config = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise SettingsError(f"{kind} is an encoder-decoder: defences are for decoder-only language models")
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    if decoder is inner:  # transformers before 5 knows no decoder of GPT-2's and Falcon's name
+        decoder = inner.base_model
     lists = [
         module
         for module in decoder.modules()
