@@ -222,6 +222,7 @@ OPTIONS = [
     (["--threads", "0"], "threads"),
     (["--threads", "99999999999999999999"], "threads must lie between 1 and"),
     (["--plot", "picture.exe"], "picture.exe"),
+    (["--aligned", ""], "aligned is empty"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -146,6 +147,17 @@ def test_a_terminal_that_lacks_signs(pair):
     code, out, err = run(pair.command("--threshold", "1"), env={"PYTHONIOENCODING": "cp1252"})
     assert (code, err) == (0, "")
     assert "6 of 6 modules selected" in out
+
+
+def test_paths_that_are_no_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    pair = write_pair(folder)
+    code, out, err = run(pair.command("--select", "all"))
+    assert (code, err) == (0, "")
+    assert "6 of 6 modules selected" in out
+    report = json.loads((pair.output / "safelora_report.json").read_text(encoding="utf-8"))
+    assert report["aligned"]["source"] == str(pair.aligned)
+    assert r"caf\udce9" in (pair.output / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_picture_that_fails_leaves_the_output(pair, call, tmp_path):

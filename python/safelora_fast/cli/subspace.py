@@ -54,8 +54,12 @@ def build(
     """
     from safelora_fast.cli.console import ByteProgress, out
     from safelora_fast.posthoc.output import check_file
+    from safelora_fast.posthoc.settings import check_path
+    from safelora_fast.posthoc.sources import A_MODEL
     from safelora_fast.subspace import SafeSubspace
 
+    for role, model in (("aligned", aligned), ("base", base)):
+        check_path(role, model, A_MODEL)
     inputs = [path for path in map(Path, (aligned, base)) if path.exists()]
     check_file(output, inputs, overwrite=overwrite)
     names = None if not modules else [name.strip() for names in modules for name in names.split(",")]

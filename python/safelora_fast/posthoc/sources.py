@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError
 from safelora_fast.posthoc.hub import Repository
+from safelora_fast.posthoc.settings import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)(@(?P<revision>[\w./-]+))?")
+A_MODEL = "the path of a model or its Hub id"
 CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
 
 
@@ -101,7 +103,9 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
 
     Raises:
         CheckpointError: when there is nothing to open, or it is of a format that cannot be streamed.
+        SettingsError: when the source is neither text nor a path.
     """
+    check_path(role, source, A_MODEL)
     path = Path(source).expanduser()
     if path.is_dir():
         return _from_folder(path)
