@@ -6,6 +6,7 @@ remote, only when :meth:`Checkpoint.require` asks for tensors in them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass, field
@@ -111,10 +112,23 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
         return _from_folder(path)
     if path.exists():
         return _from_file(path)
-    match = HUB_ID.fullmatch(str(source))
+    match, near = HUB_ID.fullmatch(str(source)), _near(path)
     if match is None or isinstance(source, Path):
-        raise CheckpointError(f"{source}: the {role} model is neither a file, nor a folder, nor a Hub id")
-    return _from_hub(Repository(match["repository"], match["revision"], role))
+        raise CheckpointError(f"{source}: the {role} model is neither a file, nor a folder, nor a Hub id{near}")
+    try:
+        return _from_hub(Repository(match["repository"], match["revision"], role))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{near}") from error
+
+
+def _near(path: Path) -> str:
+    """The end of a message about a path that does not exist: what is called nearly so beside it."""
+    try:
+        names = [beside.name for beside in path.parent.iterdir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / found[0]}?" if found else ""
 
 
 def _from_folder(folder: Path) -> Checkpoint:
