@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from plain_pair import contents, module_names, run, write_adapter, write_pair
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 
 def dense(pair, adapter=None):
@@ -158,6 +158,14 @@ def test_paths_that_are_no_utf8(tmp_path):
     report = json.loads((pair.output / "safelora_report.json").read_text(encoding="utf-8"))
     assert report["aligned"]["source"] == str(pair.aligned)
     assert r"caf\udce9" in (pair.output / "README.md").read_text(encoding="utf-8")
+
+
+def test_copied_tensors_are_counted(pair, call):
+    path = pair.adapter / "adapter_model.safetensors"
+    for number, words in ((1, "1 tensor, e.g. base_model.model.head_0.weight"), (2, "2 tensors, e.g. ")):
+        save_file({**load_file(path), f"base_model.model.head_{number - 1}.weight": np.ones(3, np.float32)}, path)
+        _, out, _ = call("inspect", pair.adapter, "--aligned", pair.aligned, "--base", pair.base)
+        assert f"copied through, not projected: {words}" in out
 
 
 def test_a_picture_that_fails_leaves_the_output(pair, call, tmp_path):

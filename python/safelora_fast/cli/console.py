@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from safelora_fast.posthoc.report import counted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -126,6 +128,6 @@ def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
         out.print(module_table(count, modules) if modules else count, soft_wrap=True)
         if adapter.copied:
             out.print(
-                f"copied through, not projected: {len(adapter.copied)} tensors, e.g. {adapter.copied[0]['tensor']}",
+                f"copied through, not projected: {counted(len(adapter.copied), 'tensor')}, e.g. {adapter.copied[0]['tensor']}",
                 soft_wrap=True,
             )

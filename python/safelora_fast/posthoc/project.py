@@ -16,6 +16,7 @@ from safelora_fast import _core
 from safelora_fast.errors import AdapterError, PairingError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
+from safelora_fast.posthoc.finite import count_not_finite
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
@@ -257,8 +258,12 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _copied(adapter: Adapter) -> list[dict[str, str]]:
-    return [{"tensor": key, "reason": reason} for key, reason in adapter.copied]
+def _copied(adapter: Adapter) -> list[dict[str, Any]]:
+    """The tensors that are no factors. What is not finite in them is only counted: nothing is computed from it here."""
+    return [
+        {"tensor": key, "reason": reason, "not_finite": count_not_finite(adapter.file, key)}
+        for key, reason in adapter.copied
+    ]
 
 
 def _versions() -> dict[str, str]:
