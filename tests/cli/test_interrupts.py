@@ -42,8 +42,11 @@ def test_killed(long):
     code, _, _ = stop(long, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not long.output.exists()
+    (left,) = long.output.parent.glob(".safe.partial-*")
     code, _, err = run(long.command("--select", "all", "--quiet"))
-    assert code == 0, err
+    assert code == 0
+    assert err == f"warning: a run that was killed has left {left}: nothing reads it, delete it\n"
+    assert left.exists()
     files = contents(long.output)
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "safelora_report.json"}
     json.loads(files["safelora_report.json"])

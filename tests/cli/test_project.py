@@ -168,6 +168,15 @@ def test_copied_tensors_are_counted(pair, call):
         assert f"copied through, not projected: {words}" in out
 
 
+def test_paths_with_brackets(tmp_path, call):
+    pair = write_pair(tmp_path / "[red]a[" / "b]")
+    code, out, err = call(*pair.command())
+    assert code == 0
+    assert f"{pair.adapter}: 0 of 6 modules selected" in out
+    assert f"written to {pair.output}" in out
+    assert err.startswith(f"warning: {pair.adapter}: ")
+
+
 def test_a_picture_that_fails_leaves_the_output(pair, call, tmp_path):
     (tmp_path / "p.png").mkdir()
     code, _, err = call(*pair.command("--plot", tmp_path / "p.png"))

@@ -9,13 +9,16 @@ import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from safelora_fast.posthoc.output import abandoned
 from safelora_fast.posthoc.report import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from safelora_fast.posthoc.report import ModuleReport, ProjectionReport
 
@@ -24,7 +27,10 @@ PIPE_WIDTH = 200
 FIGURES_WIDTH = 56
 
 out = Console(
-    highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH, soft_wrap=False
+    highlight=False,
+    markup=False,  # paths and names may hold brackets
+    width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH,
+    soft_wrap=False,
 )
 err = Console(stderr=True, highlight=False)
 
@@ -109,10 +115,23 @@ def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
     return table
 
 
+def warn(message: str) -> None:
+    """One line on standard error."""
+    err.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
 def print_warnings(report: ProjectionReport) -> None:
     """What a careful reader of the figures would say, on standard error."""
     for warning in report.warnings:
-        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        warn(warning)
+
+
+def warn_of_abandoned(target: Path) -> None:
+    """Name what killed runs have left beside an output."""
+    left = abandoned(target)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warn(f"a run that was killed has left {left[0]}{more}: nothing reads it, delete it")
 
 
 def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:

@@ -52,7 +52,7 @@ def build(
     For each module the leading left singular vectors of V = aligned - base, their singular values and the norm of V. Reads
     both checkpoints once, in a stream; loads no model. The file also says what it was built from.
     """
-    from safelora_fast.cli.console import ByteProgress, out
+    from safelora_fast.cli.console import ByteProgress, out, warn_of_abandoned
     from safelora_fast.posthoc.output import check_file
     from safelora_fast.posthoc.settings import check_path
     from safelora_fast.posthoc.sources import A_MODEL
@@ -62,6 +62,7 @@ def build(
         check_path(role, model, A_MODEL)
     inputs = [path for path in map(Path, (aligned, base)) if path.exists()]
     check_file(output, inputs, overwrite=overwrite)
+    warn_of_abandoned(output)
     names = None if not modules else [name.strip() for names in modules for name in names.split(",")]
     with ByteProgress() as progress:
         subspace = SafeSubspace.build(
@@ -143,13 +144,9 @@ def _table(first: str, *others: str) -> Table:
 
 def _warn(subspace: SafeSubspace) -> None:
     """Name the modules that training will not touch."""
-    from safelora_fast.cli.console import err
+    from safelora_fast.cli.console import warn
 
     zero = [name for name, module in subspace.modules.items() if not module.rank]
     if zero:
         more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
-        err.print(
-            f"[yellow]warning:[/] V is zero in {zero[0]}{more}: there is nothing to project onto, and defences leave such "
-            "modules alone",
-            soft_wrap=True,
-        )
+        warn(f"V is zero in {zero[0]}{more}: there is nothing to project onto, and defences leave such modules alone")
