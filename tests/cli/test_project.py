@@ -259,6 +259,27 @@ def test_inspect_writes_nothing_and_shows_every_module(pair, call, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_inspect_selects_as_project_does(pair, call):
+    words = [pair.adapter, "--aligned", pair.aligned, "--base", pair.base, "--json"]
+    for selection in (["--select", "number", "--num-layers", "2"], ["--threshold", "0.7"], ["--select", "all"]):
+        outcomes = []
+        for command in (["inspect"], ["project", "--dry-run"]):
+            report = json.loads(call(*command, *words, *selection).out)
+            outcomes.append((report["settings"], report["adapters"]))
+        assert outcomes[0] == outcomes[1]
+        assert any(module["projected"] for module in outcomes[0][1][0]["modules"])
+
+
+def test_modules_are_listed_in_the_order_of_the_blocks(tmp_path, call):
+    pair = write_pair(tmp_path, layers=12)
+    _, out, _ = call("inspect", pair.adapter, "--aligned", pair.aligned, "--base", pair.base)
+    blocks = [int(line.split(".")[2]) for line in out.splitlines() if "q_proj" in line]
+    assert blocks == list(range(12))
+    assert call(*pair.command()).code == 0
+    rows = [line for line in (pair.output / "README.md").read_text().splitlines() if line.startswith("| `model.layers")]
+    assert [int(row.split(".")[2]) for row in rows if "q_proj" in row] == list(range(12))
+
+
 def test_env_names_the_kernels(call):
     code, out, _ = call("env")
     assert code == 0
@@ -266,17 +287,24 @@ def test_env_names_the_kernels(call):
         assert words in out
 
 
-def test_usage_errors_are_one_line(call):
-    code, out, err = call("project", "--nonsense")
+@pytest.mark.parametrize(
+    "command", ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "env", "demo"]
+)
+def test_usage_errors_are_one_line(call, command):
+    code, out, err = call(*command.split(), "--xyzzy")
     assert (code, out) == (2, "")
-    assert err == "error: No such option: --nonsense; see safelora-fast --help\n"
+    assert err == f"error: No such option: --xyzzy; see {f'safelora-fast {command}'.strip()} --help\n"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["project", "--help"], ["inspect", "--help"]])
-def test_help(call, words):
-    code, out, err = call(*words)
+@pytest.mark.parametrize(
+    "command", ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "env", "demo"]
+)
+def test_help(call, command):
+    code, out, err = call(*command.split(), "--help")
     assert (code, err) == (0, "")
-    assert "Usage: safelora-fast" in out
+    assert f"Usage: safelora-fast {command}".strip() in out
+    assert "-h" in out
+    assert "<bool>" not in out
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path):

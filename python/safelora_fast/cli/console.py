@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from safelora_fast.posthoc.output import abandoned
+from safelora_fast.posthoc.places import natural_order
 from safelora_fast.posthoc.report import counted
 
 if TYPE_CHECKING:
@@ -135,10 +136,10 @@ def warn_of_abandoned(target: Path) -> None:
 
 
 def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
-    """One table for each adapter: all modules, or those whose update changed most."""
+    """One table for each adapter: all modules in the order of the blocks, or those whose update changed most."""
     for adapter in report.adapters:
         count = f"{adapter.adapter}: {len(adapter.projected)} of {len(adapter.modules)} modules selected ({report.selection})"
-        modules: Sequence[ModuleReport] = adapter.modules
+        modules = sorted(adapter.modules, key=lambda module: natural_order(module.name))
         if most is not None:
             change = {id(module): abs(module.update_norm - module.update_norm_after) for module in adapter.projected}
             modules = sorted(adapter.projected, key=lambda module: (-change[id(module)], module.name))[:most]

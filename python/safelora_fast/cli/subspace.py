@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.cli.commands import Command, Group
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from safelora_fast.subspace import ModuleSubspace, SafeSubspace
 
 app = typer.Typer(
-    no_args_is_help=True, help="Build the safe subspace that in-training defences project onto, or show one."
+    cls=Group, no_args_is_help=True, help="Build the safe subspace that in-training defences project onto, or show one."
 )
 
 
-@app.command("build")
+@app.command("build", cls=Command)
 def build(
     aligned: Annotated[
         str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model, which the training starts from.")
@@ -84,7 +85,7 @@ def build(
     _warn(subspace)
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What subspace build wrote.")],
     as_json: options.Json = False,

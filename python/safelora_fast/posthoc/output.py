@@ -68,7 +68,12 @@ def check_target(
         if resolved == other or resolved in other.parents or other in resolved.parents:
             raise OutputError(f"{target}: the output folder and the input {source} must not contain one another")
     if target.exists() or target.is_symlink():
-        if not target.is_dir() or target.is_symlink():
+        if target.is_symlink():
+            raise OutputError(
+                f"{target}: is a symbolic link to {target.readlink()}, and a link is not replaced; give another name, or the "
+                "folder itself"
+            )
+        if not target.is_dir():
             raise OutputError(f"{target}: exists and is not a folder")
         if not overwrite and any(target.iterdir()):
             raise OutputError(f"{target}: exists already; choose another folder, or pass --overwrite")

@@ -104,7 +104,7 @@ class ProjectionReport:
                 if item.get("not_finite")
             ]
             if not adapter.projected:
-                found.append(f"{adapter.adapter}: no module was selected, so the output equals the input")
+                found.append(f"{adapter.adapter}: no module was selected, so the adapter stays as it is")
                 continue
             gain = statistics.median(module.gain for module in adapter.projected)
             if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:

@@ -165,6 +165,11 @@ def _from_file(path: Path) -> Checkpoint:
     folder, config = path.parent, _config(path.parent / "config.json")
     description = str(folder if path.name in {INDEX, SINGLE} else path)
     if path.suffix == ".json":
+        if not path.name.endswith(".index.json"):
+            raise CheckpointError(
+                f"{path}: is neither a safetensors file nor an index of such files (*.safetensors.index.json); give the "
+                f"model's folder, {folder}"
+            )
         located = _core.read_index(str(path))
         return Checkpoint(description, None, config, located, Path)
     if path.suffix in {".bin", ".pt", ".pth", ".gguf"}:
