@@ -10,7 +10,7 @@ from safelora_fast import _core
 from safelora_fast.errors import PairingError, SettingsError
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.provenance import describe
-from safelora_fast.posthoc.settings import Settings
+from safelora_fast.posthoc.settings import Settings, whole_number
 from safelora_fast.posthoc.sources import open_checkpoint
 from safelora_fast.posthoc.subspace_plan import plan_subspace
 from safelora_fast.subspace import ModuleSubspace, SafeSubspace
@@ -39,7 +39,7 @@ def build_subspace(
     if rank is None and energy is None:
         rank = RANK
     settings = Settings("orthogonal", rank=rank, energy=energy, select="all", threads=threads)
-    if not 0 <= seed < 2**64:
+    if not 0 <= whole_number("seed", seed) < 2**64:
         raise SettingsError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed}")
     if modules is not None and (isinstance(modules, str) or not all(modules) or not modules):
         raise SettingsError(f'modules must be names like ["q_proj", "v_proj"], not {modules!r}')

@@ -148,6 +148,11 @@ def output_is_a_file(pair):
     pair.output.write_text("mine")
 
 
+def output_is_a_link(pair):
+    pair.output.parent.mkdir(parents=True)
+    pair.output.symlink_to("elsewhere")
+
+
 def output_below_a_file(pair):
     pair.output.parent.write_text("mine")
 
@@ -182,6 +187,7 @@ CASES = [
     (broken_config, "adapter_config.json: cannot be read as JSON"),
     (output_exists, "--overwrite"),
     (output_is_a_file, "exists and is not a folder"),
+    (output_is_a_link, "is a symbolic link to elsewhere"),
     (output_below_a_file, "is not a folder"),
     (read_only_folder, "no permission to write"),
 ]
@@ -222,6 +228,7 @@ OPTIONS = [
     (["--threads", "0"], "threads"),
     (["--threads", "99999999999999999999"], "threads must lie between 1 and"),
     (["--plot", "picture.exe"], "picture.exe"),
+    (["--aligned", ""], "aligned is empty"),
 ]
 
 
@@ -234,6 +241,14 @@ def test_settings_that_make_no_sense(pair, call, tmp_path, words, message):
     assert err.count("\n") == 1
     assert message in err.replace("-", "_") or message in err
     assert contents(tmp_path) == before
+
+
+def test_a_configuration_given_as_a_model(pair, call):
+    words = ["--aligned", pair.aligned / "config.json", "--base", pair.base]
+    code, _, err = call("inspect", pair.adapter, *words)
+    assert code == 2
+    assert err.startswith(f"error: {pair.aligned}/config.json: is neither a safetensors file nor an index")
+    assert err.endswith(f"give the model's folder, {pair.aligned}\n")
 
 
 def test_no_output(pair, call):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -38,12 +40,32 @@ def test_interrupted(long):
     assert not long.output.parent.exists()
 
 
+@pytest.mark.parametrize("module", ["typer", "safelora_fast.cli.app", "rich.console", "safelora_fast.posthoc.project"])
+def test_interrupted_while_modules_are_imported(tmp_path, module):
+    """Ctrl-C in the first tenth of a second."""
+    pair = write_pair(tmp_path)
+    program = (
+        "import importlib.abc, sys\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from safelora_fast.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *pair.command()], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; no partial output is left\n")
+
+
 def test_killed(long):
     code, _, _ = stop(long, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not long.output.exists()
+    (left,) = long.output.parent.glob(".safe.partial-*")
     code, _, err = run(long.command("--select", "all", "--quiet"))
-    assert code == 0, err
+    assert code == 0
+    assert err == f"warning: a run that was killed has left {left}: nothing reads it, delete it\n"
+    assert left.exists()
     files = contents(long.output)
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "safelora_report.json"}
     json.loads(files["safelora_report.json"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from plain_pair import contents, module_names, run, write_adapter, write_pair
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 
 def dense(pair, adapter=None):
@@ -148,6 +149,34 @@ def test_a_terminal_that_lacks_signs(pair):
     assert "6 of 6 modules selected" in out
 
 
+def test_paths_that_are_no_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    pair = write_pair(folder)
+    code, out, err = run(pair.command("--select", "all"))
+    assert (code, err) == (0, "")
+    assert "6 of 6 modules selected" in out
+    report = json.loads((pair.output / "safelora_report.json").read_text(encoding="utf-8"))
+    assert report["aligned"]["source"] == str(pair.aligned)
+    assert r"caf\udce9" in (pair.output / "README.md").read_text(encoding="utf-8")
+
+
+def test_copied_tensors_are_counted(pair, call):
+    path = pair.adapter / "adapter_model.safetensors"
+    for number, words in ((1, "1 tensor, e.g. base_model.model.head_0.weight"), (2, "2 tensors, e.g. ")):
+        save_file({**load_file(path), f"base_model.model.head_{number - 1}.weight": np.ones(3, np.float32)}, path)
+        _, out, _ = call("inspect", pair.adapter, "--aligned", pair.aligned, "--base", pair.base)
+        assert f"copied through, not projected: {words}" in out
+
+
+def test_paths_with_brackets(tmp_path, call):
+    pair = write_pair(tmp_path / "[red]a[" / "b]")
+    code, out, err = call(*pair.command())
+    assert code == 0
+    assert f"{pair.adapter}: 0 of 6 modules selected" in out
+    assert f"written to {pair.output}" in out
+    assert err.startswith(f"warning: {pair.adapter}: ")
+
+
 def test_a_picture_that_fails_leaves_the_output(pair, call, tmp_path):
     (tmp_path / "p.png").mkdir()
     code, _, err = call(*pair.command("--plot", tmp_path / "p.png"))
@@ -230,6 +259,27 @@ def test_inspect_writes_nothing_and_shows_every_module(pair, call, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_inspect_selects_as_project_does(pair, call):
+    words = [pair.adapter, "--aligned", pair.aligned, "--base", pair.base, "--json"]
+    for selection in (["--select", "number", "--num-layers", "2"], ["--threshold", "0.7"], ["--select", "all"]):
+        outcomes = []
+        for command in (["inspect"], ["project", "--dry-run"]):
+            report = json.loads(call(*command, *words, *selection).out)
+            outcomes.append((report["settings"], report["adapters"]))
+        assert outcomes[0] == outcomes[1]
+        assert any(module["projected"] for module in outcomes[0][1][0]["modules"])
+
+
+def test_modules_are_listed_in_the_order_of_the_blocks(tmp_path, call):
+    pair = write_pair(tmp_path, layers=12)
+    _, out, _ = call("inspect", pair.adapter, "--aligned", pair.aligned, "--base", pair.base)
+    blocks = [int(line.split(".")[2]) for line in out.splitlines() if "q_proj" in line]
+    assert blocks == list(range(12))
+    assert call(*pair.command()).code == 0
+    rows = [line for line in (pair.output / "README.md").read_text().splitlines() if line.startswith("| `model.layers")]
+    assert [int(row.split(".")[2]) for row in rows if "q_proj" in row] == list(range(12))
+
+
 def test_env_names_the_kernels(call):
     code, out, _ = call("env")
     assert code == 0
@@ -237,17 +287,24 @@ def test_env_names_the_kernels(call):
         assert words in out
 
 
-def test_usage_errors_are_one_line(call):
-    code, out, err = call("project", "--nonsense")
+@pytest.mark.parametrize(
+    "command", ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "env", "demo"]
+)
+def test_usage_errors_are_one_line(call, command):
+    code, out, err = call(*command.split(), "--xyzzy")
     assert (code, out) == (2, "")
-    assert err == "error: No such option: --nonsense; see safelora-fast --help\n"
+    assert err == f"error: No such option: --xyzzy; see {f'safelora-fast {command}'.strip()} --help\n"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["project", "--help"], ["inspect", "--help"]])
-def test_help(call, words):
-    code, out, err = call(*words)
+@pytest.mark.parametrize(
+    "command", ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "env", "demo"]
+)
+def test_help(call, command):
+    code, out, err = call(*command.split(), "--help")
     assert (code, err) == (0, "")
-    assert "Usage: safelora-fast" in out
+    assert f"Usage: safelora-fast {command}".strip() in out
+    assert "-h" in out
+    assert "<bool>" not in out
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path):

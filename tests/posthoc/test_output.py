@@ -8,7 +8,7 @@ import errno
 import pytest
 
 from safelora_fast.errors import OutputError
-from safelora_fast.posthoc.output import check_target, whole_folder
+from safelora_fast.posthoc.output import abandoned, check_target, whole_file, whole_folder
 
 
 def write(target, *, meanwhile=lambda: None, **options):
@@ -78,3 +78,36 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch):
     for word in (".", "", str(tmp_path)):
         with pytest.raises(OutputError, match="is the current folder"):
             check_target(type(tmp_path)(word), [], overwrite=True, nbytes=0)
+
+
+def test_what_a_run_is_writing_is_not_taken_for_abandoned(tmp_path):
+    target = tmp_path / "out"
+    left = tmp_path / ".out.partial-killed"
+    left.mkdir()
+    (tmp_path / ".outer.partial-other").mkdir()
+    with whole_folder(target):
+        assert abandoned(target) == [left]
+    with whole_file(tmp_path / "file"):
+        assert abandoned(tmp_path / "file") == []
+    (tmp_path / ".file.partial-killed").touch()
+    assert abandoned(tmp_path / "file") == [tmp_path / ".file.partial-killed"]
+    assert abandoned(tmp_path / "nowhere" / "out") == []
+
+
+def test_a_relative_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".out.partial-killed").mkdir()
+    assert abandoned(type(tmp_path)("out")) == [tmp_path / ".out.partial-killed"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Nothing can be told there: nothing is called abandoned, and runs go on."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".out.partial-killed").mkdir()
+    write(tmp_path / "out")
+    assert abandoned(tmp_path / "out") == []
+    assert (tmp_path / "out" / "new").exists()

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from safelora_fast import project_adapter, project_peft_model
-from safelora_fast.errors import SettingsError
+from safelora_fast.errors import AdapterError, CheckpointError, SettingsError
 
 
 @pytest.fixture
@@ -112,3 +112,43 @@ def test_errors_leave_the_model_as_it_was(case, tmp_path):
         project_peft_model(model, **sources, threshold=3.0)
     assert [name for name, _ in model.named_parameters()] == names
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(2, 2), "adapter"])
+def test_what_is_no_peft_model(model):
+    with pytest.raises(SettingsError, match=f"model must be a PeftModel.*not {type(model).__name__}"):
+        project_peft_model(model, aligned="a", base="b")
+
+
+@pytest.mark.parametrize("name", ["safe.v2", "", "keys", None, ["safe"]])
+def test_names_that_peft_cannot_use(case, name):
+    model, _, sources = case
+    with pytest.raises(SettingsError, match="cannot name an adapter"):
+        project_peft_model(model, **sources, new_adapter_name=name)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_an_adapter_name_of_another_type(case):
+    model, _, sources = case
+    with pytest.raises(SettingsError, match="no adapter \\['default'\\]"):
+        project_peft_model(model, **sources, adapter_name=["default"])
+
+
+@pytest.mark.parametrize("name", ["default", "narrow"])
+def test_a_refusal_names_the_adapter_instead_of_a_temporary_folder(case, name):
+    _, _, sources = case
+    family = FAMILIES["llama"]
+    model = adapt(family.make(1), name=name, use_dora=True, **family.target)
+    with pytest.raises(AdapterError) as refused:
+        project_peft_model(model, **sources, adapter_name=name)
+    assert str(refused.value).startswith(f"adapter '{name}': use_dora is set")
+
+
+def test_a_factor_that_is_not_finite_is_named_by_adapter_and_tensor(case):
+    model, _, sources = case
+    tensor = "model.layers.0.mlp.down_proj.lora_A.default.weight"
+    dict(model.named_parameters())[f"base_model.model.{tensor}"].data[0, 0] = torch.nan
+    with pytest.raises(CheckpointError) as refused:
+        project_peft_model(model, **sources)
+    assert str(refused.value).startswith("adapter 'default': ")
+    assert "layers.0.mlp.down_proj.lora_A" in str(refused.value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -185,6 +187,64 @@ def test_offline_without_a_cache(hub, monkeypatch):
     assert hub.fetched == []
 
 
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """A Hub at an address where nobody listens; gives the pauses that were made."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    return pauses
+
+
+def test_without_a_network_a_mistyped_path_fails_soon_and_without_noise(tmp_path, monkeypatch, no_network, caplog):
+    (tmp_path / "models" / "llama-chat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint("models/llama-chta", role="aligned")
+    assert "models/llama-chta: there is no such path here" in str(refused.value)
+    assert str(refused.value).endswith("; did you mean models/llama-chat?")
+    assert sum(no_network) <= 2
+    assert caplog.records == []
+
+
+def test_without_a_network_the_cache_serves(hub, tmp_path, monkeypatch):
+    _, first = project(tmp_path, "some/aligned", "some/base", "first")
+    hub.close()
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    _, second = project(tmp_path, "some/aligned", "some/base", "second")
+    assert first == second
+
+
+def test_a_hub_that_fails_once_is_tried_again(hub, monkeypatch):
+    """One lost connection is no missing network."""
+    from huggingface_hub import get_hf_file_metadata
+
+    class ConnectError(Exception):
+        pass
+
+    tries = []
+
+    def unsteady(*words, **options):
+        tries.append(options)
+        if len(tries) == 1:
+            raise ConnectError
+        return get_hf_file_metadata(*words, **options)
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unsteady)
+    assert open_checkpoint("some/aligned", role="aligned").revision == COMMITS["main"]
+    assert len(tries) == 2
+    assert hub.fetched
+
+
 def test_a_subspace_of_ids_stays_with_their_commits(hub, tmp_path, monkeypatch):
     """Built from a branch that then moves on: the subspace names the commit, and it is the commit that is read."""
     subspace = SafeSubspace.build(aligned="some/aligned", base="some/base@v1", rank=2, modules=["0.self_attn.q_proj"])
@@ -261,6 +321,9 @@ def test_a_tensor_in_two_files_without_an_index(tmp_path):
         open_checkpoint(folder, role="base")
 
 
-def test_neither_path_nor_id():
-    with pytest.raises(CheckpointError, match="neither a file, nor a folder, nor a Hub id"):
+def test_neither_path_nor_id(tmp_path):
+    with pytest.raises(CheckpointError, match=r"neither a file, nor a folder, nor a Hub id$"):
         open_checkpoint("./no/such/folder", role="base")
+    write_model(tmp_path / "base", 2)
+    with pytest.raises(CheckpointError, match=rf"nor a Hub id; did you mean {tmp_path}/base\?"):
+        open_checkpoint(tmp_path / "bsae", role="base")

@@ -18,6 +18,16 @@ BROKEN_PIPE = 141
 
 def main() -> NoReturn:
     """Run the command line: one line and exit code 2 for bad input, 130 for Ctrl-C, 143 when told to end; no traceback."""
+    try:
+        code = _run()
+    except KeyboardInterrupt:  # while modules are still being imported, too
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        print("interrupted; no partial output is left", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _run() -> int:
     import typer
 
     from safelora_fast.cli.app import app
@@ -29,7 +39,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows another in its place
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        code = app(prog_name="safelora-fast", standalone_mode=False) or 0
+        return app(prog_name="safelora-fast", standalone_mode=False) or 0
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -39,15 +49,14 @@ def main() -> NoReturn:
         message = error.format_message()  # type: ignore[attr-defined]
         if not message:  # no arguments: the help has been shown
             raise SystemExit(BAD_INPUT) from None
-        _fail(f"{message.rstrip('. ')}; see safelora-fast --help", BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+        context = error.ctx  # type: ignore[attr-defined]
+        command = context.command_path if context else "safelora-fast"
+        _fail(f"{message.rstrip('. ')}; see {command} --help", BAD_INPUT)
+    except typer.Abort:
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE) from None
-    if code == INTERRUPTED:
-        print("interrupted; no partial output is left", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -8,8 +8,10 @@ import typer
 
 from safelora_fast import __version__
 from safelora_fast.cli import demo, env, inspect, project, subspace, train
+from safelora_fast.cli.commands import Command, Group
 
 app = typer.Typer(
+    cls=Group,
     name="safelora-fast",
     help="Fast SafeLoRA projection against emergent misalignment.",
     no_args_is_help=True,
@@ -37,9 +39,9 @@ def _options(
     del version
 
 
-app.command("project")(project.project)
-app.command("inspect")(inspect.inspect)
+app.command("project", cls=Command)(project.project)
+app.command("inspect", cls=Command)(inspect.inspect)
 app.add_typer(subspace.app, name="subspace")
-app.command("train")(train.train)
-app.command("env")(env.env)
-app.command("demo")(demo.demo)
+app.command("train", cls=Command)(train.train)
+app.command("env", cls=Command)(env.env)
+app.command("demo", cls=Command)(demo.demo)

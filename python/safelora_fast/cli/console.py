@@ -9,11 +9,17 @@ import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from safelora_fast.posthoc.output import abandoned
+from safelora_fast.posthoc.places import natural_order
+from safelora_fast.posthoc.report import counted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from safelora_fast.posthoc.report import ModuleReport, ProjectionReport
 
@@ -22,7 +28,10 @@ PIPE_WIDTH = 200
 FIGURES_WIDTH = 56
 
 out = Console(
-    highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH, soft_wrap=False
+    highlight=False,
+    markup=False,  # paths and names may hold brackets
+    width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH,
+    soft_wrap=False,
 )
 err = Console(stderr=True, highlight=False)
 
@@ -107,17 +116,30 @@ def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
     return table
 
 
+def warn(message: str) -> None:
+    """One line on standard error."""
+    err.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
 def print_warnings(report: ProjectionReport) -> None:
     """What a careful reader of the figures would say, on standard error."""
     for warning in report.warnings:
-        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        warn(warning)
+
+
+def warn_of_abandoned(target: Path) -> None:
+    """Name what killed runs have left beside an output."""
+    left = abandoned(target)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warn(f"a run that was killed has left {left[0]}{more}: nothing reads it, delete it")
 
 
 def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
-    """One table for each adapter: all modules, or those whose update changed most."""
+    """One table for each adapter: all modules in the order of the blocks, or those whose update changed most."""
     for adapter in report.adapters:
         count = f"{adapter.adapter}: {len(adapter.projected)} of {len(adapter.modules)} modules selected ({report.selection})"
-        modules: Sequence[ModuleReport] = adapter.modules
+        modules = sorted(adapter.modules, key=lambda module: natural_order(module.name))
         if most is not None:
             change = {id(module): abs(module.update_norm - module.update_norm_after) for module in adapter.projected}
             modules = sorted(adapter.projected, key=lambda module: (-change[id(module)], module.name))[:most]
@@ -126,6 +148,6 @@ def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
         out.print(module_table(count, modules) if modules else count, soft_wrap=True)
         if adapter.copied:
             out.print(
-                f"copied through, not projected: {len(adapter.copied)} tensors, e.g. {adapter.copied[0]['tensor']}",
+                f"copied through, not projected: {counted(len(adapter.copied), 'tensor')}, e.g. {adapter.copied[0]['tensor']}",
                 soft_wrap=True,
             )

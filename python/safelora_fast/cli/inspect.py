@@ -22,6 +22,9 @@ def inspect(
     normalize: options.Normalize = None,
     rank: options.Rank = None,
     energy: options.Energy = None,
+    select: options.Select = "threshold",
+    threshold: options.Threshold = None,
+    num_layers: options.NumLayers = None,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -53,6 +56,9 @@ def inspect(
             normalize=normalize,
             rank=rank,
             energy=energy,
+            select=select,
+            threshold=threshold,
+            num_layers=num_layers,
             threads=threads,
             progress=None if quiet or as_json else progress,
         )
@@ -71,8 +77,8 @@ def inspect(
         print_module_tables(report, most=None)
         for name, counts in sweeps.items():
             table = Table("threshold", "modules projected", title=name, title_justify="left", box=None, pad_edge=False)
-            for threshold, count in counts:
-                table.add_row(f"{threshold:.2f}", str(count))
+            for step, count in counts:
+                table.add_row(f"{step:.2f}", str(count))
             out.print(table)
     print_warnings(report)
 

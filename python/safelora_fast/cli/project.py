@@ -44,7 +44,7 @@ def project(
     """
     from rich.filesize import decimal
 
-    from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings
+    from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings, warn_of_abandoned
     from safelora_fast.posthoc.project import project_adapter
 
     if output is None and not dry_run:
@@ -53,6 +53,8 @@ def project(
         from safelora_fast.posthoc.plot import check_plot
 
         check_plot(plot)
+    if output is not None:
+        warn_of_abandoned(output)
     with ByteProgress() as progress:
         report = project_adapter(
             adapters,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.cli.commands import Command, Group
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from safelora_fast.subspace import ModuleSubspace, SafeSubspace
 
 app = typer.Typer(
-    no_args_is_help=True, help="Build the safe subspace that in-training defences project onto, or show one."
+    cls=Group, no_args_is_help=True, help="Build the safe subspace that in-training defences project onto, or show one."
 )
 
 
-@app.command("build")
+@app.command("build", cls=Command)
 def build(
     aligned: Annotated[
         str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model, which the training starts from.")
@@ -52,12 +53,17 @@ def build(
     For each module the leading left singular vectors of V = aligned - base, their singular values and the norm of V. Reads
     both checkpoints once, in a stream; loads no model. The file also says what it was built from.
     """
-    from safelora_fast.cli.console import ByteProgress, out
+    from safelora_fast.cli.console import ByteProgress, out, warn_of_abandoned
     from safelora_fast.posthoc.output import check_file
+    from safelora_fast.posthoc.settings import check_path
+    from safelora_fast.posthoc.sources import A_MODEL
     from safelora_fast.subspace import SafeSubspace
 
+    for role, model in (("aligned", aligned), ("base", base)):
+        check_path(role, model, A_MODEL)
     inputs = [path for path in map(Path, (aligned, base)) if path.exists()]
     check_file(output, inputs, overwrite=overwrite)
+    warn_of_abandoned(output)
     names = None if not modules else [name.strip() for names in modules for name in names.split(",")]
     with ByteProgress() as progress:
         subspace = SafeSubspace.build(
@@ -79,7 +85,7 @@ def build(
     _warn(subspace)
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What subspace build wrote.")],
     as_json: options.Json = False,
@@ -139,13 +145,9 @@ def _table(first: str, *others: str) -> Table:
 
 def _warn(subspace: SafeSubspace) -> None:
     """Name the modules that training will not touch."""
-    from safelora_fast.cli.console import err
+    from safelora_fast.cli.console import warn
 
     zero = [name for name, module in subspace.modules.items() if not module.rank]
     if zero:
         more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
-        err.print(
-            f"[yellow]warning:[/] V is zero in {zero[0]}{more}: there is nothing to project onto, and defences leave such "
-            "modules alone",
-            soft_wrap=True,
-        )
+        warn(f"V is zero in {zero[0]}{more}: there is nothing to project onto, and defences leave such modules alone")

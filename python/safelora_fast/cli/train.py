@@ -92,7 +92,7 @@ def _show_plan(prepared: Any) -> None:
 def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bool) -> None:
     if not talks:
         return
-    from safelora_fast.cli.console import err
+    from safelora_fast.cli.console import warn
     from safelora_fast.recipe.folder import to_json
     from safelora_fast.recipe.results import shown
 
@@ -102,5 +102,5 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
     for name, figure in record["metrics"].items():
         typer.echo(f"{name:<28}{shown(figure['first']):>10} → {shown(figure['last'])}")
     for warning in (record["projection"] or {}).get("warnings", []):
-        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        warn(warning)
     typer.echo(f"{record['steps']} steps in {record['seconds']:.1f} s; written to {path}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from safelora_fast.posthoc.places import natural_order
+
 if TYPE_CHECKING:
     from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
 
@@ -52,7 +54,7 @@ def render(report: ProjectionReport, index: int) -> str:
         "",
         "| module | cosine | projected | gain | ‖B‖ before | ‖B‖ after | ‖V‖ |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
-        *(_row(module) for module in adapter.modules),
+        *(_row(module) for module in sorted(adapter.modules, key=lambda module: natural_order(module.name))),
         "",
         *_copied(adapter),
         "## Use",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from functools import cached_property
 from pathlib import Path
 
 from safelora_fast.errors import CheckpointError
+
+SECONDS_TO_ANSWER = 5
+SECONDS_BETWEEN_TRIES = 1
 
 
 class Repository:
@@ -55,7 +60,8 @@ class Repository:
 
         model = f"the {self._role} model"
         try:
-            path = Path(hf_hub_download(self.name, file, revision=self.commit or self._revision))
+            revision = self.commit or self._revision
+            path = Path(hf_hub_download(self.name, file, revision=revision, local_files_only=not self._within_reach))
         except LocalEntryNotFoundError as error:
             if or_in_cache:
                 return None
@@ -82,6 +88,31 @@ class Repository:
             raise CheckpointError(f"{self.name}: cannot fetch {file}: {str(error).splitlines()[0]}") from error
         self.commit = self.commit or _commit_of(path)
         return path
+
+    @cached_property
+    def _within_reach(self) -> bool:
+        """Whether the Hub can be connected to, found out once and without noise.
+
+        Left to itself, `hf_hub_download` warns and tries again for 23 seconds for every file that is not in the cache.
+        """
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        if constants.HF_HUB_OFFLINE:
+            return False
+        for pause in (SECONDS_BETWEEN_TRIES, 0):
+            try:
+                get_hf_file_metadata(hf_hub_url(self.name, "config.json"), timeout=SECONDS_TO_ANSWER)
+            except (HfHubHTTPError, HFValidationError):
+                return True
+            except Exception as error:
+                # requests or httpx, by the version of huggingface_hub: both call it Connect… when nobody is there.
+                if not type(error).__name__.startswith("Connect"):
+                    return True
+                time.sleep(pause)
+            else:
+                return True
+        return False
 
 
 def _commit_of(path: Path) -> str | None:

@@ -1,7 +1,9 @@
 """Output folders and files that are either whole or absent.
 
 Everything is written under a temporary name beside the target and renamed at the end. A run that is killed leaves what
-it had written (named `.<target>.partial-…`) and the target as it was.
+it had written (named `.<target>.partial-…`) and the target as it was. A run holds a lock on its temporary folder, so that a
+later one can tell what was left from what is being written; it names what was left and deletes nothing, as locks do not reach
+other machines on every network file system.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -65,7 +68,12 @@ def check_target(
         if resolved == other or resolved in other.parents or other in resolved.parents:
             raise OutputError(f"{target}: the output folder and the input {source} must not contain one another")
     if target.exists() or target.is_symlink():
-        if not target.is_dir() or target.is_symlink():
+        if target.is_symlink():
+            raise OutputError(
+                f"{target}: is a symbolic link to {target.readlink()}, and a link is not replaced; give another name, or the "
+                "folder itself"
+            )
+        if not target.is_dir():
             raise OutputError(f"{target}: exists and is not a folder")
         if not overwrite and any(target.iterdir()):
             raise OutputError(f"{target}: exists already; choose another folder, or pass --overwrite")
@@ -91,6 +99,39 @@ def _writable_parent(target: Path) -> Path:
     return parent
 
 
+def abandoned(target: Path) -> list[Path]:
+    """Temporary folders and files of this target that no process holds: what killed runs have left."""
+    try:
+        beside = sorted(target.absolute().parent.iterdir())
+    except OSError:
+        return []
+    return [path for path in beside if path.name.startswith(f".{target.name}.partial-") and _is_free(path)]
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except OSError:  # held, gone meanwhile, or on a file system without locks
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """A lock that ends with this process, however that ends."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
@@ -108,7 +149,7 @@ def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = F
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        with described(target):
+        with described(target), _held(partial):
             yield partial
             for folder, _, files in os.walk(partial):
                 for file in files:
@@ -143,7 +184,7 @@ def whole_file(target: Path) -> Iterator[Path]:
         os.close(descriptor)
     partial = Path(name)
     try:
-        with described(target):
+        with described(target), _held(partial):
             yield partial
             sync(partial)
             partial.chmod(0o666 & ~_umask())

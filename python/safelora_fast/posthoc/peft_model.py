@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import SettingsError
+from safelora_fast.errors import MissingDependencyError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.project import project_adapter
 
@@ -49,15 +49,16 @@ def project_peft_model(
         The report, in which the adapter is known by its name in the model, and `output` is None: nothing stays on disk.
 
     Raises:
-        SettingsError: when there is no such adapter, the new name is taken, or an adapter is merged.
+        SettingsError: when the model is no PeftModel or has no such adapter, the new name is taken or PEFT cannot use it, or an
+            adapter is merged.
         SafeLoraFastError: as :func:`project_adapter`.
     """
-    if adapter_name not in model.peft_config:
+    _check_model(model)
+    if adapter_name not in list(model.peft_config):
         raise SettingsError(
             f"the model has no adapter {adapter_name!r}; it has {', '.join(map(repr, model.peft_config))}"
         )
-    if new_adapter_name in model.peft_config:
-        raise SettingsError(f"the model has an adapter {new_adapter_name!r} already; choose another new_adapter_name")
+    _check_new_name(model, new_adapter_name)
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise SettingsError("an adapter is merged into the model's weights; call unmerge_adapter() first")
     unknown = settings.keys() & {"output", "overwrite", "adapter"}
@@ -66,7 +67,11 @@ def project_peft_model(
     with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
         model.save_pretrained(folder, selected_adapters=[adapter_name])
         saved = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
-        with projected_folder(saved, adapter_name, aligned=aligned, base=base, **settings) as (report, projected):
+        options = {"aligned": aligned, "base": base, **settings}
+        with (
+            naming_adapter(saved, adapter_name),
+            projected_folder(saved, adapter_name, **options) as (report, projected),
+        ):
             _load(model, projected, adapter_name, new_adapter_name)
     return report
 
@@ -88,6 +93,18 @@ def projected_folder(saved: Path, adapter_name: str, **options: Any) -> Iterator
         report = project_adapter(saved, output=projected, **options)
         adapters = [replace(adapter, adapter=adapter_name, output=None) for adapter in report.adapters]
         yield replace(report, adapters=adapters), projected
+
+
+@contextlib.contextmanager
+def naming_adapter(saved: Path, adapter_name: str) -> Iterator[None]:
+    """Errors that name the adapter of the model instead of the temporary folder where it was saved."""
+    try:
+        yield
+    except SafeLoraFastError as error:
+        message = str(error)
+        for path in (saved / WEIGHTS, saved):
+            message = message.replace(str(path), f"adapter {adapter_name!r}")
+        raise type(error)(message) from error
 
 
 def lora_parameters(model: Any, adapter_name: str) -> tuple[dict[str, torch.nn.Parameter], list[str]]:
@@ -117,6 +134,29 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder
     config.save_pretrained(str(folder))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     return folder
+
+
+def _check_model(model: object) -> None:
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError:
+        raise MissingDependencyError("project_peft_model needs peft: pip install 'safelora-fast[train]'") from None
+
+    if not isinstance(model, PeftModel):
+        raise SettingsError(
+            f"model must be a PeftModel that carries the adapter, not {type(model).__name__}; of an adapter on disk, "
+            "project_adapter takes the folder"
+        )
+
+
+def _check_new_name(model: PeftModel, name: object) -> None:
+    """PEFT keeps factors in ModuleDicts, which take no name with a dot, nor that of one of their own methods."""
+    from torch import nn
+
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise SettingsError(f"new_adapter_name {name!r} cannot name an adapter; choose a word without a dot")
+    if name in model.peft_config:
+        raise SettingsError(f"the model has an adapter {name!r} already; choose another new_adapter_name")
 
 
 def _load(model: PeftModel, folder: Path, adapter_name: str, new_adapter_name: str) -> None:

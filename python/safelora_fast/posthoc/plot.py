@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import MissingDependencyError, OutputError
 from safelora_fast.posthoc.output import described
+from safelora_fast.posthoc.places import block_of, is_after_the_blocks, kinds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,17 +18,13 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
 
 SUFFIXES = {".png", ".svg", ".pdf"}
-# Okabe and Ito's colours, which people with any colour vision can tell apart, and a marker each for print.
-STYLES = [
-    ("#0072B2", "o"),
-    ("#E69F00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#56B4E9", "v"),
-    ("#D55E00", "P"),
-    ("#000000", "X"),
-]
-LAYER = re.compile(r"\.(\d+)\.")
+# Okabe and Ito's colours, which people with any colour vision can tell apart, and a marker each for print. Beyond seven the
+# colours come again with other markers.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = [(colour, MARKERS[(index + turn) % 7]) for turn in range(7) for index, colour in enumerate(COLOURS)]
+# Modules outside the blocks are named below the axis.
+OUTSIDE = {"color": "0.35", "marker": "*"}
 
 
 def check_plot(path: Path) -> None:
@@ -49,7 +47,8 @@ def check_plot(path: Path) -> None:
 def plot_report(report: ProjectionReport, path: Path) -> None:
     """Draw cosine and gain of every module by depth: one row of two panels for each adapter.
 
-    Filled markers are projected modules, hollow ones were left alone.
+    Filled markers are projected modules, hollow ones were left alone; modules without a cosine have no point. The modules of
+    one kind are joined, through the median where a block holds several experts.
 
     Raises:
         MissingDependencyError, OutputError: as :func:`check_plot`, or when the file cannot be written.
@@ -79,58 +78,106 @@ def _without_date(path: Path) -> dict[str, Any]:
 
 def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any]) -> None:
     left, right = axes
-    kinds = list(dict.fromkeys(_kind(module) for module in adapter.modules))
-    for index, kind in enumerate(kinds):
-        colour, marker = STYLES[index % len(STYLES)]
-        modules = [module for module in adapter.modules if _kind(module) == kind]
+    shown = [module for module in adapter.modules if not math.isnan(module.cosine)]
+    names, places = kinds(module.name for module in shown), _places(shown)
+    styles = _styles(names)
+    for kind, style in styles.items():
+        modules = [module for module in shown if names[module.name] == kind]
         for axis, attribute in ((left, "cosine"), (right, "gain")):
-            axis.plot([], [], color=colour, marker=marker, linestyle="", label=kind)
-            points = [(_depth(module), getattr(module, attribute), module.projected) for module in modules]
-            points = [point for point in points if not math.isnan(point[1])]
-            axis.plot(
-                *zip(*[point[:2] for point in points], strict=True), color=colour, linewidth=0.8, alpha=0.4
-            ) if points else None
+            points = [(places[module.name], getattr(module, attribute), module.projected) for module in modules]
+            axis.plot(*_medians(points), color=style["color"], linewidth=0.8, alpha=0.4)
             for filled in (True, False):
-                chosen = [point[:2] for point in points if point[2] is filled]
-                if chosen:
-                    face = colour if filled else "white"
-                    axis.plot(
-                        *zip(*chosen, strict=True),
-                        color=colour,
-                        marker=marker,
-                        linestyle="",
-                        markerfacecolor=face,
-                        markersize=5,
-                    )
+                chosen = [(x, y) for x, y, projected in points if projected is filled]
+                axis.plot(
+                    [x for x, _ in chosen],
+                    [y for _, y in chosen],
+                    **style,
+                    linestyle="",
+                    markerfacecolor=style["color"] if filled else "white",
+                    markersize=5,
+                )
+        if style is not OUTSIDE:
+            right.plot([], [], **style, linestyle="", label=kind)
     if settings["select"] == "threshold":
         left.axhline(settings["threshold"], color="0.3", linestyle="--", linewidth=1)
         left.annotate(
-            f"threshold {settings['threshold']:g}", (1, settings["threshold"]), xycoords=("axes fraction", "data"),
-            xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=9, color="0.3",
+            f"threshold\n{settings['threshold']:g}", (1, settings["threshold"]), xycoords=("axes fraction", "data"),
+            xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color="0.3",
         )  # fmt: skip
-    gains = [module.gain for module in adapter.modules if module.gain > 0]
+    gains = [module.gain for module in shown if module.gain > 0]
     if gains and max(gains) > 20 * min(gains):
         right.set_yscale("log")
     elif gains:
         right.set_ylim(0, 1.1 * max(gains))
     left.set(title="Cosine of C·ΔW and ΔW", ylabel="cosine", xlabel="block")
-    right.set(title="Gain of the operator on B", ylabel="‖OB‖ / ‖B‖", xlabel="block")
-    name = Path(adapter.adapter).name
-    left.set_title(
-        f"{name}: {len(adapter.projected)} of {len(adapter.modules)} selected (filled)", loc="left", fontsize=8, y=1.06
-    )
+    right.set(title=f"Gain of {_operator(settings)}", ylabel="‖projected B‖ / ‖B‖", xlabel="block")
+    without = f"; {len(adapter.modules) - len(shown)} without a cosine" if len(shown) < len(adapter.modules) else ""
+    counts = f"{len(adapter.projected)} of {len(adapter.modules)} selected (filled){without}"
+    left.set_title(f"{Path(adapter.adapter).name}: {counts}", loc="left", fontsize=8, y=1.06)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+        _label_places(axis, names, places)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
 
 
-def _kind(module: ModuleReport) -> str:
-    """The last words of the name, without numbers: q_proj, experts.gate_up_proj."""
-    return LAYER.sub(".", "." + module.name + ".").strip(".").rsplit(".", 1)[-1]
+def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
+    """A style for each kind."""
+    inside = dict.fromkeys(kind for name, kind in names.items() if block_of(name) is not None)
+    styles = dict.fromkeys(names.values(), OUTSIDE)
+    for index, kind in enumerate(inside):
+        colour, marker = STYLES[index % len(STYLES)]
+        styles[kind] = {"color": colour, "marker": marker}
+    return styles
 
 
-def _depth(module: ModuleReport) -> int:
-    match = LAYER.search("." + module.name + ".")
-    return int(match[1]) if match else 0
+def _operator(settings: dict[str, Any]) -> str:
+    """The operator in words."""
+    if settings["operator"] == "orthogonal":
+        extent = f"rank {settings['rank']}" if settings["rank"] else f"energy {settings['energy']:g}"
+        return f"the orthogonal projection ({extent})"
+    return {
+        "frobenius": "SafeLoRA's C = V·Vᵀ/‖V‖",
+        "spectral": "SafeLoRA, spectral: V·Vᵀ/σ₁(V)²",
+        None: "the zero control",
+    }[settings["normalize"]]
+
+
+def _places(modules: Sequence[ModuleReport]) -> dict[str, float]:
+    """Where each module stands on the axis: at its block's number, or beside the blocks."""
+    blocks = {module.name: block_of(module.name) for module in modules}
+    numbers = [block for block in blocks.values() if block is not None] or [0]
+    places: dict[str, float] = {name: block for name, block in blocks.items() if block is not None}
+    step = max(1.0, (max(numbers) - min(numbers)) / 12)
+    outside = [name for name, block in blocks.items() if block is None]
+    before = [name for name in outside if not is_after_the_blocks(name)]
+    after = [name for name in outside if is_after_the_blocks(name)]
+    places |= {name: min(numbers) - step * distance for distance, name in enumerate(reversed(before), 1)}
+    return places | {name: max(numbers) + step * distance for distance, name in enumerate(after, 1)}
+
+
+def _label_places(axis: Any, names: dict[str, str], places: dict[str, float]) -> None:
+    """Ticks at whole blocks, and one with its name for every module outside them."""
+    from matplotlib.ticker import MaxNLocator
+
+    blocks = [place for name, place in places.items() if block_of(name) is not None]
+    ticks = []
+    if blocks:
+        first, last = min(blocks), max(blocks)
+        candidates = MaxNLocator(8, integer=True).tick_values(first, last) if first < last else [first]
+        ticks = [tick for tick in candidates if first <= tick <= last]
+    outside = [name for name in places if block_of(name) is None]
+    axis.set_xticks([*ticks, *(places[name] for name in outside)])
+    labels = axis.set_xticklabels([*(f"{tick:.0f}" for tick in ticks), *(names[name] for name in outside)])
+    for label in labels[len(ticks) :]:
+        label.set(rotation=35, horizontalalignment="right", rotation_mode="anchor", fontsize=8)
+
+
+def _medians(points: Sequence[tuple[float, float, bool]]) -> tuple[list[float], list[float]]:
+    """One point a block for the line: the median of the experts where a kind has several modules there."""
+    values: dict[float, list[float]] = defaultdict(list)
+    for place, value, _ in points:
+        values[place].append(value)
+    ordered = sorted(values)
+    return ordered, [statistics.median(values[place]) for place in ordered]

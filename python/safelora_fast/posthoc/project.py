@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,12 +16,13 @@ from safelora_fast import _core
 from safelora_fast.errors import AdapterError, PairingError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
+from safelora_fast.posthoc.finite import count_not_finite
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
-from safelora_fast.posthoc.settings import Settings, chosen
-from safelora_fast.posthoc.sources import Checkpoint, open_checkpoint
+from safelora_fast.posthoc.settings import Settings, check_path, chosen
+from safelora_fast.posthoc.sources import A_MODEL, Checkpoint, open_checkpoint
 from safelora_fast.posthoc.writer import AdapterWriter
 
 if TYPE_CHECKING:
@@ -88,9 +90,11 @@ def project_adapter(
         SafeLoraFastError: any bad input, in one line; nothing is written then.
     """
     settings = Settings(operator, normalize, rank, energy, select, threshold, num_layers, threads)  # type: ignore[arg-type]
-    paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    if not paths:
-        raise SettingsError("no adapter was given")
+    paths = _paths(adapter)
+    for role, model in {"aligned": aligned, "base": base}.items():
+        check_path(role, model, A_MODEL)
+    if output is not None:
+        check_path("output", output, "the folder to make, or None")
     start = time.perf_counter()
     adapters = [load_adapter(path) for path in paths]
     folders = _folders(adapters, None if output is None else Path(output))
@@ -133,8 +137,8 @@ def project_adapter(
                 text = json.dumps(
                     replace(report, adapters=[report.adapters[index]]).to_dict(), indent=2, ensure_ascii=False
                 )
-                (writer.folder / REPORT).write_text(text + "\n", encoding="utf-8")
-                (writer.folder / "README.md").write_text(card.render(report, index), encoding="utf-8")
+                _write(writer.folder / REPORT, text + "\n")
+                _write(writer.folder / "README.md", card.render(report, index))
     return report
 
 
@@ -219,6 +223,15 @@ def _settle(
     return settled
 
 
+def _paths(adapter: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    paths = [adapter] if isinstance(adapter, str | bytes | Path) or not isinstance(adapter, Iterable) else list(adapter)
+    if not paths:
+        raise SettingsError("no adapter was given")
+    for path in paths:
+        check_path("adapter", path, "the folder of a PEFT adapter, or several")
+    return paths
+
+
 def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | None]:
     """Where each adapter goes: the output itself, or a sub-folder of the same name each."""
     if output is None:
@@ -232,6 +245,11 @@ def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | No
     return [output / name for name in names]
 
 
+def _write(path: Path, text: str) -> None:
+    """Paths in it may hold bytes that are no UTF-8: they are escaped as JSON does."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "source": checkpoint.description,
@@ -240,8 +258,12 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _copied(adapter: Adapter) -> list[dict[str, str]]:
-    return [{"tensor": key, "reason": reason} for key, reason in adapter.copied]
+def _copied(adapter: Adapter) -> list[dict[str, Any]]:
+    """The tensors that are no factors. What is not finite in them is only counted: nothing is computed from it here."""
+    return [
+        {"tensor": key, "reason": reason, "not_finite": count_not_finite(adapter.file, key)}
+        for key, reason in adapter.copied
+    ]
 
 
 def _versions() -> dict[str, str]:

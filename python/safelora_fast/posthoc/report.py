@@ -36,12 +36,15 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names."""
+    """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names.
+
+    `copied` lists the tensors that are no factors, each with the reason and how many of its values are NaN or infinite.
+    """
 
     adapter: str
     output: str | None
     modules: list[ModuleReport]
-    copied: list[dict[str, str]]
+    copied: list[dict[str, Any]]
     trained_on: str | None = None
 
     @property
@@ -94,8 +97,14 @@ class ProjectionReport:
                     f"{adapter.adapter}: says that it was trained on {adapter.trained_on}, but aligned is "
                     f"{self.aligned['source']}; see that they are the same model"
                 )
+            found += [
+                f"{adapter.adapter}: {item['tensor']}, which is copied through, holds NaN or Inf "
+                f"({counted(item['not_finite'], 'value')}): the adapter was damaged before it came here"
+                for item in adapter.copied
+                if item.get("not_finite")
+            ]
             if not adapter.projected:
-                found.append(f"{adapter.adapter}: no module was selected, so the output equals the input")
+                found.append(f"{adapter.adapter}: no module was selected, so the adapter stays as it is")
                 continue
             gain = statistics.median(module.gain for module in adapter.projected)
             if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:
@@ -104,6 +113,11 @@ class ProjectionReport:
                     "compare with --operator zero, or use --normalize spectral or --operator orthogonal"
                 )
         return found
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words: 1 tensor, 2 tensors."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _alike(one: str, other: str) -> bool:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Literal
 
 from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Operator = Literal["safelora", "orthogonal", "zero"]
 Normalize = Literal["frobenius", "spectral"]
@@ -23,7 +28,7 @@ class Settings:
     to the selection of that name; None means the default where there is one.
 
     Raises:
-        SettingsError: when options contradict each other or are out of range.
+        SettingsError: when options contradict each other, are out of range or of another type.
     """
 
     operator: Operator = "safelora"
@@ -36,6 +41,10 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rank", "num_layers", "threads"):
+            self._convert(name, whole_number)
+        for name in ("energy", "threshold"):
+            self._convert(name, number)
         self._one_of("operator", self.operator, Operator)
         self._one_of("select", self.select, Select)
         if self.normalize is not None:
@@ -60,6 +69,12 @@ class Settings:
             raise SettingsError(f"num_layers must be at least 1, not {self.num_layers}")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise SettingsError(f"threads must lie between 1 and {MOST_THREADS}, not {self.threads}")
+
+    def _convert(self, name: str, kind: Callable[[str, object], float]) -> None:
+        """Make a number that came as one of numpy's, say, a plain one."""
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, kind(name, value))
 
     @staticmethod
     def _one_of(name: str, value: str, choices: object) -> None:
@@ -99,6 +114,48 @@ class Settings:
         if self.select == "number":
             return f"cosine {'' if projected else 'not '}among the {self.effective_num_layers} lowest"
         return "all modules were selected"
+
+
+def whole_number(name: str, value: object) -> int:
+    """The value, if it is a whole number; True and False are not.
+
+    Raises:
+        SettingsError: when it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise SettingsError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
+
+
+def number(name: str, value: object) -> float:
+    """The value, if it is a number; True and False are not.
+
+    Raises:
+        SettingsError: when it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise SettingsError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+def check_path(name: str, value: object, wanted: str) -> None:
+    """Refuse what cannot be a path.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        wanted: what it should be, in words.
+
+    Raises:
+        SettingsError: when it is neither text nor a path, or is empty.
+    """
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str):
+        raise SettingsError(f"{name} must be {wanted}, not {value!r}")
+    if not path:
+        raise SettingsError(f"{name} is empty; give {wanted}")
+    if "\0" in path:
+        raise SettingsError(f"{name} must be {wanted}; {path!r} holds a zero byte")
 
 
 def chosen(cosines: dict[str, float], settings: Settings) -> set[str]:

@@ -6,6 +6,7 @@ remote, only when :meth:`Checkpoint.require` asks for tensors in them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError
 from safelora_fast.posthoc.hub import Repository
+from safelora_fast.posthoc.settings import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)(@(?P<revision>[\w./-]+))?")
+A_MODEL = "the path of a model or its Hub id"
 CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
 
 
@@ -101,16 +104,31 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
 
     Raises:
         CheckpointError: when there is nothing to open, or it is of a format that cannot be streamed.
+        SettingsError: when the source is neither text nor a path.
     """
+    check_path(role, source, A_MODEL)
     path = Path(source).expanduser()
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
         return _from_file(path)
-    match = HUB_ID.fullmatch(str(source))
+    match, near = HUB_ID.fullmatch(str(source)), _near(path)
     if match is None or isinstance(source, Path):
-        raise CheckpointError(f"{source}: the {role} model is neither a file, nor a folder, nor a Hub id")
-    return _from_hub(Repository(match["repository"], match["revision"], role))
+        raise CheckpointError(f"{source}: the {role} model is neither a file, nor a folder, nor a Hub id{near}")
+    try:
+        return _from_hub(Repository(match["repository"], match["revision"], role))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{near}") from error
+
+
+def _near(path: Path) -> str:
+    """The end of a message about a path that does not exist: what is called nearly so beside it."""
+    try:
+        names = [beside.name for beside in path.parent.iterdir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / found[0]}?" if found else ""
 
 
 def _from_folder(folder: Path) -> Checkpoint:
@@ -147,6 +165,11 @@ def _from_file(path: Path) -> Checkpoint:
     folder, config = path.parent, _config(path.parent / "config.json")
     description = str(folder if path.name in {INDEX, SINGLE} else path)
     if path.suffix == ".json":
+        if not path.name.endswith(".index.json"):
+            raise CheckpointError(
+                f"{path}: is neither a safetensors file nor an index of such files (*.safetensors.index.json); give the "
+                f"model's folder, {folder}"
+            )
         located = _core.read_index(str(path))
         return Checkpoint(description, None, config, located, Path)
     if path.suffix in {".bin", ".pt", ".pth", ".gguf"}:

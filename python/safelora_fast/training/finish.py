@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapter
-from safelora_fast.posthoc.peft_model import lora_parameters, projected_folder, save_tensors
+from safelora_fast.posthoc.peft_model import lora_parameters, naming_adapter, projected_folder, save_tensors
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.provenance import locator, reopen
 from safelora_fast.training.adapted import active_adapter, adapter_holder
@@ -116,11 +116,9 @@ class EndProjection:
 
     @contextlib.contextmanager
     def _described(self, folder: Path) -> Iterator[None]:
-        """Errors that name the adapter of the model instead of the temporary folder where it lies."""
+        """Errors that say whose they are, and name the adapter of the model instead of the folder where it lies."""
         try:
-            yield
+            with naming_adapter(folder, self._adapter), naming_adapter(folder / "saved", self._adapter):
+                yield
         except SafeLoraFastError as error:
-            message = str(error)
-            for path in (folder / "saved" / WEIGHTS, folder / WEIGHTS, folder / "saved", folder):
-                message = message.replace(str(path), f"adapter {self._adapter!r}")
-            raise type(error)(f"SafeLora: {message}") from error
+            raise type(error)(f"SafeLora: {error}") from error

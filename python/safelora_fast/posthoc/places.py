@@ -1,0 +1,52 @@
+"""Where a module stands in its model, read off its name: its block, its kind, and its order for a reader."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+AFTER_THE_BLOCKS = {"lm_head", "embed_out", "score", "classifier"}
+DIGITS = re.compile(r"(\d+)")
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a module lies in: the first number of its path; None outside the blocks."""
+    *owners, _ = name.split(".")
+    return next((int(owner) for owner in owners if owner.isdecimal()), None)
+
+
+def is_after_the_blocks(name: str) -> bool:
+    """Whether a module outside the blocks reads what they give, as a head does."""
+    return name.rpartition(".")[2] in AFTER_THE_BLOCKS
+
+
+def kinds(names: Iterable[str]) -> dict[str, str]:
+    """What to call each module, the same in every block and for every expert.
+
+    The numbers are left out of the path, and of what remains the shortest end is kept that tells the modules apart:
+    `q_proj`, but `attn.c_proj` and `mlp.c_proj` in GPT-2.
+    """
+    paths = {name: _without_numbers(name) for name in names}
+    ends = {path: _shortest_end(path, set(paths.values()) - {path}) for path in set(paths.values())}
+    return {name: ".".join(ends[path]) for name, path in paths.items()}
+
+
+def natural_order(name: str) -> tuple[int, tuple[tuple[int, str], ...]]:
+    """Sorts modules as a reader counts them: before the blocks, the blocks with 2 before 10, after the blocks."""
+    outside = block_of(name) is None
+    side = (1 if is_after_the_blocks(name) else -1) if outside else 0
+    words = (word for word in DIGITS.split(name) if word)
+    return side, tuple((int(word), "") if word.isdecimal() else (-1, word) for word in words)
+
+
+def _without_numbers(name: str) -> tuple[str, ...]:
+    *owners, leaf = name.split(".")
+    return *(owner for owner in owners if not owner.isdecimal()), leaf
+
+
+def _shortest_end(path: tuple[str, ...], others: set[tuple[str, ...]]) -> tuple[str, ...]:
+    ends = (path[-length:] for length in range(1, len(path) + 1))
+    return next((end for end in ends if all(other[-len(end) :] != end for other in others)), path)
