@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast._core import __version__
 
 if TYPE_CHECKING:
-    from safelora_fast.defenses import KL, FeatureDistance, SafeLora, Steering, SubspacePenalty
+    from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
+    from safelora_fast.persona_vector import PersonaVector
     from safelora_fast.posthoc.peft_model import project_peft_model
     from safelora_fast.posthoc.project import project_adapter
     from safelora_fast.posthoc.report import ProjectionReport
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "KL": "safelora_fast.defenses",
+    "DriftMonitor": "safelora_fast.defenses",
     "FeatureDistance": "safelora_fast.defenses",
+    "PersonaVector": "safelora_fast.persona_vector",
     "ProjectionReport": "safelora_fast.posthoc.report",
     "SafeLora": "safelora_fast.defenses",
     "SafeSubspace": "safelora_fast.subspace",
@@ -33,7 +36,9 @@ _HOMES = {
 
 __all__ = [
     "KL",
+    "DriftMonitor",
     "FeatureDistance",
+    "PersonaVector",
     "ProjectionReport",
     "SafeLora",
     "SafeSubspace",
