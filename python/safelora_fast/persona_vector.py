@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FORMAT = "safelora_fast.persona"
 VERSION = 1
 VECTORS = "vectors"
+WEAK = 0.75  # chance is 0.5
 RULE = (
     "the largest effect among blocks {first} to {last}: those before a third of the depth still hold words, those after "
     "five sixths the next token"
@@ -90,6 +91,11 @@ class PersonaVector:
         return max(known, key=lambda block: self.separation[block].effect, default=None)
 
     @property
+    def weak(self) -> bool:
+        """Whether held-out responses are hardly told apart at the suggested block, or nothing is known of them."""
+        return self.suggestion is None or self.separation[self.suggestion].share < WEAK
+
+    @property
     def rule(self) -> str:
         """The rule behind the suggestion, in words."""
         return RULE.format(first=self.candidates[0], last=self.candidates[-1])
@@ -123,7 +129,7 @@ class PersonaVector:
             "separation": [[_known(one.effect), _known(one.share)] for one in self.separation],
             "provenance": self.provenance,
         }
-        metadata = {FORMAT: json.dumps(document, sort_keys=True, default=dict)}
+        metadata = {FORMAT: json.dumps(document, default=dict)}
         tensors = {VECTORS: np.ascontiguousarray(self.vectors, dtype=np.float32)}
         with whole_file(Path(path)) as partial:
             try:

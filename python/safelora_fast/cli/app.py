@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from safelora_fast import __version__
-from safelora_fast.cli import demo, env, inspect, project, subspace, train
+from safelora_fast.cli import demo, env, inspect, persona, project, subspace, train
 
 app = typer.Typer(
     name="safelora-fast",
@@ -40,6 +40,7 @@ def _options(
 app.command("project")(project.project)
 app.command("inspect")(inspect.inspect)
 app.add_typer(subspace.app, name="subspace")
+app.add_typer(persona.app, name="persona")
 app.command("train")(train.train)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)

@@ -13,6 +13,8 @@ from safelora_fast.posthoc.output import described
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.figure import Figure
+
     from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
 
 SUFFIXES = {".png", ".svg", ".pdf"}
@@ -63,6 +65,15 @@ def plot_report(report: ProjectionReport, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, adapter in zip(figure.subplots(rows, 2, squeeze=False), report.adapters, strict=True):
         _draw(axes, adapter, report.settings)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture, under a temporary name first.
+
+    Raises:
+        OutputError: when the file cannot be written.
+    """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     with described(path):
         try:
