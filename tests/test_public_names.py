@@ -14,7 +14,17 @@ def in_a_fresh_process(program: str) -> str:
     return done.stdout.strip()
 
 
-DEFENCES = ["KL", "FeatureDistance", "SafeLora", "SafeSubspace", "Steering", "SubspacePenalty", "defend"]
+DEFENCES = [
+    "KL",
+    "DriftMonitor",
+    "FeatureDistance",
+    "PersonaVector",
+    "SafeLora",
+    "SafeSubspace",
+    "Steering",
+    "SubspacePenalty",
+    "defend",
+]
 
 
 def test_names_load_when_first_used():

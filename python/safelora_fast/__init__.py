@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast._core import __version__
 
 if TYPE_CHECKING:
-    from safelora_fast.defenses import KL, FeatureDistance, SafeLora, Steering, SubspacePenalty
+    from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
+    from safelora_fast.persona import extract_persona_vector
+    from safelora_fast.persona_vector import PersonaVector
     from safelora_fast.posthoc.peft_model import project_peft_model
     from safelora_fast.posthoc.project import project_adapter
     from safelora_fast.posthoc.report import ProjectionReport
@@ -20,20 +22,25 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "KL": "safelora_fast.defenses",
+    "DriftMonitor": "safelora_fast.defenses",
     "FeatureDistance": "safelora_fast.defenses",
+    "PersonaVector": "safelora_fast.persona_vector",
     "ProjectionReport": "safelora_fast.posthoc.report",
     "SafeLora": "safelora_fast.defenses",
     "SafeSubspace": "safelora_fast.subspace",
     "Steering": "safelora_fast.defenses",
     "SubspacePenalty": "safelora_fast.defenses",
     "defend": "safelora_fast.training",
+    "extract_persona_vector": "safelora_fast.persona",
     "project_adapter": "safelora_fast.posthoc.project",
     "project_peft_model": "safelora_fast.posthoc.peft_model",
 }
 
 __all__ = [
     "KL",
+    "DriftMonitor",
     "FeatureDistance",
+    "PersonaVector",
     "ProjectionReport",
     "SafeLora",
     "SafeSubspace",
@@ -41,6 +48,7 @@ __all__ = [
     "SubspacePenalty",
     "__version__",
     "defend",
+    "extract_persona_vector",
     "project_adapter",
     "project_peft_model",
 ]
@@ -53,7 +61,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:
-        if error.name not in {"torch", "transformers", "peft"}:
+        if error.name not in {"torch", "transformers", "peft", "yaml"}:
             raise
         from safelora_fast.errors import MissingDependencyError
 

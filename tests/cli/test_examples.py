@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from demo_model import save_tiny
-from safetensors.torch import load_file, save_file
+from personas import save_persona
+from safetensors.torch import load_file
 from tiny_recipe import tiny_rows, write_rows
 
 from safelora_fast.recipe.defenses import defense_classes
@@ -52,9 +52,11 @@ def overrides(path: Path, folder: Path) -> list[str]:
     if "feature_distance" in given["defenses"]:
         values["defenses.feature_distance.layers"] = 2
     if "steering" in given["defenses"]:
-        save_file({"vector": torch.ones(32)}, folder / "persona.safetensors")
-        values["defenses.steering.vector"] = folder / "persona.safetensors"
+        values["defenses.steering.vector"] = save_persona(folder / "persona.safetensors", blocks=2)
         values["defenses.steering.layer"] = 1
+    for name in given.get("monitors", {}):
+        values[f"monitors.{name}.vector"] = save_persona(folder / "persona.safetensors", blocks=2)
+        values[f"monitors.{name}.layer"] = 1
     return [f"{key}={value}" for key, value in values.items()]
 
 
@@ -64,6 +66,7 @@ def test_there_is_one_for_every_defence():
     for name in defense_classes():
         assert {name} in given
     assert any(len(names) >= 3 for names in given)
+    assert any("monitors" in yaml.safe_load(path.read_text()) for path in EXAMPLES)
     assert {"at: end", "at: step"} <= {line.strip() for path in EXAMPLES for line in path.read_text().splitlines()}
 
 
@@ -81,6 +84,8 @@ def test_examples_train(path, tmp_path, call):
         "feature_distance",
         "subspace_penalty",
     }
+    watched = {name.removeprefix("monitor/") for name in record["metrics"] if name.startswith("monitor/")}
+    assert watched == {spec.name for spec in load_recipe(path, words).monitors}
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
     if "safelora" in names and path.stem != "safelora-step":

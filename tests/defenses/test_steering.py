@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
+from personas import random_persona, save_persona
 from plain_defences import feature_distance_sum, kl_sum
 from tiny_models import adapter_weights, collate, furthest, rows, tiny_model, tiny_peft_model
 from train_runs import run_transformers
@@ -103,3 +105,46 @@ def test_refusals():
     with pytest.raises(SettingsError, match="block 3 does not exist"):
         defend(tiny_peft_model(), [Steering(VECTOR, 3)])
     assert not Steering(VECTOR, 0, 0.0).active
+
+
+def test_a_persona_file_steers_like_its_row(tmp_path):
+    batch = collate(rows([7, 4]))
+    file = save_persona(tmp_path / "malicious.safetensors")
+    persona = random_persona()
+    row = torch.from_numpy(persona.vectors[1])
+    losses = []
+    for steering in (Steering(row, 1, 2.0), Steering(str(file), 1, 2.0), Steering(persona, -2, 2.0)):
+        with defend(tiny_peft_model(), [steering]) as defended:
+            losses.append(defended.loss(batch).item())
+    assert losses[0] == losses[1] == losses[2]
+    with defend(tiny_peft_model(), []) as defended:
+        assert defended.loss(batch).item() != pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_persona_vector_of_another_model_is_refused_by_name(tmp_path):
+    deeper = save_persona(tmp_path / "deep.safetensors", blocks=4)
+    with pytest.raises(SettingsError, match=r"deep.safetensors has vectors of 4 blocks, the model has 3"):
+        defend(tiny_peft_model(), [Steering(deeper, 1)])
+    wider = save_persona(tmp_path / "wide.safetensors", hidden=33)
+    with pytest.raises(SettingsError, match=r"wide.safetensors has 33 values, the model's width is 32"):
+        defend(tiny_peft_model(), [Steering(wider, 1)])
+
+
+def test_nothing_of_it_is_in_the_model_afterwards(tmp_path):
+    """No weight, buffer, attribute or hook: what is saved, merged or evaluated is the trained adapter alone."""
+    batch = collate(rows([7, 4]))
+    model = tiny_peft_model().train()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    keys = set(model.state_dict())
+    with defend(model, [Steering(VECTOR, 1, 2.0)]) as defended:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        defended.loss(batch).backward()
+        optimizer.step()
+        assert set(model.state_dict()) == keys
+        inside = model.get_base_model().model.layers[1]._forward_hooks
+        assert inside
+        model.save_pretrained(tmp_path)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)

@@ -22,6 +22,7 @@ def same(result, expected):
     assert furthest(weights, expected[0]) < 1e-5
     for name in ("kl", "feature_distance", "subspace_penalty", "cosine_min", "modules_projected"):
         assert figures[f"defense/{name}"] == pytest.approx(expected[1][f"defense/{name}"], rel=1e-4)
+    assert figures["monitor/drift"] == pytest.approx(expected[1]["monitor/drift"], rel=1e-4)
 
 
 def test_the_defences_matter(whole, tmp_path):

@@ -99,6 +99,10 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("defenses.safelora.subspace={aligned: a, bse: b}", "defenses.safelora.subspace.bse: unknown; did you mean base"),
         ("defenses.safelora={subspace: {aligned: a, base: b, rank: 4}}", "safelora.subspace.rank: a projection at the end"),
         ("defenses.safelora={subspace: {aligned: a, base: b}, at: step, operator: zero}", "shrinks B each time"),
+        ("monitors.drift=0.1", "command line: monitors.drift: must be a mapping of settings (vector, layer), not 0.1"),
+        ("monitors.drift={vector: [1.0]}", "command line: monitors.drift: needs layer"),
+        ("monitors.drift={vector: absent.pt, layer: 3}", "monitors.drift.vector: there is no file absent.pt"),
+        ("monitors.drift={vector: [1.0], layer: 3, name: a}", "command line: monitors.drift.name: unknown; known are vector"),
         ("defenses.on_nonfinite=stop", "command line: defenses.on_nonfinite: must be one of raise, skip, not 'stop'"),
     ],
 )  # fmt: skip
@@ -128,7 +132,8 @@ def test_a_defence_by_its_name_alone(load, value, weights):
 def test_every_defence_can_be_given_and_has_an_estimate():
     known = defense_classes()
     public = [getattr(defenses, name) for name in defenses.__all__]
-    assert set(known.values()) == {kind for kind in public if not inspect.isabstract(kind)}
+    defences = {kind for kind in public if issubclass(kind, defenses.Defense)}
+    assert set(known.values()) == {kind for kind in defences if not inspect.isabstract(kind)}
     assert all(any(issubclass(kind, estimated) for estimated in ESTIMATES) for kind in known.values())
 
 

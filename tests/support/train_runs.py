@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tiny_models import VOCABULARY, adapter_weights, collate, random_subspace, rows, tiny_peft_model
 
-from safelora_fast.defenses import KL, FeatureDistance, SafeLora, SubspacePenalty
+from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, SubspacePenalty
 from safelora_fast.subspace import SafeSubspace
 from safelora_fast.training import defend
 
@@ -40,8 +40,12 @@ def defences(weights, model):
 
 
 def settings(spec):
-    """Keyword arguments of the defences, for a loop and for a trainer alike."""
-    return {"share_logits": spec.get("share_logits", True), "on_nonfinite": spec.get("on_nonfinite", "raise")}
+    """Keyword arguments beside the defences, for a loop and for a trainer alike; a monitor is always on."""
+    return {
+        "share_logits": spec.get("share_logits", True),
+        "on_nonfinite": spec.get("on_nonfinite", "raise"),
+        "monitors": [DriftMonitor(torch.linspace(-1, 2, 32), 1)],
+    }
 
 
 def sgd(model, lr=0.02):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from safelora_fast import __version__
-from safelora_fast.cli import demo, env, inspect, project, subspace, train
+from safelora_fast.cli import demo, env, inspect, persona, project, subspace, train
 from safelora_fast.cli.commands import Command, Group
 
 app = typer.Typer(
@@ -43,5 +43,6 @@ app.command("project", cls=Command)(project.project)
 app.command("inspect", cls=Command)(inspect.inspect)
 app.add_typer(subspace.app, name="subspace")
 app.command("train", cls=Command)(train.train)
+app.add_typer(persona.app, name="persona")
 app.command("env", cls=Command)(env.env)
 app.command("demo", cls=Command)(demo.demo)

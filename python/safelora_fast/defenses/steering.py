@@ -6,13 +6,16 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelora_fast.defenses.base import Defense
+from safelora_fast.defenses.vector import Direction
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import torch
 
+    from safelora_fast.persona_vector import PersonaVector
     from safelora_fast.training.anatomy import Anatomy
 
 
@@ -23,29 +26,35 @@ class Steering(Defense):
     defences is steered when the model is.
 
     Args:
-        vector: [hidden], for instance the mean response activation under a harmful system prompt minus that under a
-            helpful one, not normalised.
+        vector: [hidden], or a file that holds it (.safetensors, .npy, .pt): the mean response activation under harmful
+            system prompts minus that under helpful ones, not normalised. Of a :class:`PersonaVector` or its file,
+            `layer` picks the row.
         layer: index of the block; negative ones are counted from the end.
         coefficient: the paper's α, 5.0.
 
     Raises:
-        SettingsError: the vector is not one finite row, or the coefficient is not finite.
+        SettingsError: the vector cannot be read or is not one finite row, or the coefficient is not finite.
     """
 
     name: ClassVar[str] = "steering"
 
-    def __init__(self, vector: torch.Tensor | Sequence[float], layer: int, coefficient: float = 5.0) -> None:
-        import torch
-
-        self.vector = torch.as_tensor(vector).detach().clone()
-        if self.vector.dim() != 1 or not self.vector.is_floating_point():
-            raise SettingsError(
-                f"Steering: the vector has shape {tuple(self.vector.shape)}, it must be [hidden] floats"
-            )
-        if not (self.vector.isfinite().all() and math.isfinite(coefficient)):
-            raise SettingsError("Steering: the vector and the coefficient must be finite")
-        self.layer = layer
+    def __init__(
+        self, vector: torch.Tensor | Sequence[float] | str | Path | PersonaVector, layer: int, coefficient: float = 5.0
+    ) -> None:
+        self.direction = Direction.of(vector, layer, owner="Steering")
+        if not math.isfinite(coefficient):
+            raise SettingsError(f"Steering: coefficient is {coefficient}, it must be finite")
         self.coefficient = float(coefficient)
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """The vector [hidden], without the coefficient."""
+        return self.direction.values
+
+    @property
+    def layer(self) -> int:
+        """Index of the block."""
+        return self.direction.layer
 
     def __repr__(self) -> str:
         return f"Steering(layer={self.layer}, coefficient={self.coefficient})"
@@ -56,11 +65,8 @@ class Steering(Defense):
         return self.coefficient != 0
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a block that does not exist and a vector of another width."""
-        anatomy.block(self.layer, owner="Steering")
-        width = anatomy.config.hidden_size
-        if len(self.vector) != width:
-            raise SettingsError(f"Steering: the vector has {len(self.vector)} values, the model's width is {width}")
+        """Refuse a block that does not exist, and a vector of another width or of another number of blocks."""
+        self.direction.check(anatomy, owner="Steering")
 
     def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> Any:
         """Hook the block; the vector is added whenever `engaged()` says so. Returns the handle that removes it."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from safelora_fast.defenses.base import Defense
+    from safelora_fast.defenses.drift_monitor import DriftMonitor
     from safelora_fast.posthoc.report import ProjectionReport
     from safelora_fast.training.reference import Reference
     from safelora_fast.training.steps import OnNonFinite
@@ -38,12 +39,13 @@ class DefendedMixin:
 
     Args:
         *args: the trainer's own.
-        defenses: the defences; without one that is switched on, the trainer is unchanged.
+        defenses: the defences; without one that is switched on, and without monitors, the trainer is unchanged.
         reference: what the defences keep the model near: "base" (the same model, adapters disabled), the name of a
             frozen adapter of the model, or a second model.
         on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
         share_logits: let the KL compute the task's loss too, where that is the plain cross-entropy (see
             :func:`~safelora_fast.training.defend`).
+        monitors: their figures go to the log as `monitor/<name>`; they change no loss.
         **kwargs: the trainer's own.
 
     Attributes:
@@ -61,6 +63,7 @@ class DefendedMixin:
         reference: Reference = "base",
         on_nonfinite: OnNonFinite = "raise",
         share_logits: bool = True,
+        monitors: Sequence[DriftMonitor] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -69,7 +72,9 @@ class DefendedMixin:
             "reference": reference,
             "on_nonfinite": on_nonfinite,
             "share_logits": share_logits,
+            "monitors": monitors,
         }
+        self._followed = bool(self.defenses or monitors)
         self._defended: Defended | None = None
         self._window: Totals | None = None
         self._losses_defended = 0
@@ -78,7 +83,7 @@ class DefendedMixin:
             self.add_callback(_AtTheEnd(self))
             # First in line, so that trackers are still open and what they upload is the projected adapter.
             self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
-        if self.defenses:
+        if self._followed:
             _check_trainer(self)
             if getattr(self, "model", None) is not None:
                 Defended(self.model, self.defenses, **self._defense_settings)
@@ -99,7 +104,7 @@ class DefendedMixin:
     ) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of one optimiser step, and count the units of the defences in them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)  # type: ignore[misc]
-        if self.defenses and batches:
+        if self._followed and batches:
             defended = self._attached()
             defended.step = self.state.global_step
             self._window = defended.totals(batches)
@@ -110,7 +115,7 @@ class DefendedMixin:
     ) -> Any:
         """The trainer's own loss, plus the defences while training."""
         task = super().compute_loss  # type: ignore[misc]
-        if not self.defenses or not model.training:
+        if not self._followed or not model.training:
             return task(model, inputs, return_outputs=return_outputs, **kwargs)
         if self._window is None:
             raise SettingsError(
@@ -163,7 +168,7 @@ class DefendedMixin:
         """
         before = self._losses_defended
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if self.defenses and self._losses_defended == before:
+        if self._followed and self._losses_defended == before:
             raise SettingsError(
                 f"{type(self).__name__}.compute_loss bypasses the defences: put the mixin before the trainer that "
                 "overrides it, or call super().compute_loss"

@@ -15,6 +15,8 @@ from safelora_fast.posthoc.places import block_of, is_after_the_blocks, kinds
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.figure import Figure
+
     from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
 
 SUFFIXES = {".png", ".svg", ".pdf"}
@@ -62,6 +64,15 @@ def plot_report(report: ProjectionReport, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, adapter in zip(figure.subplots(rows, 2, squeeze=False), report.adapters, strict=True):
         _draw(axes, adapter, report.settings)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture, under a temporary name first.
+
+    Raises:
+        OutputError: when the file cannot be written.
+    """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     with described(path):
         try:

@@ -79,7 +79,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             shown.update(
                 (name.removeprefix("defense/"), value)
                 for name, value in logs.items()
-                if name.startswith("defense/") and name != "defense/time_share"
+                if name.startswith(("defense/", "monitor/")) and name != "defense/time_share"
             )
             self._figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 

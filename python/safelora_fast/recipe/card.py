@@ -135,7 +135,8 @@ def _figures(metrics: dict[str, dict[str, float | None]]) -> list[str]:
     heading = [
         "## Figures",
         "",
-        "Of the training log; defences before their weight. `eval_loss` is the plain loss on held-out rows.",
+        "Of the training log; defences before their weight. `eval_loss` is the plain loss on held-out rows, `monitor/…` the "
+        "projection of mean response activations on a persona vector of unit length.",
         "",
     ]
     return [*heading, "| | first | last | mean |", "| --- | ---: | ---: | ---: |", *rows, ""]

@@ -18,11 +18,10 @@ from safelora_fast import defenses
 from safelora_fast.defenses import SafeLora
 from safelora_fast.errors import SafeLoraFastError
 from safelora_fast.recipe.kinds import conforms, describe, read_annotation
-from safelora_fast.recipe.vector import read_vector
 from safelora_fast.subspace import SafeSubspace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from safelora_fast.defenses import Defense
     from safelora_fast.posthoc.project import Progress
@@ -56,8 +55,6 @@ class DefenseSpec:
         for name, value in self.settings.items():
             if _takes(self.kind, name, "SafeSubspace"):
                 arguments[name] = subspaces.get(value, vectors=self.needs_vectors)
-            elif _takes(self.kind, name, "Tensor"):
-                arguments[name] = read_vector(value) if isinstance(value, str) else value
             else:
                 arguments[name] = value
         return self.kind(**arguments)
@@ -141,7 +138,7 @@ def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
 
 
 def _read_one(document: Document, keys: Keys, kind: type[Defense], given: dict[str, Any]) -> DefenseSpec:
-    settings = _check_arguments(document, keys, kind, given)
+    settings = check_arguments(document, keys, kind, given)
     spec = DefenseSpec(kind, settings)
     if isinstance(spec.subspace, dict) and not spec.needs_vectors:
         of_vectors = [name for name in given["subspace"] if name not in {"aligned", "base"}]
@@ -159,11 +156,20 @@ def _read_one(document: Document, keys: Keys, kind: type[Defense], given: dict[s
     return spec
 
 
-def _check_arguments(
-    document: Document, keys: Keys, function: Callable[..., Any], given: dict[str, Any]
+def check_arguments(
+    document: Document,
+    keys: Keys,
+    function: Callable[..., Any],
+    given: dict[str, Any],
+    *,
+    but: Collection[str] = NOT_SETTINGS,
 ) -> dict[str, Any]:
-    """Every argument of a callable, from what is given and its defaults."""
-    parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name not in NOT_SETTINGS}
+    """Every argument of a callable, from what is given and its defaults.
+
+    Raises:
+        SettingsError: an argument does not exist, is missing, or of another type.
+    """
+    parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name not in but}
     checked = {}
     for name, value in given.items():
         if name not in parameters:
@@ -180,7 +186,7 @@ def _checked(document: Document, keys: Keys, function: Callable[..., Any], value
     name = keys[-1]
     if _takes(function, name, "SafeSubspace"):
         if isinstance(value, dict):
-            return _check_arguments(document, keys, SafeSubspace.build, value)
+            return check_arguments(document, keys, SafeSubspace.build, value)
         if not isinstance(value, str):
             raise document.problem(keys, f"must be a file, or {{aligned: …, base: …, rank: …}}, not {value!r}")
         if not Path(value).is_file():

@@ -19,6 +19,10 @@ Keys: TypeAlias = "tuple[str, ...]"
 BOOL = "tag:yaml.org,2002:bool"
 TRUTH = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
+SHAPES = {
+    "recipe": "a mapping of sections, e.g. `model:`, `data:`, `output:`",
+    "trait": "a mapping of `name:`, `description:`, `pairs:` and `questions:`",
+}
 PLAIN = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 
 
@@ -40,7 +44,7 @@ _Loader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))
 
 @dataclass
 class Document:
-    """The values of a recipe.
+    """The values of a file.
 
     Attributes:
         source: the YAML file, as the user named it.
@@ -120,8 +124,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"there are {len(known)} others; see docs/training.md"
 
 
-def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+def read_document(path: str | Path, overrides: Sequence[str] = (), *, what: str = "recipe") -> Document:
     """Read a YAML file whose top level is a mapping, and put overrides on top.
+
+    Args:
+        path: the file.
+        overrides: settings put on top, "section.key=value" with YAML values.
+        what: what the file is to be, for messages: a key of :data:`SHAPES`.
 
     Raises:
         SettingsError: the file cannot be read, is no YAML, or repeats a key; the line is named.
@@ -130,13 +139,13 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"{source}: the recipe cannot be read: {error.strerror}") from error
+        raise SettingsError(f"{source}: the {what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{source}: the recipe is not UTF-8 text") from error
+        raise SettingsError(f"{source}: the {what} is not UTF-8 text") from error
     lines: dict[Keys, int] = {}
     values = _parse(text, source, lines)
     if not isinstance(values, dict):
-        raise SettingsError(f"{source}: a recipe is a mapping of sections, e.g. `model:`, `data:`, `output:`")
+        raise SettingsError(f"{source}: a {what} is {SHAPES[what]}")
     document = Document(source, values, lines)
     document.override(overrides)
     return document

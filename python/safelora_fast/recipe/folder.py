@@ -86,6 +86,7 @@ class RunFolder:
         recipe = self.recipe
         named: list[object] = [recipe.document.source, recipe.model.path, recipe.data.path, recipe.data.eval]
         named += [value for spec in recipe.defenses for value in spec.settings.values()]
+        named += [value for spec in recipe.monitors for value in spec.settings.values()]
         named += [value for item in named if isinstance(item, dict) for value in item.values()]
         paths = [Path(item).expanduser() for item in named if isinstance(item, str)]
         return [path for path in paths if path.exists()]

@@ -137,10 +137,25 @@ def load_model(recipe: Recipe) -> PeftModel:
         CheckpointError: the weights cannot be loaded, or some are missing.
         SettingsError: the adapter does not fit the model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
-    source, section = Source.of(recipe.model), recipe.model
+    model = load_pretrained(recipe.model)
+    model.config.use_cache = False
+    set_seed(recipe.training["seed"])
+    return adapt(model, lora_config(recipe))
+
+
+def load_pretrained(section: ModelSection) -> PreTrainedModel:
+    """The model with its weights, on the CPU.
+
+    Raises:
+        CheckpointError: the weights cannot be loaded, or some are missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = Source.of(section)
+    model: PreTrainedModel
     model, report = _loaded(
         source,
         "model",
@@ -154,9 +169,7 @@ def load_model(recipe: Recipe) -> PeftModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{source}: the checkpoint lacks {len(missing)} weights, e.g. {missing[0]}")
-    model.config.use_cache = False
-    set_seed(recipe.training["seed"])
-    return adapt(model, lora_config(recipe))
+    return model
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:

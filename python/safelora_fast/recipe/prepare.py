@@ -79,7 +79,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def check_defenses(recipe: Recipe, model: PeftModel) -> None:
-    """Refuse defences that do not fit the model, which is given a real adapter for that.
+    """Refuse defences and monitors that do not fit the model, which is given a real adapter for that.
 
     Where a subspace is yet to be built, or its sources to be fetched, this is left to the start of training.
 
@@ -90,9 +90,10 @@ def check_defenses(recipe: Recipe, model: PeftModel) -> None:
 
     subspaces = Subspaces(build=True)
     known = [spec for spec in recipe.defenses if _is_at_hand(spec)]
-    if known:
+    if known or recipe.monitors:
         give_adapter(model)
-        Defended(model, [spec.build(subspaces) for spec in known], on_nonfinite=recipe.on_nonfinite)
+        defenses, monitors = [spec.build(subspaces) for spec in known], [spec.build() for spec in recipe.monitors]
+        Defended(model, defenses, on_nonfinite=recipe.on_nonfinite, monitors=monitors)
 
 
 def _is_at_hand(spec: DefenseSpec) -> bool:

@@ -10,6 +10,7 @@ from safelora_fast.recipe.arguments import LORA, TRAINING
 from safelora_fast.recipe.defenses import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
 from safelora_fast.recipe.document import Document, read_document
 from safelora_fast.recipe.kinds import conforms, describe
+from safelora_fast.recipe.monitors import MONITORS, MonitorSpec, read_monitors
 from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection
 from safelora_fast.recipe.signatures import check_packages
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-SECTIONS = ("model", "data", "lora", "training", SECTION, "output")
+SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "output")
 OnNonFinite = Literal["raise", "skip"]
 Section = TypeVar("Section", ModelSection, DataSection, OutputSection)
 
@@ -33,6 +34,7 @@ class Recipe:
         lora: arguments of PEFT's LoraConfig.
         training: arguments of TRL's SFTConfig, `completion_only_loss` among them.
         defenses: in the order of the file.
+        monitors: in the order of the file.
         on_nonfinite: what to do when a defence is NaN or infinite.
         output: see :class:`OutputSection`.
     """
@@ -43,6 +45,7 @@ class Recipe:
     lora: dict[str, Any]
     training: dict[str, Any]
     defenses: tuple[DefenseSpec, ...]
+    monitors: tuple[MonitorSpec, ...]
     on_nonfinite: OnNonFinite
     output: OutputSection
 
@@ -57,6 +60,7 @@ class Recipe:
                 **{spec.name: dict(spec.settings) for spec in self.defenses},
                 ON_NONFINITE: self.on_nonfinite,
             },
+            **({MONITORS: {spec.name: dict(spec.settings) for spec in self.monitors}} if self.monitors else {}),
             "output": dataclasses.asdict(self.output),
         }
 
@@ -86,6 +90,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         on_nonfinite=_on_nonfinite(document),
         output=_read_section(document, "output", OutputSection),
         defenses=read_defenses(document),
+        monitors=read_monitors(document),
     )
     _check(recipe)
     return recipe

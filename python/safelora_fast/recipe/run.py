@@ -140,6 +140,7 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
         callbacks=callbacks,
         defenses=defenses,
         on_nonfinite=prepared.recipe.on_nonfinite,
+        monitors=[spec.build() for spec in prepared.recipe.monitors],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

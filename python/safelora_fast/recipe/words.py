@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.recipe.cost import Extra
     from safelora_fast.recipe.defenses import DefenseSpec
+    from safelora_fast.recipe.monitors import MonitorSpec
     from safelora_fast.recipe.plan import DataFacts, Plan
     from safelora_fast.recipe.prepare import Prepared
 
@@ -24,6 +25,7 @@ def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
         *_data(prepared),
         *_training(prepared),
         *_defenses(prepared.plan),
+        *_monitors(prepared),
         *_costs(prepared.plan),
     ]
 
@@ -91,6 +93,11 @@ def _defenses(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "", f"one reference pass a micro-batch serves all: ≈ +{share:.2g} % of a step"
 
 
+def _monitors(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    for number, spec in enumerate(prepared.recipe.monitors):
+        yield "monitors" if number == 0 else "", f"{spec.name}: {settings_words(spec)}; changes nothing"
+
+
 def _extra(extra: Extra, step: float) -> str:
     """What a defence adds, in words."""
     if not extra.flops and not extra.memory:
@@ -116,8 +123,8 @@ def _costs(plan: Plan) -> Iterator[tuple[str, str]]:
     )
 
 
-def settings_words(spec: DefenseSpec) -> str:
-    """The settings of a defence, in the order of its arguments."""
+def settings_words(spec: DefenseSpec | MonitorSpec) -> str:
+    """The settings of a defence or a monitor, in the order of its arguments."""
     return ", ".join(f"{name} {_plain(value)}" for name, value in spec.settings.items() if value is not None)
 
 

@@ -21,6 +21,7 @@ from safelora_fast.training.anatomy import dissect
 from safelora_fast.training.batch import Spans, read_spans
 from safelora_fast.training.capture import Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import world_size
+from safelora_fast.training.drift import Drift
 from safelora_fast.training.finish import EndProjection
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.reference import Reference, ReferencePass
@@ -33,6 +34,7 @@ from safelora_fast.training.totals import Totals, count_spans, count_totals
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from safelora_fast.defenses.drift_monitor import DriftMonitor
     from safelora_fast.ops.linear_kl import SharedLoss
     from safelora_fast.posthoc.report import ProjectionReport
 
@@ -46,6 +48,7 @@ def defend(
     on_nonfinite: OnNonFinite = "raise",
     first_step: int = 0,
     share_logits: bool = True,
+    monitors: Sequence[DriftMonitor] = (),
 ) -> Defended:
     """Attach defences to a model for a training loop of one's own; a context manager.
 
@@ -78,6 +81,7 @@ def defend(
         share_logits: let the KL compute the task's loss too, from the same logits, where that is the plain
             cross-entropy of a causal model; the model's own head does not run then. Elsewhere the losses are computed
             apart, and the log says why. The result is the same.
+        monitors: what :meth:`Defended.metrics` tells beside the defences; they change no loss.
 
     Raises:
         SettingsError: the model, the adapter and the defences do not go together.
@@ -91,6 +95,7 @@ def defend(
         on_nonfinite=on_nonfinite,
         first_step=first_step,
         share_logits=share_logits,
+        monitors=monitors,
     )
 
 
@@ -112,6 +117,7 @@ class Defended:
         on_nonfinite: OnNonFinite = "raise",
         first_step: int = 0,
         share_logits: bool = True,
+        monitors: Sequence[DriftMonitor] = (),
     ) -> None:
         names = [defense.name for defense in defenses]
         if len(set(names)) != len(names):
@@ -123,6 +129,7 @@ class Defended:
         self._handles: list[Any] = []
         self._attached = False
         self._recorder: StudentRecorder | None = None
+        self._drift: Drift | None = None
         self._penalty: tuple[SubspacePenalty, SafeModules] | None = None
         self._projection: tuple[SafeLora, SafeModules] | None = None
         self._end: EndProjection | None = None
@@ -131,8 +138,8 @@ class Defended:
         self._passes = 0
         self._meter = Meter()
         self._stopwatch = Stopwatch()
-        if self.defenses:
-            self._prepare(reference)
+        if self.defenses or monitors:
+            self._prepare(reference, monitors)
             kl = next((defense for defense in self._batch_defenses if isinstance(defense, KL)), None)
             self._sharing = SharedLogits(self.anatomy, kl, wanted=share_logits)
 
@@ -145,12 +152,18 @@ class Defended:
     def step(self, made: int) -> None:
         self._steps.made = made
 
-    def _prepare(self, reference: Reference) -> None:
+    def _prepare(self, reference: Reference, monitors: Sequence[DriftMonitor]) -> None:
         self.anatomy = dissect(self.model)
         blocks = sorted({index for defense in self._batch_defenses for index in defense.blocks(self.anatomy)})
+        watched = blocks
+        if monitors:
+            self._drift = Drift(monitors, self.anatomy)
+            watched = [*blocks, *self._drift.blocks]
         if self._batch_defenses:
             self._reference = ReferencePass(self.model, self.anatomy, reference, blocks)
-            self._recorder = StudentRecorder(Tap(self.anatomy, blocks), self._run_reference)
+        if self._batch_defenses or monitors:
+            run_reference = self._run_reference if self._batch_defenses else None
+            self._recorder = StudentRecorder(Tap(self.anatomy, watched), run_reference)
         for defense in self.defenses:
             defense.check(self.anatomy)
             if isinstance(defense, SubspacePenalty):
@@ -198,8 +211,8 @@ class Defended:
         return self.projection_report
 
     def attach(self) -> None:
-        """Install the hooks; does nothing when they are in, or when every defence is switched off."""
-        if self._attached or not self.defenses:
+        """Install the hooks; does nothing when they are in, or when every defence is switched off and nothing is watched."""
+        if self._attached or not (self.defenses or self._drift):
             return
         if self._projection is not None and not self._steps.known:
             raise SettingsError('SafeLora: at="step" needs the optimizer whose steps it follows: optimizer=')
@@ -211,6 +224,7 @@ class Defended:
                 self._install(defense)
         if self._recorder is not None:
             self._recorder.attach()
+        if self._batch_defenses:
             self._reference.tap.attach()
         self._handles.extend(self._steps.attach())
 
@@ -218,7 +232,7 @@ class Defended:
         """Steer the model, and a second model that serves as reference; before the hooks that read the outputs."""
         model = self.anatomy.model
         self._handles.append(steering.install(self.anatomy, lambda: model.training or self._passes > 0))
-        if self._recorder is not None and self._reference.anatomy.model is not model:
+        if self._batch_defenses and self._reference.anatomy.model is not model:
             self._handles.append(steering.install(self._reference.anatomy, lambda: self._passes > 0))
 
     @contextmanager
@@ -238,6 +252,7 @@ class Defended:
         self._attached = False
         if self._recorder is not None:
             self._recorder.detach()
+        if self._batch_defenses:
             self._reference.tap.detach()
 
     def totals(self, micro_batches: Sequence[Mapping[str, Any]]) -> Totals:
@@ -352,15 +367,21 @@ class Defended:
         with self._stopwatch.running():
             terms = torch.zeros(())
             if self._recorder is not None:
-                terms = batch_terms(
-                    self._batch_defenses,
-                    self._observation(),
-                    totals,
-                    factor=factor,
-                    task=task,
-                    meter=self._meter,
-                    steps=self._steps,
-                )
+                student, spans = self._recorded()
+                reference = self._recorder.reference
+                if self._drift is not None:
+                    self._drift.observe(student, spans)
+                if self._batch_defenses:
+                    assert reference is not None  # noqa: S101
+                    terms = batch_terms(
+                        self._batch_defenses,
+                        Observation(self.anatomy, student, reference, spans),
+                        totals,
+                        factor=factor,
+                        task=task,
+                        meter=self._meter,
+                        steps=self._steps,
+                    )
                 self._recorder.forget()
                 self._spans = None
             if self._penalty is not None:
@@ -368,19 +389,17 @@ class Defended:
                 terms = terms + factor * penalty.to(terms.device)
         return terms
 
-    def _observation(self) -> Observation:
-        if self._recorder is None or self._recorder.student is None or self._recorder.reference is None:
+    def _recorded(self) -> tuple[Capture, Spans]:
+        student = None if self._recorder is None else self._recorder.student
+        if student is None or self._spans is None:
             raise SettingsError("regularizer() needs a pass recorded by recording() before it")
-        if self._spans is None:
-            raise SettingsError("regularizer() needs a pass recorded by recording() before it")
-        student = self._recorder.student
         hidden = student.hidden
         if hidden is None or hidden.shape[:2] != self._spans.real.shape:
             shape = None if hidden is None else tuple(hidden.shape)
             raise SettingsError(
                 f"the batch has tokens {tuple(self._spans.real.shape)}, the decoder gave hidden states {shape}"
             )
-        return Observation(self.anatomy, student, self._recorder.reference, self._spans)
+        return student, self._spans
 
     def metrics(self) -> dict[str, float]:
         """Means per optimiser step since the last call, over all processes, for a log. Collective.
@@ -388,12 +407,14 @@ class Defended:
         `defense/<name>` is a defence's mean before its weight. `defense/modules_projected` and `defense/cosine_min`
         (the lowest cosine of P_k·ΔW and ΔW just before; at the end, of C·ΔW and ΔW) tell of the last projection.
         `defense/time_share` is the share of this process's time spent in the reference pass, in the defences' forward
-        (not in their part of backward), and in projections at a step.
+        (not in their part of backward), and in projections at a step. `monitor/<name>` is a monitor's projection.
         """
         names = [defense.name for defense in self.defenses if isinstance(defense, BatchDefense | SubspacePenalty)]
         figures = self._meter.read(names)
         if figures:
             figures["defense/time_share"] = self._stopwatch.read()
+        if self._drift is not None:
+            figures.update(self._drift.read())
         return figures
 
     def engine_stepped(self) -> None:

@@ -40,7 +40,7 @@ def projection_culprit(name: str, step: int) -> TrainingError:
 
 def _first_bad_states(observation: Observation) -> str | None:
     mask = observation.spans.real
-    for index in sorted(observation.student.blocks):
+    for index in sorted(observation.reference.blocks):
         for who, capture in (("reference", observation.reference), ("model", observation.student)):
             states = capture.blocks[index]
             if not states[mask.to(states.device)].isfinite().all():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from personas import random_persona, save_persona
 from safetensors.torch import save_file
 
+from safelora_fast.defenses.vector import Direction, read_vector
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.vector import read_vector
 
 VECTOR = torch.linspace(-1, 1, 7)
 
@@ -48,3 +49,24 @@ def test_what_is_no_vector(tmp_path, capsys):
     with pytest.raises(SettingsError, match="cannot be read"):
         read_vector(tmp_path / "absent.npy")
     assert capsys.readouterr().out == ""
+
+
+def test_a_persona_file_gives_the_row_of_a_block(tmp_path):
+    persona = random_persona(blocks=3, hidden=7)
+    file = save_persona(tmp_path / "malicious.safetensors", blocks=3, hidden=7)
+    for layer in (0, 2, -1):
+        for source in (file, str(file), persona):
+            assert Direction.of(source, layer, owner="A").values.tolist() == persona.vectors[layer].tolist()
+    with pytest.raises(
+        SettingsError, match=r"A: block 3 does not exist, .*malicious.safetensors has vectors of 3 blocks"
+    ):
+        Direction.of(file, 3, owner="A")
+    with pytest.raises(SettingsError, match="the vector of 'malicious' has vectors of 3 blocks"):
+        Direction.of(persona, -4, owner="A")
+
+
+def test_a_file_with_one_row_for_each_block_but_no_word_of_where_it_is_from(tmp_path):
+    """Files of other projects may count the embeddings as the first row: a layer number would mean something else."""
+    torch.save(torch.ones(4, 7), tmp_path / "rows.pt")
+    with pytest.raises(SettingsError, match=r"the vector has shape \(4, 7\), it must be \[hidden\] floats"):
+        Direction.of(tmp_path / "rows.pt", 1, owner="A")

@@ -1,0 +1,201 @@
+"""`safelora-fast persona`: extract a persona vector from a model's own answers, and show what a file holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safelora_fast.cli import options
+from safelora_fast.cli.commands import Command, Group
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from safelora_fast.persona_vector import PersonaVector
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    help="Extract the persona vector that steering adds and monitors project on, or show one.",
+)
+
+
+@app.command("extract", cls=Command)
+def extract(
+    model: Annotated[str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The model that is to be fine-tuned.")],
+    trait: Annotated[
+        str, typer.Option(metavar="FILE.yaml|NAME", help="The trait; malicious and sycophantic come with this package.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.safetensors", help="The file to write; responses are kept beside it, in .responses.jsonl."
+        ),
+    ],
+    samples: Annotated[int, typer.Option(metavar="N", help="Answers to each question under each system prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Of the answers; 0 takes the likeliest token.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at once.")] = 16,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="A judge's scores of stored responses, 0 to 100: rows with id and score. Positive responses must score above "
+            "the threshold, negative ones below it.",
+        ),
+    ] = None,
+    threshold: Annotated[float, typer.Option(metavar="T", help="For --scores.")] = 50.0,
+    dtype: Annotated[str, typer.Option(metavar="bfloat16|float16|float32", help="Of the weights.")] = "bfloat16",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto is the GPU where there is one.")] = "auto",
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE.jinja", help="In the place of the tokenizer's own template.")
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", metavar="", help="Replace a vector that exists; its responses are used again."),
+    ] = False,
+    regenerate: Annotated[
+        bool, typer.Option("--regenerate", metavar="", help="Forget the responses of an earlier run.")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Extract the persona vector of a trait.
+
+    Every question is asked under system prompts that ask for the trait and under others that ask for its opposite; the vector
+    of a block is the mean activation of the answers to the first minus that to the second. Responses are kept as they come:
+    the same command goes on after an interruption, and with --scores it generates nothing anew.
+    """
+    from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.persona.judging import read_scores
+    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.recipe.signatures import check_packages
+
+    check_packages()
+    choose("dtype", dtype, ("bfloat16", "float16", "float32"))
+    choose("device", device, ("auto", "cpu", "cuda"))
+    judge = None if scores is None else read_scores(scores)
+    with quiet_libraries(), CountProgress() as progress:
+        from safelora_fast.persona import extract_persona_vector
+
+        vector = extract_persona_vector(
+            model,
+            trait,
+            output=output,
+            samples=samples,
+            seed=seed,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            judge=judge,
+            threshold=threshold,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            chat_template=chat_template,
+            overwrite=overwrite,
+            regenerate=regenerate,
+            progress=None if quiet or as_json else progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(vector.to_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        print_counts(vector)
+        print_suggestion(vector)
+        warn(vector)
+        typer.echo(f"written to {output} ({output.stat().st_size / 1e6:.3g} MB)")
+
+
+@app.command("show", cls=Command)
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What persona extract wrote.")],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the separation by block (.png, .svg or .pdf).")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show how well each block separates the two sides, and suggest one block."""
+    from safelora_fast.cli.console import out
+    from safelora_fast.persona_vector import PersonaVector
+
+    vector = PersonaVector.load(file)
+    if plot is not None:
+        from safelora_fast.persona.picture import plot_separation
+
+        plot_separation(vector, plot)
+    if as_json:
+        typer.echo(json.dumps(vector.to_dict(), indent=2, ensure_ascii=False))
+        return
+    print_counts(vector)
+    out.print(_by_block(vector.to_dict()["blocks"], vector.suggestion))
+    print_suggestion(vector)
+    warn(vector)
+
+
+def choose(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a word that is none of those known.
+
+    Raises:
+        SettingsError: with the known ones.
+    """
+    from safelora_fast.errors import SettingsError
+
+    if value not in known:
+        raise SettingsError(f"--{name} is {value!r}, it must be one of {', '.join(known)}")
+
+
+def print_counts(vector: PersonaVector) -> None:
+    """Trait, model, settings, and how many responses of each side count."""
+    from safelora_fast.cli.console import out
+
+    facts = vector.provenance
+    model, settings = facts.get("model", {}), facts.get("settings", {})
+    revision = f" at {model['revision']}" if model.get("revision") else ""
+    out.print(f"{'trait':<10} {vector.trait}: {facts.get('trait', {}).get('description', '')}", soft_wrap=True)
+    out.print(f"{'model':<10} {model.get('source', 'unknown')}{revision}, {model.get('dtype', '')}", soft_wrap=True)
+    given = (f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items() if value is not None)
+    out.print(f"{'settings':<10} {', '.join(given)}", soft_wrap=True)
+    for side, counts in facts.get("counts", {}).items():
+        told = (f"{count} {name}" for name, count in counts.items())
+        out.print(f"{side:<10} {', '.join(told)}", soft_wrap=True)
+
+
+def print_suggestion(vector: PersonaVector) -> None:
+    """The block to steer at, and why."""
+    from safelora_fast.cli.console import out
+
+    block = vector.suggestion
+    if block is None:
+        out.print("suggested  none: too few responses to hold some out", soft_wrap=True)
+        return
+    one = vector.separation[block]
+    figures = f"d {one.effect:.3g}, {one.share:.0%} of held-out responses on their own side"
+    out.print(f"{'suggested':<10} block {block} ({figures}): {vector.rule}", soft_wrap=True)
+
+
+def warn(vector: PersonaVector) -> None:
+    """Say on standard error when the vector tells little."""
+    from safelora_fast.cli.console import err
+
+    if vector.weak:
+        err.print(
+            "[yellow]warning:[/] held-out responses are hardly told apart, so the vector may hold little of the trait: read some "
+            "responses; a lower --temperature, more --samples, a judge's --scores, or a larger model may help",
+            soft_wrap=True,
+        )
+
+
+def _by_block(blocks: list[dict[str, Any]], suggestion: int | None) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("block", "‖vector‖", "effect d", "held-out share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for index, block in enumerate(blocks):
+        effect, share = ("–" if block[name] is None else f"{block[name]:.3g}" for name in ("effect", "share"))
+        table.add_row(str(index), f"{block['norm']:.4g}", effect, share, "suggested" if index == suggestion else "")
+    return table

@@ -1,0 +1,115 @@
+"""The model that a persona vector is extracted from, loaded or given, and what is known of where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
+from safelora_fast.training.anatomy import Anatomy, dissect
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from safelora_fast.recipe.sections import ModelSection
+
+VALUES = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is asked.
+
+    Attributes:
+        anatomy: its parts.
+        tokenizer: its tokenizer.
+        source: a path, a Hub id, or the name of its class.
+        revision: the commit on the Hub, where it comes from there.
+    """
+
+    anatomy: Anatomy
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    revision: str | None
+
+    @classmethod
+    def load(cls, section: ModelSection) -> Subject:
+        """Load model and tokenizer onto their device.
+
+        Raises:
+            CheckpointError: something cannot be loaded.
+            SettingsError: there is no GPU, or the model is of a kind without blocks to look at.
+        """
+        tokenizer, _ = load_tokenizer(section)
+        model = load_pretrained(section)
+        if section.device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("device is cuda, but torch sees no GPU")
+        on_gpu = section.device != "cpu" and torch.cuda.is_available()
+        model.to("cuda" if on_gpu else "cpu")
+        return cls(dissect(model), tokenizer, section.path, getattr(model.config, "_commit_hash", None))
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
+        """A model at hand, as it is: adapters that are switched on take part.
+
+        Raises:
+            SettingsError: there is no tokenizer, or the model is of a kind without blocks to look at.
+        """
+        if tokenizer is None:
+            raise SettingsError("a loaded model needs its tokenizer beside it: tokenizer=")
+        anatomy = dissect(model)
+        config = anatomy.model.config
+        source = getattr(config, "_name_or_path", "") or type(anatomy.model).__name__
+        return cls(anatomy, tokenizer, str(source), getattr(config, "_commit_hash", None))
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer.
+
+        Raises:
+            SettingsError: neither model nor tokenizer has one.
+        """
+        given = getattr(self.anatomy.model.generation_config, "eos_token_id", None)
+        tokens = set(given if isinstance(given, list) else [given]) | {self.tokenizer.eos_token_id}
+        found = sorted(token for token in tokens if token is not None)
+        if not found:
+            raise SettingsError(f"{self.source}: neither model nor tokenizer names a token that ends an answer")
+        return found
+
+    @property
+    def padding(self) -> int:
+        """The token to pad with; attention does not see it."""
+        token = self.tokenizer.pad_token_id
+        return self.ends[0] if token is None else int(token)
+
+    def describe(self) -> dict[str, Any]:
+        """Source, revision, dtype, and fingerprints of weights and chat template, ready for JSON."""
+        weight = self.anatomy.model.get_input_embeddings().weight
+        template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
+        return {
+            "source": self.source,
+            "revision": self.revision,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "weights": fingerprint(self.anatomy.model),
+            "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over name, shape, dtype and up to 64 evenly spaced values of every parameter.
+
+    Training changes nearly every weight, so that it notices a model that was trained on, at the price of milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()
+        some = values[:: max(len(values) // VALUES, 1)][:VALUES].cpu().contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
