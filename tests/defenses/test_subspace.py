@@ -143,9 +143,10 @@ def broken_model(name):
 def test_a_penalty_that_is_not_finite_names_the_module():
     name = "model.layers.1.mlp.up_proj"
     model, _ = broken_model(name)
+    subspace = random_subspace(model)
     message = rf"subspace_penalty is not finite at optimiser step 6: module {name}"
     with (
-        defend(model, [SubspacePenalty(random_subspace(model))], first_step=5) as defended,
+        defend(model, [SubspacePenalty(subspace)], optimizer=sgd(model), first_step=5) as defended,
         pytest.raises(TrainingError, match=message),
     ):
         defended.loss(collate(rows([7, 3])))

@@ -71,6 +71,22 @@ def test_fsdp_projects_uneven_rows_where_they_are(mesh, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("share_logits", [True, False], ids=["shared logits", "apart"])
+def test_fsdp_where_one_process_has_nothing_to_learn(share_logits, tmp_path):
+    """It gathers the sharded head for the other one all the same."""
+    spec = {
+        "batch": 2,
+        "defences": {"kl": 30.0, "kl_tokens": "completion", "safelora": 1},
+        "share_logits": share_logits,
+        "silent_rows": [1, 5, 7],  # the second process has the odd rows, two in a batch
+    }
+    whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
+    weights, figures = run_two_processes({**spec, "kind": "fsdp", "reshard": True}, tmp_path)
+    assert furthest(weights, whole[0]) < 1e-5
+    assert figures["defense/kl"] == pytest.approx(whole[1]["defense/kl"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_defence_that_is_not_finite_on_one_process_makes_both_skip_the_step(tmp_path):
     spec = {"kind": "loop", "batch": 2, "on_nonfinite": "skip", "broken_rank": 1, "defences": {"kl": 30.0}}
     weights, _ = run_two_processes(spec, tmp_path)

@@ -98,7 +98,7 @@ def test_a_loss_that_bypasses_the_defences_is_refused(tmp_path):
         run_transformers(SPEC, tmp_path, trainer_class=BypassingTrainer, defenses=strong())
 
 
-def test_label_smoothing_and_models_without_loss_arguments_are_scaled_alike(tmp_path):
+def test_models_without_loss_arguments_are_scaled_alike(tmp_path):
     """Where the Trainer itself divides by the accumulation steps, the defence must not shrink with them."""
 
     class Divided(DefendedTrainer):

@@ -25,7 +25,7 @@ def defences(weights, model):
     """
     made = []
     if "kl" in weights:
-        made.append(KL(weights["kl"]))
+        made.append(KL(weights["kl"], tokens=weights.get("kl_tokens", "all")))
     if "feature_distance" in weights:
         made.append(FeatureDistance(weights["feature_distance"], layers=2, tokens="completion"))
     if "subspace_penalty" in weights:
@@ -37,6 +37,14 @@ def defences(weights, model):
         subspace = SafeSubspace.from_sources(aligned=given["aligned"], base=given["base"])
         made.append(SafeLora(subspace, at="end", **given.get("options", {})))
     return made
+
+
+def silenced(examples, spec):
+    """The rows, those that a spec calls silent without labels."""
+    silent = set(spec.get("silent_rows", []))
+    return [
+        {**row, "labels": [-100] * len(row["labels"])} if index in silent else row for index, row in enumerate(examples)
+    ]
 
 
 def settings(spec):
@@ -142,7 +150,7 @@ def run_loop(spec, output):  # noqa: ARG001
     model = tiny_peft_model(**spec.get("model", {}))
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     optimizer = sgd(model)
-    examples = rows(spec.get("lengths", LENGTHS))[rank::world]
+    examples = silenced(rows(spec.get("lengths", LENGTHS)), spec)[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
     if rank == spec.get("broken_rank"):
@@ -214,10 +222,10 @@ def run_fsdp(spec, output):  # noqa: ARG001
     model = tiny_peft_model(**spec.get("model", {}))
     for block in model.get_base_model().model.layers:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=spec.get("reshard"))
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = sgd(model)
-    examples = rows(spec.get("lengths", LENGTHS))[rank::world]
+    examples = silenced(rows(spec.get("lengths", LENGTHS)), spec)[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
     with defend(model, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:

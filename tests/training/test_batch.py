@@ -79,3 +79,9 @@ def test_refusals():
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
     with pytest.raises(SettingsError, match="needs labels"):
         read_spans(unlabelled).mask("completion", owner="KL")
+
+
+def test_numbers_of_documents_may_be_anything():
+    batch = {"input_ids": torch.ones(4, 4, dtype=torch.long), "seq_idx": torch.tensor([[5, 5, 6, 6], [0, 0, 1, 1]] * 2)}
+    spans = read_spans(batch)
+    assert spans.sequences(spans.real) == 8

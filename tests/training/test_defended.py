@@ -8,6 +8,7 @@ import pytest
 import torch
 from plain_defences import feature_distance_sum, forward, kl_sum, reference_forward
 from tiny_models import adapter_weights, collate, furthest, pack, rows, tiny_model, tiny_peft_model
+from train_runs import sgd
 
 from safelora_fast.defenses import KL, FeatureDistance
 from safelora_fast.errors import SettingsError, TrainingError
@@ -198,30 +199,32 @@ def unusual_model():
 
 
 @pytest.mark.parametrize("reference", ["base", "frozen"])
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [None, "reference", "student"])
 def test_model_is_left_as_found(reference, fails):
+    """Also where the second micro-batch fails, in the reference's pass or the student's."""
     model = unusual_model()
     if reference == "frozen":
         model.add_adapter("frozen", model.peft_config["default"])
     before = state_of(model)
     block = model.get_base_model().model.layers[2]
-    calls = []
+    broken = []
 
     def fail(*_):
-        calls.append(1)
-        if fails and len(calls) == 1:
+        if broken and fails and torch.is_grad_enabled() == (fails == "student"):
             raise RuntimeError("broken block")
 
     handle = block.register_forward_pre_hook(fail)
-    torch.manual_seed(11)
-    random_state = torch.get_rng_state()
     expectation = pytest.raises(RuntimeError, match="broken block") if fails else nullcontext()
     with expectation, defend(model, defences(), reference=reference, share_logits=not fails) as defended:
         defended.loss(collate(rows(LENGTHS))).backward()
-    if fails:
+        broken.append(True)
+        torch.manual_seed(11)
+        random_state = torch.get_rng_state()
+        defended.loss(collate(rows(LENGTHS))).backward()
+    if fails == "reference":
         assert torch.equal(torch.get_rng_state(), random_state)
     handle.remove()
-    assert calls
+    model.zero_grad()
     assert state_of(model) == before
 
 
@@ -245,6 +248,13 @@ def test_named_adapter_and_second_model_as_reference():
         assert defended.loss(batch).item() == pytest.approx(copy(**batch).loss.item(), abs=1e-6)
 
 
+def with_head_of(model):
+    """A model with other blocks and the same head."""
+    other = tiny_model(seed=0)
+    other.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
+    return other
+
+
 def test_full_fine_tuning_against_a_second_model():
     batch = collate(rows(LENGTHS))
     model = tiny_model(seed=4)
@@ -252,7 +262,9 @@ def test_full_fine_tuning_against_a_second_model():
         parameter.requires_grad_(False)
     with pytest.raises(SettingsError, match="no adapter to disable"):
         defend(model, [KL(1.0)])
-    with defend(model, [KL(1.0), FeatureDistance(1.0, layers=2)], reference=tiny_model(seed=0)) as defended:
+    with pytest.raises(SettingsError, match="output head of the model given as reference is not that of the model"):
+        defend(model, [KL(1.0)], reference=tiny_model(seed=0))
+    with defend(model, [KL(1.0), FeatureDistance(1.0, layers=2)], reference=with_head_of(model)) as defended:
         defended.loss(batch).backward()
         assert defended.metrics()["defense/kl"] > 0
 
@@ -278,7 +290,7 @@ def test_only_the_gradients_of_training_passes_are_recorded():
 def test_not_finite_names_defence_layer_and_step():
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
-    with defend(model, defences(), first_step=6) as defended:
+    with defend(model, defences(), optimizer=sgd(model), first_step=6) as defended:
         defended.loss(batch)
         parameter = dict(model.named_parameters())[
             "base_model.model.model.layers.2.self_attn.o_proj.lora_B.default.weight"
@@ -286,6 +298,47 @@ def test_not_finite_names_defence_layer_and_step():
         parameter.data[3, 1] = float("nan")
         with pytest.raises(TrainingError, match=r"(feature_distance|kl) .*step 7.*layer 2 of the model"):
             defended.loss(batch)
+
+
+def test_steps_that_nobody_counts_are_not_named():
+    model = tiny_peft_model()
+    next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(float("nan"))
+    with (
+        defend(model, defences()) as defended,
+        pytest.raises(TrainingError, match=r"defence \w+ is not finite: layer 0 of the model"),
+    ):
+        defended.loss(collate(rows(LENGTHS)))
+
+
+def test_a_step_that_a_scaler_leaves_out_takes_no_other_with_it():
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu")
+    left = next(parameter for name, parameter in model.named_parameters() if "lora_B" in name)
+    with defend(model, defences(), optimizer=optimizer, on_nonfinite="skip") as defended:
+        moved = []
+        for factor in (float("inf"), 1.0, 1.0):
+            before, hook = left.detach().clone(), None
+            if factor != 1.0:
+                hook = model.get_base_model().model.layers[1].register_forward_hook(lambda _m, _a, out: out * factor)  # noqa: B023
+            scaler.scale(defended.loss(batch)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if hook is not None:
+                hook.remove()
+            moved.append((left - before).abs().max().item() > 0)
+    assert moved == [False, True, True]
+
+
+def test_losses_outside_the_context_are_refused():
+    model = tiny_peft_model()
+    batch = collate(rows(LENGTHS))
+    with defend(model, defences()) as defended:
+        pass
+    with pytest.raises(SettingsError, match="not attached"):
+        defended.loss(batch)
 
 
 def test_a_step_that_is_not_finite_can_be_skipped():

@@ -114,6 +114,19 @@ def test_optimizers_that_do_not_fit():
         defend(model, [KL(1.0)], on_nonfinite="skip").attach()
 
 
+def test_a_named_reference_that_is_trained_too():
+    model = tiny_peft_model()
+    model.add_adapter("frozen", model.peft_config["default"])
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(SettingsError, match=r"model\.norm\.weight is trained .* the reference, which shares it"):
+        defend(model, [FeatureDistance(1.0, layers=1)], reference="frozen")
+    model.get_base_model().model.norm.weight.requires_grad_(False)
+    defend(model, [FeatureDistance(1.0, layers=1)], reference="frozen")
+    model.peft_config["default"].bias = "all"
+    with pytest.raises(SettingsError, match='trains biases \\(bias="all"\\)'):
+        defend(model, [FeatureDistance(1.0, layers=1)], reference="frozen")
+
+
 def test_reference_names():
     model = tiny_peft_model()
     with pytest.raises(SettingsError, match="'other' does not exist; the model has default"):

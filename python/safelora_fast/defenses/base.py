@@ -58,8 +58,10 @@ class BatchDefense(Defense):
     """
 
     def __init__(self, weight: float) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise SettingsError(f"{type(self).__name__}: weight is {weight}, it must be finite and not negative")
+        if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
+            raise SettingsError(
+                f"{type(self).__name__}: weight is {weight!r}, it must be a number, finite and not negative"
+            )
         self.weight = float(weight)
 
     @property

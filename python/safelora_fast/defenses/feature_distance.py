@@ -52,7 +52,7 @@ class FeatureDistance(BatchDefense):
         if isinstance(layers, str):
             _every(layers)
         elif isinstance(layers, int):
-            if layers < 1:
+            if layers < 1 or isinstance(layers, bool):
                 raise SettingsError(f"FeatureDistance: layers is {layers}, it must be at least 1")
         elif not layers or len(set(layers)) != len(layers):
             raise SettingsError("FeatureDistance: layers must name at least one block, and none twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safelora_fast.defenses.base import BatchDefense, Observation
@@ -45,8 +46,8 @@ class KL(BatchDefense):
             raise SettingsError(f'KL: direction is {direction!r}, it must be "reverse" or "forward"')
         if tokens not in {"all", "completion"}:
             raise SettingsError(f'KL: tokens is {tokens!r}, it must be "all" or "completion"')
-        if not temperature > 0:
-            raise SettingsError(f"KL: temperature is {temperature}, it must be positive")
+        if not 0 < temperature < math.inf:
+            raise SettingsError(f"KL: temperature is {temperature}, it must be positive and finite")
         self.direction = direction
         self.tokens: Tokens = tokens
         self.temperature = float(temperature)

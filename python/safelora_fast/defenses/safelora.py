@@ -108,8 +108,8 @@ class SafeLora(Defense):
                 f'SafeLora: {", ".join(of_the_end)} belongs to at="end"; at="step" projects every module onto the '
                 "subspace as it was built"
             )
-        if self.every < 1:
-            raise SettingsError(f"SafeLora: every is {self.every}, it must be at least 1")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise SettingsError(f"SafeLora: every is {self.every}, it must be a whole number, at least 1")
 
     def __repr__(self) -> str:
         if self.settings is None:

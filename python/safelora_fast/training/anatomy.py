@@ -54,7 +54,7 @@ class Anatomy:
         module = self.model.get_output_embeddings()
         if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
             raise SettingsError(f"KL: {type(self.model).__name__} has no linear output head")
-        return Head(module, logit_scale(self.config), getattr(self.config, "final_logit_softcapping", None))
+        return Head(module, logit_scale(self.config), logit_softcap(self.config))
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,19 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
     return parameter if full_tensor is None else full_tensor()
 
 
+def logit_softcap(config: Any) -> float | None:
+    """Where a model of this configuration bends its logits (Gemma 2, RecurrentGemma, xLSTM); None where it does not."""
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    return None
+
+
 def logit_scale(config: Any) -> float:
     """The factor that a model of this configuration applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
+    if config.model_type == "mpt":  # which knows the key, and ignores it
+        return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:

@@ -51,8 +51,8 @@ class Spans:
         """Number of sequences (documents, in packed rows) with at least one token in `mask`."""
         if self.segments is None:
             return int(mask.any(dim=1).sum())
-        rows = torch.arange(mask.shape[0], device=mask.device)[:, None] * (mask.shape[1] + 1)
-        return int((rows + self.segments)[mask].unique().numel())
+        rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)
+        return len(torch.stack([rows[mask], self.segments[mask]]).unique(dim=1).T)
 
 
 def read_spans(batch: Mapping[str, Any]) -> Spans:

@@ -23,6 +23,7 @@ from safelora_fast.training.capture import Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import world_size
 from safelora_fast.training.drift import Drift
 from safelora_fast.training.finish import EndProjection
+from safelora_fast.training.head_check import check_logits, check_same_head
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.reference import Reference, ReferencePass
 from safelora_fast.training.safe_modules import SafeModules
@@ -135,6 +136,7 @@ class Defended:
         self._end: EndProjection | None = None
         self.projection_report: ProjectionReport | None = None
         self._spans: Spans | None = None
+        self._head_to_check = False
         self._passes = 0
         self._meter = Meter()
         self._stopwatch = Stopwatch()
@@ -142,6 +144,9 @@ class Defended:
             self._prepare(reference, monitors)
             kl = next((defense for defense in self._batch_defenses if isinstance(defense, KL)), None)
             self._sharing = SharedLogits(self.anatomy, kl, wanted=share_logits)
+            self._head_to_check = kl is not None
+            if kl is not None:
+                check_same_head(self.anatomy, self._reference.anatomy)
 
     @property
     def step(self) -> int:
@@ -334,7 +339,7 @@ class Defended:
         else:
             output = self.model(**batch)
             share = spans.labels / max(totals.labels, 1)
-        loss: torch.Tensor | None = output["loss"] if isinstance(output, Mapping) else output[0]
+        loss: torch.Tensor | None = output.get("loss") if isinstance(output, Mapping) else output[0]
         if loss is None or loss.dim() != 0:
             raise SettingsError("the model gives no loss: put labels into the batch, or use regularizer()")
         if share == 0:
@@ -343,7 +348,16 @@ class Defended:
 
     @contextmanager
     def recording(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Record the model's training pass on `batch` that happens inside, for :meth:`regularizer`."""
+        """Record the model's training pass on `batch` that happens inside, for :meth:`regularizer`.
+
+        Raises:
+            SettingsError: the defences are not attached, or the KL cannot make the logits of this model.
+        """
+        if not self._attached and (self.defenses or self._drift):
+            raise SettingsError("the defences are not attached to the model: use them inside `with defend(...)`")
+        if self._head_to_check:
+            self._head_to_check = False
+            check_logits(self.anatomy, batch)
         with self._training_pass():
             if self._recorder is None:
                 yield
@@ -364,30 +378,37 @@ class Defended:
 
     def _regularizer(self, totals: Totals, factor: float, task: SharedTask | None) -> torch.Tensor:
         self._meter.micro_batch(1.0 / totals.micro_batches)
+        self._steps.micro_batch(totals.micro_batches)
         with self._stopwatch.running():
             terms = torch.zeros(())
             if self._recorder is not None:
-                student, spans = self._recorded()
-                reference = self._recorder.reference
-                if self._drift is not None:
-                    self._drift.observe(student, spans)
-                if self._batch_defenses:
-                    assert reference is not None  # noqa: S101
-                    terms = batch_terms(
-                        self._batch_defenses,
-                        Observation(self.anatomy, student, reference, spans),
-                        totals,
-                        factor=factor,
-                        task=task,
-                        meter=self._meter,
-                        steps=self._steps,
-                    )
-                self._recorder.forget()
-                self._spans = None
+                try:
+                    terms = self._of_batch(totals, factor, task)
+                finally:
+                    self._recorder.forget()
+                    self._spans = None
             if self._penalty is not None:
                 penalty = penalty_term(*self._penalty, totals, meter=self._meter, steps=self._steps)
                 terms = terms + factor * penalty.to(terms.device)
         return terms
+
+    def _of_batch(self, totals: Totals, factor: float, task: SharedTask | None) -> torch.Tensor:
+        student, spans = self._recorded()
+        if self._drift is not None:
+            self._drift.observe(student, spans)
+        if not self._batch_defenses:
+            return torch.zeros(())
+        assert self._recorder is not None  # noqa: S101
+        assert self._recorder.reference is not None  # noqa: S101
+        return batch_terms(
+            self._batch_defenses,
+            Observation(self.anatomy, student, self._recorder.reference, spans),
+            totals,
+            factor=factor,
+            task=task,
+            meter=self._meter,
+            steps=self._steps,
+        )
 
     def _recorded(self) -> tuple[Capture, Spans]:
         student = None if self._recorder is None else self._recorder.student

@@ -60,5 +60,11 @@ def _running() -> bool:
 
 
 def _wire_device(device: torch.device) -> torch.device:
-    backend = str(distributed.get_backend())
-    return torch.device("cpu") if backend in {"gloo", "mpi"} else device
+    """Where the backend wants its tensors: the accelerators' backends send nothing that lies on the CPU."""
+    if str(distributed.get_backend()) in {"gloo", "mpi"}:
+        return torch.device("cpu")
+    if device.type == "cpu" and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None  # noqa: S101
+        return torch.device(kind.type, torch.accelerator.current_device_index())
+    return device

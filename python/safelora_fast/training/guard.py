@@ -12,20 +12,26 @@ if TYPE_CHECKING:
     from safelora_fast.defenses.base import BatchDefense, Observation
 
 
-def name_culprit(defense: BatchDefense, observation: Observation, step: int) -> TrainingError:
-    """The error for a defence that is not finite, naming the first hidden states that are not."""
+def name_culprit(defense: BatchDefense, observation: Observation, step: str) -> TrainingError:
+    """The error for a defence that is not finite, naming the first hidden states that are not.
+
+    Args:
+        defense: the defence.
+        observation: what it looked at.
+        step: the step in words, or nothing where steps are not counted.
+    """
     where = _first_bad_states(observation) or "all hidden states are finite, so it arose in the defence itself"
     return TrainingError(
-        f"defence {defense.name} is not finite at optimiser step {step + 1}: {where}; "
+        f"defence {defense.name} is not finite{step}: {where}; "
         'lower the learning rate or the weight, or set on_nonfinite="skip"'
     )
 
 
-def penalty_culprit(penalties: list[tuple[str, torch.Tensor]], step: int) -> TrainingError:
+def penalty_culprit(penalties: list[tuple[str, torch.Tensor]], step: str) -> TrainingError:
     """The error for a penalty on the weights that is not finite, naming the first module."""
     name = next(name for name, value in penalties if not value.isfinite())
     return TrainingError(
-        f"defence subspace_penalty is not finite at optimiser step {step + 1}: module {name}; "
+        f"defence subspace_penalty is not finite{step}: module {name}; "
         'lower the learning rate or the weight, or set on_nonfinite="skip"'
     )
 

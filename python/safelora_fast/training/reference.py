@@ -154,6 +154,11 @@ def check_base_reference(model: nn.Module) -> None:
         )
     for name, config in _adapter_configs(model).items():
         _check_config(name, config)
+    _check_trained(model, layers)
+
+
+def _check_trained(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
+    """Refuse a model whose weights outside its adapters change: they would change the reference too."""
     adapter_parameters = set()
     for name, layer in layers:
         if getattr(layer, "merged", False):
@@ -164,18 +169,28 @@ def check_base_reference(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in adapter_parameters:
             raise SettingsError(
-                f"{name} is trained and belongs to no adapter, so the model with its adapter disabled is not the model "
-                "before fine-tuning: freeze it, or give a frozen copy as reference="
+                f"{name} is trained and belongs to no adapter, so the reference, which shares it, would be trained too: "
+                "freeze it, or give a frozen copy of the model as reference="
             )
 
 
+def _check_bias(name: str, config: Any) -> None:
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise SettingsError(
+            f'adapter {name!r} trains biases (bias="{bias}"), which switching it off does not undo: use bias="none", '
+            "or give a second model as reference="
+        )
+
+
 def check_named_reference(model: nn.Module, name: str) -> None:
-    """Refuse an adapter name that does not exist or that is the one in training.
+    """Refuse an adapter name that does not exist or that is the one in training, and a model trained beside its adapters.
 
     Raises:
-        SettingsError: with the adapters that exist.
+        SettingsError: with the adapters that exist, or what is trained.
     """
-    layers = [layer for _, layer in adapter_layers(model)]
+    named = adapter_layers(model)
+    layers = [layer for _, layer in named]
     known = sorted({adapter for layer in layers for adapter in _adapter_names(layer)})
     if name not in known:
         raise SettingsError(f"reference adapter {name!r} does not exist; the model has {', '.join(known) or 'none'}")
@@ -184,6 +199,9 @@ def check_named_reference(model: nn.Module, name: str) -> None:
     for name_, parameter in model.named_parameters():
         if f".{name}." in name_ and parameter.requires_grad:
             raise SettingsError(f"reference adapter {name!r} is trained ({name_}): freeze it")
+    for adapter, config in _adapter_configs(model).items():
+        _check_bias(adapter, config)
+    _check_trained(model, named)
 
 
 def _check_second_model(anatomy: Anatomy, reference: nn.Module) -> Anatomy:
@@ -215,12 +233,7 @@ def _check_config(name: str, config: Any) -> None:
             "adapter disabled the model is not the original; use a plain initialisation, or give a frozen copy of the "
             "adapter as reference="
         )
-    bias = getattr(config, "bias", "none")
-    if bias != "none":
-        raise SettingsError(
-            f'adapter {name!r} trains biases (bias="{bias}"), which disabling it does not undo: use bias="none", '
-            "or give another reference="
-        )
+    _check_bias(name, config)
 
 
 def _adapter_names(layer: nn.Module) -> set[str]:

@@ -76,6 +76,8 @@ class SharedLogits:
         self.tell(reason)
 
     def _against_model(self, model: nn.Module, batch: Mapping[str, Any], kl: KL) -> str | None:
+        if not self._asked and batch.get("input_ids") is not None and batch["input_ids"].shape[1] < 2:
+            return "the first batch has rows of one token"
         if not self._asked:
             self._of_model = _against_class(self._anatomy) or self._against_answer(model, batch, kl)
             self._asked = True

@@ -53,11 +53,17 @@ class Steps:
         self._on_nonfinite = on_nonfinite
         self._afterwards = afterwards
         self._skip = False
+        self._micro_batches = 0  # of the window so far
 
     @property
     def known(self) -> bool:
         """Whether there is an optimiser to follow, with hooks or not."""
         return self._optimizer is not None
+
+    @property
+    def coming(self) -> str:
+        """The step that is coming, in words for a message; empty where steps are not counted."""
+        return f" at optimiser step {self.made + 1}" if self.known else ""
 
     @property
     def _hooked(self) -> torch.optim.Optimizer | None:
@@ -103,6 +109,15 @@ class Steps:
             raise error
         self._skip = True
 
+    def micro_batch(self, window: int) -> None:
+        """A micro-batch of a window of so many has come. The first of a new window forgets that a step was to be left out.
+
+        A scaler of gradients that finds an infinity leaves out a step by itself, and no hook hears of it.
+        """
+        if self._micro_batches >= window:
+            self._micro_batches, self._skip = 0, False
+        self._micro_batches += 1
+
     def engine_stepped(self) -> None:
         """An optimiser without hooks has made a step; does nothing where hooks have counted it."""
         if self._hooked is None:
@@ -117,6 +132,7 @@ class Steps:
                 for parameter in group["params"]:
                     parameter.grad = None
         self._skip = False
+        self._micro_batches = 0
 
     def _after(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         self._count()

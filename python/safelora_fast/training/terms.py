@@ -57,14 +57,14 @@ def batch_terms(
             kl, shared = defense, task.compute(defense, observation, weight / max(units, 1))
             means.append((defense, shared.kl / max(units, 1)))
             result = result + shared.loss
-        elif defense.units(observation.spans):
-            mean = defense.total(observation).to(device) / units
+        else:  # also without a unit: where the head is sharded, the others wait to gather it
+            mean = defense.total(observation).to(device) / max(units, 1)
             means.append((defense, mean.detach()))
             result = result + weight * mean
     finite = torch.stack([mean for _, mean in means]).isfinite().tolist() if means else []
     if not all(finite):
         culprit = next(defense for (defense, _), good in zip(means, finite, strict=True) if not good)
-        steps.not_finite(name_culprit(culprit, observation, steps.made))
+        steps.not_finite(name_culprit(culprit, observation, steps.coming))
         return torch.zeros((), device=device) if kl is None or task is None else task.alone(kl, observation).loss
     for defense, mean in means:
         meter.add(defense.name, mean)
@@ -78,7 +78,7 @@ def penalty_term(
     penalties = modules.penalties()
     values = torch.stack([value.to(penalties[0][1].device) for _, value in penalties])
     if not values.detach().isfinite().all():
-        steps.not_finite(penalty_culprit(penalties, steps.made))
+        steps.not_finite(penalty_culprit(penalties, steps.coming))
         return torch.zeros(())
     share = values.sum() / totals.micro_batches
     meter.add(defense.name, share / world_size())

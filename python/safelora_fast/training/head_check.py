@@ -1,0 +1,101 @@
+"""Whether the logits of a model are what its hidden states, its head and its configuration say.
+
+The KL multiplies hidden states with the head's weight itself. A model may do more between the two than its configuration
+tells under a known name: a transform, a scale of its own. Then the KL would be that of another model, so the model is
+asked once.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.ops.linear_kl.reference import logits as logits_of
+from safelora_fast.training.capture import Tap
+from safelora_fast.training.reference import evaluation_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from safelora_fast.training.anatomy import Anatomy, Head
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 8
+SOURCES = ("input_ids", "inputs_embeds")
+
+
+def check_logits(anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
+    """Run the model on a few tokens of a batch, and compare its logits with those of the head on its hidden states.
+
+    A model that cannot be run on tokens alone is not compared, and the log says so.
+
+    Args:
+        anatomy: the parts of the model.
+        batch: what it is trained on.
+
+    Raises:
+        SettingsError: they differ by more than rounding.
+    """
+    name = next((name for name in SOURCES if batch.get(name) is not None), None)
+    if name is None:
+        return
+    model, head, kind = anatomy.model, anatomy.head(), type(anatomy.model).__name__
+    tap = Tap(anatomy, [])
+    tap.attach()
+    try:
+        with torch.no_grad(), evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+            capture = tap.begin()
+            theirs = model(**{name: batch[name][:1, :PROBE_TOKENS], "use_cache": False})["logits"]
+            assert capture.hidden is not None  # noqa: S101
+            with capture.autocast_again():
+                weight, bias = head.parameters()
+                ours = logits_of(capture.hidden.to(weight.dtype), weight, bias, head.scale, head.softcap)
+    except Exception as error:  # whatever a model of any kind raises
+        logger.warning(
+            "KL: the head of %s could not be compared with its logits (%s: %s)", kind, type(error).__name__, error
+        )
+        return
+    finally:
+        tap.detach()
+    if theirs.shape == ours.shape:
+        exact = ours.dtype == theirs.dtype and ours.dtype in {torch.float32, torch.float64}
+        apart = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        if not apart > (1e-4 if exact else 3e-2):
+            return
+    raise SettingsError(
+        f"KL: the logits of {kind} are not its head on the decoder's hidden states (shapes {tuple(theirs.shape)} and "
+        f"{tuple(ours.shape)}), so the divergence would be that of another model; use FeatureDistance"
+    )
+
+
+def check_same_head(own: Anatomy, other: Anatomy) -> None:
+    """Refuse a second model as reference whose head is another one: the KL has one head for both.
+
+    Raises:
+        SettingsError: weight, bias, scale or soft-cap differ.
+    """
+    mine, theirs = own.head(), other.head()
+    if mine.module is theirs.module or (_content(mine) == _content(theirs) and _same_tensors(mine, theirs)):
+        return
+    raise SettingsError(
+        "KL: the output head of the model given as reference is not that of the model in training, and the divergence "
+        "needs one head for both: give a copy of the model before fine-tuning"
+    )
+
+
+def _content(head: Head) -> tuple[float, float | None]:
+    return head.scale, head.softcap
+
+
+def _same_tensors(mine: Head, theirs: Head) -> bool:
+    for left, right in zip(mine.parameters(), theirs.parameters(), strict=True):
+        if left is None or right is None:
+            if left is not right:
+                return False
+        elif left.shape != right.shape or not torch.equal(left, right.to(left)):
+            return False
+    return True

@@ -1,0 +1,97 @@
+"""A model whose logits are not its head on its hidden states is refused with the KL; one whose are, is right."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers
+from families import COMMON, Family, adapt
+from tiny_models import collate, rows, tiny_model, tiny_peft_model
+
+from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.errors import SettingsError
+from safelora_fast.training import defend
+
+IDS = torch.tensor([[5, 9, 2, 17, 30, 8, 11, 4, 21], [7, 3, 12, 1, 39, 26, 6, 18, 10]])
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+RECURRENT = {"num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32, "head_dim": 8, "logits_soft_cap": 1.0}
+MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 40, "logit_scale": 0.5}
+RIGHT = {
+    "soft-cap under another name": Family(transformers.RecurrentGemmaConfig, ["gate_proj", "up_proj"], RECURRENT),
+    "a scale that the model ignores": Family(transformers.MptConfig, ["Wqkv", "out_proj"], MPT, common=False),
+}
+
+
+def divergence(model):
+    """KL(model ‖ the model without its adapter), mean over tokens, from the logits of both in float64."""
+    inputs = {"input_ids": IDS, "attention_mask": BATCH["attention_mask"], "use_cache": False}
+    model.eval()
+    with torch.no_grad():
+        p = model(**inputs).logits.double().log_softmax(-1)
+        with model.disable_adapter():
+            q = model(**inputs).logits.double().log_softmax(-1)
+    model.train()
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("family", RIGHT.values(), ids=RIGHT)
+@pytest.mark.parametrize("share", [True, False])
+def test_heads_that_the_configuration_tells(family, share):
+    model = adapt(family.make(seed=0), **family.target)
+    with defend(model, [KL(1.0)], share_logits=share) as defended:
+        defended.loss(BATCH).backward()
+        assert defended.metrics()["defense/kl"] == pytest.approx(divergence(model), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_head_with_more_before_it(share):
+    """BERT's language model transforms the hidden states between decoder and head."""
+    family = Family(transformers.BertConfig, ["query", "value"], {"is_decoder": True})
+    model = adapt(family.make(seed=0), **family.target)
+    message = "the logits of BertLMHeadModel are not its head on the decoder's hidden states"
+    with defend(model, [KL(1.0)], share_logits=share) as defended, pytest.raises(SettingsError, match=message):
+        defended.loss(BATCH)
+    with defend(model, [FeatureDistance(1.0, layers=2)]) as defended:
+        defended.loss(BATCH).backward()
+
+
+def test_a_model_that_scales_its_logits_by_itself():
+    model = tiny_peft_model()
+    model.get_base_model().lm_head.register_forward_hook(lambda _m, _a, logits: 0.5 * logits)
+    with defend(model, [KL(1.0)]) as defended, pytest.raises(SettingsError, match="are not its head"):
+        defended.loss(collate(rows([7, 3])))
+
+
+def test_a_model_that_cannot_be_asked_is_trained_with_a_word(caplog):
+    model = tiny_peft_model()
+    forward = model.get_base_model().forward
+
+    def needs_a_mask(*args, **kwargs):
+        if "attention_mask" not in kwargs:
+            raise ValueError("no mask")
+        return forward(*args, **kwargs)
+
+    model.get_base_model().forward = needs_a_mask
+    batch = collate(rows([7, 3]))
+    with caplog.at_level(logging.WARNING, logger="safelora_fast"), defend(model, [KL(1.0)]) as defended:
+        defended.loss(batch)
+        defended.loss(batch)
+    assert [record.message for record in caplog.records] == [
+        "KL: the head of LlamaForCausalLM could not be compared with its logits (ValueError: no mask)"
+    ]
+
+
+@pytest.mark.parametrize("change", ["weight", "vocabulary"])
+def test_a_reference_with_another_head(change):
+    other = tiny_model(seed=0)
+    if change == "weight":
+        other.get_output_embeddings().weight.data[3, 1] += 1e-3
+    else:
+        other = tiny_model(seed=0, vocab_size=COMMON["vocab_size"] + 30)
+    model = tiny_peft_model()
+    with pytest.raises(SettingsError, match="output head of the model given as reference"):
+        defend(model, [KL(1.0)], reference=other)
+    if change == "weight":
+        defend(model, [FeatureDistance(1.0, layers=2)], reference=other)
