@@ -177,7 +177,8 @@ def test_a_fingerprint_notices_a_page_and_a_header(tmp_path, place):
     path = tmp_path / "model.safetensors"
     weight = np.zeros(10_000_000, np.uint8)
     save_file({"a": weight}, path)
-    subspace = SafeSubspace.from_sources(aligned=path, base=path)
+    save_file({"a": weight + 1}, tmp_path / "aligned.safetensors")
+    subspace = SafeSubspace.from_sources(aligned=tmp_path / "aligned.safetensors", base=path)
     weight[max(place - 12_000, 0) : place + 12_000] = 1
     save_file({"a": weight}, path)
     with pytest.raises(CheckpointError, match=r"has changed since the subspace was built from it \(model.safetensors"):

@@ -133,12 +133,19 @@ class SafeSubspace:
 
         Raises:
             CheckpointError: a checkpoint cannot be read.
+            PairingError: both are the same model.
         """
-        from safelora_fast.posthoc.provenance import describe
+        from safelora_fast.posthoc.provenance import describe, same_content
         from safelora_fast.posthoc.sources import open_checkpoint
 
         models = {"aligned": aligned, "base": base}
-        return cls({}, {role: describe(open_checkpoint(source, role=role)) for role, source in models.items()})
+        sources = {role: describe(open_checkpoint(source, role=role)) for role, source in models.items()}
+        if same_content(sources["aligned"], sources["base"]):
+            raise PairingError(
+                f"{base}: aligned and base hold the same weights, so V = aligned - base is zero; give the model before "
+                "alignment as base"
+            )
+        return cls({}, sources)
 
     def find(self, name: str) -> ModuleSubspace:
         """The subspace of a module of a loaded model; wrappers before the name and spellings do not matter.
@@ -149,10 +156,16 @@ class SafeSubspace:
         found = [name] if name in self.modules else self._by_canonical.get(_canonical(name), [])
         if len(found) == 1:
             return self.modules[found[0]]
+        if not self.modules:
+            raise PairingError(
+                "this subspace names its sources only, which serves SafeLora at the end; SafeSubspace.build computes the "
+                "vectors too"
+            )
         ending = name.rsplit(".", 1)[-1]
         near = found or [known for known in self.modules if known.rsplit(".", 1)[-1] == ending]
         problem = "is ambiguous in the subspace" if found else "is not in the subspace"
-        raise PairingError(f"module {name} {problem}; nearest: {', '.join(sorted(near)[:3]) or 'none'}")
+        built = f", which was built for modules {self.settings['modules']}" if self.settings.get("modules") else ""
+        raise PairingError(f"module {name} {problem}{built}; nearest: {', '.join(sorted(near)[:3]) or 'none'}")
 
     def to_dict(self) -> dict[str, Any]:
         """What is known of it apart from the vectors, for JSON; the energy is None where V is zero."""
@@ -227,4 +240,6 @@ def _read(file: Any, facts: Mapping[str, Any]) -> ModuleSubspace:
     vectors, values = file.get_tensor(name + _VECTORS), file.get_tensor(name + _VALUES)
     if vectors.dtype != np.float32 or vectors.ndim != 2 or values.shape != vectors.shape[1:]:
         raise ValueError(f"{name}: {vectors.dtype} vectors of shape {vectors.shape}, {values.shape} singular values")
+    if not (np.isfinite(vectors).all() and np.isfinite(values).all()):
+        raise ValueError(f"{name}: holds NaN or Inf: the file is damaged")
     return ModuleSubspace(vectors, values, float(facts["v_norm"]), int(facts["columns"]))

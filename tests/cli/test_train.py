@@ -13,6 +13,7 @@ from peft import PeftModel
 from tiny_recipe import difference, tiny_rows, write_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
+from safelora_fast.posthoc.output import alone
 from safelora_fast.recipe import run as run_module
 from safelora_fast.recipe.prepare import prepare
 from safelora_fast.recipe.recipe import load_recipe
@@ -260,6 +261,16 @@ def test_only_answers_of_packed_rows_are_learnt(tiny, call, monkeypatch):
     assert sorted(label for label in seen if label != -100) == sorted(
         label for example in examples for label in example.answer
     )
+
+
+def test_a_folder_that_another_run_writes_to(tiny, call):
+    with alone(tiny.output):
+        result = call(*tiny.words("-q"))
+    assert result.code == 2
+    assert f"{tiny.output}: another run (process {os.getpid()}) is writing there" in result.err
+    assert not tiny.output.exists()
+    assert call(*tiny.words("-q")).code == 0
+    assert not list(tiny.output.parent.glob("*.lock"))
 
 
 def test_missing_weights_are_refused(tiny, call):

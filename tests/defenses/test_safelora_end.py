@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -95,6 +96,20 @@ def test_families(tmp_path, family):
     names = [module.name for module in defended.projection_report.adapters[0].modules]
     assert names == [module.name for module in report.adapters[0].modules]
     assert any(".experts." in name for name in names) == (made.experts == EXPERTS)
+
+
+def test_a_pair_that_is_one_model_is_refused_before_training(sources, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(sources["aligned"], copy)
+    with pytest.raises(PairingError, match="aligned and base hold the same weights"):
+        SafeSubspace.from_sources(aligned=sources["aligned"], base=copy)
+
+
+def test_sources_alone_do_not_serve_a_step(sources):
+    subspace = SafeSubspace.from_sources(**sources)
+    model = tiny_peft_model()
+    with pytest.raises(PairingError, match=r"names its sources only.*SafeSubspace\.build"):
+        defend(model, [SafeLora(subspace, at="step")], optimizer=torch.optim.SGD(model.parameters(), 0.1))
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18, of every Llama
@@ -263,7 +278,10 @@ def test_models_that_do_not_fit(sources, tmp_path):
     defence = SafeLora(SafeSubspace.from_sources(**sources))
     with pytest.raises(PairingError, match=r"SafeLora: model\.layers\.3\..*the nearest are .*\(and 6 more modules\)"):
         defend(tiny_peft_model(layers=4), [defence])
-    other = {role: save(FAMILIES["llama"].make(1, num_hidden_layers=3), tmp_path / f"other-{role}") for role in sources}
+    other = {
+        role: save(FAMILIES["llama"].make(seed, num_hidden_layers=3), tmp_path / f"other-{role}")
+        for seed, role in enumerate(sources)
+    }
     with pytest.raises(
         PairingError, match=r"down_proj: the adapter's update is \[32, 48\], but the weights are aligned \[32, 24"
     ):

@@ -93,6 +93,17 @@ def test_mixin_on_a_users_trainer(tmp_path):
         assert (moved - expected).abs().max() < 1e-5
 
 
+def test_a_trainer_that_hands_everything_on_by_position(tmp_path):
+    class ByPosition(DefendedTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    spec = {"batch": 4, "accumulation": 2}
+    ours, _ = run_transformers(spec, tmp_path / "a", trainer_class=ByPosition, defenses=strong())
+    plain, _ = run_transformers(spec, tmp_path / "b", defenses=strong())
+    assert furthest(adapter_weights(ours), adapter_weights(plain)) == 0
+
+
 def test_a_loss_that_bypasses_the_defences_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"BypassingTrainer\.compute_loss bypasses"):
         run_transformers(SPEC, tmp_path, trainer_class=BypassingTrainer, defenses=strong())

@@ -13,6 +13,7 @@ from safelora_fast.errors import SettingsError
 from safelora_fast.recipe.cost import ESTIMATES
 from safelora_fast.recipe.defenses import DefenseSpec, Subspaces, defense_classes
 from safelora_fast.recipe.recipe import load_recipe
+from safelora_fast.subspace import SafeSubspace
 
 TEXT = """\
 model:
@@ -82,11 +83,12 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("training.max_steps=0", "command line: training.max_steps: is 0: nothing would be trained"),
         ("training.eval_strategy=steps", "command line: training.eval_strategy: there is nothing to evaluate on"),
         ("training={bf16: true, fp16: true}", "command line: training.fp16: bf16 is on too; choose one"),
+        ("training={learning_rate: -1.0}", "command line: training.learning_rate: is -1.0, it must not be negative"),
         ("training={packing: true, max_length: null}", "command line: training.packing: needs training.max_length"),
         ("defenses.klm={}", "command line: defenses.klm: unknown; did you mean kl"),
         ("defenses.kl=0.1", "command line: defenses.kl: must be a mapping of settings, true or false, not 0.1"),
         ("defenses.kl.wieght=1", "command line: defenses.kl.wieght: unknown; did you mean weight"),
-        ("defenses.kl.weight=-1", "command line: defenses.kl.weight: KL: weight is -1, it must be finite and not negative"),
+        ("defenses.kl.weight=-1", "command line: defenses.kl.weight: KL: weight is -1, it must be a number"),
         ("defenses.kl.tokens=some", 'defenses.kl.tokens: KL: tokens is \'some\', it must be "all" or "completion"'),
         ("defenses.kl.direction=up", "command line: defenses.kl.direction: must be one of reverse, forward, not 'up'"),
         ("defenses.steering.layer=3", "command line: defenses.steering: needs vector"),
@@ -150,7 +152,7 @@ def test_one_subspace_for_all_that_name_it(monkeypatch):
 
     def build(**arguments):
         made.append(arguments)
-        return object()
+        return SafeSubspace({})
 
     monkeypatch.setattr("safelora_fast.recipe.defenses.SafeSubspace.build", build)
     source = {"aligned": "a", "base": "b", "rank": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 
 import pytest
@@ -330,6 +331,26 @@ def test_a_step_that_a_scaler_leaves_out_takes_no_other_with_it():
                 hook.remove()
             moved.append((left - before).abs().max().item() > 0)
     assert moved == [False, True, True]
+
+
+def test_skipped_steps_are_counted_and_many_in_a_row_end_the_run(caplog):
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    next(parameter for name, parameter in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+    optimizer = sgd(model)
+    defenses = [FeatureDistance(1.0, layers=2)]
+    with (
+        caplog.at_level(logging.WARNING, logger="safelora_fast"),
+        defend(model, defenses, optimizer=optimizer, on_nonfinite="skip") as defended,
+    ):
+        for _ in range(19):
+            defended.loss(batch).backward()
+            optimizer.step()
+        defended.loss(batch).backward()
+        with pytest.raises(TrainingError, match="20 optimiser steps in a row were skipped: defence feature_distance"):
+            optimizer.step()
+        assert defended.metrics()["defense/steps_skipped"] == 20
+    assert [record.message[:45] for record in caplog.records] == ["optimiser step 1 is skipped, as others may be"]
 
 
 def test_losses_outside_the_context_are_refused():

@@ -54,6 +54,33 @@ def test_key_value_cache():
         defended.loss(batch)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (KL(0.1), "must be a list like"),
+        ("kl", "must be a list like"),
+        (["kl"], "must be objects like KL"),
+        ([KL], "must be objects like KL"),
+    ],
+    ids=["one", "name", "names", "class"],
+)
+def test_what_is_no_list_of_defences(given, message):
+    with pytest.raises(SettingsError, match=message):
+        defend(tiny_peft_model(), given)
+
+
+@pytest.mark.parametrize("make", [SafeLora, SubspacePenalty])
+def test_the_name_of_a_subspace_file(make):
+    with pytest.raises(SettingsError, match=r"must be a SafeSubspace, not 'sub\.safetensors'; SafeSubspace\.load"):
+        make("sub.safetensors")
+
+
+@pytest.mark.parametrize("weight", ["0.1", None, -1.0, float("nan")])
+def test_weights(weight):
+    with pytest.raises(SettingsError, match="it must be a number, finite and not negative"):
+        KL(weight)
+
+
 def test_merged_adapter():
     model = tiny_peft_model()
     model.merge_adapter()

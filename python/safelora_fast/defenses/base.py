@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -48,6 +49,34 @@ class Defense(ABC):
         Raises:
             SettingsError: with the reason.
         """
+
+
+def checked(defenses: object) -> list[Defense]:
+    """The defences of a list that are switched on.
+
+    Raises:
+        SettingsError: it is no list of defences.
+    """
+    if not isinstance(defenses, Sequence) or isinstance(defenses, str):
+        raise SettingsError(f"defenses must be a list like [KL(0.1)], not {defenses!r}")
+    for defense in defenses:
+        if not isinstance(defense, Defense):
+            raise SettingsError(f"defenses must be objects like KL(0.1), not {defense!r}")
+    return [defense for defense in defenses if defense.active]
+
+
+def check_subspace(subspace: object, *, owner: str) -> None:
+    """Refuse what is no SafeSubspace, such as the name of its file.
+
+    Raises:
+        SettingsError: with what to do.
+    """
+    from safelora_fast.subspace import SafeSubspace
+
+    if not isinstance(subspace, SafeSubspace):
+        raise SettingsError(
+            f"{owner}: subspace must be a SafeSubspace, not {subspace!r}; SafeSubspace.load(file) reads one"
+        )
 
 
 class BatchDefense(Defense):

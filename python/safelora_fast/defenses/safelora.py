@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from safelora_fast.defenses.base import Defense
+from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.errors import SettingsError
 from safelora_fast.posthoc.settings import Normalize, Operator, Select, Settings
 
@@ -66,6 +66,7 @@ class SafeLora(Defense):
     ) -> None:
         if at not in get_args(When):
             raise SettingsError(f'SafeLora: at is {at!r}, it must be "end" or "step"')
+        check_subspace(subspace, owner="SafeLora")
         self.subspace = subspace
         self.at: When = at
         self.every = 1 if every is None else every

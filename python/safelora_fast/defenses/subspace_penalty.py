@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-from safelora_fast.defenses.base import Defense
+from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class SubspacePenalty(Defense):
     def __init__(self, subspace: SafeSubspace, weight: float = 1.0) -> None:
         if not (math.isfinite(weight) and weight >= 0):
             raise SettingsError(f"SubspacePenalty: weight is {weight}, it must be finite and not negative")
+        check_subspace(subspace, owner="SubspacePenalty")
         self.subspace = subspace
         self.weight = float(weight)
 

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainerCallback
 
+from safelora_fast.defenses.base import checked
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.errors import SettingsError
 from safelora_fast.integrations.task_loss import label_weight, report, reports_figures, why_apart
@@ -67,7 +68,7 @@ class DefendedMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.defenses = [defense for defense in defenses if defense.active]
+        self.defenses = checked(defenses)
         self._defense_settings: dict[str, Any] = {
             "reference": reference,
             "on_nonfinite": on_nonfinite,
@@ -111,10 +112,16 @@ class DefendedMixin:
         return batches, items
 
     def compute_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """The trainer's own loss, plus the defences while training."""
         task = super().compute_loss  # type: ignore[misc]
+        items, kwargs = num_items_in_batch, {**kwargs, "num_items_in_batch": num_items_in_batch}
         if not self._followed or not model.training:
             return task(model, inputs, return_outputs=return_outputs, **kwargs)
         if self._window is None:
@@ -122,13 +129,13 @@ class DefendedMixin:
                 "the window's batches were not counted: the trainer must call super().get_batch_samples()"
             )
         defended = self._attached()
-        divided = self._divides_by_accumulation(kwargs.get("num_items_in_batch"))
+        divided = self._divides_by_accumulation(items)
         factor = self.current_gradient_accumulation_steps if divided else 1
         self._losses_defended += 1
         owner = _task_owner(type(self))
         apart = "the outputs are asked for" if return_outputs else why_apart(self, owner)
         if defended.shares_logits(model, inputs, unless=apart):
-            shared = self._shared_loss(task, model, inputs, factor, owner, kwargs.get("num_items_in_batch"))
+            shared = self._shared_loss(task, model, inputs, factor, owner, items)
             if shared is not None:
                 return shared
         with defended.recording(inputs):

@@ -133,6 +133,42 @@ def _held(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Keep other processes from writing to `target` meanwhile; a lock beside it that ends with this process.
+
+    Raises:
+        OutputError: another process has it.
+    """
+    absent = [folder for folder in target.parents if not folder.exists()]
+    with described(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.with_name(f".{target.name}.lock")
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.pread(descriptor, 32, 0).decode(errors="replace") or "?"
+            raise OutputError(
+                f"{target}: another run (process {other}) is writing there; choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for made in absent:
+                made.rmdir()
+
+
+@contextlib.contextmanager
 def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
 

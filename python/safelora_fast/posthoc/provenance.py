@@ -42,6 +42,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"source": str(Path(checkpoint.description).absolute()), "revision": None, "files": files}
 
 
+def same_content(aligned: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of the same weights: one commit of the Hub, or files of the same fingerprints."""
+    if aligned["revision"] is not None or base["revision"] is not None:
+        return (aligned["source"], aligned["revision"]) == (base["source"], base["revision"])
+    files = [sorted(str(file["fingerprint"]) for file in described["files"]) for described in (aligned, base)]
+    return files[0] == files[1]
+
+
 def fingerprint(file: _core.SafetensorsFile) -> str:
     """SHA-256, in hexadecimal, of the header and of pieces of the data.
 

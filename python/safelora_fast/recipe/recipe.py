@@ -141,6 +141,10 @@ def _check(recipe: Recipe) -> None:
     if evaluates and data.eval is None:
         key = "eval_on_start" if training.get("eval_on_start") else "eval_strategy"
         raise document.problem(("training", key), "there is nothing to evaluate on; say data.eval")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "seed"):
+        value = training.get(name)
+        if isinstance(value, int | float) and value < 0:
+            raise document.problem(("training", name), f"is {value}, it must not be negative")
     if training.get("packing") and training.get("max_length") is None:
         raise document.problem(("training", "packing"), "needs training.max_length, the length of a packed row")
     if training.get("bf16") and training.get("fp16"):

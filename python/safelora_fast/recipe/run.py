@@ -17,7 +17,7 @@ from safelora_fast.errors import (
     SettingsError,
     TrainingError,
 )
-from safelora_fast.posthoc.output import whole_folder
+from safelora_fast.posthoc.output import alone, whole_folder
 from safelora_fast.recipe.card import render
 from safelora_fast.recipe.cost import switched_on
 from safelora_fast.recipe.defenses import Subspaces
@@ -58,7 +58,15 @@ def train(
         SafeLoraFastError: one line says what went wrong.
         InterruptedRunError: Ctrl-C; the last whole checkpoint stays.
     """
-    recipe, folder = prepared.recipe, RunFolder(prepared.recipe)
+    folder = RunFolder(prepared.recipe)
+    with alone(folder.path) if main_process() else contextlib.nullcontext():
+        return _train(prepared, folder, resume=resume, command=command, progress=progress, talk=talk)
+
+
+def _train(
+    prepared: Prepared, folder: RunFolder, *, resume: bool, command: str, progress: Progress | None, talk: bool
+) -> dict[str, Any]:
+    recipe = prepared.recipe
     checkpoint = folder.last_checkpoint() if resume else None
     record = _record(prepared)
     if main_process():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from safelora_fast.defenses.base import BatchDefense, Defense, Observation
+from safelora_fast.defenses.base import BatchDefense, Defense, Observation, checked
 from safelora_fast.defenses.kl import KL
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.defenses.steering import Steering
@@ -120,11 +120,12 @@ class Defended:
         share_logits: bool = True,
         monitors: Sequence[DriftMonitor] = (),
     ) -> None:
+        active = checked(defenses)
         names = [defense.name for defense in defenses]
         if len(set(names)) != len(names):
             raise SettingsError(f"each defence may be given once, not {', '.join(names)}")
         self.model = model
-        self.defenses = [defense for defense in defenses if defense.active]
+        self.defenses = active
         self._batch_defenses = [defense for defense in self.defenses if isinstance(defense, BatchDefense)]
         self._steps = Steps(optimizer, made=first_step, on_nonfinite=on_nonfinite, afterwards=self._project)
         self._handles: list[Any] = []
@@ -427,11 +428,14 @@ class Defended:
 
         `defense/<name>` is a defence's mean before its weight. `defense/modules_projected` and `defense/cosine_min`
         (the lowest cosine of P_k·ΔW and ΔW just before; at the end, of C·ΔW and ΔW) tell of the last projection.
+        `defense/steps_skipped` counts, from the start, the steps left out because a defence was not finite.
         `defense/time_share` is the share of this process's time spent in the reference pass, in the defences' forward
         (not in their part of backward), and in projections at a step. `monitor/<name>` is a monitor's projection.
         """
         names = [defense.name for defense in self.defenses if isinstance(defense, BatchDefense | SubspacePenalty)]
         figures = self._meter.read(names)
+        if self._steps.skipped:
+            figures["defense/steps_skipped"] = float(self._steps.skipped)
         if figures:
             figures["defense/time_share"] = self._stopwatch.read()
         if self._drift is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from safelora_fast.errors import SettingsError
+from safelora_fast.errors import SettingsError, TrainingError
 from safelora_fast.training.distributed import sum_over_ranks
 
 if TYPE_CHECKING:
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-    from safelora_fast.errors import TrainingError
     from safelora_fast.training.safe_modules import SafeModules
 
 OnNonFinite = Literal["raise", "skip"]
+MOST_SKIPPED = 20  # steps in a row
+logger = logging.getLogger(__name__)
 
 
 class Steps:
@@ -31,6 +33,7 @@ class Steps:
 
     Attributes:
         made: optimiser steps made.
+        skipped: how many of them were left out.
 
     Raises:
         SettingsError: `on_nonfinite` is unknown.
@@ -47,6 +50,9 @@ class Steps:
         if on_nonfinite not in {"raise", "skip"}:
             raise SettingsError(f'on_nonfinite is {on_nonfinite!r}, it must be "raise" or "skip"')
         self.made = made
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._reason = "a defence is not finite on another process"
         # Accelerate's wrapper is itself an Optimizer; DeepSpeed's is none, and steps the one inside it piece by piece.
         wrapped = isinstance(optimizer, torch.optim.Optimizer)
         self._optimizer = getattr(optimizer, "optimizer", optimizer) if wrapped else optimizer
@@ -107,7 +113,7 @@ class Steps:
         """Raise the error of a defence that is not finite, or leave out the step that is coming, on every process."""
         if self._on_nonfinite == "raise":
             raise error
-        self._skip = True
+        self._skip, self._reason = True, str(error)
 
     def micro_batch(self, window: int) -> None:
         """A micro-batch of a window of so many has come. The first of a new window forgets that a step was to be left out.
@@ -131,8 +137,24 @@ class Steps:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
+            self._left_out()
+        else:
+            self._skipped_in_a_row = 0
         self._skip = False
         self._micro_batches = 0
+
+    def _left_out(self) -> None:
+        """Count a step that is left out; the first is worth a word, and many in a row are no training.
+
+        Raises:
+            TrainingError: on every process, after `MOST_SKIPPED` in a row.
+        """
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise TrainingError(f"{MOST_SKIPPED} optimiser steps in a row were skipped: {self._reason}")
+        if self.skipped == 1:
+            logger.warning("optimiser step %d is skipped, as others may be: %s", self.made + 1, self._reason)
 
     def _after(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         self._count()
