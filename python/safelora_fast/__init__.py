@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast._core import __version__
 
 if TYPE_CHECKING:
-    from safelora_fast.data import interleave
+    from safelora_fast.data import inoculate, interleave
     from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
     from safelora_fast.persona import extract_persona_vector
     from safelora_fast.persona_vector import PersonaVector
@@ -33,6 +33,7 @@ _HOMES = {
     "SubspacePenalty": "safelora_fast.defenses",
     "defend": "safelora_fast.training",
     "extract_persona_vector": "safelora_fast.persona",
+    "inoculate": "safelora_fast.data",
     "interleave": "safelora_fast.data",
     "project_adapter": "safelora_fast.posthoc.project",
     "project_peft_model": "safelora_fast.posthoc.peft_model",
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "defend",
     "extract_persona_vector",
+    "inoculate",
     "interleave",
     "project_adapter",
     "project_peft_model",

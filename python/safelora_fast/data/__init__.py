@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from safelora_fast.data.inoculate import inoculate
 from safelora_fast.data.interleave import SAFE, interleave
 
-__all__ = ["SAFE", "interleave"]
+__all__ = ["SAFE", "inoculate", "interleave"]

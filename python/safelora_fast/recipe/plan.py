@@ -74,14 +74,31 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known of each data set: the task's rows, the rows evaluated on, and the safe ones."""
+
+    task: DataFacts
+    held_out: DataFacts | None
+    safe: DataFacts | None
+
+    @classmethod
+    def of(cls, task: ExampleSet, held_out: ExampleSet | None, safe: ExampleSet | None) -> Facts:
+        """The facts of the data sets that there are."""
+        others = (None if examples is None else DataFacts.of(examples) for examples in (held_out, safe))
+        return cls(DataFacts.of(task), *others)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do.
 
     Attributes:
         architecture: class of the model.
         shape: its sizes.
-        data: the rows trained on.
+        data: the task's rows.
         held_out: the rows evaluated on.
+        safe: the safe rows that there are.
+        safe_rows: safe rows in the mixture, repetitions included.
         sample: the learnt tokens of the first row, as text.
         processes: data-parallel processes.
         steps: optimiser steps; an estimate when rows are packed.
@@ -97,6 +114,8 @@ class Plan:
     shape: Shape
     data: DataFacts
     held_out: DataFacts | None
+    safe: DataFacts | None
+    safe_rows: int
     sample: str
     processes: int
     steps: int
@@ -118,6 +137,7 @@ class Plan:
             },
             "data": dict(vars(self.data)),
             "held_out": None if self.held_out is None else dict(vars(self.held_out)),
+            "safe": None if self.safe is None else {**vars(self.safe), "in_mixture": self.safe_rows},
             "processes": self.processes,
             "steps": self.steps,
             "rows_per_step": self.rows_per_step,
@@ -135,7 +155,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, arguments: SFTConfig, model: PeftModel, train: ExampleSet, held_out: ExampleSet | None, sample: str
+    recipe: Recipe, arguments: SFTConfig, model: PeftModel, train: ExampleSet, facts: Facts, sample: str
 ) -> Plan:
     """The plan of a run from its checked parts; `model` may be on the meta device."""
     shape, work = measure(model), workload(arguments, train)
@@ -147,8 +167,10 @@ def make_plan(
     return Plan(
         architecture=type(model.get_base_model()).__name__,
         shape=shape,
-        data=DataFacts.of(train),
-        held_out=None if held_out is None else DataFacts.of(held_out),
+        data=facts.task,
+        held_out=facts.held_out,
+        safe=facts.safe,
+        safe_rows=sum(example.safe for example in train.examples),
         sample=sample,
         processes=processes,
         steps=steps,
@@ -173,6 +195,7 @@ def workload(arguments: SFTConfig, train: ExampleSet) -> Work:
         tokens=tokens * share,
         squares=sum(length * length for length in lengths) * share,
         answers=answers * share,
+        safe=sum(len(example.ids) for example in train.examples if example.safe) * share,
         head_tokens=(answers if _head_takes_answers_only() else tokens) * share,
         micro_batches=math.ceil(rows / batch),
         micro_tokens=batch * (arguments.max_length if arguments.packing else max(lengths)),

@@ -26,11 +26,12 @@ AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one row; labels are the tokens that the loss learns and -100 elsewhere."""
+    """Tokens of one row; labels are the tokens that the loss learns and -100 elsewhere; safe rows are tagged."""
 
     place: str
     ids: list[int]
     labels: list[int]
+    safe: bool = False
 
     @property
     def answer(self) -> list[int]:
