@@ -66,7 +66,8 @@ class AnswerScorer:
 
     The model runs without its head; the head is then applied at the positions that predict an answer, a chunk at a time.
     Whether that gives the model's own log-likelihoods is tried on a few tokens first; where it does not (the head is
-    adapted, or the model has a way of its own with logits), the model's logits are used.
+    adapted, or the model has a way of its own with logits), the model's logits are used. Nor is the model told which tokens
+    are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask.
 
     Args:
         model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back.
@@ -81,6 +82,7 @@ class AnswerScorer:
         self._anatomy = dissect(model)
         self._tokens_per_batch = tokens_per_batch
         self._head: Head | None = None
+        self._masked = True
         self._chosen = False
 
     def each(self, examples: Sequence[Labelled]) -> Iterator[tuple[int, AnswerScore]]:
@@ -103,6 +105,8 @@ class AnswerScorer:
             with torch.no_grad(), evaluation_mode(self._model):
                 if not self._chosen:
                     self._choose(batch["input_ids"][:1, :PROBE_TOKENS])
+                if not self._masked:
+                    del batch["attention_mask"]
                 values = self._log_likelihoods(batch, where, labels[where])
         except torch.OutOfMemoryError as error:
             raise SettingsError(
@@ -140,6 +144,28 @@ class AnswerScorer:
         if reason is not None:
             self._head = None
             logger.info("answers are scored by the logits of the whole model: %s", reason)
+        self._masked = not self._ignores_padding(ids)
+
+    def _ignores_padding(self, ids: torch.Tensor) -> bool:
+        """Whether tokens after a sequence change nothing in it without a mask, as they change nothing with one."""
+        longer = torch.cat([ids, ids], dim=1)
+        masks = [torch.ones_like(ids), torch.zeros_like(ids)]
+        question = {"input_ids": longer, "attention_mask": torch.cat(masks, dim=1)}
+        where = question["attention_mask"] != 0
+        where[:, ids.shape[1] - 1] = False
+        labels = ids[:, 1:].flatten()
+        try:
+            theirs = self._log_likelihoods(question, where, labels)
+            ours = self._log_likelihoods({"input_ids": longer}, where, labels)
+        except Exception:  # whatever a model that needs a mask raises
+            return False
+        same: bool = torch.allclose(ours, theirs, rtol=self._tolerance, atol=self._tolerance)
+        return same
+
+    @property
+    def _tolerance(self) -> float:
+        exact = next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}
+        return 1e-4 if exact else 2e-2
 
     def _against_head(self, ids: torch.Tensor) -> str | None:
         model = self._anatomy.model
@@ -156,8 +182,7 @@ class AnswerScorer:
         theirs = self._log_likelihoods(question, where, labels)
         self._head = head
         ours = self._log_likelihoods(question, where, labels)
-        tolerance = 1e-4 if next(model.parameters()).dtype in {torch.float32, torch.float64} else 2e-2
-        if not torch.allclose(ours, theirs.to(ours), rtol=tolerance, atol=tolerance):
+        if not torch.allclose(ours, theirs.to(ours), rtol=self._tolerance, atol=self._tolerance):
             return f"{type(model).__name__} makes more of its hidden states than its head does"
         return None
 

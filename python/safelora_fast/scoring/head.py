@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from safelora_fast.ops.linear_kl.head import CHUNK_ELEMENTS
-
 if TYPE_CHECKING:
     from safelora_fast.training.anatomy import Head
+
+# Logits that a chunk may have. No gradient is wanted of them, so a smaller one than that of the KL is as fast.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 26}
 
 
 def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
@@ -29,9 +30,11 @@ def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head
     states, labels = hidden.to(weight.device, weight.dtype), labels.to(weight.device)
     parts = []
     for some, wanted in zip(states.split(at_once), labels.split(at_once), strict=True):
-        logits = head.scale * linear(some, weight, bias).float()
+        logits = linear(some, weight, bias).float()
+        if head.scale != 1.0:
+            logits.mul_(head.scale)
         if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+            logits.div_(head.softcap).tanh_().mul_(head.softcap)
         parts.append(picked(logits, wanted))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
