@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.peft_model import project_peft_model
     from safelora_fast.posthoc.project import project_adapter
     from safelora_fast.posthoc.report import ProjectionReport
+    from safelora_fast.selection import select_by_perplexity_gap
     from safelora_fast.subspace import SafeSubspace
     from safelora_fast.training import defend
 
@@ -37,6 +38,7 @@ _HOMES = {
     "interleave": "safelora_fast.data",
     "project_adapter": "safelora_fast.posthoc.project",
     "project_peft_model": "safelora_fast.posthoc.peft_model",
+    "select_by_perplexity_gap": "safelora_fast.selection",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "interleave",
     "project_adapter",
     "project_peft_model",
+    "select_by_perplexity_gap",
 ]
 
 

@@ -183,6 +183,18 @@ def test_data_that_is_refused(tiny, tmp_path):
         prepared(tiny, "data.safe.path=absent.jsonl")
 
 
+def test_rows_chosen_with_an_adapter_of_the_same_data_are_warned_of(tiny, tmp_path):
+    sha256 = prepared(tiny).plan.data.sha256
+    report = tmp_path / "safe.jsonl.selection.json"
+    report.write_text(json.dumps({"trained_on": {"own": sha256, "other": "abc"}}))
+    made = prepared(tiny)
+    (warning,) = made.plan.warnings
+    assert "was chosen with adapter own, which was trained on" in warning
+    assert ("warning", warning) in plan_lines(made)
+    report.write_text("[]")
+    assert prepared(tiny).plan.warnings == ()
+
+
 def test_another_set_of_safe_rows_cannot_be_resumed(tiny, call_train, tmp_path):
     call_train(tiny, "training.max_steps=2")
     (tiny.output / "safelora_train.json").write_text(json.dumps({**tiny.record(), "finished": False}))

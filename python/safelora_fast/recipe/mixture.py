@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.data.inoculate import check_system_turn, with_system_turn
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.recipe import Recipe
     from safelora_fast.recipe.rows import Message, RowSet
     from safelora_fast.recipe.tokens import ExampleSet
+
+REPORT_SUFFIX = ".selection.json"
 
 
 def inoculated(recipe: Recipe, rows: RowSet, tokenizer: PreTrainedTokenizerBase) -> RowSet:
@@ -61,6 +65,26 @@ def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleS
         )
     others = (replace(safe.examples[index], safe=True) for index in schedule.orders(len(safe.examples)))
     return replace(task, examples=[example for _, example in schedule.weave([task.examples], others)])
+
+
+def held_out_warnings(recipe: Recipe, task_sha256: str) -> tuple[str, ...]:
+    """What is wrong with safe rows that were chosen with an adapter trained on the task's own data.
+
+    `safelora-fast select` leaves beside its output which adapters took part, and on what they were trained where they say.
+    """
+    section = recipe.data.safe
+    if section is None:
+        return ()
+    try:
+        report = json.loads(Path(f"{section.path}{REPORT_SUFFIX}").expanduser().read_text(encoding="utf-8"))
+        names = [name for name, sha256 in report["trained_on"].items() if sha256 == task_sha256]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return ()
+    return tuple(
+        f"{section.path} was chosen with adapter {name}, which was trained on {recipe.data.path}: the choice knows what the "
+        f"defence is tested on; choose again with --hold-out {name}"
+        for name in names
+    )
 
 
 def safe_seed(recipe: Recipe) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safelora_fast.recipe.cost import Cost, Shape, Work, estimate
+from safelora_fast.recipe.mixture import held_out_warnings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -108,6 +109,7 @@ class Plan:
         adapter_bytes: of the adapter file.
         disk_bytes: adapter and checkpoints at the peak.
         free_bytes: free where the output goes.
+        warnings: what a careful reader of the recipe would say.
     """
 
     architecture: str
@@ -125,6 +127,7 @@ class Plan:
     adapter_bytes: int
     disk_bytes: int
     free_bytes: int
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what is estimated lies under "estimates"."""
@@ -139,6 +142,7 @@ class Plan:
             "held_out": None if self.held_out is None else dict(vars(self.held_out)),
             "safe": None if self.safe is None else {**vars(self.safe), "in_mixture": self.safe_rows},
             "processes": self.processes,
+            "warnings": list(self.warnings),
             "steps": self.steps,
             "rows_per_step": self.rows_per_step,
             "estimates": {
@@ -180,6 +184,7 @@ def make_plan(
         adapter_bytes=adapter,
         disk_bytes=adapter + checkpoint * kept_checkpoints(arguments, steps),
         free_bytes=free_space(Path(recipe.output.folder)),
+        warnings=held_out_warnings(recipe, facts.task.sha256),
     )
 
 

@@ -27,6 +27,7 @@ def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
         *_defenses(prepared.plan),
         *_monitors(prepared),
         *_costs(prepared.plan),
+        *(("warning", warning) for warning in prepared.plan.warnings),
     ]
 
 
