@@ -237,5 +237,8 @@ def test_data_that_is_refused():
     ):
         with pytest.raises(DataError, match=words):
             interleave(task, safe)
+    unknown = datasets.IterableDataset.from_generator(lambda: iter([{"safe": 1}]))
+    with pytest.raises(DataError, match="task has a column safe already"):
+        list(interleave(unknown, rows(3)))
     with pytest.raises(DataError, match="safe holds no rows"):
         list(interleave(rows(3), shards(0), 1))

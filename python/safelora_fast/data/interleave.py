@@ -141,6 +141,8 @@ class _Mixture:
 
 def _rows(mixture: _Mixture) -> Iterator[dict[str, Any]]:
     for is_safe, row in mixture.rows():
+        if mixture.column in row:  # a stream may not know its columns before
+            raise _taken("safe" if is_safe else "task", mixture.column)
         yield {**row, mixture.column: is_safe}
 
 
@@ -170,7 +172,11 @@ def _kind(role: str, data: Any) -> str:
 def _check_column(role: str, data: Any, kind: str, column: str) -> None:
     names = {name for row in data for name in row} if kind == "list" else set(data.column_names or ())
     if column in names:
-        raise DataError(f"interleave: {role} has a column {column} already: give the tag another name, column=")
+        raise _taken(role, column)
+
+
+def _taken(role: str, column: str) -> DataError:
+    return DataError(f"interleave: {role} has a column {column} already: give the tag another name, column=")
 
 
 def _common_features(tables: list[Any], column: str) -> Any:
