@@ -131,7 +131,7 @@ def _load(model: str, dtype: str, device: str, chat_template: str | None, trust_
     import torch
 
     from safelora_fast.errors import SettingsError
-    from safelora_fast.recipe.loading import load_tokenizer, load_pretrained
+    from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
     from safelora_fast.recipe.sections import ModelSection
 
     there = torch.cuda.is_available()
