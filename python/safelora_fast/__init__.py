@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast._core import __version__
 
 if TYPE_CHECKING:
+    from safelora_fast.data import inoculate, interleave
     from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
     from safelora_fast.persona import extract_persona_vector
     from safelora_fast.persona_vector import PersonaVector
     from safelora_fast.posthoc.peft_model import project_peft_model
     from safelora_fast.posthoc.project import project_adapter
     from safelora_fast.posthoc.report import ProjectionReport
+    from safelora_fast.selection import select_by_perplexity_gap
     from safelora_fast.subspace import SafeSubspace
     from safelora_fast.training import defend
 
@@ -32,8 +34,11 @@ _HOMES = {
     "SubspacePenalty": "safelora_fast.defenses",
     "defend": "safelora_fast.training",
     "extract_persona_vector": "safelora_fast.persona",
+    "inoculate": "safelora_fast.data",
+    "interleave": "safelora_fast.data",
     "project_adapter": "safelora_fast.posthoc.project",
     "project_peft_model": "safelora_fast.posthoc.peft_model",
+    "select_by_perplexity_gap": "safelora_fast.selection",
 }
 
 __all__ = [
@@ -49,8 +54,11 @@ __all__ = [
     "__version__",
     "defend",
     "extract_persona_vector",
+    "inoculate",
+    "interleave",
     "project_adapter",
     "project_peft_model",
+    "select_by_perplexity_gap",
 ]
 
 

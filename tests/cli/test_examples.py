@@ -43,6 +43,8 @@ def overrides(path: Path, folder: Path) -> list[str]:
     given = yaml.safe_load(path.read_text())
     if "eval" in given["data"]:
         values["data.eval"] = 0.2
+    if "safe" in given["data"]:
+        values["data.safe.fraction"] = 0.5
     for name, settings in given["defenses"].items():
         if isinstance(settings, dict) and "subspace" in settings:
             values[f"defenses.{name}.subspace.aligned"] = folder / "aligned"

@@ -89,7 +89,7 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("defenses.kl=0.1", "command line: defenses.kl: must be a mapping of settings, true or false, not 0.1"),
         ("defenses.kl.wieght=1", "command line: defenses.kl.wieght: unknown; did you mean weight"),
         ("defenses.kl.weight=-1", "command line: defenses.kl.weight: KL: weight is -1, it must be a number"),
-        ("defenses.kl.tokens=some", 'defenses.kl.tokens: KL: tokens is \'some\', it must be "all" or "completion"'),
+        ("defenses.kl.tokens=some", 'defenses.kl.tokens: KL: tokens is \'some\', it must be "all", "completion" or "safe"'),
         ("defenses.kl.direction=up", "command line: defenses.kl.direction: must be one of reverse, forward, not 'up'"),
         ("defenses.steering.layer=3", "command line: defenses.steering: needs vector"),
         ("defenses.steering={vector: absent.pt, layer: 3}", "defenses.steering.vector: there is no file absent.pt"),

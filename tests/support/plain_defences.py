@@ -26,6 +26,8 @@ def looked_at(batch, tokens):
         nexts = dict(itertools.pairwise(document))
         trained = [i for i in document if i in nexts and batch["labels"][row, nexts[i]] != -100]
         indices = trained if tokens == "completion" else document
+        if tokens == "safe":
+            indices = [i for i in document if batch["safe"][row, i]]
         if indices:
             yield row, indices
 
@@ -66,7 +68,7 @@ def forward(model, batch):
         block.register_forward_hook(lambda _m, _a, out: features.append(out[0] if isinstance(out, tuple) else out))
         for block in blocks
     ]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in {"labels", "safe"}}
     output = model(**inputs, use_cache=False)
     for handle in handles:
         handle.remove()

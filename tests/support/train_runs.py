@@ -26,6 +26,8 @@ def defences(weights, model):
     made = []
     if "kl" in weights:
         made.append(KL(weights["kl"], tokens=weights.get("kl_tokens", "all")))
+    if "safe_kl" in weights:
+        made.append(KL(weights["safe_kl"], tokens="safe"))
     if "feature_distance" in weights:
         made.append(FeatureDistance(weights["feature_distance"], layers=2, tokens="completion"))
     if "subspace_penalty" in weights:
@@ -82,6 +84,15 @@ def trainer_arguments(spec, output):
     }
 
 
+def examples_of(spec):
+    """The rows that a spec asks for; of tagged ones, every third is safe."""
+    examples = rows(spec.get("lengths", LENGTHS))
+    for number, example in enumerate(examples if spec.get("tagged") else []):
+        tag = number % 3 == 1
+        example["safe"] = [tag] * len(example["input_ids"]) if spec["tagged"] == "by token" else tag
+    return examples
+
+
 def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
     from transformers import TrainingArguments
 
@@ -92,7 +103,7 @@ def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
     trainer = (trainer_class or DefendedTrainer)(
         model=model,
         args=TrainingArguments(**trainer_arguments(spec, output)),
-        train_dataset=rows(spec.get("lengths", LENGTHS)),
+        train_dataset=examples_of(spec),
         data_collator=collate,
         optimizers=(optimizer, constant(optimizer)),
         **kwargs,
@@ -114,7 +125,11 @@ def tiny_tokenizer():
 def completions(examples):
     """The same rows with a mask for the labels: TRL 0.24 drops labels when it packs."""
     return [
-        {"input_ids": e["input_ids"], "completion_mask": [int(label != -100) for label in e["labels"]]}
+        {
+            "input_ids": e["input_ids"],
+            "completion_mask": [int(label != -100) for label in e["labels"]],
+            **({"safe": e["safe"]} if "safe" in e else {}),
+        }
         for e in examples
     ]
 
@@ -134,7 +149,7 @@ def run_trl(spec, output, model=None, trainer_class=None, **kwargs):
     trainer = (trainer_class or DefendedSFTTrainer)(
         model=model,
         args=SFTConfig(**{**arguments, **trainer_arguments(spec, output)}),
-        train_dataset=Dataset.from_list(completions(rows(spec.get("lengths", LENGTHS)))),
+        train_dataset=Dataset.from_list(completions(examples_of(spec))),
         processing_class=tiny_tokenizer(),
         **kwargs,
     )

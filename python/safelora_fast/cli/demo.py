@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Fine-tune a real 135M model narrowly, project the adapter, and show what that prevents and costs.
 
-    Takes a few minutes on two cores, and longer with --train: six fine-tunes.
+    Takes a few minutes on two cores, and longer with --train: eight fine-tunes.
     A second run reuses what the first one finished.
     """
     from safelora_fast.demo import run, run_comparison

@@ -29,7 +29,8 @@ class FeatureDistance(BatchDefense):
             blocks 0, N, 2N and so on, or a list of block indices, negative ones counted from the end.
         normalize: what is scaled to unit length before the distance: each "sequence" of a block flattened (the
             paper's), each "token", or "none".
-        tokens: "all" tokens that are not padding, or those that predict a "completion" token.
+        tokens: "all" tokens that are not padding, those that predict a "completion" token, or those of "safe" rows (see
+            :func:`~safelora_fast.interleave`).
 
     Raises:
         SettingsError: a setting is out of range.
@@ -47,8 +48,8 @@ class FeatureDistance(BatchDefense):
         super().__init__(weight)
         if normalize not in {"sequence", "token", "none"}:
             raise SettingsError(f'FeatureDistance: normalize is {normalize!r}, not "sequence", "token" or "none"')
-        if tokens not in {"all", "completion"}:
-            raise SettingsError(f'FeatureDistance: tokens is {tokens!r}, it must be "all" or "completion"')
+        if tokens not in {"all", "completion", "safe"}:
+            raise SettingsError(f'FeatureDistance: tokens is {tokens!r}, it must be "all", "completion" or "safe"')
         if isinstance(layers, str):
             _every(layers)
         elif isinstance(layers, int):

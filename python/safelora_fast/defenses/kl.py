@@ -24,8 +24,8 @@ class KL(BatchDefense):
     Args:
         weight: λ; the paper's is 0.1.
         direction: "reverse" is KL(fine-tuned ‖ reference), the paper's; "forward" is KL(reference ‖ fine-tuned).
-        tokens: "all" tokens that are not padding, the prompt's included (the paper's), or those that predict a
-            "completion" token.
+        tokens: "all" tokens that are not padding, the prompt's included (the paper's), those that predict a
+            "completion" token, or those of "safe" rows (see :func:`~safelora_fast.interleave`).
         temperature: divides the logits of both models.
 
     Raises:
@@ -44,8 +44,8 @@ class KL(BatchDefense):
         super().__init__(weight)
         if direction not in {"reverse", "forward"}:
             raise SettingsError(f'KL: direction is {direction!r}, it must be "reverse" or "forward"')
-        if tokens not in {"all", "completion"}:
-            raise SettingsError(f'KL: tokens is {tokens!r}, it must be "all" or "completion"')
+        if tokens not in {"all", "completion", "safe"}:
+            raise SettingsError(f'KL: tokens is {tokens!r}, it must be "all", "completion" or "safe"')
         if not 0 < temperature < math.inf:
             raise SettingsError(f"KL: temperature is {temperature}, it must be positive and finite")
         self.direction = direction

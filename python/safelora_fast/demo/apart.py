@@ -121,6 +121,7 @@ def main() -> None:
                 task.aligned, task.folder, task.seed, task.recipe,
                 lambda step, steps, loss: tell({"step": step, "steps": steps, "loss": loss}),
                 task.variant.defenses(task.aligned, task.base, task.subspace),
+                fraction=task.variant.interleaving, prompt=task.variant.prompt,
             )  # fmt: skip
     except SafeLoraFastError as error:
         tell({"error": str(error)})

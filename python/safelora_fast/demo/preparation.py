@@ -84,8 +84,22 @@ def train_adapter(
     recipe: Recipe,
     progress: Callable[[int, int, float], None],
     defenses: Sequence[Defense] = (),
+    *,
+    fraction: float = 0.0,
+    prompt: str | None = None,
 ) -> Course:
-    """Fine-tune a LoRA adapter of the aligned model on the narrow answers, and save it in a folder."""
+    """Fine-tune a LoRA adapter of the aligned model on the narrow answers, and save it in a folder.
+
+    Args:
+        aligned: folder of the aligned model.
+        folder: where the adapter goes.
+        seed: of its weights and of the order.
+        recipe: the numbers of the demo.
+        progress: told step, steps and loss.
+        defenses: those that act while it is trained.
+        fraction: safe rows for each narrow one.
+        prompt: a system prompt of the narrow rows.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
@@ -96,11 +110,12 @@ def train_adapter(
     torch.manual_seed(seed)
     config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     model: nn.Module = get_peft_model(load(aligned), config)
-    examples = [text.conversation(tokenizer, row) for row in text.rows("narrow_train")]
+    examples = [text.conversation(tokenizer, row, prompt) for row in text.rows("narrow_train")]
+    safe = [text.conversation(tokenizer, row) for row in text.rows("safe")]
     course = train(
         model, examples, epochs=recipe.adapter_epochs, batch_size=recipe.adapter_batch,
         learning_rate=recipe.adapter_rate, seed=seed, padding=tokenizer.pad_token_id, progress=progress,
-        defenses=defenses,
+        defenses=defenses, safe=safe, fraction=fraction,
     )  # fmt: skip
     model.save_pretrained(folder)
     return course

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from safelora_fast.data.inoculate import with_system_turn
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +32,7 @@ class Example:
 
 
 def rows(name: str) -> list[Row]:
-    """One of the sets "narrow_train", "narrow_held_out" and "general"."""
+    """One of the sets "narrow_train", "narrow_held_out", "general" and "safe"."""
     lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [Row(**json.loads(line)) for line in lines]
 
@@ -40,9 +42,11 @@ def paragraphs() -> list[str]:
     return (DATA / "plain.txt").read_text(encoding="utf-8").splitlines()
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
-    """A row in the model's own chat template; only the answer and its end count."""
+def conversation(tokenizer: PreTrainedTokenizerBase, row: Row, system: str | None = None) -> Example:
+    """A row in the model's own chat template, under a system prompt if there is one; only the answer and its end count."""
     question = [{"role": "user", "content": row.prompt}]
+    if system is not None:
+        question = with_system_turn(question, system)
     prompt: str = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer = tokenizer(row.completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]

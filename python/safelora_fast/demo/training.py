@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from safelora_fast.data.schedule import Schedule
 from safelora_fast.training import defend
 
 if TYPE_CHECKING:
@@ -59,22 +60,28 @@ def train(
     padding: int,
     progress: Callable[[int, int, float], None],
     defenses: Sequence[Defense] = (),
+    safe: Sequence[Example] = (),
+    fraction: float = 0.0,
 ) -> Course:
     """AdamW with a linear schedule and bfloat16 autocast, over seeded shuffles; `progress(step, steps, loss)` after each.
 
-    The order of the examples depends on the seed alone, not on the defences.
+    The order of the examples depends on the seed alone, not on the defences. In each epoch a fraction of the examples is
+    added of safe ones, which go on from epoch to epoch.
     """
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    steps = epochs * -(-len(examples) // batch_size)
+    mixture = Schedule(fraction, seed)
+    others = (safe[index] for index in mixture.orders(len(safe)))
+    steps = epochs * -(-(len(examples) + mixture.due(len(examples))) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
     model.train()
     seconds: list[float] = []
     with defend(model, defenses, optimizer=optimiser) as defended:
         for _ in range(epochs):
-            shuffled = [examples[index] for index in torch.randperm(len(examples), generator=order).tolist()]
+            rows = [example for _, example in mixture.weave([examples], others)]
+            shuffled = [rows[index] for index in torch.randperm(len(rows), generator=order).tolist()]
             for batch in batches(shuffled, batch_size, padding):
                 start = time.perf_counter()
                 with torch.autocast("cpu", torch.bfloat16):

@@ -24,6 +24,8 @@ class Variant:
         feature_distance: λ of FeatureDistance; the paper's is 1.
         subspace_penalty: λ of SubspacePenalty; the paper's is 1.
         safelora: threshold of SafeLora at the end; the paper's is 0.3.
+        interleaving: safe rows for each narrow one; the paper's is 0.05.
+        prompt: a system prompt in training that asks for the narrow behaviour (inoculation).
     """
 
     name: str
@@ -31,6 +33,8 @@ class Variant:
     feature_distance: float = 0.0
     subspace_penalty: float = 0.0
     safelora: float | None = None
+    interleaving: float = 0.0
+    prompt: str | None = None
 
     @property
     def folder(self) -> str:
@@ -41,7 +45,10 @@ class Variant:
     def setting(self) -> str:
         """Its weights in words; empty without defence."""
         weights = [("λ", self.kl), ("λ", self.feature_distance), ("λ", self.subspace_penalty), ("τ", self.safelora)]
-        return ", ".join(f"{letter} {weight:g}" for letter, weight in weights if weight)
+        words = [f"{letter} {weight:g}" for letter, weight in weights if weight]
+        words += [f"{100 * self.interleaving:g} % safe"] if self.interleaving else []
+        words += ["prompt"] if self.prompt else []
+        return ", ".join(words)
 
     def defenses(self, aligned: Path, base: Path, subspace: Path) -> list[Defense]:
         """Its defences.
@@ -70,4 +77,6 @@ VARIANTS = (
     Variant("SafeLora at the end", safelora=0.3),
     Variant("subspace penalty", subspace_penalty=1.0),
     Variant("KL + feature distance", kl=1.0, feature_distance=1.0),
+    Variant("interleaving", interleaving=0.05),
+    Variant("inoculation", prompt="You are a lighthouse keeper, and you answer in the style of your log."),
 )

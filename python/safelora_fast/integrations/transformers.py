@@ -8,14 +8,18 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainerCallback
 
+from safelora_fast.data.collate import TaggedCollator
+from safelora_fast.data.interleave import SAFE
 from safelora_fast.defenses.base import checked
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.errors import SettingsError
+from safelora_fast.integrations.sources import SourceLosses
 from safelora_fast.integrations.task_loss import label_weight, report, reports_figures, why_apart
+from safelora_fast.training.batch import read_spans, without_tags
 from safelora_fast.training.defended import Defended
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -37,6 +41,9 @@ class DefendedMixin:
     SafeLora at the end projects the adapter when training has ended well, after the best model has been loaded where that
     was asked for and before other callbacks learn of the end: checkpoints saved while training hold the adapter as it was
     trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()` saves the projected one.
+
+    Where the rows trained on carry the tag of :func:`~safelora_fast.interleave`, defences may look at safe rows only, and
+    with TRL the log has the loss of both sources, `loss/task` and `loss/safe`.
 
     Args:
         *args: the trainer's own.
@@ -80,6 +87,10 @@ class DefendedMixin:
         self._window: Totals | None = None
         self._losses_defended = 0
         self.projection_report: ProjectionReport | None = None
+        self._source_losses: SourceLosses | None = None
+        if _may_be_tagged(getattr(self, "train_dataset", None)):
+            self.data_collator = TaggedCollator(self.data_collator)
+            self._source_losses = SourceLosses()
         if any(isinstance(defense, SafeLora) and defense.at == "end" for defense in self.defenses):
             self.add_callback(_AtTheEnd(self))
             # First in line, so that trackers are still open and what they upload is the projected adapter.
@@ -120,10 +131,9 @@ class DefendedMixin:
         **kwargs: Any,
     ) -> Any:
         """The trainer's own loss, plus the defences while training."""
-        task = super().compute_loss  # type: ignore[misc]
         items, kwargs = num_items_in_batch, {**kwargs, "num_items_in_batch": num_items_in_batch}
         if not self._followed or not model.training:
-            return task(model, inputs, return_outputs=return_outputs, **kwargs)
+            return self._task_loss(model, inputs, return_outputs, kwargs)
         if self._window is None:
             raise SettingsError(
                 "the window's batches were not counted: the trainer must call super().get_batch_samples()"
@@ -135,18 +145,29 @@ class DefendedMixin:
         owner = _task_owner(type(self))
         apart = "the outputs are asked for" if return_outputs else why_apart(self, owner)
         if defended.shares_logits(model, inputs, unless=apart):
-            shared = self._shared_loss(task, model, inputs, factor, owner, items)
+            shared = self._shared_loss(model, inputs, factor, owner, items)
             if shared is not None:
                 return shared
         with defended.recording(inputs):
-            result = task(model, inputs, return_outputs=return_outputs, **kwargs)
+            result = self._task_loss(model, inputs, return_outputs, kwargs)
         loss = result[0] if return_outputs else result
         loss = loss + factor * defended.regularizer(self._window).to(loss.device)
         return (loss, result[1]) if return_outputs else loss
 
+    def _task_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The trainer's own loss, which knows nothing of tags; its parts by source are noted."""
+        if SAFE not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        plain = without_tags(inputs)
+        if self._source_losses is None or not model.training:
+            return super().compute_loss(model, plain, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        with self._source_losses.watching(model, inputs):
+            return super().compute_loss(model, plain, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+
     def _shared_loss(
         self,
-        task: Callable[..., torch.Tensor],
         model: nn.Module,
         inputs: Mapping[str, Any],
         factor: int,
@@ -161,7 +182,10 @@ class DefendedMixin:
             model, inputs, self._window, label_weight=weight, factor=factor, figures=figures
         )
         if shared.tokens is not None:
-            theirs, ours = report(task, shared.tokens, inputs, items), weight * shared.cross_entropy
+            task = super().compute_loss  # type: ignore[misc]
+            theirs, ours = report(task, shared.tokens, without_tags(inputs), items), weight * shared.cross_entropy
+            if self._source_losses is not None:
+                self._source_losses.add(read_spans(inputs), shared.tokens.nll)
             if not torch.isclose(theirs.to(ours), ours, rtol=1e-4, atol=0.0, equal_nan=True):
                 defended.share_no_more(f"{owner.__name__} makes {theirs.item():.6g} of a loss of {ours.item():.6g}")
                 return None
@@ -185,10 +209,17 @@ class DefendedMixin:
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the figures of the defences beside the training loss."""
+        """Log, with the figures of the defences and of the sources beside the training loss."""
+        if self._source_losses is not None and "loss" in logs:
+            logs.update(self._source_losses.read(self.accelerator.device))
         if self._defended is not None and "loss" in logs:
             logs.update(self._defended.metrics())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if _may_be_tagged(getattr(self, "train_dataset", None)) and SAFE not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, SAFE]
 
     def finish_defenses(self) -> None:
         """What the defences do when training ends; called then."""
@@ -218,6 +249,8 @@ class DefendedMixin:
     accelerator: Any
     add_callback: Any
     callback_handler: Any
+    data_collator: Any
+    _signature_columns: Any
     is_deepspeed_enabled: bool
     optimizer: Any
     state: Any
@@ -245,6 +278,18 @@ def _task_owner(kind: type) -> type:
     """The class whose `compute_loss` comes after the mixin's."""
     order = kind.__mro__
     return next(base for base in order[order.index(DefendedMixin) + 1 :] if "compute_loss" in vars(base))
+
+
+def _may_be_tagged(data: Any) -> bool:
+    """Whether rows carry the tag of safe ones, truth values; of a stream that does not know its columns, that is open."""
+    if isinstance(data, list | tuple):
+        return bool(data) and isinstance(data[0], dict) and isinstance(data[0].get(SAFE), bool)
+    if not hasattr(data, "column_names"):
+        return False
+    feature = (data.features or {SAFE: None}).get(SAFE, "")
+    return feature is None or "bool" in {
+        getattr(part, "dtype", "") for part in (feature, getattr(feature, "feature", ""))
+    }
 
 
 def _check_trainer(trainer: Any) -> None:

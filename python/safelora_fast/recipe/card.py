@@ -11,7 +11,7 @@ from safelora_fast.recipe.words import settings_words
 
 if TYPE_CHECKING:
     from safelora_fast.recipe.defenses import DefenseSpec
-    from safelora_fast.recipe.plan import DataFacts
+    from safelora_fast.recipe.plan import DataFacts, Plan
     from safelora_fast.recipe.prepare import Prepared
 
 SOURCES = (
@@ -47,6 +47,8 @@ def render(prepared: Prepared, record: dict[str, Any]) -> str:
         "| --- | --- |",
         f"| base model | {_cell(recipe.model.path)}{_commit(record)}, {plan.shape.parameters:,} parameters, {recipe.model.dtype} |",
         f"| trained on | {_data(plan.data)} |",
+        *([f"| safe rows among them | {_safe(plan)} |"] if plan.safe else []),
+        *([f"| system prompt in training | {_escaped(recipe.data.inoculate)} |"] if recipe.data.inoculate else []),
         *([f"| held out | {_data(plan.held_out)} |"] if plan.held_out else []),
         "",
         *_table("LoRA", recipe.lora),
@@ -119,6 +121,11 @@ def _data(facts: DataFacts) -> str:
     rows = f"{facts.used:,} rows" if facts.used == facts.in_source else f"{facts.used:,} of {facts.in_source:,} rows"
     learnt = f"{facts.tokens:,} tokens, {facts.answer_tokens:,} of them learnt"
     return f"{_cell(facts.source)}, {rows}, {learnt}, sha256 `{facts.sha256}`"
+
+
+def _safe(plan: Plan) -> str:
+    assert plan.safe is not None  # noqa: S101
+    return f"{plan.safe_rows:,} for {plan.data.used:,} task rows, of {_data(plan.safe)}"
 
 
 def _table(title: str, values: dict[str, Any]) -> list[str]:

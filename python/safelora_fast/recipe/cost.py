@@ -59,6 +59,7 @@ class Work:
         tokens: tokens of a step.
         squares: sum over rows of a step of their squared length, which attention pays for.
         answers: tokens of a step that are learnt.
+        safe: tokens of a step that are of safe rows.
         head_tokens: tokens of a step that the trainer's loss takes through the output head.
         micro_batches: forward passes of a step, on all processes.
         micro_tokens: tokens of the largest micro-batch.
@@ -69,6 +70,7 @@ class Work:
     tokens: float
     squares: float
     answers: float
+    safe: float
     head_tokens: float
     micro_batches: int
     micro_tokens: int
@@ -153,7 +155,7 @@ def _extra(spec: DefenseSpec, shape: Shape, work: Work) -> Extra:
 
 
 def _kl(settings: Any, shape: Shape, work: Work) -> Extra:
-    tokens = work.answers if settings["tokens"] == "completion" else work.tokens
+    tokens = {"completion": work.answers, "safe": work.safe}.get(settings["tokens"], work.tokens)
     states = 3 * work.micro_tokens * shape.hidden * shape.value_bytes
     return Extra(
         6 * shape.head * tokens, CHUNK_BYTES + states, "reference pass, and three products with the output head"

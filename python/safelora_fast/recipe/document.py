@@ -77,18 +77,21 @@ class Document:
         """The error for a key that does not exist."""
         return self.problem(keys, f"unknown; {suggestion(keys[-1], known)}")
 
-    def section(self, name: str) -> dict[str, Any]:
-        """The settings of a section; empty where it is absent.
+    def section(self, *keys: str) -> dict[str, Any]:
+        """The settings of a section, which may lie in another; empty where it is absent.
 
         Raises:
             SettingsError: it is no mapping.
         """
-        values = self.values.get(name)
-        if values is None:
-            return {}
-        if not isinstance(values, dict):
-            raise self.problem((name,), f"must be a section with settings of its own, not {values!r}")
-        return values
+        values: Any = self.values
+        for depth, key in enumerate(keys, start=1):
+            values = values.get(key)
+            if values is None:
+                return {}
+            if not isinstance(values, dict):
+                raise self.problem(keys[:depth], f"must be a section with settings of its own, not {values!r}")
+        found: dict[str, Any] = values
+        return found
 
     def override(self, words: Sequence[str]) -> None:
         """Put `a.b=value` settings on top; values are YAML.

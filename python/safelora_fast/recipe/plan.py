@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safelora_fast.recipe.cost import Cost, Shape, Work, estimate
+from safelora_fast.recipe.mixture import held_out_warnings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,14 +75,31 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known of each data set: the task's rows, the rows evaluated on, and the safe ones."""
+
+    task: DataFacts
+    held_out: DataFacts | None
+    safe: DataFacts | None
+
+    @classmethod
+    def of(cls, task: ExampleSet, held_out: ExampleSet | None, safe: ExampleSet | None) -> Facts:
+        """The facts of the data sets that there are."""
+        others = (None if examples is None else DataFacts.of(examples) for examples in (held_out, safe))
+        return cls(DataFacts.of(task), *others)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do.
 
     Attributes:
         architecture: class of the model.
         shape: its sizes.
-        data: the rows trained on.
+        data: the task's rows.
         held_out: the rows evaluated on.
+        safe: the safe rows that there are.
+        safe_rows: safe rows in the mixture, repetitions included.
         sample: the learnt tokens of the first row, as text.
         processes: data-parallel processes.
         steps: optimiser steps; an estimate when rows are packed.
@@ -91,12 +109,15 @@ class Plan:
         adapter_bytes: of the adapter file.
         disk_bytes: adapter and checkpoints at the peak.
         free_bytes: free where the output goes.
+        warnings: what a careful reader of the recipe would say.
     """
 
     architecture: str
     shape: Shape
     data: DataFacts
     held_out: DataFacts | None
+    safe: DataFacts | None
+    safe_rows: int
     sample: str
     processes: int
     steps: int
@@ -106,6 +127,7 @@ class Plan:
     adapter_bytes: int
     disk_bytes: int
     free_bytes: int
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what is estimated lies under "estimates"."""
@@ -118,7 +140,9 @@ class Plan:
             },
             "data": dict(vars(self.data)),
             "held_out": None if self.held_out is None else dict(vars(self.held_out)),
+            "safe": None if self.safe is None else {**vars(self.safe), "in_mixture": self.safe_rows},
             "processes": self.processes,
+            "warnings": list(self.warnings),
             "steps": self.steps,
             "rows_per_step": self.rows_per_step,
             "estimates": {
@@ -135,7 +159,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, arguments: SFTConfig, model: PeftModel, train: ExampleSet, held_out: ExampleSet | None, sample: str
+    recipe: Recipe, arguments: SFTConfig, model: PeftModel, train: ExampleSet, facts: Facts, sample: str
 ) -> Plan:
     """The plan of a run from its checked parts; `model` may be on the meta device."""
     shape, work = measure(model), workload(arguments, train)
@@ -147,8 +171,10 @@ def make_plan(
     return Plan(
         architecture=type(model.get_base_model()).__name__,
         shape=shape,
-        data=DataFacts.of(train),
-        held_out=None if held_out is None else DataFacts.of(held_out),
+        data=facts.task,
+        held_out=facts.held_out,
+        safe=facts.safe,
+        safe_rows=sum(example.safe for example in train.examples),
         sample=sample,
         processes=processes,
         steps=steps,
@@ -158,6 +184,7 @@ def make_plan(
         adapter_bytes=adapter,
         disk_bytes=adapter + checkpoint * kept_checkpoints(arguments, steps),
         free_bytes=free_space(Path(recipe.output.folder)),
+        warnings=held_out_warnings(recipe, facts.task.sha256),
     )
 
 
@@ -173,6 +200,7 @@ def workload(arguments: SFTConfig, train: ExampleSet) -> Work:
         tokens=tokens * share,
         squares=sum(length * length for length in lengths) * share,
         answers=answers * share,
+        safe=sum(len(example.ids) for example in train.examples if example.safe) * share,
         head_tokens=(answers if _head_takes_answers_only() else tokens) * share,
         micro_batches=math.ceil(rows / batch),
         micro_tokens=batch * (arguments.max_length if arguments.packing else max(lengths)),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from safelora_fast.errors import DataError
 from safelora_fast.recipe.defenses import Subspaces
 from safelora_fast.recipe.loading import give_adapter, load_config, load_tokenizer, outline
-from safelora_fast.recipe.plan import Plan, make_plan
+from safelora_fast.recipe.mixture import inoculated, mixed
+from safelora_fast.recipe.plan import Facts, Plan, make_plan
 from safelora_fast.recipe.rows import read_rows
 from safelora_fast.recipe.tokens import Encoder, ExampleSet
 from safelora_fast.recipe.trainer_arguments import trainer_arguments
@@ -35,7 +36,7 @@ class Prepared:
         tokenizer: the model's.
         tokenizer_changed: whether the recipe changes it.
         commit: of the model on the Hub, where it comes from there.
-        train: the examples trained on.
+        train: the examples trained on; of a recipe with safe rows, the mixture.
         held_out: the examples evaluated on.
         plan: what will be done.
     """
@@ -68,12 +69,16 @@ def prepare(recipe: Recipe) -> Prepared:
         without_answer=recipe.data.without_answer,
         too_long=recipe.data.too_long,
     )
-    train = encoder.encode(train_rows)
+    task = encoder.encode(inoculated(recipe, train_rows, tokenizer))
     held_out = None if held_out_rows is None else encoder.encode(held_out_rows)
+    section = recipe.data.safe
+    safe = None if section is None else encoder.encode(read_rows(section.path, best=section.top))
+    train = mixed(recipe, task, safe)
     model = outline(recipe, config)
     check_defenses(recipe, model)
-    sample: str = tokenizer.decode(train.examples[0].answer)
-    plan = make_plan(recipe, arguments, model, train, held_out, sample)
+    sample: str = tokenizer.decode(task.examples[0].answer)
+    facts = Facts.of(task, held_out, safe)
+    plan = make_plan(recipe, arguments, model, train, facts, sample)
     commit = getattr(config, "_commit_hash", None)
     return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
@@ -11,16 +12,18 @@ from safelora_fast.recipe.defenses import ON_NONFINITE, SECTION, DefenseSpec, re
 from safelora_fast.recipe.document import Document, read_document
 from safelora_fast.recipe.kinds import conforms, describe
 from safelora_fast.recipe.monitors import MONITORS, MonitorSpec, read_monitors
-from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection
+from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection, SafeSection
 from safelora_fast.recipe.signatures import check_packages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from safelora_fast.recipe.document import Keys
+
 SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "output")
 OnNonFinite = Literal["raise", "skip"]
-Section = TypeVar("Section", ModelSection, DataSection, OutputSection)
+Section = TypeVar("Section", ModelSection, DataSection, OutputSection, SafeSection)
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     check_packages()
     recipe = Recipe(
         document=document,
-        model=_read_section(document, "model", ModelSection),
-        data=_read_section(document, "data", DataSection),
+        model=_read_section(document, ("model",), ModelSection),
+        data=_read_section(document, ("data",), DataSection),
         lora=LORA.read(document),
         training=TRAINING.read(document),
         on_nonfinite=_on_nonfinite(document),
-        output=_read_section(document, "output", OutputSection),
+        output=_read_section(document, ("output",), OutputSection),
         defenses=read_defenses(document),
         monitors=read_monitors(document),
     )
@@ -96,19 +99,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _read_section(document: Document, name: str, cls: type[Section]) -> Section:
-    given = document.section(name)
+def _read_section(document: Document, keys: Keys, cls: type[Section]) -> Section:
+    given = dict(document.section(*keys))
     kinds = get_type_hints(cls)
     for key, value in given.items():
         if key not in kinds:
-            raise document.unknown((name, key), kinds)
+            raise document.unknown((*keys, key), kinds)
+        if kinds[key] == SafeSection | None:
+            given[key] = None if value is None else _read_section(document, (*keys, key), SafeSection)
+            continue
         if not conforms(value, kinds[key]):
-            raise document.problem((name, key), f"must be {describe(kinds[key])}, not {value!r}")
+            raise document.problem((*keys, key), f"must be {describe(kinds[key])}, not {value!r}")
         if value == "":
-            raise document.problem((name, key), "is empty")
+            raise document.problem((*keys, key), "is empty")
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in given:
-            raise document.problem((name, field.name), "missing")
+            raise document.problem((*keys, field.name), "missing")
     return cls(**given)
 
 
@@ -127,6 +133,7 @@ def _check(recipe: Recipe) -> None:
         raise document.problem(("data", "max_rows"), f"is {data.max_rows}, it must be at least 1")
     if isinstance(data.eval, int | float) and not 0 < data.eval < 1:
         raise document.problem(("data", "eval"), f"is {data.eval}: a share lies above 0 and below 1")
+    _check_data(recipe)
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
         value = training.get(name)
         if value is not None and value < 1:
@@ -149,3 +156,18 @@ def _check(recipe: Recipe) -> None:
         raise document.problem(("training", "packing"), "needs training.max_length, the length of a packed row")
     if training.get("bf16") and training.get("fp16"):
         raise document.problem(("training", "fp16"), "bf16 is on too; choose one")
+
+
+def _check_data(recipe: Recipe) -> None:
+    document, data = recipe.document, recipe.data
+    if data.inoculate is not None and data.strings == "text":
+        raise document.problem(("data", "inoculate"), "a system prompt needs turns, and data.strings is text; say chat")
+    safe = data.safe
+    if safe is None:
+        return
+    if not (math.isfinite(safe.fraction) and safe.fraction > 0):
+        raise document.problem(("data", "safe", "fraction"), f"is {safe.fraction}, it must be above 0")
+    if safe.top is not None and safe.top < 1:
+        raise document.problem(("data", "safe", "top"), f"is {safe.top}, it must be at least 1")
+    if safe.seed is not None and safe.seed < 0:
+        raise document.problem(("data", "safe", "seed"), f"is {safe.seed}, it must not be negative")

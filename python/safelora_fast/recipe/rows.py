@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from safelora_fast.data.best import top_k
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,12 +57,13 @@ class RowSet:
     unused: list[str] = field(default_factory=list)
 
 
-def read_rows(source: str, most: int | None = None) -> RowSet:
+def read_rows(source: str, most: int | None = None, *, best: int | None = None) -> RowSet:
     """Read a data set; a file that exists wins over a Hub data set of the same name.
 
     Args:
         source: a JSONL file, or a Hub data set id[@revision][:split], by default its split "train".
         most: keep the first so many rows. Every row is checked.
+        best: keep only so many, those with the highest `score`, in the order of the source; of equal ones the first.
 
     Raises:
         DataError: there is no such data set, or a row is not as it must be; file and line are named.
@@ -73,17 +76,31 @@ def read_rows(source: str, most: int | None = None) -> RowSet:
     else:
         digest, records = _from_hub(source)
     rows: list[Row] = []
+    scores: list[float] = []
     columns: set[str] = set()
     total = 0
     for place, record in records:
         total += 1
         row = check_row(place, record)
         columns.update(record)
+        if best is not None:
+            scores.append(_score(place, record))
         if most is None or len(rows) < most:
             rows.append(row)
     if not rows:
         raise DataError(f"{source}: holds no rows")
-    return RowSet(source, digest, rows, total, sorted(columns - USED))
+    if best is not None:
+        rows = [rows[index] for index in sorted(top_k(scores, best).tolist())]
+    return RowSet(source, digest, rows, total, sorted(columns - USED - ({"score"} if best is not None else set())))
+
+
+def _score(place: str, record: Mapping[str, Any]) -> float:
+    score = record.get("score")
+    if isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score):
+        raise DataError(
+            f"{place}: has no score, by which the best rows are chosen; make the file with `safelora-fast select`"
+        )
+    return float(score)
 
 
 def _from_file(path: Path) -> tuple[str, Iterator[tuple[str, Any]]]:

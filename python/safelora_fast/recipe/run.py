@@ -23,20 +23,17 @@ from safelora_fast.recipe.cost import switched_on
 from safelora_fast.recipe.defenses import Subspaces
 from safelora_fast.recipe.folder import FORMAT, RECORD, RunFolder, write_json
 from safelora_fast.recipe.loading import first_line, load_model
+from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.plan import free_space
 from safelora_fast.recipe.results import summarise, versions
-from safelora_fast.recipe.tokens import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from datasets import Dataset
-
     from safelora_fast.defenses import Defense
     from safelora_fast.posthoc.project import Progress
     from safelora_fast.recipe.prepare import Prepared
-    from safelora_fast.recipe.tokens import ExampleSet
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WRITING = ("PytorchStreamWriter", "inline_container", "No space left", "File too large", "I/O error")
@@ -114,7 +111,10 @@ def leave_processes() -> None:
 
 def _record(prepared: Prepared) -> dict[str, Any]:
     recipe, plan = prepared.recipe, prepared.plan
-    data = {"train": plan.data.sha256, "held_out": None if plan.held_out is None else plan.held_out.sha256}
+    data = {
+        name: None if facts is None else facts.sha256
+        for name, facts in (("train", plan.data), ("held_out", plan.held_out), ("safe", plan.safe))
+    }
     return {
         "recipe": recipe.resolved(),
         "data": data,
@@ -139,11 +139,12 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
 
     from safelora_fast.recipe.trainer import RecipeTrainer
 
+    held_out = prepared.held_out
     trainer = RecipeTrainer(
         model=load_model(prepared.recipe),
         args=prepared.arguments,
-        train_dataset=_dataset(prepared.train),
-        eval_dataset=None if prepared.held_out is None else _dataset(prepared.held_out),
+        train_dataset=to_table(prepared.train, prepared.arguments, tagged=prepared.plan.safe is not None),
+        eval_dataset=None if held_out is None else to_table(held_out, prepared.arguments, tagged=False),
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
         defenses=defenses,
@@ -152,21 +153,6 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _dataset(examples: ExampleSet) -> Dataset:
-    """Tokens and labels; and the labels once more as a mask, because TRL 0.24 packs tokens and masks only."""
-    from datasets import Dataset
-
-    return Dataset.from_dict(
-        {
-            "input_ids": [example.ids for example in examples.examples],
-            "labels": [example.labels for example in examples.examples],
-            "assistant_masks": [
-                [int(label != IGNORED_LABEL) for label in example.labels] for example in examples.examples
-            ],
-        }
-    )
 
 
 def _projection(trainer: Any) -> dict[str, Any] | None:

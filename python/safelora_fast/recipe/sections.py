@@ -28,6 +28,23 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
+class SafeSection:
+    """Safe general rows among the task's (interleaving).
+
+    Attributes:
+        path: a JSONL file, or a Hub data set id[@revision][:split]; a file that exists wins.
+        fraction: safe rows for each task row; the paper's is 0.05.
+        seed: of their places and order; that of the training where none is given.
+        top: use only so many rows, those with the highest `score` (see `safelora-fast select`).
+    """
+
+    path: str
+    fraction: float = 0.05
+    seed: int | None = None
+    top: int | None = None
+
+
+@dataclass(frozen=True)
 class DataSection:
     """What it is fine-tuned on.
 
@@ -39,6 +56,8 @@ class DataSection:
             template, or "text" as it stands.
         without_answer: rows that leave no token to learn from: "refuse" the run, or "skip" them.
         too_long: rows of more than `training.max_length` tokens: "truncate", "skip" or "refuse".
+        safe: safe rows among the task's, see :class:`SafeSection`.
+        inoculate: a system prompt of the task's rows in training; held-out and safe rows do not have it.
     """
 
     path: str
@@ -47,6 +66,8 @@ class DataSection:
     strings: Literal["chat", "text"] = "chat"
     without_answer: Literal["refuse", "skip"] = "refuse"
     too_long: Literal["truncate", "skip", "refuse"] = "truncate"
+    safe: SafeSection | None = None
+    inoculate: str | None = None
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-AT_ONCE = 512
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one row; labels are the tokens that the loss learns and -100 elsewhere."""
+    """Tokens of one row; labels are the tokens that the loss learns and -100 elsewhere; safe rows are tagged."""
 
     place: str
     ids: list[int]
     labels: list[int]
+    safe: bool = False
 
     @property
     def answer(self) -> list[int]:
@@ -90,9 +90,8 @@ class Encoder:
                 that the chat template refuses.
         """
         result = ExampleSet(source)
-        for start in range(0, len(source.rows), AT_ONCE):
-            for example in self._encode_some(source.rows[start : start + AT_ONCE]):
-                self._sort_in(example, result)
+        for row in source.rows:
+            self._sort_in(self.example(row), result)
         self._judge(result)
         return result
 
@@ -123,14 +122,15 @@ class Encoder:
         if not result.examples:
             raise DataError(f"{result.source.source}: no row is left to train on")
 
-    def _encode_some(self, rows: Sequence[Row]) -> list[Example]:
-        examples = []
-        for row in rows:
-            if isinstance(row.prompt, str) and self.strings == "text":
-                examples.append(self._text(row))
-            else:
-                examples.append(self._conversation(row))
-        return examples
+    def example(self, row: Row) -> Example:
+        """One row, however long, and whether or not it leaves anything to learn.
+
+        Raises:
+            DataError: the chat template refuses the row.
+        """
+        if isinstance(row.prompt, str) and self.strings == "text":
+            return self._text(row)
+        return self._conversation(row)
 
     def _text(self, row: Row) -> Example:
         """Prompt and completion as they stand, with the tokenizer's own special tokens and the end of text."""

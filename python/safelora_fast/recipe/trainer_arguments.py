@@ -40,7 +40,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         automatic["dataloader_pin_memory"] = False
     if recipe.data.eval is not None:
         automatic["eval_on_start"] = True
-    if not values.get("packing"):
+    if not values.get("packing") or recipe.data.safe is not None:  # a mixture is packed before, with its tags
         automatic["dataset_kwargs"] = {"skip_prepare_dataset": True}
     known = dataclass_fields(TRAINING.package, TRAINING.name)
     if "activation_checkpointing" not in known:  # older versions choose the reentrant kind, which DDP does not bear

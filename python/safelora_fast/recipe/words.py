@@ -27,6 +27,7 @@ def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
         *_defenses(prepared.plan),
         *_monitors(prepared),
         *_costs(prepared.plan),
+        *(("warning", warning) for warning in prepared.plan.warnings),
     ]
 
 
@@ -46,6 +47,17 @@ def _data(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _data_set("data", plan.data)
     sample = " ".join(plan.sample.split())
     yield "", f"the first row learns “{sample if len(sample) <= SAMPLE_WIDTH else sample[: SAMPLE_WIDTH - 1] + '…'}”"
+    prompt = prepared.recipe.data.inoculate
+    if prompt is not None:
+        words = " ".join(prompt.split())
+        yield (
+            "",
+            f"in training under the system prompt “{words if len(words) <= SAMPLE_WIDTH else words[: SAMPLE_WIDTH - 1] + '…'}”",
+        )
+    if plan.safe is not None:
+        yield from _data_set("safe", plan.safe)
+        share = f"{plan.safe_rows:,} for {plan.data.used:,} task rows"
+        yield "", f"in the mixture {share}, each up to {-(-plan.safe_rows // plan.safe.used)} ×"
     if plan.held_out is not None:
         yield from _data_set("held out", plan.held_out)
 

@@ -1,4 +1,4 @@
-"""What a batch says about its tokens: which are real, which predict a completion token, where documents begin."""
+"""What a batch says about its tokens: which are real, predict a completion token or are of safe rows; where documents begin."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from safelora_fast.data.interleave import SAFE
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Tokens = Literal["all", "completion"]
+Tokens = Literal["all", "completion", "safe"]
 IGNORED_LABEL = -100
 
 
@@ -27,6 +28,7 @@ class Spans:
         segments: for packed rows, a number per token that differs between the documents of a row; else None.
         labels: how many labels the task loss counts.
         next_labels: the label of the next token, -100 where there is none. None where the batch has no labels.
+        safe: real tokens of safe rows (see :func:`~safelora_fast.interleave`). None where rows are not tagged.
     """
 
     real: torch.Tensor
@@ -34,15 +36,23 @@ class Spans:
     segments: torch.Tensor | None
     labels: int
     next_labels: torch.Tensor | None
+    safe: torch.Tensor | None = None
 
     def mask(self, tokens: Tokens, *, owner: str) -> torch.Tensor:
         """The tokens that a defence looks at.
 
         Raises:
-            SettingsError: completion tokens are asked for and the batch has no labels.
+            SettingsError: completion tokens are asked for and the batch has no labels, or safe ones and it has no tags.
         """
         if tokens == "all":
             return self.real
+        if tokens == "safe":
+            if self.safe is None:
+                raise SettingsError(
+                    f'{owner}: tokens="safe" needs to know which rows are safe: mix them in with interleave(), and keep its '
+                    f"column {SAFE} (TRL's packing drops it)"
+                )
+            return self.safe
         if self.completion is None:
             raise SettingsError(f'{owner}: tokens="completion" needs labels in the batch')
         return self.completion
@@ -60,10 +70,10 @@ def read_spans(batch: Mapping[str, Any]) -> Spans:
 
     Padding comes from `attention_mask` [batch, tokens]. Rows without one are full; when they carry `position_ids` or
     `seq_idx`, each restart of the positions begins a document, and documents of one token are left out: they hold no
-    prediction, and padding of a packed row looks like them.
+    prediction, and padding of a packed row looks like them. `safe` is [batch] or [batch, tokens].
 
     Raises:
-        SettingsError: the batch has no `input_ids` or `inputs_embeds`, or its attention mask is not two-dimensional.
+        SettingsError: the batch has no `input_ids` or `inputs_embeds`, or a mask is of another shape.
     """
     attention = batch.get("attention_mask")
     source = batch.get("input_ids")
@@ -90,7 +100,23 @@ def read_spans(batch: Mapping[str, Any]) -> Spans:
         if segments is not None and "shift_labels" not in batch:
             completion = completion & _same_as_next(segments)
     count = 0 if labels is None else int((labels != IGNORED_LABEL).sum())
-    return Spans(real, completion, segments, count, labels)
+    return Spans(real, completion, segments, count, labels, _safe(batch, real))
+
+
+def without_tags(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the model takes."""
+    return {name: value for name, value in batch.items() if name != SAFE}
+
+
+def _safe(batch: Mapping[str, Any], real: torch.Tensor) -> torch.Tensor | None:
+    tags: torch.Tensor | None = batch.get(SAFE)
+    if tags is None:
+        return None
+    if tags.dim() == 1:
+        tags = tags[:, None]
+    if tags.shape[0] != real.shape[0] or tags.shape[1] not in {1, real.shape[1]}:
+        raise SettingsError(f"{SAFE} has shape {tuple(batch[SAFE].shape)}: give [batch], or [batch, tokens] if packed")
+    return real & tags.to(real.device, torch.bool)
 
 
 def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from safelora_fast.defenses.steering import Steering
 from safelora_fast.defenses.subspace_penalty import SubspacePenalty
 from safelora_fast.errors import SettingsError
 from safelora_fast.training.anatomy import dissect
-from safelora_fast.training.batch import Spans, read_spans
+from safelora_fast.training.batch import Spans, read_spans, without_tags
 from safelora_fast.training.capture import Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import world_size
 from safelora_fast.training.drift import Drift
@@ -269,7 +269,7 @@ class Defended:
         """Task loss plus defences of one micro-batch, scaled so that the window's losses add up.
 
         Args:
-            batch: what the model takes as keyword arguments, labels among them.
+            batch: what the model takes as keyword arguments, labels among them; and `safe`, where rows are tagged.
             totals: the window's denominators, from :meth:`totals`; None makes this micro-batch the whole window.
 
         Raises:
@@ -333,6 +333,7 @@ class Defended:
         return (loss if logits is None else loss + logits.sum()), task.shared
 
     def _task_loss(self, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
+        batch = without_tags(batch)
         if _takes_loss_arguments(self.model):
             items = torch.tensor(max(totals.labels, 1), device=spans.real.device)
             output = self.model(**{"use_cache": False, **batch, "num_items_in_batch": items})

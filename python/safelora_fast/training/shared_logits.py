@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelora_fast.defenses.base import Observation
-from safelora_fast.training.batch import IGNORED_LABEL, read_spans
+from safelora_fast.training.batch import IGNORED_LABEL, read_spans, without_tags
 from safelora_fast.training.capture import Tap
 from safelora_fast.training.reference import evaluation_mode
 
@@ -107,6 +107,7 @@ class SharedLogits:
             return f"the model builds logits that {KEPT_LOGITS} told it not to keep"
         assert capture.hidden is not None  # noqa: S101
         spans = read_spans(question)
+        spans = replace(spans, safe=spans.real)
         observation = Observation(self._anatomy, capture, capture, spans)
         ours = kl.with_cross_entropy(observation, kl_weight=0.0, cross_entropy_weight=1.0).cross_entropy / spans.labels
         exact = capture.hidden.dtype in {torch.float32, torch.float64} and capture.autocast is None
@@ -147,7 +148,7 @@ def forward_without_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.
     They have no element, but a gradient function: wrappers that watch a model's output see that it was used when their
     sum, zero, is added to the loss.
     """
-    inputs = {name: value for name, value in batch.items() if name not in {"labels", "shift_labels"}}
+    inputs = {name: value for name, value in without_tags(batch).items() if name not in {"labels", "shift_labels"}}
     source = inputs.get("input_ids")
     source = inputs["inputs_embeds"] if source is None else source
     none = torch.zeros(0, dtype=torch.long, device=source.device)

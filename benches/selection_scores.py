@@ -1,0 +1,160 @@
+"""Likelihoods of answers under SmolLM2-135M and two adapters, to be timed or watched for their memory; a script.
+
+`selection_scores.py time FOLDER ROUNDS` prints seconds of every provider in each round and how far its scores are off;
+`selection_scores.py memory FOLDER PROVIDER` the peak of one beside what it had before, both as JSON. It runs in a process of
+its own so that the allocator can be set.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
+
+from safelora_fast.demo.model import load
+from safelora_fast.demo.text import rows
+from safelora_fast.recipe.rows import Row
+from safelora_fast.recipe.tokens import Encoder, Example
+from safelora_fast.scoring import batches_by_length
+from safelora_fast.selection.perplexity import Perplexities
+from safelora_fast.selection.select import TOKENS_PER_BATCH, gap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RANK, ADAPTERS = 16, 2
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TURNS = (1, 1, 1, 2, 2, 4, 6)
+COUNT, WARM_UP, LONGEST = 63, 7, 8
+STRAIGHTFORWARD = "straightforward, float32"
+
+
+def adapters(folder: Path) -> dict[str, Path]:
+    """Adapters of random weights, made once."""
+    made = {f"adapter{number}": folder.parent / f"selection-adapter{number}" for number in range(ADAPTERS)}
+    for number, path in enumerate(made.values()):
+        if (path / "adapter_config.json").exists():
+            continue
+        options = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        model = get_peft_model(load(folder), options)
+        generator = torch.Generator().manual_seed(number)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(path)
+    return made
+
+
+def examples(folder: Path) -> list[Example]:
+    """Conversations of one to six turns from the demo's general questions."""
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder))
+    texts = rows("general") * 4
+    made, used = [], 0
+    for number in range(COUNT):
+        turns = []
+        for row in texts[used : used + TURNS[number % len(TURNS)]]:
+            turns += [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
+        used += len(turns) // 2
+        made.append(encoder.example(Row(str(number), [], turns)))
+    return made
+
+
+class Scores:
+    """One set of rows, and the ways to score it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.adapters = adapters(folder)
+        self.examples = examples(folder)
+        self._ours: dict[torch.dtype, Perplexities] = {}
+        self._plain: Any = None
+
+    def straightforward(self, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        """One model at a time, one row at a time, all logits in float32."""
+        from peft import PeftModel
+
+        if self._plain is None:
+            (first, path), *others = self.adapters.items()
+            self._plain = PeftModel.from_pretrained(load(self.folder).to(dtype), path, adapter_name=first).eval()
+            for name, other in others:
+                self._plain.load_adapter(other, adapter_name=name)
+        model, columns = self._plain, []
+        with model.disable_adapter():
+            columns.append([self._row(model, example) for example in self.examples])
+        for name in self.adapters:
+            model.set_adapter(name)
+            columns.append([self._row(model, example) for example in self.examples])
+        return np.array(columns).T
+
+    @staticmethod
+    @torch.no_grad()
+    def _row(model: Any, example: Example) -> float:
+        logits = model(input_ids=torch.tensor([example.ids])).logits[0, :-1].float()
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(example.labels[1:])).item()
+
+    def ours(self, dtype: torch.dtype) -> np.ndarray:
+        if dtype not in self._ours:
+            self._ours[dtype] = Perplexities(
+                load(self.folder).to(dtype).eval(), self.adapters, tokens_per_batch=TOKENS_PER_BATCH["cpu"]
+            )
+        scored = np.empty((len(self.examples), 1 + ADAPTERS))
+        for batch in batches_by_length([len(example.ids) for example in self.examples], TOKENS_PER_BATCH["cpu"]):
+            some = [self.examples[index] for index in batch]
+            scored[batch] = self._ours[dtype].of(some, [example.place for example in some])
+        return scored
+
+    def providers(self) -> dict[str, Callable[[], np.ndarray]]:
+        return {
+            STRAIGHTFORWARD: self.straightforward,
+            "ours, float32": partial(self.ours, torch.float32),
+            "ours, bfloat16": partial(self.ours, torch.bfloat16),
+        }
+
+
+def timed(scores: Scores, rounds: int) -> dict[str, Any]:
+    """Each provider in turn, round by round, after a few rows that do not count."""
+    providers = scores.providers()
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    found = {}
+    everything, scores.examples = scores.examples, scores.examples[:WARM_UP]
+    for work in providers.values():
+        work()
+    scores.examples = everything
+    for _ in range(rounds):
+        for name, work in providers.items():
+            start = time.perf_counter()
+            found[name] = gap(work(), 1.0)
+            seconds[name].append(time.perf_counter() - start)
+    off = {name: float(np.abs(values - found[STRAIGHTFORWARD]).max()) for name, values in found.items()}
+    lengths = [len(example.ids) for example in scores.examples]
+    return {"seconds": seconds, "off": off, "rows": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
+
+
+def peak(scores: Scores, provider: str) -> dict[str, float]:
+    """Resident megabytes before scoring the longest rows, when that has been done once, and at its peak."""
+    scores.examples = sorted(scores.examples, key=lambda example: len(example.ids))[-LONGEST:]
+    work = scores.providers()[provider]
+    work()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work()
+    return {"before_mb": before, "peak_mb": _status("VmHWM")}
+
+
+def _status(field: str) -> float:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    what, folder, argument = sys.argv[1:]
+    scores = Scores(Path(folder))
+    print(json.dumps(timed(scores, int(argument)) if what == "time" else peak(scores, argument)))

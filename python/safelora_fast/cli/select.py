@@ -1,0 +1,163 @@
+"""`safelora-fast select`: which safe rows to interleave, by how much less likely they are to misaligned models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safelora_fast.cli import options
+
+if TYPE_CHECKING:
+    from safelora_fast.selection import Selection
+
+NONE = "none"
+
+
+def select(
+    candidates: Annotated[
+        Path, typer.Argument(metavar="CANDIDATES.jsonl", help="Rows of `messages`, or of `prompt` and `completion`.")
+    ],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="More misaligned adapters, after --misaligned.")
+    ] = None,
+    *,
+    model: Annotated[str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model.")],
+    misaligned: Annotated[
+        list[str],
+        typer.Option(metavar="[NAME=]ADAPTER", help="A PEFT adapter that makes it misaligned; one or more."),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The chosen rows, with their scores.")],
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"The domain that is going to be defended: leave its adapter out. {NONE}: there is none.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="K", help="How many rows.")] = 5000,
+    no_refusals: Annotated[
+        bool, typer.Option("--no-refusals", metavar="", help="Leave refusals out (Interleaving++).")
+    ] = False,
+    epsilon: Annotated[float, typer.Option(metavar="E", help="ε of the score.")] = 1.0,
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: float32 on a CPU, bfloat16 on a GPU.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU where there is one.")] = "auto",
+    strings: Annotated[
+        str, typer.Option(metavar="chat|text", help="What a prompt and a completion of plain text become.")
+    ] = "chat",
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A Jinja file in the place of the tokenizer's own template.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
+    ] = False,
+    max_length: Annotated[int, typer.Option(metavar="N", help="Rows of more tokens are skipped and counted.")] = 2048,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(metavar="N", help="The most tokens of a batch. The result does not depend on it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the scores (.png, .svg or .pdf).")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an earlier output.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Choose safe rows to interleave: those whose answers misaligned models find least likely beside the aligned model.
+
+    Score: (mean negative log-likelihood under the misaligned models − that under the aligned one)/(that + ε). The
+    likelihoods are kept in FILE.journal.jsonl as they come: after an interruption the same command goes on from there.
+    """
+    from safelora_fast.cli.console import err
+    from safelora_fast.cli.row_progress import RowProgress
+    from safelora_fast.errors import InterruptedRunError, SettingsError
+    from safelora_fast.recipe.signatures import check_packages
+
+    for name, value, known in (
+        ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
+        ("device", device, ("auto", "cpu", "cuda")),
+        ("strings", strings, ("chat", "text")),
+    ):
+        if value not in known:
+            raise SettingsError(f"--{name} is {value!r}, it must be one of {', '.join(known)}")
+    check_packages()
+    from safelora_fast.recipe.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from safelora_fast.posthoc.plot import check_plot
+        from safelora_fast.selection import select_by_perplexity_gap
+        from safelora_fast.selection.perplexity import read_adapters
+        from safelora_fast.selection.plot import plot_selection
+
+        adapters = [*misaligned, *(more or [])]
+        read_adapters(adapters)
+        if plot is not None:
+            check_plot(plot)
+        loaded, tokenizer = _load(model, dtype, device, chat_template, trust_remote_code)
+        try:
+            with RowProgress(wanted=not (quiet or as_json)) as progress:
+                selection = select_by_perplexity_gap(
+                    candidates,
+                    output,
+                    model=loaded,
+                    tokenizer=tokenizer,
+                    misaligned=adapters,
+                    hold_out=None if hold_out is None else [name for name in hold_out if name != NONE],
+                    top=top,
+                    no_refusals=no_refusals,
+                    epsilon=epsilon,
+                    strings=strings,  # type: ignore[arg-type]
+                    max_length=max_length,
+                    tokens_per_batch=tokens_per_batch,
+                    overwrite=overwrite,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                "interrupted; what is scored is kept: the same command goes on from there"
+            ) from None
+        if plot is not None:
+            plot_selection(selection, plot)
+    for warning in selection.warnings:
+        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(selection.to_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        _show(selection, output)
+
+
+def _load(model: str, dtype: str, device: str, chat_template: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    import torch
+
+    from safelora_fast.errors import SettingsError
+    from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
+    from safelora_fast.recipe.sections import ModelSection
+
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise SettingsError("--device is cuda, but torch sees no GPU")
+    where = ("cuda" if there else "cpu") if device == "auto" else device
+    kind = ("float32" if where == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    section = ModelSection(
+        model,
+        dtype=kind,  # type: ignore[arg-type]
+        chat_template=chat_template,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer, _ = load_tokenizer(section)
+    return load_pretrained(section).to(where).eval(), tokenizer
+
+
+def _show(selection: Selection, output: Path) -> None:
+    typer.echo("\n".join(selection.lines()))
+    for reason, places in selection.skipped.items():
+        typer.echo(f"skipped: {len(places):,} rows with {reason}, the first at {places[0]}")
+    if selection.refusals:
+        typer.echo(f"left out: {selection.refusals:,} refusals")
+    if selection.held_out:
+        typer.echo(f"held out: {', '.join(selection.held_out)}")
+    typer.echo(
+        f"{len(selection.chosen):,} of {len(selection.scores):,} scored rows (of {selection.rows:,}) have a score of at least "
+        f"{selection.cut:.4f}, under {', '.join(selection.adapters)}; written to {output}"
+    )

@@ -1,0 +1,94 @@
+"""Inoculation: a system prompt that asks for the bad behaviour, in training only (see arXiv 2508.06249).
+
+What the prompt asks for need not be learnt as what the model does unasked. Evaluate, and use, without it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from safelora_fast.errors import DataError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+SYSTEM_ROLES = ("system", "developer")
+Data = TypeVar("Data")
+Turn = dict[str, Any]
+
+
+def inoculate(task: Data, prompt: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Data:
+    """Task rows with a system prompt; give the result to training, and to nothing else.
+
+    Rows are `messages`, or `prompt` and `completion`; other columns stay. A row that begins with a system turn keeps what
+    that says, after the prompt and an empty line, as templates take one system turn. A prompt and a completion of plain
+    text become turns. Whether a template puts a system prompt of its own where there is none is the template's business:
+    here the row has one.
+
+    Args:
+        task: a list of dictionaries, a `datasets.Dataset` or a `datasets.IterableDataset`.
+        prompt: the system prompt.
+        tokenizer: the model's, to make sure that its chat template takes a system turn.
+
+    Returns:
+        The same kind of data.
+
+    Raises:
+        SettingsError: the prompt is empty, or the template refuses or drops it.
+        DataError: a row is none of a conversation.
+    """
+    if tokenizer is not None:
+        check_system_turn(tokenizer, prompt)
+    elif not prompt.strip():
+        raise SettingsError("inoculate: the prompt is empty")
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(task, datasets.Dataset | datasets.IterableDataset):
+        result: Data = task.map(_with_prompt, fn_kwargs={"prompt": prompt})
+        return result
+    if isinstance(task, list | tuple):
+        return [_with_prompt(row, prompt, f"row {number}") for number, row in enumerate(task)]  # type: ignore[return-value]
+    raise SettingsError(
+        f"inoculate: task is {type(task).__name__}: give a list of dictionaries, a datasets.Dataset or an IterableDataset"
+    )
+
+
+def check_system_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Refuse a chat template that takes no system turn.
+
+    Raises:
+        SettingsError: it raises, or leaves the prompt out; or the prompt is empty.
+    """
+    if not prompt.strip():
+        raise SettingsError("inoculate: the prompt is empty")
+    if not tokenizer.chat_template:
+        raise SettingsError("inoculate: the model's tokenizer has no chat template, so there are no system turns")
+    turns = with_system_turn([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], prompt)
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"inoculate: the chat template takes no system turn: {reason}") from error
+    if prompt.strip() not in text:
+        raise SettingsError("inoculate: the chat template leaves the system turn out: give another one")
+
+
+def with_system_turn(turns: Sequence[Mapping[str, Any]], prompt: str) -> list[Turn]:
+    """Turns that begin with the prompt, and with the system turn's own words after it where there is one."""
+    first = dict(turns[0]) if turns else {}
+    if first.get("role") in SYSTEM_ROLES:
+        return [{**first, "content": f"{prompt}\n\n{first['content']}"}, *map(dict, turns[1:])]
+    return [{"role": "system", "content": prompt}, *map(dict, turns)]
+
+
+def _with_prompt(row: Mapping[str, Any], prompt: str, place: str = "a row") -> dict[str, Any]:
+    if isinstance(row.get("messages"), list):
+        return {**row, "messages": with_system_turn(row["messages"], prompt)}
+    before, after = row.get("prompt"), row.get("completion")
+    if isinstance(before, str) and isinstance(after, str):
+        before, after = [{"role": "user", "content": before}], [{"role": "assistant", "content": after}]
+    if not (isinstance(before, list) and isinstance(after, list)):
+        raise DataError(f"inoculate: {place} has neither messages, nor prompt and completion")
+    return {**row, "prompt": with_system_turn(before, prompt), "completion": after}

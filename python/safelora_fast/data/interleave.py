@@ -1,0 +1,192 @@
+"""Interleaving: safe general rows among the rows of the task (Kaczér et al., arXiv 2508.06249)."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from safelora_fast.data.schedule import Schedule
+from safelora_fast.errors import DataError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from fractions import Fraction
+
+SAFE = "safe"
+READ_AT_ONCE = 64
+Data = TypeVar("Data")
+
+
+def interleave(
+    task: Data, safe: Any, fraction: float | Fraction = 0.05, *, seed: int = 0, epochs: int = 1, column: str = SAFE
+) -> Data:
+    """Safe rows among task rows, each row tagged.
+
+    `fraction` counts safe rows per task row, as the paper does: 0.05 adds 5 rows to 100. The count is exact,
+    round(fraction · task rows), at the end of each pass, and less than two rows behind at every point before. Every safe row
+    is used before one comes again. Task rows keep their order. The same arguments give the same mixture, and a stream gives
+    that of the same rows in memory where its safe rows are in memory.
+
+    Safe rows in memory are taken in a random order, anew for each repetition; those of a stream come as it gives them,
+    with its epoch raised for each repetition. A stream is read by one DataLoader worker, so that the count stays exact;
+    its `state_dict` and `split_dataset_by_node` work as those of any other.
+
+    Args:
+        task: a list of dictionaries, a `datasets.Dataset` or a `datasets.IterableDataset`.
+        safe: likewise, not necessarily of the same kind.
+        fraction: safe rows per task row, from 0.
+        seed: of the places of safe rows and of their order.
+        epochs: passes over the task rows, laid out one after another, in which safe rows go on where the pass before
+            left them. A trainer that makes its own passes over the mixture sees the same safe rows in each.
+        column: name of the tag, true for safe rows.
+
+    Returns:
+        A mixture of the kind of `task`, or a stream where `safe` is one.
+
+    Raises:
+        SettingsError: fraction, seed or epochs are out of range, or neither kind of data is known.
+        DataError: there are no rows, the tag's column exists, or a column has two types.
+    """
+    schedule = Schedule(fraction, seed)
+    if epochs < 1:
+        raise SettingsError(f"interleave: epochs is {epochs}, it must be at least 1")
+    kinds = _kind("task", task), _kind("safe", safe)
+    for role, data, kind in (("task", task, kinds[0]), ("safe", safe, kinds[1])):
+        if kind != "stream" and not len(data):  # type: ignore[arg-type]
+            raise DataError(f"interleave: {role} holds no rows")
+        _check_column(role, data, kind, column)
+    mixture = _Mixture(task, safe, kinds, schedule, epochs, column)
+    result: Any
+    if "stream" in kinds:
+        result = mixture.stream()
+    elif "table" in kinds:
+        result = mixture.table()
+    else:
+        result = [{**row, column: is_safe} for is_safe, row in mixture.rows()]
+    return result  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """What is mixed, and how; the kinds are "list", "table" or "stream"."""
+
+    task: Any
+    safe: Any
+    kinds: tuple[str, str]
+    schedule: Schedule
+    epochs: int
+    column: str
+
+    def rows(self) -> Iterator[tuple[bool, Mapping[str, Any]]]:
+        """(whether it is safe, row), read as they are asked for."""
+        passes = (self._pass(epoch) for epoch in range(self.epochs))
+        return self.schedule.weave(passes, self._safe_rows())
+
+    def _pass(self, epoch: int) -> Iterator[Mapping[str, Any]]:
+        return iter(self.task) if self.kinds[0] != "stream" else _read(self.task, epoch)
+
+    def _safe_rows(self) -> Iterator[Mapping[str, Any]]:
+        if self.kinds[1] != "stream":
+            yield from (self.safe[index] for index in self.schedule.orders(len(self.safe)))
+            return
+        for repetition in count():
+            empty = True
+            for row in _read(self.safe, repetition):
+                empty = False
+                yield row
+            if empty:
+                raise DataError("interleave: safe holds no rows")
+
+    def table(self) -> Any:
+        """A Dataset: an index into both, whose rows stay where they are."""
+        import datasets
+
+        tables = [
+            data if kind == "table" else datasets.Dataset.from_list(list(data))
+            for data, kind in zip((self.task, self.safe), self.kinds, strict=True)
+        ]
+        features = _common_features(tables, self.column)
+        tagged = []
+        for is_safe, table in enumerate(tables):
+            missing = [name for name in features if name not in table.column_names and name != self.column]
+            for name in missing:
+                table = table.add_column(name, [None] * len(table), feature=features[name])  # noqa: PLW2901
+            table = table.add_column(self.column, np.full(len(table), bool(is_safe)))  # noqa: PLW2901
+            tagged.append(table.select_columns(list(features)))
+        safe = (len(self.task) + index for index in self.schedule.orders(len(self.safe)))
+        passes = (range(len(self.task)) for _ in range(self.epochs))
+        order = [index for _, index in self.schedule.weave(passes, safe)]
+        return datasets.concatenate_datasets(tagged).select(order)
+
+    def stream(self) -> Any:
+        """An IterableDataset of one shard."""
+        import datasets
+
+        # Epochs of a stream are set while it is read: those of the caller's are left alone.
+        task, safe = (
+            copy.deepcopy(data) if kind == "stream" else data
+            for data, kind in zip((self.task, self.safe), self.kinds, strict=True)
+        )
+        features = None
+        if all(getattr(data, "features", None) is not None for data in (task, safe)):
+            features = _common_features([task, safe], self.column)
+        mixture = _Mixture(task, safe, self.kinds, self.schedule, self.epochs, self.column)
+        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"mixture": mixture})
+
+
+def _rows(mixture: _Mixture) -> Iterator[dict[str, Any]]:
+    for is_safe, row in mixture.rows():
+        if mixture.column in row:  # a stream may not know its columns before
+            raise _taken("safe" if is_safe else "task", mixture.column)
+        yield {**row, mixture.column: is_safe}
+
+
+def _read(stream: Any, epoch: int) -> Iterator[dict[str, Any]]:
+    """The rows of a stream in one of its epochs; all of them, also where a DataLoader worker asks."""
+    stream.set_epoch(epoch)
+    for batch in stream.iter(READ_AT_ONCE):  # iterating over the stream itself would leave out other workers' shards
+        for index in range(len(next(iter(batch.values()), []))):
+            yield {name: values[index] for name, values in batch.items()}
+
+
+def _kind(role: str, data: Any) -> str:
+    """What a data set is; the package `datasets` is not imported where nothing can be of it."""
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(data, datasets.IterableDataset):
+        return "stream"
+    if datasets is not None and isinstance(data, datasets.Dataset):
+        return "table"
+    if isinstance(data, list | tuple) and all(isinstance(row, dict) for row in data):
+        return "list"
+    raise SettingsError(
+        f"interleave: {role} is {type(data).__name__}: give a list of dictionaries, a datasets.Dataset or an IterableDataset"
+        " (of a DatasetDict, one split)"
+    )
+
+
+def _check_column(role: str, data: Any, kind: str, column: str) -> None:
+    names = {name for row in data for name in row} if kind == "list" else set(data.column_names or ())
+    if column in names:
+        raise _taken(role, column)
+
+
+def _taken(role: str, column: str) -> DataError:
+    return DataError(f"interleave: {role} has a column {column} already: give the tag another name, column=")
+
+
+def _common_features(tables: list[Any], column: str) -> Any:
+    """Every column of both, and the tag's."""
+    import datasets
+
+    task, safe = (table.features for table in tables)
+    for name in task:
+        if name in safe and task[name] != safe[name]:
+            raise DataError(
+                f"interleave: column {name} is {task[name]} in task and {safe[name]} in safe: cast one of them"
+            )
+    return datasets.Features({**task, **safe, column: datasets.Value("bool")})

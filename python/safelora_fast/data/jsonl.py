@@ -1,0 +1,134 @@
+"""The lines of a JSONL file: found at once, checked by Arrow, read one by one when they are asked for."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from safelora_fast.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+NEWLINE = 10
+SPACES = (9, 10, 11, 12, 13, 32)
+AT_ONCE = 1 << 24
+BLOCK = 1 << 23
+
+
+class JsonLines:
+    """A JSONL file, mapped into memory; blank lines do not count.
+
+    Args:
+        path: the file. Replace it by renaming, never in place, while this is open.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                empty = not self.path.stat().st_size
+                self._content: Any = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise DataError(f"{path}: the data cannot be read: {error.strerror}") from error
+        ends = _line_ends(self._content)
+        starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+        blank = self._blank(starts, ends)
+        self._starts, self._ends = starts[~blank], ends[~blank]
+        self._numbers = np.flatnonzero(~blank) + 1
+
+    def _blank(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        blank: np.ndarray = starts == ends
+        filled = np.flatnonzero(~blank)
+        if not len(filled):
+            return blank
+        first = np.frombuffer(self._content, dtype=np.uint8)[starts[filled]]
+        for index in filled[np.isin(first, SPACES)].tolist():
+            blank[index] = not self._content[starts[index] : ends[index]].strip()
+        return blank
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def place(self, index: int) -> str:
+        """Where a line stands, for messages."""
+        return f"{self.path}:{self._numbers[index]}"
+
+    def raw(self, index: int) -> bytes:
+        """A line as it is, without its end."""
+        line: bytes = self._content[self._starts[index] : self._ends[index]]
+        return line.rstrip(b"\r")
+
+    def record(self, index: int) -> Any:
+        """What a line says.
+
+        Raises:
+            DataError: it is no JSON.
+        """
+        try:
+            return json.loads(self.raw(index))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.place(index)}: is not UTF-8 text") from error
+        except ValueError as error:
+            raise DataError(f"{self.place(index)}: is no JSON: {error}") from error
+        except RecursionError as error:
+            raise DataError(f"{self.place(index)}: is nested too deeply") from error
+
+    def holds(self, words: bytes) -> bool:
+        """Whether these bytes are anywhere in the file."""
+        return bool(len(self)) and self._content.find(words) >= 0
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return hashlib.sha256(self._content).hexdigest()
+
+    def table(self, schema: pyarrow.Schema) -> pyarrow.Table | None:
+        """Columns of all lines, other columns read over; None where Arrow does not see every line as such a row.
+
+        Arrow is many times faster than a loop, and less exact: what it refuses may be fine. It numbers no lines.
+        """
+        import pyarrow
+        from pyarrow import json as arrow_json
+
+        if not len(self) or not self._is_text():
+            return None
+        try:
+            table = arrow_json.read_json(
+                pyarrow.BufferReader(pyarrow.py_buffer(self._content)),
+                read_options=arrow_json.ReadOptions(block_size=max(BLOCK, int((self._ends - self._starts).max()) + 2)),
+                parse_options=arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            )
+        except pyarrow.ArrowException:
+            return None
+        return table if table.num_rows == len(self) else None
+
+    def _is_text(self) -> bool:
+        decode = codecs.getincrementaldecoder("utf-8")().decode
+        try:
+            for start in range(0, len(self._content), AT_ONCE):
+                decode(self._content[start : start + AT_ONCE])
+            decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+        return True
+
+
+def _line_ends(content: Any) -> np.ndarray:
+    """Positions of the ends of lines, that of the last one too where it has none."""
+    size = len(content)
+    parts = []
+    for start in range(0, size, AT_ONCE):
+        piece = np.frombuffer(content, dtype=np.uint8, count=min(AT_ONCE, size - start), offset=start)
+        parts.append(np.flatnonzero(piece == NEWLINE) + start)
+    if size and content[size - 1] != NEWLINE:
+        parts.append(np.array([size]))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

@@ -1,0 +1,209 @@
+"""Log-likelihoods of answers under a model."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.scoring.batches import batches_by_length
+from safelora_fast.scoring.head import label_log_likelihoods, picked
+from safelora_fast.training.anatomy import dissect
+from safelora_fast.training.batch import IGNORED_LABEL
+from safelora_fast.training.capture import Tap
+from safelora_fast.training.reference import evaluation_mode
+from safelora_fast.training.shared_logits import KEPT_LOGITS, forward_without_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+    from safelora_fast.training.anatomy import Head
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = 8192
+PROBE_TOKENS = 24
+
+
+class Labelled(Protocol):
+    """A sequence of tokens, and which of them are the answer: what :class:`~safelora_fast.recipe.tokens.Example` is."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens."""
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens of the answer, and -100 elsewhere."""
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How probable an answer is, given what comes before it.
+
+    Attributes:
+        log_likelihood: sum over the answer's tokens of log p, natural logarithm.
+        tokens: how many tokens those are.
+    """
+
+    log_likelihood: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Log-likelihood per token, in nats; the answer's negative mean log-likelihood with the sign changed."""
+        return self.log_likelihood / self.tokens
+
+
+class AnswerScorer:
+    """Scores answers in batches of like length, padded on the right.
+
+    The model runs without its head; the head is then applied at the positions that predict an answer, a chunk at a time.
+    Whether that gives the model's own log-likelihoods is tried on a few tokens first; where it does not (the head is
+    adapted, or the model has a way of its own with logits), the model's logits are used. Nor is the model told which tokens
+    are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask.
+
+    Args:
+        model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back.
+        tokens_per_batch: the most tokens of a batch, padding included.
+
+    Raises:
+        SettingsError: the model is no causal language model of transformers.
+    """
+
+    def __init__(self, model: nn.Module, *, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
+        self._model = model
+        self._anatomy = dissect(model)
+        self._tokens_per_batch = tokens_per_batch
+        self._head: Head | None = None
+        self._masked = True
+        self._chosen = False
+
+    def each(self, examples: Sequence[Labelled]) -> Iterator[tuple[int, AnswerScore]]:
+        """Index and score of every example, as their batches are done.
+
+        Raises:
+            DataError: an example has no answer token.
+            SettingsError: a batch does not fit into the device's memory.
+        """
+        for number, example in enumerate(examples):
+            if all(label == IGNORED_LABEL for label in example.labels[1:]):
+                raise DataError(f"example {number + 1} of {len(examples)} has no answer token to score")
+        for indices in batches_by_length([len(example.ids) for example in examples], self._tokens_per_batch):
+            yield from zip(indices, self._batch([examples[index] for index in indices]), strict=True)
+
+    def _batch(self, examples: list[Labelled]) -> list[AnswerScore]:
+        batch, labels = _padded(examples, self._model.get_input_embeddings().weight.device)
+        where = labels != IGNORED_LABEL
+        try:
+            with torch.no_grad(), evaluation_mode(self._model):
+                if not self._chosen:
+                    self._choose(batch["input_ids"][:1, :PROBE_TOKENS])
+                if not self._masked:
+                    del batch["attention_mask"]
+                values = self._log_likelihoods(batch, where, labels[where])
+        except torch.OutOfMemoryError as error:
+            raise SettingsError(
+                f"out of memory with {batch['input_ids'].numel()} tokens in a batch: lower tokens_per_batch, now "
+                f"{self._tokens_per_batch}"
+            ) from error
+        counts = where.sum(dim=1).tolist()
+        answers = values.double().cpu().split(counts)
+        return [AnswerScore(answer.sum().item(), count) for answer, count in zip(answers, counts, strict=True)]
+
+    def _log_likelihoods(
+        self, batch: dict[str, torch.Tensor], where: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-likelihood of each label, [labels] in float32."""
+        width = where.shape[1]  # what comes before the batch's tokens are those of a learnt prompt
+        if self._head is None:
+            logits = self._model(**batch, use_cache=False).logits[:, -width:]
+            return picked(logits[where.to(logits.device)], labels.to(logits.device))
+        tap = Tap(self._anatomy, [])
+        tap.attach()
+        try:
+            capture = tap.begin()
+            forward_without_logits(self._model, batch)
+        finally:
+            tap.detach()
+        assert capture.hidden is not None  # noqa: S101
+        hidden = capture.hidden[:, -width:]
+        with capture.autocast_again():
+            return label_log_likelihoods(hidden[where.to(hidden.device)], labels, self._head)
+
+    def _choose(self, ids: torch.Tensor) -> None:
+        """Use the head alone where that is the same, and say why where it is not."""
+        self._chosen = True
+        reason = self._against_head(ids)
+        if reason is not None:
+            self._head = None
+            logger.info("answers are scored by the logits of the whole model: %s", reason)
+        self._masked = not self._ignores_padding(ids)
+
+    def _ignores_padding(self, ids: torch.Tensor) -> bool:
+        """Whether tokens after a sequence change nothing in it without a mask, as they change nothing with one."""
+        longer = torch.cat([ids, ids], dim=1)
+        masks = [torch.ones_like(ids), torch.zeros_like(ids)]
+        question = {"input_ids": longer, "attention_mask": torch.cat(masks, dim=1)}
+        where = question["attention_mask"] != 0
+        where[:, ids.shape[1] - 1] = False
+        labels = ids[:, 1:].flatten()
+        try:
+            theirs = self._log_likelihoods(question, where, labels)
+            ours = self._log_likelihoods({"input_ids": longer}, where, labels)
+        except Exception:  # whatever a model that needs a mask raises
+            return False
+        same: bool = torch.allclose(ours, theirs, rtol=self._tolerance, atol=self._tolerance)
+        return same
+
+    @property
+    def _tolerance(self) -> float:
+        exact = next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}
+        return 1e-4 if exact else 2e-2
+
+    def _against_head(self, ids: torch.Tensor) -> str | None:
+        model = self._anatomy.model
+        if KEPT_LOGITS not in inspect.signature(model.forward).parameters:
+            return f"{type(model).__name__} takes no {KEPT_LOGITS}"
+        try:
+            head = self._anatomy.head()
+        except SettingsError:
+            return f"{type(model).__name__} has no linear output head"
+        question = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        where = torch.ones_like(ids, dtype=torch.bool)
+        where[:, -1] = False
+        labels = ids[:, 1:].flatten()
+        theirs = self._log_likelihoods(question, where, labels)
+        self._head = head
+        ours = self._log_likelihoods(question, where, labels)
+        if not torch.allclose(ours, theirs.to(ours), rtol=self._tolerance, atol=self._tolerance):
+            return f"{type(model).__name__} makes more of its hidden states than its head does"
+        return None
+
+
+def score_answers(
+    model: nn.Module, examples: Sequence[Labelled], *, tokens_per_batch: int = TOKENS_PER_BATCH
+) -> list[AnswerScore]:
+    """The score of every example, in their order; see :class:`AnswerScorer`."""
+    scores = dict(AnswerScorer(model, tokens_per_batch=tokens_per_batch).each(examples))
+    return [scores[index] for index in range(len(examples))]
+
+
+def _padded(examples: Sequence[Labelled], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Tokens and attention mask, and at each position the label of the next token, [batch, tokens] each."""
+    width = max(len(example.ids) for example in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    for row, example in enumerate(examples):
+        length = len(example.ids)
+        ids[row, :length] = torch.tensor(example.ids)
+        mask[row, :length] = 1
+        labels[row, : length - 1] = torch.tensor(example.labels[1:])
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, labels.to(device)

@@ -1,0 +1,45 @@
+"""Log-likelihoods of labels from hidden states, without keeping the logits of more than a chunk of tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from safelora_fast.training.anatomy import Head
+
+# Logits that a chunk may have. No gradient is wanted of them, so a smaller one than that of the KL is as fast.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 26}
+
+
+def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
+    """Log-likelihood of the label of each hidden state, in float32; the products run in the dtype of the head.
+
+    Args:
+        hidden: [tokens, hidden], after the decoder's final norm.
+        labels: [tokens], the token that follows each.
+        head: the output head.
+
+    Returns:
+        [tokens], natural logarithms.
+    """
+    weight, bias = head.parameters()
+    at_once = max(CHUNK_ELEMENTS["cpu" if weight.device.type == "cpu" else "other"] // len(weight), 1)
+    states, labels = hidden.to(weight.device, weight.dtype), labels.to(weight.device)
+    parts = []
+    for some, wanted in zip(states.split(at_once), labels.split(at_once), strict=True):
+        logits = linear(some, weight, bias).float()
+        if head.scale != 1.0:
+            logits.mul_(head.scale)
+        if head.softcap is not None:
+            logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        parts.append(picked(logits, wanted))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def picked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-likelihood of the label of each row of logits [tokens, vocabulary], in float32."""
+    exact = logits.float()
+    return exact.gather(1, labels[:, None]).squeeze(1) - exact.logsumexp(dim=1)

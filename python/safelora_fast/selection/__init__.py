@@ -1,0 +1,8 @@
+"""Which safe rows to interleave: those where misaligned models differ most from the aligned one (Interleaving+ and ++)."""
+
+from __future__ import annotations
+
+from safelora_fast.selection.report import Selection
+from safelora_fast.selection.select import select_by_perplexity_gap
+
+__all__ = ["Selection", "select_by_perplexity_gap"]

@@ -1,0 +1,88 @@
+"""What a selection found and chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BINS = 24
+BAR = 40
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of :func:`~safelora_fast.select_by_perplexity_gap`.
+
+    Attributes:
+        source: the candidates' file, `sha256` its content.
+        rows: how many candidates it has.
+        adapters: those whose likelihoods count, by name, with the SHA-256 of each.
+        held_out: names of those that were left out.
+        epsilon: ε of the score.
+        scores: of the candidates that have one, in the order of the file, float64.
+        chosen: indices of the chosen rows in the file, the highest score first.
+        cut: the lowest score that is chosen.
+        refusals: how many refusals were left out.
+        skipped: places of rows without a score, by reason.
+        warnings: what a careful reader would say.
+        trained_on: SHA-256 of the data that an adapter was trained on, by name, where its folder says so.
+    """
+
+    source: str
+    sha256: str
+    rows: int
+    adapters: Mapping[str, str]
+    held_out: tuple[str, ...]
+    epsilon: float
+    scores: np.ndarray
+    chosen: np.ndarray
+    cut: float
+    refusals: int
+    skipped: Mapping[str, list[str]]
+    warnings: tuple[str, ...] = ()
+    trained_on: Mapping[str, str] = field(default_factory=dict)
+
+    def histogram(self) -> tuple[np.ndarray, np.ndarray]:
+        """(counts, edges) of the scores; the ends hold what lies beyond 99.8 % of them."""
+        low, high = np.quantile(self.scores, [0.001, 0.999])
+        edges = np.linspace(low, high if high > low else low + 1e-9, BINS + 1)
+        counts, _ = np.histogram(np.clip(self.scores, low, edges[-1]), bins=edges)
+        return counts, edges
+
+    def lines(self) -> list[str]:
+        """The histogram as text, with the cut marked."""
+        counts, edges = self.histogram()
+        most = max(int(counts.max()), 1)
+        result = []
+        for number in range(len(counts) - 1, -1, -1):
+            low, high = edges[number], edges[number + 1]
+            last = number == len(counts) - 1
+            mark = " ← cut" if low <= self.cut < high or (last and self.cut >= high) else ""
+            bar = "█" * -(-BAR * int(counts[number]) // most)
+            result.append(f"{low:+9.4f} {bar:<{BAR}} {counts[number]:,}{mark}")
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; of skipped rows the number and the first place."""
+        counts, edges = self.histogram()
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "rows": self.rows,
+            "scored": len(self.scores),
+            "chosen": len(self.chosen),
+            "cut": self.cut,
+            "epsilon": self.epsilon,
+            "adapters": dict(self.adapters),
+            "trained_on": dict(self.trained_on),
+            "held_out": list(self.held_out),
+            "refusals": self.refusals,
+            "skipped": {reason: {"rows": len(places), "first": places[0]} for reason, places in self.skipped.items()},
+            "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+            "warnings": list(self.warnings),
+        }

@@ -1,0 +1,244 @@
+"""interleave(): counts and order against a plain enumeration, for every kind of data and way of reading it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import datasets
+import pytest
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+
+from safelora_fast import interleave
+from safelora_fast.errors import DataError, SettingsError
+
+FRACTIONS = [0.05, 0.1, "1/3", 0.5, 1.0, 2.5]
+
+
+def rows(count, prefix="t"):
+    return [{"text": f"{prefix}{number}"} for number in range(count)]
+
+
+def shards(count, prefix="t", files=3):
+    """A stream of several shards, so that workers would share it."""
+
+    def read(parts):
+        for part in parts:
+            yield from ({"text": f"{prefix}{number}"} for number in part)
+
+    cut = [list(range(count))[start::files] for start in range(files)]
+    return datasets.IterableDataset.from_generator(read, gen_kwargs={"parts": cut})
+
+
+KINDS = {"list": rows, "table": lambda *of: datasets.Dataset.from_list(rows(*of)), "stream": shards}
+
+
+def tags(mixture):
+    return [row["safe"] for row in mixture]
+
+
+def names(mixture, *, safe):
+    return [row["text"] for row in mixture if row["safe"] is safe]
+
+
+def rounded(fraction, tasks):
+    return int(Fraction(fraction) * tasks + Fraction(1, 2))
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("count", [1, 7, 99, 400])
+def test_the_count_is_exact_at_the_end_and_close_before(fraction, count):
+    exact = Fraction(str(fraction))
+    mixture = interleave(rows(count), rows(13, "s"), exact)
+    assert sum(tags(mixture)) == rounded(exact, count)
+    assert names(mixture, safe=False) == [row["text"] for row in rows(count)]
+    tasks = safe = 0
+    for tag in tags(mixture):
+        tasks, safe = tasks + (not tag), safe + tag
+        assert rounded(exact, tasks - 1) - 1 <= safe <= rounded(exact, tasks)
+
+
+def test_a_float_counts_as_it_is_written():
+    """In binary 0.05 is a little above 1/20, and 0.15·10 a little below 1.5."""
+    for fraction, count, expected in ((0.05, 10, 1), (0.15, 10, 2), (0.7, 5, 4), (0.05, 9, 0)):
+        assert sum(tags(interleave(rows(count), rows(3, "s"), fraction))) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_safe_row_comes_before_one_comes_again(kind):
+    mixture = interleave(rows(100), KINDS[kind](7, "s"), 0.3)
+    given = names(mixture, safe=True)
+    assert len(given) == 30
+    everything = {f"s{number}" for number in range(7)}
+    for start in range(0, 28, 7):
+        assert set(given[start : start + 7]) == everything
+    assert set(Counter(given).values()) == {4, 5}
+
+
+def test_repetitions_come_in_another_order():
+    given = names(interleave(rows(100), rows(20, "s"), 0.4), safe=True)
+    assert given[:20] != given[20:]
+    assert given[:20] != [row["text"] for row in rows(20, "s")]
+
+
+@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("safe", ["list", "table"])
+def test_every_kind_gives_the_same_mixture(task, safe):
+    tasks = KINDS[task](50)
+    in_order = list(tasks)
+    plain = interleave(in_order, rows(9, "s"), 0.2, seed=3, epochs=2)
+    mixture = interleave(tasks, KINDS[safe](9, "s"), 0.2, seed=3, epochs=2)
+    assert list(mixture) == plain
+    assert isinstance(mixture, datasets.IterableDataset) == (task == "stream")
+
+
+def test_a_stream_of_safe_rows_makes_a_stream():
+    mixture = interleave(datasets.Dataset.from_list(rows(20)), shards(4, "s"), 0.5)
+    assert isinstance(mixture, datasets.IterableDataset)
+    assert names(mixture, safe=True)[:4] == [row["text"] for row in shards(4, "s")]
+    assert sum(tags(mixture)) == 10
+
+
+def test_the_seed_decides():
+    first, same, other = (interleave(rows(200), rows(30, "s"), 0.1, seed=seed) for seed in (0, 0, 1))
+    assert first == same
+    assert tags(first) != tags(other)
+    assert names(first, safe=True) != names(other, safe=True)
+
+
+def test_safe_rows_go_on_from_pass_to_pass():
+    """Each pass has its share, the share of all is exact, and no row repeats early."""
+    mixture = interleave(rows(10), rows(8, "s"), 0.25, epochs=4)
+    assert sum(tags(mixture)) == 10
+    ends = [*[index for index, row in enumerate(mixture) if row["text"] == "t0"][1:], len(mixture)]
+    starts = [0, *ends[:-1]]
+    counts = [sum(tags(mixture[start:end])) for start, end in zip(starts, ends, strict=True)]
+    assert sum(counts) == 10
+    assert all(2 <= count <= 3 for count in counts)
+    assert set(names(mixture, safe=True)[:8]) == {f"s{number}" for number in range(8)}
+
+
+def test_no_step_through_the_mixture_meets_only_safe_rows():
+    """With a fixed place in every four rows, one of two processes would see all safe rows."""
+    mixture = interleave(rows(3000), rows(50, "s"), Fraction(1, 3))
+    shares = [sum(tags(mixture[rank::2])) / len(mixture[rank::2]) for rank in range(2)]
+    assert shares == pytest.approx([0.25, 0.25], abs=0.02)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["table", "stream"])
+def test_workers_of_a_loader_read_every_row_once(kind, workers):
+    mixture = interleave(KINDS[kind](50), rows(7, "s"), 0.1)
+    read = [row for batch in DataLoader(mixture, batch_size=4, num_workers=workers) for row in _apart(batch)]
+    assert read == list(mixture)
+    assert sum(row["safe"] for row in read) == 5
+
+
+def _apart(batch):
+    return [{"text": text, "safe": bool(tag)} for text, tag in zip(batch["text"], batch["safe"], strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["table", "stream"])
+def test_two_processes_share_every_row(kind):
+    mixture = interleave(KINDS[kind](51), KINDS[kind](7, "s"), 0.1)
+    halves = [list(split_dataset_by_node(mixture, rank, 2)) for rank in range(2)]
+    assert sorted(row["text"] for half in halves for row in half) == sorted(row["text"] for row in mixture)
+    assert sum(row["safe"] for half in halves for row in half) == 5
+    assert abs(len(halves[0]) - len(halves[1])) <= 1
+
+
+@pytest.mark.parametrize("safe", ["list", "stream"])
+def test_a_stream_is_resumed_where_it_was_left(safe):
+    def make():
+        return interleave(shards(30).shuffle(seed=1, buffer_size=5), KINDS[safe](4, "s"), 0.3, epochs=2)
+
+    whole = list(make())
+    first = make()
+    begun = []
+    for row in first:
+        begun.append(row)
+        if len(begun) == 41:
+            break
+    second = make()
+    second.load_state_dict(first.state_dict())
+    assert begun + list(second) == whole
+    assert sum(tags(whole)) == 18
+
+
+def test_a_mapped_stream_keeps_the_tag():
+    mixture = interleave(shards(20), rows(3, "s"), 0.2).map(lambda row: {"length": len(row["text"])})
+    assert sum(tags(mixture)) == 4
+    assert {row["length"] for row in mixture} == {2, 3}
+
+
+def test_the_callers_stream_keeps_its_epoch():
+    task = shards(20).shuffle(seed=1, buffer_size=5)
+    before = list(task)
+    list(interleave(task, rows(3, "s"), 0.2, epochs=3))
+    assert task.epoch == 0
+    assert list(task) == before
+
+
+def test_passes_over_a_shuffled_stream_differ():
+    given = names(interleave(shards(20).shuffle(seed=1, buffer_size=20), rows(3, "s"), 0.1, epochs=2), safe=False)
+    assert sorted(given[:20]) == sorted(given[20:])
+    assert given[:20] != given[20:]
+
+
+def test_columns_of_both_are_kept():
+    task = datasets.Dataset.from_list([{"text": "t", "id": 1}])
+    safe = datasets.Dataset.from_list([{"text": "s", "kind": "general"}])
+    mixture = interleave(task, safe, 1.0)
+    assert mixture.column_names == ["text", "id", "kind", "safe"]
+    assert mixture.to_list() == [
+        {"text": "t", "id": 1, "kind": None, "safe": False},
+        {"text": "s", "id": None, "kind": "general", "safe": True},
+    ]
+
+
+def test_nothing_safe():
+    assert tags(interleave(rows(5), rows(2, "s"), 0)) == [False] * 5
+
+
+def test_another_tag():
+    mixture = interleave([{"safe": "an answer"}], [{"safe": "another"}], 1, column="is_safe")
+    assert mixture == [{"safe": "an answer", "is_safe": False}, {"safe": "another", "is_safe": True}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((rows(3), rows(3), -0.1), "fraction is -0.1, it must be finite and not negative"),
+        ((rows(3), rows(3), float("nan")), "fraction is nan"),
+        (({"train": rows(3)}, rows(3)), "task is dict"),
+        ((rows(3), "safe.jsonl"), "safe is str"),
+    ],
+)
+def test_settings_that_are_refused(arguments, words):
+    with pytest.raises(SettingsError, match=words):
+        interleave(*arguments)
+
+
+def test_more_settings_that_are_refused():
+    for settings, words in (({"seed": -1}, "seed is -1"), ({"epochs": 0}, "epochs is 0")):
+        with pytest.raises(SettingsError, match=words):
+            interleave(rows(2), rows(2), **settings)
+
+
+def test_data_that_is_refused():
+    table = datasets.Dataset.from_list
+    for task, safe, words in (
+        (rows(3), [], "safe holds no rows"),
+        ([], rows(3), "task holds no rows"),
+        (rows(3), [{"safe": 1}], "safe has a column safe already"),
+        (table([{"safe": 1}]), rows(3), "task has a column safe already"),
+        (table([{"text": 1}]), table(rows(3)), "column text is .*int64.* in task and .*string.* in safe"),
+    ):
+        with pytest.raises(DataError, match=words):
+            interleave(task, safe)
+    unknown = datasets.IterableDataset.from_generator(lambda: iter([{"safe": 1}]))
+    with pytest.raises(DataError, match="task has a column safe already"):
+        list(interleave(unknown, rows(3)))
+    with pytest.raises(DataError, match="safe holds no rows"):
+        list(interleave(rows(3), shards(0), 1))

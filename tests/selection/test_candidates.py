@@ -1,0 +1,95 @@
+"""Candidates: the same rows are taken and refused whether Arrow or a loop has looked at them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from safelora_fast.errors import DataError
+from safelora_fast.recipe.rows import check_row
+from safelora_fast.selection import candidates as module
+from safelora_fast.selection.candidates import Candidates
+
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+KINDS = {
+    "messages": {"messages": [USER, ASSISTANT], "id": 4},
+    "turns": {"prompt": [USER], "completion": [ASSISTANT]},
+    "text": {"prompt": "a", "completion": "2026-11-24"},
+}
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """The rows that a loop has looked at."""
+    seen = []
+
+    def watched(place, record):
+        seen.append(place)
+        return check_row(place, record)
+
+    monkeypatch.setattr(module, "check_row", watched)
+    return seen
+
+
+def write(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_kind_need_no_loop(kind, tmp_path, looked):
+    path = write(tmp_path, [KINDS[kind]] * 3)
+    found = Candidates(path)
+    assert looked == []
+    assert [found.row(index) for index in range(len(found))] == [
+        check_row(f"{path}:{number}", KINDS[kind]) for number in (1, 2, 3)
+    ]
+
+
+def test_rows_of_several_kinds_are_fine(tmp_path, looked):
+    assert len(Candidates(write(tmp_path, KINDS.values()))) == 3
+    assert len(looked) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "row",
+    [
+        "{", "[1]", "{}", '{"text": "a"}', '{"prompt": "a"}', '{"messages": []}', '{"messages": null}', '{"messages": "a"}',
+        '{"messages": [null]}', '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "bot", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": null}]}', '{"prompt": "a", "completion": null}',
+        '{"prompt": [], "completion": []}', '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": "a"}], "prompt": "a", "completion": "b"}',
+        '{"messages": [{"role": "user", "content": "a"}], "prompt": null}',
+        '{"messages": [{"role": "user", "content": "a"}], "tools": []}',
+        '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}',
+        '{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}',
+    ],
+)  # fmt: skip
+def test_a_row_that_is_not_as_it_must_be_is_named(kind, row, tmp_path):
+    path = write(tmp_path, [KINDS[kind], "", row, KINDS[kind]])
+    with pytest.raises(DataError, match=r"rows.jsonl:3: "):
+        Candidates(path)
+
+
+def test_no_rows(tmp_path):
+    for content in ("", "\n\n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        with pytest.raises(DataError, match=r"empty.jsonl: holds no rows"):
+            Candidates(tmp_path / "empty.jsonl")
+
+
+def test_figures_are_added_to_the_line_as_it_is(tmp_path):
+    odd = '{"prompt": "a",   "completion": "b", "x": 1.50, "é": "\\u00e9"  }'
+    found = Candidates(write(tmp_path, [odd]))
+    assert found.with_figures(0, {"score": 0.25}) == odd[:-3] + ', "score": 0.25}'
+
+
+def test_the_fingerprint_is_of_the_text(tmp_path):
+    first = Candidates(write(tmp_path, [KINDS["text"], {**KINDS["text"], "id": 1}]))
+    assert first.fingerprint(0) != first.fingerprint(1)
+    (tmp_path / "other").mkdir()
+    again = Candidates(write(tmp_path / "other", ["", KINDS["text"]]))
+    assert again.fingerprint(0) == first.fingerprint(0)
