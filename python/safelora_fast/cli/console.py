@@ -102,7 +102,7 @@ def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
     """A table with one row per module."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("module", no_wrap=True)
-    for column in ("cosine", "gain ‖OB‖/‖B‖", "‖B‖", "‖V‖"):
+    for column in ("cosine", "gain", "‖B‖", "‖V‖"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("projected")
     for module in modules:
