@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import venv
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,15 @@ def test_projects_without_torch(environment: Path, pair: tuple[Path, Path, Path]
     expected = v @ v.T @ load_file(adapter / "adapter_model.safetensors")[key] / np.linalg.norm(v)
     written = load_file(output / "adapter_model.safetensors")[key]
     assert np.linalg.norm(written - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def test_files_that_are_no_code_come_along(wheel: Path) -> None:
+    source = Path(__file__).parent.parent / "python"
+    kinds = ("*.yaml", "*.jsonl", "*.txt", "py.typed")
+    wanted = {path.relative_to(source).as_posix() for kind in kinds for path in source.rglob(kind)}
+    assert "safelora_fast/persona/traits/malicious.yaml" in wanted
+    with zipfile.ZipFile(wheel) as archive:
+        assert wanted <= set(archive.namelist())
 
 
 def test_one_wheel_for_every_python_and_old_systems(wheel: Path) -> None:

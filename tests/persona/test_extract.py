@@ -14,10 +14,16 @@ from personas import plain_means, tiny_trait
 from tiny_models import fill_adapter
 from transformers import AutoModelForCausalLM
 
-import safelora_fast
 from safelora_fast import PersonaVector, extract_persona_vector
-from safelora_fast.errors import CheckpointError, DataError, InterruptedRunError, OutputError, SettingsError
-from safelora_fast.persona import generation
+from safelora_fast.errors import (
+    CheckpointError,
+    DataError,
+    InterruptedRunError,
+    OutputError,
+    SettingsError,
+    TrainingError,
+)
+from safelora_fast.persona import activations, generation
 from safelora_fast.persona.separation import separations
 
 SETTINGS = {"max_new_tokens": 12, "batch_size": 5, "dtype": "float32", "device": "cpu"}
@@ -120,9 +126,7 @@ def test_an_interrupted_extraction_goes_on(model, tmp_path, monkeypatch, torn):
     journal = output.with_suffix(".responses.jsonl")
     with monkeypatch.context() as patch:
         stop = Interrupting(patch, before=2)
-        with pytest.raises(
-            InterruptedRunError, match=r"after 10 of 12 responses, which are kept in .*run the same again"
-        ):
+        with pytest.raises(InterruptedRunError, match=r"10 of 12 responses are kept in .*run the same again"):
             extract(model, output)
         assert stop.batches == 2
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [journal.name]
@@ -141,6 +145,29 @@ def test_ctrl_c_before_the_first_batch_leaves_nothing(model, tmp_path, output, m
     with pytest.raises(KeyboardInterrupt):
         extract(model, output)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_averaging_keeps_the_responses(model, output, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(activations, "response_means", interrupted)
+    with pytest.raises(InterruptedRunError, match="12 of 12 responses are kept"):
+        extract(model, output)
+    with pytest.raises(KeyboardInterrupt):
+        extract(model)
+    assert not output.exists()
+
+
+def test_out_of_memory_is_one_line(model, output, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried hard.")
+
+    monkeypatch.setattr(generation, "generate", full)
+    with pytest.raises(
+        TrainingError, match=r"out of memory \(CUDA out of memory.\); lower batch_size; no response is kept"
+    ):
+        extract(model, output)
 
 
 def test_scoring_anew_generates_nothing(model, output, monkeypatch):
@@ -262,7 +289,7 @@ def test_what_cannot_be_read_or_written(model, tmp_path):
 def test_a_model_that_gives_nan(model):
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded.model.layers[1].mlp.down_proj.weight.data[0] = torch.nan
-    with pytest.raises(safelora_fast.errors.TrainingError, match="block 1 gives NaN or Inf"):
+    with pytest.raises(TrainingError, match="block 1 gives NaN or Inf"):
         extract(loaded, tokenizer=tokenizer())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -22,7 +23,7 @@ from safelora_fast.recipe.results import versions
 from safelora_fast.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,8 @@ def extract_persona_vector(
         DataError: no response of a side is left, or stored responses are damaged.
         CheckpointError: the model cannot be loaded.
         OutputError: the output exists, or cannot be written.
-        InterruptedRunError: Ctrl-C while answers were generated; those that were finished are kept.
+        TrainingError: the model gives NaN, or the device ran out of memory.
+        InterruptedRunError: Ctrl-C; the answers that were finished are kept.
     """
     sampling = Sampling(samples, seed, temperature, max_new_tokens, batch_size)
     if not isinstance(trait, Trait):
@@ -156,8 +158,9 @@ def extract_persona_vector(
         journal = Journal.beside(target, {"model": subject.source, **decisive})
         if regenerate:
             journal.remove()
-    kept, counts = keep(extraction.respond(journal), judge, threshold)
-    vectors, separation = extraction.average(kept)
+    with _resumable(journal, extraction.requests):
+        kept, counts = keep(extraction.respond(journal), judge, threshold)
+        vectors, separation = extraction.average(kept)
     provenance = {
         "model": described,
         "trait": {"description": trait.description, "sha256": trait.sha256},
@@ -175,6 +178,30 @@ def extract_persona_vector(
     return vector
 
 
+@contextmanager
+def _resumable(journal: Journal | None, wanted: Sequence[Request]) -> Iterator[None]:
+    """Say after Ctrl-C, or when memory runs out, what is kept and how to go on."""
+    import torch
+
+    def kept() -> str:
+        found = {} if journal is None else journal.read(wanted)
+        return (
+            ""
+            if journal is None or not found
+            else f"{len(found)} of {len(wanted)} responses are kept in {journal.path}"
+        )
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not kept():
+            raise
+        raise InterruptedRunError(f"interrupted; {kept()}; to go on, run the same again") from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"out of memory ({reason}); lower batch_size; {kept() or 'no response is kept'}") from error
+
+
 class _Extraction:
     """The steps of one extraction."""
 
@@ -182,9 +209,9 @@ class _Extraction:
         self._subject = subject
         self._sampling = sampling
         self._progress = progress
-        self._requests = requests(trait, sampling.samples)
+        self.requests = requests(trait, sampling.samples)
         prompts = Prompts(subject.tokenizer, subject.source)
-        self._prompts = {request.id: prompts.tokens(request) for request in self._requests}
+        self._prompts = {request.id: prompts.tokens(request) for request in self.requests}
         longest = max(map(len, self._prompts.values()))
         room = getattr(subject.anatomy.config, "max_position_embeddings", None)
         if room is not None and longest + sampling.max_new_tokens > room:
@@ -199,29 +226,21 @@ class _Extraction:
         Batches are cut from all requests, those of an earlier run included: whoever goes on gets what an unbroken run
         gets.
         """
-        known: dict[str, Response] = {} if journal is None else journal.read(self._requests)
-        if len(known) < len(self._requests):
+        known: dict[str, Response] = {} if journal is None else journal.read(self.requests)
+        if len(known) < len(self.requests):
             if journal is not None:
                 journal.mend()
-            self._start("responses", len(self._requests), len(known))
-            try:
-                self._generate(known, journal)
-            except KeyboardInterrupt:
-                if journal is None or not known:
-                    raise
-                raise InterruptedRunError(
-                    f"interrupted after {len(known)} of {len(self._requests)} responses, which are kept in {journal.path}; to "
-                    "go on, run the same again"
-                ) from None
-        return [known[request.id] for request in self._requests]
+            self._start("responses", len(self.requests), len(known))
+            self._generate(known, journal)
+        return [known[request.id] for request in self.requests]
 
     def _generate(self, known: dict[str, Response], journal: Journal | None) -> None:
         from safelora_fast.training.reference import evaluation_mode
 
         size = self._sampling.batch_size
         with evaluation_mode(self._subject.anatomy.model):
-            for start in range(0, len(self._requests), size):
-                batch = self._requests[start : start + size]
+            for start in range(0, len(self.requests), size):
+                batch = self.requests[start : start + size]
                 if all(request.id in known for request in batch):
                     continue
                 new = [one for one in self._answer(batch) if one.request.id not in known]
