@@ -1,6 +1,6 @@
 """Which backend serves an operation for given tensors, and why.
 
-The folder of an operation holds its backends, one module each:
+The folder of an operation holds its backends, one module each (those of `subspace_projections` are `grouped_…`):
 
 - `reference`: the definition, computed in float64 by plain torch: the truth that the others are compared with;
 - `native`: the extension module, for tensors on the CPU;
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 Backend = Literal["reference", "native", "triton", "cuda", "eager"]
-Operation = Literal["feature_distance", "linear_kl", "subspace_projection"]
+Operation = Literal["feature_distance", "linear_kl", "subspace_projection", "subspace_projections"]
 
 VARIABLE = "SAFELORA_FAST_BACKEND"
 CHOICES: tuple[Backend, ...] = ("reference", "triton", "cuda")
@@ -90,6 +90,33 @@ def choose(operation: Operation, tensors: Sequence[torch.Tensor]) -> Choice:
     raise BackendError(f"nothing serves {operation}: {'; '.join(refused)}")
 
 
+def describe(operation: Operation) -> str:
+    """Which backends serve an operation on this machine, and why not others, in one line.
+
+    Raises:
+        SettingsError: `SAFELORA_FAST_BACKEND` holds an unknown name.
+    """
+    import torch
+
+    from safelora_fast.ops.triton_runtime import gpu
+
+    name = asked()
+    if name is not None and has_form(operation, name):
+        refusal = form(operation, name).refusal(())
+        return f"{name}, by {VARIABLE}" if refusal is None else f"nothing: {VARIABLE}={name}, but {refusal}"
+    device = gpu()
+    parts = [f"CPU: {choose(operation, [torch.empty(0)]).name}"]
+    if device is None:
+        parts.append(f"GPU: none here (triton: {form(operation, 'triton').refusal(()) or 'its interpreter'})")
+    else:
+        choice = choose(operation, [torch.empty(0, device=device)])
+        parts.append(f"GPU: {choice.name}" + (f" ({choice.reason})" if choice.name == "eager" else ""))
+    if has_form(operation, "cuda"):
+        refusal = form(operation, "cuda").refusal(())
+        parts.append(f"cuda: {refusal or f'by {VARIABLE}=cuda alone'}")
+    return "; ".join(parts)
+
+
 def asked() -> Backend | None:
     """The backend that `SAFELORA_FAST_BACKEND` names, None where it is unset or empty.
 
@@ -114,16 +141,23 @@ def form(operation: Operation, backend: Backend) -> Any:
     """The module of a backend of an operation."""
     module = _loaded.get((operation, backend))
     if module is None:
-        module = importlib.import_module(f"safelora_fast.ops.{operation}.{backend}")
+        module = importlib.import_module(f"safelora_fast.ops.{_FILES[operation].format(backend)}".replace("/", "."))
         _loaded[operation, backend] = module
     return module
 
 
+# The file of a backend; that of all modules at once lives beside that of one.
+_FILES: dict[Operation, str] = {
+    "feature_distance": "feature_distance/{}",
+    "linear_kl": "linear_kl/{}",
+    "subspace_projection": "subspace_projection/{}",
+    "subspace_projections": "subspace_projection/grouped_{}",
+}
 _loaded: dict[tuple[Operation, Backend], Any] = {}
 # What there is, read once from the folders, so that a new backend is a new file and nothing else.
 _FORMS = frozenset(
     (operation, backend)
     for operation in get_args(Operation)
     for backend in get_args(Backend)
-    if (Path(__file__).parent / operation / f"{backend}.py").is_file()
+    if (Path(__file__).parent / f"{_FILES[operation].format(backend)}.py").is_file()
 )
