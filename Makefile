@@ -79,6 +79,18 @@ test-matrix: develop $(OLDEST)/.packages ## the training tests with the newest a
 bench: develop ## benchmarks with their peers and the machine's limits in the same run
 	$(BIN)/python -m pytest benches --benchmark-only
 
+# These two build nothing: they use a wheel that is installed beside torch (GPU_PYTHON says where) on a machine with a GPU.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: test-gpu
+test-gpu: ## on a GPU: kernels against float64, repeated bits, streams, graph capture, compute-sanitizer
+	$(GPU_PYTHON) -m safelora_fast env --self-test
+	$(GPU_PYTHON) -m pytest -q tests/gpu
+
+.PHONY: bench-gpu
+bench-gpu: ## on a GPU: kernels as fractions of a copy measured in the same run, beside their peers
+	$(GPU_PYTHON) benches/gpu --record
+
 .PHONY: wheel
 wheel: $(VENV)/.tools ## the abi3 manylinux wheel, in dist/
 	@rm -rf dist

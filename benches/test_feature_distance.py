@@ -18,6 +18,8 @@ import torch
 from allocator import reuse_memory
 from safelora_fast import _core
 from safelora_fast.ops.feature_distance import eager, feature_distance, native
+from safelora_fast.ops.feature_distance.autograd import distance
+from safelora_fast.ops.feature_distance.comparison import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,8 +120,8 @@ def plain(states: States, _: int) -> Figures:
 
 
 def by_rows(states: States, _: int) -> Figures:
-    distance = lambda: eager.feature_distance([states.features], [states.reference], states.mask, "sequence", None)  # noqa: E731
-    return differentiated("by_rows", distance, states)
+    comparison = Comparison([states.features], [states.reference], states.mask, "sequence", None)
+    return differentiated("by_rows", lambda: distance(eager, comparison), states)
 
 
 MEASURES = [floors, kernel_forward, kernel_backward, operation, plain, by_rows]

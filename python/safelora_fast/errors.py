@@ -42,6 +42,10 @@ class MissingDependencyError(SafeLoraFastError):
     """An optional package is needed for what was asked."""
 
 
+class BackendError(SafeLoraFastError):
+    """The backend that was asked for cannot serve an operation on these tensors, or on this machine."""
+
+
 class TrainingError(SafeLoraFastError):
     """A defence became NaN or infinite while training, or the device ran out of memory."""
 

@@ -8,10 +8,13 @@ import threading
 
 import pytest
 import torch
+from feature_batches import assert_same_bits, batch, run, truth
 
 from safelora_fast import _core
 from safelora_fast.errors import SettingsError
-from safelora_fast.ops.feature_distance import eager, feature_distance, feature_distance_reference, native
+from safelora_fast.ops.feature_distance import eager, feature_distance, native, reference
+from safelora_fast.ops.feature_distance.autograd import distance
+from safelora_fast.ops.feature_distance.comparison import Comparison
 
 ROUNDING = {torch.float32: 2e-7, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = pytest.mark.parametrize("dtype", list(ROUNDING), ids=["fp32", "fp16", "bf16"])
@@ -25,42 +28,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def batch(dtype, shape=(3, 11, 37), *, drift=0.1, blocks=2, poison=True, seed=0):
-    """Features, reference, mask and segments; tokens that do not count hold NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(shape[:2], generator=generator) < 0.7
-    segments = torch.randint(-2, 2, shape[:2], generator=generator)
-    reference = [torch.randn(shape, generator=generator) for _ in range(blocks)]
-    features = [tensor + drift * torch.randn(shape, generator=generator) for tensor in reference]
-    for tensor in (*features, *reference):
-        if poison:
-            tensor[~mask] = torch.nan
-    return [f.to(dtype).requires_grad_() for f in features], [r.to(dtype) for r in reference], mask, segments
-
-
-def run(features, reference, mask, normalize="sequence", segments=None, *, op=feature_distance):
-    """Value and gradients of a weighted loss."""
-    value = op(features, reference, mask, normalize, segments)
-    return value.detach(), torch.autograd.grad(0.3 * value, features)
-
-
-def truth(features, reference, mask, normalize="sequence", segments=None):
-    """The same of the definition in float64, which may not see the poison."""
-    exact = [torch.where(mask[..., None], f.detach().double(), 1.0).requires_grad_() for f in features]
-    others = [torch.where(mask[..., None], r.double(), 1.0) for r in reference]
-    return run(exact, others, mask, normalize, segments, op=feature_distance_reference)
-
-
-def bits(tensor):
-    return tensor.flatten().view(torch.uint8)
-
-
-def assert_same_bits(ours, theirs):
-    assert torch.equal(bits(ours[0]), bits(theirs[0]))
-    for left, right in zip(ours[1], theirs[1], strict=True):
-        assert torch.equal(bits(left), bits(right))
 
 
 def assert_true(ours, expected, mask):
@@ -242,15 +209,16 @@ class TestCancellation:
 
 
 @NORMALIZATIONS
-@pytest.mark.parametrize("op", [native.feature_distance, eager.feature_distance])
+@pytest.mark.parametrize("backend", [native, eager, reference], ids=["native", "eager", "reference"])
 @pytest.mark.parametrize("where", ["features", "reference"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_bad_value_that_counts_shows(normalize, op, where, bad):
+def test_a_bad_value_that_counts_shows(normalize, backend, where, bad):
     for other in (1.0, 0.0):
-        features, reference = torch.full((2, 3, 5), other), torch.full((2, 3, 5), 0.0)
-        (features if where == "features" else reference)[1, 2, 4] = bad
+        states = {"features": torch.full((2, 3, 5), other), "reference": torch.full((2, 3, 5), 0.0)}
+        states[where][1, 2, 4] = bad
         mask = torch.ones(2, 3, dtype=torch.bool)
-        assert not op([features], [reference], mask, normalize, None).isfinite()
+        comparison = Comparison([states["features"]], [states["reference"]], mask, normalize, None)
+        assert not distance(backend, comparison).isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -376,9 +344,8 @@ class Wrapped(torch.Tensor):
 
 def test_what_the_kernel_takes():
     plain = torch.zeros(1, 1, 1)
-    assert native.accepts(plain)
-    assert native.accepts(torch.nn.Parameter(plain))
-    assert not native.accepts(plain.double())
-    assert not native.accepts(plain.to("meta"))
-    assert not native.accepts(plain.to_sparse())
-    assert not native.accepts(plain.as_subclass(Wrapped))
+    assert native.refusal([plain, torch.nn.Parameter(plain)]) is None
+    assert native.refusal([plain, plain.double()]) == "a tensor is float64"
+    assert native.refusal([plain.to("meta")]) == "a tensor is on meta"
+    assert "memory of its own" in native.refusal([plain.to_sparse()])
+    assert "Wrapped" in native.refusal([plain.as_subclass(Wrapped)])

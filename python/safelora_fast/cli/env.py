@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
+from typing import Annotated, get_args
 
 import typer
 
 from safelora_fast import _core
+from safelora_fast.errors import MissingDependencyError
 
 PACKAGES = (
     "safelora-fast", "numpy", "safetensors", "huggingface_hub", "torch", "triton", "transformers", "peft", "trl", "accelerate",
 )  # fmt: skip
 
 
-def env() -> None:
-    """Print versions, CPU features, the kernels chosen and GPUs, as a block to paste into a bug report."""
+def env(
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Run each backend that is here against float64 on small inputs as well.")
+    ] = False,
+) -> None:
+    """Print versions, CPU features, GPUs and which backend serves which operation, as a block to paste into a bug report.
+
+    With --self-test the exit status is 1 where a backend is further from the truth than it may be.
+    """
     rows = [(name, _version(name)) for name in PACKAGES]
     rows += [
         ("python", f"{platform.python_implementation()} {platform.python_version()}"),
@@ -28,9 +38,38 @@ def env() -> None:
         ("threads", str(_core.default_threads())),
         ("gpu", _gpus()),
     ]
+    rows += _backends()
     rows += [(name, os.environ[name]) for name in sorted(os.environ) if name.startswith("SAFELORA_FAST_")]
     width = max(len(name) for name, _ in rows)
     typer.echo("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    if self_test and not _self_test():
+        raise typer.Exit(1)
+
+
+def _backends() -> list[tuple[str, str]]:
+    """What serves each operation on tensors."""
+    if importlib.util.find_spec("torch") is None:
+        return [("operations", "none on tensors: torch is not installed, and projecting files does without")]
+    from safelora_fast.ops import backends
+
+    return [(operation, backends.describe(operation)) for operation in get_args(backends.Operation)]
+
+
+def _self_test() -> bool:
+    """Print the error of every backend beside its tolerance; whether all are within it."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError("env: --self-test needs torch: pip install torch")
+    from safelora_fast.ops.self_test import run_checks
+
+    passed = True
+    typer.echo("\nself-test: largest relative error against float64, and what it may be")
+    for check in run_checks():
+        dtype = str(check.dtype).removeprefix("torch.")
+        where = f"{check.operation:<20}  {check.backend:<7}  {check.device!s:<5}  {dtype:<8}"
+        verdict = "ok" if check.passed else f"FAILED {check.failure or ''}".rstrip()
+        typer.echo(f"{where}  {check.error:8.1e}  {check.tolerance:.0e}  {verdict}")
+        passed = passed and check.passed
+    return passed
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from safelora_fast.ops.feature_distance import feature_distance
 from safelora_fast.ops.linear_kl import linear_kl, linear_kl_cross_entropy
-from safelora_fast.ops.subspace_projection import subspace_projection
+from safelora_fast.ops.subspace_projection import subspace_projection, subspace_projections
 
-__all__ = ["feature_distance", "linear_kl", "linear_kl_cross_entropy", "subspace_projection"]
+__all__ = ["feature_distance", "linear_kl", "linear_kl_cross_entropy", "subspace_projection", "subspace_projections"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
 
 from safelora_fast.defenses.subspace_penalty import penalty
 from safelora_fast.errors import PairingError
+from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+from safelora_fast.ops.subspace_projection.penalties import is_grouped, subspace_penalties
 from safelora_fast.training.adapted import AdaptedModule, adapted_modules
 from safelora_fast.training.anatomy import gathered
 from safelora_fast.training.guard import projection_culprit
@@ -56,12 +59,19 @@ class SafeModules:
 
     def penalties(self) -> list[tuple[str, torch.Tensor]]:
         """(module, ‖(I − P_k)ΔW‖²_F), differentiable, float32 whatever autocast says."""
-        result = []
-        for module in self.modules:
-            with torch.autocast(module.left.device.type, enabled=False):
-                left, right = gathered(module.left).float(), gathered(module.right).float()
-                result.append((module.name, penalty(left, right, module.scale, self.vectors(module))))
-        return result
+        with torch.autocast(self.modules[0].left.device.type, enabled=False):
+            factors = [(gathered(module.left).float(), gathered(module.right).float()) for module in self.modules]
+            values: dict[int, torch.Tensor] = {}
+            for chosen in _by_device([left for left, _ in factors]):
+                modules = [self.modules[index] for index in chosen]
+                bases, scales = [self.vectors(module) for module in modules], [module.scale for module in modules]
+                lefts, rights = zip(*(factors[index] for index in chosen), strict=True)
+                if is_grouped([*bases, *lefts, *rights]):
+                    found = subspace_penalties(bases, lefts, rights, scales)
+                else:
+                    found = [penalty(*parts) for parts in zip(lefts, rights, scales, bases, strict=True)]
+                values.update(zip(chosen, found, strict=True))
+        return [(module.name, values[index]) for index, module in enumerate(self.modules)]
 
     def project(self, step: int) -> float:
         """B ← P_k·B for every module, in place; returns the lowest cosine of P_k·ΔW and ΔW before (NaN at ΔW = 0).
@@ -76,27 +86,47 @@ class SafeModules:
             TrainingError: a B holds NaN or Inf, which the product would spread; nothing has been written then.
         """
         with torch.no_grad(), torch.autocast(self.modules[0].left.device.type, enabled=False):
-            partial = [self._partial_products(module) for module in self.modules]
-            products = sum_over_shards([module.left for module in self.modules], partial, owner=self._owner)
-            finite = torch.stack([product.sum().to(products[0].device) for product in products]).isfinite().tolist()
-            if not all(finite):
-                raise projection_culprit(self.modules[finite.index(False)].name, step)
-            cosines = []
-            for module, product in zip(self.modules, products, strict=True):
-                basis = self._held_vectors(module)
-                inner, gram = product[: basis.shape[1]], product[basis.shape[1] :]
-                write_rows(module.left, basis @ inner)
-                right = gathered(module.right).float()
-                right_gram = right @ right.T
-                cosines.append((((inner.T @ inner) * right_gram).sum() / (gram * right_gram).sum()).sqrt())
-        stacked = torch.stack([cosine.to(cosines[0].device) for cosine in cosines])
-        known = stacked[stacked.isfinite()]
+            lefts = [held_rows(module.left) for module in self.modules]
+            bases = [self._held_vectors(module) for module in self.modules]
+            inners, grams = self._summed_products(bases, lefts)
+            self._check_finite([*inners, *grams], step)
+            cosines: list[torch.Tensor] = []
+            for chosen in _by_device(lefts):
+                inner = [inners[index] for index in chosen]
+                for index, product in zip(
+                    chosen, matrix_products([bases[index] for index in chosen], inner), strict=True
+                ):
+                    write_rows(self.modules[index].left, product)
+                flipped = [gathered(self.modules[index].right).float().mT for index in chosen]
+                found, _ = transposed_products([*inner, *flipped], [*inner, *flipped])
+                cosines.append(_lowest(found[: len(inner)], [grams[index] for index in chosen], found[len(inner) :]))
+        lowest = torch.stack([cosine.to(cosines[0].device) for cosine in cosines])
+        known = lowest[lowest.isfinite()]
         return float(known.min()) if len(known) else float("nan")
 
-    def _partial_products(self, module: AdaptedModule) -> torch.Tensor:
-        """UᵀB above BᵀB [k + r, r], from the rows that this process holds."""
-        left = held_rows(module.left)
-        return torch.cat([self._held_vectors(module).T @ left, left.T @ left])
+    def _summed_products(
+        self, bases: list[torch.Tensor], lefts: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """UᵀB [k, r] and BᵀB [r, r] of every module, from the rows of all processes."""
+        inners: dict[int, torch.Tensor] = {}
+        grams: dict[int, torch.Tensor] = {}
+        for chosen in _by_device(lefts):
+            ours, vectors = [lefts[index] for index in chosen], [bases[index] for index in chosen]
+            found, _ = transposed_products([*vectors, *ours], [*ours, *ours])
+            inners.update(zip(chosen, found[: len(chosen)], strict=True))
+            grams.update(zip(chosen, found[len(chosen) :], strict=True))
+        count, parameters = len(lefts), [module.left for module in self.modules]
+        partial = [part[index] for part in (inners, grams) for index in range(count)]
+        products = sum_over_shards([*parameters, *parameters], partial, owner=self._owner)
+        return products[:count], products[count:]
+
+    def _check_finite(self, products: list[torch.Tensor], step: int) -> None:
+        total = torch.nn.utils.get_total_norm(products)
+        if total.isfinite():
+            return
+        for place, product in enumerate(products):
+            if not product.isfinite().all():
+                raise projection_culprit(self.modules[place % len(self.modules)].name, step)
 
     def _held_vectors(self, module: AdaptedModule) -> torch.Tensor:
         """The rows of U_k beside this process's rows of B, on their device."""
@@ -104,3 +134,22 @@ class SafeModules:
             rows = matching_rows(module.left, self._vectors[module.name], owner=self._owner)
             self._held[module.name] = rows.to(module.left.device)
         return self._held[module.name]
+
+
+def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:
+    """Indices of tensors, those of one device together."""
+    groups: dict[torch.device, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.device].append(index)
+    return list(groups.values())
+
+
+def _lowest(inner: list[torch.Tensor], left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
+    """The lowest cosine of P_k·B·A and B·A from (UᵀB)ᵀ(UᵀB), BᵀB and AAᵀ; NaN or Inf where there is none."""
+    lowest = torch.full((), torch.inf, device=inner[0].device)
+    for rank in {len(gram) for gram in inner}:
+        chosen = [index for index, gram in enumerate(inner) if len(gram) == rank]
+        projected, whole, rights = (torch.stack([grams[index] for index in chosen]) for grams in (inner, left, right))
+        cosines = ((projected * rights).sum((1, 2)) / (whole * rights).sum((1, 2))).sqrt()
+        lowest = torch.minimum(lowest, torch.where(cosines.isfinite(), cosines, torch.inf).min())
+    return lowest

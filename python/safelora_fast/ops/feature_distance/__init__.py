@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.ops.feature_distance import eager, native
+from safelora_fast.ops.backends import choose
+from safelora_fast.ops.feature_distance import library
+from safelora_fast.ops.feature_distance.autograd import distance
+from safelora_fast.ops.feature_distance.comparison import Comparison, Normalize
 from safelora_fast.ops.feature_distance.reference import feature_distance_reference
 
 if TYPE_CHECKING:
@@ -19,15 +22,17 @@ def feature_distance(
     features: Sequence[torch.Tensor],
     reference_features: Sequence[torch.Tensor],
     mask: torch.Tensor,
-    normalize: Literal["sequence", "token", "none"] = "sequence",
+    normalize: Normalize = "sequence",
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over blocks, mean over sequences, of ‖x − x₀‖² (Kaczér et al., arXiv 2508.06249: LDIFS).
 
     Never computed as 2 − 2⟨x, x₀⟩, which cancels: from ‖h − h₀‖², ⟨h − h₀, h₀⟩ and ‖h₀‖². On the CPU these are summed in
-    float64 in one read, the gradient takes one more, and both are the same bits for any number of threads; on other
-    devices and for float64 the same algebra runs in torch. Differentiable once, in `features` only. Tokens that do not
-    count may hold anything.
+    float64 in one read, the gradient takes one more, and both are the same bits for any number of threads. On a GPU one
+    launch of a Triton kernel reads all blocks and one writes all gradients, with sums in float32 and the same bits every
+    run; on other devices and for float64 the same algebra runs in torch. `SAFELORA_FAST_BACKEND` chooses another backend
+    (ops/backends.py). Differentiable once, in `features` only. Tokens that do not count may hold anything.
+    `torch.compile(fullgraph=True)` takes it as one operation.
 
     Args:
         features: per block, hidden states [batch, tokens, hidden]; float32, bfloat16, float16 or float64.
@@ -43,11 +48,15 @@ def feature_distance(
 
     Raises:
         ValueError: shapes differ, or `normalize` is unknown.
+        BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
         RuntimeError: a gradient of the gradient is asked for.
     """
     _check(features, reference_features, mask, normalize, segments)
-    backend = native if all(native.accepts(tensor) for tensor in (*features, *reference_features)) else eager
-    return backend.feature_distance(features, reference_features, mask.to(torch.bool), normalize, segments)
+    references = [reference.detach() for reference in reference_features]
+    comparison = Comparison(features, references, mask.to(torch.bool), normalize, segments)
+    if torch.compiler.is_compiling():
+        return library.distance(comparison)
+    return distance(choose("feature_distance", (*features, *references)).module, comparison)
 
 
 def _check(

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-
-from safelora_fast.ops.feature_distance.once import differentiable_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from safelora_fast.ops.feature_distance.comparison import Comparison
 
-def feature_distance(
-    features: Sequence[torch.Tensor],
-    reference_features: Sequence[torch.Tensor],
-    mask: torch.Tensor,
-    normalize: Literal["sequence", "token", "none"],
-    segments: torch.Tensor | None,
-) -> torch.Tensor:
-    """The distance, with sums in float32 (float64 for float64 features)."""
-    groups, sequences = _groups(mask, segments)
-    total = None
-    for block, reference in zip(features, reference_features, strict=True):
-        device = block.device
-        distance = _Distance.apply(block, reference.detach().to(device), groups.to(device), sequences, normalize)
-        total = distance if total is None else total + distance.to(total.device)
-    assert total is not None  # noqa: S101
-    return total / max(sequences, 1)
+
+def refusal(tensors: Sequence[torch.Tensor]) -> str | None:  # noqa: ARG001
+    """None: torch computes this anywhere."""
+    return None
+
+
+def forward(comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distance, with sums in float32 (float64 for float64 features), and the factors."""
+    groups, sequences = _groups(comparison.mask, comparison.segments)
+    value = torch.zeros((), dtype=comparison.value_dtype, device=comparison.device)
+    factors = comparison.empty_factors()
+    for index, (block, reference) in enumerate(zip(comparison.features, comparison.references, strict=True)):
+        distance, of_difference, of_block = _of_block(
+            block.detach(), reference.to(block.device), groups.to(block.device), sequences, comparison.normalize
+        )
+        value = value + distance.to(value)
+        factors[index] = torch.stack([of_difference, of_block], -1).to(factors)
+    return value / max(sequences, 1), factors.div_(max(sequences, 1))
+
+
+def backward(comparison: Comparison, factors: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of all blocks, in their dtypes."""
+    return [
+        _gradient(block, reference.to(block.device), of_block.to(block.device), gradient.to(block.device))
+        for block, reference, of_block in zip(comparison.features, comparison.references, factors, strict=True)
+    ]
 
 
 def _groups(mask: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Tensor, int]:
@@ -42,57 +51,42 @@ def _groups(mask: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Te
     return groups, len(numbers)
 
 
-class _Distance(torch.autograd.Function):  # type: ignore[misc]
-    """One block's distance, summed over sequences."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, block: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor, sequences: int, normalize: str
-    ) -> torch.Tensor:
-        exact = torch.float64 if block.dtype == torch.float64 else torch.float32
-        sums = torch.empty((block.shape[0], 3, block.shape[1]), dtype=exact, device=block.device)
-        for row in range(block.shape[0]):
-            sums[row] = _row_sums(block[row].to(exact), reference[row].to(exact))
-        squared, dot, norm = sums.unbind(1)  # [batch, tokens]: ‖d‖², ⟨d, h₀⟩, ‖h₀‖²
-        if normalize == "sequence":
-            squared, dot, norm = (_summed(values, groups, sequences) for values in (squared, dot, norm))
-        if normalize == "none":
-            distance, of_difference, of_block = squared, torch.full_like(squared, 2.0), torch.zeros_like(squared)
-        else:
-            distance, of_difference, of_block = _unit_distance(squared, dot, norm)
-        if normalize == "sequence":
-            distance = distance[:-1]
-            of_difference, of_block = of_difference[groups], of_block[groups]
-        counted = groups < sequences
-        zero = torch.zeros((), dtype=exact, device=block.device)
-        ctx.save_for_backward(
-            block, reference, torch.where(counted, of_difference, zero), torch.where(counted, of_block, zero)
-        )
-        return distance.sum() if normalize == "sequence" else torch.where(counted, distance, zero).sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        block, reference, of_difference, of_block = ctx.saved_tensors
-        with torch.no_grad():
-            of_features = _gradient(block, reference, of_difference, of_block, gradient)
-        (of_features,) = differentiable_once([of_features], [block, gradient])
-        return of_features, None, None, None, None
+def _of_block(
+    block: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor, sequences: int, normalize: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One block's distance, summed over sequences, and the factors of d and h in its gradient, [batch, tokens] each."""
+    exact = torch.float64 if block.dtype == torch.float64 else torch.float32
+    sums = torch.empty((block.shape[0], 3, block.shape[1]), dtype=exact, device=block.device)
+    for row in range(block.shape[0]):
+        sums[row] = _row_sums(block[row].to(exact), reference[row].to(exact))
+    squared, dot, norm = sums.unbind(1)  # [batch, tokens]: ‖d‖², ⟨d, h₀⟩, ‖h₀‖²
+    if normalize == "sequence":
+        squared, dot, norm = (_summed(values, groups, sequences) for values in (squared, dot, norm))
+    if normalize == "none":
+        distance, of_difference, of_block = squared, torch.full_like(squared, 2.0), torch.zeros_like(squared)
+    else:
+        distance, of_difference, of_block = _unit_distance(squared, dot, norm)
+    counted = groups < sequences
+    zero = torch.zeros((), dtype=exact, device=block.device)
+    if normalize == "sequence":
+        total, of_difference, of_block = distance[:-1].sum(), of_difference[groups], of_block[groups]
+    else:
+        total = torch.where(counted, distance, zero).sum()
+    return total, torch.where(counted, of_difference, zero), torch.where(counted, of_block, zero)
 
 
 def _gradient(
-    block: torch.Tensor,
-    reference: torch.Tensor,
-    of_difference: torch.Tensor,
-    of_block: torch.Tensor,
-    weight: torch.Tensor,
+    block: torch.Tensor, reference: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    gradient = torch.empty_like(block)
+    gradient = torch.empty_like(block, memory_format=torch.contiguous_format)
+    exact = torch.float64 if block.dtype == torch.float64 else torch.float32
+    scaled = (factors * weight).to(exact)
     for row in range(block.shape[0]):
-        h = block[row].to(of_block.dtype)
-        difference = h - reference[row].to(of_block.dtype)
-        scaled = difference.mul_(of_difference[row][:, None] * weight)
-        scaled.addcmul_(h, of_block[row][:, None] * weight, value=-1.0)
-        gradient[row] = scaled.masked_fill_((of_difference[row] == 0)[:, None], 0.0)
+        of_difference, of_block = scaled[row, :, :1], scaled[row, :, 1:]
+        h = block[row].to(exact)
+        difference = (h - reference[row].to(exact)).mul_(of_difference)
+        difference.addcmul_(h, of_block, value=-1.0)
+        gradient[row] = difference.masked_fill_(factors[row, :, :1] == 0, 0.0)
     return gradient
 
 

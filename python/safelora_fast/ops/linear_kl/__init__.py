@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from safelora_fast.ops.linear_kl import library
 from safelora_fast.ops.linear_kl.fused import SharedLoss, TokenFigures, linear_kl, linear_kl_cross_entropy
 from safelora_fast.ops.linear_kl.reference import cross_entropy_reference, linear_kl_reference
 
@@ -9,6 +10,7 @@ __all__ = [
     "SharedLoss",
     "TokenFigures",
     "cross_entropy_reference",
+    "library",
     "linear_kl",
     "linear_kl_cross_entropy",
     "linear_kl_reference",

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from safelora_fast.ops.linear_kl.divergence import Divergence, Given, Wanted
+from safelora_fast.ops.backends import choose
 from safelora_fast.ops.linear_kl.head import Chunk, Head
+from safelora_fast.ops.linear_kl.passes import Given, Settings, Wanted
 
 Direction = Literal["reverse", "forward"]
 IGNORED_LABEL = -100
@@ -53,11 +54,16 @@ def linear_kl(
     _check(hidden, reference_hidden, head_weight, mask, direction)
     head = _head(hidden, head_weight, bias, logit_scale, softcap)
     mask = mask.to(hidden.device, torch.bool)
+    if torch.compiler.is_compiling():
+        from safelora_fast.ops.linear_kl import library
+
+        total = library.divergence(hidden, reference_hidden, head, mask, Settings(direction == "forward", temperature))
+        return total / mask.sum().clamp(min=1)
     rows = mask.flatten().nonzero().squeeze(-1)
     plan = _Plan(rows, mask.flatten()[rows], None, direction == "forward", temperature, figures=False)
     one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
     loss, *_ = _LinearLoss.apply(hidden, reference_hidden.detach(), head, plan, one, one)
-    total: torch.Tensor = loss
+    total = loss
     return total / max(len(rows), 1)
 
 
@@ -203,11 +209,7 @@ def _head(
 
 
 class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
-    """Both weighted sums over the tokens; the gradient is computed in the forward, where the logits are at hand.
-
-    It is kept divided by the larger weight, so that small weights (one over very many tokens) do not underflow in half
-    precision.
-    """
+    """Both weighted sums over the tokens; the gradient is computed in the forward, where the logits are at hand."""
 
     @staticmethod
     def forward(
@@ -219,31 +221,10 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
         kl_weight: torch.Tensor,
         cross_entropy_weight: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
-        exact = _exact(hidden)
-        flat, reference = hidden.flatten(0, -2), reference.to(hidden.device).flatten(0, -2)
-        size = torch.maximum(kl_weight.abs(), cross_entropy_weight.abs())
-        size = torch.where(size > 0, size, torch.ones_like(size))
-        gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        given: list[Given] = []
-        with torch.autocast(hidden.device.type, enabled=False):
-            chunk = Chunk(head, len(plan.rows), exact)
-            buffers = torch.empty(3, chunk.rows, len(head.weight), dtype=exact, device=hidden.device)
-            divergence = Divergence(buffers, forward=plan.forward, temperature=plan.temperature)
-            for start in range(0, len(plan.rows), chunk.tokens):
-                indices = plan.rows[start : start + chunk.tokens]
-                chunk.fill(flat[indices].to(exact), reference[indices].to(exact))
-                for rows, raw, delta in chunk.blocks():
-                    slope = head.bend(raw, delta)
-                    part = slice(start + rows.start, start + rows.stop)
-                    wanted = plan.wanted(part, kl_weight / size * head.scale, cross_entropy_weight / size * head.scale)
-                    given.append(divergence.block(raw, delta, wanted))
-                    if slope is not None:
-                        delta.mul_(slope)
-                if gradient is not None:
-                    gradient.index_copy_(0, indices, chunk.back().to(gradient.dtype))
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        size, (loss, *figures) = _run(hidden, reference, head, plan, (kl_weight, cross_entropy_weight), gradient)
         if gradient is not None:
-            ctx.save_for_backward(gradient.view(hidden.shape), size)
-        loss, *figures = _summed(given, plan, kl_weight, cross_entropy_weight)
+            ctx.save_for_backward(gradient, size)
         ctx.mark_non_differentiable(*(figure for figure in figures if figure is not None))
         return (loss, *figures)
 
@@ -251,6 +232,58 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, size = ctx.saved_tensors
         return (gradient * (gradients[0] * size)).to(gradient.dtype), None, None, None, None, None
+
+
+def summed_divergence(
+    hidden: torch.Tensor,
+    reference: torch.Tensor,
+    head: Head,
+    mask: torch.Tensor,
+    settings: Settings,
+    gradient: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sum of the divergence over the tokens in `mask`, and its gradient into `gradient`, which is zero: no autograd."""
+    flat = mask.flatten()
+    rows = flat.nonzero().squeeze(-1)
+    plan = _Plan(rows, flat[rows], None, settings.forward, settings.temperature, figures=False)
+    one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
+    _, (loss, *_) = _run(hidden, reference, head, plan, (one, one), gradient)
+    assert loss is not None  # noqa: S101
+    return loss
+
+
+def _run(
+    hidden: torch.Tensor,
+    reference: torch.Tensor,
+    head: Head,
+    plan: _Plan,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    gradient: torch.Tensor | None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """The sums of :func:`_summed`, with the gradient into `gradient`, which is zero, where there is one.
+
+    It is divided by the larger weight, which is returned, so that small weights (one over very many tokens) do not
+    underflow in half precision.
+    """
+    exact = _exact(hidden)
+    flat, reference = hidden.flatten(0, -2), reference.to(hidden.device).flatten(0, -2)
+    kl_weight, cross_entropy_weight = weights
+    size = torch.maximum(kl_weight.abs(), cross_entropy_weight.abs())
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    given: list[Given] = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunk = Chunk(head, len(plan.rows))
+        backend = choose("linear_kl", (flat, reference, head.weight)).module
+        passes = backend.Passes(head, Settings(plan.forward, plan.temperature), chunk.tokens, exact)
+        for start in range(0, len(plan.rows), chunk.tokens):
+            indices = plan.rows[start : start + chunk.tokens]
+            chunk.fill(flat[indices].to(exact), reference[indices].to(exact))
+            for rows, raw, delta in chunk.blocks(passes.rows):
+                part = slice(start + rows.start, start + rows.stop)
+                given.append(passes.block(raw, delta, plan.wanted(part, kl_weight / size, cross_entropy_weight / size)))
+            if gradient is not None:
+                gradient.view(flat.shape).index_copy_(0, indices, chunk.back().to(gradient.dtype))
+    return size, _summed(given, plan, kl_weight, cross_entropy_weight)
 
 
 def _summed(

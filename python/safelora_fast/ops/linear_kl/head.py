@@ -52,20 +52,14 @@ class Chunk:
     Args:
         head: the output head.
         tokens: how many tokens there are in all.
-        exact: dtype of the elementwise passes.
     """
 
-    def __init__(self, head: Head, tokens: int, exact: torch.dtype) -> None:
+    def __init__(self, head: Head, tokens: int) -> None:
         self.head = head
         vocabulary, device = len(head.weight), head.weight.device
         kind = "cpu" if device.type == "cpu" else "other"
         self.tokens = max(min(CHUNK_ELEMENTS[kind] // vocabulary, tokens), 1)
-        self.rows = max(min(BLOCK_ELEMENTS[kind] // vocabulary, self.tokens), 1)
         self._stacked = torch.empty(2 * self.tokens, vocabulary, dtype=head.weight.dtype, device=device)
-        self._cast: tuple[torch.Tensor, torch.Tensor] | None = None
-        if exact != head.weight.dtype:
-            cast = torch.empty(2, self.rows, vocabulary, dtype=exact, device=device)
-            self._cast = (cast[0], cast[1])
 
     def fill(self, hidden: torch.Tensor, reference: torch.Tensor) -> None:
         """Make h₀·Wᵀ and (h − h₀)·Wᵀ by one product; both are [tokens, hidden] in the exact dtype."""
@@ -73,17 +67,11 @@ class Chunk:
         self._count = len(hidden)
         torch.mm(states, self.head.weight.T, out=self._stacked[: len(states)])
 
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """(rows, h₀·Wᵀ, (h − h₀)·Wᵀ) in the exact dtype; what the caller leaves in the last one is kept."""
-        for start in range(0, self._count, self.rows):
-            part = slice(start, min(start + self.rows, self._count))
-            raw, delta = self._stacked[part], self._stacked[self._count + part.start : self._count + part.stop]
-            if self._cast is None:
-                yield part, raw, delta
-                continue
-            exact = [buffer[: len(raw)].copy_(value) for buffer, value in zip(self._cast, (raw, delta), strict=True)]
-            yield part, exact[0], exact[1]
-            delta.copy_(exact[1])
+    def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """(which rows, h₀·Wᵀ, (h − h₀)·Wᵀ), at most so many at once; what the caller leaves in the last one is kept."""
+        for start in range(0, self._count, rows):
+            part = slice(start, min(start + rows, self._count))
+            yield part, self._stacked[part], self._stacked[self._count + part.start : self._count + part.stop]
 
     def back(self) -> torch.Tensor:
         """Gradients with respect to the logits, left in the blocks, times W: [tokens, hidden]."""

@@ -1,16 +1,17 @@
-"""C·B for one module, with SafeLoRA's C = V·Vᵀ/‖V‖_F or its spectral normalisation."""
+"""C·B for one module, with SafeLoRA's C = V·Vᵀ/‖V‖_F or its spectral normalisation; and for all modules at once."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from safelora_fast.ops.subspace_projection import native
-from safelora_fast.ops.subspace_projection.reference import subspace_projection as reference
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from safelora_fast.ops.backends import choose
+from safelora_fast.ops.subspace_projection import library, native
+from safelora_fast.ops.subspace_projection.grouped import Projection, subspace_projections
+from safelora_fast.ops.subspace_projection.reference import projection as reference
 
-__all__ = ["reference", "subspace_projection"]
+__all__ = ["Projection", "reference", "subspace_projection", "subspace_projections"]
 
 
 def subspace_projection(
@@ -23,7 +24,8 @@ def subspace_projection(
     """Project B onto the alignment subspace of one module: C·B with V = aligned_weight − base_weight.
 
     Hsu et al. 2024 (arXiv 2405.16833), equation 2, as V·(Vᵀ·B)/‖V‖_F, so that neither V nor C is formed. On the CPU the
-    weights are read where they lie; on other devices the same algebra runs in torch.
+    weights are read where they lie; on a GPU each of two passes is a Triton kernel; elsewhere, and for the spectral
+    norm on a GPU, the same algebra runs in torch. `SAFELORA_FAST_BACKEND` chooses another backend (ops/backends.py).
 
     Args:
         aligned_weight: [out_features, in_features]; float32, bfloat16 or float16.
@@ -36,8 +38,12 @@ def subspace_projection(
 
     Raises:
         ValueError: when shapes, dtypes or devices do not fit, or an input requires grad while gradients are recorded.
+        BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
     """
     native.check(aligned_weight, base_weight, lora_b)
-    if lora_b.device.type == "cpu":
-        return native.subspace_projection(aligned_weight, base_weight, lora_b, normalize=normalize)
-    return reference(aligned_weight.float(), base_weight.float(), lora_b.float(), normalize=normalize).to(lora_b.dtype)
+    if torch.compiler.is_compiling():
+        compiled: torch.Tensor = library.projection(aligned_weight, base_weight, lora_b, normalize)
+        return compiled
+    backend = choose("subspace_projection", (aligned_weight, base_weight, lora_b)).module
+    projected: torch.Tensor = backend.subspace_projection(aligned_weight, base_weight, lora_b, normalize=normalize)
+    return projected

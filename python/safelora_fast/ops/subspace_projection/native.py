@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from safelora_fast import _core
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def refusal(tensors: Sequence[torch.Tensor]) -> str | None:
+    """Why the kernels cannot read these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+    return None
 
 
 def check(aligned_weight: torch.Tensor, base_weight: torch.Tensor, lora_b: torch.Tensor) -> None:

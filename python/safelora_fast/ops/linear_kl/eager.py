@@ -1,47 +1,61 @@
-"""KL, cross-entropy and their gradient for a block of rows of logits."""
+"""KL, cross-entropy and their gradient for a block of rows of logits, by torch operations on any device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from safelora_fast.ops.linear_kl.head import BLOCK_ELEMENTS
+from safelora_fast.ops.linear_kl.passes import Given, Settings, Wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safelora_fast.ops.linear_kl.head import Head
 
 # From here on Σ q·e^δ is left to logarithms: products with q would lose what matters, or overflow.
 LARGEST_SUM = 1e20
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a block of rows is asked for.
+def refusal(tensors: Sequence[torch.Tensor]) -> str | None:  # noqa: ARG001
+    """None: torch computes this anywhere."""
+    return None
 
-    Attributes:
-        divergence_factor: [rows, 1], factor of the divergence in the gradient.
-        labels: [rows], the class of each row; None without cross-entropy.
-        label_factor: [rows, 1], factor of the cross-entropy in the gradient, zero where a row has no label.
-        figures: whether the student's entropy and hits are asked for.
+
+class Passes:
+    """Goes over blocks in buffers of the exact dtype that are made once; the arguments are those of every backend.
+
+    Args:
+        head: the output head.
+        settings: of the divergence.
+        rows: most rows that a block can have.
+        exact: dtype of the elementwise passes.
     """
 
-    divergence_factor: torch.Tensor
-    labels: torch.Tensor | None = None
-    label_factor: torch.Tensor | None = None
-    figures: bool = False
+    def __init__(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> None:
+        weight = head.weight
+        kind = "cpu" if weight.device.type == "cpu" else "other"
+        self.rows = max(min(BLOCK_ELEMENTS[kind] // len(weight), rows), 1)
+        self._head = head
+        is_cast = exact != weight.dtype
+        buffers = torch.empty(5 if is_cast else 3, self.rows, len(weight), dtype=exact, device=weight.device)
+        self._cast = buffers[3:] if is_cast else None
+        self._divergence = Divergence(buffers[:3], forward=settings.forward, temperature=settings.temperature)
 
-
-@dataclass(frozen=True)
-class Given:
-    """Figures of a block, [rows] each.
-
-    Attributes:
-        divergence: the KL divergence.
-        nll: the label's negative log-likelihood under the student.
-        entropy: the student's entropy.
-        is_top1: whether the student's first choice is the label.
-    """
-
-    divergence: torch.Tensor
-    nll: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    is_top1: torch.Tensor | None = None
+    def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
+        """Figures of a block; `delta` becomes the gradient with respect to what it was."""
+        exact = (raw, delta)
+        if self._cast is not None:
+            reference, moved = self._cast
+            exact = (reference[: len(raw)].copy_(raw), moved[: len(raw)].copy_(delta))
+        slope = self._head.bend(*exact)
+        given = self._divergence.block(*exact, wanted.times(self._head.scale))
+        if slope is not None:
+            exact[1].mul_(slope)
+        if self._cast is not None:
+            delta.copy_(exact[1])
+        return given
 
 
 class Divergence:

@@ -1,0 +1,65 @@
+"""KL, cross-entropy and their gradient for a block of rows of logits by one Triton kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelora_fast.ops import triton_runtime
+from safelora_fast.ops.linear_kl.passes import Given, Settings, Wanted
+from safelora_fast.ops.triton_runtime import refusal
+
+if TYPE_CHECKING:
+    from safelora_fast.ops.linear_kl.head import Head
+
+__all__ = ["Passes", "refusal"]
+
+TILE, WARPS = 4096, 8
+
+
+class Passes:
+    """Goes over the logits where the product left them; the arguments are those of every backend."""
+
+    def __init__(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> None:
+        self._head, self._settings, self.rows, self._exact = head, settings, rows, exact
+        bias = head.bias
+        self._bias = None if bias is None else bias.to(head.weight.device).contiguous()
+
+    def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
+        """Figures of a block; `delta` becomes the gradient with respect to what it was."""
+        from safelora_fast.ops.linear_kl import triton_kernels
+
+        count, vocabulary = raw.shape
+        figures = torch.empty(4, count, dtype=self._exact, device=raw.device)
+        labelled = wanted.labels is not None
+        with triton_runtime.on(raw.device):
+            triton_kernels.linear_loss[count,](
+                raw,
+                delta,
+                raw if self._bias is None else self._bias,
+                wanted.divergence_factor.contiguous(),
+                wanted.labels.contiguous() if wanted.labels is not None else raw,
+                wanted.label_factor.contiguous() if wanted.label_factor is not None else raw,
+                figures,
+                count,
+                vocabulary,
+                raw.stride(0),
+                delta.stride(0),
+                float(self._head.scale),
+                float(self._head.softcap or 1.0),
+                float(self._settings.temperature),
+                HAS_BIAS=self._bias is not None,
+                CAPPED=self._head.softcap is not None,
+                TEMPERED=self._settings.temperature != 1.0,
+                FORWARD=self._settings.forward,
+                LABELLED=labelled,
+                TILE=min(1 << (vocabulary - 1).bit_length(), TILE),
+                num_warps=WARPS,
+                **triton_runtime.OPTIONS,
+            )
+        if not labelled:
+            return Given(figures[0])
+        return Given(
+            figures[0], figures[1], figures[2] if wanted.figures else None, figures[3] if wanted.figures else None
+        )

@@ -1,0 +1,71 @@
+"""The penalty on what leaves the safe subspaces, of all modules at once, with its gradient written out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.ops.backends import choose
+from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def is_grouped(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether modules with these tensors share launches; elsewhere one after the other is as good."""
+    return choose("subspace_projections", tensors).name in {"triton", "cuda"}
+
+
+def subspace_penalties(
+    bases: Sequence[torch.Tensor],
+    lefts: Sequence[torch.Tensor],
+    rights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+) -> list[torch.Tensor]:
+    """‖(I − U·Uᵀ)·s·B·A‖²_F of every module (AsFT, arXiv 2506.08473), float32 scalars, differentiable once in B and A.
+
+    With R = B − U(UᵀB) it is s²·tr(RᵀR·AAᵀ), with gradients 2s²·R·(AAᵀ) and 2s²·(RᵀR)·A.
+
+    Args:
+        bases: U [m, k] with orthonormal columns, float32.
+        lefts: B [m, r].
+        rights: A [r, n].
+        scales: s.
+    """
+    return list(_Penalties.apply(list(bases), list(scales), *lefts, *rights))
+
+
+class _Penalties(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(
+        ctx: Any, bases: list[torch.Tensor], scales: list[float], *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        count = len(bases)
+        lefts, rights = factors[:count], factors[count:]
+        inner, _ = transposed_products(bases, lefts)
+        outside = [left - inside for left, inside in zip(lefts, matrix_products(bases, inner), strict=True)]
+        flipped = [right.mT for right in rights]
+        grams, _ = transposed_products([*outside, *flipped], [*outside, *flipped])
+        ctx.scales = scales
+        ctx.save_for_backward(*outside, *rights, *grams)
+        left_grams, right_grams = grams[:count], grams[count:]
+        return tuple(
+            scale**2 * (left * right).sum() for scale, left, right in zip(scales, left_grams, right_grams, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        count = len(gradients)
+        saved = ctx.saved_tensors
+        outside, rights, grams = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        weights = [2 * scale**2 * gradient for scale, gradient in zip(ctx.scales, gradients, strict=True)]
+        of_lefts = matrix_products(
+            outside, [gram * weight for gram, weight in zip(grams[count:], weights, strict=True)]
+        )
+        of_rights = [
+            ((gram * weight) @ right.float()).to(right.dtype)
+            for gram, weight, right in zip(grams[:count], weights, rights, strict=True)
+        ]
+        return (None, None, *of_lefts, *of_rights)
