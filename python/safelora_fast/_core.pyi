@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, final
 
 __all__ = [
+    "Cuda",
+    "CudaPlan",
     "FactorOutcome",
     "Factors",
     "Job",
@@ -14,6 +16,7 @@ __all__ = [
     "View",
     "__version__",
     "cpu_features",
+    "cuda_kernels",
     "default_threads",
     "feature_distance",
     "feature_distance_gradient",
@@ -248,6 +251,111 @@ def feature_distance_gradient(
     One read of features and reference, one write. `factors` are, for each block, the address of its [batch, tokens, 2].
     Tokens that do not count get zeros and are not read. Raises ValueError when shapes, strides, dtypes or addresses do
     not fit, or an output shares memory with another tensor.
+    """
+
+@final
+class Cuda:
+    """The CUDA driver, and kernels that are compiled when first used and kept for each device until the process ends.
+
+    The first of `driver` (names and paths) that can be loaded is initialised; NVRTC is looked for among `nvrtc` once a
+    kernel is needed. Compiled kernels are kept in the folder `cache`, safe against other processes; one that cannot be
+    written is done without. Every method raises BackendError where driver or compiler is missing or refuses.
+
+    Kernels are put on the stream of `place` (number of the device, address of the stream) in the device's primary
+    context. They wait for nothing and allocate nothing. Addresses are those of memory of that device, which the caller
+    keeps alive and unwritten until the stream has come so far. ValueError is raised when operands do not fit.
+    """
+
+    def __new__(cls, *, driver: Sequence[str], nvrtc: Sequence[str], cache: str | None = None) -> Cuda: ...
+    @property
+    def driver_version(self) -> int:
+        """As 13020 for CUDA 13.2."""
+    @property
+    def device_count(self) -> int: ...
+    def capability(self, device: int) -> tuple[int, int]:
+        """Compute capability. Raises BackendError below 8.0, which the kernels need."""
+    def prepare(self, device: int, source: str) -> None:
+        """Compile and load the kernels of a file, so that the first launch need not."""
+    def feature_distance(
+        self,
+        place: tuple[int, int],
+        features: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+        reference: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+        mask: tuple[int, tuple[int, int]],
+        packing: tuple[int, int, int] | None,
+        results: tuple[int, int, int, int, int, int],
+        *,
+        normalize: Literal["sequence", "token", "none"] = "sequence",
+    ) -> None:
+        """Sum over blocks, mean over sequences, of the squared distance of (unit) hidden states.
+
+        Blocks and `mask` are as in the function of this name. `packing` holds the addresses of int32 order [batch,
+        tokens], starts [batch, tokens + 1] and counts [batch], as ops/feature_distance/packing.py makes them; None: a
+        row is a sequence. `results` are the addresses of float64 sums [blocks, batch, tokens, 3], float32 factors
+        [blocks, batch, tokens, 2], float64 distances [blocks, batch], int32 sequences [batch], a float32 share (one
+        divided by the number of sequences, by which factors are still to be multiplied) and the float32 distance; all
+        are overwritten.
+        """
+    def feature_distance_gradient(
+        self,
+        place: tuple[int, int],
+        features: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+        reference: Sequence[tuple[int, str, tuple[int, int, int], tuple[int, int]]],
+        outputs: Sequence[int],
+        factors: int,
+        weight: int,
+    ) -> None:
+        """Write the float32 at `weight` times the gradient in the features to `outputs`, contiguous and in their dtype.
+
+        A token's gradient is a·(h − h₀) − b·h with (a, b) from `factors` [blocks, batch, tokens, 2], float32. Tokens
+        whose a is zero, as those that do not count, get zeros and are not read.
+        """
+    def products(self, place: tuple[int, int], plan: CudaPlan, memory: tuple[int, int, int, int, int]) -> None:
+        """Put the products of a plan on the stream.
+
+        `memory` holds the addresses of a copy of the plan's table, of float32 results, float32 partial and float64
+        partial squares with as many elements as the plan says, and of float32 squares [modules]: ‖V‖², written for
+        pairs alone.
+        """
+
+@final
+class CudaPlan:
+    """How products of many matrices V with thin factors X are cut into blocks of one launch.
+
+    Bits of the results depend on shapes alone. Raises ValueError when operands are too large, or a factor is empty or
+    lies at no multiple of 16 bytes.
+    """
+
+    def __new__(
+        cls,
+        operands: Sequence[tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, int]],
+        *,
+        form: Literal["transposed", "straight"],
+        dtype: Literal["F32", "BF16", "F16"],
+        is_pair: bool,
+    ) -> CudaPlan:
+        """Each operand is ((aligned, row_stride), (base, row_stride), (rows, columns), factor, rank).
+
+        Columns of the weights are contiguous; V is aligned − base where `is_pair`, else aligned. The factor is
+        contiguous float32: [rows, rank] for the transposed form VᵀX, [columns, rank] for the straight form VX.
+        """
+    @property
+    def table(self) -> bytes:
+        """What the launch needs on the device."""
+    @property
+    def offsets(self) -> list[int]:
+        """First element of each module's result among all results."""
+    @property
+    def results(self) -> int: ...
+    @property
+    def partial(self) -> int: ...
+    @property
+    def partial_squares(self) -> int: ...
+
+def cuda_kernels(source: str, architecture: str, *, nvrtc: Sequence[str], cache: str | None = None) -> bytes:
+    """Machine code of one file of kernels ("feature_distance.cu") for one architecture ("sm_90"); needs no GPU.
+
+    Raises BackendError without NVRTC, or where it does not know the architecture.
     """
 
 def cpu_features() -> dict[str, bool]:

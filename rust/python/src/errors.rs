@@ -6,6 +6,7 @@ use safelora_fast_core::checkpoint;
 use safelora_fast_core::projection::{JobError, ProjectionError};
 
 pyo3::import_exception!(safelora_fast.errors, AdapterError);
+pyo3::import_exception!(safelora_fast.errors, BackendError);
 pyo3::import_exception!(safelora_fast.errors, CheckpointError);
 pyo3::import_exception!(safelora_fast.errors, PairingError);
 pyo3::import_exception!(safelora_fast.errors, SettingsError);

@@ -1,6 +1,8 @@
 //! The Python module `safelora_fast._core`.
 
 mod checkpoint;
+mod cuda;
+mod cuda_plan;
 mod engines;
 mod environment;
 mod errors;
@@ -21,6 +23,10 @@ mod _core {
 
     #[pymodule_export]
     use crate::checkpoint::{SafetensorsFile, View, read_index};
+    #[pymodule_export]
+    use crate::cuda::{Cuda, cuda_kernels};
+    #[pymodule_export]
+    use crate::cuda_plan::CudaPlan;
     #[pymodule_export]
     use crate::environment::{cpu_features, default_threads, kernel_level};
     #[pymodule_export]

@@ -1,0 +1,62 @@
+//! Libraries that are loaded at run time, and their functions.
+
+use std::ffi::OsStr;
+
+use libloading::Library;
+
+use crate::CudaError;
+
+/// The first of `candidates` that can be loaded, with its name.
+pub(crate) fn open(what: &'static str, candidates: &[String]) -> Result<(Library, String), CudaError> {
+    let mut reason = "nothing was given to look for".to_owned();
+    for candidate in candidates {
+        // SAFETY: the caller vouches that these are the driver or NVRTC, whose initialisers may run at any time.
+        match unsafe { Library::new(OsStr::new(candidate)) } {
+            Ok(library) => return Ok((library, candidate.clone())),
+            Err(error) => reason = one_line(&error.to_string()),
+        }
+    }
+    Err(CudaError::LibraryMissing { what, looked_for: candidates.to_vec(), reason })
+}
+
+/// Text of a library as a part of one line.
+pub(crate) fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// A symbol without the zero at its end.
+pub(crate) fn name(symbol: &'static [u8]) -> &'static str {
+    std::str::from_utf8(symbol).unwrap_or("a function").trim_end_matches('\0')
+}
+
+/// Declares a table of functions that is filled from a library, and kept with it.
+macro_rules! functions {
+    ($(#[$meta:meta])* $table:ident: $what:literal { $($name:ident = $symbol:literal ($($argument:ty),*);)* }) => {
+        $(#[$meta])*
+        #[allow(missing_debug_implementations, reason = "a list of addresses")]
+        pub(crate) struct $table {
+            $(pub(crate) $name: unsafe extern "C" fn($($argument),*) -> i32,)*
+            _library: libloading::Library,
+        }
+
+        impl $table {
+            pub(crate) fn load(candidates: &[String]) -> Result<Self, crate::CudaError> {
+                let (library, path) = crate::call::open($what, candidates)?;
+                Ok(Self {
+                    $($name: {
+                        // SAFETY: the signature is that of the library's header; the library is kept as long as the table.
+                        let symbol = unsafe { library.get::<unsafe extern "C" fn($($argument),*) -> i32>($symbol) };
+                        *symbol.map_err(|_| crate::CudaError::SymbolMissing {
+                            what: $what,
+                            library: path.clone(),
+                            symbol: crate::call::name($symbol),
+                        })?
+                    },)*
+                    _library: library,
+                })
+            }
+        }
+    };
+}
+
+pub(crate) use functions;

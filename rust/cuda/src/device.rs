@@ -1,0 +1,132 @@
+//! One GPU: its primary context, the kernels loaded there, and launches.
+
+use std::ffi::{c_int, c_void};
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::driver::{Driver, Handle};
+use crate::library::Library;
+use crate::{CudaError, Source};
+
+const MAJOR: c_int = 75;
+const MINOR: c_int = 76;
+
+/// A GPU whose primary context (the one that torch uses) is retained until the process ends.
+pub(crate) struct Device {
+    context: Handle,
+    capability: (i32, i32),
+    libraries: Mutex<Vec<(Source, Arc<Library>)>>,
+}
+
+// SAFETY: a context may be pushed by any thread; everything else is guarded.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+/// How many blocks of how many threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Grid {
+    pub(crate) blocks: (usize, usize),
+    pub(crate) threads: u32,
+}
+
+impl Device {
+    pub(crate) fn open(driver: &Driver, index: i32) -> Result<Self, CudaError> {
+        let device = driver.device(index)?;
+        let capability @ (major, minor) = (driver.attribute(device, MAJOR)?, driver.attribute(device, MINOR)?);
+        if major < 8 {
+            return Err(CudaError::TooOld { index, major, minor });
+        }
+        let mut context = ptr::null_mut();
+        // SAFETY: the pointer is that of a handle on this stack.
+        let code = unsafe { (driver.functions.primary_retain)(&raw mut context, device) };
+        driver.check("cuDevicePrimaryCtxRetain", code)?;
+        Ok(Self { context, capability, libraries: Mutex::new(Vec::new()) })
+    }
+
+    pub(crate) const fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// As `sm_90`.
+    pub(crate) fn architecture(&self) -> String {
+        format!("sm_{}{}", self.capability.0, self.capability.1)
+    }
+
+    /// The kernels of a source, compiled and loaded by the first who asks.
+    pub(crate) fn library(
+        &self,
+        driver: &Driver,
+        source: Source,
+        cubin: impl FnOnce() -> Result<Vec<u8>, CudaError>,
+    ) -> Result<Arc<Library>, CudaError> {
+        let mut libraries = self.libraries.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, library)) = libraries.iter().find(|(known, _)| *known == source) {
+            return Ok(Arc::clone(library));
+        }
+        let cubin = cubin()?;
+        let _entered = driver.enter(self.context)?;
+        let library = Arc::new(Library::load(driver, source, &cubin)?);
+        libraries.push((source, Arc::clone(&library)));
+        Ok(library)
+    }
+
+    /// Puts kernels on `stream`, in the order in which `work` launches them.
+    pub(crate) fn on_stream(
+        &self,
+        driver: &Driver,
+        stream: usize,
+        work: impl FnOnce(&Stream<'_>) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        let entered = driver.enter(self.context)?;
+        let result = work(&Stream { driver, stream: ptr::with_exposed_provenance_mut(stream) });
+        drop(entered);
+        result
+    }
+}
+
+/// The caller's stream, in its context.
+pub(crate) struct Stream<'a> {
+    driver: &'a Driver,
+    stream: Handle,
+}
+
+impl Stream<'_> {
+    /// Launches a kernel of a library; nothing where there is no block to run.
+    ///
+    /// # Safety
+    /// `arguments` point to values of the types of the kernel's parameters, in their order, and what those point to on the device
+    /// stays valid until the kernel has run.
+    pub(crate) unsafe fn launch(
+        &self,
+        library: &Library,
+        name: &'static str,
+        grid: Grid,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        let (across, down) = grid.blocks;
+        if across == 0 || down == 0 {
+            return Ok(());
+        }
+        let too_many = |_| CudaError::Operands(format!("{name} cannot run {across} by {down} blocks: split the batch"));
+        let across = i32::try_from(across).map_err(too_many)?.cast_unsigned();
+        let down = u16::try_from(down).map_err(too_many)?;
+        // SAFETY: the function is the library's; the caller vouches for the arguments.
+        let code = unsafe {
+            (self.driver.functions.launch)(
+                library.function(name)?,
+                across,
+                u32::from(down),
+                1,
+                grid.threads,
+                1,
+                1,
+                0,
+                self.stream,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        self.driver.check("cuLaunchKernel", code)
+    }
+}

@@ -1,0 +1,40 @@
+//! Element types of tensors.
+
+use std::str::FromStr;
+
+use crate::CudaError;
+
+/// Element type of stored states and weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// float16.
+    F16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub(crate) const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+impl FromStr for Dtype {
+    type Err = CudaError;
+
+    /// As safetensors spells them.
+    fn from_str(name: &str) -> Result<Self, CudaError> {
+        match name {
+            "F32" => Ok(Self::F32),
+            "BF16" => Ok(Self::Bf16),
+            "F16" => Ok(Self::F16),
+            _ => Err(CudaError::Operands(format!("dtype is {name:?}; use F32, BF16 or F16"))),
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Kernels on NVIDIA GPUs, on tensors that Python keeps alive.
+
+use std::path::PathBuf;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use safelora_fast_cuda::feature_distance::{Normalize, Packing, Pair, Results, Tokens};
+use safelora_fast_cuda::subspace_projection::Memory;
+use safelora_fast_cuda::{Cache, CudaError, Dtype, Nvrtc, Source};
+
+use crate::cuda_plan::CudaPlan;
+use crate::errors::BackendError;
+
+/// (address, dtype, (batch, tokens, hidden), (`batch_stride`, `token_stride`)).
+type Spec = (usize, String, (usize, usize, usize), (usize, usize));
+
+/// The CUDA driver, and the kernels that were compiled for its devices.
+#[pyclass(frozen, module = "safelora_fast._core")]
+pub(crate) struct Cuda {
+    cuda: safelora_fast_cuda::Cuda,
+}
+
+#[pymethods]
+impl Cuda {
+    #[new]
+    #[pyo3(signature = (*, driver, nvrtc, cache=None))]
+    #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+    fn new(py: Python<'_>, driver: Vec<String>, nvrtc: Vec<String>, cache: Option<PathBuf>) -> PyResult<Self> {
+        let cuda = py.detach(|| safelora_fast_cuda::Cuda::open(&driver, nvrtc, cache));
+        Ok(Self { cuda: cuda.map_err(|error| backend_error(&error))? })
+    }
+
+    #[getter]
+    fn driver_version(&self) -> PyResult<i32> {
+        self.cuda.driver_version().map_err(|error| backend_error(&error))
+    }
+
+    #[getter]
+    fn device_count(&self) -> PyResult<i32> {
+        self.cuda.device_count().map_err(|error| backend_error(&error))
+    }
+
+    fn capability(&self, py: Python<'_>, device: i32) -> PyResult<(i32, i32)> {
+        py.detach(|| self.cuda.capability(device)).map_err(|error| backend_error(&error))
+    }
+
+    fn prepare(&self, py: Python<'_>, device: i32, source: &str) -> PyResult<()> {
+        let source = find(source)?;
+        py.detach(|| self.cuda.prepare(device, source)).map_err(|error| backend_error(&error))
+    }
+
+    #[pyo3(signature = (place, features, reference, mask, packing, results, *, normalize="sequence"))]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of Python")]
+    #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+    fn feature_distance(
+        &self,
+        py: Python<'_>,
+        place: (i32, usize),
+        features: Vec<Spec>,
+        reference: Vec<Spec>,
+        mask: (usize, (usize, usize)),
+        packing: Option<(usize, usize, usize)>,
+        results: (usize, usize, usize, usize, usize, usize),
+        normalize: &str,
+    ) -> PyResult<()> {
+        let normalize = match normalize {
+            "sequence" => Normalize::Sequence,
+            "token" => Normalize::Token,
+            "none" => Normalize::None,
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "normalize is {normalize:?}; use \"sequence\", \"token\" or \"none\""
+                )));
+            }
+        };
+        let (pairs, shape) = pairs(&features, &reference)?;
+        let (mask, (mask_row, mask_token)) = mask;
+        let packing = packing.map(|(order, starts, counts)| Packing { order, starts, counts });
+        let tokens = Tokens { shape, mask, mask_strides: [mask_row, mask_token], packing };
+        let (sums, factors, distances, sequences, share, distance) = results;
+        let results = Results { sums, factors, distances, sequences, share, distance };
+        let (device, stream) = place;
+        // SAFETY: the caller promises that the memory is that of the device and lives as the stream needs it.
+        let launched =
+            py.detach(|| unsafe { self.cuda.feature_distance(device, stream, &pairs, tokens, normalize, results) });
+        launched.map_err(|error| backend_error(&error))
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the arguments of Python")]
+    #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+    fn feature_distance_gradient(
+        &self,
+        py: Python<'_>,
+        place: (i32, usize),
+        features: Vec<Spec>,
+        reference: Vec<Spec>,
+        outputs: Vec<usize>,
+        factors: usize,
+        weight: usize,
+    ) -> PyResult<()> {
+        let (pairs, shape) = pairs(&features, &reference)?;
+        let (device, stream) = place;
+        let launched = py.detach(|| {
+            let cuda = &self.cuda;
+            // SAFETY: the caller promises that the memory is that of the device and lives as the stream needs it.
+            unsafe { cuda.feature_distance_gradient(device, stream, &pairs, &outputs, shape, factors, weight) }
+        });
+        launched.map_err(|error| backend_error(&error))
+    }
+
+    fn products(
+        &self,
+        py: Python<'_>,
+        place: (i32, usize),
+        plan: &CudaPlan,
+        memory: (usize, usize, usize, usize, usize),
+    ) -> PyResult<()> {
+        let (device, stream) = place;
+        let (table, results, partial, partial_squares, squares) = memory;
+        let memory = Memory { table, results, partial, partial_squares, squares };
+        // SAFETY: the caller promises that the memory is that of the device and lives as the stream needs it.
+        let launched = py.detach(|| unsafe { self.cuda.products(device, stream, &plan.plan, memory) });
+        launched.map_err(|error| backend_error(&error))
+    }
+}
+
+/// Machine code of one file of kernels for one architecture (`sm_90`), without a GPU.
+#[pyfunction]
+#[pyo3(signature = (source, architecture, *, nvrtc, cache=None))]
+#[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+pub(crate) fn cuda_kernels<'py>(
+    py: Python<'py>,
+    source: &str,
+    architecture: &str,
+    nvrtc: Vec<String>,
+    cache: Option<PathBuf>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let source = find(source)?;
+    let cubin = py.detach(|| Cache::new(cache).cubin(&Nvrtc::open(&nvrtc)?, source, architecture));
+    Ok(PyBytes::new(py, &cubin.map_err(|error| backend_error(&error))?))
+}
+
+fn find(name: &str) -> PyResult<Source> {
+    let found = Source::ALL.into_iter().find(|source| source.name() == name);
+    found.ok_or_else(|| PyValueError::new_err(format!("there is no file of kernels {name:?}")))
+}
+
+/// The layers, each checked against its reference, and the tokens that all of them have.
+fn pairs(features: &[Spec], reference: &[Spec]) -> PyResult<(Vec<Pair>, [usize; 2])> {
+    let Some((_, _, (batch, tokens, _), _)) = features.first() else {
+        return Err(PyValueError::new_err("there is no block of features"));
+    };
+    if features.len() != reference.len() {
+        return Err(PyValueError::new_err(format!(
+            "{} blocks of features and {} of reference features",
+            features.len(),
+            reference.len()
+        )));
+    }
+    let mut pairs = Vec::with_capacity(features.len());
+    for (features, reference) in features.iter().zip(reference) {
+        let ((address, dtype, shape, strides), (reference, dtype_of_reference, shape_of_reference, others)) =
+            (features, reference);
+        if (dtype, shape) != (dtype_of_reference, shape_of_reference) || (shape.0, shape.1) != (*batch, *tokens) {
+            return Err(PyValueError::new_err(format!(
+                "features are {shape:?} {dtype} but the reference is {shape_of_reference:?} {dtype_of_reference}, of {batch} x \
+                 {tokens} tokens"
+            )));
+        }
+        pairs.push(Pair {
+            dtype: dtype.parse::<Dtype>().map_err(|error| PyValueError::new_err(error.to_string()))?,
+            hidden: shape.2,
+            features: *address,
+            reference: *reference,
+            features_strides: [strides.0, strides.1],
+            reference_strides: [others.0, others.1],
+        });
+    }
+    Ok((pairs, [*batch, *tokens]))
+}
+
+/// A `BackendError`, or a `ValueError` for operands that do not fit.
+fn backend_error(error: &CudaError) -> PyErr {
+    match error {
+        CudaError::Operands(message) => PyValueError::new_err(message.clone()),
+        _ => BackendError::new_err(error.to_string()),
+    }
+}
