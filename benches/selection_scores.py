@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 RANK, ADAPTERS = 16, 2
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TURNS = (1, 1, 1, 2, 2, 4, 6)
-COUNT, WARM_UP, LONGEST = 63, 7, 8
+COUNT, WARM_UP, LONGEST = 42, 4, 8
 STRAIGHTFORWARD = "straightforward, float32"
 
 

@@ -14,12 +14,15 @@ import numpy as np
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
+    import re
+
     import pyarrow
 
 NEWLINE = 10
 SPACES = (9, 10, 11, 12, 13, 32)
 AT_ONCE = 1 << 24
-BLOCK = 1 << 23
+PIECE = BLOCK = 1 << 20
+LAST_ASCII = 127
 
 
 class JsonLines:
@@ -83,9 +86,9 @@ class JsonLines:
         except RecursionError as error:
             raise DataError(f"{self.place(index)}: is nested too deeply") from error
 
-    def holds(self, words: bytes) -> bool:
-        """Whether these bytes are anywhere in the file."""
-        return bool(len(self)) and self._content.find(words) >= 0
+    def holds(self, pattern: re.Pattern[bytes]) -> bool:
+        """Whether a pattern is anywhere in the file."""
+        return pattern.search(self._content) is not None
 
     def sha256(self) -> str:
         """Of the whole file."""
@@ -112,11 +115,15 @@ class JsonLines:
         return table if table.num_rows == len(self) else None
 
     def _is_text(self) -> bool:
-        decode = codecs.getincrementaldecoder("utf-8")().decode
+        """Whether all is UTF-8; pieces of ASCII, which are most, are seen to be that many times faster than they are decoded."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        values = np.frombuffer(self._content, dtype=np.uint8)
         try:
-            for start in range(0, len(self._content), AT_ONCE):
-                decode(self._content[start : start + AT_ONCE])
-            decode(b"", final=True)
+            for start in range(0, len(values), PIECE):
+                piece = values[start : start + PIECE]
+                if piece.max() > LAST_ASCII or decoder.getstate()[0]:
+                    decoder.decode(piece.tobytes())
+            decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return False
         return True

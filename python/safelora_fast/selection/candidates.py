@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 REFUSALS = {"sorry", "apologize", "cannot", "can't", "unable"}
 FIRST_WORDS = 10
 WORD = re.compile(r"[\w']+")
+# Keys that rows of messages, and those of a prompt and a completion, must not have; they may be in texts too.
+ODD_KEYS = {True: re.compile(rb'"(?:tool|prompt"|completion")'), False: re.compile(rb'"(?:tool|messages")')}
 
 
 class Candidates:
@@ -70,16 +72,13 @@ class Candidates:
     def _is_plain(self) -> bool:
         """Whether all rows are as they must be, and of the first one's kind: then no loop has to look at them."""
         first = self._lines.record(0)
-        if not isinstance(first, dict) or self._lines.holds(b'"tool'):
-            return False
-        others = ("prompt", "completion") if "messages" in first else ("messages",)
-        if any(self._lines.holds(f'"{name}"'.encode()) for name in others):
+        if not isinstance(first, dict) or self._lines.holds(ODD_KEYS["messages" in first]):
             return False
         turns = isinstance(first.get("prompt"), list)
         table = self._lines.table(_schema(turns=turns))
         if table is None:
             return False
-        parts = [table[name] for name in ("messages", "prompt", "completion") if name not in others]
+        parts = [table[name] for name in (("messages",) if "messages" in first else ("prompt", "completion"))]
         if turns or "messages" in first:
             return all(map(_filled, parts))
         return not any(part.null_count for part in parts)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 WINDOW = 1024
-TOKENS_PER_BATCH = {"cpu": 768, "other": 16384}
+TOKENS_PER_BATCH = {"cpu": 1024, "other": 16384}
 TRAIN_RECORD = "safelora_train.json"
 JOURNAL_SUFFIX = ".journal.jsonl"
 NO_ANSWER, REFUSED = "no answer token", "refused by the chat template"
