@@ -97,7 +97,7 @@ class JsonLines:
     def table(self, schema: pyarrow.Schema) -> pyarrow.Table | None:
         """Columns of all lines, other columns read over; None where Arrow does not see every line as such a row.
 
-        Arrow is many times faster than a loop, and less exact: what it refuses may be fine. It numbers no lines.
+        What Arrow refuses may be fine (it wants one type for each column), and it numbers no lines.
         """
         import pyarrow
         from pyarrow import json as arrow_json
