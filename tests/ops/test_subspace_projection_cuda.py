@@ -95,6 +95,14 @@ def test_mixed_types_layouts_and_strides():
     compare(matrices, left, right)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+def test_weights_that_are_stored_transposed(dtype):
+    turned = tuple(part.mT.contiguous().mT for part in pair(dtype, 24, 40))
+    compare([turned], [random(24, 8, seed=1)], [random(40, 8, seed=2)])
+    launches = [line.split()[1].split("_")[0] for line in record() if line.startswith("cuLaunchKernel")]
+    assert launches == ["straight", "add", "transposed", "add"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_chunks_of_a_long_contraction_are_added(dtype):
     compare([pair(dtype, 1500, 24)], [random(1500, 4, seed=1)], [random(24, 4)])
