@@ -76,9 +76,10 @@ def transposed_parts(
     columns = tl.multiple_of(tl.load(entry + COLUMNS), 1 if FLIPPED else ALIGNED)
     rank = tl.multiple_of(tl.load(entry + RANK), 1 if THIN_FLIPPED else THIN_ALIGNED)
     column, thin = tl.multiple_of(first, 16) + tl.arange(0, TILE), tl.arange(0, WIDTH)
-    product = tl.zeros(
-        [WIDTH, TILE], tl.float32
-    )  # transposed, so that not M but the factor is turned: that costs wide copies
+    if TURNED:
+        product = tl.zeros([WIDTH, TILE], tl.float32)
+    else:
+        product = tl.zeros([TILE, WIDTH], tl.float32)
     square = tl.zeros([STEP, TILE], tl.float32)
     for start in range(0, CHUNK, STEP):
         row = tl.multiple_of(begin + start, 16) + tl.arange(0, STEP)
