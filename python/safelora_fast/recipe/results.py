@@ -15,7 +15,7 @@ TRAINING = ("loss", "grad_norm")
 
 
 def summarise(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """First, last and mean of every loss (all, by source, held out) and of what defences, margin and monitors say; None where one is none.
+    """First, last and mean of every loss (all, by source, held out) and of defences, margin and monitors; None where one is none.
 
     Args:
         history: the trainer's log; entries of training carry `loss`, those of evaluation `eval_loss`.
