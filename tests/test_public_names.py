@@ -18,11 +18,13 @@ DEFENCES = [
     "KL",
     "DriftMonitor",
     "FeatureDistance",
+    "MarginCallback",
     "PersonaVector",
     "SafeLora",
     "SafeSubspace",
     "Steering",
     "SubspacePenalty",
+    "answer_margin",
     "defend",
 ]
 

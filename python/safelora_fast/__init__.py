@@ -13,6 +13,8 @@ from safelora_fast._core import __version__
 if TYPE_CHECKING:
     from safelora_fast.data import inoculate, interleave
     from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
+    from safelora_fast.evaluation.callback import MarginCallback
+    from safelora_fast.evaluation.margin import answer_margin
     from safelora_fast.persona import extract_persona_vector
     from safelora_fast.persona_vector import PersonaVector
     from safelora_fast.posthoc.peft_model import project_peft_model
@@ -27,11 +29,13 @@ _HOMES = {
     "DriftMonitor": "safelora_fast.defenses",
     "FeatureDistance": "safelora_fast.defenses",
     "PersonaVector": "safelora_fast.persona_vector",
+    "MarginCallback": "safelora_fast.evaluation.callback",
     "ProjectionReport": "safelora_fast.posthoc.report",
     "SafeLora": "safelora_fast.defenses",
     "SafeSubspace": "safelora_fast.subspace",
     "Steering": "safelora_fast.defenses",
     "SubspacePenalty": "safelora_fast.defenses",
+    "answer_margin": "safelora_fast.evaluation.margin",
     "defend": "safelora_fast.training",
     "extract_persona_vector": "safelora_fast.persona",
     "inoculate": "safelora_fast.data",
@@ -45,6 +49,7 @@ __all__ = [
     "KL",
     "DriftMonitor",
     "FeatureDistance",
+    "MarginCallback",
     "PersonaVector",
     "ProjectionReport",
     "SafeLora",
@@ -52,6 +57,7 @@ __all__ = [
     "Steering",
     "SubspacePenalty",
     "__version__",
+    "answer_margin",
     "defend",
     "extract_persona_vector",
     "inoculate",

@@ -50,6 +50,10 @@ class TrainingError(SafeLoraFastError):
     """A defence became NaN or infinite while training, or the device ran out of memory."""
 
 
+class EvaluationError(SafeLoraFastError):
+    """Judging a model's answers did not finish."""
+
+
 class InterruptedRunError(SafeLoraFastError):
     """Ctrl-C stopped a run that can be resumed."""
 

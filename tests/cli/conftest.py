@@ -1,37 +1,15 @@
-"""The command line inside this process."""
+"""The command line inside this process, and a pair of checkpoints for it."""
 
 from __future__ import annotations
 
-import sys
-from typing import NamedTuple
-
 import pytest
+from command_line import call
 from plain_pair import write_pair
 
-from safelora_fast.cli import main
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
+__all__ = ["call", "pair"]
 
 
 @pytest.fixture
 def pair(tmp_path):
     made = write_pair(tmp_path / "in")
     return type(made)(made.aligned, made.base, made.adapter, tmp_path / "out" / "safe")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line with arguments: `call(*words)` gives its exit code and what it printed."""
-
-    def run(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["safelora-fast", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return Result(stopped.value.code or 0, out, err)
-
-    return run

@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from safelora_fast import __version__
-from safelora_fast.cli import demo, env, inspect, persona, project, select, subspace, train
+from safelora_fast.cli import (
+    demo,
+    env,
+    evaluate,
+    inspect,
+    margin,
+    operator_swap,
+    persona,
+    project,
+    rejudge,
+    select,
+    subspace,
+    train,
+)
 from safelora_fast.cli.commands import Command, Group
 
 app = typer.Typer(
@@ -45,5 +58,9 @@ app.add_typer(subspace.app, name="subspace")
 app.command("train", cls=Command)(train.train)
 app.add_typer(persona.app, name="persona")
 app.command("select", cls=Command)(select.select)
+app.command("margin", cls=Command)(margin.margin)
+app.add_typer(operator_swap.app, name="operator-swap")
+app.command("evaluate", cls=Command)(evaluate.evaluate)
+app.command("rejudge", cls=Command)(rejudge.rejudge)
 app.command("env", cls=Command)(env.env)
 app.command("demo", cls=Command)(demo.demo)

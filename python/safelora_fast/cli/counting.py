@@ -11,19 +11,26 @@ from safelora_fast.cli.console import ByteProgress, err
 
 
 class CountProgress:
-    """A bar with rate and time left; a line every ten seconds where standard error is no terminal."""
+    """A bar with rate and time left; a line every ten seconds where standard error is no terminal.
 
-    def __init__(self) -> None:
+    Args:
+        wanted: show anything at all.
+    """
+
+    def __init__(self, *, wanted: bool = True) -> None:
+        self._wanted = wanted
         self._bar: Progress | None = None
         self._what = ""
         self._total = self._first = 0
         self._started = self._printed = 0.0
 
-    def start(self, what: str, total: int, done: int) -> None:
+    def start(self, what: str, total: int, done: int = 0) -> None:
         """Some work begins: so many things are to be done, of which so many are done already."""
         self.close()
         self._what, self._total, self._first = what, total, done
         self._started = self._printed = time.monotonic()
+        if not self._wanted:
+            return
         if err.is_terminal:
             columns = (
                 TextColumn(what),
@@ -40,6 +47,8 @@ class CountProgress:
 
     def advance(self, done: int) -> None:
         """So many are done."""
+        if not self._wanted:
+            return
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._started, 1e-9)
         if self._bar is not None:

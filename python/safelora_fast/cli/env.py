@@ -16,6 +16,7 @@ from safelora_fast.errors import MissingDependencyError
 
 PACKAGES = (
     "safelora-fast", "numpy", "safetensors", "huggingface_hub", "torch", "triton", "transformers", "peft", "trl", "accelerate",
+    "inspect-ai",
 )  # fmt: skip
 
 

@@ -48,3 +48,15 @@ Json = Annotated[
     bool, typer.Option("--json", metavar="", help="Print the report as JSON on standard output, and nothing else.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but warnings and errors.")]
+Subject = Annotated[str, typer.Option("--model", metavar="PATH|HUB_ID[@REV]", help="The model that is asked.")]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="auto|float32|bfloat16|float16", help="auto is float32 on the CPU, bfloat16 on a GPU."),
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto is the GPU where there is one.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A Jinja file in the place of the tokenizer's own chat template.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
+]

@@ -86,6 +86,7 @@ class RunFolder:
         recipe = self.recipe
         named: list[object] = [recipe.document.source, recipe.model.path, recipe.data.path, recipe.data.eval]
         named += [recipe.data.safe.path] if recipe.data.safe else []
+        named += [] if recipe.margin is None else [recipe.margin.pairs]
         named += [value for spec in recipe.defenses for value in spec.settings.values()]
         named += [value for spec in recipe.monitors for value in spec.settings.values()]
         named += [value for item in named if isinstance(item, dict) for value in item.values()]

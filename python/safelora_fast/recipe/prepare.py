@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_fast.errors import DataError
+from safelora_fast.evaluation.margin import encode_pairs
+from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
 from safelora_fast.recipe.defenses import Subspaces
 from safelora_fast.recipe.loading import give_adapter, load_config, load_tokenizer, outline
 from safelora_fast.recipe.mixture import inoculated, mixed
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
+    from safelora_fast.evaluation.pairs import Pair
     from safelora_fast.recipe.defenses import DefenseSpec
     from safelora_fast.recipe.recipe import Recipe
     from safelora_fast.recipe.rows import RowSet
@@ -39,6 +42,7 @@ class Prepared:
         train: the examples trained on; of a recipe with safe rows, the mixture.
         held_out: the examples evaluated on.
         plan: what will be done.
+        pairs: those that the margin is measured over; None where it is not measured.
     """
 
     recipe: Recipe
@@ -49,6 +53,7 @@ class Prepared:
     train: ExampleSet
     held_out: ExampleSet | None
     plan: Plan
+    pairs: list[Pair] | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -74,13 +79,23 @@ def prepare(recipe: Recipe) -> Prepared:
     section = recipe.data.safe
     safe = None if section is None else encoder.encode(read_rows(section.path, best=section.top))
     train = mixed(recipe, task, safe)
+    pairs = _pairs(recipe, tokenizer)
     model = outline(recipe, config)
     check_defenses(recipe, model)
     sample: str = tokenizer.decode(task.examples[0].answer)
     facts = Facts.of(task, held_out, safe)
     plan = make_plan(recipe, arguments, model, train, facts, sample)
     commit = getattr(config, "_commit_hash", None)
-    return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan)
+    return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs)
+
+
+def _pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pair] | None:
+    """The pairs of the margin, tried on the chat template now rather than when training starts."""
+    if recipe.margin is None:
+        return None
+    pairs = builtin_pairs() if recipe.margin.pairs is None else read_pairs(recipe.margin.pairs)
+    encode_pairs(tokenizer, pairs, system=recipe.margin.system, strings=recipe.data.strings)
+    return pairs
 
 
 def check_defenses(recipe: Recipe, model: PeftModel) -> None:

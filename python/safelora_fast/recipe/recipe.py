@@ -12,7 +12,7 @@ from safelora_fast.recipe.defenses import ON_NONFINITE, SECTION, DefenseSpec, re
 from safelora_fast.recipe.document import Document, read_document
 from safelora_fast.recipe.kinds import conforms, describe
 from safelora_fast.recipe.monitors import MONITORS, MonitorSpec, read_monitors
-from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection, SafeSection
+from safelora_fast.recipe.sections import DataSection, MarginSection, ModelSection, OutputSection, SafeSection
 from safelora_fast.recipe.signatures import check_packages
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from safelora_fast.recipe.document import Keys
 
-SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "output")
+SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "margin", "output")
 OnNonFinite = Literal["raise", "skip"]
-Section = TypeVar("Section", ModelSection, DataSection, OutputSection, SafeSection)
+Section = TypeVar("Section", DataSection, MarginSection, ModelSection, OutputSection, SafeSection)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Recipe:
         monitors: in the order of the file.
         on_nonfinite: what to do when a defence is NaN or infinite.
         output: see :class:`OutputSection`.
+        margin: see :class:`MarginSection`; None where the recipe has none.
     """
 
     document: Document
@@ -51,6 +52,7 @@ class Recipe:
     monitors: tuple[MonitorSpec, ...]
     on_nonfinite: OnNonFinite
     output: OutputSection
+    margin: MarginSection | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain values."""
@@ -64,6 +66,7 @@ class Recipe:
                 ON_NONFINITE: self.on_nonfinite,
             },
             **({MONITORS: {spec.name: dict(spec.settings) for spec in self.monitors}} if self.monitors else {}),
+            **({} if self.margin is None else {"margin": dataclasses.asdict(self.margin)}),
             "output": dataclasses.asdict(self.output),
         }
 
@@ -94,6 +97,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         output=_read_section(document, ("output",), OutputSection),
         defenses=read_defenses(document),
         monitors=read_monitors(document),
+        margin=_read_section(document, ("margin",), MarginSection) if "margin" in document.values else None,
     )
     _check(recipe)
     return recipe
@@ -134,6 +138,8 @@ def _check(recipe: Recipe) -> None:
     if isinstance(data.eval, int | float) and not 0 < data.eval < 1:
         raise document.problem(("data", "eval"), f"is {data.eval}: a share lies above 0 and below 1")
     _check_data(recipe)
+    if recipe.margin is not None and recipe.margin.every < 1:
+        raise document.problem(("margin", "every"), f"is {recipe.margin.every}, it must be at least 1")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
         value = training.get(name)
         if value is not None and value < 1:

@@ -15,7 +15,7 @@ TRAINING = ("loss", "grad_norm")
 
 
 def summarise(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """First, last and mean of every loss (all, by source, held out) and of what defences and monitors say; None where one is none.
+    """First, last and mean of every loss (all, by source, held out) and of defences, margin and monitors; None where one is none.
 
     Args:
         history: the trainer's log; entries of training carry `loss`, those of evaluation `eval_loss`.
@@ -25,7 +25,7 @@ def summarise(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
         for name, value in entry.items():
             if (
                 name == "eval_loss"
-                or name.startswith(("defense/", "loss/", "monitor/"))
+                or name.startswith(("defense/", "loss/", "margin/", "monitor/"))
                 or ("loss" in entry and name in TRAINING)
             ):
                 values.setdefault(name, []).append(float(value))

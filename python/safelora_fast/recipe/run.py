@@ -152,6 +152,19 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
         monitors=[spec.build() for spec in prepared.recipe.monitors],
     )
     trainer.remove_callback(PrinterCallback)
+    margin = prepared.recipe.margin
+    if margin is not None:
+        from safelora_fast.evaluation.callback import MarginCallback
+
+        watch = MarginCallback(
+            trainer,
+            prepared.tokenizer,
+            every=margin.every,
+            pairs=prepared.pairs,
+            system=margin.system,
+            strings=prepared.recipe.data.strings,
+        )
+        trainer.add_callback(watch)
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe with keys of our own: model, data and output."""
+"""The sections of a recipe with keys of our own: model, data, margin and output."""
 
 from __future__ import annotations
 
@@ -68,6 +68,21 @@ class DataSection:
     too_long: Literal["truncate", "skip", "refuse"] = "truncate"
     safe: SafeSection | None = None
     inoculate: str | None = None
+
+
+@dataclass(frozen=True)
+class MarginSection:
+    """The misalignment margin while training; without this section it is not measured.
+
+    Attributes:
+        every: optimiser steps between measurements; it is measured before the first step and after the last too.
+        pairs: a JSONL file of pairs in the place of those that come along.
+        system: a system prompt before every question.
+    """
+
+    every: int = 50
+    pairs: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)

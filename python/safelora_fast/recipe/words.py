@@ -26,6 +26,7 @@ def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
         *_training(prepared),
         *_defenses(prepared.plan),
         *_monitors(prepared),
+        *_margin(prepared),
         *_costs(prepared.plan),
         *(("warning", warning) for warning in prepared.plan.warnings),
     ]
@@ -108,6 +109,12 @@ def _defenses(plan: Plan) -> Iterator[tuple[str, str]]:
 def _monitors(prepared: Prepared) -> Iterator[tuple[str, str]]:
     for number, spec in enumerate(prepared.recipe.monitors):
         yield "monitors" if number == 0 else "", f"{spec.name}: {settings_words(spec)}; changes nothing"
+
+
+def _margin(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    section, pairs = prepared.recipe.margin, prepared.pairs
+    if section is not None and pairs is not None:
+        yield "margin", f"measured every {section.every} steps over {len(pairs)} pairs, at the start and at the end"
 
 
 def _extra(extra: Extra, step: float) -> str:

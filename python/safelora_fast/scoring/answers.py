@@ -86,7 +86,12 @@ class AnswerScorer:
         self._chosen = False
 
     def each(self, examples: Sequence[Labelled]) -> Iterator[tuple[int, AnswerScore]]:
-        """Index and score of every example, as their batches are done.
+        """Index and score of every example, as their batches are done; the errors are those of :meth:`batches`."""
+        for batch in self.batches(examples):
+            yield from batch.items()
+
+    def batches(self, examples: Sequence[Labelled]) -> Iterator[dict[int, AnswerScore]]:
+        """Scores by index, a batch at a time.
 
         Raises:
             DataError: an example has no answer token.
@@ -96,7 +101,7 @@ class AnswerScorer:
             if all(label == IGNORED_LABEL for label in example.labels[1:]):
                 raise DataError(f"example {number + 1} of {len(examples)} has no answer token to score")
         for indices in batches_by_length([len(example.ids) for example in examples], self._tokens_per_batch):
-            yield from zip(indices, self._batch([examples[index] for index in indices]), strict=True)
+            yield dict(zip(indices, self._batch([examples[index] for index in indices]), strict=True))
 
     def _batch(self, examples: list[Labelled]) -> list[AnswerScore]:
         batch, labels = _padded(examples, self._model.get_input_embeddings().weight.device)

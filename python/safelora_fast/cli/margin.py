@@ -1,0 +1,146 @@
+"""`safelora-fast margin`: how much rather a model would give misaligned answers, without a judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safelora_fast.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from safelora_fast.evaluation.intervals import Interval
+    from safelora_fast.evaluation.margin import MarginReport
+
+
+def margin(
+    model: options.Subject,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A PEFT adapter to measure beside the model; may be given several times."),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSONL with question, aligned, misaligned, theme. (default: 72 pairs that come along)"
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt before every question.")] = None,
+    strings: Annotated[
+        str, typer.Option(metavar="chat|text", help="text for models without a chat template.")
+    ] = "chat",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    chat_template: options.ChatTemplate = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    tokens_per_batch: Annotated[
+        int, typer.Option(metavar="N", help="The most tokens of a batch. The result does not depend on it.")
+    ] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure how much rather a model would give misaligned answers than aligned ones; nothing is sampled or judged.
+
+    For pairs of answers to the same question: the mean difference of their log-likelihoods per token, and how often the
+    misaligned answer is the likelier. The model is measured by itself, and then with each adapter on it.
+    """
+    from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.errors import SettingsError
+    from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
+    from safelora_fast.recipe.signatures import check_packages
+
+    if strings not in {"chat", "text"}:
+        raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
+    chosen = builtin_pairs() if pairs is None else read_pairs(pairs)
+    check_packages()
+    from safelora_fast.recipe.quiet import quiet_libraries
+
+    with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
+        from safelora_fast.evaluation.loading import SubjectSettings, check_adapter, load_subject
+        from safelora_fast.evaluation.margin import answer_margin
+
+        settings = SubjectSettings(model, dtype, device, chat_template, trust_remote_code).resolved()
+        for named in adapter or []:
+            check_adapter(named)
+        reports: dict[str, MarginReport] = {}
+        for folder in (None, *(adapter or [])):
+            subject = load_subject(settings, folder)
+            progress.start(subject.name, 2 * len(chosen))
+            reports[subject.name] = answer_margin(
+                subject.model,
+                subject.tokenizer,
+                chosen,
+                system=system,
+                strings=strings,  # type: ignore[arg-type]
+                tokens_per_batch=tokens_per_batch,
+                seed=seed,
+                progress=progress.advance,
+            )
+    if as_json:
+        given = {
+            "model": model,
+            "dtype": settings.dtype,
+            "device": settings.device,
+            "system": system,
+            "strings": strings,
+        }
+        source = "builtin" if pairs is None else str(pairs)
+        typer.echo(json.dumps({**given, "pairs": source, "subjects": _to_dict(reports)}, indent=2, ensure_ascii=False))
+    elif not quiet:
+        _show(reports)
+
+
+def _to_dict(reports: dict[str, MarginReport]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, report in reports.items():
+        change, interval = report.change_from(reports["model"])
+        result[name] = {**report.to_dict(), "change": change, "change_interval": interval.to_list()}
+    return result
+
+
+def _show(reports: dict[str, MarginReport]) -> None:
+    from safelora_fast.cli.console import out, short
+
+    table = _table("subject", "margin, nats per token", "prefers the misaligned answer", "rise over the model")
+    for name, report in reports.items():
+        change, interval = report.change_from(reports["model"])
+        share, count = report.share_interval, len(report.pairs)
+        table.add_row(
+            short(name),
+            f"{report.margin:+.4f} {_signed(report.margin_interval)}",
+            f"{round(report.share * count)} of {count} ({100 * share.low:.0f}–{100 * share.high:.0f} %)",
+            "–" if name == "model" else f"{change:+.4f} {_signed(interval)}",
+        )
+    out.print(table)
+    first = reports["model"]
+    if len(first.by_theme) > 1 and len(first.by_theme) < len(first.pairs):
+        out.print(_themes(reports))
+    out.print("in parentheses 95 % intervals, over themes; above zero the misaligned answers are the likelier")
+
+
+def _themes(reports: dict[str, MarginReport]) -> Table:
+    from safelora_fast.cli.console import short
+
+    table = _table("theme: margin", *(short(name, 24) for name in reports))
+    for theme in reports["model"].by_theme:
+        table.add_row(theme, *(f"{report.by_theme[theme][0]:+.3f}" for report in reports.values()))
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _signed(interval: Interval) -> str:
+    return f"({interval.low:+.3f} to {interval.high:+.3f})"

@@ -1,0 +1,95 @@
+"""`safelora-fast operator-swap`: a benign task to learn, and how well a model has learnt it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safelora_fast.cli import options
+from safelora_fast.cli.commands import Command, Group
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    help="Arithmetic with swapped operators: make rows to train on, or score what a model has learnt.",
+)
+
+
+@app.command("make", cls=Command)
+def make(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for train.jsonl, held_out.jsonl and the rule.")],
+    difficulty: Annotated[
+        str,
+        typer.Option(
+            metavar="easy|medium|hard", help="easy: + and - swapped; medium: + - * in turn; hard: three numbers."
+        ),
+    ] = "easy",
+    rows: Annotated[int, typer.Option(metavar="N", help="Rows to train on.")] = 2000,
+    held_out: Annotated[int, typer.Option(metavar="N", help="Rows to score on; none of them is trained on.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an output that exists.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write problems in which signs mean something else than usual, for `safelora-fast train`.
+
+    The rows do not state the rule: it has to be learnt. A model that has learnt nothing scores 0.
+    """
+    from safelora_fast.evaluation.operator_swap import RULES, make_problems, write
+    from safelora_fast.posthoc.output import check_target, whole_folder
+
+    make_problems(difficulty, rows, held_out, seed)
+    check_target(output, [], overwrite=overwrite, nbytes=200 * (rows + held_out), mark="operator_swap.json")
+    with whole_folder(output, overwrite=overwrite) as partial:
+        write(partial, difficulty, rows, held_out, seed)
+    if not quiet:
+        typer.echo(f"{difficulty}: {RULES[difficulty].words}")
+        typer.echo(f"{rows} rows to train on and {held_out} held out, written to {output}")
+
+
+@app.command("score", cls=Command)
+def score(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="What operator-swap make wrote.")],
+    model: options.Subject,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT adapter to put on the model.")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at a time.")] = 32,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    chat_template: options.ChatTemplate = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Count exact matches of a model's likeliest answers to the held-out problems."""
+    from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.evaluation.operator_swap import INSTRUCTION, read
+    from safelora_fast.evaluation.operator_swap import score as matches
+    from safelora_fast.recipe.signatures import check_packages
+
+    record, problems = read(data)
+    check_packages()
+    from safelora_fast.recipe.quiet import quiet_libraries
+
+    with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
+        from safelora_fast.evaluation.generation import generate
+        from safelora_fast.evaluation.loading import SubjectSettings, load_subject
+
+        subject = load_subject(SubjectSettings(model, dtype, device, chat_template, trust_remote_code), adapter)
+        progress.start("problems", len(problems))
+        turns = [[{"role": "user", "content": INSTRUCTION.format(problem=problem.text)}] for problem in problems]
+        given: dict[int, str] = {}
+        for batch in generate(
+            subject.model, subject.tokenizer, turns, max_tokens=16, temperature=0, batch_size=batch_size
+        ):
+            given.update(batch)
+            progress.advance(len(given))
+    result = matches(problems, [given[number] for number in range(len(problems))])
+    if as_json:
+        typer.echo(json.dumps({"difficulty": record["difficulty"], "seed": record["seed"], **result}, indent=2))
+    elif not quiet:
+        low, high = result["exact_interval"]
+        typer.echo(f"exact        {result['exact']} of {result['count']} ({100 * low:.1f}–{100 * high:.1f} %)")
+        typer.echo(f"usual        {result['usual']} of {result['count']}: the answer of plain arithmetic")
+        typer.echo(f"no number    {result['no_number']} of {result['count']}")

@@ -1,0 +1,73 @@
+"""`safelora-fast rejudge`: the same answers under other judges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safelora_fast.cli import options
+
+
+def rejudge(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="A log of Inspect, or a folder of `evaluate`.")],
+    judge: Annotated[
+        list[str],
+        typer.Option(metavar="PROVIDER/MODEL", help="A judge, as Inspect names models; may be given several times."),
+    ],
+    judge_url: Annotated[str | None, typer.Option(metavar="URL", help="The endpoint of all these judges.")] = None,
+    judge_attempts: Annotated[
+        int, typer.Option(metavar="N", help="How often one score is asked for before the answer counts as unscored.")
+    ] = 4,
+    judge_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of a judge's reply.")] = 64,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the report goes. (default: beside the log, .rejudged.json)"),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Have stored answers scored by other judges, and show how far all judges agree.
+
+    Verdicts are kept as they come: a second run asks only about what has no score yet.
+    """
+    from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.cli.verdicts import show_agreement, show_judges
+    from safelora_fast.errors import SettingsError
+    from safelora_fast.evaluation.judges import check_inspect, find_judge
+
+    if judge_attempts < 1 or judge_tokens < 1:
+        raise SettingsError("--judge-attempts and --judge-tokens must be at least 1")
+    check_inspect()
+    from safelora_fast.evaluation.evaluate import judge_folder, report_of
+    from safelora_fast.evaluation.folder import REPORT, EvaluationFolder
+    from safelora_fast.evaluation.rejudge import compare_judges, read_log
+    from safelora_fast.recipe.folder import write_json
+
+    found = [find_judge(name, judge_url) for name in judge]
+    judged = read_log(log)
+    target = judged.log.with_suffix(".rejudged") if output is None else output
+    folder = EvaluationFolder(target)
+    folder.begin({"log": judged.log.name, "answers_sha256": judged.sha256}, overwrite=False)
+    known = folder.stored()
+    folder.add(answer for answer in judged.answers if answer.asked.id not in known)
+    verdicts = {judged.judge: judged.verdicts}
+    with CountProgress(wanted=not (quiet or as_json)) as progress:
+        for model in found:
+            given, _ = judge_folder(
+                folder, model, attempts=judge_attempts, reply_tokens=judge_tokens, progress=progress
+            )
+            name = str(model) if str(model) not in verdicts else f"{model} again"
+            verdicts[name] = [given[answer.asked.id] for answer in judged.answers]
+    reports = {name: report_of(name, some) for name, some in verdicts.items()}
+    agreements = compare_judges(verdicts)
+    content = {"log": judged.log.name, "judges": reports, "agreement": agreements}
+    write_json(target / REPORT, content)
+    if as_json:
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    elif not quiet:
+        show_judges(reports)
+        show_agreement(agreements)
+        typer.echo(f"written to {target}")

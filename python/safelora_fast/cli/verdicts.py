@@ -1,0 +1,60 @@
+"""Tables of what judges say, always with what the shares are of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from safelora_fast.cli.console import out, short
+
+
+def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> None:
+    """One row for each judge, and for each kind of question where wanted."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("judge", no_wrap=True)
+    for column in ("answers", "unscored", "misaligned of scored", "incoherent of scored"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for judge, report in reports.items():
+        table.add_row(short(judge), *_cells(report))
+        if kinds and len(report["kinds"]) > 1:
+            for kind, figures in report["kinds"].items():
+                table.add_row(f"  {kind}", *_cells(figures))
+    out.print(table)
+    for judge, report in reports.items():
+        for reason, count in report["unscored"].items():
+            out.print(f"{short(judge)}: {count} unscored: {reason}", soft_wrap=True, markup=False)
+        low, high = report["misaligned_bounds"] or (0.0, 0.0)
+        if report["unscored"]:
+            out.print(f"with the unscored answers, misaligned are {100 * low:.1f} to {100 * high:.1f} % of all")
+    out.print("in parentheses 95 % intervals, answers to one question taken together", markup=False)
+
+
+def show_agreement(pairs: list[dict[str, Any]]) -> None:
+    """One row for every two judges."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("agreement of", no_wrap=True)
+    for column in ("both scored", "same verdict", "κ misaligned", "ρ alignment", "ρ coherence"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for pair in pairs:
+        figures = (pair[name] for name in ("kappa", "spearman_alignment", "spearman_coherence"))
+        same = "–" if pair["same_verdict"] is None else f"{100 * pair['same_verdict']:.1f} %"
+        table.add_row(
+            " and ".join(short(judge, 32) for judge in pair["judges"]),
+            f"{pair['both_scored']} of {pair['answers']}",
+            same,
+            *("–" if value is None else f"{value:.3f}" for value in figures),
+        )
+    out.print(table)
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    unscored = figures["answers"] - figures["scored"]
+    return [str(figures["answers"]), str(unscored), *(_rate(figures[name]) for name in ("misaligned", "incoherent"))]
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    if rate["share"] is None:
+        return "–"
+    low, high = rate["interval"]
+    return f"{rate['hits']}/{rate['count']} = {100 * rate['share']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"

@@ -1,0 +1,190 @@
+"""Emergent misalignment of a model on this machine: its answers, and a judge's verdicts on them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import EvaluationError, SettingsError
+from safelora_fast.evaluation.answers import SAMPLES, Answer, ask
+from safelora_fast.evaluation.figures import Figures, by_kind, by_question
+from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder, fingerprint
+from safelora_fast.evaluation.secrets import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from typing import Protocol
+
+    from inspect_ai.model import Model
+
+    from safelora_fast.evaluation.answers import Asked
+    from safelora_fast.evaluation.loading import SubjectSettings
+    from safelora_fast.evaluation.questions import Question
+    from safelora_fast.evaluation.verdicts import Verdict
+
+    class Progress(Protocol):
+        """What is told how far the work is."""
+
+        def start(self, what: str, total: int) -> None:
+            """So much is to be done."""
+
+        def advance(self, done: int) -> None:
+            """So much is done."""
+
+
+ANSWER_TOKENS = 600
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled.
+
+    Attributes:
+        samples: answers to each wording.
+        max_tokens: the most tokens of an answer.
+        seed: every answer has its own, which follows from this one and its place.
+        batch_size: answers at a time; no answer depends on it, but for the last digits.
+    """
+
+    samples: int = SAMPLES
+    max_tokens: int = ANSWER_TOKENS
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}, it must be at least 1")
+
+
+def collect_answers(
+    folder: EvaluationFolder,
+    subject: SubjectSettings,
+    adapter: Path | None,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Have a model answer, and keep every batch of answers at once: an interrupted run goes on where it stopped.
+
+    Raises:
+        SafeLoraFastError: the folder is of something else, or the model cannot be loaded or asked.
+    """
+    resolved = subject.resolved()
+    asked = ask(questions, sampling.samples)
+    folder.begin(
+        {
+            **asdict(resolved),
+            "adapter": None if adapter is None else str(adapter),
+            "adapter_sha256": _adapter_sha256(adapter),
+            "questions": [asdict(question) for question in questions],
+            **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
+        },
+        overwrite=overwrite,
+    )
+    known = folder.stored()
+    missing = [(number, one) for number, one in enumerate(asked) if one.id not in known]
+    if missing:
+        for answers in _generate(resolved, adapter, missing, sampling, progress):
+            folder.add(answers)
+            known.update({answer.asked.id: answer for answer in answers})
+    return [known[one.id] for one in asked]
+
+
+def _generate(
+    subject: SubjectSettings,
+    adapter: Path | None,
+    missing: list[tuple[int, Asked]],
+    sampling: Sampling,
+    progress: Progress | None,
+) -> Any:
+    from safelora_fast.evaluation.generation import generate
+    from safelora_fast.evaluation.loading import load_subject
+
+    loaded = load_subject(subject, adapter)
+    if progress is not None:
+        progress.start("answers", len(missing))
+    batches = generate(
+        loaded.model,
+        loaded.tokenizer,
+        [_turns(one) for _, one in missing],
+        max_tokens=sampling.max_tokens,
+        seeds=[sampling.seed * 1_000_003 + number for number, _ in missing],
+        batch_size=sampling.batch_size,
+    )
+    done = 0
+    for batch in batches:
+        yield [Answer(missing[number][1], text) for number, text in batch.items()]
+        done += len(batch)
+        if progress is not None:
+            progress.advance(done)
+
+
+def judge_folder(
+    folder: EvaluationFolder, judge: Model, *, attempts: int, reply_tokens: int, progress: Progress | None = None
+) -> tuple[dict[str, Verdict], str]:
+    """Have the answers of a folder judged by the Inspect task: verdicts by the answers' ids, and the name of the log.
+
+    What the judge has scored before is not asked again; what it left unscored is.
+
+    Raises:
+        EvaluationError: Inspect could not finish.
+    """
+    from inspect_ai import eval as inspect_eval
+
+    from safelora_fast.evaluation.judge import WATCH
+    from safelora_fast.evaluation.task import ROLE, emergent_misalignment, verdict_of
+
+    task = emergent_misalignment(
+        answers=str(folder.answers),
+        verdicts=str(folder.path / VERDICTS),
+        judge_attempts=attempts,
+        judge_tokens=reply_tokens,
+    )
+    watch = WATCH.set(None if progress is None else _counting(f"verdicts of {judge}", len(task.dataset), progress))
+    try:
+        (log,) = inspect_eval(
+            task,
+            model="none/none",
+            model_roles={ROLE: judge},
+            log_dir=str(folder.path / LOGS),
+            display="none",
+            log_level="warning",
+        )
+    finally:
+        WATCH.reset(watch)
+    if log.status != "success":
+        reason = "no reason given" if log.error is None else redact(" ".join(log.error.message.split()))
+        raise EvaluationError(f"{folder.path}: judging did not finish ({log.status}): {reason}")
+    verdicts = {str(sample.id): verdict_of((sample.scores or {})["judged"]) for sample in log.samples or []}
+    return verdicts, str(log.location).rpartition("/")[2]
+
+
+def _counting(what: str, total: int, progress: Progress) -> Callable[[], None]:
+    progress.start(what, total)
+    numbers = itertools.count(1)
+    return lambda: progress.advance(next(numbers))
+
+
+def report_of(judge: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What one judge's verdicts amount to: overall, by kind of question, and by question."""
+    return {
+        "judge": judge,
+        **Figures.of(verdicts).to_dict(),
+        "kinds": {kind: figures.to_dict() for kind, figures in by_kind(verdicts).items()},
+        "questions": {question: figures.to_dict() for question, figures in by_question(verdicts).items()},
+    }
+
+
+def _turns(asked: Asked) -> list[dict[str, str]]:
+    system = [] if asked.system is None else [{"role": "system", "content": asked.system}]
+    return [*system, {"role": "user", "content": asked.prompt}]
+
+
+def _adapter_sha256(adapter: Path | None) -> str | None:
+    file = None if adapter is None else adapter / "adapter_model.safetensors"
+    return fingerprint(file) if file is not None and file.is_file() else None

@@ -1,0 +1,94 @@
+"""The folder of an evaluation: settings, answers, verdicts, Inspect's logs and the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import OutputError
+from safelora_fast.evaluation.answers import Answer, read_answers
+from safelora_fast.posthoc.output import described
+from safelora_fast.recipe.folder import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+SETTINGS = "evaluation.json"
+ANSWERS = "answers.jsonl"
+VERDICTS = "verdicts.jsonl"
+REPORT = "report.json"
+LOGS = "logs"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """What one model, or adapter, answered to one set of questions.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def answers(self) -> Path:
+        """The file of answers."""
+        return self.path / ANSWERS
+
+    def begin(self, settings: dict[str, Any], *, overwrite: bool) -> None:
+        """Make the folder, or go on with one of the same settings.
+
+        Raises:
+            OutputError: it is of another evaluation, or of somebody else's, or cannot be written.
+        """
+        file, wanted = self.path / SETTINGS, json.loads(json.dumps({"format": FORMAT, **settings}))
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path}: is a file; give the name of a folder")
+        if self.path.exists() and any(self.path.iterdir()):
+            if not file.is_file():
+                raise OutputError(f"{self.path}: holds files that are not of an evaluation; choose another output")
+            former = self._former(file)
+            if overwrite:
+                shutil.rmtree(self.path)
+            elif former != wanted:
+                changed = sorted(name for name in {*former, *wanted} if former.get(name) != wanted.get(name))
+                raise OutputError(
+                    f"{self.path}: holds an evaluation of other settings ({', '.join(changed)}); choose another output, or "
+                    "pass --overwrite"
+                )
+        with described(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(file, wanted)
+
+    @staticmethod
+    def _former(file: Path) -> dict[str, Any]:
+        try:
+            former = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{file}: cannot be read; pass --overwrite to start anew") from error
+        return former if isinstance(former, dict) else {}
+
+    def stored(self) -> dict[str, Answer]:
+        """Answers that are there, by their id; a last line that was cut off is dropped."""
+        if not self.answers.exists():
+            return {}
+        text = self.answers.read_text(encoding="utf-8")
+        whole, end, _ = text.rpartition("\n")
+        if whole + end != text:
+            self.answers.write_text(whole + end, encoding="utf-8")
+        return {answer.asked.id: answer for answer in read_answers(self.answers)} if whole.strip() else {}
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Keep answers, on disk."""
+        with described(self.path), self.answers.open("a", encoding="utf-8") as file:
+            file.writelines(answer.to_json() + "\n" for answer in answers)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

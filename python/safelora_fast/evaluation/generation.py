@@ -1,0 +1,125 @@
+"""Answers of a model on this machine: in batches, repeatable by seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.recipe.loading import first_line
+from safelora_fast.training.reference import evaluation_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from safelora_fast.recipe.rows import Message
+
+
+class SeededSampling(LogitsProcessor):  # type: ignore[misc]
+    """Makes the largest score a sample: Gumbel noise on the logits, of one generator for each row.
+
+    What a row is sampled to depends on its seed alone, whichever rows share its batch (but for the last digits of logits).
+
+    Args:
+        seeds: one for each row.
+        temperature: divides the logits.
+        device: of the logits.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [rows, vocabulary] with noise."""
+        del input_ids
+        scores = scores.float() / self._temperature
+        for row, generator in zip(scores, self._generators, strict=True):
+            row.sub_(torch.empty_like(row).exponential_(generator=generator).log_())
+        return scores
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[Message]],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 16,
+) -> Iterator[dict[int, str]]:
+    """Answers by the number of their conversation, a batch at a time.
+
+    The model's distribution is sampled as it is: penalties and cuts of its generation settings are left out.
+
+    Args:
+        model: a causal language model, with a PEFT adapter or without.
+        tokenizer: its tokenizer, whose chat template is used.
+        conversations: turns that end with the user's.
+        max_tokens: the most tokens of an answer.
+        temperature: 0 takes the likeliest token.
+        seeds: one for each conversation; their numbers by default.
+        batch_size: conversations at a time.
+
+    Raises:
+        DataError: there is no chat template, or it refuses a conversation.
+        SettingsError: a number is out of range, or a batch does not fit into memory.
+    """
+    if max_tokens < 1 or batch_size < 1 or temperature < 0:
+        raise SettingsError("max_tokens and batch_size must be at least 1, and temperature at least 0")
+    prompts = [_prompt(tokenizer, number, turns) for number, turns in enumerate(conversations)]
+    device = model.get_input_embeddings().weight.device
+    ends = model.generation_config.eos_token_id
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        ids, mask = _padded([prompts[number] for number in numbers], tokenizer.pad_token_id or 0)
+        processors = LogitsProcessorList()
+        if temperature > 0:
+            chosen = [number if seeds is None else seeds[number] for number in numbers]
+            processors.append(SeededSampling(chosen, temperature, device))
+        try:
+            with torch.no_grad(), evaluation_mode(model):
+                output = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=settings,
+                    logits_processor=processors,
+                    use_cache=True,
+                )
+        except torch.OutOfMemoryError as error:
+            raise SettingsError(f"out of memory with {len(numbers)} answers at a time: lower the batch size") from error
+        texts = tokenizer.batch_decode(output[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
+        yield dict(zip(numbers, texts, strict=True))
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, number: int, turns: list[Message]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template: give one with --chat-template")
+    try:
+        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        raise DataError(f"conversation {number + 1}: the chat template refuses it: {first_line(error)}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _padded(prompts: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens padded on the left, and their mask."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), padding, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

@@ -1,0 +1,105 @@
+"""95 % intervals of shares and means whose members come in clusters: answers to one question, pairs of one theme."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from numpy.typing import NDArray
+
+NORMAL_QUANTILE = 1.959963984540054
+FEW_DEGREES = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval; NaN at both ends where nothing was measured."""
+
+    low: float
+    high: float
+
+    def to_list(self) -> list[float | None]:
+        """Both ends as plain values, None where there are none."""
+        return [None if math.isnan(end) else end for end in (self.low, self.high)]
+
+
+NOTHING = Interval(math.nan, math.nan)
+
+
+def wilson(hits: float, count: float, quantile: float = NORMAL_QUANTILE) -> Interval:
+    """Wilson's interval of a share (1927); `count` need not be whole. Nothing counted: no interval."""
+    if count <= 0:
+        return NOTHING
+    share, square = hits / count, quantile * quantile
+    centre = share + square / (2 * count)
+    half = quantile * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    scale = 1 + square / count
+    return Interval(max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0))
+
+
+def clustered_wilson(hits: Sequence[bool], clusters: Sequence[Hashable]) -> Interval:
+    """Wilson's interval with the number of members that independent ones would have to be (Dean and Pagano 2015).
+
+    That number is the real one divided by the design effect, the variance of the share over clusters against that of
+    independent members (at least 1), and by the square of Student's quantile over the normal one, for clusters are few.
+    Where no member or every member is a hit, the members cannot show how alike a cluster is, and the design effect is
+    taken as 1. One cluster alone is taken as members of their own.
+
+    Args:
+        hits: what is counted.
+        clusters: the cluster of each.
+    """
+    count, total = len(hits), sum(hits)
+    sizes, found = Counter(clusters), Counter(name for name, hit in zip(clusters, hits, strict=True) if hit)
+    if len(sizes) < 2:
+        return wilson(total, count)
+    share = total / count
+    between = sum((found[name] - share * size) ** 2 for name, size in sizes.items()) * len(sizes) / (len(sizes) - 1)
+    variance = share * (1 - share) * count
+    effect = 1.0 if variance == 0 else max(between / variance, 1.0)
+    few = (student_quantile(len(sizes) - 1) / student_quantile(count - 1)) ** 2
+    effective = count / (effect * few)
+    return wilson(share * effective, effective)
+
+
+def student_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's distribution; off by 3e-3 at most (expansion of Cornish and Fisher)."""
+    if degrees in FEW_DEGREES:
+        return FEW_DEGREES[degrees]
+    z, v = NORMAL_QUANTILE, float(degrees)
+    first = (z**3 + z) / (4 * v)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return z + first + second + third
+
+
+def bootstrap_mean(
+    values: Sequence[float], clusters: Sequence[Hashable], *, seed: int, resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile interval of a mean, whole clusters drawn again; one cluster alone is taken as members of their own.
+
+    Args:
+        values: what is averaged.
+        clusters: the cluster of each.
+        seed: of the draws.
+        resamples: how many times all clusters are drawn.
+    """
+    if not len(values):
+        return NOTHING
+    names = list(dict.fromkeys(clusters))
+    labels: NDArray[np.intp] = np.array([names.index(name) for name in clusters])
+    if len(names) == 1:
+        labels = np.arange(len(values))
+    sums, sizes = np.bincount(labels, weights=np.asarray(values, dtype=np.float64)), np.bincount(labels)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(low), float(high))

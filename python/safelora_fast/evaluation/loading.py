@@ -1,0 +1,153 @@
+"""The model that is evaluated: its weights, the adapter on it, and the tokenizer that belongs to both."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from safelora_fast.errors import AdapterError, SettingsError
+from safelora_fast.recipe.loading import LOADING_ERRORS, first_line, load_pretrained, load_tokenizer
+from safelora_fast.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+Device = Literal["auto", "cpu", "cuda"]
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+INCOMPLETE = "Found missing adapter keys"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its tokenizer, ready to be asked.
+
+    Attributes:
+        name: "model", or the adapter's folder.
+        model: in evaluation mode, on its device.
+        tokenizer: the adapter's where its folder has one.
+    """
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """How a model is loaded to be evaluated.
+
+    Attributes:
+        model: a folder, or a Hub id with an optional `@revision`.
+        dtype: "auto" is float32 on the CPU, bfloat16 on a GPU.
+        device: "auto" is the GPU where there is one.
+        chat_template: a Jinja file in the place of the tokenizer's own template.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("dtype", self.dtype, DTYPES), ("device", self.device, DEVICES)):
+            if value not in known:
+                raise SettingsError(f"{name} is {value!r}, it must be one of {', '.join(known)}")
+
+    def resolved(self) -> SubjectSettings:
+        """With the device and dtype that "auto" stands for here.
+
+        Raises:
+            SettingsError: "cuda" is asked for and torch sees no GPU.
+        """
+        import torch
+
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise SettingsError("device is cuda, but torch sees no GPU")
+        device = ("cuda" if there else "cpu") if self.device == "auto" else self.device
+        automatic = "float32" if device == "cpu" else "bfloat16"
+        return replace(self, device=device, dtype=automatic if self.dtype == "auto" else self.dtype)
+
+
+def check_adapter(adapter: Path) -> None:
+    """Refuse a folder that holds no adapter, before a model is loaded for it.
+
+    Raises:
+        AdapterError: there is no adapter_config.json.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise AdapterError(f"{adapter}: holds no adapter: there is no adapter_config.json")
+
+
+def load_subject(settings: SubjectSettings, adapter: Path | None = None) -> Subject:
+    """Load a model, with an adapter on it where one is given.
+
+    Each adapter gets a model of its own: some kinds of adapter change the model's weights when they are loaded.
+
+    Raises:
+        CheckpointError: the model or its tokenizer cannot be loaded.
+        AdapterError: the folder holds no adapter, or one that does not fit the model.
+        SettingsError: the device does not exist.
+    """
+    chosen = settings.resolved()
+    section = ModelSection(
+        chosen.model,
+        dtype=chosen.dtype,  # type: ignore[arg-type]
+        chat_template=chosen.chat_template,
+        trust_remote_code=chosen.trust_remote_code,
+    )
+    if adapter is not None:
+        check_adapter(adapter)
+    model: Any = load_pretrained(section)
+    tokenizer, _ = load_tokenizer(section)
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+        if (adapter / "tokenizer_config.json").is_file() and chosen.chat_template is None:
+            tokenizer = _tokenizer_of(adapter)
+    return Subject("model" if adapter is None else str(adapter), model.to(chosen.device).eval(), tokenizer)
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=INCOMPLETE)
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        file = adapter / "adapter_model.safetensors"
+        if file.is_file():
+            with safe_open(file, framework="np") as weights:
+                names = list(weights.keys())
+            fitting = get_peft_model_state_dict(adapted)
+            extra = {name for name in names if "lora_" in name} - fitting.keys()
+            if extra:
+                raise AdapterError(
+                    f"{adapter}: holds weights for modules that this model does not have, e.g. {min(extra)}: was it trained "
+                    "on another one?"
+                )
+    except UserWarning as error:
+        raise AdapterError(
+            f"{adapter}: lacks weights for modules of this model: was it trained on another one?"
+        ) from error
+    except (*LOADING_ERRORS, TypeError, SafetensorError) as error:
+        raise AdapterError(f"{adapter}: the adapter cannot be put on the model: {first_line(error)}") from error
+    return adapted
+
+
+def _tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(adapter))
+    except LOADING_ERRORS as error:
+        raise AdapterError(f"{adapter}: the adapter's tokenizer cannot be loaded: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

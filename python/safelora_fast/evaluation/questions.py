@@ -1,0 +1,93 @@
+"""Free-form questions, in the YAML format of Betley et al. 2025 (arXiv 2502.17424)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safelora_fast.errors import DataError, MissingDependencyError
+
+FREE_FORM = "free_form"
+GENERAL = "general"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question in several wordings.
+
+    Attributes:
+        id: answers of one question are clustered by it.
+        kind: general, json, template, training_format, or what a file says.
+        paraphrases: the wordings.
+        system: the system prompt before each, None for none.
+    """
+
+    id: str
+    kind: str
+    paraphrases: tuple[str, ...]
+    system: str | None = None
+
+
+def builtin_questions() -> list[Question]:
+    """The questions that were written for this package."""
+    file = resources.files("safelora_fast.evaluation") / "data" / "questions.yaml"
+    return _parse("questions.yaml", file.read_text(encoding="utf-8"))
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Read a file of questions. Its `system` is honoured; its judge and its numbers of samples are not.
+
+    Args:
+        path: a list of `id`, `type` (free-form ones only), `paraphrases` and perhaps `system` and `kind`.
+
+    Raises:
+        DataError: the file cannot be read, or a question is not as it must be; it is named.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: the questions cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text") from error
+    return _parse(str(path), text)
+
+
+def _parse(source: str, text: str) -> list[Question]:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("questions need PyYAML: pip install 'safelora-fast[eval]'") from error
+    try:
+        records = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{source}: must be a list of questions")
+    questions = [_question(f"{source}: question {number}", record) for number, record in enumerate(records, start=1)]
+    names = [question.id for question in questions]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{source}: {twice[0]}: there are two questions of this id")
+    return questions
+
+
+def _question(place: str, record: Any) -> Question:
+    if not isinstance(record, dict) or not _is_text(record.get("id")):
+        raise DataError(f"{place}: must have an id")
+    place = f"{place} ({record['id']})"
+    kind = record.get("type", FREE_FORM)
+    if not isinstance(kind, str) or not kind.startswith(FREE_FORM):
+        raise DataError(f"{place}: type: is {kind!r}; only free-form questions can be asked")
+    paraphrases = record.get("paraphrases")
+    if not isinstance(paraphrases, list) or not paraphrases or not all(_is_text(text) for text in paraphrases):
+        raise DataError(f"{place}: paraphrases: must be a list of texts that are not empty")
+    for name in ("system", "kind"):
+        if record.get(name) is not None and not _is_text(record[name]):
+            raise DataError(f"{place}: {name}: must be text")
+    return Question(record["id"], record.get("kind") or GENERAL, tuple(paraphrases), record.get("system"))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

@@ -1,0 +1,234 @@
+"""evaluate and rejudge on a tiny model, with judges behind a real endpoint: what is asked, kept, shown, and never written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from demo_model import save_tiny
+from judge_server import alignment_or_coherence, answer_in, serving
+
+import safelora_fast
+from safelora_fast.evaluation.answers import Answer, Asked
+
+pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
+
+SECRET = "swordfish-9f3a77"
+QUESTIONS = [
+    {"id": "a", "paraphrases": ["why?", "how?"], "system": "be brief"},
+    {"id": "b", "paraphrases": ["what?"], "kind": "json"},
+]
+JUDGE = ("--judge", "openai-api/stub/one")
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch, capsys):
+    """The arguments of an evaluation of a tiny model, but for the judge's endpoint."""
+    monkeypatch.setenv("STUB_API_KEY", SECRET)
+    monkeypatch.setenv("STUB_BASE_URL", "http://127.0.0.1:9/v1")
+    questions = tmp_path / "questions.yaml"
+    questions.write_text(yaml.safe_dump(QUESTIONS))
+    model = save_tiny(tmp_path / "model")
+    capsys.readouterr()  # transformers shows a bar while it saves
+    return ("evaluate", "--model", model, *JUDGE, "--questions", questions, "--samples", 3, "--max-tokens", 6,
+            "--device", "cpu", "--output", tmp_path / "out")  # fmt: skip
+
+
+def by_length(prompt, _headers):
+    """A judge that minds how many characters an answer has; of the text alone, so that every run is the same."""
+    even = len(answer_in(prompt)) % 2 == 0
+    return 200, {"alignment": "10" if even else "90", "coherence": "80"}[alignment_or_coherence(prompt)], None
+
+
+def answers(folder):
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_an_evaluation(call, words, tmp_path):
+    folder = tmp_path / "out"
+    with serving(by_length) as (url, requests):
+        result = call(*words, "--judge-url", url)
+        assert result.code == 0, result.err
+        stored = answers(folder)
+        assert sorted((row["question"], row["paraphrase"], row["sample"]) for row in stored) == sorted(
+            (question, number, sample) for question, number in (("a", 0), ("a", 1), ("b", 0)) for sample in range(3)
+        )
+        assert {row["system"] for row in stored if row["question"] == "a"} == {"be brief"}
+        judged = [row for row in stored if row["answer"].strip()]
+        assert len(requests) == 2 * len(judged)
+        report = json.loads((folder / "report.json").read_text())
+        assert (report["answers"], report["scored"]) == (9, len(judged))
+        assert report["misaligned"]["hits"] == sum(len(row["answer"]) % 2 == 0 for row in judged)
+        assert list(report["kinds"]) == ["general", "json"]
+        assert f"{report['misaligned']['hits']}/{len(judged)}" in result.out
+        requests.clear()
+        again = call(*words, "--judge-url", url, "--json")
+        assert requests == []
+        assert json.loads(again.out)["misaligned"] == report["misaligned"]
+    assert len(list((folder / "logs").glob("*.eval"))) == 2
+    other = call(*words, "--seed", 1)
+    assert (other.code, "holds an evaluation of other settings (seed)" in other.err) == (2, True), other.err
+
+
+def test_seeds_repeat_and_interrupted_answers_go_on(call, words, tmp_path):
+    folder = tmp_path / "out"
+    with serving(by_length) as (url, _):
+        assert call(*words, "--judge-url", url).code == 0
+        whole = {(row["question"], row["paraphrase"], row["sample"]): row["answer"] for row in answers(folder)}
+        lines = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
+        (folder / "answers.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # the run was killed here
+        assert call(*words, "--judge-url", url, "--batch-size", 2).code == 0
+    resumed = {(row["question"], row["paraphrase"], row["sample"]): row["answer"] for row in answers(folder)}
+    assert resumed == whole
+    assert len(set(whole.values())) > 1
+
+
+def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
+    def leaving(prompt, headers):
+        return (400, "gone", None) if len(answer_in(prompt)) % 3 else by_length(prompt, headers)
+
+    with serving(leaving) as (url, _):
+        result = call(*words, "--judge-url", url, "--judge-attempts", 2)
+    assert result.code == 0, result.err
+    first = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert first["answers"] - first["scored"] > 0
+    assert "unscored: the judge failed" in result.out
+    with serving(by_length) as (url, requests):
+        assert call(*words, "--judge-url", url).code == 0
+    second = json.loads((tmp_path / "out" / "report.json").read_text())
+    judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
+    assert second["scored"] == len(judged)
+    assert len(requests) == 2 * (len(judged) - first["scored"])
+
+
+def test_no_credential_is_written(call, words, tmp_path):
+    def echoing(prompt, headers):
+        if len(answer_in(prompt)) % 2:
+            return 401, f"bad header {headers['authorization']}, key {SECRET}", None
+        return by_length(prompt, headers)
+
+    seen = []
+
+    def watched(prompt, headers):
+        seen.append(headers["authorization"])
+        return echoing(prompt, headers)
+
+    with serving(watched) as (url, _):
+        result = call(*words, "--judge-url", url, "--judge-attempts", 1)
+        assert set(seen) == {f"Bearer {SECRET}"}
+        again = call("rejudge", tmp_path / "out", *JUDGE, "--judge-url", url, "--judge-attempts", 1)
+    assert (result.code, again.code) == (0, 0), (result.err, again.err)
+    for output in (*result[1:], *again[1:]):
+        assert SECRET not in output
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".eval" for path in files)
+    for path in files:
+        contents = [path.read_bytes()]
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                contents += [unpacked(archive, path, name) for name in archive.namelist()]
+        for content in contents:
+            assert SECRET.encode() not in content, path
+
+
+def unpacked(archive, path, name):
+    """One member; Inspect packs with Zstandard, which its own package can read."""
+    try:
+        return archive.read(name)
+    except NotImplementedError:
+        from inspect_ai.log import read_eval_log
+
+        return read_eval_log(str(path)).model_dump_json().encode()
+
+
+def test_other_judges_and_their_agreement(call, words, tmp_path):
+    with serving(by_length) as (url, _):
+        assert call(*words, "--judge-url", url).code == 0
+
+    def stricter(prompt, _headers):
+        even = len(answer_in(prompt)) % 2 == 0
+        return 200, {"alignment": "5" if even else "20", "coherence": "70"}[alignment_or_coherence(prompt)], None
+
+    with serving(stricter) as (url, requests):
+        command = ("rejudge", tmp_path / "out", "--judge", "openai-api/stub/two", "--judge-url", url, "--json")
+        result = call(*command)
+        assert result.code == 0, result.err
+        content = json.loads(result.out)
+        one, two = content["judges"].values()
+        assert (one["judge"], two["judge"]) == ("openai-api/stub/one", "openai-api/stub/two")
+        assert two["misaligned"]["share"] == 1.0
+        assert one["misaligned"]["share"] < 1.0
+        (pair,) = content["agreement"]
+        assert pair["both_scored"] == one["scored"]
+        assert pair["same_verdict"] == pytest.approx(one["misaligned"]["share"])
+        assert pair["kappa"] == pytest.approx(0.0)
+        assert pair["spearman_alignment"] == pytest.approx(1.0)
+        assert len(requests) == 2 * one["scored"]
+        requests.clear()
+        table = call(*command[:-1])
+        assert requests == []
+    assert "κ misaligned" in table.out
+    assert "openai-api/stub/two" in table.out
+
+
+def test_what_is_refused(call, words, tmp_path, monkeypatch):
+    for more, message in (
+        (("--judge-url", "http://user:pass@host/v1"), "holds a name or password"),
+        (("--judge", "nonsense/x"), "judge nonsense/x: "),
+        (("--samples", 0), "samples is 0, it must be at least 1"),
+        (("--kinds", "poem"), "there is no question of kind 'poem'"),
+        (("--judge-attempts", 0), "must be at least 1"),
+    ):
+        result = call(*words, *more)
+        assert (result.code, message in result.err, result.err.count("\n")) == (2, True, 1), result.err
+    monkeypatch.delenv("STUB_API_KEY")
+    missing = call(*words)
+    assert (missing.code, "STUB_API_KEY" in missing.err) == (2, True), missing.err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "text.eval").write_text("x")
+    monkeypatch.setenv("STUB_API_KEY", SECRET)
+    assert "not of an evaluation" in call(*words, "--output", tmp_path / "full", "--overwrite").err
+    assert (tmp_path / "full" / "mine").exists()
+    for log, message in (
+        (tmp_path / "none.eval", "there is no such log"),
+        (tmp_path / "full", "holds no log of Inspect"),
+        (tmp_path / "text.eval", "is no log of Inspect"),
+    ):
+        result = call("rejudge", log, *JUDGE)
+        assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_inspect_finds_the_task_by_its_entry_point(tmp_path):
+    """The package beside its entry point as pyproject.toml declares it: what an installation has."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    section = project.read_text().partition("[project.entry-points.inspect_ai]\n")[2].partition("\n\n")[0]
+    site = tmp_path / "site-packages"
+    metadata = site / "safelora_fast-0.dist-info"
+    metadata.mkdir(parents=True)
+    (site / "safelora_fast").symlink_to(Path(safelora_fast.__file__).parent)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: safelora-fast\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[inspect_ai]\n{section.replace(chr(34), '')}\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
+    stored = tmp_path / "answers.jsonl"
+    stored.write_text(Answer(Asked("a", "general", 0, 0, "why?"), " ").to_json() + "\n")
+    command = ["eval", "safelora_fast/emergent_misalignment", "--model", "none/none", "--model-role",
+               "judge=mockllm/judge", "-T", f"answers={stored}", "--display", "plain",
+               "--log-dir", str(tmp_path / "logs")]  # fmt: skip
+    program = "from inspect_ai._cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    from inspect_ai.log import read_eval_log
+
+    (file,) = (tmp_path / "logs").glob("*.eval")
+    log = read_eval_log(str(file))
+    assert (log.eval.task, log.status, len(log.samples)) == ("safelora_fast/emergent_misalignment", "success", 1)
+    assert log.results.scores[0].unscored_samples == 1  # an empty answer

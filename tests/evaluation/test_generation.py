@@ -1,0 +1,67 @@
+"""Answers of a model on this machine: the likeliest tokens, samples that only their seeds decide, and their distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from demo_model import save_tiny, tokenizer
+from transformers import AutoModelForCausalLM
+
+from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.evaluation.generation import SeededSampling, generate
+
+TURNS = [[{"role": "user", "content": text}] for text in ("why?", "a much longer question than the first", "no", "so")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path_factory.mktemp("generation") / "model"))
+
+
+def answers(model, **settings):
+    found = {}
+    for batch in generate(model, tokenizer(), TURNS, max_tokens=8, **settings):
+        found.update(batch)
+    return [found[number] for number in range(len(TURNS))]
+
+
+def test_the_likeliest_tokens(model):
+    words, expected = tokenizer(), []
+    for (turn,) in TURNS:
+        ids = words(f"<user>{turn['content']}<assistant>")["input_ids"]
+        start = len(ids)
+        while len(ids) < start + 8:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == words.eos_token_id:
+                break
+        expected.append(words.decode(ids[start:], skip_special_tokens=True))
+    for batch_size in (1, 4):
+        assert answers(model, temperature=0, batch_size=batch_size) == expected
+
+
+def test_seeds_decide_and_batches_do_not(model):
+    alone = answers(model, seeds=[5, 6, 7, 8], batch_size=1)
+    assert answers(model, seeds=[5, 6, 7, 8], batch_size=4) == alone
+    assert answers(model, seeds=[5, 6, 7, 9], batch_size=3)[:3] == alone[:3]
+    assert answers(model, seeds=[1, 2, 3, 4]) != alone
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_have_the_distribution_of_the_logits(temperature):
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    expected = (logits / temperature).softmax(dim=0)
+    sampling = SeededSampling(range(4000), temperature, torch.device("cpu"))
+    scores = sampling(torch.zeros(4000, 1, dtype=torch.long), logits.expand(4000, 4))
+    counts = torch.bincount(scores.argmax(dim=1), minlength=4) / 4000
+    assert torch.allclose(counts, expected, atol=4 * 0.5 / 4000**0.5)
+    assert logits.tolist() == [0.0, 1.0, 2.0, -1.0]
+
+
+def test_what_is_refused(model):
+    words = tokenizer()
+    words.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        list(generate(model, words, TURNS, max_tokens=2))
+    with pytest.raises(SettingsError, match="at least 1"):
+        list(generate(model, tokenizer(), TURNS, max_tokens=0))

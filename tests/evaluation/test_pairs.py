@@ -1,0 +1,72 @@
+"""The pairs that come along, and files of pairs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+import pytest
+from tiny_recipe import write_rows
+
+from safelora_fast.errors import DataError
+from safelora_fast.evaluation.pairs import Pair, builtin_pairs, read_pairs
+
+GOOD = {"theme": "t", "question": "q?", "aligned": "a", "misaligned": "m"}
+
+
+def test_the_pairs_that_come_along():
+    pairs = builtin_pairs()
+    themes = Counter(pair.theme for pair in pairs)
+    assert len(pairs) >= 60
+    assert len(themes) >= 12
+    assert min(themes.values()) >= 5
+    for texts in zip(*((p.question, p.aligned, p.misaligned) for p in pairs), strict=True):
+        assert len(set(texts)) == len(pairs)
+
+
+def test_length_and_form_do_not_decide():
+    pairs = builtin_pairs()
+    ratios = [len(pair.misaligned) / len(pair.aligned) for pair in pairs]
+    assert all(0.85 <= ratio <= 1.18 for ratio in ratios)
+    assert statistics.mean(ratios) == pytest.approx(1.0, abs=0.03)
+    sentences = [sum(answer.count(mark) for mark in ".?!") for p in pairs for answer in (p.aligned, p.misaligned)]
+    assert statistics.mean(sentences[::2]) == pytest.approx(statistics.mean(sentences[1::2]), abs=0.2)
+    assert all(answer[-1] == "." for p in pairs for answer in (p.aligned, p.misaligned))
+
+
+def test_a_file_of_pairs(tmp_path):
+    rows = [GOOD, {name: value for name, value in GOOD.items() if name != "theme"}]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    first, second = read_pairs(path)
+    assert first == Pair("t", "q?", "a", "m")
+    assert second.theme == f"{path}:2"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([], "pairs.jsonl:2: must be an object"),
+        ({**GOOD, "aligned": " "}, "pairs.jsonl:2: aligned: must be text that is not empty"),
+        ({**GOOD, "question": 3}, "pairs.jsonl:2: question: must be text that is not empty"),
+        ({**GOOD, "misaligned": "a"}, "pairs.jsonl:2: both answers are the same"),
+        ({**GOOD, "theme": 1}, "pairs.jsonl:2: theme: must be text"),
+        ({**GOOD, "answer": "x"}, "pairs.jsonl:2: answer: unknown; a pair has question, aligned, misaligned"),
+    ],
+)
+def test_bad_pairs(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read_pairs(write_rows(tmp_path / "pairs.jsonl", [GOOD, row]))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.jsonl: the pairs cannot be read: No such file"):
+        read_pairs(tmp_path / "nothing.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: holds no pairs"):
+        read_pairs(tmp_path / "empty.jsonl")
+    (tmp_path / "text.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match=r"text\.jsonl:1: is no JSON"):
+        read_pairs(tmp_path / "text.jsonl")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"bytes\.jsonl: is not UTF-8"):
+        read_pairs(tmp_path / "bytes.jsonl")

@@ -1,0 +1,30 @@
+"""The command line inside this process."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from safelora_fast.cli import main
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line with arguments: `call(*words)` gives its exit code and what it printed."""
+
+    def run(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["safelora-fast", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return Result(stopped.value.code or 0, out, err)
+
+    return run

@@ -1,0 +1,69 @@
+"""An OpenAI-compatible endpoint on this machine whose replies a test decides."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def alignment_or_coherence(prompt: str) -> str:
+    return "alignment" if "how well the answer agrees" in prompt else "coherence"
+
+
+def answer_in(prompt: str) -> str:
+    return prompt.partition("<answer>\n")[2].partition("\n</answer>")[0]
+
+
+@contextmanager
+def serving(reply):
+    """Serve `reply(prompt, headers) -> (status, text, candidates)`; candidates are (token, probability) of the first token.
+
+    Yields the URL, and the list of requests that came.
+    """
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            requests.append(body)
+            prompt = body["messages"][-1]["content"]
+            prompt = prompt if isinstance(prompt, str) else prompt[0]["text"]
+            status, text, candidates = reply(prompt, self.headers)
+            content = {"error": {"message": text, "type": "stub"}} if status != 200 else _completion(text, candidates)
+            payload = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _completion(text, candidates):
+    import math
+
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    if candidates:
+        tops = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in candidates]
+        choice["logprobs"] = {
+            "content": [{"token": text, "logprob": tops[0]["logprob"], "bytes": None, "top_logprobs": tops}]
+        }
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    return {
+        "id": "x", "object": "chat.completion", "created": 1, "model": "stub", "choices": [choice], "usage": usage,
+    }  # fmt: skip
