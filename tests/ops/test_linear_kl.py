@@ -131,3 +131,35 @@ def test_refusals():
         linear_kl(student, reference, head, MASK[:, :3])
     with pytest.raises(ValueError, match="width"):
         linear_kl(student, reference, head[:, :3], MASK)
+
+
+def test_a_second_derivative_is_refused():
+    hidden = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    value = linear_kl(
+        hidden, torch.randn_like(hidden).detach(), torch.randn(5, 4, dtype=torch.float64), torch.ones(1, 3).bool()
+    )
+    (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_kl has no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), hidden)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0, it must be positive"),
+        ({"softcap": -1.0}, "softcap is -1.0, it must be positive"),
+        ({"bias": torch.ones(4)}, r"the head has 5 rows, but a bias of shape \(4,\)"),
+        ({"head_weight": torch.ones(0, 4)}, r"the head has shape \(0, 4\)"),
+        ({"mask": torch.ones(1, 3)}, "mask is torch.float32"),
+        ({"hidden": torch.ones(1, 3, 4).long()}, "hidden is torch.int64"),
+    ],
+)
+def test_numbers_that_make_no_sense(change, message):
+    given = {
+        "hidden": torch.ones(1, 3, 4),
+        "reference_hidden": torch.ones(1, 3, 4),
+        "head_weight": torch.ones(5, 4),
+        "mask": torch.ones(1, 3).bool(),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_kl(**{**given, **change})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ from safelora_fast.defenses.steering import Steering
 from safelora_fast.defenses.subspace_penalty import SubspacePenalty
 from safelora_fast.errors import SettingsError
 from safelora_fast.training.anatomy import dissect
-from safelora_fast.training.batch import Spans, read_spans, without_tags
+from safelora_fast.training.batch import Spans, read_spans
 from safelora_fast.training.capture import Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import world_size
 from safelora_fast.training.drift import Drift
@@ -29,10 +27,12 @@ from safelora_fast.training.reference import Reference, ReferencePass
 from safelora_fast.training.safe_modules import SafeModules
 from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
 from safelora_fast.training.steps import OnNonFinite, Steps
+from safelora_fast.training.task_loss import task_loss
 from safelora_fast.training.terms import batch_terms, penalty_term
 from safelora_fast.training.totals import Totals, count_spans, count_totals
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     from safelora_fast.defenses.drift_monitor import DriftMonitor
@@ -282,7 +282,7 @@ class Defended:
         if self.shares_logits(self.model, batch):
             return self.shared_loss(self.model, batch, totals, label_weight=world_size() / max(totals.labels, 1))[0]
         with self.recording(batch):
-            task = self._task_loss(batch, spans, totals)
+            task = task_loss(self.model, batch, spans, totals)
         return task + self.regularizer(totals).to(task.device)
 
     def shares_logits(self, model: nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
@@ -331,22 +331,6 @@ class Defended:
         loss = self._regularizer(totals, factor, task)
         assert task.shared is not None  # noqa: S101
         return (loss if logits is None else loss + logits.sum()), task.shared
-
-    def _task_loss(self, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
-        batch = without_tags(batch)
-        if _takes_loss_arguments(self.model):
-            items = torch.tensor(max(totals.labels, 1), device=spans.real.device)
-            output = self.model(**{"use_cache": False, **batch, "num_items_in_batch": items})
-            share = 1.0
-        else:
-            output = self.model(**batch)
-            share = spans.labels / max(totals.labels, 1)
-        loss: torch.Tensor | None = output.get("loss") if isinstance(output, Mapping) else output[0]
-        if loss is None or loss.dim() != 0:
-            raise SettingsError("the model gives no loss: put labels into the batch, or use regularizer()")
-        if share == 0:
-            loss = torch.nan_to_num(loss) * 0
-        return loss * (share * world_size())
 
     @contextmanager
     def recording(self, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -459,17 +443,3 @@ class Defended:
             with self._stopwatch.running():
                 self._meter.set("cosine_min", modules.project(self.step))
                 self._meter.set("modules_projected", float(len(modules.modules)))
-
-
-def _takes_loss_arguments(model: nn.Module) -> bool:
-    inner = dissect_model(model)
-    accepts = getattr(inner, "accepts_loss_kwargs", None)
-    if accepts is not None:
-        return bool(accepts)
-    parameters = inspect.signature(inner.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def dissect_model(model: nn.Module) -> nn.Module:
-    """The causal language model under the wrappers."""
-    return dissect(model).model

@@ -68,9 +68,15 @@ def _check(
 ) -> None:
     if normalize not in {"sequence", "token", "none"}:
         raise ValueError(f'normalize is {normalize!r}, it must be "sequence", "token" or "none"')
+    if isinstance(features, torch.Tensor) or isinstance(reference_features, torch.Tensor):
+        raise ValueError("features and reference features are lists, one tensor [batch, tokens, hidden] a block")
+    if mask.is_floating_point():
+        raise ValueError(f"mask is {mask.dtype}: it must say of each token whether it counts, not how much")
     if len(features) != len(reference_features) or not features:
         raise ValueError(f"{len(features)} blocks of features and {len(reference_features)} of reference features")
     for block, reference in zip(features, reference_features, strict=True):
+        if not (block.is_floating_point() and reference.is_floating_point()):
+            raise ValueError(f"features are {block.dtype}, reference features {reference.dtype}: they must be floats")
         if block.shape != reference.shape or block.shape[:2] != mask.shape or block.dim() != 3:
             raise ValueError(
                 f"features {tuple(block.shape)}, reference {tuple(reference.shape)} and mask {tuple(mask.shape)} "

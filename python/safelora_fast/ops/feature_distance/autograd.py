@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from safelora_fast.ops.feature_distance.comparison import Comparison
-from safelora_fast.ops.feature_distance.once import differentiable_once
+from safelora_fast.ops.once import differentiable_once
 
 
 def distance(backend: Any, comparison: Comparison) -> torch.Tensor:
@@ -51,7 +51,7 @@ class _Distance(torch.autograd.Function):  # type: ignore[misc]
             comparison, factors = comparison.only(wanted), factors[wanted]
         with torch.no_grad():
             gradients = ctx.backend.backward(comparison, factors, gradient)
-        tied = differentiable_once(gradients, [*comparison.features, gradient])
+        tied = differentiable_once(gradients, [*comparison.features, gradient], owner="feature_distance")
         result: list[torch.Tensor | None] = [None] * (4 + 2 * count)
         for index, of_block in zip(wanted, tied, strict=True):
             result[4 + index] = of_block

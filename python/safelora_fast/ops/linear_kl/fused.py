@@ -10,6 +10,7 @@ import torch
 from safelora_fast.ops.backends import choose
 from safelora_fast.ops.linear_kl.head import Chunk, Head
 from safelora_fast.ops.linear_kl.passes import Given, Settings, Wanted
+from safelora_fast.ops.once import differentiable_once
 
 Direction = Literal["reverse", "forward"]
 IGNORED_LABEL = -100
@@ -49,9 +50,11 @@ def linear_kl(
         A float32 scalar (float64 for float64 states); zero where no token counts.
 
     Raises:
-        ValueError: shapes disagree or `direction` is unknown.
+        ValueError: shapes or dtypes do not fit, `direction` is unknown, temperature or soft-cap is not positive.
+        RuntimeError: a gradient of the gradient is asked for.
     """
     _check(hidden, reference_hidden, head_weight, mask, direction)
+    _check_head(head_weight, bias, temperature, softcap)
     head = _head(hidden, head_weight, bias, logit_scale, softcap)
     mask = mask.to(hidden.device, torch.bool)
     if torch.compiler.is_compiling():
@@ -62,7 +65,7 @@ def linear_kl(
     rows = mask.flatten().nonzero().squeeze(-1)
     plan = _Plan(rows, mask.flatten()[rows], None, direction == "forward", temperature, figures=False)
     one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
-    loss, *_ = _LinearLoss.apply(hidden, reference_hidden.detach(), head, plan, one, one)
+    loss, *_ = _LinearLoss.apply(hidden, _anchor(hidden), reference_hidden.detach(), head, plan, one, one)
     total = loss
     return total / max(len(rows), 1)
 
@@ -137,9 +140,11 @@ def linear_kl_cross_entropy(
         figures: whether to give `tokens` too: two more passes over the logits.
 
     Raises:
-        ValueError: shapes disagree or `direction` is unknown.
+        ValueError: as :func:`linear_kl`.
+        RuntimeError: a gradient of the gradient is asked for.
     """
     _check(hidden, reference_hidden, head_weight, mask, direction)
+    _check_head(head_weight, bias, temperature, softcap)
     if labels.shape != mask.shape:
         raise ValueError(f"labels {tuple(labels.shape)} and mask {tuple(mask.shape)} disagree")
     head = _head(hidden, head_weight, bias, logit_scale, softcap)
@@ -150,7 +155,9 @@ def linear_kl_cross_entropy(
         torch.as_tensor(weight, dtype=_exact(hidden), device=hidden.device).detach()
         for weight in (kl_weight, cross_entropy_weight)
     ]
-    loss, kl, cross_entropy, *per_row = _LinearLoss.apply(hidden, reference_hidden.detach(), head, plan, *weights)
+    loss, kl, cross_entropy, *per_row = _LinearLoss.apply(
+        hidden, _anchor(hidden), reference_hidden.detach(), head, plan, *weights
+    )
     tokens = None
     if figures:
         whole = (torch.zeros(labels.shape, dtype=row.dtype, device=row.device) for row in per_row)
@@ -186,12 +193,31 @@ def _check(
 ) -> None:
     if direction not in {"reverse", "forward"}:
         raise ValueError(f'direction is {direction!r}, it must be "reverse" or "forward"')
+    if not (hidden.is_floating_point() and reference.is_floating_point()):
+        raise ValueError(f"hidden is {hidden.dtype}, reference {reference.dtype}: they must be floats")
+    if mask.is_floating_point():
+        raise ValueError(f"mask is {mask.dtype}: it must say of each token whether it counts, not how much")
     if hidden.shape != reference.shape or hidden.shape[:-1] != mask.shape:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, reference {tuple(reference.shape)} and mask {tuple(mask.shape)} disagree"
         )
     if head_weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(f"the head has width {head_weight.shape[-1]}, the hidden states {hidden.shape[-1]}")
+
+
+def _check_head(weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float | None) -> None:
+    if weight.dim() != 2 or not len(weight):
+        raise ValueError(f"the head has shape {tuple(weight.shape)}, it must be [vocabulary, hidden]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the head has {len(weight)} rows, but a bias of shape {tuple(bias.shape)}")
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}, it must be positive")
+
+
+def _anchor(hidden: torch.Tensor) -> torch.Tensor:
+    """Nothing at all, but made from `hidden`: what the gradient is tied to without keeping the states in memory."""
+    return hidden.narrow(0, 0, 0).clone()
 
 
 def _exact(hidden: torch.Tensor) -> torch.dtype:
@@ -215,6 +241,7 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
+        anchor: torch.Tensor,
         reference: torch.Tensor,
         head: Head,
         plan: _Plan,
@@ -224,14 +251,16 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         size, (loss, *figures) = _run(hidden, reference, head, plan, (kl_weight, cross_entropy_weight), gradient)
         if gradient is not None:
-            ctx.save_for_backward(gradient, size)
+            ctx.save_for_backward(gradient, size, anchor)
         ctx.mark_non_differentiable(*(figure for figure in figures if figure is not None))
         return (loss, *figures)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient, size = ctx.saved_tensors
-        return (gradient * (gradients[0] * size)).to(gradient.dtype), None, None, None, None, None
+        gradient, size, anchor = ctx.saved_tensors
+        scaled = (gradient * (gradients[0] * size)).to(gradient.dtype)
+        (tied,) = differentiable_once([scaled], [anchor, gradients[0]], owner="linear_kl")
+        return tied, None, None, None, None, None, None
 
 
 def summed_divergence(
