@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from tiny_models import adapter_weights, fill_adapter, furthest, tiny_peft_model
-from train_runs import run_transformers, run_trl
+from train_runs import run_transformers, run_trl, trl_fuses_the_head
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -21,15 +21,7 @@ RUNS = {"transformers": run_transformers, "trl": run_trl}
 SPEC = {"batch": 2, "accumulation": 2, "steps": 2}
 
 
-def fuses():
-    try:
-        from trl.trainer.utils import add_fused_lm_head  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-needs_fused_head = pytest.mark.skipif(not fuses(), reason="this TRL reads the logits for its metrics")
+needs_fused_head = pytest.mark.skipif(not trl_fuses_the_head(), reason="this TRL reads the logits for its metrics")
 
 
 class Watched:

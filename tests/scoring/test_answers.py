@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 
@@ -75,8 +76,10 @@ def told(caplog):
 
 @pytest.mark.parametrize("name", BENT)
 def test_every_kind_of_head(name, told):
-    check(BENT[name].make(1), sequences())
-    assert told() == []
+    model = BENT[name].make(1)
+    check(model, sequences())
+    can_be_told = "logits_to_keep" in inspect.signature(model.forward).parameters  # OPT's, from 5 on
+    assert bool(told()) != can_be_told
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 40, 100_000])

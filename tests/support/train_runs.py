@@ -58,6 +58,15 @@ def settings(spec):
     }
 
 
+def trl_fuses_the_head():
+    """Whether this TRL has the figures of every token without the logits; before, it reads the logits."""
+    try:
+        from trl.trainer.utils import add_fused_lm_head  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def sgd(model, lr=0.02):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
