@@ -287,18 +287,37 @@ def test_env_names_the_kernels(call):
         assert words in out
 
 
-@pytest.mark.parametrize(
-    "command", ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "env", "demo"]
+COMMANDS = (
+    "",
+    "project",
+    "inspect",
+    "subspace",
+    "subspace build",
+    "subspace show",
+    "train",
+    "select",
+    "persona",
+    "persona extract",
+    "persona show",
+    "margin",
+    "evaluate",
+    "rejudge",
+    "operator-swap",
+    "operator-swap make",
+    "operator-swap score",
+    "env",
+    "demo",
 )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_usage_errors_are_one_line(call, command):
     code, out, err = call(*command.split(), "--xyzzy")
     assert (code, out) == (2, "")
     assert err == f"error: No such option: --xyzzy; see {f'safelora-fast {command}'.strip()} --help\n"
 
 
-@pytest.mark.parametrize(
-    "command", ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "env", "demo"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(call, command):
     code, out, err = call(*command.split(), "--help")
     assert (code, err) == (0, "")

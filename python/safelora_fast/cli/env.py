@@ -22,7 +22,10 @@ PACKAGES = (
 
 def env(
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Run each backend that is here against float64 on small inputs as well.")
+        bool,
+        typer.Option(
+            "--self-test", metavar="", help="Run each backend that is here against float64 on small inputs as well."
+        ),
     ] = False,
 ) -> None:
     """Print versions, CPU features, GPUs and which backend serves which operation, as a block to paste into a bug report.
