@@ -98,6 +98,15 @@ def figure(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 
+def figure_table(first: str, *others: str) -> Table:
+    """An empty table: a column of names, and columns of figures."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
     """A table with one row per module."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)

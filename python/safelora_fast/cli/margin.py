@@ -104,9 +104,9 @@ def _to_dict(reports: dict[str, MarginReport]) -> dict[str, Any]:
 
 
 def _show(reports: dict[str, MarginReport]) -> None:
-    from safelora_fast.cli.console import out, short
+    from safelora_fast.cli.console import figure_table, out, short
 
-    table = _table("subject", "margin, nats per token", "prefers the misaligned answer", "rise over the model")
+    table = figure_table("subject", "margin, nats per token", "prefers the misaligned answer", "rise over the model")
     for name, report in reports.items():
         change, interval = report.change_from(reports["model"])
         share, count = report.share_interval, len(report.pairs)
@@ -124,21 +124,11 @@ def _show(reports: dict[str, MarginReport]) -> None:
 
 
 def _themes(reports: dict[str, MarginReport]) -> Table:
-    from safelora_fast.cli.console import short
+    from safelora_fast.cli.console import figure_table, short
 
-    table = _table("theme: margin", *(short(name, 24) for name in reports))
+    table = figure_table("theme: margin", *(short(name, 24) for name in reports))
     for theme in reports["model"].by_theme:
         table.add_row(theme, *(f"{report.by_theme[theme][0]:+.3f}" for report in reports.values()))
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for column in others:
-        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -109,11 +109,13 @@ def show(
 
 def _by_ending(subspace: SafeSubspace) -> Table:
     """The energy kept, by the last part of the modules' names."""
+    from safelora_fast.cli.console import figure_table
+
     groups: dict[str, list[ModuleSubspace]] = defaultdict(list)
     for name, module in subspace.modules.items():
         if module.rank:
             groups[name.rpartition(".")[2]].append(module)
-    table = _table("modules", "count", "rank", "energy kept: least", "median", "most")
+    table = figure_table("modules", "count", "rank", "energy kept: least", "median", "most")
     for ending, modules in groups.items():
         ranks, energies = [module.rank for module in modules], [module.energy for module in modules]
         rank = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
@@ -123,23 +125,13 @@ def _by_ending(subspace: SafeSubspace) -> Table:
 
 
 def _of_modules(subspace: SafeSubspace) -> Table:
-    from safelora_fast.cli.console import figure, short
+    from safelora_fast.cli.console import figure, figure_table, short
 
-    table = _table("module", "shape", "rank", "energy kept", "σ₁", "‖V‖")
+    table = figure_table("module", "shape", "rank", "energy kept", "σ₁", "‖V‖")
     for name, module in subspace.modules.items():
         shape = f"{len(module.left_vectors)}×{module.columns}"
         values = (figure(value) for value in (module.spectral_norm, module.v_norm))
         table.add_row(short(name, 32), shape, str(module.rank), figure(module.energy), *values)
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for column in others:
-        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -1,23 +1,12 @@
-"""The projection of one module by the kernels that project many."""
+"""The projection of one module by Triton."""
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from safelora_fast.ops.subspace_projection import eager, grouped_triton
+from safelora_fast.ops.subspace_projection import grouped_triton, single
 from safelora_fast.ops.triton_runtime import refusal
 
 __all__ = ["refusal", "subspace_projection"]
 
-
-def subspace_projection(
-    aligned_weight: torch.Tensor, base_weight: torch.Tensor, lora_b: torch.Tensor, *, normalize: str
-) -> torch.Tensor:
-    """V·(Vᵀ·B)/‖V‖_F by two launches; σ₁(V) is left to torch."""
-    if normalize == "spectral":
-        return eager.subspace_projection(aligned_weight, base_weight, lora_b, normalize=normalize)
-    pair, left = (aligned_weight.detach(), base_weight.detach()), lora_b.detach()
-    inner, squares = grouped_triton.transposed_products([pair], [left])
-    (product,) = grouped_triton.products([pair], inner)
-    norm = squares.sqrt()
-    return torch.where(norm > 0, product / norm, left.float()).to(lora_b.dtype)
+subspace_projection = partial(single.subspace_projection, grouped_triton)
