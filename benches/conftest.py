@@ -86,3 +86,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 writer.writeheader()
                 writer.writerows({**row, **facts} for row in rows)
             terminalreporter.write_line(f"recorded in {target.relative_to(Path.cwd())}")
+
+
+@pytest.fixture(scope="session")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real 135M model, made from its GGUF file."""
+    from safelora_fast.demo.model import gguf_file, save_from_gguf
+
+    kept = request.config.getoption("--scratch")
+    target = Path(kept or tmp_path_factory.mktemp("model")) / "smollm2-135m"
+    if not (target / "config.json").exists():
+        save_from_gguf(gguf_file(), target)
+    return target

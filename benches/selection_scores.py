@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+from processes import peak_memory
 from safelora_fast.demo.model import load
 from safelora_fast.demo.text import rows
 from safelora_fast.recipe.rows import Row
@@ -142,16 +143,7 @@ def peak(scores: Scores, provider: str) -> dict[str, float]:
     """Resident megabytes before scoring the longest rows, when that has been done once, and at its peak."""
     scores.examples = sorted(scores.examples, key=lambda example: len(example.ids))[-LONGEST:]
     work = scores.providers()[provider]
-    work()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    work()
-    return {"before_mb": before, "peak_mb": _status("VmHWM")}
-
-
-def _status(field: str) -> float:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) / 1024
+    return peak_memory(work)
 
 
 if __name__ == "__main__":

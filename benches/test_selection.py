@@ -9,10 +9,7 @@ freed memory goes back at once: what it takes at its peak beyond what stays.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from processes import KEEPING, RETURNING, run_script
 from safelora_fast.data.best import top_k
 from safelora_fast.data.jsonl import JsonLines
 from safelora_fast.selection.candidates import Candidates
@@ -29,39 +27,15 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__).parent / "selection_scores.py"
 ROUNDS = 2
-KEEPING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 STRAIGHTFORWARD = "straightforward, float32"
 PROVIDERS = (STRAIGHTFORWARD, "ours, float32", "ours, bfloat16")
 MEGABYTES = 256
 SCORES = 10_000_000
 
 
-@pytest.fixture(scope="module")
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from safelora_fast.demo.model import gguf_file, save_from_gguf
-
-    kept = request.config.getoption("--scratch")
-    target = Path(kept or tmp_path_factory.mktemp("model")) / "smollm2-135m"
-    if not (target / "config.json").exists():
-        save_from_gguf(gguf_file(), target)
-    return target
-
-
-def script(allocator: dict[str, str], *arguments: object) -> Any:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env={**os.environ, **allocator, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_likelihoods(benchmark: Callable[..., None], add_row: Callable[..., None], folder: Path) -> None:
     found: dict[str, Any] = {}
-    benchmark.pedantic(lambda: found.update(script(KEEPING, "time", folder, ROUNDS)), rounds=1)
+    benchmark.pedantic(lambda: found.update(run_script(SCRIPT, KEEPING, "time", folder, ROUNDS)), rounds=1)
     for provider, seconds in found["seconds"].items():
         ratios = [plain / own for own, plain in zip(seconds, found["seconds"][STRAIGHTFORWARD], strict=True)]
         add_row(
@@ -78,7 +52,7 @@ def test_memory(benchmark: Callable[..., None], add_row: Callable[..., None], fo
 
     def all_of_them() -> None:
         for provider in PROVIDERS:
-            peak = script(RETURNING, "memory", folder, provider)
+            peak = run_script(SCRIPT, RETURNING, "memory", folder, provider)
             extra[provider] = peak["peak_mb"] - peak["before_mb"]
 
     benchmark.pedantic(all_of_them, rounds=1)

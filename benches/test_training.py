@@ -8,15 +8,13 @@ provider, in which freed memory goes back at once.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+from processes import KEEPING, RETURNING, run_script
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,38 +22,14 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__).parent / "training_steps.py"
 ROUNDS = 3
 COPY_MB = 538.0  # the second model's weights
-KEEPING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 SHARES = ("features alone", "projection", "reference forward")
 STRAIGHTFORWARD = "straightforward KL"
-
-
-@pytest.fixture(scope="module")
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from safelora_fast.demo.model import gguf_file, save_from_gguf
-
-    kept = request.config.getoption("--scratch")
-    target = Path(kept or tmp_path_factory.mktemp("model")) / "smollm2-135m"
-    if not (target / "config.json").exists():
-        save_from_gguf(gguf_file(), target)
-    return target
-
-
-def script(allocator: dict[str, str], *arguments: object) -> Any:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env={**os.environ, **allocator, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_step(benchmark: Callable[..., None], add_row: Callable[..., None], folder: Path, dtype: str) -> None:
     found: dict[str, list[float]] = {}
-    benchmark.pedantic(lambda: found.update(script(KEEPING, "time", folder, dtype, ROUNDS)), rounds=1)
+    benchmark.pedantic(lambda: found.update(run_script(SCRIPT, KEEPING, "time", folder, dtype, ROUNDS)), rounds=1)
     for provider, seconds in found.items():
         ratios = [own / plain for own, plain in zip(seconds, found["undefended"], strict=True)]
         add_row(
@@ -80,7 +54,7 @@ def test_memory(benchmark: Callable[..., None], add_row: Callable[..., None], fo
 
     def all_of_them() -> None:
         for provider in providers:
-            peaks[provider] = script(RETURNING, "memory", folder, "fp32", provider)["peak_mb"]
+            peaks[provider] = run_script(SCRIPT, RETURNING, "memory", folder, "fp32", provider)["peak_mb"]
 
     benchmark.pedantic(all_of_them, rounds=1)
     plain = peaks["undefended"]

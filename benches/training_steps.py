@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
+from processes import peak_memory
 from safelora_fast.defenses import KL, FeatureDistance
 from safelora_fast.demo.model import load
 from safelora_fast.ops import feature_distance
@@ -205,16 +206,7 @@ def timed(steps: Steps, rounds: int) -> dict[str, list[float]]:
 def peak(steps: Steps, provider: str) -> dict[str, float]:
     """Resident megabytes before a step, when another has been made, and at its peak."""
     work = steps.providers()[provider]
-    work()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    work()
-    return {"before_mb": before, "peak_mb": _status("VmHWM")}
-
-
-def _status(field: str) -> float:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) / 1024
+    return peak_memory(work)
 
 
 if __name__ == "__main__":
