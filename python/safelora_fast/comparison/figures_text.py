@@ -1,0 +1,111 @@
+"""Figures of a comparison as text: the same digits in the terminal, in Markdown and on the page."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from safelora_fast.comparison.report import Cell, Column, SeedValue, SweepPoint
+
+NOTHING = "–"
+FAILED = "failed"
+DECIMALS = {"%": 1, "nats": 3, "s": 2, "GB": 2, "×": 2}
+ARROWS = {"lower": "↓", "higher": "↑"}
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+# Not printable as Python sees it, but part of how some scripts are written: joiners and marks of direction.
+KEPT = "\u200c\u200d\u200e\u200f\u061c"
+
+
+def is_figure(value: float | None) -> bool:
+    """Whether there is a number to show."""
+    return value is not None and math.isfinite(value)
+
+
+def format_number(value: float | None, unit: str) -> str:
+    """The digits alone: as many decimals as the unit asks for, more where they would all be zeros; "–" without a number.
+
+    Args:
+        value: as the report has it: a share of 1 where the unit is "%".
+        unit: of the column.
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    shown = 100 * value if unit == "%" else value
+    size, decimals = abs(shown), DECIMALS.get(unit, 3)
+    if size >= 1e6 or 0 < size < 1e-4:
+        mantissa, _, exponent = f"{size:.1e}".partition("e")
+        text = f"{mantissa}·10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+    elif 0 < size < 10**-decimals / 2:
+        text = f"{size:.{1 - math.floor(math.log10(size))}f}"
+    elif unit not in DECIMALS and float(shown).is_integer():
+        text = f"{size:.0f}"
+    else:
+        text = f"{size:.{decimals}f}"
+    return f"−{text}" if shown < 0 else text
+
+
+def format_quantity(value: float | None, unit: str) -> str:
+    """The digits with their unit: "12.5 %", "0.031 nats", "1.20×"."""
+    digits = format_number(value, unit)
+    if digits == NOTHING or not unit:
+        return digits
+    return f"{digits}{unit}" if unit == "×" else f"{digits} {unit}"
+
+
+def format_interval(low: float | None, high: float | None, unit: str) -> str:
+    """Both ends in brackets; nothing where one is missing."""
+    if not (is_figure(low) and is_figure(high)):
+        return ""
+    return f"[{format_number(low, unit)}, {format_number(high, unit)}]"
+
+
+def format_figure(cell: Cell | None, column: Column) -> str:
+    """The figure of a cell alone; "failed" where runs failed and none came to one, "–" where nothing was measured."""
+    if cell is None or not (cell.failures or is_figure(cell.value)):
+        return NOTHING
+    return format_number(cell.value, column.unit) if is_figure(cell.value) else FAILED
+
+
+def format_cell(cell: Cell | None, column: Column) -> str:
+    """A cell in one line, without the unit, which stands in the heading: "0.123 [0.101, 0.145] (2 of 3 runs)"."""
+    parts = [format_figure(cell, column)]
+    if cell is not None:
+        runs = format_runs(cell)
+        parts += [format_interval(cell.low, cell.high, column.unit), runs and f"({runs})"]
+    return " ".join(part for part in parts if part)
+
+
+def format_run(seed: SeedValue, column: Column) -> str:
+    """What one run came to, with its unit, or "failed"."""
+    return FAILED if seed.failure is not None else format_quantity(seed.value, column.unit)
+
+
+def format_runs(cell: Cell) -> str:
+    """How many runs the figure is made of, "2 of 3 runs", where some failed; nothing where none or all did."""
+    failed = len(cell.failures)
+    return f"{len(cell.seeds) - failed} of {len(cell.seeds)} runs" if 0 < failed < len(cell.seeds) else ""
+
+
+def format_heading(column: Column) -> str:
+    """Title, unit and the good direction: "margin rise (nats) ↓"."""
+    parts = (column.title, column.unit and f"({column.unit})", ARROWS.get(column.better or "", ""))
+    return " ".join(part for part in parts if part)
+
+
+def format_direction(column: Column) -> str:
+    """The good direction in words; nothing where neither is."""
+    return f"{column.better} is better" if column.better else ""
+
+
+def format_projected(point: SweepPoint) -> str:
+    """How many modules one threshold projects, of how many: a mean over seeds."""
+    projected = f"{point.projected:.1f}".removesuffix(".0") if math.isfinite(point.projected) else NOTHING
+    return f"{projected} of {point.modules}"
+
+
+def one_line(text: str) -> str:
+    """A text from outside in one line, without control characters and what no file can hold."""
+    kept = "".join(character if character.isprintable() or character in KEPT else " " for character in text)
+    return " ".join(kept.split())

@@ -1,0 +1,110 @@
+"""Figures as text, and where they came from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from made_comparisons import COLUMNS, EVERY, OUT_OF_MEMORY, failed, usual
+
+from safelora_fast.comparison import figures_text, origins
+from safelora_fast.comparison.report import Cell, ComparisonReport, SeedValue, SweepPoint
+
+RISE, MISALIGNED = COLUMNS[:2]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.1234, "%", "12.3"),
+        (-0.0314, "nats", "−0.031"),
+        (0.0, "nats", "0.000"),
+        (-0.0, "nats", "0.000"),
+        (0.00043, "nats", "0.00043"),
+        (0.00012, "%", "0.012"),
+        (-0.0000123, "nats", "−1.2·10⁻⁵"),
+        (2.5e8, "GB", "2.5·10⁸"),
+        (1.315, "×", "1.31"),
+        (17.0, "", "17"),
+        (0.5, "", "0.500"),
+        (None, "%", "–"),
+        (math.nan, "%", "–"),
+        (math.inf, "nats", "–"),
+    ],
+)
+def test_numbers(value, unit, text):
+    assert figures_text.format_number(value, unit) == text
+
+
+def test_units_and_intervals():
+    assert figures_text.format_quantity(0.1234, "%") == "12.3 %"
+    assert figures_text.format_quantity(1.2, "×") == "1.20×"
+    assert figures_text.format_quantity(None, "nats") == "–"
+    assert figures_text.format_interval(-0.1, 0.1, "nats") == "[−0.100, 0.100]"
+    assert figures_text.format_interval(None, 0.1, "nats") == figures_text.format_interval(0.1, math.nan, "nats") == ""
+
+
+def test_cells_say_what_is_missing():
+    runs = tuple(SeedValue(seed, 0.12, "file") for seed in (1, 2, 3))
+    whole = Cell(0.12, 0.1, 0.14, runs)
+    assert figures_text.format_cell(whole, RISE) == "0.120 [0.100, 0.140]"
+    assert figures_text.format_cell(failed(whole, 2), RISE) == "0.120 [0.100, 0.140] (2 of 3 runs)"
+    assert figures_text.format_cell(failed(whole, 1, 2, 3), RISE) == "failed"
+    assert figures_text.format_cell(replace(whole, low=None), MISALIGNED) == "12.0"
+    assert figures_text.format_cell(Cell(math.nan, None, None, runs), RISE) == "–"
+    assert figures_text.format_cell(None, RISE) == "–"
+    assert figures_text.format_run(failed(whole, 1).seeds[0], MISALIGNED) == "failed"
+
+
+def test_headings_say_which_way_is_good():
+    assert figures_text.format_heading(RISE) == "margin rise (nats) ↓"
+    assert figures_text.format_heading(replace(RISE, unit="", better=None)) == "margin rise"
+    assert figures_text.format_direction(COLUMNS[3]) == "higher is better"
+    assert figures_text.format_projected(SweepPoint(0.3, 12 + 1 / 3, 210, {})) == "12.3 of 210"
+    assert figures_text.format_projected(SweepPoint(0.3, 12.0, 210, {})) == "12 of 210"
+
+
+def test_texts_from_outside_stay_in_one_line():
+    assert figures_text.one_line("a\n\tb\0c\u202ed \ud800") == "a b c d"
+    assert figures_text.one_line("नमस्\u200dते λ") == "नमस्\u200dते λ"
+
+
+def test_a_failure_is_named_once_for_each_run():
+    [lost] = origins.failures(usual())
+    assert (lost.place, lost.seed, lost.what) == ("interleaving+", 2, OUT_OF_MEMORY)
+    assert lost.measures == tuple(column.title for column in COLUMNS)
+    assert lost.scope == "all measures"
+
+
+def test_every_file_is_named_with_its_measures():
+    report = usual()
+    found = origins.files(report)
+    cells = [one for row in (*report.rows, *report.sweep) for one in row.cells.values()]
+    assert {one.what for one in found} == {seed.source for one in cells for seed in one.seeds}
+    [drift] = [one for one in found if one.what == "KL/seed-3/drift.json"]
+    assert (drift.place, drift.seed, drift.measures) == ("KL", 3, ("KL to reference", "general loss"))
+    assert drift.scope == "KL to reference, general loss"
+    assert origins.files(usual())[-1].place == "SafeLoRA sweep, τ = 0.6"
+
+
+@pytest.mark.parametrize(
+    ("source", "address"),
+    [
+        ("kl/seed-1/margin.json", "./kl/seed-1/margin.json"),
+        ("../runs/a b (1)|.json", "../runs/a%20b%20%281%29%7C.json"),
+        ("javascript:alert(1)", "./javascript%3Aalert%281%29"),
+        ("//elsewhere.example/x", "./elsewhere.example/x"),
+        ("/runs/x.json", "/runs/x.json"),
+        ("..\\x\udcff", "./..%5Cx%FF"),
+    ],
+)
+def test_addresses_stay_on_this_machine(source, address):
+    assert origins.link(source) == address
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_a_report_survives_its_file(make):
+    content = make().to_dict()
+    assert ComparisonReport.from_dict(content).to_dict() == content
+    assert ComparisonReport.from_dict(usual().to_dict()).rows[1] == usual().rows[1]
