@@ -143,6 +143,22 @@ def start_stream(
         raise SettingsError(f"{error}; ask for fewer with threads") from error
 
 
+def refuse_equal(norms: Sequence[float]) -> None:
+    """Refuse a pair of checkpoints that are one model.
+
+    Args:
+        norms: ‖V‖_F of every module.
+
+    Raises:
+        PairingError: all are zero.
+    """
+    if norms and not any(norms):
+        raise PairingError(
+            "aligned and base hold the same weights in every adapted module, so V = aligned - base is zero and there is "
+            "nothing to project onto; give the model before alignment as --base"
+        )
+
+
 def collect(problems: list[PairingError], into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]
     """Extend a list by what some work gives, or note its problem."""
     try:

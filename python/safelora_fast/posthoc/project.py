@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safelora_fast import _core
-from safelora_fast.errors import AdapterError, PairingError, SettingsError
+from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
 from safelora_fast.posthoc.finite import count_not_finite
-from safelora_fast.posthoc.jobs import start_stream
+from safelora_fast.posthoc.jobs import refuse_equal, start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
@@ -185,11 +185,7 @@ def _run(
                 progress.advance(stream.bytes_done, planned.name)
     finally:
         stream.close()
-    if plan.modules and all(report.v_norm == 0 for adapter_reports in reports for report in adapter_reports):
-        raise PairingError(
-            "aligned and base hold the same weights in every adapted module, so V = aligned - base is zero and there is "
-            "nothing to project onto; give the model before alignment as --base"
-        )
+    refuse_equal([report.v_norm for adapter_reports in reports for report in adapter_reports])
     return [
         _settle(adapter_reports, adapter_targets, writer, settings)
         for adapter_reports, adapter_targets, writer in zip(reports, targets, writers, strict=True)
