@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from safelora_fast.demo.recipe import Recipe
 from safelora_fast.demo.terminal import quiet
 from safelora_fast.demo.variants import Variant
 from safelora_fast.errors import SafeLoraFastError
+from safelora_fast.recipe.memory import peak_resident
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,20 +90,6 @@ def record(folder: Path, course: Course) -> None:
     """Write what this process's training took."""
     content = {"step_seconds": course.steps, "end_seconds": course.end, "peak_bytes": peak_resident()}
     (folder / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def peak_resident() -> int:
-    """Most memory that this process has had resident, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    # Not ru_maxrss: on Linux that of a child begins with the parent's.
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 def main() -> None:

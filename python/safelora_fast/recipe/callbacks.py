@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.folder import RunFolder
 
 SECONDS_BETWEEN_LINES = 10.0
+WARM_UP = 5
 
 
 class Sealer(TrainerCallback):  # type: ignore[misc]
@@ -38,6 +40,27 @@ class Sealer(TrainerCallback):  # type: ignore[misc]
         """Seal the checkpoint of this step."""
         if state.is_world_process_zero:
             self._folder.seal(state.global_step, self.seconds)
+
+
+class Stopwatch(TrainerCallback):  # type: ignore[misc]
+    """Times the optimiser steps of this session."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._steps: list[float] = []
+
+    @property
+    def median(self) -> float | None:
+        """Seconds of a step: the median after the first few, which warm up; None without steps."""
+        return statistics.median(self._steps[WARM_UP:] or self._steps) if self._steps else None
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """A step begins."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """A step is done."""
+        self._steps.append(time.perf_counter() - self._began)
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]

@@ -21,6 +21,7 @@ TRUTH = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
 SHAPES = {
     "recipe": "a mapping of sections, e.g. `model:`, `data:`, `output:`",
+    "comparison": "a mapping of `recipe:`, `runs:`, `measure:` and `output:`",
     "trait": "a mapping of `name:`, `description:`, `pairs:` and `questions:`",
 }
 PLAIN = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
@@ -40,6 +41,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 _Loader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """SafeDumper that quotes what _Loader would not read as text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 @dataclass
@@ -152,6 +159,12 @@ def read_document(path: str | Path, overrides: Sequence[str] = (), *, what: str 
     document = Document(source, values, lines)
     document.override(overrides)
     return document
+
+
+def dump_document(values: dict[str, Any]) -> str:
+    """YAML that :func:`read_document` reads as these values, in their order."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _parse(text: str, source: str, lines: dict[Keys, int] | None) -> Any:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.recipe.arguments import LORA, TRAINING
 from safelora_fast.recipe.defenses import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
 from safelora_fast.recipe.document import Document, read_document
 from safelora_fast.recipe.kinds import conforms, describe
 from safelora_fast.recipe.monitors import MONITORS, MonitorSpec, read_monitors
-from safelora_fast.recipe.sections import DataSection, MarginSection, ModelSection, OutputSection, SafeSection
+from safelora_fast.recipe.section import read_section
+from safelora_fast.recipe.sections import DataSection, MarginSection, ModelSection, OutputSection
 from safelora_fast.recipe.signatures import check_packages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from safelora_fast.recipe.document import Keys
 
 SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "margin", "output")
 OnNonFinite = Literal["raise", "skip"]
-Section = TypeVar("Section", DataSection, MarginSection, ModelSection, OutputSection, SafeSection)
 
 
 @dataclass(frozen=True)
@@ -82,44 +81,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         SettingsError: with the file, the line and the dotted key.
         MissingDependencyError: a package that training needs is missing.
     """
-    document = read_document(path, overrides)
+    return recipe_of(read_document(path, overrides))
+
+
+def recipe_of(document: Document) -> Recipe:
+    """The recipe that a document holds.
+
+    Raises:
+        SettingsError, MissingDependencyError: as :func:`load_recipe`.
+    """
     for name in document.values:
         if name not in SECTIONS:
             raise document.unknown((name,), SECTIONS)
     check_packages()
     recipe = Recipe(
         document=document,
-        model=_read_section(document, ("model",), ModelSection),
-        data=_read_section(document, ("data",), DataSection),
+        model=read_section(document, ("model",), ModelSection),
+        data=read_section(document, ("data",), DataSection),
         lora=LORA.read(document),
         training=TRAINING.read(document),
         on_nonfinite=_on_nonfinite(document),
-        output=_read_section(document, ("output",), OutputSection),
+        output=read_section(document, ("output",), OutputSection),
         defenses=read_defenses(document),
         monitors=read_monitors(document),
-        margin=_read_section(document, ("margin",), MarginSection) if "margin" in document.values else None,
+        margin=read_section(document, ("margin",), MarginSection) if "margin" in document.values else None,
     )
     _check(recipe)
     return recipe
-
-
-def _read_section(document: Document, keys: Keys, cls: type[Section]) -> Section:
-    given = dict(document.section(*keys))
-    kinds = get_type_hints(cls)
-    for key, value in given.items():
-        if key not in kinds:
-            raise document.unknown((*keys, key), kinds)
-        if kinds[key] == SafeSection | None:
-            given[key] = None if value is None else _read_section(document, (*keys, key), SafeSection)
-            continue
-        if not conforms(value, kinds[key]):
-            raise document.problem((*keys, key), f"must be {describe(kinds[key])}, not {value!r}")
-        if value == "":
-            raise document.problem((*keys, key), "is empty")
-    for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and field.name not in given:
-            raise document.problem((*keys, field.name), "missing")
-    return cls(**given)
 
 
 def _on_nonfinite(document: Document) -> OnNonFinite:

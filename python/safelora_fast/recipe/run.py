@@ -23,6 +23,7 @@ from safelora_fast.recipe.cost import switched_on
 from safelora_fast.recipe.defenses import Subspaces
 from safelora_fast.recipe.folder import FORMAT, RECORD, RunFolder, write_json
 from safelora_fast.recipe.loading import first_line, load_model
+from safelora_fast.recipe.memory import peak_bytes
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.plan import free_space
 from safelora_fast.recipe.results import summarise, versions
@@ -70,15 +71,15 @@ def _train(
         folder.check(resume=resume, overwrite=not resume, nbytes=prepared.plan.disk_bytes)
         if resume and folder.read_record():
             folder.compare(record["data"], "data")
-    from safelora_fast.recipe.callbacks import Reporter, Sealer
+    from safelora_fast.recipe.callbacks import Reporter, Sealer, Stopwatch
     from safelora_fast.recipe.stopping import Stopper
 
     with explained(folder), _settings_explained():
         subspaces = Subspaces(build=True, progress=progress)
         defenses = [spec.build(subspaces) for spec in recipe.defenses]
         sealer = Sealer(folder, 0.0 if checkpoint is None else checkpoint.seconds)
-        stopper, reporter = Stopper(), Reporter(talk=talk)
-        trainer = _trainer(prepared, defenses, [sealer, stopper, reporter])
+        stopper, reporter, watch = Stopper(), Reporter(talk=talk), Stopwatch()
+        trainer = _trainer(prepared, defenses, [sealer, watch, stopper, reporter])
     if main_process():
         folder.begin(record, anew=not resume)
     with _interruptible(folder, trainer, command), explained(folder):
@@ -93,6 +94,8 @@ def _train(
             "steps": trainer.state.global_step,
             "metrics": summarise(trainer.state.log_history),
             "seconds": sealer.seconds,
+            "step_seconds": watch.median,
+            "peak_bytes": peak_bytes(),
             "projection": _projection(trainer),
         }
         if main_process():
