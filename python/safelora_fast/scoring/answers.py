@@ -104,7 +104,7 @@ class AnswerScorer:
             yield dict(zip(indices, self._batch([examples[index] for index in indices]), strict=True))
 
     def _batch(self, examples: list[Labelled]) -> list[AnswerScore]:
-        batch, labels = _padded(examples, self._model.get_input_embeddings().weight.device)
+        batch, labels = padded(examples, self._model.get_input_embeddings().weight.device)
         where = labels != IGNORED_LABEL
         try:
             with torch.no_grad(), evaluation_mode(self._model):
@@ -200,7 +200,7 @@ def score_answers(
     return [scores[index] for index in range(len(examples))]
 
 
-def _padded(examples: Sequence[Labelled], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def padded(examples: Sequence[Labelled], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Tokens and attention mask, and at each position the label of the next token, [batch, tokens] each."""
     width = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
