@@ -8,6 +8,7 @@ import typer
 
 from safelora_fast import __version__
 from safelora_fast.cli import (
+    compare,
     demo,
     env,
     evaluate,
@@ -62,5 +63,6 @@ app.command("margin", cls=Command)(margin.margin)
 app.add_typer(operator_swap.app, name="operator-swap")
 app.command("evaluate", cls=Command)(evaluate.evaluate)
 app.command("rejudge", cls=Command)(rejudge.rejudge)
+app.command("compare", cls=Command)(compare.compare)
 app.command("env", cls=Command)(env.env)
 app.command("demo", cls=Command)(demo.demo)

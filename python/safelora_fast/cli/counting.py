@@ -15,10 +15,12 @@ class CountProgress:
 
     Args:
         wanted: show anything at all.
+        brief: no line of work that is done before the first is due.
     """
 
-    def __init__(self, *, wanted: bool = True) -> None:
+    def __init__(self, *, wanted: bool = True, brief: bool = False) -> None:
         self._wanted = wanted
+        self._brief = brief
         self._bar: Progress | None = None
         self._what = ""
         self._total = self._first = 0
@@ -54,7 +56,8 @@ class CountProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=f"{rate:.3g} a second")
             return
-        if now - self._printed >= ByteProgress.SECONDS_BETWEEN_LINES or done == self._total:
+        due = now - self._printed >= ByteProgress.SECONDS_BETWEEN_LINES
+        if due or (done == self._total and not (self._brief and self._printed == self._started)):
             self._printed = now
             left = (self._total - done) / max(rate, 1e-9)
             line = f"{self._what}: {done} of {self._total}, {rate:.3g} a second"

@@ -1,0 +1,86 @@
+"""`safelora-fast compare`: defences beside each other, in one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safelora_fast.cli import options
+
+if TYPE_CHECKING:
+    from safelora_fast.comparison.report import ComparisonReport
+
+FAILED = 1
+
+
+def compare(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="What is compared and measured; see docs/evaluation.md.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings put on top, e.g. seeds=[0,1,2].")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", metavar="", help="Train and measure nothing; report what is there.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Train runs anew whose recipe or data have changed.")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train defences with several seeds, measure what each prevents, allows and costs, and write one report.
+
+    The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped; what failed is a marked
+    cell, and is tried again. Exit code 1: the report is there, and something in it failed.
+    """
+    from safelora_fast.cli.console import err
+    from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.comparison.compare import compare as run
+    from safelora_fast.comparison.compare import report_only as assemble
+    from safelora_fast.comparison.config import load_config
+    from safelora_fast.recipe.folder import to_json
+    from safelora_fast.recipe.signatures import check_packages
+
+    loaded = load_config(config, overrides or [])
+    check_packages()
+    from safelora_fast.recipe.quiet import quiet_libraries
+
+    talks = not (quiet or as_json)
+    with quiet_libraries(), CountProgress(wanted=talks, brief=True) as progress:
+        if report_only:
+            report = assemble(loaded)
+        else:
+            report = run(
+                loaded,
+                overwrite=overwrite,
+                talk=talks,
+                progress=progress,
+                announce=lambda line: err.print(line, markup=False, soft_wrap=True) if talks else None,
+            )
+    if as_json:
+        typer.echo(to_json(report.to_dict()))
+    elif not quiet:
+        _show(report, loaded.output)
+    if not report.complete:
+        raise typer.Exit(FAILED)
+
+
+def _show(report: ComparisonReport, output: Path) -> None:
+    from safelora_fast.cli.console import figure_table, out, warn
+    from safelora_fast.comparison.figures_text import format_cell, format_heading
+    from safelora_fast.comparison.origins import failures
+
+    shown = [column for column in report.columns if column.criterion != "cost" or column.key == "relative"]
+    table = figure_table("", *(format_heading(column).replace(" (", "\n(") for column in shown))
+    for row in report.rows:
+        cells = (format_cell(row.cells.get(column.key), column) for column in shown)
+        table.add_row(row.name, *(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells))
+    out.print(table)
+    for sentence in report.reading:
+        out.print(sentence, soft_wrap=True)
+    for origin in failures(report):
+        warn(f"{origin.place}, seed {origin.seed}, {origin.scope}: {origin.what}")
+    out.print(f"written to {output / 'report.html'}, report.md and report.json", soft_wrap=True)

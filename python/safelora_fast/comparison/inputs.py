@@ -1,0 +1,49 @@
+"""What a comparison needs beside its recipes, looked at before the first step: hours later would be too late."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safelora_fast.evaluation.loading import SubjectSettings, check_adapter
+from safelora_fast.evaluation.questions import read_questions
+from safelora_fast.posthoc.sources import open_checkpoint
+from safelora_fast.recipe.rows import read_rows
+
+if TYPE_CHECKING:
+    from safelora_fast.comparison.config import CompareConfig
+
+
+def check_inputs(config: CompareConfig) -> None:
+    """Refuse rows, adapters, checkpoints, judges and packages that are not there.
+
+    Raises:
+        SafeLoraFastError: the first that is missing, in one line.
+    """
+    measure = config.measure
+    for rows in (measure.narrow, measure.general):
+        if rows is not None:
+            read_rows(rows)
+    for run in config.runs:
+        for adapter in run.adapters.values():
+            check_adapter(adapter)
+    if any(not run.adapters for run in config.runs):
+        path = config.recipe.get("data", {}).get("path")
+        if isinstance(path, str):
+            read_rows(path)
+    SubjectSettings(config.recipe["model"]["path"], measure.dtype, measure.device).resolved()
+    if measure.sweep is not None:
+        open_checkpoint(measure.sweep.aligned or config.recipe["model"]["path"], role="aligned")
+        open_checkpoint(measure.sweep.base, role="base")
+    if measure.judge is not None:
+        _check_judge(config)
+
+
+def _check_judge(config: CompareConfig) -> None:
+    from safelora_fast.evaluation.judges import check_inspect, find_judge
+
+    judge = config.measure.judge
+    assert judge is not None  # noqa: S101
+    check_inspect()
+    if judge.questions is not None:
+        read_questions(judge.questions)
+    find_judge(judge.model, judge.url)

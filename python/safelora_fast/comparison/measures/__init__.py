@@ -1,0 +1,20 @@
+"""What can be measured on a run, one file for each kind."""
+
+from safelora_fast.comparison.measures.base import Measure, is_taken, take
+from safelora_fast.comparison.measures.drift import DriftMeasure
+from safelora_fast.comparison.measures.judged import JudgedMeasure
+from safelora_fast.comparison.measures.margin import MarginMeasure
+from safelora_fast.comparison.measures.operator_swap import OperatorSwapMeasure
+from safelora_fast.comparison.measures.sweep import SweepMeasure
+from safelora_fast.comparison.measures.weakened import WeakenedMeasure
+
+MEASURES: tuple[Measure, ...] = (
+    MarginMeasure(),
+    DriftMeasure(),
+    WeakenedMeasure(),
+    SweepMeasure(),
+    JudgedMeasure(),
+    OperatorSwapMeasure(),
+)
+
+__all__ = ["MEASURES", "Measure", "is_taken", "take"]

@@ -1,0 +1,53 @@
+"""The misalignment margin of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.comparison.measures.base import OfTheRun
+from safelora_fast.evaluation.margin import answer_margin
+from safelora_fast.evaluation.pairs import builtin_pairs
+
+if TYPE_CHECKING:
+    from safelora_fast.comparison.places import Place
+    from safelora_fast.comparison.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class MarginMeasure(OfTheRun):
+    """See :func:`safelora_fast.evaluation.margin.answer_margin`."""
+
+    name: str = "margin"
+
+    def applies(self, _place: Place, bench: Workbench) -> bool:
+        """Every run, where the configuration asks for it."""
+        return bench.config.measure.margin
+
+    def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
+        """The model, the adapter, and how many pairs there are."""
+        return {**model_of(place, bench), "pairs": len(builtin_pairs()), "strings": bench.strings}
+
+    def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
+        """The report of the margin."""
+        subject = bench.subject(place.adapter)
+        advance = bench.counting(f"margin of {label(place)}", 2 * len(builtin_pairs()))
+        report = answer_margin(subject.model, subject.tokenizer, strings=bench.strings, progress=advance)
+        return report.to_dict()
+
+
+def model_of(place: Place, bench: Workbench) -> dict[str, Any]:
+    """What every measurement depends on: the model as it is loaded, and the adapter's weights."""
+    settings = bench.settings
+    return {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "chat_template": settings.chat_template,
+        "adapter_sha256": place.fingerprint(),
+    }
+
+
+def label(place: Place) -> str:
+    """A run in words."""
+    return place.name if place.seed is None else f"{place.name}, seed {place.seed}"

@@ -1,0 +1,109 @@
+"""Where everything of a comparison lies.
+
+```
+FOLDER/
+  report.html, report.md, report.json
+  compare.yaml                          the configuration that the files belong to, overrides put in
+  operator-swap/                        the rows of that task
+  reference/MEASURE.json                the model before the fine-tune
+  RUN/seed-N/recipe.yaml, adapter/      what `safelora-fast train` read and wrote
+  RUN/seed-N/failure.json               why there is no adapter
+  RUN/seed-N/MEASURE.json               a measurement, or why there is none
+  RUN/seed-N/operator-swap/             the same run on that task: recipe.yaml, adapter/, failure.json
+```
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import OutputError
+from safelora_fast.evaluation.folder import fingerprint
+from safelora_fast.posthoc.output import described
+from safelora_fast.recipe.folder import RECORD, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+REFERENCE = "reference"
+FAILURE = "failure.json"
+OPERATOR_SWAP = "operator-swap"
+RESERVED = (REFERENCE, OPERATOR_SWAP)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One run, or the reference.
+
+    Attributes:
+        name: of the run, as the configuration has it.
+        seed: of the training; None for the reference.
+        folder: where its files go.
+        adapter: where its adapter lies, or will; None for the reference.
+    """
+
+    name: str
+    seed: int | None
+    folder: Path
+    adapter: Path | None
+
+    @property
+    def trained(self) -> Place:
+        """The same run, trained on the operator-swap task."""
+        folder = self.folder / OPERATOR_SWAP
+        return Place(self.name, self.seed, folder, None if self.adapter is None else folder / "adapter")
+
+    def file(self, measure: str) -> Path:
+        """Where a measurement is kept."""
+        return self.folder / f"{measure}.json"
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the adapter's weights; None for the reference, or while there is none."""
+        weights = None if self.adapter is None else self.adapter / "adapter_model.safetensors"
+        return fingerprint(weights) if weights is not None and weights.is_file() else None
+
+    def record(self) -> dict[str, Any]:
+        """The record of the training; empty where it was not done here."""
+        return {} if self.adapter is None else read(self.adapter / RECORD)
+
+    def failure(self) -> str | None:
+        """Why there is no adapter."""
+        return read(self.folder / FAILURE).get("failure")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def keep(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object.
+
+    Raises:
+        OutputError: the system refuses.
+    """
+    with described(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises:
+        OutputError: with the reason.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; give the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIGURATION).is_file():
+        raise OutputError(f"{folder}: holds files that are not of a comparison; choose another output")
+
+
+CONFIGURATION = "compare.yaml"

@@ -1,0 +1,114 @@
+"""One figure from several seeds, with an interval that knows of both sources of chance: the items and the seeds.
+
+Every seed is measured on the same items (answers, pairs, problems), and items come in clusters (themes, questions). The
+variance of the mean over seeds is taken as the sum of two: that of the clusters, each averaged over seeds, and that
+of the seeds' own figures. Degrees of freedom are Satterthwaite's (1946). With one seed the second is not known, and the
+interval is one of the items alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safelora_fast.evaluation.intervals import NOTHING, Interval, student_quantile, wilson
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one run came to, item by item: its figure is Σ values / Σ weights.
+
+    Attributes:
+        values: of each item, e.g. the loss of an answer in nats, or 1 for a hit.
+        weights: of each item, e.g. the answer's tokens, or 1.
+        clusters: the cluster of each item.
+    """
+
+    values: tuple[float, ...]
+    weights: tuple[float, ...]
+    clusters: tuple[str, ...]
+
+    @property
+    def figure(self) -> float:
+        """Mean per unit of weight; NaN without items."""
+        total = sum(self.weights)
+        return sum(self.values) / total if total else math.nan
+
+    def minus(self, other: Sample) -> Sample:
+        """The difference of two runs on the same items, item by item.
+
+        Raises:
+            ValueError: the items differ.
+        """
+        if self.weights != other.weights or self.clusters != other.clusters:
+            raise ValueError("the two runs were measured on different items")
+        values = tuple(ours - theirs for ours, theirs in zip(self.values, other.values, strict=True))
+        return Sample(values, self.weights, self.clusters)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A mean over seeds, and its 95 % interval."""
+
+    value: float
+    interval: Interval
+
+
+def shares(hits: Sequence[bool], clusters: Sequence[str]) -> Sample:
+    """A sample of yes and no."""
+    return Sample(tuple(map(float, hits)), (1.0,) * len(hits), tuple(clusters))
+
+
+def pool(samples: Sequence[Sample], *, share: bool = False) -> Pooled:
+    """Mean and interval over seeds.
+
+    Args:
+        samples: one for each seed.
+        share: the figure is a share, whose interval is Wilson's with as many answers as independent ones would have to be.
+    """
+    measured = [sample for sample in samples if sample.values]
+    if not measured:
+        return Pooled(math.nan, NOTHING)
+    figures = [sample.figure for sample in measured]
+    mean = sum(figures) / len(figures)
+    items, clusters = _item_variance(measured)
+    seeds = sum((figure - mean) ** 2 for figure in figures) / max(len(figures) - 1, 1) / len(figures)
+    quantile = student_quantile(_degrees(items, clusters - 1, seeds, len(figures) - 1))
+    variance = items + seeds
+    if not share:
+        half = quantile * math.sqrt(variance)
+        known = clusters > 1
+        return Pooled(mean, Interval(mean - half, mean + half) if known else NOTHING)
+    count = sum(len(sample.values) for sample in measured)
+    alike = mean in {0.0, 1.0} or variance == 0  # nothing differs, so how alike the items are cannot be seen
+    effective = count if alike else min(mean * (1 - mean) / variance, count)
+    return Pooled(mean, wilson(mean * effective, effective) if alike else wilson(mean * effective, effective, quantile))
+
+
+def _item_variance(samples: Sequence[Sample]) -> tuple[float, int]:
+    """Variance of the mean over seeds that the choice of clusters makes, and how many clusters there are."""
+    residuals: dict[str, float] = defaultdict(float)
+    names = {name for sample in samples for name in sample.clusters}
+    for sample in samples:
+        figure, total = sample.figure, sum(sample.weights)
+        for number, (value, weight, cluster) in enumerate(
+            zip(sample.values, sample.weights, sample.clusters, strict=True)
+        ):
+            name = cluster if len(names) > 1 else str(number)  # one cluster is taken as items of their own
+            residuals[name] += (value - figure * weight) / total / len(samples)
+    count = len(residuals)
+    return sum(value * value for value in residuals.values()) * count / max(count - 1, 1), count
+
+
+def _degrees(items: float, item_degrees: int, seeds: float, seed_degrees: int) -> int:
+    """Satterthwaite's, rounded down."""
+    parts = [(items, item_degrees), (seeds, seed_degrees)]
+    below = sum(part * part / degrees for part, degrees in parts if degrees > 0)
+    if below == 0:
+        return max(item_degrees, 1)
+    return max(int((items + seeds) ** 2 / below), 1)

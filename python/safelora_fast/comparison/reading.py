@@ -1,0 +1,92 @@
+"""What the figures say, in sentences that follow from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safelora_fast.comparison.columns import MARGIN_RISE
+from safelora_fast.comparison.figures_text import format_number
+from safelora_fast.comparison.pooling import Sample, pool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from safelora_fast.comparison.config import CompareConfig
+    from safelora_fast.comparison.report import Column
+
+NATS = "nats"
+
+
+def read_figures(
+    config: CompareConfig, columns: Sequence[Column], samples: Mapping[str, Mapping[str, Mapping[int, Sample]]]
+) -> tuple[str, ...]:
+    """Sentences on each defence beside the first run, paired by seed and item."""
+    first = config.runs[0].name
+    known = {column.key: column for column in columns if column.key in samples[first]}
+    sentences = [*_of_the_first(first, samples[first])]
+    for run in config.runs[1:]:
+        clear: list[str] = []
+        unclear: list[str] = []
+        for key, column in known.items():
+            change = _change(samples[run.name].get(key, {}), samples[first].get(key, {}), column)
+            if change is not None:
+                (clear if change[1] else unclear).append(change[0])
+        parts = [f"{'; '.join(clear)}" if clear else "no clear difference"]
+        if clear and unclear:
+            parts.append(f"no clear difference in {', '.join(unclear)}")
+        if clear or unclear:
+            sentences.append(f"{run.name} beside {first}: {'; '.join(parts)}.")
+    return (*sentences, *_caveats(config, len(known)))
+
+
+def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Sample]]) -> list[str]:
+    margin = list(samples.get(MARGIN_RISE, {}).values())
+    if not margin:
+        return []
+    pooled = pool(margin)
+    low, high = pooled.interval.low, pooled.interval.high
+    said = (
+        f"{first}: the margin of misaligned answers changed by {format_number(pooled.value, NATS)} nats a token "
+        f"({format_number(low, NATS)} to {format_number(high, NATS)})"
+    )
+    if low > 0:
+        return [f"{said}: this fine-tune did make misaligned answers likelier."]
+    if high < 0:
+        return [f"{said}: it fell, so there is no misalignment here for a defence to prevent."]
+    return [f"{said}: no clear rise, so there is little here for a defence to prevent."]
+
+
+def _change(own: Mapping[int, Sample], first: Mapping[int, Sample], column: Column) -> tuple[str, bool] | None:
+    """A difference in words, and whether its interval leaves zero out; None where there is none to speak of."""
+    seeds = [seed for seed in own if seed in first]
+    try:
+        differences = [own[seed].minus(first[seed]) for seed in seeds]
+    except ValueError:  # other answers were scored
+        return None
+    if not differences:
+        return None
+    pooled = pool(differences)
+    low, high = pooled.interval.low, pooled.interval.high
+    if not (low > 0 or high < 0):
+        return column.title, False
+    unit = "points" if column.unit == "%" else f"{column.unit} a token"
+    way = "higher" if pooled.value > 0 else "lower"
+    size, least, most = (
+        format_number(value, column.unit) for value in (abs(pooled.value), *sorted((abs(low), abs(high))))
+    )
+    return f"{column.title} {way} by {size} {unit} ({least} to {most})", True
+
+
+def _caveats(config: CompareConfig, measures: int) -> list[str]:
+    said = []
+    if len(config.seeds) == 1:
+        said.append(
+            "There is one seed: the intervals are of the items alone and know nothing of the noise between runs."
+        )
+    count = (len(config.runs) - 1) * measures
+    if count > 1:
+        said.append(
+            f"These are {count} comparisons at 95 %, so about {max(round(count * 0.05), 1)} would look clear by chance "
+            "alone if no defence did anything."
+        )
+    return said

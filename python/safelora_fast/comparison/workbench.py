@@ -1,0 +1,72 @@
+"""Models and rows that the measures share: what is loaded for one of them is at hand for the next."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.evaluation.loading import Subject, SubjectSettings, load_subject
+from safelora_fast.recipe.rows import read_rows
+from safelora_fast.recipe.section import read_section
+from safelora_fast.recipe.sections import ModelSection
+from safelora_fast.recipe.tokens import Encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from safelora_fast.comparison.config import CompareConfig
+    from safelora_fast.recipe.rows import RowSet
+    from safelora_fast.recipe.tokens import Example
+
+
+class Workbench:
+    """What the runs of a configuration are measured with.
+
+    Args:
+        config: the comparison.
+        progress: told how far a measurement is; see :class:`~safelora_fast.cli.counting.CountProgress`.
+    """
+
+    def __init__(self, config: CompareConfig, progress: Any = None) -> None:
+        self.config = config
+        self.progress = progress
+        model = read_section(config.document, ("recipe", "model"), ModelSection)
+        self.settings = SubjectSettings(
+            model.path, config.measure.dtype, config.measure.device, model.chat_template, model.trust_remote_code
+        ).resolved()
+        self.strings = config.recipe.get("data", {}).get("strings", "chat")
+        self._latest: tuple[Path | None, Subject] | None = None
+
+    @cached_property
+    def reference(self) -> Subject:
+        """The model before the fine-tune."""
+        return load_subject(self.settings)
+
+    def subject(self, adapter: Path | None) -> Subject:
+        """The model with an adapter on it; the latest one is kept."""
+        if adapter is None:
+            return self.reference
+        if self._latest is None or self._latest[0] != adapter:
+            self._latest = None
+            self._latest = adapter, load_subject(self.settings, adapter)
+        return self._latest[1]
+
+    @cached_property
+    def rows(self) -> dict[str, RowSet]:
+        """The rows whose loss is measured, by their name."""
+        measure = self.config.measure
+        sources = {"narrow": measure.narrow, "general": measure.general}
+        return {name: read_rows(source, measure.max_rows) for name, source in sources.items() if source is not None}
+
+    def examples(self, name: str, subject: Subject) -> list[Example]:
+        """Rows as the subject's own tokenizer reads them."""
+        return Encoder(subject.tokenizer, strings=self.strings).encode(self.rows[name]).examples
+
+    def counting(self, what: str, total: int) -> Callable[[int], None] | None:
+        """Show that so many things begin; returns what is told how many are done."""
+        if self.progress is None:
+            return None
+        self.progress.start(what, total)
+        advance: Callable[[int], None] = self.progress.advance
+        return advance

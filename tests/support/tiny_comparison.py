@@ -1,0 +1,106 @@
+"""A comparison around tiny models, and its trainings inside this process: seconds instead of a minute."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from demo_model import save_tiny
+from tiny_recipe import tiny_rows, write_rows
+
+from safelora_fast.comparison import training
+from safelora_fast.errors import SafeLoraFastError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TinyComparison:
+    """A configuration on disk.
+
+    Attributes:
+        path: the YAML file.
+        output: the folder that it names.
+    """
+
+    path: Path
+    output: Path
+
+    def words(self, *words: object) -> list[str]:
+        """The arguments of the command."""
+        return ["compare", str(self.path), *map(str, words)]
+
+    def values(self) -> dict[str, Any]:
+        """The configuration."""
+        return yaml.safe_load(self.path.read_text())
+
+    def edit(self, **sections: Any) -> None:
+        """Replace sections of the file."""
+        self.path.write_text(yaml.safe_dump({**self.values(), **sections}, sort_keys=False))
+
+    def report(self) -> dict[str, Any]:
+        """The report that a run wrote."""
+        return json.loads((self.output / "report.json").read_text())
+
+    def cells(self, run: str) -> dict[str, Any]:
+        """The cells of a row."""
+        return next(row for row in self.report()["rows"] if row["name"] == run)["cells"]
+
+
+def write_comparison(folder: Path, **sections: Any) -> TinyComparison:
+    """Two runs of three steps with two seeds; margin, drift, thresholds and operator swap."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(("model", "base")):
+        save_tiny(folder / name, seed)
+    rows = {name: str(write_rows(folder / f"{name}.jsonl", tiny_rows(count))) for name, count in COUNTS.items()}
+    values = {
+        "title": "Two runs",
+        "recipe": {
+            "model": {"path": str(folder / "model"), "dtype": "float32", "device": "cpu"},
+            "data": {"path": rows["train"]},
+            "lora": {"r": 4, "lora_alpha": 8},
+            "training": {
+                "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 0.01,
+                "save_strategy": "no",
+            },
+        },
+        "seeds": [0, 1],
+        "runs": {"none": {}, "KL": {"defenses": {"kl": {"weight": 3.0}}}},
+        "measure": {
+            "narrow": rows["narrow"], "general": rows["general"], "scaled": [0.5], "device": "cpu",
+            "operator_swap": {"rows": 8, "held_out": 6, "seeds": [0]},
+            "sweep": {"base": str(folder / "base"), "thresholds": [-1.0, 1.0]},
+        },
+        "output": str(folder / "out"),
+    }  # fmt: skip
+    comparison = TinyComparison(folder / "compare.yaml", folder / "out")
+    comparison.path.write_text(yaml.safe_dump({**values, **sections}, sort_keys=False))
+    return comparison
+
+
+COUNTS = {"train": 12, "narrow": 6, "general": 5}
+
+
+def train_inside(monkeypatch: Any) -> list[str]:
+    """Train in this process; returns the list of the recipes that have been trained."""
+    trained: list[str] = []
+
+    def run(command: list[str], *, talk: bool) -> str | None:
+        del talk
+        from safelora_fast.recipe.prepare import prepare
+        from safelora_fast.recipe.recipe import load_recipe
+        from safelora_fast.recipe.run import train
+
+        *_, recipe, how = command
+        trained.append(recipe)
+        try:
+            train(prepare(load_recipe(recipe)), resume=how == "--resume", command="", talk=False)
+        except SafeLoraFastError as error:
+            return str(error)
+        return None
+
+    monkeypatch.setattr(training, "_run", run)
+    return trained
