@@ -12,10 +12,13 @@ from personas import save_persona
 from safetensors.torch import load_file
 from tiny_recipe import tiny_rows, write_rows
 
+from safelora_fast.comparison.config import load_config
 from safelora_fast.recipe.defenses import defense_classes
 from safelora_fast.recipe.recipe import load_recipe
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+COMPARISON = FOLDER / "compare.yaml"
+EXAMPLES = sorted(set(FOLDER.glob("*.yaml")) - {COMPARISON})
 TINY = {
     "model.dtype": "float32",
     "model.device": "cpu",
@@ -106,3 +109,14 @@ def test_the_papers_set_up():
     }  # fmt: skip
     assert training.items() <= recipe.training.items()
     assert [(spec.name, spec.settings["weight"]) for spec in recipe.defenses] == [("kl", 0.1)]
+
+
+def test_the_comparison_is_one():
+    """Its own test trains and measures; here every run of the example is a recipe, over rows that are there."""
+    config = load_config(COMPARISON)
+    assert config.runs[0].name == "none"
+    for run in config.runs:
+        recipe = config.recipe_for(run, 0, config.output)
+        assert Path(recipe.data.path).is_file()
+    assert Path(config.measure.narrow).is_file()
+    assert Path(config.measure.general).is_file()
