@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from safelora_fast.comparison.report import Cell, Column, SeedValue, SweepPoint
@@ -18,7 +18,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 KEPT = "\u200c\u200d\u200e\u200f\u061c"
 
 
-def is_figure(value: float | None) -> bool:
+def is_figure(value: float | None) -> TypeGuard[float]:
     """Whether there is a number to show."""
     return value is not None and math.isfinite(value)
 
@@ -30,7 +30,7 @@ def format_number(value: float | None, unit: str) -> str:
         value: as the report has it: a share of 1 where the unit is "%".
         unit: of the column.
     """
-    if value is None or not math.isfinite(value):
+    if not is_figure(value):
         return NOTHING
     shown = 100 * value if unit == "%" else value
     size, decimals = abs(shown), DECIMALS.get(unit, 3)
@@ -105,7 +105,11 @@ def format_projected(point: SweepPoint) -> str:
     return f"{projected} of {point.modules}"
 
 
+def printable(text: str) -> str:
+    """A text from outside with spaces for control characters and for what no file can hold."""
+    return "".join(character if character.isprintable() or character in KEPT else " " for character in text)
+
+
 def one_line(text: str) -> str:
-    """A text from outside in one line, without control characters and what no file can hold."""
-    kept = "".join(character if character.isprintable() or character in KEPT else " " for character in text)
-    return " ".join(kept.split())
+    """A printable text in one line, without spaces around it."""
+    return " ".join(printable(text).split())

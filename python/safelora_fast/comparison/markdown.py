@@ -16,7 +16,7 @@ from safelora_fast.comparison.figures_text import (
     format_runs,
     one_line,
 )
-from safelora_fast.comparison.origins import failures, files, link, rows_with, runs, sweep_columns
+from safelora_fast.comparison.origins import failures, files, has_any, link, runs, sweep_columns
 from safelora_fast.comparison.report import CRITERIA
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: int
 
 
 def _outcomes(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    rows = rows_with(rows, columns)
+    rows = [row for row in rows if has_any(row, columns)]
     if not rows:
         return []
     headings, criterion = [""], None

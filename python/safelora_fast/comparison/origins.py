@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Row, SeedValue
+
+    Place = tuple[str, Mapping[str, Cell]]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,15 @@ class Origin:
 
 def failures(report: ComparisonReport) -> list[Origin]:
     """The reason of every failure, once for each run."""
-    return _grouped(report, lambda seed: seed.failure)
+    places = [(row.name, row.cells) for row in report.rows]
+    places += [(sweep_place(one.threshold), one.cells) for one in report.sweep]
+    return _grouped(places, report.columns, lambda seed: seed.failure)
 
 
 def files(report: ComparisonReport) -> list[Origin]:
-    """Every source file, once for each run."""
-    return _grouped(report, lambda seed: seed.source or None)
+    """Every source file, once for each run; those of the sweep together, whatever the threshold."""
+    places = [(row.name, row.cells) for row in report.rows] + [("SafeLoRA sweep", one.cells) for one in report.sweep]
+    return _grouped(places, report.columns, lambda seed: seed.source or None)
 
 
 def link(source: str) -> str:
@@ -62,9 +66,9 @@ def runs(row: Row) -> dict[int, dict[str, SeedValue]]:
     return dict(sorted(found.items()))
 
 
-def rows_with(rows: Iterable[Row], columns: Sequence[Column]) -> list[Row]:
-    """The rows that have at least one of these measures."""
-    return [row for row in rows if any(column.key in row.cells for column in columns)]
+def has_any(row: Row, columns: Iterable[Column]) -> bool:
+    """Whether the row has at least one of these measures."""
+    return any(column.key in row.cells for column in columns)
 
 
 def sweep_columns(report: ComparisonReport) -> list[Column]:
@@ -77,22 +81,22 @@ def sweep_place(threshold: float) -> str:
     return f"SafeLoRA sweep, τ = {threshold:g}"
 
 
-def _grouped(report: ComparisonReport, what: Callable[[SeedValue], str | None]) -> list[Origin]:
-    measures: dict[tuple[str, int, str], list[str]] = {}
-    totals: Counter[tuple[str, int]] = Counter()
-    for place, cells in _places(report):
-        for column in report.columns:
+def _grouped(
+    places: Iterable[Place], columns: Sequence[Column], what: Callable[[SeedValue], str | None]
+) -> list[Origin]:
+    """What measures share, by place, then by seed."""
+    measures: dict[tuple[str, int, str], dict[str, None]] = {}
+    asked: dict[tuple[str, int], set[str]] = {}
+    order: dict[str, int] = {}
+    for place, cells in places:
+        order.setdefault(place, len(order))
+        for column in columns:
             for seed in cells[column.key].seeds if column.key in cells else ():
-                totals[place, seed.seed] += 1
+                asked.setdefault((place, seed.seed), set()).add(column.title)
                 shared = what(seed)
                 if shared is not None:
-                    measures.setdefault((place, seed.seed, shared), []).append(column.title)
+                    measures.setdefault((place, seed.seed, shared), {})[column.title] = None
     return [
-        Origin(place, seed, shared, tuple(titles), len(titles) == totals[place, seed])
-        for (place, seed, shared), titles in measures.items()
+        Origin(place, seed, shared, tuple(titles), titles.keys() == asked[place, seed])
+        for (place, seed, shared), titles in sorted(measures.items(), key=lambda item: (order[item[0][0]], item[0][1]))
     ]
-
-
-def _places(report: ComparisonReport) -> Iterator[tuple[str, Mapping[str, Cell]]]:
-    yield from ((row.name, row.cells) for row in report.rows)
-    yield from ((sweep_place(point.threshold), point.cells) for point in report.sweep)

@@ -1,0 +1,210 @@
+"""The report as a page, read without a browser: what it says, where it leads, and that it can load nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from html_pages import read_page
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, hostile, many, nothing, one_row, usual
+
+from safelora_fast.comparison.figures_text import printable
+from safelora_fast.comparison.markdown import INCOMPLETE
+from safelora_fast.comparison.origins import files, link
+from safelora_fast.comparison.page import render_page
+from safelora_fast.comparison.report import CRITERIA
+
+EXPECTED = {"Cost", "Every run", "Files", "Four criteria", "Learning against drift", "SafeLoRA by threshold"}
+ELEMENTS = """html head meta title style script body main header section h1 h2 p ul li dl div dt dd bdi span b a button table
+    caption thead tbody tr th td figure figcaption details summary svg line polyline polygon circle text"""
+ATTRIBUTES = """lang charset http-equiv content name class id role tabindex scope colspan rowspan title href type popover
+    popovertarget aria-hidden aria-label aria-labelledby aria-sort data-first data-value data-pinned viewbox cx cy r points
+    x y x1 x2 y1 y2 text-anchor"""
+
+
+def page_of(make):
+    return read_page(render_page(make()))
+
+
+def lines_of(page, identity):
+    """Rows of a table's body."""
+    [table] = [table for table in page.all("table") if table.one("caption").attributes["id"] == f"{identity}-caption"]
+    return list(table.one("tbody").all("tr"))
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_only_harmless_elements(make):
+    """An allowlist: nothing of a report becomes an element or an attribute."""
+    page = page_of(make)
+    assert {node.name for node in page.all()} <= set(ELEMENTS.split())
+    assert {name for node in page.all() for name in node.attributes} <= set(ATTRIBUTES.split())
+    identities = [node.attributes["id"] for node in page.all() if "id" in node.attributes]
+    assert len(identities) == len(set(identities))
+    opened = {node.attributes["popovertarget"] for node in page.all("button")}
+    assert opened == {node.attributes["id"] for node in page.all("div", class_="card")}
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_it_can_load_nothing(make):
+    """The policy allows this style and this script by their hashes, and nothing else at all."""
+    page = page_of(make)
+    style, script = page.one("style").text, page.one("script").text
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    assert page.one("meta", http_equiv="Content-Security-Policy").attributes["content"].split("; ") == [
+        "default-src 'none'",
+        *(f"{kind}-src 'sha256-{digest}'" for kind, digest in zip(("style", "script"), hashes, strict=True)),
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert not re.search(r"url\(|@import|https?:|fetch|import\s*\(|innerHTML|</", style + script)
+    for anchor in page.all("a"):
+        assert re.match(r"(\./|\.\./)[^/\\:]", anchor.attributes["href"]), "no other scheme and no other host"
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_every_file_is_linked_where_its_figure_stands(make):
+    report, page = make(), page_of(make)
+    assert {anchor.attributes["href"] for anchor in page.all("a")} == {link(one.what) for one in files(report)}
+    cards = ["".join(card.text.split()) for card in page.all("div", class_="card")]
+    cells = [one for row in (*report.rows, *report.sweep) for one in row.cells.values()]
+    assert len(cards) == len(cells)
+    for one in cells:
+        wanted = ["".join(part.split()) for run in one.seeds for part in (f"seed {run.seed}", printable(run.source))]
+        assert any(all(part in card for part in wanted) for card in cards)
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_the_same_report_gives_the_same_bytes(make):
+    assert render_page(make()) == render_page(make())
+
+
+def test_the_same_bytes_in_every_process():
+    program = "import hashlib, made_comparisons as made; from safelora_fast.comparison.page import render_page as page; " \
+        "print(hashlib.sha256(page(made.hostile()).encode()).hexdigest())"  # fmt: skip
+    path = os.pathsep.join(sys.path)
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert digests == {hashlib.sha256(render_page(hostile()).encode()).hexdigest() + "\n"}
+
+
+def test_the_four_criteria():
+    page = page_of(usual)
+    assert {heading.text for heading in page.all("h2")} == EXPECTED | {"Failed runs", "Reading", "Set-up"}
+    groups = {group.text: group.attributes["colspan"] for group in page.all("th", class_="criterion")}
+    assert groups == dict(zip(list(CRITERIA.values())[:4], "3122", strict=True))
+    lines = lines_of(page, "outcomes")
+    assert [line.one("span", class_="name").text for line in lines] == [row.name for row in usual().rows]
+    assert [line.attributes.get("data-pinned") for line in lines] == ["", *[None] * 9]
+    undefended, cells = list(lines[1].all("td")), usual().rows[1].cells
+    assert [float(cell.attributes["data-value"]) for cell in undefended] == [
+        cells[column.key].value for column in usual().columns[:8]
+    ]
+    misaligned = undefended[1]
+    assert misaligned.one("button").text == f"{100 * cells['misaligned'].value:.1f}"
+    assert misaligned.one("span", class_="count").text == cells["misaligned"].count
+    assert misaligned.one("span", class_="interval").text.startswith("[")
+    assert "misaligned answers % ↓ (lower is better)" in page.text
+
+
+def test_what_failed_is_marked_in_words_with_its_reason():
+    page = page_of(usual)
+    lost = lines_of(page, "outcomes")[8]
+    assert [part.text for part in lost.all("span", class_="partial")] == ["2 of 3 runs"] * 8
+    assert f"seed 2failed: {OUT_OF_MEMORY}" in next(lost.all("div", class_="card")).text
+    assert page.one("ul", class_="failures").text == f"interleaving+, seed 2 (all measures): {OUT_OF_MEMORY}"
+    gone = lines_of(page_of(hostile), "outcomes")[3]
+    assert [cell.one("button").text for cell in gone.all("td")] == ["✕ failed"] * 8
+    assert all(cell.has("class_", "failed") and "data-value" not in cell.attributes for cell in gone.all("td"))
+    assert gone.text.count(HOSTILE) == 8 * 3 + 1, "the reason of each run, and a column's title"
+    assert INCOMPLETE not in page.text
+    assert INCOMPLETE in page_of(nothing).text
+
+
+def test_every_run_by_itself():
+    lines = lines_of(page_of(usual), "runs")
+    assert len(lines) == 1 + 9 * 3
+    for line, (row, seed) in zip(
+        lines[1:], ((row, seed) for row in usual().rows[1:] for seed in range(3)), strict=True
+    ):
+        runs = [row.cells[column.key].seeds[seed] for column in usual().columns]
+        seeds, *cells = line.all("td")
+        assert seeds.text == str(seed + 1)
+        assert [cell.one("a").attributes["href"] for cell in cells] == [link(run.source) for run in runs]
+        values = [cell.attributes.get("data-value") for cell in cells]
+        assert values == [None if run.value is None else repr(run.value) for run in runs]
+
+
+def test_what_was_not_measured_is_left_out():
+    assert [heading.text for heading in page_of(nothing).all("h2")] == []
+    headings = [heading.text for heading in page_of(one_row).all("h2")]
+    assert headings == ["Four criteria", "Every run", "Files"]
+    absent = lines_of(page_of(many), "outcomes")[2]
+    assert [cell.text for cell in absent.all("td", class_="absent")] == ["–"] * 5
+
+
+def test_the_plot_has_every_row_with_both_measures():
+    figure = page_of(hostile).one("figure", class_="learning")
+    for drawing in figure.all("svg", role="img"):
+        marks = [mark for mark in drawing.all(class_="mark") if not mark.has("class_", "run")]
+        shown = [row for row in hostile().rows if row.name not in {LONG, "few measures"}]
+        assert len(marks) == len(shown) == 4
+        assert all(mark.one("title").text.startswith(f"{row.name}:") for mark, row in zip(marks, shown, strict=True))
+        assert len({(mark.name, mark.attributes["class"]) for mark in marks}) == 4
+        assert len(list(drawing.all(class_="run"))) == 1 + 3 + 3 + 3
+        assert len(list(drawing.all(class_="step"))) == 5
+    assert f"for want of a figure: {LONG}, few measures." in figure.one("figcaption").text
+    assert HEBREW in figure.one("ul", class_="legend").text
+    assert not list(page_of(one_row).all("figure"))
+
+
+def test_rows_without_a_plot_or_a_sweep():
+    report = usual()
+    page = read_page(render_page(replace(report, plot=None, sweep=())))
+    assert {heading.text for heading in page.all("h2")} & EXPECTED == {"Cost", "Every run", "Files", "Four criteria"}
+    assert not list(page.all("figure"))
+
+
+def test_the_sweep_in_figures_and_pictures():
+    page, report = page_of(usual), usual()
+    figure = page.one("figure", class_="sweep")
+    titles = [title.text for title in figure.all(class_="panel-title")]
+    assert titles == ["modules projected, of 210", "margin rise (nats) ↓", "KL to reference (nats) ↓", "learned (%) ↑"]
+    for drawing in figure.all("svg"):
+        places = [float(mark.attributes["cx"]) for mark in drawing.all("circle")]
+        assert len(places) == 7
+        steps = [right - left for left, right in itertools.pairwise(places)]
+        assert max(steps) - min(steps) < 0.3, "thresholds at equal distances stand at equal distances"
+    names = [[name.text for name in drawing.all(class_="level-name")] for drawing in figure.all("svg")]
+    assert names == [[], *[["reference", "no defence"]] * 3]
+    first = [cell.text for cell in lines_of(page, "sweep")[0].all("td")]
+    assert first[0] == f"0 of {report.sweep[0].modules}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(some.text(max_size=40), some.text(max_size=40), some.text(max_size=40))
+def test_any_text_stays_text(title, name, reason):
+    """Whatever a name, a title or an error is, it is shown and makes nothing."""
+    report, plain = one_row(), page_of(one_row)
+    row = report.rows[0]
+    seed = replace(row.cells["rise"].seeds[0], value=None, failure=reason)
+    cell = replace(row.cells["rise"], value=None, low=None, high=None, seeds=(seed,), count=name)
+    page = read_page(render_page(replace(report, title=title, rows=(replace(row, name=name, cells={"rise": cell}),))))
+    assert page.one("title").text == page.one("h1").text == printable(title)
+    assert page.one("span", class_="name").text == printable(name)
+    assert printable(reason) in page.one("ul", class_="failures").text
+    assert len(list(page.all("tr"))) == len(list(plain.all("tr")))
+    assert len(list(page.all("script"))) == len(list(page.all("style"))) == 1
