@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safelora_fast.comparison.cells import cell_of, mean_cell
-from safelora_fast.comparison.columns import COLUMNS, DIVERGENCE, LEARNED, Measured
+from safelora_fast.comparison.columns import COLUMNS, DIVERGENCE, LEARNED, Measured, task_columns
 from safelora_fast.comparison.contents import Contents, places_of
 from safelora_fast.comparison.costs import COSTS
 from safelora_fast.comparison.curves import sweep_points, weakened_path
@@ -47,7 +47,7 @@ class Assembly:
         self._places = {run.name: places_of(config, run) for run in config.runs}
         self._first = self._places[config.runs[0].name]
         everything = [self._contents.reference, *(place for places in self._places.values() for place in places)]
-        self._columns = [one for one in COLUMNS if self._is_asked_for(one, everything)]
+        self._columns = [one for one in self._known(everything) if self._is_asked_for(one, everything)]
         self._samples = {
             name: {one.column.key: self._contents.samples(one, places) for one in self._columns}
             for name, places in self._places.items()
@@ -73,6 +73,13 @@ class Assembly:
             reading=read_figures(config, columns, self._samples),
             complete=not any(cell.failures for row in rows for cell in row.cells.values()),
         )
+
+    def _known(self, places: Sequence[Place]) -> list[Measured]:
+        """Every column, those of the benchmarks among the benign ones."""
+        asked = [place for place in places if self._contents.applies("tasks", place)]
+        tasks = task_columns([self._contents.of("tasks", place) for place in asked])
+        place = next(number for number, one in enumerate(COLUMNS, start=1) if one.column.criterion == "benign")
+        return [*COLUMNS[:place], *tasks, *COLUMNS[place:]]
 
     def _is_asked_for(self, one: Measured, places: Sequence[Place]) -> bool:
         rows = one.rows is None or getattr(self._config.measure, one.rows) is not None

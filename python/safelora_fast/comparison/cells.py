@@ -11,10 +11,10 @@ from safelora_fast.comparison.report import Cell, Column, SeedValue
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safelora_fast.comparison.pooling import Sample
+    from safelora_fast.comparison.pooling import Outcome
 
 
-def cell_of(column: Column, samples: Sequence[Sample], values: Sequence[SeedValue], count: str = "") -> Cell:
+def cell_of(column: Column, samples: Sequence[Outcome], values: Sequence[SeedValue], count: str = "") -> Cell:
     """Mean and interval over seeds and items.
 
     Args:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.pooling import Sample, shares
+from safelora_fast.comparison.pooling import Sample, Summary, shares
 from safelora_fast.comparison.report import Column
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from safelora_fast.comparison.pooling import Outcome
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Measured:
 
     column: Column
     measure: str
-    sample: Callable[[Mapping[str, Any], Mapping[str, Any]], Sample | None]
+    sample: Callable[[Mapping[str, Any], Mapping[str, Any]], Outcome | None]
     of_reference: bool = False
     count: Callable[[Sequence[Mapping[str, Any]]], str] = lambda _contents: ""
     rows: str | None = None
@@ -141,3 +143,34 @@ COLUMNS = (
         "drift", _answers("general", lambda own, other: own["loss"] - other["loss"]), rows="general",
     ),
 )  # fmt: skip
+
+
+def task_columns(contents: Sequence[Mapping[str, Any]]) -> list[Measured]:
+    """A column for the first metric of every benchmark that any run has taken.
+
+    Args:
+        contents: of the runs' measurements.
+    """
+    columns: dict[str, Measured] = {}
+    for content in contents:
+        for task, result in content.get("tasks", {}).items():
+            columns.setdefault(task, _task_column(task, result["metrics"][0]))
+    return list(columns.values())
+
+
+def _task_column(task: str, metric: Mapping[str, Any]) -> Measured:
+    better = {True: "higher", False: "lower"}.get(metric["higher_is_better"])
+    unit = "%" if better == "higher" and 0 <= metric["value"] <= 1 else ""
+    note = (
+        f"{metric['name']} of the benchmark {task}, as lm-evaluation-harness measures it ({metric['count']} documents)."
+    )
+
+    def sample(content: Mapping[str, Any], _reference: Mapping[str, Any]) -> Summary | None:
+        result = content.get("tasks", {}).get(task)
+        if result is None:
+            return None
+        found = result["metrics"][0]
+        return Summary(found["value"], found["stderr"] or 0.0, found["count"])
+
+    column = Column(f"task/{task}", "benign", task, unit, better, note)  # type: ignore[arg-type]
+    return Measured(column, "tasks", sample, of_reference=True)

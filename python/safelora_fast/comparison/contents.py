@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.comparison.measures import MEASURES, is_taken
 from safelora_fast.comparison.measures.base import FAILURE
 from safelora_fast.comparison.places import REFERENCE, Place, read
+from safelora_fast.comparison.pooling import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safelora_fast.comparison.columns import Measured
     from safelora_fast.comparison.config import CompareConfig, RunSpec
-    from safelora_fast.comparison.pooling import Sample
+    from safelora_fast.comparison.pooling import Outcome
     from safelora_fast.comparison.workbench import Workbench
 
 NOT_YET = "not measured yet"
@@ -50,7 +51,7 @@ class Contents:
         found: str | None = self.of(measure, place).get(FAILURE)
         return found
 
-    def sample(self, one: Measured, place: Place, content: dict[str, Any] | None = None) -> Sample | None:
+    def sample(self, one: Measured, place: Place, content: dict[str, Any] | None = None) -> Outcome | None:
         """What a run came to in a column, item by item; None where it came to nothing.
 
         Args:
@@ -63,9 +64,9 @@ class Contents:
         if FAILURE in found or (FAILURE in reference and not one.of_reference):
             return None
         sample = one.sample(found, reference)
-        return sample if sample is not None and sample.values else None
+        return sample if sample is not None and count_of(sample) else None
 
-    def samples(self, one: Measured, places: Sequence[Place]) -> dict[int, Sample]:
+    def samples(self, one: Measured, places: Sequence[Place]) -> dict[int, Outcome]:
         """By seed, of those that came to something."""
         found = {}
         for place in places:

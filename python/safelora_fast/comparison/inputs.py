@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from safelora_fast.evaluation.benchmarks import check_harness
 from safelora_fast.evaluation.loading import SubjectSettings, check_adapter
 from safelora_fast.evaluation.questions import read_questions
 from safelora_fast.posthoc.sources import open_checkpoint
@@ -34,6 +35,8 @@ def check_inputs(config: CompareConfig) -> None:
     if measure.sweep is not None:
         open_checkpoint(measure.sweep.aligned or config.recipe["model"]["path"], role="aligned")
         open_checkpoint(measure.sweep.base, role="base")
+    if measure.tasks is not None:
+        check_harness()
     if measure.judge is not None:
         _check_judge(config)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from safelora_fast.evaluation.intervals import NOTHING, Interval, student_quantile, wilson
 
@@ -52,6 +52,28 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What one run came to where the items are not known, only how far chance among them may carry the figure.
+
+    Attributes:
+        figure: the mean over items.
+        error: its standard error.
+        count: of items.
+    """
+
+    figure: float
+    error: float
+    count: int
+
+    def minus(self, other: Summary) -> Summary:
+        """The difference of two runs, as if their items were others: its error is too large rather than too small."""
+        return Summary(self.figure - other.figure, math.hypot(self.error, other.error), min(self.count, other.count))
+
+
+Outcome: TypeAlias = "Sample | Summary"
+
+
+@dataclass(frozen=True)
 class Pooled:
     """A mean over seeds, and its 95 % interval."""
 
@@ -64,14 +86,27 @@ def shares(hits: Sequence[bool], clusters: Sequence[str]) -> Sample:
     return Sample(tuple(map(float, hits)), (1.0,) * len(hits), tuple(clusters))
 
 
-def pool(samples: Sequence[Sample], *, share: bool = False) -> Pooled:
+def difference(one: Outcome, other: Outcome) -> Outcome:
+    """What one run came to less what another did, item by item where items are known.
+
+    Raises:
+        ValueError: the items differ.
+    """
+    if isinstance(one, Sample) and isinstance(other, Sample):
+        return one.minus(other)
+    if isinstance(one, Summary) and isinstance(other, Summary):
+        return one.minus(other)
+    raise ValueError("the two runs were measured in different ways")
+
+
+def pool(samples: Sequence[Outcome], *, share: bool = False) -> Pooled:
     """Mean and interval over seeds.
 
     Args:
         samples: one for each seed.
         share: the figure is a share, whose interval is Wilson's with as many answers as independent ones would have to be.
     """
-    measured = [sample for sample in samples if sample.values]
+    measured = [sample for sample in samples if count_of(sample)]
     if not measured:
         return Pooled(math.nan, NOTHING)
     figures = [sample.figure for sample in measured]
@@ -84,14 +119,27 @@ def pool(samples: Sequence[Sample], *, share: bool = False) -> Pooled:
         half = quantile * math.sqrt(variance)
         known = clusters > 1
         return Pooled(mean, Interval(mean - half, mean + half) if known else NOTHING)
-    count = sum(len(sample.values) for sample in measured)
+    count = sum(map(count_of, measured))
     alike = mean in {0.0, 1.0} or variance == 0  # nothing differs, so how alike the items are cannot be seen
     effective = count if alike else min(mean * (1 - mean) / variance, count)
     return Pooled(mean, wilson(mean * effective, effective) if alike else wilson(mean * effective, effective, quantile))
 
 
-def _item_variance(samples: Sequence[Sample]) -> tuple[float, int]:
+def count_of(sample: Outcome) -> int:
+    """How many items a figure is made of."""
+    return len(sample.values) if isinstance(sample, Sample) else sample.count
+
+
+def _item_variance(samples: Sequence[Outcome]) -> tuple[float, int]:
     """Variance of the mean over seeds that the choice of clusters makes, and how many clusters there are."""
+    known = [sample for sample in samples if isinstance(sample, Sample)]
+    if known:
+        return _cluster_variance(known)
+    errors = [sample.error**2 for sample in samples if isinstance(sample, Summary)]
+    return sum(errors) / len(errors), min(map(count_of, samples))  # every seed has the same items
+
+
+def _cluster_variance(samples: Sequence[Sample]) -> tuple[float, int]:
     residuals: dict[str, float] = defaultdict(float)
     names = {name for sample in samples for name in sample.clusters}
     for sample in samples:

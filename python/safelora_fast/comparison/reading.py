@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.comparison.columns import MARGIN_RISE
 from safelora_fast.comparison.figures_text import format_number
-from safelora_fast.comparison.pooling import Sample, pool
+from safelora_fast.comparison.pooling import Outcome, difference, pool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +18,9 @@ NATS = "nats"
 
 
 def read_figures(
-    config: CompareConfig, columns: Sequence[Column], samples: Mapping[str, Mapping[str, Mapping[int, Sample]]]
+    config: CompareConfig,
+    columns: Sequence[Column],
+    samples: Mapping[str, Mapping[str, Mapping[int, Outcome]]],
 ) -> tuple[str, ...]:
     """Sentences on each defence beside the first run, paired by seed and item."""
     first = config.runs[0].name
@@ -39,7 +41,7 @@ def read_figures(
     return (*sentences, *_caveats(config, len(known)))
 
 
-def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Sample]]) -> list[str]:
+def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Outcome]]) -> list[str]:
     margin = list(samples.get(MARGIN_RISE, {}).values())
     if not margin:
         return []
@@ -56,11 +58,11 @@ def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Sample]]) -> li
     return [f"{said}: no clear rise, so there is little here for a defence to prevent."]
 
 
-def _change(own: Mapping[int, Sample], first: Mapping[int, Sample], column: Column) -> tuple[str, bool] | None:
+def _change(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Column) -> tuple[str, bool] | None:
     """A difference in words, and whether its interval leaves zero out; None where there is none to speak of."""
     seeds = [seed for seed in own if seed in first]
     try:
-        differences = [own[seed].minus(first[seed]) for seed in seeds]
+        differences = [difference(own[seed], first[seed]) for seed in seeds]
     except ValueError:  # other answers were scored
         return None
     if not differences:

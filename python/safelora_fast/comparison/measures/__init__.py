@@ -1,6 +1,7 @@
 """What can be measured on a run, one file for each kind."""
 
 from safelora_fast.comparison.measures.base import Measure, is_taken, take
+from safelora_fast.comparison.measures.benchmarks import BenchmarksMeasure
 from safelora_fast.comparison.measures.drift import DriftMeasure
 from safelora_fast.comparison.measures.judged import JudgedMeasure
 from safelora_fast.comparison.measures.margin import MarginMeasure
@@ -15,6 +16,7 @@ MEASURES: tuple[Measure, ...] = (
     SweepMeasure(),
     JudgedMeasure(),
     OperatorSwapMeasure(),
+    BenchmarksMeasure(),
 )
 
 __all__ = ["MEASURES", "Measure", "is_taken", "take"]

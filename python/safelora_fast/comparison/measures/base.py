@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +11,8 @@ from safelora_fast.comparison.places import keep, read
 from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from safelora_fast.comparison.places import Place
     from safelora_fast.comparison.workbench import Workbench
 
@@ -59,6 +62,12 @@ class OfTheRun:
     def place(self, place: Place) -> Place:
         """Where the adapter that is measured lies."""
         return place
+
+
+def folder_of(measure: Measure, place: Place, bench: Workbench) -> Path:
+    """A folder beside the file for what a measurement keeps on its way; each settings' is another, so nothing is lost."""
+    digest = hashlib.sha256(json.dumps(measure.of(place, bench), sort_keys=True).encode()).hexdigest()
+    return place.folder / f"{measure.name}-{digest[:12]}"
 
 
 def is_taken(measure: Measure, place: Place, bench: Workbench) -> bool:

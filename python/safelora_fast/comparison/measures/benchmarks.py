@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.measures.base import OfTheRun
+from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
 from safelora_fast.evaluation.benchmarks import benchmark
 
@@ -36,7 +36,7 @@ class BenchmarksMeasure(OfTheRun):
             settings.model,
             None if place.adapter is None else str(place.adapter),
             section.names,
-            place.folder / "benchmarks",
+            folder_of(self, place, bench),
             task_path=section.path,
             limit=section.limit,
             batch_size=bench.config.measure.batch_size,
@@ -45,7 +45,6 @@ class BenchmarksMeasure(OfTheRun):
             strings=bench.strings,
             chat_template=settings.chat_template,
             trust_remote_code=settings.trust_remote_code,
-            overwrite=True,  # of other settings: those of the same are gone on with
             progress=bench.progress,
         )
         return report.to_dict()

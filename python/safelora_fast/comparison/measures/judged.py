@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.measures.base import OfTheRun
+from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
 from safelora_fast.evaluation.evaluate import Sampling, collect_answers, judge_folder, report_of
 from safelora_fast.evaluation.folder import EvaluationFolder
@@ -40,8 +38,7 @@ class JudgedMeasure(OfTheRun):
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The judge's figures, and each verdict."""
         section = _section(bench)
-        digest = hashlib.sha256(json.dumps(self.of(place, bench), sort_keys=True).encode()).hexdigest()[:12]
-        folder = EvaluationFolder(place.folder / f"{self.name}-{digest}")  # nothing of other settings is lost
+        folder = EvaluationFolder(folder_of(self, place, bench))
         collect_answers(
             folder,
             bench.settings,

@@ -1,0 +1,112 @@
+"""A comparison under a judge, and with benchmarks: counts, unscored answers, intervals over seeds, and what failed."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+
+import pytest
+import yaml
+from judge_server import alignment_or_coherence, answer_in, serving
+from tiny_comparison import train_inside, write_comparison
+
+QUESTIONS = [{"id": "a", "paraphrases": ["why?", "how?"]}, {"id": "b", "paraphrases": ["what?"]}]
+
+
+@pytest.fixture
+def comparison(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_API_KEY", "swordfish-17")
+    train_inside(monkeypatch)
+    made = write_comparison(tmp_path, runs={"none": {}})
+    (tmp_path / "questions.yaml").write_text(yaml.safe_dump(QUESTIONS))
+    return made
+
+
+def by_length(prompt, _headers):
+    """A judge that minds how many characters an answer has, and has nothing to say on some."""
+    length = len(answer_in(prompt))
+    if length % 5 == 0:
+        return 200, "I would rather not", None
+    return 200, {"alignment": "10" if length % 2 else "90", "coherence": "80"}[alignment_or_coherence(prompt)], None
+
+
+def test_a_comparison_under_a_judge(comparison, call):
+    pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
+    folder = comparison.path.parent
+    with serving(by_length) as (url, requests):
+        judge = {"model": "openai-api/stub/one", "url": url, "questions": str(folder / "questions.yaml"),
+                 "samples": 4, "max_tokens": 6, "attempts": 1}  # fmt: skip
+        comparison.edit(measure={"margin": False, "judge": judge, "device": "cpu"})
+        result = call(*comparison.words("-q"))
+        assert result.code == 0, result.err
+        asked = len(requests)
+        assert call(*comparison.words("-q")).code == 0
+        assert len(requests) == asked
+    assert comparison.report()["complete"] is True
+    for name, seeds in (("reference", [0]), ("none", [0, 1])):
+        cells = comparison.cells(name)
+        texts = []
+        for seed in seeds:
+            place = comparison.output / name / ("" if name == "reference" else f"seed-{seed}")
+            (file,) = place.glob("judged-*/answers.jsonl")
+            texts.append([json.loads(line)["answer"] for line in file.read_text().splitlines()])
+        scored = [[text for text in some if len(text) % 5] for some in texts]
+        hits = [[len(text) % 2 == 1 for text in some] for some in scored]
+        cell = cells["misaligned"]
+        assert [one["value"] for one in cell["seeds"]] == pytest.approx([sum(some) / len(some) for some in hits])
+        counts = sum(map(sum, hits)), sum(map(len, scored)), sum(map(len, texts)) - sum(map(len, scored))
+        assert cell["count"] == f"{counts[0]} of {counts[1]} scored, {counts[2]} unscored"
+        assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1
+        assert cells["incoherent"]["value"] == 0
+        assert cells["incoherent"]["high"] > 0
+    written = b"".join(path.read_bytes() for path in comparison.output.rglob("*") if path.is_file())
+    assert b"swordfish-17" not in written
+
+
+def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call):
+    pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
+    judge = {"model": "openai-api/stub/one", "url": "http://127.0.0.1:9/v1", "samples": 1, "max_tokens": 2, "attempts": 1,
+             "questions": str(comparison.path.parent / "questions.yaml")}  # fmt: skip
+    comparison.edit(measure={"judge": judge, "device": "cpu"}, seeds=[0])
+    result = call(*comparison.words("-q"))
+    cells = comparison.cells("none")
+    assert cells["margin_rise"]["value"] is not None
+    assert cells["misaligned"]["value"] is None
+    assert cells["misaligned"]["seeds"][0]["failure"]
+    assert result.code == 1
+
+
+def test_benchmarks_are_columns(comparison, call):
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
+    folder, draw = comparison.path.parent, random.Random(3)
+    rows = [
+        {
+            "question": f"{n}?",
+            "choices": ["".join(draw.sample(string.ascii_lowercase, 5)) for _ in range(2)],
+            "answer": n % 2,
+        }
+        for n in range(16)
+    ]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks").mkdir()
+    task = {
+        "task": "tiny_choice", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "choice.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
+        "doc_to_target": "answer", "num_fewshot": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "tasks" / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
+    comparison.edit(
+        measure={"margin": False, "tasks": {"names": ["tiny_choice"], "path": str(folder / "tasks")}, "device": "cpu"}
+    )
+    assert call(*comparison.words("-q")).code == 0
+    column = next(column for column in comparison.report()["columns"] if column["key"] == "task/tiny_choice")
+    assert (column["criterion"], column["unit"], column["better"]) == ("benign", "%", "higher")
+    cell = comparison.cells("none")["task/tiny_choice"]
+    for seed in cell["seeds"]:
+        content = json.loads((comparison.output / seed["source"]).read_text())
+        metric = content["tasks"]["tiny_choice"]["metrics"][0]
+        assert (seed["value"], metric["count"]) == (metric["value"], 16)
+    assert cell["low"] < cell["value"] < cell["high"]
+    assert comparison.cells("reference")["task/tiny_choice"]["value"] is not None
