@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from safelora_fast.comparison.figures_text import printable
 from safelora_fast.comparison.markdown import INCOMPLETE
 from safelora_fast.comparison.origins import files, link
 from safelora_fast.comparison.page import render_page
-from safelora_fast.comparison.report import CRITERIA
+from safelora_fast.comparison.report import CRITERIA, ComparisonReport
 
 EXPECTED = {"Cost", "Every run", "Files", "Four criteria", "Learning against drift", "SafeLoRA by threshold"}
 ELEMENTS = """html head meta title style script body main header section h1 h2 p ul li dl div dt dd bdi span b a button table
@@ -169,6 +170,23 @@ def test_the_plot_has_every_row_with_both_measures():
     assert f"for want of a figure: {LONG}, few measures." in figure.one("figcaption").text
     assert HEBREW in figure.one("ul", class_="legend").text
     assert not list(page_of(one_row).all("figure"))
+
+
+def test_a_reference_that_others_are_held_against_is_the_start_of_the_path():
+    """It has no figures of its own then; and a step without a figure is left out, before and after `report.json`."""
+    report = usual()
+    first = replace(report.rows[0], cells={"swap": report.rows[0].cells["swap"]})
+    (zero, *steps), plot = report.plot.path, report.plot
+    plot = replace(plot, path=((*zero[:2], ""), (math.nan, 0.1, "lost"), *steps))
+    report = replace(report, rows=(first, *report.rows[1:]), plot=plot)
+    for each in (report, ComparisonReport.from_dict(report.to_dict())):
+        page = render_page(each)
+        figure = read_page(page).one("figure", class_="learning")
+        drawing = next(figure.all("svg", role="img"))
+        assert [step.text for step in drawing.all(class_="step")] == ["reference", *(step[2] for step in steps)]
+        assert "reference" in [name.text for name in drawing.all(class_="step-name")]
+        assert "for want of" not in figure.text
+        assert "nan" not in {value for mark in drawing.all("circle") for value in mark.attributes.values()}
 
 
 def test_rows_without_a_plot_or_a_sweep():

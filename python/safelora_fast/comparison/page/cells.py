@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from safelora_fast.comparison.figures_text import (
@@ -37,7 +38,7 @@ def figure_cell(cell: Cell | None, column: Column, place: str, identity: str) ->
     for text, class_ in ((interval, "interval"), (format_runs(cell), "partial")):
         shown.append(element("span", text, class_=class_) if text else None)
     if cell.count:
-        clauses = cell.count.replace(", ", ",\n").split("\n")
+        clauses = re.split(r"(?<=[,;]) ", cell.count)  # broken between these first
         shown.append(element("span", join([element("span", clause) for clause in clauses], " "), class_="count"))
     if cell.seeds:
         shown.append(_card(cell, column, place, identity))

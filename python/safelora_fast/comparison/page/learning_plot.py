@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
+from safelora_fast.comparison.figures_text import is_figure
 from safelora_fast.comparison.page.axes import Axes, Sheet, axis_title, text
 from safelora_fast.comparison.page.labels import Box, Labels, shortened
 from safelora_fast.comparison.page.marks import key, mark
@@ -33,9 +34,10 @@ def learning_plot(report: ComparisonReport, caption: str) -> Markup | None:
     drawn = list(points(report, x, y))
     if not drawn:
         return None
-    path = [(shown(across, x), shown(up, y), label) for across, up, label in report.plot.path]
+    path = list(_steps(report, x, y))
     (wide, named), (narrow, _) = (_drawing(sheet, drawn, path, x, y) for sheet in (WIDE, NARROW))
-    missing = [row.name for row in report.rows if all(row is not point.row for point in drawn)]
+    absent = (row for row in report.rows if all(row is not point.row for point in drawn))
+    missing = [row.name for row in absent if not (path and row.kind == "reference")]
     words = element("figcaption", caption, *_explanation(x, y, path=bool(path)), *_missing(missing))
     return element(
         "figure",
@@ -45,6 +47,14 @@ def learning_plot(report: ComparisonReport, caption: str) -> Markup | None:
         words,
         class_="learning",
     )
+
+
+def _steps(report: ComparisonReport, x: Column, y: Column) -> Iterator[tuple[float, float, str]]:
+    """The path as the axes show it; the step that is none of the update, if it has no name, has the reference's."""
+    reference = next((row.name for row in report.rows if row.kind == "reference"), "")
+    for place, (across, up, label) in enumerate(report.plot.path if report.plot else ()):
+        if is_figure(across) and is_figure(up):
+            yield shown(across, x), shown(up, y), label or (reference if place == 0 else "")
 
 
 def _drawing(
