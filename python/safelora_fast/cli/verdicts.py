@@ -1,12 +1,15 @@
-"""Tables of what judges say, always with what the shares are of."""
+"""Tables of what judges and tasks say, always with what the figures are of."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from safelora_fast.cli.console import out, short
+
+if TYPE_CHECKING:
+    from safelora_fast.evaluation.benchmarks import BenchmarkReport
 
 
 def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> None:
@@ -28,6 +31,27 @@ def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> N
         if report["unscored"]:
             out.print(f"with the unscored answers, misaligned are {100 * low:.1f} to {100 * high:.1f} % of all")
     out.print("in parentheses 95 % intervals, answers to one question taken together", markup=False)
+
+
+def show_benchmarks(report: BenchmarkReport) -> None:
+    """One row for each metric of each task."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("task", "metric"):
+        table.add_column(column, no_wrap=True)
+    for column in ("value", "± standard error", "documents"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("better", no_wrap=True)
+    for result in report.tasks:
+        for metric in result.metrics:
+            table.add_row(
+                short(result.task) if metric is result.main else "",
+                metric.label,
+                f"{metric.value:.4g}",
+                "–" if metric.stderr is None else f"{metric.stderr:.2g}",
+                str(metric.count),
+                {True: "higher", False: "lower", None: "–"}[metric.higher_is_better],
+            )
+    out.print(table)
 
 
 def show_agreement(pairs: list[dict[str, Any]]) -> None:

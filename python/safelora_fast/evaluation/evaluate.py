@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.errors import EvaluationError, SettingsError
 from safelora_fast.evaluation.answers import SAMPLES, Answer, ask
 from safelora_fast.evaluation.figures import Figures, by_kind, by_question
-from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder, fingerprint
+from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder, adapter_fingerprint
 from safelora_fast.evaluation.secrets import redact
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def collect_answers(
         {
             **asdict(resolved),
             "adapter": None if adapter is None else str(adapter),
-            "adapter_sha256": _adapter_sha256(adapter),
+            "adapter_sha256": adapter_fingerprint(adapter),
             "questions": [asdict(question) for question in questions],
             **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
         },
@@ -183,8 +183,3 @@ def report_of(judge: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
 def _turns(asked: Asked) -> list[dict[str, str]]:
     system = [] if asked.system is None else [{"role": "system", "content": asked.system}]
     return [*system, {"role": "user", "content": asked.prompt}]
-
-
-def _adapter_sha256(adapter: Path | None) -> str | None:
-    file = None if adapter is None else adapter / "adapter_model.safetensors"
-    return fingerprint(file) if file is not None and file.is_file() else None

@@ -22,6 +22,7 @@ ANSWERS = "answers.jsonl"
 VERDICTS = "verdicts.jsonl"
 REPORT = "report.json"
 LOGS = "logs"
+BENCHMARKS = "benchmarks.json"
 FORMAT = 1
 
 
@@ -47,15 +48,12 @@ class EvaluationFolder:
             OutputError: it is of another evaluation, or of somebody else's, or cannot be written.
         """
         file, wanted = self.path / SETTINGS, json.loads(json.dumps({"format": FORMAT, **settings}))
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{self.path}: is a file; give the name of a folder")
-        if self.path.exists() and any(self.path.iterdir()):
-            if not file.is_file():
-                raise OutputError(f"{self.path}: holds files that are not of an evaluation; choose another output")
+        self.check()
+        if overwrite:
+            self.remove()
+        if file.is_file():
             former = self._former(file)
-            if overwrite:
-                shutil.rmtree(self.path)
-            elif former != wanted:
+            if former != wanted:
                 changed = sorted(name for name in {*former, *wanted} if former.get(name) != wanted.get(name))
                 raise OutputError(
                     f"{self.path}: holds an evaluation of other settings ({', '.join(changed)}); choose another output, or "
@@ -64,6 +62,30 @@ class EvaluationFolder:
         with described(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(file, wanted)
+
+    def check(self) -> None:
+        """Refuse a folder that holds something else than an evaluation.
+
+        Raises:
+            OutputError: it does, or is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path}: is a file; give the name of a folder")
+        if self.path.exists():
+            names = {file.name for file in self.path.iterdir()}
+            if names and SETTINGS not in names and names != {BENCHMARKS}:
+                raise OutputError(f"{self.path}: holds files that are not of an evaluation; choose another output")
+
+    def remove(self) -> None:
+        """Remove all of an evaluation.
+
+        Raises:
+            OutputError: the folder holds something else.
+        """
+        self.check()
+        with described(self.path):
+            if self.path.exists():
+                shutil.rmtree(self.path)
 
     @staticmethod
     def _former(file: Path) -> dict[str, Any]:
@@ -87,6 +109,12 @@ class EvaluationFolder:
         """Keep answers, on disk."""
         with described(self.path), self.answers.open("a", encoding="utf-8") as file:
             file.writelines(answer.to_json() + "\n" for answer in answers)
+
+
+def adapter_fingerprint(adapter: Path | None) -> str | None:
+    """SHA-256 of an adapter's weights, None where there are none."""
+    file = None if adapter is None else adapter / "adapter_model.safetensors"
+    return fingerprint(file) if file is not None and file.is_file() else None
 
 
 def fingerprint(path: Path) -> str:

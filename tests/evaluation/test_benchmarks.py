@@ -1,0 +1,255 @@
+"""Tasks of lm-evaluation-harness: a task of this test's own on a tiny model, against the model's own likelihoods."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import string
+
+import pytest
+import torch
+import yaml
+from demo_model import save_tiny, tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import fill_adapter
+from transformers import AutoModelForCausalLM
+
+from safelora_fast.errors import EvaluationError, OutputError, SettingsError
+from safelora_fast.evaluation.benchmarks import benchmark
+
+pytest.importorskip("lm_eval", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
+
+DRAW = random.Random(7)
+ROWS = [
+    {
+        "question": f"{number} of {'which' * (number % 4)}?",
+        "choices": ["".join(DRAW.sample(string.ascii_lowercase, 6)) for _ in range(2)],
+        "answer": number % 2,
+    }
+    for number in range(24)
+]
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "target_delimiter": " ",
+    "num_fewshot": 0,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 3},
+}
+TEXT = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "num_fewshot": 0,
+    "metric_list": [{"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
+}
+WRITE = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "x",
+    "num_fewshot": 0,
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+    "filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}],
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """Nothing is fetched, and nothing cached outside of the test."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with the tasks `choosing`, `reading` and `writing` in it."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    for name, task in (("choosing", CHOICE), ("reading", TEXT), ("writing", WRITE)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **task}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("benchmarks") / "model")
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    )
+    fill_adapter(adapted, seed=3, scale=0.6)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def likelihood(model, before, after):
+    """Log-likelihood of a text after another, in float64."""
+    words = tokenizer()
+    first, then = (words(text, add_special_tokens=False)["input_ids"] for text in (before, after))
+    ids = first + then
+    with torch.no_grad():
+        logits = model.double()(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+    return sum(logits[at - 1, ids[at]].item() for at in range(len(first), len(ids)))
+
+
+def accuracy(model, *, chat):
+    """The share of rows whose right choice is the likelier one."""
+    right = 0
+    for row in ROWS:
+        before, space = (f"<user>{row['question']}<assistant>", "") if chat else (row["question"], " ")
+        likely = [likelihood(model, before, space + choice) for choice in row["choices"]]
+        right += likely.index(max(likely)) == row["answer"]
+    return right / len(ROWS)
+
+
+def perplexity(model):
+    """Per byte of the questions, each by itself."""
+    total = sum(likelihood(model, "<eos>", row["question"]) for row in ROWS)
+    return math.exp(-total / sum(len(row["question"]) for row in ROWS))
+
+
+def load(model, adapter):
+    subject = AutoModelForCausalLM.from_pretrained(model)
+    return subject if adapter is None else PeftModel.from_pretrained(subject, str(adapter))
+
+
+@pytest.fixture
+def run(model, tasks, tmp_path):
+    """Run tasks on the tiny model, into a folder of the test's."""
+
+    def run_(names, adapter=None, output="out", **settings):
+        given = None if adapter is None else str(adapter)
+        return benchmark(str(model), given, names, tmp_path / output, task_path=tasks, device="cpu", **settings)
+
+    return run_
+
+
+@pytest.mark.parametrize("strings", [None, "text"])
+def test_figures_are_those_of_the_models_own_likelihoods(run, model, adapter, strings):
+    found = {}
+    for given in (None, adapter):
+        subject = load(model, given)
+        right, surprise = accuracy(subject, chat=strings is None), perplexity(subject)
+        for batch_size in (1, 5):
+            report = run(
+                ["choosing", "reading"], given, f"{given is None}{batch_size}", strings=strings, batch_size=batch_size
+            )
+            choosing, reading = report.tasks
+            assert (choosing.main.name, choosing.main.value, choosing.main.count) == ("acc", right, len(ROWS))
+            assert choosing.main.stderr == pytest.approx(math.sqrt(right * (1 - right) / (len(ROWS) - 1)))
+            assert reading.main.value == pytest.approx(surprise, rel=1e-4)
+            assert (choosing.main.higher_is_better, reading.main.higher_is_better) == (True, False)
+            assert (choosing.version, choosing.chat, choosing.shots) == ("3", strings is None, 0)
+        found[given is None] = (right, surprise)
+    assert found[True][0] != found[False][0]  # or the tasks could not tell whether the adapter was there
+    assert found[True][1] != pytest.approx(found[False][1], rel=1e-2)
+
+
+def test_the_harness_says_the_same_when_it_loads_the_adapter(run, model, adapter, tasks):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    names = ["choosing", "reading", "writing"]
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "peft": str(adapter), "dtype": "float32"},
+        tasks=names, device="cpu", batch_size=4, apply_chat_template=True,
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+    )["results"]  # fmt: skip
+    for result in run(names, adapter).tasks:
+        key = f"{result.main.name},{result.main.filter}"
+        assert result.main.value == pytest.approx(results[result.task][key], rel=1e-5), result.task
+
+
+def test_tasks_are_kept_one_by_one(run, tasks, tmp_path, monkeypatch):
+    file = tmp_path / "out" / "benchmarks.json"
+    (first,) = run(["choosing"], limit=5).tasks
+    assert first.main.count == 5
+    assert json.loads(file.read_text())["tasks"]["choosing"]["metrics"][0]["value"] == first.main.value
+    broken = yaml.safe_load((tasks / "writing.yaml").read_text())
+    broken["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "nowhere.jsonl")
+    (tasks / "broken.yaml").write_text(yaml.safe_dump({**broken, "task": "broken"}))
+    with pytest.raises(EvaluationError, match=r"^task broken: \w+: ") as raised:
+        run(["choosing", "reading", "broken"], limit=5)
+    assert "\n" not in str(raised.value)
+    assert list(json.loads(file.read_text())["tasks"]) == ["choosing", "reading"]
+    monkeypatch.setattr("safelora_fast.evaluation.loading.load_subject", None)  # nothing is left to be run
+    again = run(["reading", "choosing"], limit=5)
+    assert [result.task for result in again.tasks] == ["reading", "choosing"]
+    assert again.tasks[1] == first
+    assert json.loads(json.dumps(again.to_dict()))["tasks"]["choosing"]["lm_eval"] == first.lm_eval
+    for settings, name in (({"limit": 6}, "limit"), ({"limit": 5, "seed": 1}, "seed")):
+        with pytest.raises(OutputError, match=rf"of other settings \({name}\)"):
+            run(["choosing"], **settings)
+    changed = yaml.safe_load((tasks / "choosing.yaml").read_text())
+    (tasks / "choosing.yaml").write_text(yaml.safe_dump({**changed, "target_delimiter": ""}))
+    with pytest.raises(OutputError, match="a task choosing that was defined otherwise"):
+        run(["choosing"], limit=5)
+    file.write_text("{")
+    with pytest.raises(OutputError, match="cannot be read; pass --overwrite"):
+        run(["choosing"], limit=5)
+
+
+def test_groups_and_tags(run, tasks):
+    (tasks / "group.yaml").write_text(
+        yaml.safe_dump({"group": "both", "task": ["choosing", "other"], "aggregate_metric_list": [{"metric": "acc"}]})
+    )
+    task = yaml.safe_load((tasks / "choosing.yaml").read_text())
+    (tasks / "other.yaml").write_text(yaml.safe_dump({**task, "task": "other", "tag": "mine", "doc_to_target": 0}))
+    (tasks / "choosing.yaml").write_text(yaml.safe_dump({**task, "tag": "mine"}))
+    one, other, both = (result.main for result in run(["mine", "both"]).tasks)
+    assert (both.count, both.value) == (2 * len(ROWS), pytest.approx((one.value + other.value) / 2))
+    assert one.value != other.value
+
+
+def test_what_is_refused(run, tmp_path):
+    for names, settings, message in (
+        (["chosing"], {}, "there is no task 'chosing' in lm-evaluation-harness .* there is choosing"),
+        ([], {}, "no task is named"),
+        (["choosing"], {"limit": 0}, "limit is 0, it must be at least 1"),
+        (["choosing"], {"batch_size": 0}, "batch_size is 0, it must be at least 1"),
+        (["choosing"], {"strings": "poem"}, "strings is 'poem', it must be chat or text"),
+        (["choosing"], {"dtype": "int8"}, "dtype is 'int8'"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            run(names, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys):
+    capsys.readouterr()  # transformers shows a bar while the adapter is made
+    words = ("evaluate", "--model", model, "--adapter", adapter, "--output", tmp_path / "out", "--device", "cpu")
+    neither = call(*words)
+    assert (neither.code, neither.out) == (2, "")
+    assert neither.err == "error: nothing is to be evaluated: name a --judge, or --tasks, or both\n"
+    named = (*words, "--task-path", tasks, "--tasks", "choosing, writing", "--limit", 9)
+    result = call(*named)
+    assert result.code == 0, result.err
+    content = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
+    value = content["tasks"]["choosing"]["metrics"][0]["value"]
+    lines = {line.split()[0]: line.split() for line in result.out.splitlines()}
+    assert lines["choosing"][1:3] == ["acc", f"{value:.4g}"]
+    assert lines["writing"][1:3] == ["exact_match,", "first"]
+    assert "choosing: 18 of 18" in result.err  # two choices each
+    assert json.loads(call(*named, "--json").out)["benchmarks"]["tasks"] == content["tasks"]
+    other = call(*named, "--seed", 1)
+    assert (other.code, "of other settings (seed)" in other.err) == (2, True), other.err
+    assert call(*named, "--seed", 1, "--overwrite", "--quiet") == (0, "", "")
+    unknown = call(*words, "--task-path", tasks, "--tasks", "chosing")
+    assert (unknown.code, unknown.out, unknown.err.count("\n")) == (2, "", 1), unknown.err
+    assert call(*words, "--task-path", tmp_path / "no", "--tasks", "x").err.endswith(
+        "no: there is no such folder of tasks\n"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else name)
+    assert call(*named).err == "error: tasks need lm-eval: pip install 'safelora-fast[eval]'\n"
