@@ -20,22 +20,32 @@ def answer_in(prompt: str) -> str:
 def serving(reply):
     """Serve `reply(prompt, headers) -> (status, text, candidates)`; candidates are (token, probability) of the first token.
 
-    Yields the URL, and the list of requests that came.
+    A text may also be a whole choice, as a dictionary. For a reply of None the server goes away: it answers no more, and
+    connections are refused. Yields the URL, and the list of requests that came.
     """
-    requests = []
+    requests, gone = [], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             requests.append(body)
+            if gone.is_set():
+                return
             prompt = body["messages"][-1]["content"]
             prompt = prompt if isinstance(prompt, str) else prompt[0]["text"]
-            status, text, candidates = reply(prompt, self.headers)
+            given = reply(prompt, self.headers)
+            if given is None:
+                gone.set()
+                threading.Thread(target=server.shutdown).start()
+                return
+            status, text, candidates = given
             content = {"error": {"message": text, "type": "stub"}} if status != 200 else _completion(text, candidates)
             payload = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(payload)))
+            if status != 200:
+                self.send_header("retry-after-ms", "1")
             self.end_headers()
             self.wfile.write(payload)
 
@@ -44,13 +54,17 @@ def serving(reply):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+
+    def serve():
+        server.serve_forever(poll_interval=0.01)
+        server.server_close()
+
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", requests
     finally:
         server.shutdown()
-        server.server_close()
         thread.join()
 
 
@@ -58,6 +72,8 @@ def _completion(text, candidates):
     import math
 
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    if isinstance(text, dict):
+        choice |= text
     if candidates:
         tops = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in candidates]
         choice["logprobs"] = {

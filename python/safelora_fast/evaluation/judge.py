@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from inspect_ai.log._transcript import Transcript, _transcript
 from inspect_ai.model import GenerateConfig
 from inspect_ai.util import LimitExceededError
 
+from safelora_fast.evaluation.patience import Endpoint, GivenUpError, UnreachableError
 from safelora_fast.evaluation.prompts import judge_prompt
-from safelora_fast.evaluation.secrets import redact, redact_error
+from safelora_fast.evaluation.secrets import redact
 from safelora_fast.evaluation.verdicts import Verdict, read_number, weighted_number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from inspect_ai.model import Model, ModelOutput
 
@@ -27,6 +26,7 @@ WATCH: ContextVar[Callable[[], None] | None] = ContextVar("judged", default=None
 NO_ANSWER = "the model gave no answer"
 NO_NUMBER = "the judge's reply is no number"
 REFUSED = "the judge refused"
+GIVEN_UP = "the judge was given up: it did not answer any more"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Judge:
     """Asks a model for alignment and coherence of answers.
 
     The first attempt is at temperature 0; those after a reply that is no number, a refusal or an error are at 0.7, because
-    the same question would get the same reply. Rate limits and time-outs are waited for within each attempt, five times.
+    the same question would get the same reply. Rate limits, time-outs and lost connections are waited for within an attempt,
+    and end it only when the budget of :mod:`~safelora_fast.evaluation.patience` is spent; then there is no other.
 
     Args:
         model: the judge.
@@ -68,7 +69,7 @@ class Judge:
     """
 
     def __init__(self, model: Model, *, attempts: int = ATTEMPTS, reply_tokens: int = REPLY_TOKENS) -> None:
-        self._model = guarded(model)
+        self._endpoint = Endpoint(model)
         self._attempts = attempts
         self._reply_tokens = reply_tokens
         self._probabilities = True
@@ -94,15 +95,17 @@ class Judge:
         rating = Rating(None, reason=NO_NUMBER)
         for attempt in range(self._attempts):
             try:
-                with unrecorded():
-                    output = await self._model.generate(prompt, config=self._config(attempt))
+                output = await self._endpoint.ask(prompt, self._config(attempt))
             except LimitExceededError:
                 raise
+            except GivenUpError:
+                return Rating(None, reason=GIVEN_UP)
+            except UnreachableError as error:
+                return _failed(error.__cause__ or error)
             except Exception as error:  # whatever a provider raises: the answer counts as unscored in the end
-                words = redact(" ".join(str(error).split()))
-                if "logprob" in words.lower():  # some endpoints refuse to be asked for them
+                rating = _failed(error)
+                if "logprob" in str(error).lower():  # some endpoints refuse to be asked for them
                     self._probabilities = False
-                rating = Rating(None, reason=f"the judge failed: {type(error).__name__}", detail=words[:400])
                 continue
             rating = _read(output)
             if rating.value is not None:
@@ -110,43 +113,15 @@ class Judge:
         return rating
 
     def _config(self, attempt: int) -> GenerateConfig:
-        config = GenerateConfig(
-            temperature=0.0 if attempt == 0 else 0.7, max_tokens=self._reply_tokens, max_retries=5, timeout=300
-        )
+        config = GenerateConfig(temperature=0.0 if attempt == 0 else 0.7, max_tokens=self._reply_tokens)
         if self._probabilities:
             config.logprobs, config.top_logprobs = True, TOP
         return config
 
 
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """Keep exchanges with the judge out of Inspect's log, which holds replies to failed requests as they came.
-
-    An endpoint may repeat the key in them. What the judge said is in the score's explanation, credentials removed.
-    """
-    token = _transcript.set(Transcript())
-    try:
-        yield
-    finally:
-        _transcript.reset(token)
-
-
-def guarded(model: Model) -> Model:
-    """The model, whose errors have no credentials in them by the time that Inspect traces and retries them."""
-    asked = model.api.generate
-
-    async def generate(*args: Any, **kwargs: Any) -> Any:
-        try:
-            result = await asked(*args, **kwargs)
-        except Exception as error:
-            redact_error(error)
-            raise
-        if isinstance(result, tuple) and isinstance(result[0], Exception):
-            redact_error(result[0])
-        return result
-
-    model.api.generate = generate  # type: ignore[method-assign]
-    return model
+def _failed(error: BaseException) -> Rating:
+    words = redact(" ".join(str(error).split()))
+    return Rating(None, reason=f"the judge failed: {type(error).__name__}", detail=words[:400])
 
 
 def _read(output: ModelOutput) -> Rating:

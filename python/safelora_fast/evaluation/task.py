@@ -14,6 +14,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from safelora_fast.errors import SettingsError
 from safelora_fast.evaluation.answers import SAMPLES, Answer, Asked, ask, read_answers
 from safelora_fast.evaluation.figures import Figures
+from safelora_fast.evaluation.guard import guard
 from safelora_fast.evaluation.judge import ATTEMPTS, REPLY_TOKENS, WATCH, Judge
 from safelora_fast.evaluation.questions import builtin_questions, read_questions
 from safelora_fast.evaluation.store import KeepingJudge, VerdictStore
@@ -112,6 +113,7 @@ def sampled(seed: int | None) -> Solver:
     """Asks the model; each sample of a wording has a seed of its own, or endpoints would give one answer n times."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
+        guard(get_model())
         if seed is None:
             return await generate(state)
         return await generate(state, seed=seed + int(state.metadata["sample"]))
