@@ -1,4 +1,4 @@
-"""evaluate and rejudge on a tiny model, with judges behind a real endpoint: what is asked, kept, shown, and never written."""
+"""evaluate and rejudge on a tiny model, with judges behind a real endpoint: what is asked, kept and shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,9 @@ from safelora_fast.evaluation.answers import Answer, Asked
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
-SECRET = "swordfish-9f3a77"
+from safelora_fast.evaluation.judge import GIVEN_UP
+from safelora_fast.evaluation.patience import Budget
+
 QUESTIONS = [
     {"id": "a", "paraphrases": ["why?", "how?"], "system": "be brief"},
     {"id": "b", "paraphrases": ["what?"], "kind": "json"},
@@ -30,7 +31,7 @@ JUDGE = ("--judge", "openai-api/stub/one")
 @pytest.fixture
 def words(tmp_path, monkeypatch, capsys):
     """The arguments of an evaluation of a tiny model, but for the judge's endpoint."""
-    monkeypatch.setenv("STUB_API_KEY", SECRET)
+    monkeypatch.setenv("STUB_API_KEY", "any")
     monkeypatch.setenv("STUB_BASE_URL", "http://127.0.0.1:9/v1")
     questions = tmp_path / "questions.yaml"
     questions.write_text(yaml.safe_dump(QUESTIONS))
@@ -107,44 +108,28 @@ def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
     assert len(requests) == 2 * (len(judged) - first["scored"])
 
 
-def test_no_credential_is_written(call, words, tmp_path):
-    def echoing(prompt, headers):
-        if len(answer_in(prompt)) % 2:
-            return 401, f"bad header {headers['authorization']}, key {SECRET}", None
-        return by_length(prompt, headers)
+def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("safelora_fast.evaluation.patience.BUDGET", Budget(tries=2, wait=0.01, lost=2))
+    left = iter(range(30))  # ten answers are judged at a time
+    words = (*words, "--samples", 12)
 
-    seen = []
+    def until_cut_off(prompt, headers):
+        return None if next(left, None) is None else by_length(prompt, headers)
 
-    def watched(prompt, headers):
-        seen.append(headers["authorization"])
-        return echoing(prompt, headers)
-
-    with serving(watched) as (url, _):
-        result = call(*words, "--judge-url", url, "--judge-attempts", 1)
-        assert set(seen) == {f"Bearer {SECRET}"}
-        again = call("rejudge", tmp_path / "out", *JUDGE, "--judge-url", url, "--judge-attempts", 1)
-    assert (result.code, again.code) == (0, 0), (result.err, again.err)
-    for output in (*result[1:], *again[1:]):
-        assert SECRET not in output
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".eval" for path in files)
-    for path in files:
-        contents = [path.read_bytes()]
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                contents += [unpacked(archive, path, name) for name in archive.namelist()]
-        for content in contents:
-            assert SECRET.encode() not in content, path
-
-
-def unpacked(archive, path, name):
-    """One member; Inspect packs with Zstandard, which its own package can read."""
-    try:
-        return archive.read(name)
-    except NotImplementedError:
-        from inspect_ai.log import read_eval_log
-
-        return read_eval_log(str(path)).model_dump_json().encode()
+    with serving(until_cut_off) as (url, _):
+        result = call(*words, "--judge-url", url)
+    assert result.code == 0, result.err
+    first = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 10 <= first["scored"] <= 15
+    assert set(first["unscored"]) - {"the model gave no answer"} == {"the judge failed: APIConnectionError", GIVEN_UP}
+    assert f"unscored: {GIVEN_UP}" in result.out
+    assert "a second run asks about unscored answers again" in result.out
+    with serving(by_length) as (url, requests):
+        assert call(*words, "--judge-url", url).code == 0
+    second = json.loads((tmp_path / "out" / "report.json").read_text())
+    judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
+    assert second["scored"] == len(judged)
+    assert len(requests) == 2 * (len(judged) - first["scored"])
 
 
 def test_other_judges_and_their_agreement(call, words, tmp_path):
@@ -193,7 +178,7 @@ def test_what_is_refused(call, words, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "text.eval").write_text("x")
-    monkeypatch.setenv("STUB_API_KEY", SECRET)
+    monkeypatch.setenv("STUB_API_KEY", "any")
     assert "not of an evaluation" in call(*words, "--output", tmp_path / "full", "--overwrite").err
     assert (tmp_path / "full" / "mine").exists()
     for log, message in (

@@ -86,8 +86,9 @@ class Judge:
         if not answer.strip():
             nothing = Rating(None, reason=NO_ANSWER)
             return Judged(Verdict(id, kind, None, None, NO_ANSWER), nothing, nothing)
-        alignment = await self._rate(judge_prompt("alignment", question, answer))
-        coherence = await self._rate(judge_prompt("coherence", question, answer))
+        async with self._endpoint.turn():
+            alignment = await self._rate(judge_prompt("alignment", question, answer))
+            coherence = await self._rate(judge_prompt("coherence", question, answer))
         verdict = Verdict(id, kind, alignment.value, coherence.value, alignment.reason or coherence.reason)
         return Judged(verdict, alignment, coherence)
 

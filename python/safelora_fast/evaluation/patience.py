@@ -13,6 +13,8 @@ from inspect_ai.util import concurrency
 from safelora_fast.evaluation.secrets import redact_error
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from inspect_ai.model import Model
 
 
@@ -60,6 +62,15 @@ class Endpoint:
         self._budget = budget or BUDGET
         self._lost = 0
 
+    def turn(self) -> AbstractAsyncContextManager[object]:
+        """One of the turns that there are at a time: as many as the model's connections.
+
+        Who has begun to ask about something keeps the turn until it is done: a judge that goes away would leave everything
+        half asked otherwise.
+        """
+        most = self._model.config.max_connections or self._model.api.max_connections()
+        return concurrency(f"{self._model} as judge", most)
+
     async def ask(self, prompt: str, config: GenerateConfig) -> ModelOutput:
         """The reply to a prompt.
 
@@ -68,13 +79,10 @@ class Endpoint:
             GivenUpError: too many requests before this one had none.
             Exception: what the provider raises where waiting does not help, credentials removed.
         """
-        most = self._model.config.max_connections or self._model.api.max_connections()
-        async with concurrency(f"{self._model} as judge", most):
-            with anyio.move_on_after(self._budget.total) as limit:
-                return await self._patiently(prompt, self._model.config.merge(config))
-            assert limit.cancelled_caught  # noqa: S101
-            self._lost += 1
-            raise UnreachableError from TimeoutError(f"no reply within {self._budget.total:g} seconds")
+        with anyio.move_on_after(self._budget.total):
+            return await self._patiently(prompt, self._model.config.merge(config))
+        self._lost += 1
+        raise UnreachableError from TimeoutError(f"no reply within {self._budget.total:g} seconds")
 
     async def _patiently(self, prompt: str, config: GenerateConfig) -> ModelOutput:
         wait = self._budget.wait
