@@ -227,7 +227,7 @@ def test_what_is_refused(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys):
+def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys, caplog):
     capsys.readouterr()  # transformers shows a bar while the adapter is made
     words = ("evaluate", "--model", model, "--adapter", adapter, "--output", tmp_path / "out", "--device", "cpu")
     neither = call(*words)
@@ -236,6 +236,7 @@ def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys)
     named = (*words, "--task-path", tasks, "--tasks", "choosing, writing", "--limit", 9)
     result = call(*named)
     assert result.code == 0, result.err
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")] == []
     content = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
     value = content["tasks"]["choosing"]["metrics"][0]["value"]
     lines = {line.split()[0]: line.split() for line in result.out.splitlines()}

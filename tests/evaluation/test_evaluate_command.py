@@ -99,7 +99,8 @@ def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
     assert result.code == 0, result.err
     first = json.loads((tmp_path / "out" / "report.json").read_text())
     assert first["answers"] - first["scored"] > 0
-    assert "unscored: the judge failed" in result.out
+    assert "unscored: the judge failed: BadRequestError, e.g. 'Error code: 400 - " in result.out
+    assert "gone" in first["unscored_examples"]["the judge failed: BadRequestError"]
     with serving(by_length) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
     second = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -25,6 +25,7 @@ from judge_server import alignment_or_coherence, answer_in
 
 from safelora_fast.errors import OutputError, SettingsError
 from safelora_fast.evaluation.answers import Answer, Asked
+from safelora_fast.evaluation.judge import NO_NUMBER
 from safelora_fast.evaluation.store import VerdictStore
 from safelora_fast.evaluation.task import emergent_misalignment, verdict_of
 
@@ -92,7 +93,7 @@ def test_recorded_answers_with_known_rates(run, tmp_path):
     assert (found["scored_answers"], found["misaligned"], found["incoherent"]) == (20, 0.3, 0.2)
     assert 0 < found["misaligned_low"] < 0.3 < found["misaligned_high"] < 1
     unscored = [verdict for verdict in verdicts(log) if not verdict.scored]
-    assert [verdict.reason for verdict in unscored] == ["the judge's reply is no number"] * 2
+    assert [(verdict.reason, verdict.detail) for verdict in unscored] == [(NO_NUMBER, "I cannot rate this")] * 2
     assert [sample.output.completion for sample in log.samples][:2] == ["good", "good"]
 
 

@@ -196,7 +196,7 @@ class _Run:
 
 
 def _run(run: _Run, wanted: list[str], folder: Path | None, overwrite: bool) -> BenchmarkReport:
-    from safelora_fast.evaluation.harness import CountedModel, Tasks, measure
+    from safelora_fast.evaluation.harness import VERSION, CountedModel, Tasks, measure
     from safelora_fast.evaluation.loading import load_subject
 
     tasks = Tasks(folder, wanted)
@@ -211,7 +211,7 @@ def _run(run: _Run, wanted: list[str], folder: Path | None, overwrite: bool) -> 
         model = CountedModel(subject, run.batch_size, run.progress)
         for name in missing:
             results = measure(model, tasks, name, limit=run.settings["limit"], chat=chat, seed=run.settings["seed"])
-            kept.add(_result(name, results, chat, tasks.definition(name)))
+            kept.add(_result(name, results, chat, VERSION, tasks.definition(name)))
     return BenchmarkReport(kept.path, run.settings, tuple(kept.results[name] for name in tasks.names))
 
 
@@ -221,7 +221,7 @@ def _task_folder(path: Path) -> Path:
     return path.expanduser().resolve()
 
 
-def _result(name: str, results: dict[str, Any], chat: bool, definition: str) -> TaskResult:
+def _result(name: str, results: dict[str, Any], chat: bool, version: str, definition: str) -> TaskResult:
     """The figures of one task among what the harness says, where they stand as `metric,filter` and `metric_stderr,filter`."""
     figures = results["results"][name]
     counts, better = figures.get("sample_count", {}), results["higher_is_better"].get(name, {})
@@ -243,7 +243,7 @@ def _result(name: str, results: dict[str, Any], chat: bool, definition: str) -> 
         str(results["versions"].get(name)),
         shots,
         chat,
-        str(results["lm_eval_version"]),
+        version,
         definition,
     )
 

@@ -47,12 +47,14 @@ class Figures:
         misaligned: of the scored answers.
         incoherent: of the scored answers.
         unscored: reasons, and how many answers each left unscored.
+        examples: for a reason, a reply or error of the judge.
     """
 
     answers: int
     misaligned: Rate
     incoherent: Rate
     unscored: dict[str, int]
+    examples: dict[str, str]
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> Figures:
@@ -64,6 +66,7 @@ class Figures:
             _rate(scored, lambda verdict: verdict.misaligned),
             _rate(scored, lambda verdict: verdict.incoherent),
             dict(reasons.most_common()),
+            {verdict.reason or "unknown": verdict.detail for verdict in reversed(verdicts) if verdict.detail},
         )
 
     @property
@@ -85,6 +88,7 @@ class Figures:
             "answers": self.answers,
             "scored": self.scored,
             "unscored": self.unscored,
+            "unscored_examples": self.examples,
             "misaligned": self.misaligned.to_dict(),
             "incoherent": self.incoherent.to_dict(),
             "misaligned_bounds": None if self.bounds is None else list(self.bounds),

@@ -16,6 +16,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
+from transformers import set_seed
 
 from safelora_fast.errors import EvaluationError, SettingsError
 from safelora_fast.recipe.loading import first_line
@@ -80,7 +81,10 @@ class CountedModel(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, subject: Subject, batch_size: int, progress: Progress | None) -> None:
-        super().__init__(pretrained=subject.model, tokenizer=subject.tokenizer, backend="causal", batch_size=batch_size)
+        with silence():
+            super().__init__(
+                pretrained=subject.model, tokenizer=subject.tokenizer, backend="causal", batch_size=batch_size
+            )
         self._progress = progress
         self._done = self._total = 0
         self.task = ""
@@ -137,17 +141,20 @@ def measure(
     model.task = name
     try:
         with silence():
-            results = lm_eval.simple_evaluate(
-                model=model,
-                tasks=[name],
-                task_manager=tasks.manager,
+            set_seed(seed)
+            loaded = tasks.manager.load([name])
+            for task in loaded["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config("num_fewshot", 0)
+                task.set_fewshot_seed(seed)
+            # simple_evaluate does the same, and asks pip and git about this machine besides
+            results = lm_eval.evaluate(
+                lm=model,
+                task_dict=loaded,
                 limit=limit,
                 apply_chat_template=chat,
+                fewshot_as_multiturn=True,
                 log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
             )
     except Exception as error:  # tasks bring code, data sets and metrics of their own: anything can be raised
         raise EvaluationError(f"task {name}: {type(error).__name__}: {first_line(error)}") from error

@@ -89,8 +89,9 @@ class Judge:
         async with self._endpoint.turn():
             alignment = await self._rate(judge_prompt("alignment", question, answer))
             coherence = await self._rate(judge_prompt("coherence", question, answer))
-        verdict = Verdict(id, kind, alignment.value, coherence.value, alignment.reason or coherence.reason)
-        return Judged(verdict, alignment, coherence)
+        failed = next((rating for rating in (alignment, coherence) if rating.value is None), None)
+        why = (None, None) if failed is None else (failed.reason, failed.detail)
+        return Judged(Verdict(id, kind, alignment.value, coherence.value, *why), alignment, coherence)
 
     async def _rate(self, prompt: str) -> Rating:
         rating = Rating(None, reason=NO_NUMBER)

@@ -194,6 +194,7 @@ def to_score(judged: Judged, answer: str) -> Score:
         "coherence": verdict.coherence,
         "how": {"alignment": judged.alignment.how, "coherence": judged.coherence.how},
         "reason": verdict.reason,
+        "detail": verdict.detail,
     }
     words = f"alignment: {judged.alignment.detail or '–'}; coherence: {judged.coherence.detail or '–'}"
     if not verdict.scored:
@@ -210,4 +211,6 @@ def to_score(judged: Judged, answer: str) -> Score:
 def verdict_of(score: Score) -> Verdict:
     """The verdict that a score was made from."""
     data = score.metadata or {}
-    return Verdict(data["question"], data["kind"], data["alignment"], data["coherence"], data["reason"])
+    return Verdict(
+        data["question"], data["kind"], data["alignment"], data["coherence"], data["reason"], data.get("detail")
+    )

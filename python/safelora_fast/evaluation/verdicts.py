@@ -30,6 +30,7 @@ class Verdict:
         alignment: 0 to 100, None where the judge gave no number.
         coherence: 0 to 100, None where the judge gave no number.
         reason: why it is unscored, None where it is scored.
+        detail: where it is unscored, the judge's last reply or error, credentials removed.
     """
 
     question: str
@@ -37,6 +38,7 @@ class Verdict:
     alignment: float | None
     coherence: float | None
     reason: str | None = None
+    detail: str | None = None
 
     @property
     def scored(self) -> bool:
