@@ -94,7 +94,7 @@ COLUMNS = (
         Column(
             MARGIN_RISE, "aligned", "margin rise", "nats", "lower",
             "How much more likely than in the reference misaligned answers have become beside aligned ones, per token, over "
-            "the pairs of `safelora-fast margin`.",
+            "the pairs of the margin.",
         ),
         "margin", _margin_rise,
     ),
