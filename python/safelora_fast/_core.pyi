@@ -15,6 +15,7 @@ __all__ = [
     "SafetensorsFile",
     "View",
     "__version__",
+    "copy_views",
     "cpu_features",
     "cuda_kernels",
     "default_threads",
@@ -79,6 +80,13 @@ class View:
     @property
     def nbytes(self) -> int:
         """Bytes of the elements that the view covers."""
+
+def copy_views(views: Sequence[View], targets: Sequence[tuple[int, int]], *, threads: int | None = None) -> None:
+    """Copy the stored bytes of each view, from its first element to its last, to (address, length), by several threads.
+
+    The caller keeps the memory alive and lets nobody else use it meanwhile; pages of the files are given back. Raises
+    ValueError when a length is another than the view has, or two targets share memory.
+    """
 
 @final
 class Part:
@@ -191,6 +199,9 @@ class ProjectionStream(Iterator[JobOutcome]):
     ) -> ProjectionStream: ...
     def __iter__(self) -> ProjectionStream: ...
     def __next__(self) -> JobOutcome: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both checkpoints that all jobs cover."""
     @property
     def bytes_done(self) -> int: ...
     def close(self) -> None: ...

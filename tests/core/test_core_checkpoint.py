@@ -66,6 +66,27 @@ def test_a_view_keeps_its_file_open(tmp_path: Path) -> None:
     assert "2x3" in repr(part)
 
 
+def test_views_are_copied_to_memory(tmp_path: Path) -> None:
+    whole = np.random.default_rng(2).standard_normal((300, 70)).astype(np.float32)
+    path = tmp_path / "model.safetensors"
+    save_file({"a": whole}, path)
+    file = _core.SafetensorsFile(str(path))
+    views = [
+        _core.View(file, "a", offset=70 * row, rows=rows, cols=70, row_stride=70) for row, rows in ((0, 300), (7, 2))
+    ]
+    targets = [np.full((rows, 70), np.nan, np.float32) for rows in (300, 2)]
+    places = [(target.ctypes.data, target.nbytes) for target in targets]
+    _core.copy_views(views, places, threads=3)
+    assert np.array_equal(targets[0], whole)
+    assert np.array_equal(targets[1], whole[7:9])
+    with pytest.raises(ValueError, match="2 views but 1 targets"):
+        _core.copy_views(views, places[:1])
+    with pytest.raises(ValueError, match=r'a target of 4 bytes at .* for tensor "a", whose view has 560'):
+        _core.copy_views(views, [places[0], (places[1][0], 4)])
+    with pytest.raises(ValueError, match="two targets share memory"):
+        _core.copy_views(views, [places[0], (places[0][0] + 560, 560)])
+
+
 def test_an_index_gives_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
     for shard in shards.values():

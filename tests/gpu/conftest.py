@@ -56,8 +56,11 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def in_a_graph(device, run):
-    """The result of `run` replayed from a CUDA graph, captured after one run that compiles and makes plans."""
+def in_a_graph(device, run, change=lambda: None):
+    """The result of `run` replayed from a CUDA graph, captured after one run that compiles and makes plans.
+
+    `change` is called before the replay.
+    """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -66,6 +69,7 @@ def in_a_graph(device, run):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
+    change()
     graph.replay()
     torch.cuda.synchronize(device)
     return result
@@ -75,7 +79,7 @@ def in_a_graph(device, run):
 def captured(device):
     if device.type != "cuda":
         pytest.skip("graphs are CUDA's")
-    return lambda run: in_a_graph(device, run)
+    return lambda *functions: in_a_graph(device, *functions)
 
 
 @pytest.fixture

@@ -59,6 +59,31 @@ def test_against_float64_twice(device, direction, dtype, tolerance, settings):
     assert torch.equal(same, gradient)
 
 
+def test_capture(device, captured):
+    """The graph serves another mask than the one that it was captured with."""
+    student, reference, head, mask, labels = inputs(device, torch.bfloat16)
+    student.requires_grad_()
+
+    def run():
+        shared = linear_kl_cross_entropy(
+            student, reference, head, mask, labels, kl_weight=0.3, cross_entropy_weight=0.01, figures=True
+        )
+        return shared.loss, shared.kl, shared.tokens.entropy, *torch.autograd.grad(shared.loss, student)
+
+    alone = captured(lambda: linear_kl(student, reference, head, mask))
+    assert torch.allclose(alone, linear_kl(student, reference, head, mask), rtol=1e-3)
+    now, swapped = mask.clone(), mask.roll(3, 1)
+
+    def change():
+        mask.copy_(swapped)
+        student.data.nan_to_num_(0.5)
+
+    found = captured(run, change)
+    for ours, theirs in zip(found, run(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4 * theirs.abs().max().item())
+    assert not torch.equal(now, mask)
+
+
 def test_two_streams(device, on_two_streams):
     student, reference, head, mask, _ = inputs(device, torch.bfloat16)
     expected = linear_kl(student, reference, head, mask)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelora_fast.ops import linear_kl, linear_kl_cross_entropy
-from safelora_fast.ops.linear_kl import cross_entropy_reference, linear_kl_reference
+from safelora_fast.ops.linear_kl import cross_entropy_reference, linear_kl_reference, rows
 from safelora_fast.ops.linear_kl import head as head_module
 from safelora_fast.ops.linear_kl import triton as backend
 from safelora_fast.ops.linear_kl.reference import logits
@@ -159,6 +160,48 @@ def test_classes_that_no_model_may_choose(direction):
     assert torch.allclose(shared.tokens.nll.flatten().double()[MASK.flatten()], nll[MASK.flatten()], rtol=1e-5)
     assert torch.allclose(shared.tokens.entropy.flatten().double()[MASK.flatten()], entropy[MASK.flatten()], rtol=1e-5)
     assert torch.autograd.grad(shared.kl + shared.loss, student)[0][MASK].isfinite().all()
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Raises where a result's size or value would have to be known on the host, or a copy between host and device be made."""
+
+    WAITING = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "equal", "lift_fresh")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        indices = args[1] if name == "index" else ()
+        assert name not in self.WAITING, name
+        assert not any(index is not None and index.dtype == torch.bool for index in indices)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("mask", [MASK, torch.zeros_like(MASK)], ids=["some", "none"])
+def test_a_graph_computes_every_token_and_waits_for_none(direction, mask, monkeypatch):
+    """As while a CUDA graph is captured: the same results, whatever lies in tokens that do not count."""
+    student, reference, head, bias = inputs(torch.float32, 0.1)
+    reference[1, 2] = torch.nan if not mask.any() else reference[1, 2]
+    settings = {"direction": direction, "bias": bias, "softcap": 20.0}
+    labels = LABELS if mask.any() else torch.full_like(LABELS, -100)
+
+    def results():
+        alone = linear_kl(student, reference, head, mask, **settings)
+        shared = linear_kl_cross_entropy(
+            student, reference, head, mask, labels, kl_weight=0.3, cross_entropy_weight=0.07, figures=True, **settings
+        )
+        gradients = [torch.autograd.grad(value, student)[0] for value in (alone, shared.loss)]
+        figures = (shared.tokens.nll, shared.tokens.entropy, shared.tokens.is_top1)
+        return alone, shared.loss, shared.kl, shared.cross_entropy, *figures, *gradients
+
+    expected = results()
+    with pytest.raises(AssertionError, match="nonzero"), NobodyWaits():
+        results()
+    monkeypatch.setattr(rows, "is_captured", lambda _: True)
+    with NobodyWaits():
+        found = results()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-7)
+    assert expected[0] > 0 or not mask.any()
 
 
 def test_identical_empty_and_bad():

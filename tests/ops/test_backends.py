@@ -185,6 +185,40 @@ def test_without_triton():
     )
 
 
+def test_torch_for_the_cpu_alone():
+    """Its build knows no CUDA, and comes without triton; every operation works, and what names a GPU says what is missing."""
+    code = (
+        BLOCKED.format(name="triton")
+        + """
+    import os, torch
+    torch.version.cuda = None
+    torch.cuda.is_available = lambda: False
+    from safelora_fast.ops import backends, cuda_runtime, feature_distance, linear_kl, subspace_projections
+    from safelora_fast.posthoc.device_stream import torch_device
+    cuda_runtime.DRIVERS = ("libabsent.so.1",)
+    states, mask = torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    assert float(feature_distance([states], [2 * states], mask, "none")) == 6
+    assert float(linear_kl(states, states, torch.eye(3), mask)) == 0
+    assert float(subspace_projections([torch.eye(3)], [torch.eye(3)])[0].product.sum()) == 3
+    print(backends.describe("feature_distance"))
+    os.environ["SAFELORA_FAST_BACKEND"] = "cuda"
+    for ask in (lambda: feature_distance([states], [states], mask), lambda: torch_device("cuda:3")):
+        try:
+            ask()
+        except backends.BackendError as error:
+            print(error)
+    """
+    )
+    description, on_the_cpu, device, *_ = python(code, CUDA_VISIBLE_DEVICES="")
+    assert description.startswith("CPU: native; GPU: none here (triton: triton is not installed); cuda: ")
+    assert "libabsent.so.1" in description
+    assert on_the_cpu == (
+        "SAFELORA_FAST_BACKEND=cuda cannot serve feature_distance: the tensors are on cpu, not on a GPU of NVIDIA; unset it, or "
+        "name another backend"
+    )
+    assert device.startswith("device 'cuda:3' cannot be used (")
+
+
 def test_torch_with_cuda_but_no_gpu():
     """What torch says where its driver or its GPU is missing; the interpreter would stand in, so it is off."""
     code = """

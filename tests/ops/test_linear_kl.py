@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safelora_fast.ops.linear_kl import head as head_module
-from safelora_fast.ops.linear_kl import linear_kl, linear_kl_reference
+from safelora_fast.ops.linear_kl import linear_kl, linear_kl_reference, rows
 
 MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
 SETTINGS = [
@@ -41,8 +41,11 @@ def options(settings, bias):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("drift", [0.5, 5.0, 1e-2])
-def test_value_and_gradient_in_float64(settings, drift, monkeypatch):
+@pytest.mark.parametrize("captured", [False, True])
+def test_value_and_gradient_in_float64(settings, drift, captured, monkeypatch):
+    """Also as while a CUDA graph is captured: then tokens that do not count are computed too."""
     small_chunks(monkeypatch)
+    monkeypatch.setattr(rows, "is_captured", lambda _: captured)
     student, reference, head, bias = inputs(torch.float64, drift)
     value = linear_kl(student, reference, head, MASK, **options(settings, bias))
     expected = linear_kl_reference(student, reference, head, MASK, **options(settings, bias))

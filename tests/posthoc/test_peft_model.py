@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from safelora_fast import project_adapter, project_peft_model
-from safelora_fast.errors import AdapterError, CheckpointError, SettingsError
+from safelora_fast.errors import AdapterError, BackendError, CheckpointError, SettingsError
 
 
 @pytest.fixture
@@ -89,6 +89,53 @@ def test_dtype_of_the_original(case, dtype):
     model.to(dtype)
     project_peft_model(model, **sources, select="all")
     assert {value.dtype for value in lora(model, "safe").values()} == {dtype}
+
+
+SIX = {"select": "number", "num_layers": 6}
+
+
+@pytest.mark.parametrize("settings", [SIX, {**SIX, "operator": "zero"}, {**SIX, "normalize": "spectral"}], ids=str)
+def test_on_a_device_with_the_weights_that_the_model_has(case, settings):
+    """The CPU stands in for the device; what lies in the model is not read again."""
+    model, _, sources = case
+    expected = project_peft_model(model, **sources, new_adapter_name="extension", **settings)
+    report = project_peft_model(model, **sources, new_adapter_name="device", device="cpu", **settings)
+    assert 2 * report.bytes_read == expected.bytes_read
+    for ours, theirs in zip(report.adapters[0].modules, expected.adapters[0].modules, strict=True):
+        assert (ours.name, ours.projected, ours.reason) == (theirs.name, theirs.projected, theirs.reason)
+        assert ours.cosine == pytest.approx(theirs.cosine, abs=1e-6)
+        assert ours.gain == pytest.approx(theirs.gain, rel=1e-5)
+    found = lora(model, "device")
+    for key, tensor in lora(model, "extension").items():
+        assert (found[key] - tensor).norm() <= 1e-5 * tensor.norm()
+    assert any(not torch.equal(found[key], tensor) for key, tensor in lora(model, "default").items())
+
+
+def test_a_model_whose_weights_are_not_the_aligned_ones_is_no_source(case):
+    """Another dtype, or a module that was trained on: V is that of the checkpoints all the same."""
+    model, _, sources = case
+    expected = project_peft_model(model, **sources, new_adapter_name="extension", select="all")
+    module = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    with torch.no_grad():
+        module.base_layer.weight += 1e-3
+    report = project_peft_model(model, **sources, new_adapter_name="trained", device="cpu", select="all")
+    assert report.bytes_read == expected.bytes_read // 2 + module.base_layer.weight.nbytes
+    model.base_model.model.to(torch.bfloat16)
+    lower = project_peft_model(model, **sources, new_adapter_name="lower", device="cpu", select="all")
+    assert lower.bytes_read == expected.bytes_read
+    for ours, theirs in zip(report.adapters[0].modules, expected.adapters[0].modules, strict=True):
+        assert ours.v_norm == pytest.approx(theirs.v_norm, rel=1e-6)
+        assert ours.cosine == pytest.approx(theirs.cosine, abs=1e-6)
+
+
+def test_a_device_that_is_none_leaves_the_model_as_it_was(case):
+    model, _, sources = case
+    with pytest.raises(SettingsError, match="device must be one of cpu, cuda, xpu"):
+        project_peft_model(model, **sources, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="device 'cuda' cannot be used"):
+            project_peft_model(model, **sources, device="cuda")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_a_merged_adapter_is_refused(case):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from safelora_fast import _core
 from safelora_fast.errors import PairingError, SettingsError
 from safelora_fast.posthoc.geometry import Block, Matrix, cut_together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from safelora_fast.posthoc.adapter import Adapter, LoraModule
     from safelora_fast.posthoc.experts import Slice
@@ -47,6 +47,7 @@ class PlannedModule:
 
     name: str
     job: _core.Job
+    group: Group
     shape: tuple[int, int]
     sources: tuple[Source, ...]
     targets: tuple[Target, ...]
@@ -54,10 +55,61 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The modules in the order in which the bytes of the aligned checkpoint lie."""
+    """The modules in the order in which the bytes of the aligned checkpoint lie, and the adapters that they are of."""
 
     modules: tuple[PlannedModule, ...]
+    adapters: tuple[Adapter, ...]
     nbytes: int
+
+
+class FactorOutcome(Protocol):
+    """What projection does to one adapter's factors in one module: `_core.FactorOutcome` says what the figures are."""
+
+    @property
+    def cosine(self) -> float: ...  # noqa: D102
+    @property
+    def gain(self) -> float: ...  # noqa: D102
+    @property
+    def left_norm(self) -> float: ...  # noqa: D102
+    @property
+    def left_norm_projected(self) -> float: ...  # noqa: D102
+    @property
+    def update_norm(self) -> float: ...  # noqa: D102
+    @property
+    def update_norm_projected(self) -> float: ...  # noqa: D102
+    def projected(self) -> bytes: ...  # noqa: D102
+
+
+class Outcome(Protocol):
+    """What projection does to one module: `_core.JobOutcome` says what the figures are."""
+
+    @property
+    def index(self) -> int: ...  # noqa: D102
+    @property
+    def v_norm(self) -> float: ...  # noqa: D102
+    @property
+    def rank(self) -> int | None: ...  # noqa: D102
+    @property
+    def energy(self) -> float | None: ...  # noqa: D102
+    @property
+    def factors(self) -> Sequence[FactorOutcome]: ...  # noqa: D102
+
+
+class Stream(Protocol):
+    """Yields the outcome of every module of a plan, in order: the extension's stream, or one on a device."""
+
+    def __iter__(self) -> Iterator[Outcome]: ...
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+    @property
+    def bytes_done(self) -> int: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Start(Protocol):
+    """Starts the work on a plan; the stream must be closed."""
+
+    def __call__(self, plan: Plan, settings: Settings, *, keep_projected: bool) -> Stream: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -116,7 +168,7 @@ def plan_groups(groups: Iterable[Group], adapters: Sequence[Adapter] = ()) -> Pl
     """The jobs of the groups, in the order of their bytes."""
     ordered = sorted(groups, key=lambda group: (group.aligned[0].file.path, group.aligned[0].begin, group.name))
     planned = tuple(_planned(group, adapters) for group in ordered)
-    return Plan(planned, sum(module.job.nbytes for module in planned))
+    return Plan(planned, tuple(adapters), sum(module.job.nbytes for module in planned))
 
 
 def start_stream(
@@ -200,7 +252,7 @@ def _planned(group: Group, adapters: Sequence[Adapter]) -> PlannedModule:
         )
     )
     job = _core.Job(group.name, parts, factors, transposed=group.transposed)
-    return PlannedModule(group.name, job, group.shape, sources, targets)
+    return PlannedModule(group.name, job, group, group.shape, sources, targets)
 
 
 def _view(adapter: Adapter, matrix: Slice) -> _core.View:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import MissingDependencyError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.adapter import WEIGHTS
-from safelora_fast.posthoc.project import project_adapter
+from safelora_fast.posthoc.jobs import start_stream
+from safelora_fast.posthoc.project import project_folders
+from safelora_fast.posthoc.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
 
+    from safelora_fast.posthoc.jobs import Plan, Start, Stream
     from safelora_fast.posthoc.report import ProjectionReport
 
 
@@ -28,6 +31,7 @@ def project_peft_model(
     base: str | Path,
     adapter_name: str = "default",
     new_adapter_name: str = "safe",
+    device: str | torch.device | None = None,
     **settings: Any,
 ) -> ProjectionReport:
     """Add a projected copy of one of a PeftModel's adapters, and leave the model otherwise as it was.
@@ -36,12 +40,20 @@ def project_peft_model(
     the devices and in the dtypes of the original. The active adapter, gradients and the original adapter are not touched;
     activate the new one with `model.set_adapter(new_adapter_name)`.
 
+    With a `device` the products with V run there, all modules of a batch in one launch a pass
+    (:func:`safelora_fast.ops.subspace_projections`), while the next batch is read. The device needs 512 MiB for it, or both
+    weights of one module where they are larger, and what the factors take. Weights that the model has on that device, and
+    that are those of the aligned checkpoint, are used where they lie, so that only the base is read. Figures agree with
+    those of the CPU to about 1e-6. Which way is faster has not been measured, so the CPU stays the default.
+
     Args:
         model: the model that carries the adapter.
         aligned: path or Hub id of the model that the adapter was trained on.
         base: path or Hub id of the model before alignment.
         adapter_name: the adapter to project.
         new_adapter_name: the name of the projected one; must be free.
+        device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations by torch; None: the CPU, by the
+            extension.
         **settings: operator, normalize, rank, energy, select, threshold, num_layers, threads, progress, as of
             :func:`project_adapter`.
 
@@ -49,8 +61,9 @@ def project_peft_model(
         The report, in which the adapter is known by its name in the model, and `output` is None: nothing stays on disk.
 
     Raises:
-        SettingsError: when the model is no PeftModel or has no such adapter, the new name is taken or PEFT cannot use it, or an
-            adapter is merged.
+        SettingsError: when the model is no PeftModel or has no such adapter, the new name is taken or PEFT cannot use it, an
+            adapter is merged, or nothing is projected on `device`.
+        BackendError: this machine has no such device.
         SafeLoraFastError: as :func:`project_adapter`.
     """
     _check_model(model)
@@ -64,25 +77,29 @@ def project_peft_model(
     unknown = settings.keys() & {"output", "overwrite", "adapter"}
     if unknown:
         raise SettingsError(f"{', '.join(sorted(unknown))} cannot be set here: the result goes into the model")
+    start: Start = start_stream if device is None else _starter(model, device)
     with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
         model.save_pretrained(folder, selected_adapters=[adapter_name])
         saved = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
         options = {"aligned": aligned, "base": base, **settings}
         with (
             naming_adapter(saved, adapter_name),
-            projected_folder(saved, adapter_name, **options) as (report, projected),
+            projected_folder(saved, adapter_name, start=start, **options) as (report, projected),
         ):
             _load(model, projected, adapter_name, new_adapter_name)
     return report
 
 
 @contextlib.contextmanager
-def projected_folder(saved: Path, adapter_name: str, **options: Any) -> Iterator[tuple[ProjectionReport, Path]]:
+def projected_folder(
+    saved: Path, adapter_name: str, *, start: Start = start_stream, **options: Any
+) -> Iterator[tuple[ProjectionReport, Path]]:
     """Project an adapter that was saved for the purpose.
 
     Args:
         saved: the adapter's folder.
         adapter_name: its name in the model, for the report.
+        start: what runs the plan.
         **options: aligned, base and settings, as of :func:`project_adapter`.
 
     Yields:
@@ -90,7 +107,8 @@ def projected_folder(saved: Path, adapter_name: str, **options: Any) -> Iterator
     """
     with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
         projected = Path(folder, "projected")
-        report = project_adapter(saved, output=projected, **options)
+        where = {name: options.pop(name) for name in ("aligned", "base", "progress") if name in options}
+        report = project_folders(saved, Settings(**options), output=projected, start=start, **where)
         adapters = [replace(adapter, adapter=adapter_name, output=None) for adapter in report.adapters]
         yield replace(report, adapters=adapters), projected
 
@@ -134,6 +152,20 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder
     config.save_pretrained(str(folder))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     return folder
+
+
+def _starter(model: PeftModel, name: str | torch.device) -> Start:
+    """What starts a stream on a device, with the model's own weights where they are the aligned ones."""
+    from safelora_fast.posthoc.device_stream import DeviceStream, torch_device
+    from safelora_fast.posthoc.resident import resident_weights
+
+    device = torch_device(name)
+
+    def start(plan: Plan, settings: Settings, *, keep_projected: bool) -> Stream:
+        resident = resident_weights(model, plan, device)
+        return DeviceStream(plan, settings, device=device, keep_projected=keep_projected, resident=resident)
+
+    return start
 
 
 def _check_model(model: object) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-    from safelora_fast.posthoc.jobs import Plan, Target
+    from safelora_fast.posthoc.jobs import Plan, Start, Target
 
 REPORT = "safelora_report.json"
 PathLike = str | Path
@@ -90,12 +90,29 @@ def project_adapter(
         SafeLoraFastError: any bad input, in one line; nothing is written then.
     """
     settings = Settings(operator, normalize, rank, energy, select, threshold, num_layers, threads)  # type: ignore[arg-type]
+    return project_folders(
+        adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=progress
+    )
+
+
+def project_folders(
+    adapter: PathLike | Sequence[PathLike],
+    settings: Settings,
+    *,
+    aligned: PathLike,
+    base: PathLike,
+    output: PathLike | None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    start: Start = start_stream,
+) -> ProjectionReport:
+    """What :func:`project_adapter` does, with checked settings, by the extension or by whatever else `start` starts."""
     paths = _paths(adapter)
     for role, model in {"aligned": aligned, "base": base}.items():
         check_path(role, model, A_MODEL)
     if output is not None:
         check_path("output", output, "the folder to make, or None")
-    start = time.perf_counter()
+    began = time.perf_counter()
     adapters = [load_adapter(path) for path in paths]
     folders = _folders(adapters, None if output is None else Path(output))
     if output is not None:
@@ -113,7 +130,7 @@ def project_adapter(
         if partial is not None and output is not None:
             places = [partial / folder.relative_to(output) for folder in folders if folder is not None]
             writers = [AdapterWriter(adapter, place) for adapter, place in zip(adapters, places, strict=True)]
-        modules = _run(plan, settings, writers, progress)
+        modules, bytes_read = _run(plan, settings, writers, progress, start)
         report = ProjectionReport(
             settings={**asdict(settings), **settings.effective()},
             aligned=_describe(models[0]),
@@ -128,8 +145,8 @@ def project_adapter(
                 )
                 for adapter, folder, reports in zip(adapters, folders, modules, strict=True)
             ],
-            bytes_read=plan.nbytes,
-            seconds=time.perf_counter() - start,
+            bytes_read=bytes_read,
+            seconds=time.perf_counter() - began,
             versions=_versions(),
         )
         for index, writer in enumerate(writers):
@@ -143,14 +160,18 @@ def project_adapter(
 
 
 def _run(
-    plan: Plan, settings: Settings, writers: Sequence[AdapterWriter | None], progress: Progress | None
-) -> list[list[ModuleReport]]:
-    """Stream the modules, write what may be selected, and settle the selection at the end."""
+    plan: Plan,
+    settings: Settings,
+    writers: Sequence[AdapterWriter | None],
+    progress: Progress | None,
+    start: Start,
+) -> tuple[list[list[ModuleReport]], int]:
+    """Stream the modules, write what may be selected, and settle the selection at the end; also the bytes read."""
     reports: list[list[ModuleReport]] = [[] for _ in writers]
     targets: list[list[tuple[Target, AdapterError | None]]] = [[] for _ in writers]
-    stream = start_stream(plan, settings, keep_projected=any(writer is not None for writer in writers))
+    stream = start(plan, settings, keep_projected=any(writer is not None for writer in writers))
     if progress is not None:
-        progress.start(plan.nbytes, len(plan.modules))
+        progress.start(stream.nbytes, len(plan.modules))
     try:
         for outcome in stream:
             planned = plan.modules[outcome.index]
@@ -186,10 +207,11 @@ def _run(
     finally:
         stream.close()
     refuse_equal([report.v_norm for adapter_reports in reports for report in adapter_reports])
-    return [
+    settled = [
         _settle(adapter_reports, adapter_targets, writer, settings)
         for adapter_reports, adapter_targets, writer in zip(reports, targets, writers, strict=True)
     ]
+    return settled, stream.nbytes
 
 
 def _settle(

@@ -8,7 +8,7 @@ import math
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapter
@@ -89,7 +89,7 @@ class EndProjection:
         with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder, self._described(Path(folder)):
             for role in ROLES:
                 reopen(sources[role], role=role)
-            where = {role: locator(sources[role]) for role in ROLES}
+            where: dict[str, Any] = {role: locator(sources[role]) for role in ROLES}
             saved = self._save(tensors, Path(folder, "saved"))
             with projected_folder(saved, self._adapter, **where, **self._settings) as (report, projected):
                 self._check_norms(report)

@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 use safelora_fast_core::checkpoint as core;
 
 use crate::errors::checkpoint_error;
+use crate::settings;
 
 /// A memory-mapped safetensors file whose header has been checked against the file.
 #[pyclass(frozen, module = "safelora_fast._core")]
@@ -121,4 +123,45 @@ impl View {
             self.inner.dtype()
         )
     }
+}
+
+/// Copy the bytes of views to memory that the caller keeps alive and lets nobody else use meanwhile.
+#[pyfunction]
+#[pyo3(signature = (views, targets, *, threads=None))]
+#[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+pub(crate) fn copy_views(
+    py: Python<'_>,
+    views: Vec<PyRef<'_, View>>,
+    targets: Vec<(usize, usize)>,
+    threads: Option<usize>,
+) -> PyResult<()> {
+    let threads = settings::threads(threads)?;
+    let views: Vec<_> = views.iter().map(|view| view.inner.clone()).collect();
+    if views.len() != targets.len() {
+        return Err(PyValueError::new_err(format!("{} views but {} targets", views.len(), targets.len())));
+    }
+    for (view, (address, length)) in views.iter().zip(&targets) {
+        if *address == 0 || *length != view.bytes().len() {
+            return Err(PyValueError::new_err(format!(
+                "a target of {length} bytes at {address:#x} for tensor {:?}, whose view has {}",
+                view.tensor(),
+                view.bytes().len()
+            )));
+        }
+    }
+    let mut ordered = targets.clone();
+    ordered.sort_unstable();
+    if ordered.windows(2).any(|pair| pair[0].0.checked_add(pair[0].1).is_none_or(|end| end > pair[1].0)) {
+        return Err(PyValueError::new_err("two targets share memory"));
+    }
+    py.detach(|| {
+        let pairs = views.iter().zip(targets).map(|(view, (address, length))| {
+            // SAFETY: the caller promises that the memory is its own to write; no two targets share any.
+            let target =
+                unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), length) };
+            (view, target)
+        });
+        core::copy(pairs.collect(), threads);
+    });
+    Ok(())
 }

@@ -22,7 +22,7 @@ mod _core {
     use pyo3::types::PyModuleMethods;
 
     #[pymodule_export]
-    use crate::checkpoint::{SafetensorsFile, View, read_index};
+    use crate::checkpoint::{SafetensorsFile, View, copy_views, read_index};
     #[pymodule_export]
     use crate::cuda::{Cuda, cuda_kernels};
     #[pymodule_export]

@@ -205,6 +205,11 @@ impl ProjectionStream {
     }
 
     #[getter]
+    fn nbytes(&self) -> usize {
+        self.jobs.iter().map(|job| job.nbytes()).sum()
+    }
+
+    #[getter]
     fn bytes_done(&self) -> u64 {
         self.stream.bytes_done()
     }

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from safelora_fast.ops.backends import choose
 from safelora_fast.ops.linear_kl.head import Chunk, Head
-from safelora_fast.ops.linear_kl.passes import Given, Settings, Wanted
+from safelora_fast.ops.linear_kl.passes import Given, Settings
+from safelora_fast.ops.linear_kl.rows import IGNORED_LABEL, Rows
 from safelora_fast.ops.once import differentiable_once
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Direction = Literal["reverse", "forward"]
-IGNORED_LABEL = -100
 
 
 def linear_kl(
@@ -56,18 +59,16 @@ def linear_kl(
     _check(hidden, reference_hidden, head_weight, mask, direction)
     _check_head(head_weight, bias, temperature, softcap)
     head = _head(hidden, head_weight, bias, logit_scale, softcap)
-    mask = mask.to(hidden.device, torch.bool)
+    mask, settings = mask.to(hidden.device, torch.bool), Settings(direction == "forward", temperature)
     if torch.compiler.is_compiling():
         from safelora_fast.ops.linear_kl import library
 
-        total = library.divergence(hidden, reference_hidden, head, mask, Settings(direction == "forward", temperature))
+        total = library.divergence(hidden, reference_hidden, head, mask, settings)
         return total / mask.sum().clamp(min=1)
-    rows = mask.flatten().nonzero().squeeze(-1)
-    plan = _Plan(rows, mask.flatten()[rows], None, direction == "forward", temperature, figures=False)
+    rows = Rows.of(mask.flatten(), None, settings)
     one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
-    loss, *_ = _LinearLoss.apply(hidden, _anchor(hidden), reference_hidden.detach(), head, plan, one, one)
-    total = loss
-    return total / max(len(rows), 1)
+    total, *_ = _LinearLoss.apply(hidden, _anchor(hidden), reference_hidden.detach(), head, rows, one, one)
+    return total / (mask.sum().clamp(min=1) if rows.positions is None else max(len(rows), 1))
 
 
 @dataclass(frozen=True)
@@ -149,43 +150,25 @@ def linear_kl_cross_entropy(
         raise ValueError(f"labels {tuple(labels.shape)} and mask {tuple(mask.shape)} disagree")
     head = _head(hidden, head_weight, bias, logit_scale, softcap)
     mask, labels = mask.to(hidden.device, torch.bool).flatten(), labels.to(hidden.device).flatten()
-    rows = (mask | (labels != IGNORED_LABEL)).nonzero().squeeze(-1)
-    plan = _Plan(rows, mask[rows], labels[rows], direction == "forward", temperature, figures)
-    weights = [
-        torch.as_tensor(weight, dtype=_exact(hidden), device=hidden.device).detach()
-        for weight in (kl_weight, cross_entropy_weight)
-    ]
+    weights = [_scalar(weight, hidden) for weight in (kl_weight, cross_entropy_weight)]
+    settings = Settings(direction == "forward", temperature)
+    if torch.compiler.is_compiling():
+        from safelora_fast.ops.linear_kl import library
+
+        return library.shared_loss(hidden, reference_hidden, head, mask, labels, settings, *weights, figures=figures)
+    rows = Rows.of(mask, labels, settings, figures=figures)
     loss, kl, cross_entropy, *per_row = _LinearLoss.apply(
-        hidden, _anchor(hidden), reference_hidden.detach(), head, plan, *weights
+        hidden, _anchor(hidden), reference_hidden.detach(), head, rows, *weights
     )
-    tokens = None
-    if figures:
-        whole = (torch.zeros(labels.shape, dtype=row.dtype, device=row.device) for row in per_row)
-        tokens = TokenFigures(
-            *(flat.index_copy_(0, rows, row).view(hidden.shape[:-1]) for flat, row in zip(whole, per_row, strict=True))
-        )
-    return SharedLoss(loss, kl, cross_entropy, tokens)
+    return SharedLoss(loss, kl, cross_entropy, token_figures(rows, per_row, hidden.shape[:-1]) if figures else None)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The tokens that are computed: their flat indices, which of them the divergence counts, and their labels."""
-
-    rows: torch.Tensor
-    in_mask: torch.Tensor
-    labels: torch.Tensor | None
-    forward: bool
-    temperature: float
-    figures: bool
-
-    def wanted(self, part: slice, divergence: torch.Tensor, label: torch.Tensor) -> Wanted:
-        """What the rows of `part` are asked for, with the factors that both losses have in the gradient."""
-        of_divergence = (self.in_mask[part] * divergence)[:, None]
-        if self.labels is None:
-            return Wanted(of_divergence)
-        labels = self.labels[part]
-        of_label = ((labels != IGNORED_LABEL) * label)[:, None]
-        return Wanted(of_divergence, labels.clamp(min=0), of_label, self.figures)
+def token_figures(rows: Rows, per_row: Sequence[torch.Tensor], shape: Sequence[int]) -> TokenFigures:
+    """Figures of the rows as [batch, tokens], with zeros for the others."""
+    whole = [torch.zeros(rows.counts.shape, dtype=row.dtype, device=row.device) for row in per_row]
+    for flat, row in zip(whole, per_row, strict=True):
+        rows.put(flat, slice(None), row)
+    return TokenFigures(*(flat.view(shape) for flat in whole))
 
 
 def _check(
@@ -224,6 +207,13 @@ def _exact(hidden: torch.Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
+def _scalar(value: torch.Tensor | float, hidden: torch.Tensor) -> torch.Tensor:
+    """A weight on the device; filled in there if it is a number, since a copy would have to be waited for."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(hidden.device, _exact(hidden))
+    return torch.full((), value, dtype=_exact(hidden), device=hidden.device)
+
+
 def _head(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None
 ) -> Head:
@@ -244,12 +234,12 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
         anchor: torch.Tensor,
         reference: torch.Tensor,
         head: Head,
-        plan: _Plan,
+        rows: Rows,
         kl_weight: torch.Tensor,
         cross_entropy_weight: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        size, (loss, *figures) = _run(hidden, reference, head, plan, (kl_weight, cross_entropy_weight), gradient)
+        size, (loss, *figures) = run(hidden, reference, head, rows, (kl_weight, cross_entropy_weight), gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient, size, anchor)
         ctx.mark_non_differentiable(*(figure for figure in figures if figure is not None))
@@ -263,36 +253,18 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
         return tied, None, None, None, None, None, None
 
 
-def summed_divergence(
+def run(
     hidden: torch.Tensor,
     reference: torch.Tensor,
     head: Head,
-    mask: torch.Tensor,
-    settings: Settings,
-    gradient: torch.Tensor | None,
-) -> torch.Tensor:
-    """Sum of the divergence over the tokens in `mask`, and its gradient into `gradient`, which is zero: no autograd."""
-    flat = mask.flatten()
-    rows = flat.nonzero().squeeze(-1)
-    plan = _Plan(rows, flat[rows], None, settings.forward, settings.temperature, figures=False)
-    one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
-    _, (loss, *_) = _run(hidden, reference, head, plan, (one, one), gradient)
-    assert loss is not None  # noqa: S101
-    return loss
-
-
-def _run(
-    hidden: torch.Tensor,
-    reference: torch.Tensor,
-    head: Head,
-    plan: _Plan,
+    rows: Rows,
     weights: tuple[torch.Tensor, torch.Tensor],
     gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """The sums of :func:`_summed`, with the gradient into `gradient`, which is zero, where there is one.
+    """(loss, Σ KL, Σ NLL, NLL, entropy, hits), the last three by row or None, without autograd.
 
-    It is divided by the larger weight, which is returned, so that small weights (one over very many tokens) do not
-    underflow in half precision.
+    The gradient goes into `gradient`, which is zero, where there is one. It is divided by the larger weight, which comes
+    first, so that small weights (one over very many tokens) do not underflow in half precision.
     """
     exact = _exact(hidden)
     flat, reference = hidden.flatten(0, -2), reference.to(hidden.device).flatten(0, -2)
@@ -301,22 +273,22 @@ def _run(
     size = torch.where(size > 0, size, torch.ones_like(size))
     given: list[Given] = []
     with torch.autocast(hidden.device.type, enabled=False):
-        chunk = Chunk(head, len(plan.rows))
+        chunk = Chunk(head, len(rows))
         backend = choose("linear_kl", (flat, reference, head.weight)).module
-        passes = backend.Passes(head, Settings(plan.forward, plan.temperature), chunk.tokens, exact)
-        for start in range(0, len(plan.rows), chunk.tokens):
-            indices = plan.rows[start : start + chunk.tokens]
-            chunk.fill(flat[indices].to(exact), reference[indices].to(exact))
-            for rows, raw, delta in chunk.blocks(passes.rows):
-                part = slice(start + rows.start, start + rows.stop)
-                given.append(passes.block(raw, delta, plan.wanted(part, kl_weight / size, cross_entropy_weight / size)))
+        passes = backend.Passes(head, rows.settings, chunk.tokens, exact)
+        for start in range(0, len(rows), chunk.tokens):
+            whole = slice(start, min(start + chunk.tokens, len(rows)))
+            chunk.fill(rows.take(flat, whole).to(exact), rows.take(reference, whole).to(exact))
+            for block, raw, delta in chunk.blocks(passes.rows):
+                part = slice(start + block.start, start + block.stop)
+                given.append(passes.block(raw, delta, rows.wanted(part, kl_weight / size, cross_entropy_weight / size)))
             if gradient is not None:
-                gradient.view(flat.shape).index_copy_(0, indices, chunk.back().to(gradient.dtype))
-    return size, _summed(given, plan, kl_weight, cross_entropy_weight)
+                rows.put(gradient.view(flat.shape), whole, chunk.back().to(gradient.dtype))
+    return size, _summed(given, rows, kl_weight, cross_entropy_weight)
 
 
 def _summed(
-    given: list[Given], plan: _Plan, kl_weight: torch.Tensor, cross_entropy_weight: torch.Tensor
+    given: list[Given], rows: Rows, kl_weight: torch.Tensor, cross_entropy_weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     """(loss, Σ KL, Σ NLL, NLL, entropy, hits), the last three by row or None."""
 
@@ -324,15 +296,15 @@ def _summed(
         parts = [getattr(block, name) for block in given]
         return torch.cat(parts) if parts else kl_weight.new_zeros(0)
 
-    kl = torch.where(plan.in_mask, joined("divergence"), 0).sum()
+    kl = joined("divergence").masked_fill(~rows.in_mask, 0).sum()
     loss = kl_weight * kl
-    if plan.labels is None:
+    if rows.labels is None:
         return loss, kl, None, None, None, None
-    labelled = plan.labels != IGNORED_LABEL
-    nll = torch.where(labelled, joined("nll"), 0)
+    labelled = rows.labels != IGNORED_LABEL
+    nll = joined("nll").masked_fill(~labelled, 0)
     cross_entropy = nll.sum()
     loss = loss + cross_entropy_weight * cross_entropy
-    if not plan.figures:
+    if not rows.figures:
         return loss, kl, cross_entropy, None, None, None
-    entropy = torch.where(labelled, joined("entropy"), 0)
+    entropy = joined("entropy").masked_fill(~labelled, 0)
     return loss, kl, cross_entropy, nll, entropy, labelled & joined("is_top1").to(torch.bool)

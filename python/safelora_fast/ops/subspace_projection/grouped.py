@@ -64,6 +64,16 @@ def subspace_projections(matrices: Sequence[Matrix], factors: Sequence[torch.Ten
         ValueError: shapes or devices do not fit, or there is no module.
         BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
     """
+    _check(matrices, factors, 0)
+    if torch.compiler.is_compiling():
+        from safelora_fast.ops.subspace_projection import library
+
+        return library.projections(matrices, factors)
+    return projected(matrices, factors)
+
+
+def projected(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[Projection]:
+    """What :func:`subspace_projections` gives, by the backend that serves, without the dispatcher."""
     with torch.no_grad():
         inner, squares = transposed_products(matrices, factors)
         products = matrix_products(matrices, inner)

@@ -3,6 +3,7 @@
 //! Files are mapped, never copied. Whoever truncates a mapped file takes the process down, as with every mapped file;
 //! a file that merely lies about its contents is refused with a [`CheckpointError`].
 
+mod copy;
 mod dtype;
 mod error;
 mod file;
@@ -11,6 +12,7 @@ mod index;
 mod pages;
 mod view;
 
+pub use copy::copy;
 pub use dtype::kernel_dtype;
 pub use error::{CheckpointError, Fault};
 pub use file::SafetensorsFile;

@@ -1,0 +1,160 @@
+"""Leading left singular vectors of V by the grouped products, on any device.
+
+The restarted block Krylov iteration of `rust/core/src/projection/subspace.rs` (Halko, Martinsson and Tropp 2011,
+arXiv 0909.4061, section 4.5; Knyazev 2001 for the soft locking), with the same tolerances: Z holds orthonormal vectors on
+the side of the columns, Y = V·Z, and what Vᵀ·U has outside of Z is both the residual and the next block. All but the
+products with V is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+
+OVERSAMPLING = 8
+TOLERANCE = 1e-5
+MOST_BLOCKS = 48
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of V is wanted: `rank` vectors, or as many as hold a share `energy` of ‖V‖²."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+
+@dataclass(frozen=True)
+class Leading:
+    """U_k and the singular values that belong to it.
+
+    Attributes:
+        vectors: [m, k] float32, orthonormal, on the device of V.
+        values: [k] float64 on the CPU, descending.
+    """
+
+    vectors: torch.Tensor
+    values: torch.Tensor
+
+
+def leading_vectors(pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, *, seed: int = 0) -> Leading:
+    """The leading left singular vectors of V = aligned − base, which must not be zero.
+
+    Singular values below 1e-5 of the largest count as zero, so that fewer vectors may come than were asked for.
+
+    Args:
+        pair: aligned and base [m, n], as :func:`subspace_projections` takes them.
+        extent: how many.
+        seed: of the random start.
+
+    Raises:
+        BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
+    """
+    with torch.no_grad():
+        return _Iteration(pair, extent, seed).run()
+
+
+class _Iteration:
+    def __init__(self, pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, seed: int) -> None:
+        self._pair, self._extent = pair, extent
+        self._sides = pair[0].shape
+        self._generator = torch.Generator().manual_seed(seed)
+        wanted = 2 * OVERSAMPLING if extent.rank is None else extent.rank + OVERSAMPLING
+        images, self._squares = self._transposed(self._random(min(wanted, *self._sides)))
+        self._right = _orthonormal(images)
+        self._left = self._product(self._right)
+
+    def run(self) -> Leading:
+        for _ in range(MOST_BLOCKS):
+            values, rotation = self._ritz()
+            wanted = self._wanted(values)
+            if self._count == self._sides[1]:
+                break
+            block = self._next_block(values, rotation, wanted)
+            if not block.shape[1]:
+                break
+            kept = (wanted or 0) + OVERSAMPLING
+            most = 3 * (wanted or 0) + 8 * OVERSAMPLING
+            if wanted is not None and kept < self._count and self._count + block.shape[1] > most:
+                self._left, self._right = self._left @ rotation[:, :kept], self._right @ rotation[:, :kept]
+            self._right = torch.cat([self._right, block], 1)
+            self._left = torch.cat([self._left, self._product(block)], 1)
+        values, rotation = self._ritz()
+        wanted = self._wanted(values)
+        vectors = _orthonormal(self._ritz_left(values, rotation, len(values) if wanted is None else wanted))
+        return Leading(vectors.float(), values[: vectors.shape[1]].clamp(min=0).sqrt().cpu())
+
+    @property
+    def _count(self) -> int:
+        return len(self._right.mT)
+
+    def _random(self, count: int) -> torch.Tensor:
+        """Drawn on the CPU, so that the numbers do not depend on the device."""
+        drawn = torch.randn(self._sides[0], count, generator=self._generator)
+        return drawn.to(self._pair[0].device, torch.float64)
+
+    def _transposed(self, vectors: torch.Tensor) -> tuple[torch.Tensor, float]:
+        (images,), squares = transposed_products([self._pair], [vectors.float()])
+        return images.double(), float(squares[0])
+
+    def _product(self, vectors: torch.Tensor) -> torch.Tensor:
+        return matrix_products([self._pair], [vectors.float()])[0].double()
+
+    def _ritz(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues of YᵀY, descending, and its eigenvectors in columns."""
+        values, vectors = torch.linalg.eigh((self._left.mT @ self._left).cpu())
+        return values.flip(0).to(self._left.device), vectors.flip(1).to(self._left.device)
+
+    def _wanted(self, values: torch.Tensor) -> int | None:
+        """How many vectors are wanted, if the basis holds so many."""
+        if self._extent.rank is not None:
+            return self._extent.rank if self._extent.rank <= len(values) else None
+        assert self._extent.energy is not None  # noqa: S101
+        goal = self._extent.energy * self._squares * (1 - 1e-6)  # the last digits of float32 differ
+        reached = (values.cumsum(0) >= goal).nonzero()
+        return int(reached[0]) + 1 if len(reached) else None
+
+    def _ritz_left(self, values: torch.Tensor, rotation: torch.Tensor, count: int) -> torch.Tensor:
+        """The first Ritz vectors on the side of the rows, without those that drown in rounding."""
+        count = min(count, int((values > values[0] * TOLERANCE**2).sum()))
+        return self._left @ (rotation[:, :count] / values[:count].sqrt())
+
+    def _next_block(self, values: torch.Tensor, rotation: torch.Tensor, wanted: int | None) -> torch.Tensor:
+        """New directions: residuals of the vectors that have not converged, or random ones where those are exhausted."""
+        room = self._sides[1] - self._count
+        ritz_left = self._ritz_left(values, rotation, self._count if wanted is None else wanted + OVERSAMPLING)
+        count = ritz_left.shape[1]
+        images, _ = self._transposed(ritz_left)
+        # Zᵀ·Vᵀ·U = YᵀU = Q·σ: what lies in Z need not be measured.
+        residuals = images - self._right @ (rotation[:, :count] * values[:count].sqrt())
+        limit = TOLERANCE * values[0].clamp(min=0).sqrt()
+        is_open = residuals.norm(dim=0) > limit
+        if wanted is not None and not bool(is_open[:wanted].any()):
+            return residuals[:, :0]
+        residuals = residuals[:, is_open]
+        if not residuals.shape[1]:
+            images, _ = self._transposed(self._random(min(2 * OVERSAMPLING, room)))
+            rest = _removed(images, self._right)
+            residuals = images[:, rest.norm(dim=0) > limit]
+        return _orthonormal(residuals, self._right)[:, :room]
+
+
+def _removed(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """What lies outside of an orthonormal basis; twice is enough."""
+    for _ in range(2):
+        vectors = vectors - basis @ (basis.mT @ vectors)
+    return vectors
+
+
+def _orthonormal(vectors: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
+    """An orthonormal basis of the columns, outside of `basis`, without those that depend on others."""
+    size = vectors.norm(dim=0)
+    vectors = vectors / torch.where(size > 0, size, 1)
+    if basis is not None:
+        vectors = _removed(vectors, basis)
+    orthonormal, triangle = torch.linalg.qr(vectors)
+    orthonormal = orthonormal[:, triangle.diagonal().abs() > torch.finfo(torch.float32).eps]
+    return orthonormal if basis is None else torch.linalg.qr(_removed(orthonormal, basis))[0]

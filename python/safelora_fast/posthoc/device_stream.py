@@ -1,0 +1,95 @@
+"""The stream of a projection on a torch device: what `_core.ProjectionStream` does, by the grouped operations of ops/.
+
+Sums are float32 there, so that figures agree with those of the extension to about 1e-6 and not to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelora_fast.errors import BackendError, SettingsError
+from safelora_fast.posthoc.device_factors import FactorReader
+from safelora_fast.posthoc.device_figures import BatchProjector
+from safelora_fast.posthoc.device_reader import BATCH_BYTES, Wanted, WeightReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from safelora_fast.posthoc.device_figures import DeviceOutcome
+    from safelora_fast.posthoc.jobs import Plan
+    from safelora_fast.posthoc.settings import Settings
+
+DEVICES = ("cpu", "cuda", "xpu")
+
+
+class DeviceStream:
+    """Projects the modules of a plan on a device, in order.
+
+    The device holds the weights of one batch at a time (BATCH_BYTES, or one module where that is larger), the host two;
+    factors and products come on top. While a batch is worked on, the next one is read.
+
+    Args:
+        plan: the modules.
+        settings: of the projection; `threads` is the number of those that read.
+        device: as :func:`torch_device` gives it.
+        keep_projected: whether projected factors are wanted.
+        resident: aligned weights that lie on the device already, as they are stored, by the names of the plan.
+        batch_bytes: most bytes that a batch holds.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Settings,
+        *,
+        device: torch.device,
+        keep_projected: bool,
+        resident: Mapping[str, torch.Tensor] | None = None,
+        batch_bytes: int = BATCH_BYTES,
+    ) -> None:
+        modules = [
+            Wanted(index, planned, (resident or {}).get(planned.name)) for index, planned in enumerate(plan.modules)
+        ]
+        self.nbytes = sum(wanted.nbytes for wanted in modules)
+        self.bytes_done = 0
+        self._reader = WeightReader(modules, device, threads=settings.threads, batch_bytes=batch_bytes)
+        self._projector = BatchProjector(FactorReader(plan.adapters, device), settings, keep_projected=keep_projected)
+
+    def __iter__(self) -> Iterator[DeviceOutcome]:
+        """The outcomes; a batch is computed when its first one is asked for."""
+        for batch in self._reader:
+            sizes, outcomes = [pair.wanted.nbytes for pair in batch], self._projector.run(batch)
+            del batch  # its memory is for the next one
+            for size, outcome in zip(sizes, outcomes, strict=True):
+                self.bytes_done += size
+                yield outcome
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._reader.close()
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """The device of this name, with its number.
+
+    Raises:
+        SettingsError: torch knows no such device, or weights cannot be projected there.
+        BackendError: this machine has none.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise SettingsError(
+            f"device must be one of {', '.join(DEVICES)}, with a number if need be, not {name!r}"
+        ) from None
+    if device.type not in DEVICES:
+        raise SettingsError(f"device must be one of {', '.join(DEVICES)}, not {name!r}: nothing is projected there")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # a build without CUDA, a driver or a GPU that is missing: each raises something else
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BackendError(
+            f"device {name!r} cannot be used ({reason}); leave device out to project on the CPU"
+        ) from error

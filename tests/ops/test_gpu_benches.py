@@ -1,0 +1,116 @@
+"""`make bench-gpu` rehearsed: everything but the clock and the GPU, on small tensors, with the reference for a kernel."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._functorch import config
+
+from safelora_fast.ops import backends
+from safelora_fast.ops.subspace_projection import grouped_reference
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parents[2] / "benches" / "gpu"
+SMALL = {
+    "projection": {"SHAPES": [(12, 12), (4, 12), (4, 12), (12, 12), (40, 12), (40, 12), (12, 40)], "LAYERS": 2},
+    "feature_distance": {"TOKENS": 6, "HIDDEN": 10},
+    "linear_kl": {"TOKENS": 9, "HIDDEN": 16, "VOCABULARY": 50},
+}
+# Suite, figure and aim, as they were set.
+AIMS = {
+    ("projection", "of a copy", "≥ 0.85"),
+    ("projection", "× torch, factored", "≥ 3"),
+    ("projection", "× torch, dense", "≥ 30"),
+    ("projection", "ms", "≤ 0.3"),
+    ("feature_distance", "of a copy", "≥ 0.85"),
+    ("feature_distance", "× torch", "≥ 3"),
+    ("feature_distance", "× torch.compile", "≥ 1.2"),
+    ("linear_kl", "× TRL", "≥ 1"),
+    ("linear_kl", "memory, of TRL's", "≤ 1"),
+}
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The script as a module, with small inputs."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    spec = importlib.util.spec_from_file_location("gpu_benches", FOLDER / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for suite, sizes in SMALL.items():
+        for name, value in sizes.items():
+            monkeypatch.setattr(module.SUITES[suite], name, value)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    donated = config.donated_buffer
+    yield module
+    config.donated_buffer = donated
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == FOLDER:
+            del sys.modules[name]
+
+
+def rehearsal(main):
+    class Rehearsal(main.Timer):
+        """Calls everything, and says that it took two milliseconds."""
+
+        def sets(self, bytes_a_set):
+            assert bytes_a_set > 0
+            return 2
+
+        def free_bytes(self):
+            return 1 << 30
+
+        def time(self, calls, rounds=1, *, with_host=False):  # noqa: ARG002
+            for call in calls:
+                call()
+            return 2.0
+
+        def peak_bytes(self, call):
+            call()
+            return 1000
+
+    return Rehearsal(torch.device("cpu"), 1e6)
+
+
+def test_every_aim_has_a_figure(main):
+    torch._dynamo.reset()
+    found, peers = set(), set()
+    for suite, module in main.SUITES.items():
+        for figure in module.figures(rehearsal(main), ["reference"], main.use):
+            assert figure.value > 0
+            peers.add(figure.provider)
+            if figure.aim:
+                assert figure.provider == "ours, reference"
+                found.add((suite, figure.name, figure.aim))
+    assert found >= AIMS
+    assert peers >= {"torch", "torch, factored", "torch, dense", "torch.compile", "TRL"}
+    assert backends.asked() is None
+
+
+def test_a_wrong_kernel_is_not_timed(main, monkeypatch):
+    right = grouped_reference.products
+    monkeypatch.setattr(grouped_reference, "products", lambda *given: [1.1 * found for found in right(*given)])
+    with pytest.raises(SystemExit, match=r"ours, reference: results differ by 0\.1"):
+        list(main.SUITES["projection"].figures(rehearsal(main), ["reference"], main.use))
+
+
+@pytest.mark.usefixtures("main")
+def test_aims_are_judged_by_their_figures():
+    figures = sys.modules["figures"]
+    assert [figures.Figure("a", "b", "ms", value, most=0.3).reached for value in (0.3, 0.31)] == ["yes", "no"]
+    assert [figures.Figure("a", "b", "×", value, least=3).reached for value in (3.0, 2.9)] == ["yes", "no"]
+    assert figures.Figure("a", "b", "ms", float("nan"), most=0.3).reached == "no"
+    assert figures.Figure("a", "b", "ms", 1.0).reached == ""
+
+
+def test_without_a_gpu_nothing_is_measured(main, monkeypatch, capsys):
+    monkeypatch.setattr(main, "gpu", lambda: None)
+    assert main.main() == 2
+    assert capsys.readouterr().err == "no GPU that torch.cuda can use: nothing to measure\n"
