@@ -1,19 +1,18 @@
-"""Lines of JSONL files against a plain loop, and what Arrow and a loop make of odd ones."""
+"""Lines of JSONL files against a plain loop, and which of them a loop must look at."""
 
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
-import pyarrow
 import pytest
 
 from safelora_fast.data import jsonl
 from safelora_fast.data.jsonl import JsonLines
 from safelora_fast.errors import DataError
+from safelora_fast.recipe.rows import ROLES, check_row
 
-SCHEMA = pyarrow.schema([("a", pyarrow.int64()), ("text", pyarrow.string())])
+TEXT = '{"prompt": "a", "completion": "b"}'
 
 
 @pytest.fixture
@@ -43,45 +42,58 @@ def test_lines_are_those_of_a_plain_loop(lines, content, at_once, monkeypatch):
         assert found.record(index) == json.loads(line)
 
 
-def test_a_table_has_the_values_of_the_lines(lines, monkeypatch):
-    monkeypatch.setattr(jsonl, "BLOCK", 64)
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 20])
+def test_odd_rows_are_known_by_their_index(lines, at_once, monkeypatch):
+    monkeypatch.setattr(jsonl, "CHECKED_AT_ONCE", at_once)
+    found = lines(f"{TEXT}\n\n{{}}\n{TEXT}\r\n \n  []\n" + f"{TEXT}\n" * 5 + "{")
+    assert list(found.odd_rows()) == [1, 3, 9]
+    assert list(lines("\n").odd_rows()) == list(lines("").odd_rows()) == []
+
+
+@pytest.mark.parametrize("role", [*ROLES, "bot"])
+def test_roles_are_those_of_rows(lines, role):
+    odd = list(lines(json.dumps({"messages": [{"role": role, "content": ""}]})).odd_rows())
+    assert odd == ([] if role in ROLES else [0])
+
+
+def test_rows_that_are_not_odd_are_taken_by_a_loop(lines):
+    """Rows with bytes replaced, left out or doubled: what the check lets pass is never refused later."""
     random = np.random.default_rng(0)
-    rows = [{"a": int(random.integers(1000)), "text": "x" * int(random.integers(90)), "other": [1]} for _ in range(50)]
-    rows[7].pop("text")
-    found = lines("\n\n".join(map(json.dumps, rows)))
-    table = found.table(SCHEMA)
-    assert table["a"].to_pylist() == [row["a"] for row in rows]
-    assert table["text"].to_pylist() == [row.get("text") for row in rows]
-    assert table.column_names == ["a", "text"]
-
-
-def test_text_that_looks_like_a_date_stays_text(lines):
-    assert lines('{"text": "2026-11-24"}\n').table(SCHEMA)["text"].to_pylist() == ["2026-11-24"]
+    turns = [
+        {"role": "user", "content": 'é ☂ "quoted" \\ 🌧'},
+        {"content": "b", "role": "assistant", "name": None},
+    ]
+    rows = [
+        json.dumps(row, ensure_ascii=ascii_only).encode()
+        for row in ({"messages": turns, "id": 1.5e3}, {"prompt": turns, "completion": turns[1:]}, json.loads(TEXT))
+        for ascii_only in (True, False)
+    ]
+    made = []
+    for number in range(20_000):
+        row = bytearray(rows[number % len(rows)])
+        for _ in range(int(random.integers(1, 3))):
+            place = int(random.integers(len(row)))
+            end = place + int(random.integers(0, 12))
+            row[place:end] = bytes(
+                random.choice([*b'"{}[]:,\\/ -0e1nu', 0, 9, 13, 128, 195, 255], int(random.integers(0, 2))).tolist()
+            )
+        made.append(bytes(row))
+    found = lines(b"\n".join([*rows, *made]))
+    odd = set(found.odd_rows())
+    taken = [index for index in range(len(found)) if index not in odd]
+    assert set(range(len(rows))) <= set(taken)
+    assert len(rows) + 1000 < len(taken) < len(found) - 1000
+    for index in taken:
+        check_row(found.place(index), found.record(index))
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        '{"a": 1}\n{"a": "one"}\n',
-        '{"a": 1}\n{"a": \n',
-        '{"a": 1}{"a": 2}\n',
-        '{"a": 1}\n[1]\n',
-        b'{"a": 1}\n{"text": "\xff"}\n',
-        "",
-    ],
-    ids=["another type", "cut", "two on a line", "no object", "no UTF-8", "empty"],
+    "more",
+    ["NaN", "1e999", "9" * 5000, '"\\ud800"', "[" * 200 + "]" * 200],
+    ids=["NaN", "inf", "long", "surrogate", "deep"],
 )
-def test_what_is_no_such_table_is_left_to_a_loop(lines, content):
-    assert lines(content).table(SCHEMA) is None
-
-
-@pytest.mark.parametrize("piece", [1, 2, 3, 7])
-def test_text_is_told_from_other_bytes_wherever_pieces_end(lines, piece, monkeypatch):
-    monkeypatch.setattr(jsonl, "PIECE", piece)
-    text = '{"text": "é ☂ 🌧 plain"}\n'.encode()
-    assert lines(text).table(SCHEMA)["text"].to_pylist() == ["é ☂ 🌧 plain"]
-    for broken in (text.replace(b"\xa9", b" "), text.replace(b"\xc3", b"\xa9"), text + b"\xe2\x98"):
-        assert lines(broken).table(SCHEMA) is None
+def test_odd_values_are_left_to_a_loop(lines, more):
+    assert list(lines(f'{TEXT[:-1]}, "x": {more}}}').odd_rows()) == [0]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +117,5 @@ def test_a_file_that_cannot_be_read(tmp_path):
         JsonLines(tmp_path)
 
 
-def test_what_a_file_holds(lines):
-    found = lines('{"a": 1}\n{"tools": []}\n')
-    assert found.holds(re.compile(b'"tool'))
-    assert not found.holds(re.compile(b'"messages"'))
-    assert not lines("").holds(re.compile(b'"'))
+def test_sha256_is_that_of_the_file(lines):
     assert lines("{}").sha256() == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"

@@ -1,4 +1,4 @@
-"""Candidates: the same rows are taken and refused whether Arrow or a loop has looked at them."""
+"""Candidates: the same rows are taken and refused whether a loop has looked at them or not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,14 @@ def test_rows_of_one_kind_need_no_loop(kind, tmp_path, looked):
 
 def test_rows_of_several_kinds_are_fine(tmp_path, looked):
     assert len(Candidates(write(tmp_path, KINDS.values()))) == 3
-    assert len(looked) == 3
+    assert looked == []
+
+
+def test_a_loop_looks_at_odd_rows_only(tmp_path, looked):
+    called = {"messages": [USER, {**ASSISTANT, "tool_calls": []}]}
+    path = write(tmp_path, [KINDS["text"], called, KINDS["turns"]])
+    assert len(Candidates(path)) == 3
+    assert looked == [f"{path}:2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

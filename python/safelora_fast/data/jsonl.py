@@ -1,8 +1,7 @@
-"""The lines of a JSONL file: found at once, checked by Arrow, read one by one when they are asked for."""
+"""The lines of a JSONL file: found and checked at once, read one by one when they are asked for."""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import mmap
@@ -11,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safelora_fast._core import odd_rows
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
-    import re
-
-    import pyarrow
+    from collections.abc import Iterator
 
 NEWLINE = 10
 SPACES = (9, 10, 11, 12, 13, 32)
 AT_ONCE = 1 << 24
-PIECE = BLOCK = 1 << 20
-LAST_ASCII = 127
+CHECKED_AT_ONCE = 1 << 27  # about a tenth of a second, after which Ctrl-C is heard
 
 
 class JsonLines:
@@ -86,47 +83,21 @@ class JsonLines:
         except RecursionError as error:
             raise DataError(f"{self.place(index)}: is nested too deeply") from error
 
-    def holds(self, pattern: re.Pattern[bytes]) -> bool:
-        """Whether a pattern is anywhere in the file."""
-        return pattern.search(self._content) is not None
-
     def sha256(self) -> str:
         """Of the whole file."""
         return hashlib.sha256(self._content).hexdigest()
 
-    def table(self, schema: pyarrow.Schema) -> pyarrow.Table | None:
-        """Columns of all lines, other columns read over; None where Arrow does not see every line as such a row.
-
-        What Arrow refuses may be fine (it wants one type for each column), and it numbers no lines.
-        """
-        import pyarrow
-        from pyarrow import json as arrow_json
-
-        if not len(self) or not self._is_text():
-            return None
-        try:
-            table = arrow_json.read_json(
-                pyarrow.BufferReader(pyarrow.py_buffer(self._content)),
-                read_options=arrow_json.ReadOptions(block_size=max(BLOCK, int((self._ends - self._starts).max()) + 2)),
-                parse_options=arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-            )
-        except pyarrow.ArrowException:
-            return None
-        return table if table.num_rows == len(self) else None
-
-    def _is_text(self) -> bool:
-        """Whether all is UTF-8; pieces of ASCII, which are most, are seen to be that many times faster than they are decoded."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
+    def odd_rows(self) -> Iterator[int]:
+        """Indices of the lines that are not certainly rows of text or turns: those that must be looked at one by one."""
         values = np.frombuffer(self._content, dtype=np.uint8)
-        try:
-            for start in range(0, len(values), PIECE):
-                piece = values[start : start + PIECE]
-                if piece.max() > LAST_ASCII or decoder.getstate()[0]:
-                    decoder.decode(piece.tobytes())
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-        return True
+        start = 0
+        while start < len(self):
+            begin = int(self._starts[start])
+            stop = max(int(np.searchsorted(self._ends, begin + CHECKED_AT_ONCE, side="right")), start + 1)
+            size = int(self._ends[stop - 1]) - begin
+            offsets = odd_rows(values.ctypes.data + begin, size)
+            yield from np.searchsorted(self._starts, np.asarray(offsets, dtype=np.int64) + begin).tolist()
+            start = stop
 
 
 def _line_ends(content: Any) -> np.ndarray:
