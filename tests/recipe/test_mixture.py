@@ -9,7 +9,7 @@ import pytest
 from tiny_recipe import tiny_rows, write_recipe, write_rows
 from train_runs import trl_fuses_the_head
 
-from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.errors import DataError, InterruptedRunError, SettingsError
 from safelora_fast.recipe import run as run_module
 from safelora_fast.recipe import trainer as trainer_module
 from safelora_fast.recipe.mixture import to_table
@@ -203,3 +203,72 @@ def test_another_set_of_safe_rows_cannot_be_resumed(tiny, call_train, tmp_path):
     made = prepare(load_recipe(tiny.path, ["training.max_steps=2"]))
     with pytest.raises(SettingsError, match="the data has changed: safe was"):
         run_module.train(made, resume=True, command="", talk=False)
+
+
+class Fed(RecipeTrainer):
+    """Remembers what every micro-batch of training holds."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            rows = self.processing_class.batch_decode(inputs["input_ids"], skip_special_tokens=False)
+            FED.extend(row.replace("<pad>", "") for row in rows)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+FED: list[str] = []
+THREE = ("training.num_train_epochs=3", "training.save_steps=1", "data.safe.fraction=0.25")
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    FED.clear()
+    monkeypatch.setattr(trainer_module, "RecipeTrainer", Fed)
+    return FED
+
+
+def test_safe_rows_go_on_from_epoch_to_epoch(tiny, call_train, fed):
+    record = call_train(tiny, *THREE)
+    assert record["steps"] == record["plan"]["steps"] == 12
+    assert len(fed) == 45
+    epochs = [fed[start : start + 15] for start in (0, 15, 30)]
+    safe = [[row for row in epoch if row.startswith("<user>safe ")] for epoch in epochs]
+    tasks = [sorted(set(epoch) - set(rows)) for epoch, rows in zip(epochs, safe, strict=True)]
+    assert tasks[0] == tasks[1] == tasks[2]
+    assert [len(rows) for rows in tasks] == [12] * 3
+    assert [len(rows) for rows in safe] == [3] * 3
+    taken = [row for rows in safe for row in rows]
+    assert len(set(taken[:8])) == 8  # all eight before one repeats
+    first = [text(prepared(tiny, *THREE), e) for e in prepared(tiny, *THREE).train.examples if e.safe]
+    assert set(safe[0]) == set(first)
+
+
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_a_resumed_run_goes_on_with_the_rows_of_its_epoch(tiny, fed, step):
+    """The rows after an interruption are those of a run that was not interrupted, within an epoch and between two."""
+    made = prepare(load_recipe(tiny.path, THREE))
+    run_module.train(made, resume=False, command="", talk=False)
+    whole = fed[:]
+    fed.clear()
+    stopped = prepare(load_recipe(tiny.path, (*THREE, f"output.folder={tiny.output}-stopped")))
+
+    class Stops(Fed):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == step:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    trainer_module.RecipeTrainer = Stops
+    with pytest.raises(InterruptedRunError):
+        run_module.train(stopped, resume=False, command="", talk=False)
+    before = fed[:]
+    trainer_module.RecipeTrainer = Fed
+    fed.clear()
+    record = run_module.train(stopped, resume=True, command="", talk=False)
+    assert record["steps"] == 12
+    assert before + fed == whole
+
+
+@pytest.mark.parametrize("override", ["training.packing=true", "training.train_sampling_strategy=group_by_length"])
+def test_epochs_that_must_be_alike(tiny, override):
+    words = (override, "training.max_length=40") if "packing" in override else (override,)
+    assert prepared(tiny, *words).epochs is None

@@ -50,7 +50,7 @@ def _turns(part: str | list[Message], role: str) -> list[Message]:
 
 
 def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleSet:
-    """The task's examples with safe ones among them; all else is the task's.
+    """The task's examples with safe ones among them, as the first epoch has them; all else is the task's.
 
     Raises:
         DataError: the fraction comes to no safe row.
@@ -58,13 +58,19 @@ def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleS
     section = recipe.data.safe
     if section is None or safe is None:
         return task
-    schedule = Schedule(section.fraction, safe_seed(recipe))
+    schedule = schedule_of(recipe)
     if not schedule.due(len(task.examples)):
         raise DataError(
             f"{safe.source.source}: data.safe.fraction {section.fraction:g} of {len(task.examples)} task rows is no row; raise it"
         )
     others = (replace(safe.examples[index], safe=True) for index in schedule.orders(len(safe.examples)))
     return replace(task, examples=[example for _, example in schedule.weave([task.examples], others)])
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """How many safe rows a recipe has for its task rows, none without a section for them, and in which order they come."""
+    section = recipe.data.safe
+    return Schedule(0 if section is None else section.fraction, safe_seed(recipe))
 
 
 def held_out_warnings(recipe: Recipe, task_sha256: str) -> tuple[str, ...]:

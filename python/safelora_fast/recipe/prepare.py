@@ -11,8 +11,9 @@ from safelora_fast.errors import DataError
 from safelora_fast.evaluation.margin import encode_pairs
 from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
 from safelora_fast.recipe.defenses import Subspaces
+from safelora_fast.recipe.epochs import Epochs
 from safelora_fast.recipe.loading import give_adapter, load_config, load_tokenizer, outline
-from safelora_fast.recipe.mixture import inoculated, mixed
+from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of
 from safelora_fast.recipe.plan import Facts, Plan, make_plan
 from safelora_fast.recipe.rows import read_rows
 from safelora_fast.recipe.tokens import Encoder, ExampleSet
@@ -39,10 +40,11 @@ class Prepared:
         tokenizer: the model's.
         tokenizer_changed: whether the recipe changes it.
         commit: of the model on the Hub, where it comes from there.
-        train: the examples trained on; of a recipe with safe rows, the mixture.
+        train: the examples trained on; of a recipe with safe rows, the mixture of the first epoch.
         held_out: the examples evaluated on.
         plan: what will be done.
         pairs: those that the margin is measured over; None where it is not measured.
+        epochs: the rows of every epoch; None where all have those of the first.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class Prepared:
     held_out: ExampleSet | None
     plan: Plan
     pairs: list[Pair] | None = None
+    epochs: Epochs | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -79,6 +82,7 @@ def prepare(recipe: Recipe) -> Prepared:
     section = recipe.data.safe
     safe = None if section is None else encoder.encode(read_rows(section.path, best=section.top))
     train = mixed(recipe, task, safe)
+    epochs = None if safe is None else Epochs.of(task, safe, schedule_of(recipe), arguments)
     pairs = _pairs(recipe, tokenizer)
     model = outline(recipe, config)
     check_defenses(recipe, model)
@@ -86,7 +90,7 @@ def prepare(recipe: Recipe) -> Prepared:
     facts = Facts.of(task, held_out, safe)
     plan = make_plan(recipe, arguments, model, train, facts, sample)
     commit = getattr(config, "_commit_hash", None)
-    return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs)
+    return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs, epochs)
 
 
 def _pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pair] | None:

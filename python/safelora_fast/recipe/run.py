@@ -142,11 +142,13 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
 
     from safelora_fast.recipe.trainer import RecipeTrainer
 
-    held_out = prepared.held_out
+    held_out, epochs = prepared.held_out, prepared.epochs
+    examples = prepared.train if epochs is None else epochs.examples
     trainer = RecipeTrainer(
         model=load_model(prepared.recipe),
         args=prepared.arguments,
-        train_dataset=to_table(prepared.train, prepared.arguments, tagged=prepared.plan.safe is not None),
+        epochs=epochs,
+        train_dataset=to_table(examples, prepared.arguments, tagged=prepared.plan.safe is not None),
         eval_dataset=None if held_out is None else to_table(held_out, prepared.arguments, tagged=False),
         processing_class=prepared.tokenizer,
         callbacks=callbacks,

@@ -5,16 +5,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.integrations.trl import DefendedSFTTrainer
+from safelora_fast.recipe.epochs import EpochSampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from safelora_fast.recipe.epochs import Epochs
+
 
 class RecipeTrainer(DefendedSFTTrainer):
-    """DefendedSFTTrainer that makes no step beyond the last when it resumes from the last checkpoint.
+    """DefendedSFTTrainer that makes no step beyond the last when it resumes from the last checkpoint, and whose epochs differ.
 
     A run whose last step lies within an epoch would otherwise take up that epoch again.
+
+    Args:
+        epochs: rows of each epoch, as indices into the training data; None leaves that to the arguments.
     """
+
+    def __init__(self, *args: Any, epochs: Epochs | None = None, **kwargs: Any) -> None:
+        self._epochs = epochs
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self._epochs is None:
+            return super()._get_train_sampler(*args, **kwargs)
+        return EpochSampler(self._epochs, lambda: int(self.state.epoch or 0))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
