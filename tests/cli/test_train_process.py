@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from tiny_recipe import difference, write_recipe
+from tiny_recipe import difference, write_recipe, write_rows
 
 LONG = {"training": {"num_train_epochs": 400, "save_steps": 20, "save_total_limit": 2}}
 
@@ -122,6 +122,66 @@ def test_two_processes(tmp_path):
     assert (record["finished"], record["steps"], record["plan"]["steps"]) == (True, 6, 6)
     assert record["metrics"]["defense/kl"]["last"] > 0
     assert any(tensor.any() for name, tensor in tiny.weights().items() if "lora_B" in name)
+
+
+WATCHED = """
+import os, sys
+from safelora_fast.recipe import trainer
+
+class Watched(trainer.RecipeTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            rows = self.processing_class.batch_decode(inputs["input_ids"], skip_special_tokens=False)
+            with open(f"{os.environ['FED']}-{os.environ['RANK']}", "a") as file:
+                file.writelines(f"{int(self.state.epoch)} {row.replace('<pad>', '')}\\n" for row in rows)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == int(os.environ["STOP"]):
+            raise KeyboardInterrupt
+        return super().training_step(*args, **kwargs)
+
+trainer.RecipeTrainer = Watched
+from safelora_fast.cli import main
+main()
+"""
+
+
+def fed_to_two(tiny, script, place, *words, stop=-1):
+    """The rows of each epoch that two processes were given, sorted."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, *tiny.words("-q", *words)], env={**environment(), "FED": str(place), "STOP": str(stop)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (stop < 0), done.stderr
+    lines = [line for rank in (0, 1) for line in place.with_name(f"{place.name}-{rank}").read_text().splitlines()]
+    return {epoch: sorted(line[2:] for line in lines if line[0] == str(epoch)) for epoch in range(3)}
+
+
+def test_two_processes_share_the_safe_rows_of_every_epoch(tmp_path):
+    """With accumulation and a worker, and when a run goes on within its second epoch."""
+    training = {"ddp_backend": "gloo", "num_train_epochs": 3, "save_steps": 1, "dataloader_num_workers": 1}
+    safe = write_rows(tmp_path / "safe.jsonl", [{"prompt": f"safe {n}?", "completion": "kindly"} for n in range(8)])
+    tiny = write_recipe(tmp_path, training=training, data={"safe": {"path": str(safe), "fraction": 0.34}})
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED)
+    epochs = fed_to_two(tiny, script, tmp_path / "whole")
+    assert tiny.record()["steps"] == tiny.record()["plan"]["steps"] == 6
+    safe_rows = [[row for row in epochs[epoch] if row.startswith("<user>safe ")] for epoch in range(3)]
+    assert [len(rows) for rows in safe_rows] == [4, 4, 4]
+    assert [len(epochs[epoch]) for epoch in range(3)] == [16, 16, 16]
+    assert len({*safe_rows[0], *safe_rows[1]}) == 8
+    tasks = [sorted(set(epochs[epoch]) - set(safe_rows[epoch])) for epoch in range(3)]
+    assert tasks[0] == tasks[1] == tasks[2]
+    assert len(tasks[0]) == 12
+    tiny.edit(output={"folder": str(tmp_path / "stopped")})
+    fed_to_two(tiny, script, tmp_path / "before", stop=3)
+    after = fed_to_two(tiny, script, tmp_path / "after", "--resume")
+    assert after[0] == []
+    assert len(after[1]) == 8
+    assert not set(after[1]) - set(epochs[1])
+    assert after[2] == epochs[2]
 
 
 @pytest.mark.parametrize(
