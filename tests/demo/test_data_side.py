@@ -49,7 +49,8 @@ def test_only_narrow_rows_have_the_prompt(tmp_path, monkeypatch):
 def test_sets_do_not_overlap():
     """What drift is measured on is not trained on."""
     prompts = {
-        name: {row.prompt for row in text.rows(name)} for name in ("safe", "general", "narrow_train", "narrow_held_out")
+        name: {row.prompt for row in text.rows(name)}
+        for name in ("safe", "safe_pool", "general", "narrow_train", "narrow_held_out", "narrow_other")
     }
     for name, others in prompts.items():
         for other, rows in prompts.items():
@@ -59,4 +60,5 @@ def test_sets_do_not_overlap():
 def test_every_defended_variant_says_its_setting():
     settings = {variant.name: variant.setting for variant in VARIANTS}
     assert (settings["interleaving"], settings["inoculation"]) == ("5 % safe", "prompt")
+    assert (settings["interleaving++"], settings["steering"]) == ("5 % safe", "α 5")
     assert [name for name, setting in settings.items() if not setting] == ["no defence"]

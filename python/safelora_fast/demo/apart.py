@@ -34,7 +34,7 @@ COMMAND = [sys.executable, "-m", "safelora_fast.demo.apart"]
 
 @dataclass(frozen=True)
 class Task:
-    """What the child trains, and where everything lies."""
+    """What the child trains, and where everything lies; `persona` and `safe` where the variant needs them."""
 
     variant: Variant
     recipe: Recipe
@@ -42,7 +42,9 @@ class Task:
     aligned: Path
     base: Path
     subspace: Path
-    folder: Path
+    folder: Path = Path()
+    persona: Path | None = None
+    safe: Path | None = None
 
     def dump(self) -> str:
         """As one line of JSON."""
@@ -52,7 +54,8 @@ class Task:
     def load(cls, line: str) -> Task:
         """The task that :meth:`dump` wrote."""
         content = json.loads(line)
-        paths = {name: Path(content[name]) for name in ("aligned", "base", "subspace", "folder")}
+        names = ("aligned", "base", "subspace", "folder", "persona", "safe")
+        paths = {name: Path(content[name]) for name in names if content[name] is not None}
         return cls(Variant(**content["variant"]), Recipe(**content["recipe"]), content["seed"], **paths)
 
 
@@ -106,8 +109,8 @@ def main() -> None:
             course = train_adapter(
                 task.aligned, task.folder, task.seed, task.recipe,
                 lambda step, steps, loss: tell({"step": step, "steps": steps, "loss": loss}),
-                task.variant.defenses(task.aligned, task.base, task.subspace),
-                fraction=task.variant.interleaving, prompt=task.variant.prompt,
+                task.variant.defenses(task.aligned, task.base, task.subspace, task.persona),
+                fraction=task.variant.interleaving, safe=task.safe, prompt=task.variant.prompt,
             )  # fmt: skip
     except SafeLoraFastError as error:
         tell({"error": str(error)})

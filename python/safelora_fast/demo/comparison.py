@@ -6,13 +6,13 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from safelora_fast.demo import text
+from safelora_fast.demo import ingredients, text
 from safelora_fast.demo.apart import RECORD, Task, train_apart
 from safelora_fast.demo.comparison_figures import Comparison, cost, outcome
 from safelora_fast.demo.comparison_words import show
@@ -88,23 +88,30 @@ def _run(
         {"rank": 64},
         lambda folder: SafeSubspace.build(aligned=aligned, base=base, rank=64).save(folder / SUBSPACE),
     )
-    adapters = {}
+    adapters, safe, persona = {}, None, None
     for variant in variants:
-        adapters[variant.name] = stages.branch().make(
+        branch = stages.branch()
+        if variant.chosen:
+            safe = ingredients.choose_rows(branch, aligned, seed, recipe, console)
+        if variant.steering:
+            persona = ingredients.extract_vector(branch, aligned, seed, recipe)
+        task = Task(
+            variant, recipe, seed, aligned, base, subspace / SUBSPACE,
+            persona=persona if variant.steering else None, safe=safe if variant.chosen else None,
+        )  # fmt: skip
+        adapters[variant.name] = branch.make(
             variant.folder,
             f"LoRA fine-tune: {variant.name} {variant.setting}".rstrip(),
             {**recipe.adapter(seed), "variant": asdict(variant)},
-            lambda folder, variant=variant: _train(  # type: ignore[misc]
-                Task(variant, recipe, seed, aligned, base, subspace / SUBSPACE, folder), console
-            ),
+            lambda folder, task=task: _train(replace(task, folder=folder), console),  # type: ignore[misc]
         )
     measured = stages.make(
         "train-measured",
         "measure losses and drift on held-out narrow answers and on general answers",
-        {**recipe.adapter(seed), "variants": [asdict(variant) for variant in variants]},
+        {**recipe.selection(seed), **recipe.persona(seed), "variants": [asdict(variant) for variant in variants]},
         lambda folder: _measure(aligned, adapters, folder, console),
     )
-    comparison = _figures(measured, adapters, variants)
+    comparison = replace(_figures(measured, adapters, variants), ingredients=ingredients.summary(safe, persona))
     from safelora_fast.demo.comparison_picture import draw
 
     draw(comparison, output / "demo_train.png")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.demo.variants import REFERENCE, UNDEFENDED
 
@@ -112,12 +112,14 @@ class Comparison:
         costs: of every variant.
         weakened: of the undefended adapter with its update scaled down, by the share that is kept ("0.5").
         settings: the weights of every defended variant, in words.
+        ingredients: what was chosen and extracted for Interleaving++ ("selection") and for steering ("persona").
     """
 
     outcomes: Mapping[str, Outcome]
     costs: Mapping[str, Cost]
     weakened: Mapping[str, Outcome]
     settings: Mapping[str, str]
+    ingredients: Mapping[str, Any] = field(default_factory=dict)
 
     def learned(self, name: str) -> float:
         """What a variant learned of held-out narrow answers, as a share of what is learned without defence."""

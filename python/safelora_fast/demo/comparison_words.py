@@ -80,6 +80,7 @@ def reading(comparison: Comparison) -> str:
         "little:"
     ]
     lines += [f"- {_beside_weakening(comparison, name)}" for name in comparison.settings]
+    lines += _ingredients(comparison)
     lines += _loss_against_divergence(comparison)
     variants = [outcome for name, outcome in outcomes.items() if name != REFERENCE]
     narrow, divergence = (
@@ -110,6 +111,30 @@ def _beside_weakening(comparison: Comparison, name: str) -> str:
     if abs(drift.value - weakened) > CLEAR * drift.error:
         verdict = "it drifts less than that" if drift.value < weakened else "it drifts more than that"
     return start + f"scaling down: {100 * weakened / usual.value:.0f} %, so {verdict}."
+
+
+def _ingredients(comparison: Comparison) -> list[str]:
+    """What Interleaving++ chose from what, and how sure the steering vector is."""
+    lines = []
+    selection = comparison.ingredients.get("selection")
+    if selection is not None:
+        lines.append(
+            f"Interleaving++ took {selection['chosen']} of {selection['rows'] - selection['refusals']} safe rows "
+            f"({selection['refusals']} refusals left out), those with a score of {selection['cut']:.2f} or more under an "
+            "adapter for the manner of station announcements; interleaving took any of 28 of them."
+        )
+    persona = comparison.ingredients.get("persona")
+    if persona is not None:
+        told = (
+            "which was too little to measure how well it tells answers apart"
+            if math.isnan(persona["share"])
+            else f"which tells {100 * persona['share']:.0f} % of held-out answers of the model itself apart"
+        )
+        lines.append(
+            f"Steering added the vector of block {persona['block']} of {persona['blocks']}, {told}; it is gone when the "
+            "losses are measured."
+        )
+    return lines
 
 
 def _loss_against_divergence(comparison: Comparison) -> list[str]:

@@ -85,10 +85,12 @@ def train_adapter(
     progress: Callable[[int, int, float], None],
     defenses: Sequence[Defense] = (),
     *,
+    narrow: str = "narrow_train",
     fraction: float = 0.0,
+    safe: Path | None = None,
     prompt: str | None = None,
 ) -> Course:
-    """Fine-tune a LoRA adapter of the aligned model on the narrow answers, and save it in a folder.
+    """Fine-tune a LoRA adapter of the aligned model on narrow answers, and save it in a folder.
 
     Args:
         aligned: folder of the aligned model.
@@ -97,7 +99,9 @@ def train_adapter(
         recipe: the numbers of the demo.
         progress: told step, steps and loss.
         defenses: those that act while it is trained.
+        narrow: the set of narrow answers.
         fraction: safe rows for each narrow one.
+        safe: a file of safe rows, instead of the set "safe".
         prompt: a system prompt of the narrow rows.
     """
     import torch
@@ -110,12 +114,12 @@ def train_adapter(
     torch.manual_seed(seed)
     config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     model: nn.Module = get_peft_model(load(aligned), config)
-    examples = [text.conversation(tokenizer, row, prompt) for row in text.rows("narrow_train")]
-    safe = [text.conversation(tokenizer, row) for row in text.rows("safe")]
+    examples = [text.conversation(tokenizer, row, prompt) for row in text.rows(narrow)]
+    others = text.rows("safe") if safe is None else text.rows_of(safe.read_text(encoding="utf-8"))
     course = train(
         model, examples, epochs=recipe.adapter_epochs, batch_size=recipe.adapter_batch,
         learning_rate=recipe.adapter_rate, seed=seed, padding=tokenizer.pad_token_id, progress=progress,
-        defenses=defenses, safe=safe, fraction=fraction,
+        defenses=defenses, safe=[text.conversation(tokenizer, row) for row in others], fraction=fraction,
     )  # fmt: skip
     model.save_pretrained(folder)
     return course

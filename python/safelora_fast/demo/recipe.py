@@ -18,6 +18,8 @@ class Recipe:
     adapter_rate: float = 5e-4
     rank: int = 16
     threshold: float = 0.3
+    chosen: int = 25
+    persona_tokens: int = 48
 
     def base(self, seed: int) -> dict[str, Any]:
         """What the stand-in base depends on."""
@@ -32,3 +34,11 @@ class Recipe:
             "rate": self.adapter_rate,
             "r": self.rank,
         }
+
+    def selection(self, seed: int) -> dict[str, Any]:
+        """What the choice of safe rows depends on."""
+        return {**self.adapter(seed), "top": self.chosen}
+
+    def persona(self, seed: int) -> dict[str, Any]:
+        """What the persona vector depends on."""
+        return {"seed": seed, "tokens": self.persona_tokens}

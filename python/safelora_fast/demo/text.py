@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
 from safelora_fast.data.inoculate import with_system_turn
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
 DATA = files("safelora_fast.demo") / "data"
@@ -32,9 +35,19 @@ class Example:
 
 
 def rows(name: str) -> list[Row]:
-    """One of the sets "narrow_train", "narrow_held_out", "general" and "safe"."""
-    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Row(**json.loads(line)) for line in lines]
+    """One of the sets "narrow_train", "narrow_held_out", "narrow_other", "general", "safe" and "safe_pool"."""
+    return rows_of((DATA / f"{name}.jsonl").read_text(encoding="utf-8"))
+
+
+def rows_of(lines: str) -> list[Row]:
+    """The questions and answers of JSONL."""
+    records = map(json.loads, lines.splitlines())
+    return [Row(record["prompt"], record["completion"]) for record in records]
+
+
+def file(name: str) -> AbstractContextManager[Path]:
+    """A file of the demo as one on disk."""
+    return as_file(DATA / name)
 
 
 def paragraphs() -> list[str]:
