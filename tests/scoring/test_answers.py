@@ -15,6 +15,9 @@ from tiny_models import fill_adapter, tiny_model, tiny_peft_model
 
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.scoring import AnswerScorer, batches_by_length, score_answers
+from safelora_fast.scoring.head import label_log_likelihoods
+from safelora_fast.scoring.prefix import shared_prefix
+from safelora_fast.training.anatomy import Head
 
 BENT = {
     "soft-cap": Family(
@@ -143,6 +146,80 @@ def test_modes_and_gradients_are_left_as_they_were():
         assert not frozen.training
     assert len(scores) == 6
     check(model, sequences())  # no dropout while it scores
+
+
+@pytest.mark.parametrize("name", BENT)
+def test_what_all_begin_with_runs_once(name):
+    model = BENT[name].make(1)
+    examples = beginning_alike(12, (20, 15, 26))
+    check(model, [examples[0]])  # whatever is tried on a few tokens is behind us
+    scorer = AnswerScorer(model)
+    list(scorer.each([examples[0]]))
+    seen = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape))
+    scores = dict(scorer.each(examples))
+    handle.remove()
+    assert seen == [(1, 11), (3, 15)]  # the last of them predicts an answer
+    for index, (likelihood, _) in enumerate(truth(model, examples)):
+        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+
+
+def test_an_answer_within_what_all_begin_with_is_scored():
+    examples = [Sequence(example.ids, [-100] * 9 + example.ids[9:]) for example in beginning_alike(12, (20, 15, 26))]
+    assert shared_prefix(examples) == 8
+    check(tiny_peft_model(vocab_size=40), examples)
+    twins = [Sequence([5, 6, 7], [-100, -100, 7])] * 3
+    assert shared_prefix(twins) == 1
+    check(tiny_peft_model(vocab_size=40), twins)
+
+
+def test_little_that_is_shared_is_left():
+    assert shared_prefix(beginning_alike(1, (30, 26))) == 0
+    assert shared_prefix(beginning_alike(12, (20,))) == 0
+    assert shared_prefix(sequences()) == 0
+
+
+def test_a_model_whose_past_is_another_thing_runs_whole(monkeypatch):
+    monkeypatch.setattr("safelora_fast.scoring.answers.past_of", lambda *_, **__: {})
+    check(tiny_model(vocab_size=40), beginning_alike(12, (20, 15, 26)))
+
+
+def beginning_alike(length, lengths):
+    """Sequences whose answers begin where they no longer are the same."""
+    first, *others = sequences(lengths, prompt=length)
+    return [first, *(Sequence(first.ids[:length] + other.ids[length:], other.labels) for other in others)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "bias", "scale", "soft-cap"])
+def test_large_logits_of_half_precision_are_precise_where_it_matters(dtype, kind):
+    """The likely labels, and the logits near theirs, beside float64 from the same numbers."""
+    generator = torch.Generator().manual_seed(4)
+    module = torch.nn.Linear(32, 61, bias=kind == "bias")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    module.to(dtype)
+    hidden = (5 * torch.randn(200, 32, generator=generator)).to(dtype)
+    head = Head(module, 0.25 if kind == "scale" else 1.0, 300.0 if kind == "soft-cap" else None)
+    logits = hidden.double() @ module.weight.double().T
+    logits = head.scale * (logits + module.bias.double() if kind == "bias" else logits)
+    logits = logits if head.softcap is None else (logits / head.softcap).tanh() * head.softcap
+    assert logits.max() > 20
+    labels = logits.topk(2, dim=1).indices[torch.arange(200), torch.arange(200) % 2]
+    expected = logits.log_softmax(dim=1)[torch.arange(200), labels]
+    with torch.no_grad():
+        ours = label_log_likelihoods(hidden, labels, head)
+    digits = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    # Each product is off by half a digit of its distance to the label's, which is off by one itself, and counts as much as
+    # it is likely.
+    products = hidden.double() @ module.weight.double().T
+    own = products[torch.arange(200), labels][:, None]
+    off = digits * ((products - own).abs() + digits * own.abs())
+    bound = head.scale * (logits.softmax(dim=1) * off).sum(dim=1) * 1.1 + 1e-5
+    assert ((ours - expected).abs() <= bound).all()
+    rounded = logits.to(dtype).double().log_softmax(dim=1)[torch.arange(200), labels]
+    assert (ours - expected).square().mean() < (rounded - expected).square().mean() / 9
 
 
 def test_half_precision_is_near():

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.scoring.batches import batches_by_length
 from safelora_fast.scoring.head import label_log_likelihoods, picked
+from safelora_fast.scoring.precision import NARROW, wide_hidden_states
+from safelora_fast.scoring.prefix import past_of, shared_prefix
 from safelora_fast.training.anatomy import dissect
 from safelora_fast.training.batch import IGNORED_LABEL
 from safelora_fast.training.capture import Tap
@@ -20,6 +24,7 @@ from safelora_fast.training.shared_logits import KEPT_LOGITS, forward_without_lo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -67,7 +72,9 @@ class AnswerScorer:
     The model runs without its head; the head is then applied at the positions that predict an answer, a chunk at a time.
     Whether that gives the model's own log-likelihoods is tried on a few tokens first; where it does not (the head is
     adapted, or the model has a way of its own with logits), the model's logits are used. Nor is the model told which tokens
-    are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask.
+    are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask. What all
+    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it. Hidden states of
+    a model in 16 bits are float32 from block to block.
 
     Args:
         model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back.
@@ -83,6 +90,8 @@ class AnswerScorer:
         self._tokens_per_batch = tokens_per_batch
         self._head: Head | None = None
         self._masked = True
+        self._shares = False
+        self._wide = False
         self._chosen = False
 
     def each(self, examples: Sequence[Labelled]) -> Iterator[tuple[int, AnswerScore]]:
@@ -107,12 +116,14 @@ class AnswerScorer:
         batch, labels = padded(examples, self._model.get_input_embeddings().weight.device)
         where = labels != IGNORED_LABEL
         try:
-            with torch.no_grad(), evaluation_mode(self._model):
-                if not self._chosen:
+            if not self._chosen:
+                with torch.no_grad(), evaluation_mode(self._model):
                     self._choose(batch["input_ids"][:1, :PROBE_TOKENS])
+            with torch.no_grad(), evaluation_mode(self._model), self._precision():
                 if not self._masked:
                     del batch["attention_mask"]
-                values = self._log_likelihoods(batch, where, labels[where])
+                prefix = shared_prefix(examples) if self._shares else 0
+                values = self._log_likelihoods(self._after(prefix, batch), where[:, prefix:], labels[where])
         except torch.OutOfMemoryError as error:
             raise SettingsError(
                 f"out of memory with {batch['input_ids'].numel()} tokens in a batch: lower tokens_per_batch, now "
@@ -122,9 +133,18 @@ class AnswerScorer:
         answers = values.double().cpu().split(counts)
         return [AnswerScore(answer.sum().item(), count) for answer, count in zip(answers, counts, strict=True)]
 
-    def _log_likelihoods(
-        self, batch: dict[str, torch.Tensor], where: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def _precision(self) -> AbstractContextManager[None]:
+        return wide_hidden_states(self._model) if self._wide else nullcontext()
+
+    def _after(self, prefix: int, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The batch less so many tokens that all rows begin with, which are its past."""
+        if not prefix:
+            return dict(batch)
+        ids = batch["input_ids"]
+        options = {} if self._head is None else {KEPT_LOGITS: torch.zeros(0, dtype=torch.long, device=ids.device)}
+        return {**batch, "input_ids": ids[:, prefix:], **past_of(self._model, ids[:1, :prefix], len(ids), **options)}
+
+    def _log_likelihoods(self, batch: dict[str, Any], where: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Log-likelihood of each label, [labels] in float32."""
         width = where.shape[1]  # what comes before the batch's tokens are those of a learnt prompt
         if self._head is None:
@@ -150,6 +170,46 @@ class AnswerScorer:
             self._head = None
             logger.info("answers are scored by the logits of the whole model: %s", reason)
         self._masked = not self._ignores_padding(ids)
+        self._wide = self._can_be_wide(ids)
+        with self._precision():
+            self._shares = self._keeps_a_past(ids)
+
+    def _can_be_wide(self, ids: torch.Tensor) -> bool:
+        """Whether the model says the same, up to rounding, when its hidden states are of more digits than its weights."""
+        if self._model.get_input_embeddings().weight.dtype not in NARROW:
+            return False
+        question = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        where = torch.ones_like(ids, dtype=torch.bool)
+        where[:, -1] = False
+        labels = ids[:, 1:].flatten()
+        try:
+            theirs = self._log_likelihoods(question, where, labels)
+            with wide_hidden_states(self._model):
+                ours = self._log_likelihoods(question, where, labels)
+        except Exception:  # whatever a model raises whose parts must be of one dtype
+            return False
+        return self._same(ours, theirs)
+
+    def _keeps_a_past(self, ids: torch.Tensor) -> bool:
+        """Whether two sequences are the same to the model when half of them is their past."""
+        rows = torch.cat([ids, ids.roll(1, dims=1)])
+        rows[1, : ids.shape[1] // 2] = ids[0, : ids.shape[1] // 2]
+        question = {"input_ids": rows}
+        if self._masked:
+            question["attention_mask"] = torch.ones_like(rows)
+        prefix = ids.shape[1] // 2
+        where = torch.ones_like(rows, dtype=torch.bool)
+        where[:, -1] = False
+        where[:, :prefix] = False
+        labels = rows[:, prefix + 1 :].flatten()
+        try:
+            theirs = self._log_likelihoods(question, where, labels)
+            with warnings.catch_warnings():  # PEFT's learnt prompts replace a past, and say so
+                warnings.simplefilter("ignore")
+                ours = self._log_likelihoods(self._after(prefix, question), where[:, prefix:], labels)
+        except Exception:  # whatever a model without a past raises
+            return False
+        return self._same(ours, theirs)
 
     def _ignores_padding(self, ids: torch.Tensor) -> bool:
         """Whether tokens after a sequence change nothing in it without a mask, as they change nothing with one."""
@@ -164,13 +224,15 @@ class AnswerScorer:
             ours = self._log_likelihoods({"input_ids": longer}, where, labels)
         except Exception:  # whatever a model that needs a mask raises
             return False
-        same: bool = torch.allclose(ours, theirs, rtol=self._tolerance, atol=self._tolerance)
-        return same
+        return self._same(ours, theirs)
 
-    @property
-    def _tolerance(self) -> float:
-        exact = next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}
-        return 1e-4 if exact else 2e-2
+    def _same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        """Whether log-likelihoods of the same labels agree; of a model in 16 bits their mean, as single logits are coarse."""
+        tolerance = 1e-4
+        if next(self._anatomy.model.parameters()).dtype not in {torch.float32, torch.float64}:
+            ours, theirs, tolerance = ours.mean(), theirs.mean(), 2e-2
+        same: bool = torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+        return same
 
     def _against_head(self, ids: torch.Tensor) -> str | None:
         model = self._anatomy.model
@@ -187,7 +249,7 @@ class AnswerScorer:
         theirs = self._log_likelihoods(question, where, labels)
         self._head = head
         ours = self._log_likelihoods(question, where, labels)
-        if not torch.allclose(ours, theirs.to(ours), rtol=self._tolerance, atol=self._tolerance):
+        if not self._same(ours, theirs.to(ours)):
             return f"{type(model).__name__} makes more of its hidden states than its head does"
         return None
 

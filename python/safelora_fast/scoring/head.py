@@ -17,6 +17,9 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 26}
 def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
     """Log-likelihood of the label of each hidden state, in float32; the products run in the dtype of the head.
 
+    A logit of 16 bits is a number of three digits, and large. So that these digits are those that matter, the label's own is
+    taken off within the product, before it is rounded.
+
     Args:
         hidden: [tokens, hidden], after the decoder's final norm.
         labels: [tokens], the token that follows each.
@@ -30,13 +33,30 @@ def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head
     states, labels = hidden.to(weight.device, weight.dtype), labels.to(weight.device)
     parts = []
     for some, wanted in zip(states.split(at_once), labels.split(at_once), strict=True):
-        logits = linear(some, weight, bias).float()
-        if head.scale != 1.0:
-            logits.mul_(head.scale)
-        if head.softcap is not None:
-            logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        logits = _logits(some, wanted, weight, bias, head)
         parts.append(picked(logits, wanted))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _logits(
+    states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: Head
+) -> torch.Tensor:
+    """Logits [tokens, vocabulary] in float32, up to a constant for each token."""
+    bent = head.scale != 1.0 or head.softcap is not None
+    if weight.dtype in {torch.bfloat16, torch.float16}:
+        level = (states.float() * weight[labels].float()).sum(dim=1, keepdim=True).to(weight.dtype)
+        logits = torch.addmm(level.neg().expand(-1, len(weight)), states, weight.T).float()
+        if bent:
+            logits.add_(level)
+        if bias is not None:
+            logits.add_(bias)
+    else:
+        logits = linear(states, weight, bias).float()
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
 
 
 def picked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -125,6 +125,8 @@ def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from safelora_fast.selection.low_rank import add_in_place
+
     weight = model.get_input_embeddings().weight
     adapted: Any = None
     for number, folder in enumerate(adapters.values()):
@@ -146,6 +148,7 @@ def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> Any:
     for name, parameter in adapted.named_parameters():
         if ".misaligned_" in name:  # in the model's dtype: mixed ones would be cast back and forth in every layer
             parameter.data = parameter.data.to(weight.device, weight.dtype)
+    add_in_place(adapted)
     return adapted.eval()
 
 
