@@ -35,6 +35,16 @@ def test_report(finished):
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_closing_report_is_a_page_of_the_same_figures(finished):
+    _, output, report = finished
+    page = (output / "demo.html").read_text()
+    learned = report["losses"]["reference"]["narrow"] - report["losses"]["adapter"]["narrow"]
+    assert f"{learned:.3f}" in page
+    assert "zero control" in page
+    assert 'href="./measured/losses.json"' in page
+    assert (output / "measured" / "losses.json").is_file()
+
+
 def test_losses_are_those_of_the_saved_adapters(finished):
     """Threshold 1 selects every module, so the zero control is the reference, and the projected one has B = C·B."""
     _, output, report = finished

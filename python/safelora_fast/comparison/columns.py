@@ -88,6 +88,7 @@ def _exact_count(contents: Sequence[Mapping[str, Any]]) -> str:
 MARGIN_RISE = "margin_rise"
 DIVERGENCE = "divergence"
 LEARNED = "learned"
+GENERAL_LOSS = "general_loss"
 
 COLUMNS = (
     Measured(
@@ -136,7 +137,7 @@ COLUMNS = (
     ),
     Measured(
         Column(
-            "general_loss", "coherent", "general loss rise", "nats", "lower",
+            GENERAL_LOSS, "coherent", "general loss rise", "nats", "lower",
             "Rise of the loss on general answers since the reference, per token; a stand-in for coherence where there is no "
             "judge. Training on answers of the same form can lower it.",
         ),

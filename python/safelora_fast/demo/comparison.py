@@ -15,7 +15,7 @@ from rich.console import Console
 from safelora_fast.demo import ingredients, text
 from safelora_fast.demo.apart import RECORD, Task, train_apart
 from safelora_fast.demo.comparison_figures import Comparison, cost, outcome
-from safelora_fast.demo.comparison_words import show
+from safelora_fast.demo.comparison_words import PAGE, reading, show
 from safelora_fast.demo.model import load
 from safelora_fast.demo.preparation import check, make_pair
 from safelora_fast.demo.recipe import Recipe
@@ -68,6 +68,10 @@ def run(
         "seconds": time.perf_counter() - start,
     }
     (Path(output) / "demo_train_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    from safelora_fast.demo.page import write_comparison
+
+    named = {variant.name: variant for variant in variants}
+    write_comparison(comparison, named, reading(comparison), seed, Path(output) / PAGE)
     show(comparison, report["seconds"], console, Path(output))
     return report
 

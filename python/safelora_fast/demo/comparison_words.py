@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.demo.comparison_figures import Comparison
 
+PAGE = "demo_train.html"
 CLEAR = 2.0  # standard errors
 
 
@@ -25,7 +26,8 @@ def show(comparison: Comparison, seconds: float, console: Console, output: Path)
     console.print(cost_table(comparison))
     console.print(reading(comparison), soft_wrap=True)
     console.print(
-        f"everything is in {output}; the picture is {output / 'demo_train.png'} ({seconds:.0f} s)", soft_wrap=True
+        f"everything is in {output}; the report is {output / PAGE}, the picture {output / 'demo_train.png'} ({seconds:.0f} s)",
+        soft_wrap=True,
     )
 
 

@@ -18,6 +18,8 @@ from safelora_fast.demo.stages import Stages
 from safelora_fast.demo.terminal import bar, quiet
 from safelora_fast.posthoc.project import project_adapter
 
+PAGE = "demo.html"
+
 
 def run(output: Path, *, seed: int = 0, source: Path | None = None, recipe: Recipe | None = None) -> dict[str, Any]:
     """Run every stage that is not finished yet, print the table, and return the report.
@@ -36,7 +38,11 @@ def run(output: Path, *, seed: int = 0, source: Path | None = None, recipe: Reci
         report = _run(Path(output), seed, source, recipe, console)
     report["seconds"] = time.perf_counter() - start
     (Path(output) / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _show(report, console, Path(output))
+    words = reading(report["losses"], report["projection"])
+    from safelora_fast.demo.page import write_projection
+
+    write_projection(report["losses"], words, seed, Path(output) / PAGE)
+    _show(report, words, console, Path(output))
     return report
 
 
@@ -127,8 +133,8 @@ def _summary(adapter: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _show(report: dict[str, Any], console: Console, output: Path) -> None:
-    losses, projection = report["losses"], report["projection"]
+def _show(report: dict[str, Any], words: str, console: Console, output: Path) -> None:
+    losses = report["losses"]
     table = Table(title="loss in nats per answer token", title_justify="left", box=None, pad_edge=False)
     for column in ("", "held-out narrow", "against reference", "general", "against reference"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -137,9 +143,11 @@ def _show(report: dict[str, Any], console: Console, output: Path) -> None:
         cells = [cell for key in ("narrow", "general") for cell in (f"{measured[key]:.3f}", f"{drift[key]:+.3f}")]
         table.add_row(name, *cells)
     console.print(table)
-    console.print(reading(losses, projection), soft_wrap=True)
+    console.print(words, soft_wrap=True)
     console.print(
-        f"everything is in {output}; the picture is {output / 'demo.png'} ({report['seconds']:.0f} s)", soft_wrap=True
+        f"everything is in {output}; the report is {output / PAGE}, the picture {output / 'demo.png'} "
+        f"({report['seconds']:.0f} s)",
+        soft_wrap=True,
     )
 
 
