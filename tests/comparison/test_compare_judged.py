@@ -64,8 +64,11 @@ def test_a_comparison_under_a_judge(comparison, call):
     assert b"swordfish-17" not in written
 
 
-def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call):
+def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call, monkeypatch):
     pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
+    from safelora_fast.evaluation import patience
+
+    monkeypatch.setattr(patience, "BUDGET", patience.Budget(tries=1, wait=0.01, timeout=5, total=20, lost=2))
     judge = {"model": "openai-api/stub/one", "url": "http://127.0.0.1:9/v1", "samples": 1, "max_tokens": 2, "attempts": 1,
              "questions": str(comparison.path.parent / "questions.yaml")}  # fmt: skip
     comparison.edit(measure={"judge": judge, "device": "cpu"}, seeds=[0])
@@ -74,7 +77,7 @@ def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call):
     assert cells["margin_rise"]["value"] is not None
     assert cells["misaligned"]["value"] is None
     assert cells["misaligned"]["seeds"][0]["failure"]
-    assert result.code == 1
+    assert result.code == 1, result.err
 
 
 def test_benchmarks_are_columns(comparison, call):

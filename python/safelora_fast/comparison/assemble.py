@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.config import CompareConfig, RunSpec
     from safelora_fast.comparison.workbench import Workbench
 
+NOTHING_SCORED = "nothing was scored"
 SHARE = Column(
     "learned_share",
     "narrow",
@@ -106,7 +107,7 @@ class Assembly:
                 contents.append(self._contents.of(one.measure, place))
                 if sample is None:
                     without = self._contents.failure(one.measure, self._contents.reference)
-                    failure = "nothing was scored" if without is None else f"the reference: {without}"
+                    failure = NOTHING_SCORED if without is None else f"the reference: {without}"
             figure = None if sample is None else sample.figure
             values.append(SeedValue(place.seed, figure, self._source(place, one.measure), failure))
         return cell_of(one.column, list(samples.values()), values, one.count(contents) if contents else "")
@@ -118,6 +119,8 @@ class Assembly:
             if not one.of_reference:
                 continue
             failure, sample = self._contents.failure(one.measure, place), self._contents.sample(one, place)
+            if sample is None and failure is None:
+                failure = NOTHING_SCORED
             figure = None if sample is None else sample.figure
             value = SeedValue(0, figure, self._source(place, one.measure), failure)
             count = "" if failure else one.count([self._contents.of(one.measure, place)])
