@@ -268,6 +268,12 @@ def test_a_report_of_what_is_there(copied, trained, call):
     assert [seed["failure"] for seed in copied.cells("none")["margin_rise"]["seeds"]] == ["not measured yet", None]
 
 
+def test_costs_can_be_left_out(copied, call):
+    copied.edit(measure={**copied.values()["measure"], "costs": False})
+    assert call(*copied.words("--report-only", "-q")).code == 0
+    assert {column["criterion"] for column in copied.report()["columns"]} == {"aligned", "benign", "narrow", "coherent"}
+
+
 def test_finished_adapters_are_taken(copied, made, trained, call):
     adapters = {str(seed): str(adapter_of(made, "KL", seed)) for seed in (0, 1)}
     copied.edit(runs={"none": {}, "published": {"adapters": adapters}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safelora_fast.comparison.config import load_config
+from safelora_fast.comparison.facts import setting_of
 from safelora_fast.errors import SettingsError
 
 PLAIN = """\
@@ -104,3 +105,14 @@ def test_mistakes_are_named(read, old, new, words):
 def test_no_runs_are_said_so(read):
     with pytest.raises(SettingsError, match="name the runs to compare, the undefended one first"):
         read(PLAIN[: PLAIN.index("runs:")] + "output: out\n")
+
+
+def test_a_setting_in_words_leaves_paths_to_the_recipe(read):
+    config = read(
+        PLAIN.replace(
+            "kl: {weight: 0.5}", "safelora: {at: end, threshold: 0.3, subspace: {aligned: a, base: b}}, kl: {weight: 2}"
+        ).replace("training: {max_steps: 7}", "data: {safe: {path: s.jsonl, fraction: 0.05}, inoculate: Be careless.}")
+    )
+    assert [setting_of(run) for run in config.runs] == [
+        "", "safelora (at end, τ 0.3), kl (λ 2), safe (fraction 0.05), inoculate Be careless."
+    ]  # fmt: skip

@@ -138,6 +138,8 @@ class Assembly:
         return {SHARE.key: mean_cell(values)} if values else {}
 
     def _costs(self, places: Sequence[Place]) -> dict[str, Cell]:
+        if not self._config.measure.costs:
+            return {}
         others = {place.seed: place.record() for place in self._first}
         cells = {}
         for column, figure in COSTS:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
     from safelora_fast.comparison.workbench import Workbench
 
+SECTIONS = ("defenses", "data", "training", "lora", "model", "monitors")
+SYMBOLS = {"weight": "λ", "threshold": "τ", "coefficient": "α"}
+PATHS = ("path", "subspace", "vector", "without_answer", "too_long")  # the recipe has them
+
 
 def facts_of(config: CompareConfig, bench: Workbench, places: Mapping[str, Sequence[Place]]) -> dict[str, str]:
     """By label, in the order in which they are shown."""
@@ -45,21 +49,19 @@ def setting_of(run: RunSpec) -> str:
     return ", ".join(_words(run.changes)) if run.changes else ""
 
 
-def _words(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _words(values: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for key, value in values.items():
-        path = f"{prefix}{key}"
-        if path in SECTIONS and isinstance(value, dict):
+        if key in PATHS:
+            continue
+        if key in SECTIONS and isinstance(value, dict):
             words += _words(value)
         elif isinstance(value, dict):
             inner = ", ".join(_words(value))
-            words.append(f"{path} ({inner})" if inner else path)
+            words.append(f"{key} ({inner})" if inner else key)
         else:
-            words.append(f"{path} {_plain(value)}")
+            words.append(f"{SYMBOLS.get(key, key)} {_plain(value)}")
     return words
-
-
-SECTIONS = ("defenses", "data", "training", "lora", "model", "monitors")
 
 
 def _plain(value: Any) -> str:

@@ -101,6 +101,7 @@ class MeasureSection:
         general: rows far from the task, on which the divergence from the reference is measured.
         max_rows: use the first so many rows of both.
         scaled: shares to which the first run's update is scaled down, for the path that a weaker fine-tune takes.
+        costs: show what each training took; leave it out where other work shared the machine.
         judge: see :class:`JudgeSection`; None leaves it out, as with the others.
         tasks: see :class:`TasksSection`.
         operator_swap: see :class:`OperatorSwapSection`.
@@ -115,6 +116,7 @@ class MeasureSection:
     general: str | None = None
     max_rows: int | None = None
     scaled: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    costs: bool = True
     judge: JudgeSection | None = None
     tasks: TasksSection | None = None
     operator_swap: OperatorSwapSection | None = None
