@@ -201,6 +201,21 @@ def test_tasks_are_kept_one_by_one(run, tasks, tmp_path, monkeypatch):
         run(["choosing"], limit=5)
 
 
+def test_overwrite_keeps_what_is_of_the_same_settings(run, tasks, tmp_path):
+    file = tmp_path / "out" / "benchmarks.json"
+    reading, choosing = run(["reading", "choosing"], limit=5).tasks
+    changed = yaml.safe_load((tasks / "choosing.yaml").read_text())
+    (tasks / "choosing.yaml").write_text(yaml.safe_dump({**changed, "target_delimiter": ""}))
+    (again,) = run(["choosing"], limit=5, overwrite=True).tasks
+    assert again.definition != choosing.definition
+    assert sorted(json.loads(file.read_text())["tasks"]) == ["choosing", "reading"]
+    with pytest.raises(SettingsError, match="no task 'chosing'"):
+        run(["chosing"], limit=6, overwrite=True)
+    assert run(["reading"], limit=5).tasks == (reading,)
+    run(["choosing"], limit=6, overwrite=True)
+    assert list(json.loads(file.read_text())["tasks"]) == ["choosing"]
+
+
 def test_groups_and_tags(run, tasks):
     (tasks / "group.yaml").write_text(
         yaml.safe_dump({"group": "both", "task": ["choosing", "other"], "aggregate_metric_list": [{"metric": "acc"}]})

@@ -133,6 +133,31 @@ def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
     assert len(requests) == 2 * (len(judged) - first["scored"])
 
 
+def test_overwrite_takes_away_no_more_than_is_replaced(call, words, tmp_path):
+    """Answers and verdicts cost hours and money: they go when others of the same kind take their place, and not before."""
+    folder, beside = tmp_path / "out", tmp_path / "out" / "benchmarks.json"
+    with serving(by_length) as (url, requests):
+        assert call(*words, "--judge-url", url).code == 0
+        beside.write_text("{}")
+        first = {file: file.read_bytes() for file in folder.glob("*.json*")}
+        assert len(first) == 5
+        requests.clear()
+        empty = tmp_path / "adapter"
+        empty.mkdir()
+        failed = call(*words, "--judge-url", url, "--adapter", empty, "--overwrite")
+        assert (failed.code, "holds no adapter" in failed.err) == (2, True), failed.err
+        assert {file: file.read_bytes() for file in folder.glob("*.json*")} == first
+        assert call(*words, "--judge-url", url, "--overwrite").code == 0
+        assert requests == []
+        assert (folder / "answers.jsonl").read_bytes() == first[folder / "answers.jsonl"]
+        assert call(*words, "--judge-url", url, "--seed", 1, "--overwrite").code == 0
+        assert requests
+    assert beside.read_text() == "{}"
+    assert [row["answer"] for row in answers(folder)] != [
+        json.loads(line)["answer"] for line in first[folder / "answers.jsonl"].splitlines()
+    ]
+
+
 def test_other_judges_and_their_agreement(call, words, tmp_path):
     with serving(by_length) as (url, _):
         assert call(*words, "--judge-url", url).code == 0

@@ -65,7 +65,7 @@ def evaluate(
     chat_template: options.ChatTemplate = None,
     trust_remote_code: options.TrustRemoteCode = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Replace an evaluation of other settings.")
+        bool, typer.Option("--overwrite", metavar="", help="Replace answers, or tasks, of other settings.")
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -93,8 +93,6 @@ def evaluate(
     questioned = None if judge is None else _prepare(judge, judge_url, questions, kinds)
     folder = EvaluationFolder(output)
     folder.check()
-    if overwrite:
-        folder.remove()
     report: dict[str, Any] = {}
     measured = None
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
@@ -115,6 +113,7 @@ def evaluate(
                 strings=task_strings,  # type: ignore[arg-type]
                 chat_template=chat_template,
                 trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
                 progress=progress,
             )
         if questioned is not None:
@@ -125,7 +124,7 @@ def evaluate(
             found, chosen = questioned
             subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code)
             sampling = Sampling(samples, max_tokens, seed, batch_size)
-            collect_answers(folder, subject, adapter, chosen, sampling, progress=progress)
+            collect_answers(folder, subject, adapter, chosen, sampling, overwrite=overwrite, progress=progress)
             verdicts, log = judge_folder(
                 folder, found, attempts=judge_attempts, reply_tokens=judge_tokens, progress=progress
             )

@@ -144,7 +144,7 @@ def benchmark(
         strings: "chat" puts prompts into the chat template, "text" does not; by default as the tokenizer has one or has not.
         chat_template: a Jinja file in the place of the tokenizer's own template.
         trust_remote_code: run Python code that comes with the model.
-        overwrite: start anew where the file is of other settings.
+        overwrite: replace results of other settings, and of tasks that were defined otherwise.
         progress: told of every task's requests.
 
     Raises:
@@ -249,24 +249,29 @@ def _result(name: str, results: dict[str, Any], chat: bool, version: str, defini
 
 
 class _Kept:
-    """The file of results.
+    """The file of results; it is written when a task is done, and until then holds what it held.
 
     Raises:
-        OutputError: it is of other settings, or cannot be read.
+        OutputError: it is of other settings, or cannot be read, and must not be overwritten.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
         self.path = folder / BENCHMARKS
         self._settings = json.loads(json.dumps({"format": FORMAT, **settings}))
+        self._overwrite = overwrite
         self.results: dict[str, TaskResult] = {}
-        if self.path.exists() and not overwrite:
-            self._read()
+        if self.path.exists():
+            try:
+                self.results = self._read()
+            except OutputError:
+                if not overwrite:
+                    raise
 
-    def _read(self) -> None:
+    def _read(self) -> dict[str, TaskResult]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             former = dict(content["settings"])
-            self.results = {name: _read_result(values) for name, values in content["tasks"].items()}
+            results = {name: _read_result(values) for name, values in content["tasks"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{self.path}: cannot be read; pass --overwrite to start anew") from error
         changed = sorted(name for name in {*former, *self._settings} if former.get(name) != self._settings.get(name))
@@ -275,11 +280,14 @@ class _Kept:
                 f"{self.path}: holds results of other settings ({', '.join(changed)}); choose another output, or pass "
                 "--overwrite"
             )
+        return results
 
     def has(self, name: str, definition: str) -> bool:
         """Whether a task is there already."""
         known = self.results.get(name)
         if known is not None and known.definition != definition:
+            if self._overwrite:
+                return False
             raise OutputError(
                 f"{self.path}: holds results of a task {name} that was defined otherwise; choose another output, or pass "
                 "--overwrite"

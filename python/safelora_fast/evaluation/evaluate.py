@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from inspect_ai.model import Model
 
     from safelora_fast.evaluation.answers import Asked
-    from safelora_fast.evaluation.loading import SubjectSettings
+    from safelora_fast.evaluation.loading import Subject, SubjectSettings
     from safelora_fast.evaluation.questions import Question
     from safelora_fast.evaluation.verdicts import Verdict
 
@@ -71,41 +71,42 @@ def collect_answers(
 ) -> list[Answer]:
     """Have a model answer, and keep every batch of answers at once: an interrupted run goes on where it stopped.
 
+    With `overwrite`, answers and verdicts of other settings are removed once the model is loaded that answers in their place.
+
     Raises:
         SafeLoraFastError: the folder is of something else, or the model cannot be loaded or asked.
     """
+    from safelora_fast.evaluation.loading import load_subject
+
     resolved = subject.resolved()
     asked = ask(questions, sampling.samples)
-    folder.begin(
-        {
-            **asdict(resolved),
-            "adapter": None if adapter is None else str(adapter),
-            "adapter_sha256": adapter_fingerprint(adapter),
-            "questions": [asdict(question) for question in questions],
-            **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
-        },
-        overwrite=overwrite,
-    )
+    settings = {
+        **asdict(resolved),
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_sha256": adapter_fingerprint(adapter),
+        "questions": [asdict(question) for question in questions],
+        **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
+    }
+    folder.check()
+    loaded = load_subject(resolved, adapter) if overwrite and folder.other(settings) else None
+    folder.begin(settings, overwrite=overwrite)
     known = folder.stored()
     missing = [(number, one) for number, one in enumerate(asked) if one.id not in known]
     if missing:
-        for answers in _generate(resolved, adapter, missing, sampling, progress):
+        for answers in _generate(loaded or load_subject(resolved, adapter), missing, sampling, progress):
             folder.add(answers)
             known.update({answer.asked.id: answer for answer in answers})
     return [known[one.id] for one in asked]
 
 
 def _generate(
-    subject: SubjectSettings,
-    adapter: Path | None,
+    loaded: Subject,
     missing: list[tuple[int, Asked]],
     sampling: Sampling,
     progress: Progress | None,
 ) -> Any:
     from safelora_fast.evaluation.generation import generate
-    from safelora_fast.evaluation.loading import load_subject
 
-    loaded = load_subject(subject, adapter)
     if progress is not None:
         progress.start("answers", len(missing))
     batches = generate(

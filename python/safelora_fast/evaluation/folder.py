@@ -44,24 +44,44 @@ class EvaluationFolder:
     def begin(self, settings: dict[str, Any], *, overwrite: bool) -> None:
         """Make the folder, or go on with one of the same settings.
 
+        Args:
+            settings: what the answers depend on.
+            overwrite: remove answers and verdicts of other settings; those of the same settings stay.
+
         Raises:
             OutputError: it is of another evaluation, or of somebody else's, or cannot be written.
         """
-        file, wanted = self.path / SETTINGS, json.loads(json.dumps({"format": FORMAT, **settings}))
         self.check()
-        if overwrite:
-            self.remove()
-        if file.is_file():
-            former = self._former(file)
-            if former != wanted:
-                changed = sorted(name for name in {*former, *wanted} if former.get(name) != wanted.get(name))
-                raise OutputError(
-                    f"{self.path}: holds an evaluation of other settings ({', '.join(changed)}); choose another output, or "
-                    "pass --overwrite"
-                )
+        other = self.other(settings)
+        if other is not None and not overwrite:
+            raise OutputError(other)
         with described(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(file, wanted)
+            if other is not None:
+                for name in (REPORT, VERDICTS, ANSWERS):
+                    (self.path / name).unlink(missing_ok=True)
+                if (self.path / LOGS).is_dir():
+                    shutil.rmtree(self.path / LOGS)
+            write_json(self.path / SETTINGS, _plain(settings))
+
+    def other(self, settings: dict[str, Any]) -> str | None:
+        """Why what is there is not of these settings; None where it is, or where there is nothing."""
+        file, wanted = self.path / SETTINGS, _plain(settings)
+        if not file.is_file():
+            return None
+        try:
+            former = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{file}: cannot be read; pass --overwrite to start anew"
+        if not isinstance(former, dict):
+            former = {}
+        changed = sorted(name for name in {*former, *wanted} if former.get(name) != wanted.get(name))
+        if not changed:
+            return None
+        return (
+            f"{self.path}: holds an evaluation of other settings ({', '.join(changed)}); choose another output, or pass "
+            "--overwrite"
+        )
 
     def check(self) -> None:
         """Refuse a folder that holds something else than an evaluation.
@@ -75,25 +95,6 @@ class EvaluationFolder:
             names = {file.name for file in self.path.iterdir()}
             if names and SETTINGS not in names and names != {BENCHMARKS}:
                 raise OutputError(f"{self.path}: holds files that are not of an evaluation; choose another output")
-
-    def remove(self) -> None:
-        """Remove all of an evaluation.
-
-        Raises:
-            OutputError: the folder holds something else.
-        """
-        self.check()
-        with described(self.path):
-            if self.path.exists():
-                shutil.rmtree(self.path)
-
-    @staticmethod
-    def _former(file: Path) -> dict[str, Any]:
-        try:
-            former = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{file}: cannot be read; pass --overwrite to start anew") from error
-        return former if isinstance(former, dict) else {}
 
     def stored(self) -> dict[str, Answer]:
         """Answers that are there, by their id; a last line that was cut off is dropped."""
@@ -109,6 +110,11 @@ class EvaluationFolder:
         """Keep answers, on disk."""
         with described(self.path), self.answers.open("a", encoding="utf-8") as file:
             file.writelines(answer.to_json() + "\n" for answer in answers)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **settings}))
+    return plain
 
 
 def adapter_fingerprint(adapter: Path | None) -> str | None:
