@@ -16,6 +16,7 @@ from tiny_models import fill_adapter, tiny_model, tiny_peft_model
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.scoring import AnswerScorer, batches_by_length, score_answers
 from safelora_fast.scoring.head import label_log_likelihoods
+from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.prefix import shared_prefix
 from safelora_fast.training.anatomy import Head
 
@@ -99,13 +100,90 @@ def test_the_head_runs_on_answer_positions_only(monkeypatch):
     assert sum(counted) <= 24 + 3 * 30  # one probe, and the truth itself
 
 
-def test_an_adapted_head_is_the_models_own(told):
-    model = tiny_peft_model(lora={"target_modules": ["q_proj", "lm_head"]}, vocab_size=40)
+@pytest.mark.parametrize(
+    "lora",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["adapted", "saved"],
+)
+def test_an_adapted_head_is_the_models_own(told, lora):
+    model = tiny_peft_model(lora=lora, vocab_size=40)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
     check(model, sequences())
+    assert told() == [
+        "answers are scored by the logits of the whole model: the output head of LlamaForCausalLM is adapted"
+    ]
+
+
+def test_an_adapted_head_is_not_lost_in_half_precision():
+    """Its effect may be smaller than what single logits of 16 bits show."""
+    model = tiny_peft_model(lora={"target_modules": ["lm_head"]}, vocab_size=40)
+    fill_adapter(model, seed=1, scale=0.05)
+    model.bfloat16()
+    adapted = score_answers(model, sequences())
+    exact = truth(model, sequences())
+    with model.disable_adapter():
+        plain = truth(model, sequences())
+    apart = [abs(one - other) for (one, _), (other, _) in zip(exact, plain, strict=True)]
+    off = [abs(score.log_likelihood - one) for score, (one, _) in zip(adapted, exact, strict=True)]
+    assert sum(off) < sum(apart) / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_that_are_bent_in_an_unknown_way_are_the_models_own(told, monkeypatch, dtype):
+    model = tiny_model(vocab_size=40).to(dtype)
+    whole = model.forward
+    bend = (torch.arange(40) % 2 - 0.5).to(dtype)
+
+    def forward(input_ids=None, logits_to_keep=0, **others):
+        output = whole(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
+        output.logits = output.logits + bend
+        return output
+
+    monkeypatch.setattr(model, "forward", forward)
+    score_answers(model, sequences())
     assert told() == [
         "answers are scored by the logits of the whole model: LlamaForCausalLM makes more of its hidden states than its "
         "head does"
     ]
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_models_that_stretch_their_positions_with_the_length(kind):
+    """What is shared, and what else is in a batch, must not decide whether positions are stretched."""
+    longest = 64 if kind == "longrope" else 16
+    settings = (
+        dict(ROPES[kind]) if "rope_parameters" in dir(transformers.LlamaConfig()) else {**ROPES[kind], "type": kind}
+    )
+    name = "rope_parameters" if "rope_parameters" in dir(transformers.LlamaConfig()) else "rope_scaling"
+    model = tiny_model(vocab_size=40, max_position_embeddings=longest, **{name: settings})
+    assert stretched_beyond(model.config) == 16
+    examples = [*sequences((9, 30, 12, 21), prompt=8), *beginning_alike(12, (16, 24, 14, 20))]
+    check(model, [*examples[:1], *examples])
+    alike = [
+        Sequence(examples[1].ids[:20] + example.ids[8:], [-100] * 20 + example.ids[8:]) for example in examples[:3]
+    ]
+    check(model, alike)
+
+
+def test_models_that_do_not():
+    assert stretched_beyond(tiny_model().config) is None
+    config = transformers.Gemma3TextConfig()
+    assert stretched_beyond(config) is None
 
 
 def test_models_that_keep_all_logits(told, monkeypatch):
@@ -244,3 +322,4 @@ def test_batches_of_like_length():
     assert batches_by_length([5, 2, 9, 5, 1], 10) == [[2], [0, 3], [1, 4]]
     assert batches_by_length([5, 2, 9, 5, 1], 1) == [[2], [0], [3], [1], [4]]
     assert batches_by_length([], 4) == []
+    assert batches_by_length([5, 2, 9, 5, 7, 1], 10, alone_beyond=6) == [[0, 3], [1, 5], [4], [2]]
