@@ -236,9 +236,9 @@ class AnswerScorer:
     def _same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         """Whether log-likelihoods of the same labels agree; of a model in 16 bits on the whole, as single logits are coarse."""
         if next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}:
-            return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+            return bool(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
         apart = (ours - theirs).abs().mean().item()
-        return apart <= COARSE and torch.allclose(ours.mean(), theirs.mean(), rtol=2e-2, atol=2e-2)
+        return apart <= COARSE and bool(torch.allclose(ours.mean(), theirs.mean(), rtol=2e-2, atol=2e-2))
 
     def _against_head(self, ids: torch.Tensor) -> str | None:
         model = self._anatomy.model
