@@ -105,7 +105,9 @@ def test_the_head_runs_on_answer_positions_only(monkeypatch):
     [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
     ids=["adapted", "saved"],
 )
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT 0.18, of a head of its own
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`:UserWarning"
+)  # PEFT 0.18, of a head of its own
 def test_an_adapted_head_is_the_models_own(told, lora):
     model = tiny_peft_model(lora=lora, vocab_size=40)
     for name, parameter in model.named_parameters():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.scoring.answers import padded
 from safelora_fast.scoring.batches import batches_by_length
+from safelora_fast.scoring.sequences import padded
 from safelora_fast.training.batch import IGNORED_LABEL
 from safelora_fast.training.reference import evaluation_mode
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from safelora_fast.scoring.answers import Labelled
+    from safelora_fast.scoring.sequences import Labelled
 
 TOKENS_PER_BATCH = 1024
 

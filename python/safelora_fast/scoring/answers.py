@@ -7,7 +7,7 @@ import logging
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from safelora_fast.scoring.head import label_log_likelihoods, picked
 from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.precision import NARROW, wide_hidden_states
 from safelora_fast.scoring.prefix import past_of, shared_prefix
+from safelora_fast.scoring.sequences import padded
 from safelora_fast.training.anatomy import adapter_layers, dissect
 from safelora_fast.training.batch import IGNORED_LABEL
 from safelora_fast.training.capture import Tap
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from safelora_fast.scoring.sequences import Labelled
     from safelora_fast.training.anatomy import Head
 
 logger = logging.getLogger(__name__)
@@ -38,18 +40,6 @@ PROBE_TOKENS = 24
 # Nats that log-likelihoods of a model in 16 bits may be apart, in the mean of their sizes. Rounding alone was seen to make 0.02
 # to 0.05 on a model of 135M parameters.
 COARSE = 0.1
-
-
-class Labelled(Protocol):
-    """A sequence of tokens, and which of them are the answer: what :class:`~safelora_fast.recipe.tokens.Example` is."""
-
-    @property
-    def ids(self) -> list[int]:
-        """The tokens."""
-
-    @property
-    def labels(self) -> list[int]:
-        """The tokens of the answer, and -100 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -268,17 +258,3 @@ def score_answers(
     """The score of every example, in their order; see :class:`AnswerScorer`."""
     scores = dict(AnswerScorer(model, tokens_per_batch=tokens_per_batch).each(examples))
     return [scores[index] for index in range(len(examples))]
-
-
-def padded(examples: Sequence[Labelled], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Tokens and attention mask, and at each position the label of the next token, [batch, tokens] each."""
-    width = max(len(example.ids) for example in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED_LABEL)
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        labels[row, : length - 1] = torch.tensor(example.labels[1:])
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, labels.to(device)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from safelora_fast.scoring.answers import Labelled
+    from safelora_fast.scoring.sequences import Labelled
 
 # Two calls of the model pay from this share of the batch's tokens on.
 WORTH = 1 / 16

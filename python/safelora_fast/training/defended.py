@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,13 @@ from safelora_fast.training.batch import Spans, read_spans
 from safelora_fast.training.capture import Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import world_size
 from safelora_fast.training.drift import Drift
-from safelora_fast.training.finish import EndProjection
 from safelora_fast.training.head_check import check_logits, check_same_head
 from safelora_fast.training.metrics import Meter, Stopwatch
+from safelora_fast.training.projections import Projections
 from safelora_fast.training.reference import Reference, ReferencePass
 from safelora_fast.training.safe_modules import SafeModules
 from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
+from safelora_fast.training.steered import TrainingPasses
 from safelora_fast.training.steps import OnNonFinite, Steps
 from safelora_fast.training.task_loss import task_loss
 from safelora_fast.training.terms import batch_terms, penalty_term
@@ -105,7 +105,6 @@ class Defended:
 
     Attributes:
         defenses: the defences that are switched on.
-        projection_report: what SafeLora did at the end; None before, and where it does nothing then.
     """
 
     def __init__(
@@ -127,20 +126,20 @@ class Defended:
         self.model = model
         self.defenses = active
         self._batch_defenses = [defense for defense in self.defenses if isinstance(defense, BatchDefense)]
-        self._steps = Steps(optimizer, made=first_step, on_nonfinite=on_nonfinite, afterwards=self._project)
+        self._steps = Steps(
+            optimizer, made=first_step, on_nonfinite=on_nonfinite, afterwards=lambda: self._projections.after(self.step)
+        )
         self._handles: list[Any] = []
         self._attached = False
         self._recorder: StudentRecorder | None = None
         self._drift: Drift | None = None
         self._penalty: tuple[SubspacePenalty, SafeModules] | None = None
-        self._projection: tuple[SafeLora, SafeModules] | None = None
-        self._end: EndProjection | None = None
-        self.projection_report: ProjectionReport | None = None
         self._spans: Spans | None = None
         self._head_to_check = False
-        self._passes = 0
+        self._passes = TrainingPasses()
         self._meter = Meter()
         self._stopwatch = Stopwatch()
+        self._projections = Projections(self._meter, self._stopwatch)
         if self.defenses or monitors:
             self._prepare(reference, monitors)
             kl = next((defense for defense in self._batch_defenses if isinstance(defense, KL)), None)
@@ -148,6 +147,11 @@ class Defended:
             self._head_to_check = kl is not None
             if kl is not None:
                 check_same_head(self.anatomy, self._reference.anatomy)
+
+    @property
+    def projection_report(self) -> ProjectionReport | None:
+        """What SafeLora did at the end; None before, and where it does nothing then."""
+        return self._projections.report
 
     @property
     def step(self) -> int:
@@ -174,14 +178,12 @@ class Defended:
             defense.check(self.anatomy)
             if isinstance(defense, SubspacePenalty):
                 self._penalty = (defense, SafeModules(self.anatomy.model, defense.subspace, owner="SubspacePenalty"))
-            elif isinstance(defense, SafeLora) and defense.at == "end":
-                self._end = EndProjection(self.model, defense)
             elif isinstance(defense, SafeLora):
-                self._projection = (defense, SafeModules(self.anatomy.model, defense.subspace, owner="SafeLora"))
+                self._projections.add(defense, self.model, self.anatomy)
 
     def _run_reference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
         with self._stopwatch.running():
-            return self._reference.run(args, kwargs, around=self._training_pass)
+            return self._reference.run(args, kwargs, around=self._passes.running)
 
     def __enter__(self) -> Defended:
         self.attach()
@@ -207,48 +209,26 @@ class Defended:
         Raises:
             SafeLoraFastError: the sources of V have changed, or a factor is NaN or infinite; the model is as it was.
         """
-        if self._end is None or self.projection_report is not None:
-            return self.projection_report
-        self.projection_report = self._end.run()
-        (adapter,) = self.projection_report.adapters
-        cosines = [module.cosine for module in adapter.modules if not math.isnan(module.cosine)]
-        self._meter.set("cosine_min", min(cosines, default=math.nan))
-        self._meter.set("modules_projected", float(len(adapter.projected)))
-        return self.projection_report
+        return self._projections.finish()
 
     def attach(self) -> None:
         """Install the hooks; does nothing when they are in, or when every defence is switched off and nothing is watched."""
         if self._attached or not (self.defenses or self._drift):
             return
-        if self._projection is not None and not self._steps.known:
-            raise SettingsError('SafeLora: at="step" needs the optimizer whose steps it follows: optimizer=')
-        acting = filter(None, (self._penalty, self._projection))
-        self._steps.check((type(defense).__name__, modules) for defense, modules in acting)
+        acting = self._projections.acting(known=self._steps.known)
+        if self._penalty is not None:
+            acting.append(("SubspacePenalty", self._penalty[1]))
+        self._steps.check(acting)
         self._attached = True
+        reference = self._reference.anatomy if self._batch_defenses else None
         for defense in self.defenses:
             if isinstance(defense, Steering):
-                self._install(defense)
+                self._handles.extend(self._passes.steer(defense, self.anatomy, reference))
         if self._recorder is not None:
             self._recorder.attach()
         if self._batch_defenses:
             self._reference.tap.attach()
         self._handles.extend(self._steps.attach())
-
-    def _install(self, steering: Steering) -> None:
-        """Steer the model, and a second model that serves as reference; before the hooks that read the outputs."""
-        model = self.anatomy.model
-        self._handles.append(steering.install(self.anatomy, lambda: model.training or self._passes > 0))
-        if self._batch_defenses and self._reference.anatomy.model is not model:
-            self._handles.append(steering.install(self._reference.anatomy, lambda: self._passes > 0))
-
-    @contextmanager
-    def _training_pass(self) -> Iterator[None]:
-        """Inside, steering is on whatever the model's mode."""
-        self._passes += 1
-        try:
-            yield
-        finally:
-            self._passes -= 1
 
     def detach(self) -> None:
         """Take the hooks out; the model is as it was found."""
@@ -344,7 +324,7 @@ class Defended:
         if self._head_to_check:
             self._head_to_check = False
             check_logits(self.anatomy, batch)
-        with self._training_pass():
+        with self._passes.running():
             if self._recorder is None:
                 yield
                 return
@@ -433,13 +413,3 @@ class Defended:
         Does nothing where the optimizer has hooks, which count the steps by themselves.
         """
         self._steps.engine_stepped()
-
-    def _project(self) -> None:
-        """Project the adapter, where that is due after the step just made."""
-        if self._projection is None:
-            return
-        defense, modules = self._projection
-        if self.step % defense.every == 0:
-            with self._stopwatch.running():
-                self._meter.set("cosine_min", modules.project(self.step))
-                self._meter.set("modules_projected", float(len(modules.modules)))
