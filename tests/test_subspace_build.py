@@ -1,9 +1,10 @@
-"""SafeSubspace.build against the dense singular value decomposition in float64."""
+"""SafeSubspace.build, by the extension and on a device, against the dense singular value decomposition in float64."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,12 @@ from safelora_fast.posthoc.provenance import reopen
 from safelora_fast.subspace import SafeSubspace
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (48, 40), "model.layers.0.mlp.down_proj": (33, 71)}
+
+
+@pytest.fixture(params=[None, "cpu"], ids=["extension", "device"])
+def build(request):
+    """Both ways; the CPU is a device to torch."""
+    return partial(SafeSubspace.build, device=request.param)
 
 
 def differences(seed=0):
@@ -59,8 +66,8 @@ def dense(checkpoints_):
     return {name: (aligned[name + ".weight"] - base[name + ".weight"]).astype(np.float64) for name in SHAPES}
 
 
-def test_against_the_dense_decomposition(checkpoints):
-    subspace = SafeSubspace.build(**checkpoints, rank=6)
+def test_against_the_dense_decomposition(build, checkpoints):
+    subspace = build(**checkpoints, rank=6)
     assert set(subspace.modules) == set(SHAPES)
     for name, v in dense(checkpoints).items():
         left, values, _ = np.linalg.svd(v)
@@ -77,8 +84,8 @@ def test_against_the_dense_decomposition(checkpoints):
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
-def test_energy_keeps_the_fewest_vectors(checkpoints, energy):
-    subspace = SafeSubspace.build(**checkpoints, energy=energy)
+def test_energy_keeps_the_fewest_vectors(build, checkpoints, energy):
+    subspace = build(**checkpoints, energy=energy)
     for name, v in dense(checkpoints).items():
         squares = np.linalg.svd(v, compute_uv=False) ** 2
         if energy < 1:
@@ -87,56 +94,56 @@ def test_energy_keeps_the_fewest_vectors(checkpoints, energy):
         assert subspace.modules[name].energy >= energy - 1e-5
 
 
-def test_a_rank_beyond_that_of_v_keeps_what_there_is(checkpoints):
-    modules = SafeSubspace.build(**checkpoints, rank=500).modules
+def test_a_rank_beyond_that_of_v_keeps_what_there_is(build, checkpoints):
+    modules = build(**checkpoints, rank=500).modules
     assert all(module.rank <= min(SHAPES[name]) for name, module in modules.items())
     assert all(module.energy == pytest.approx(1, abs=1e-5) for module in modules.values())
 
 
-def test_the_same_input_gives_the_same_bytes(checkpoints, tmp_path):
+def test_the_same_input_gives_the_same_bytes(build, checkpoints, tmp_path):
     for number in (1, 2, 5):
-        SafeSubspace.build(**checkpoints, rank=5, threads=number).save(tmp_path / f"{number}.safetensors")
+        build(**checkpoints, rank=5, threads=number).save(tmp_path / f"{number}.safetensors")
     written = {(tmp_path / f"{number}.safetensors").read_bytes() for number in (1, 2, 5)}
     assert len(written) == 1
-    SafeSubspace.build(**checkpoints, rank=5, seed=1).save(tmp_path / "seed.safetensors")
+    build(**checkpoints, rank=5, seed=1).save(tmp_path / "seed.safetensors")
     assert (tmp_path / "seed.safetensors").read_bytes() not in written
 
 
-def test_a_module_without_difference_has_rank_zero(checkpoints):
+def test_a_module_without_difference_has_rank_zero(build, checkpoints):
     same = "model.layers.0.self_attn.q_proj.weight"
     base, shard = load_file(checkpoints["base"] / "model.safetensors"), checkpoints["aligned"] / "model-0.safetensors"
     assert set(load_file(shard)) == {same}
     save_file({same: base[same]}, shard)
-    modules = SafeSubspace.build(**checkpoints, rank=5).modules
+    modules = build(**checkpoints, rank=5).modules
     assert [module.rank for module in modules.values()] == [0, 5]
     assert modules["model.layers.0.self_attn.q_proj"].left_vectors.shape == (48, 0)
     assert np.isnan(modules["model.layers.0.self_attn.q_proj"].energy)
     with pytest.raises(PairingError, match="the same weights in every module"):
-        SafeSubspace.build(aligned=checkpoints["base"], base=checkpoints["base"], rank=5)
+        build(aligned=checkpoints["base"], base=checkpoints["base"], rank=5)
 
 
-def test_modules_are_chosen_by_their_last_components(checkpoints):
+def test_modules_are_chosen_by_their_last_components(build, checkpoints):
     for ending in ("down_proj", "mlp.down_proj", "model.layers.0.mlp.down_proj"):
-        found = SafeSubspace.build(**checkpoints, modules=[ending], rank=2)
+        found = build(**checkpoints, modules=[ending], rank=2)
         assert list(found.modules) == ["model.layers.0.mlp.down_proj"]
     with pytest.raises(PairingError, match="'c_attn'; its modules end in down_proj, lm_head, norm, q_proj"):
-        SafeSubspace.build(**checkpoints, modules=["q_proj", "c_attn"])
+        build(**checkpoints, modules=["q_proj", "c_attn"])
     with pytest.raises(PairingError, match="'own_proj'"):
-        SafeSubspace.build(**checkpoints, modules=["own_proj"])
+        build(**checkpoints, modules=["own_proj"])
     with pytest.raises(PairingError, match=r"norm.*only linear layers"):
-        SafeSubspace.build(**checkpoints, modules=["norm"])
+        build(**checkpoints, modules=["norm"])
 
 
-def test_nan_weights_are_named(checkpoints):
+def test_nan_weights_are_named(build, checkpoints):
     path = checkpoints["base"] / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = np.nan
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=r'down_proj.weight" holds .* row 3, column 5'):
-        SafeSubspace.build(**checkpoints)
+        build(**checkpoints)
 
 
-def test_progress_counts_bytes_and_names_modules(checkpoints):
+def test_progress_counts_bytes_and_names_modules(build, checkpoints):
     told = []
 
     class Progress:
@@ -146,7 +153,7 @@ def test_progress_counts_bytes_and_names_modules(checkpoints):
         def advance(self, done_bytes, module):
             told.append((done_bytes, module))
 
-    SafeSubspace.build(**checkpoints, rank=2, progress=Progress())
+    build(**checkpoints, rank=2, progress=Progress())
     sizes = [8 * rows * columns for rows, columns in SHAPES.values()]
     assert told[0] == (sum(sizes), 2)
     assert told[1] in [(done, "model.layers.0.self_attn.q_proj") for done in (sizes[0], sum(sizes))]  # work runs ahead
@@ -199,12 +206,12 @@ def test_a_file_that_came_or_went_is_a_change(checkpoints):
         reopen(sources["aligned"], role="aligned")
 
 
-def test_refusals(checkpoints, tmp_path):
+def test_refusals(build, checkpoints, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: the aligned model is neither a file"):
-        SafeSubspace.build(aligned=tmp_path / "nowhere", base=checkpoints["base"])
+        build(aligned=tmp_path / "nowhere", base=checkpoints["base"])
     save_file({"model.layers.0.self_attn.q_proj.weight": np.ones((48, 40), np.float32)}, tmp_path / "part.safetensors")
     with pytest.raises(PairingError, match=r"layers\.0\.mlp\.down_proj: the base model .* has no tensor"):
-        SafeSubspace.build(aligned=checkpoints["aligned"], base=tmp_path / "part.safetensors")
+        build(aligned=checkpoints["aligned"], base=tmp_path / "part.safetensors")
     for wrong in (
         {"rank": 0},
         {"energy": 1.5},
@@ -212,9 +219,11 @@ def test_refusals(checkpoints, tmp_path):
         {"seed": -1},
         {"threads": 0},
         {"modules": []},
+        {"device": "tpu"},
+        {"device": "meta"},
     ):
         with pytest.raises(SettingsError, match=next(iter(wrong))):
-            SafeSubspace.build(**checkpoints, **wrong)
+            build(**{**checkpoints, **wrong})
 
 
 def test_the_file_is_whole_or_absent(checkpoints, tmp_path, monkeypatch):
@@ -236,15 +245,15 @@ def test_the_file_is_whole_or_absent(checkpoints, tmp_path, monkeypatch):
     assert loaded.to_dict() == subspace.to_dict()
 
 
-def test_shards_in_any_order_give_the_same_subspace(tmp_path):
+def test_shards_in_any_order_give_the_same_subspace(build, tmp_path):
     """The two checkpoints of the plain pair, and again as one file with the names in reverse."""
     pair = write_pair(tmp_path)
-    built = SafeSubspace.build(aligned=pair.aligned, base=pair.base, rank=3)
+    built = build(aligned=pair.aligned, base=pair.base, rank=3)
     assert set(built.modules) == set(module_names())
     tensors = {}
     for shard in pair.aligned.glob("*.safetensors"):
         tensors.update(load_file(shard))
     save_file(dict(reversed(tensors.items())), tmp_path / "one.safetensors")
-    again = SafeSubspace.build(aligned=tmp_path / "one.safetensors", base=pair.base, rank=3)
+    again = build(aligned=tmp_path / "one.safetensors", base=pair.base, rank=3)
     for name, module in built.modules.items():
         assert np.array_equal(again.modules[name].left_vectors, module.left_vectors)

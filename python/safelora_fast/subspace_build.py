@@ -1,13 +1,16 @@
-"""Building a safe subspace: both checkpoints are streamed once, and the extension keeps what `orthogonal` projects onto."""
+"""Building a safe subspace: both checkpoints are streamed once, and what `orthogonal` projects onto is kept.
+
+The extension does the work, or torch on a device.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from safelora_fast import _core
-from safelora_fast.errors import PairingError, SettingsError
+from safelora_fast.errors import MissingDependencyError, PairingError, SettingsError
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.provenance import describe
 from safelora_fast.posthoc.settings import Settings, whole_number
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
+
+    from safelora_fast.posthoc.device_subspace import SubspaceStream
+    from safelora_fast.posthoc.jobs import Plan
     from safelora_fast.posthoc.project import Progress
 
 RANK = 64
@@ -33,6 +40,7 @@ def build_subspace(
     energy: float | None = None,
     seed: int = 0,
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> SafeSubspace:
     """Stream two checkpoints and keep U_k, σ_k and ‖V‖_F of each module; see :meth:`SafeSubspace.build`."""
@@ -43,10 +51,11 @@ def build_subspace(
         raise SettingsError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed}")
     if modules is not None and (isinstance(modules, str) or not all(modules) or not modules):
         raise SettingsError(f'modules must be names like ["q_proj", "v_proj"], not {modules!r}')
+    on = None if device is None else _torch_device(device)
     models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
     plan = plan_subspace(*models, modules)
     sources = dict(zip(("aligned", "base"), map(describe, models), strict=True))
-    stream = start_stream(plan, settings, keep_subspace=True, seed=seed)
+    stream = _start(plan, settings, seed, on)
     if progress is not None:
         progress.start(plan.nbytes, len(plan.modules))
     built: dict[str, ModuleSubspace] = {}
@@ -70,5 +79,43 @@ def build_subspace(
             "aligned and base hold the same weights in every module, so V = aligned - base is zero and there is no "
             "subspace; give the model before alignment as --base"
         )
-    described = {"rank": rank, "energy": energy, "seed": seed, "modules": None if modules is None else list(modules)}
-    return SafeSubspace(built, sources, {**described, "safelora-fast": _core.__version__})
+    described: dict[str, Any] = {"rank": rank, "energy": energy, "seed": seed}
+    described["modules"] = None if modules is None else list(modules)
+    return SafeSubspace(built, sources, {**described, **_made_by(on)})
+
+
+def _torch_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        SettingsError, BackendError: there is none.
+        MissingDependencyError: torch is not installed.
+    """
+    try:
+        from safelora_fast.posthoc.device_stream import torch_device
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingDependencyError(f"device {name!r} needs torch: pip install 'safelora-fast[train]'") from error
+    return torch_device(name)
+
+
+def _start(
+    plan: Plan, settings: Settings, seed: int, device: torch.device | None
+) -> _core.ProjectionStream | SubspaceStream:
+    """Start the work; the stream must be closed."""
+    if device is None:
+        return start_stream(plan, settings, keep_subspace=True, seed=seed)
+    from safelora_fast.posthoc.device_subspace import SubspaceStream
+
+    return SubspaceStream(plan, settings, device=device, seed=seed)
+
+
+def _made_by(device: torch.device | None) -> dict[str, str]:
+    """What did the work, for the settings of the file."""
+    package = {"safelora-fast": _core.__version__}
+    if device is None:
+        return package
+    import torch
+
+    return {"device": device.type, **package, "torch": torch.__version__}

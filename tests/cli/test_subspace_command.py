@@ -72,6 +72,17 @@ def test_same_bytes_whatever_the_number_of_threads(call, words, tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
+def test_on_a_device(pair, call, words, output):
+    code, out, err = call(*words("--rank", "3", "--device", "cpu"))
+    assert (code, err) == (0, "")
+    assert str(output) in out.replace("\n", "")
+    loaded = SafeSubspace.load(output)
+    built = SafeSubspace.build(aligned=pair.aligned, base=pair.base, rank=3, device="cpu")
+    assert loaded.to_dict() == built.to_dict()
+    assert loaded.settings["device"] == "cpu"
+    assert "device cpu" in call("subspace", "show", output).out
+
+
 def test_show(pair, call, words, output):
     assert call(*words("--rank", "3")).code == 0
     code, out, err = call("subspace", "show", output)
@@ -189,6 +200,7 @@ def test_one_line_and_nothing_written(pair, call, words, output, tmp_path, spoil
         (["--threads", "0"], "threads"),
         (["--seed", "-1"], "seed"),
         (["--modules", ""], "modules"),
+        (["--device", "tpu"], "device must be one of cpu, cuda, xpu, with a number if need be, not 'tpu'"),
         (["--modules", "c_attn"], "no module ends in 'c_attn'; its modules end in down_proj, norm, q_proj, v_proj"),
     ],
     ids=" ".join,

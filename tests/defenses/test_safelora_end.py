@@ -259,6 +259,27 @@ def test_sources_that_change_while_training(sources):
     assert furthest(before, adapter_weights(model)) == 0
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_norm_of_a_device_may_differ_in_its_last_digits(sources, device):
+    """The order and precision of its sums are another; a change of a weight is told all the same."""
+    name = "model.layers.1.mlp.down_proj"
+    built = SafeSubspace.build(**sources, rank=2, device=device)
+    module = built.modules[name]
+
+    def finish(off):
+        other = ModuleSubspace(module.left_vectors, module.singular_values, module.v_norm * (1 + off), module.columns)
+        subspace = SafeSubspace({**built.modules, name: other}, built.sources, built.settings)
+        return defend(tiny_peft_model(), [SafeLora(subspace, select="all")]).finish()
+
+    finish(0)
+    for off, is_told in ((1e-5, device is None), (-1e-5, device is None), (3e-5, True), (-3e-5, True)):
+        if is_told:
+            with pytest.raises(CheckpointError, match=r"down_proj: ‖V‖ is .*, but was .* a checkpoint has changed"):
+                finish(off)
+        else:
+            finish(off)
+
+
 def test_nan_factors_leave_the_model_as_it_was(sources):
     model = tiny_peft_model()
     defended = defend(model, [SafeLora(SafeSubspace.from_sources(**sources), select="all")])

@@ -233,10 +233,10 @@ def test_devices_that_are_none():
         SettingsError, match="device must be one of cpu, cuda, xpu, with a number if need be, not 'tpu'"
     ):
         torch_device("tpu")
-    with pytest.raises(SettingsError, match="not 'meta': nothing is projected there"):
+    with pytest.raises(SettingsError, match="not 'meta': nothing is computed there"):
         torch_device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(
-            BackendError, match=r"device 'cuda' cannot be used .*; leave device out to project on the CPU"
+            BackendError, match=r"device 'cuda' cannot be used .*; leave device out to compute on the CPU"
         ):
             torch_device("cuda")

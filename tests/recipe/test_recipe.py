@@ -101,6 +101,8 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("defenses.safelora.subspace={aligned: a, bse: b}", "defenses.safelora.subspace.bse: unknown; did you mean base"),
         ("defenses.safelora={subspace: {aligned: a, base: b, rank: 4}}", "safelora.subspace.rank: a projection at the end"),
         ("defenses.safelora={subspace: {aligned: a, base: b}, at: step, operator: zero}", "shrinks B each time"),
+        ("defenses.safelora={subspace: {aligned: a, base: b, device: cuda}}", "subspace.device: a projection at the end"),
+        ("defenses.subspace_penalty.subspace={aligned: a, base: b, device: 3}", "subspace.device: must be text or null, not 3"),
         ("monitors.drift=0.1", "command line: monitors.drift: must be a mapping of settings (vector, layer), not 0.1"),
         ("monitors.drift={vector: [1.0]}", "command line: monitors.drift: needs layer"),
         ("monitors.drift={vector: absent.pt, layer: 3}", "monitors.drift.vector: there is no file absent.pt"),
@@ -155,7 +157,7 @@ def test_one_subspace_for_all_that_name_it(monkeypatch):
         return SafeSubspace({})
 
     monkeypatch.setattr("safelora_fast.recipe.defenses.SafeSubspace.build", build)
-    source = {"aligned": "a", "base": "b", "rank": 3}
+    source = {"aligned": "a", "base": "b", "rank": 3, "device": "cuda"}
     subspaces = Subspaces(build=True)
     step = DefenseSpec(SafeLora, {"subspace": source, "at": "step"}).build(subspaces)
     penalty = DefenseSpec(SubspacePenalty, {"subspace": dict(source), "weight": 1.0}).build(subspaces)

@@ -46,6 +46,10 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace a file that exists.")] = False,
     as_json: options.Json = False,
     threads: options.Threads = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="cuda|cuda:N|xpu|cpu", help="Compute there, by torch. (default: the CPU, without torch)"),
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Build the safe subspace of two checkpoints.
@@ -74,6 +78,7 @@ def build(
             energy=energy,
             seed=seed,
             threads=threads,
+            device=device,
             progress=None if quiet or as_json else progress,
         )
     subspace.save(output)

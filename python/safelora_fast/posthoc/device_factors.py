@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from safelora_fast.errors import CheckpointError
+from safelora_fast.posthoc.device_damage import not_finite
 from safelora_fast.posthoc.device_reader import DTYPES
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class FactorReader:
         stored_as, tensor = self._tensor(adapter, part.key)
         stored = tensor.as_strided((part.rows, part.cols), (part.row_stride, part.col_stride), part.offset)
         path = self._adapters[adapter].file.path
-        refuse_not_finite(stored, path, part.key)
+        problem = not_finite(stored, path, part.key)
+        if problem is not None:
+            raise problem
         largest = float(stored.abs().max())
         scale = 2.0 ** math.frexp(largest)[1] if largest else 1.0
         values = (stored.double() / scale).float().to(self._device)
@@ -78,16 +80,3 @@ class FactorReader:
         file = self._adapters[adapter].file
         stored_as = file.tensors[key][0]
         return stored_as, torch.frombuffer(bytearray(file.read(key)), dtype=DTYPES[stored_as])
-
-
-def refuse_not_finite(matrix: torch.Tensor, path: str, tensor: str) -> None:
-    """Raise CheckpointError, with the first such element, where a stored matrix holds NaN or infinity."""
-    bad = ~matrix.isfinite()
-    if not bool(bad.any()):
-        return
-    row, column = bad.nonzero()[0].tolist()
-    value = float(matrix[row, column])
-    raise CheckpointError(
-        f'{path}: tensor "{tensor}" holds {"NaN" if math.isnan(value) else value} at row {row}, column {column}; the '
-        "checkpoint is damaged or its training diverged"
-    )

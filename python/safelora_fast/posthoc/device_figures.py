@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.errors import AdapterError, CheckpointError
+from safelora_fast.errors import AdapterError
 from safelora_fast.ops.subspace_projection import subspace_projections
 from safelora_fast.ops.subspace_projection.grouped import transposed_products
 from safelora_fast.ops.subspace_projection.leading import Extent, Leading, leading_vectors
-from safelora_fast.posthoc.device_factors import refuse_not_finite
+from safelora_fast.posthoc.device_damage import damage
 from safelora_fast.posthoc.device_reader import DTYPES
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ class BatchProjector:
         projections = subspace_projections(pairs, stacked)
         norms = [float(projection.v_norm) for projection in projections]
         for module, projection, norm in zip(modules, projections, norms, strict=True):
-            _refuse_not_finite(module, projection, norm)
+            if not (math.isfinite(norm) and bool(projection.product_gram.diagonal().sum().isfinite())):
+                raise damage(module.pair)
         leading = [
             leading_vectors(pair, self._extent) if self._extent is not None and norm > 0 else None
             for pair, norm in zip(pairs, norms, strict=True)
@@ -205,17 +206,3 @@ class BatchProjector:
                 )
             )
         return outcomes
-
-
-def _refuse_not_finite(module: _Module, projection: Projection, norm: float) -> None:
-    if math.isfinite(norm) and bool(projection.product_gram.diagonal().sum().isfinite()):
-        return
-    wanted = module.pair.wanted
-    for block, part in zip(wanted.blocks, module.pair.parts, strict=True):
-        refuse_not_finite(part, block.file.path, block.tensor)
-    name = wanted.planned.name
-    if wanted.resident is not None and not bool(wanted.resident.isfinite().all()):
-        raise CheckpointError(f"module {name}: the model's weight holds NaN or infinity; it is damaged")
-    raise CheckpointError(
-        f"module {name}: the products with V leave the range of float32; the weights are damaged or not on their usual scale"
-    )

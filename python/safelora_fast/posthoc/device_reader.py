@@ -7,7 +7,6 @@ model has them, are not read.
 
 from __future__ import annotations
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,7 +88,7 @@ class WeightReader:
         self._closed = False
 
     def __iter__(self) -> Iterator[list[Pair]]:
-        """The batches, each on the device."""
+        """The batches, each on the device; none after :meth:`close`."""
         if not self._batches:
             return
         size = max(sum(wanted.room for wanted in batch) for batch in self._batches)
@@ -97,6 +96,8 @@ class WeightReader:
         buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in self._batches[:2]]
         ahead = self._read(0, buffers)
         for number, batch in enumerate(self._batches):
+            if self._closed:
+                return
             ahead.result()
             # The other buffer is free: what came of its batch has been read.
             if number + 1 < len(self._batches):
@@ -105,20 +106,26 @@ class WeightReader:
             yield _cut(batch, filled.to(self._device, non_blocking=True))
 
     def close(self) -> None:
-        """Stop reading; what is being read is waited for."""
+        """Stop reading; what is being read is waited for, and whether it fails no longer matters."""
         self._closed = True
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, number: int, buffers: Sequence[torch.Tensor]) -> Future[None]:
         """Fill a buffer with a batch on the reader's thread."""
-        buffer = buffers[number % 2]
-        views, targets, place = [], [], buffer.data_ptr()
-        for block in itertools.chain.from_iterable(wanted.blocks for wanted in self._batches[number]):
-            view = block.view()
-            views.append(view)
-            targets.append((place, view.nbytes))
-            place += _aligned(view.nbytes)
-        return self._reader.submit(_core.copy_views, views, targets, threads=self._threads)
+        views = [block.view() for wanted in self._batches[number] for block in wanted.blocks]
+        return self._reader.submit(_fill, buffers[number % 2], views, self._threads)
+
+
+def _fill(buffer: torch.Tensor, views: Sequence[_core.View], threads: int | None) -> None:
+    """Copy views into a buffer, each from a multiple of ALIGNMENT.
+
+    The call holds the buffer: who asked for it, and the iteration that owned it, may be gone before it has written.
+    """
+    targets, place = [], buffer.data_ptr()
+    for view in views:
+        targets.append((place, view.nbytes))
+        place += _aligned(view.nbytes)
+    _core.copy_views(views, targets, threads=threads)
 
 
 def dtype_of(block: Block) -> torch.dtype:

@@ -1,34 +1,87 @@
-"""The stream of a projection on a torch device: what `_core.ProjectionStream` does, by the grouped operations of ops/.
+"""Streams on a torch device: what `_core.ProjectionStream` does, by the grouped operations of ops/.
 
 Sums are float32 there, so that figures agree with those of the extension to about 1e-6 and not to the bit.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
 from safelora_fast.errors import BackendError, SettingsError
 from safelora_fast.posthoc.device_factors import FactorReader
-from safelora_fast.posthoc.device_figures import BatchProjector
+from safelora_fast.posthoc.device_figures import BatchProjector, DeviceOutcome
 from safelora_fast.posthoc.device_reader import BATCH_BYTES, Wanted, WeightReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from safelora_fast.posthoc.device_figures import DeviceOutcome
+    from safelora_fast.posthoc.device_reader import Pair
     from safelora_fast.posthoc.jobs import Plan
     from safelora_fast.posthoc.settings import Settings
 
 DEVICES = ("cpu", "cuda", "xpu")
+Outcome = TypeVar("Outcome")
 
 
-class DeviceStream:
+class BatchStream(Generic[Outcome]):
+    """Runs the modules of a plan through some work on a device, in order.
+
+    The device holds the weights of one batch at a time (BATCH_BYTES, or one module where that is larger), the host two; what
+    the work needs comes on top. While a batch is worked on, the next one is read.
+
+    Args:
+        modules: in the order of the plan.
+        work: gives the outcomes of a batch, in its order.
+        device: as :func:`torch_device` gives it.
+        threads: that read.
+        batch_bytes: most bytes that a batch holds.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Wanted],
+        work: Callable[[list[Pair]], Iterable[Outcome]],
+        *,
+        device: torch.device,
+        threads: int | None,
+        batch_bytes: int,
+    ) -> None:
+        self.nbytes = sum(wanted.nbytes for wanted in modules)
+        self.bytes_done = 0
+        self._work, self._device = work, device
+        self._reader = WeightReader(modules, device, threads=threads, batch_bytes=batch_bytes)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        """The outcomes; work on a batch starts when its first one is asked for.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite, or too large for products in float32.
+            BackendError: the device has too little memory.
+        """
+        try:
+            yield from self._outcomes()
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"device {str(self._device)!r} ran out of memory ({_first_line(error)}); leave device out to compute on the CPU"
+            ) from error
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._reader.close()
+
+    def _outcomes(self) -> Iterator[Outcome]:
+        for batch in self._reader:
+            sizes, outcomes = [pair.wanted.nbytes for pair in batch], self._work(batch)
+            del batch  # its memory is for the next one
+            for size, outcome in zip(sizes, outcomes, strict=True):
+                self.bytes_done += size
+                yield outcome
+
+
+class DeviceStream(BatchStream[DeviceOutcome]):
     """Projects the modules of a plan on a device, in order.
-
-    The device holds the weights of one batch at a time (BATCH_BYTES, or one module where that is larger), the host two;
-    factors and products come on top. While a batch is worked on, the next one is read.
 
     Args:
         plan: the modules.
@@ -52,30 +105,15 @@ class DeviceStream:
         modules = [
             Wanted(index, planned, (resident or {}).get(planned.name)) for index, planned in enumerate(plan.modules)
         ]
-        self.nbytes = sum(wanted.nbytes for wanted in modules)
-        self.bytes_done = 0
-        self._reader = WeightReader(modules, device, threads=settings.threads, batch_bytes=batch_bytes)
-        self._projector = BatchProjector(FactorReader(plan.adapters, device), settings, keep_projected=keep_projected)
-
-    def __iter__(self) -> Iterator[DeviceOutcome]:
-        """The outcomes; a batch is computed when its first one is asked for."""
-        for batch in self._reader:
-            sizes, outcomes = [pair.wanted.nbytes for pair in batch], self._projector.run(batch)
-            del batch  # its memory is for the next one
-            for size, outcome in zip(sizes, outcomes, strict=True):
-                self.bytes_done += size
-                yield outcome
-
-    def close(self) -> None:
-        """Stop reading."""
-        self._reader.close()
+        projector = BatchProjector(FactorReader(plan.adapters, device), settings, keep_projected=keep_projected)
+        super().__init__(modules, projector.run, device=device, threads=settings.threads, batch_bytes=batch_bytes)
 
 
 def torch_device(name: str | torch.device) -> torch.device:
     """The device of this name, with its number.
 
     Raises:
-        SettingsError: torch knows no such device, or weights cannot be projected there.
+        SettingsError: torch knows no such device, or nothing is computed there.
         BackendError: this machine has none.
     """
     try:
@@ -85,11 +123,14 @@ def torch_device(name: str | torch.device) -> torch.device:
             f"device must be one of {', '.join(DEVICES)}, with a number if need be, not {name!r}"
         ) from None
     if device.type not in DEVICES:
-        raise SettingsError(f"device must be one of {', '.join(DEVICES)}, not {name!r}: nothing is projected there")
+        raise SettingsError(f"device must be one of {', '.join(DEVICES)}, not {name!r}: nothing is computed there")
     try:
         return torch.empty(0, device=device).device
     except Exception as error:  # a build without CUDA, a driver or a GPU that is missing: each raises something else
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BackendError(
-            f"device {name!r} cannot be used ({reason}); leave device out to project on the CPU"
+            f"device {name!r} cannot be used ({_first_line(error)}); leave device out to compute on the CPU"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

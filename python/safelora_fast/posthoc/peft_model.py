@@ -63,7 +63,7 @@ def project_peft_model(
     Raises:
         SettingsError: when the model is no PeftModel or has no such adapter, the new name is taken or PEFT cannot use it, an
             adapter is merged, or nothing is projected on `device`.
-        BackendError: this machine has no such device.
+        BackendError: this machine has no such device, or it has too little memory.
         SafeLoraFastError: as :func:`project_adapter`.
     """
     _check_model(model)

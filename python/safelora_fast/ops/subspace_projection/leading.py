@@ -40,7 +40,9 @@ class Leading:
     values: torch.Tensor
 
 
-def leading_vectors(pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, *, seed: int = 0) -> Leading:
+def leading_vectors(
+    pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, *, seed: int = 0, squares: float | None = None
+) -> Leading:
     """The leading left singular vectors of V = aligned − base, which must not be zero.
 
     Singular values below 1e-5 of the largest count as zero, so that fewer vectors may come than were asked for.
@@ -49,25 +51,31 @@ def leading_vectors(pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, *, 
         pair: aligned and base [m, n], as :func:`subspace_projections` takes them.
         extent: how many.
         seed: of the random start.
+        squares: ‖V‖²_F, which the energy is a share of, where it is known better than float32 sums tell.
 
     Raises:
         BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
     """
     with torch.no_grad():
-        return _Iteration(pair, extent, seed).run()
+        return _Iteration(pair, extent, seed, squares).run()
 
 
 class _Iteration:
-    def __init__(self, pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, seed: int) -> None:
+    def __init__(
+        self, pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, seed: int, squares: float | None
+    ) -> None:
         self._pair, self._extent = pair, extent
         self._sides = pair[0].shape
         self._generator = torch.Generator().manual_seed(seed)
         wanted = 2 * OVERSAMPLING if extent.rank is None else extent.rank + OVERSAMPLING
-        images, self._squares = self._transposed(self._random(min(wanted, *self._sides)))
+        images, summed = self._transposed(self._random(min(wanted, *self._sides)))
+        self._squares = summed if squares is None else squares
         self._right = _orthonormal(images)
         self._left = self._product(self._right)
 
     def run(self) -> Leading:
+        if not self._count:  # V is so small that its products are zero
+            return Leading(self._left.float(), self._left.new_zeros(0).cpu())
         for _ in range(MOST_BLOCKS):
             values, rotation = self._ritz()
             wanted = self._wanted(values)
