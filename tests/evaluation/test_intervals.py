@@ -23,6 +23,12 @@ def test_wilson_against_published_values():
     assert wilson(0, 0).to_list() == [None, None]
 
 
+@pytest.mark.parametrize("count", [7, 100, 263, 800])
+def test_nothing_found_and_everything_found_reach_the_ends(count):
+    assert wilson(0, count).low == 0
+    assert wilson(count, count).high == 1
+
+
 def test_quantiles_of_student():
     known = {1: 12.7062, 4: 2.7764, 5: 2.5706, 7: 2.3646, 11: 2.2010, 30: 2.0423, 1000: 1.9623}
     for degrees, quantile in known.items():

@@ -42,7 +42,10 @@ def wilson(hits: float, count: float, quantile: float = NORMAL_QUANTILE) -> Inte
     centre = share + square / (2 * count)
     half = quantile * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
     scale = 1 + square / count
-    return Interval(max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0))
+    low, high = max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+    return Interval(
+        0.0 if hits <= 0 else low, 1.0 if share >= 1 else high
+    )  # exactly, where rounding is all that differs
 
 
 def clustered_wilson(hits: Sequence[bool], clusters: Sequence[Hashable]) -> Interval:
