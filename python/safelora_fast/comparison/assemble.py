@@ -79,8 +79,8 @@ class Assembly:
         """Every column, those of the benchmarks among the benign ones."""
         asked = [place for place in places if self._contents.applies("tasks", place)]
         tasks = task_columns([self._contents.of("tasks", place) for place in asked])
-        place = next(number for number, one in enumerate(COLUMNS, start=1) if one.column.criterion == "benign")
-        return [*COLUMNS[:place], *tasks, *COLUMNS[place:]]
+        after = next(number for number, one in enumerate(COLUMNS, start=1) if one.column.criterion == "benign")
+        return [*COLUMNS[:after], *tasks, *COLUMNS[after:]]
 
     def _is_asked_for(self, one: Measured, places: Sequence[Place]) -> bool:
         rows = one.rows is None or getattr(self._config.measure, one.rows) is not None

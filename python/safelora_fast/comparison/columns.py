@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,32 +147,44 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def task_columns(contents: Sequence[Mapping[str, Any]]) -> list[Measured]:
-    """A column for the first metric of every benchmark that any run has taken.
+def task_columns(contents: Sequence[Mapping[str, Any]], asked: Sequence[str] = ()) -> list[Measured]:
+    """A column for the first metric of every benchmark.
 
     Args:
-        contents: of the runs' measurements.
+        contents: of the measurements, the reference's among them.
+        asked: names of the benchmarks, for the columns of a comparison in which none has been taken.
     """
-    columns: dict[str, Measured] = {}
+    metrics: dict[str, list[Mapping[str, Any]]] = {}
     for content in contents:
         for task, result in content.get("tasks", {}).items():
-            columns.setdefault(task, _task_column(task, result["metrics"][0]))
-    return list(columns.values())
+            metrics.setdefault(task, []).append(result["metrics"][0])
+    return [_task_column(task, found) for task, found in metrics.items()] or [_task_column(task, []) for task in asked]
 
 
-def _task_column(task: str, metric: Mapping[str, Any]) -> Measured:
-    better = {True: "higher", False: "lower"}.get(metric["higher_is_better"])
-    unit = "%" if better == "higher" and 0 <= metric["value"] <= 1 else ""
+def _task_column(task: str, metrics: Sequence[Mapping[str, Any]]) -> Measured:
+    """The column of a benchmark; a share only where the metric has one in every content."""
+    if not metrics:
+        column = Column(f"task/{task}", "benign", task, "", None, f"The benchmark {task} of lm-evaluation-harness.")
+        return Measured(column, "tasks", lambda _content, _reference: None, of_reference=True)
+    first = metrics[0]
+    values = [value for metric in metrics if math.isfinite(value := _number(metric["value"]))]
+    better = {True: "higher", False: "lower"}.get(first["higher_is_better"])
+    unit = "%" if better == "higher" and values and all(0 <= value <= 1 for value in values) else ""
     note = (
-        f"{metric['name']} of the benchmark {task}, as lm-evaluation-harness measures it ({metric['count']} documents)."
+        f"{first['name']} of the benchmark {task}, as lm-evaluation-harness measures it ({first['count']} documents)."
     )
 
-    def sample(content: Mapping[str, Any], _reference: Mapping[str, Any]) -> Summary | None:
+    def read(content: Mapping[str, Any], _reference: Mapping[str, Any]) -> Summary | None:
         result = content.get("tasks", {}).get(task)
         if result is None:
             return None
         found = result["metrics"][0]
-        return Summary(found["value"], found["stderr"] or 0.0, found["count"])
+        return Summary(_number(found["value"]), _number(found["stderr"]), found["count"])
 
     column = Column(f"task/{task}", "benign", task, unit, better, note)  # type: ignore[arg-type]
-    return Measured(column, "tasks", sample, of_reference=True)
+    return Measured(column, "tasks", read, of_reference=True)
+
+
+def _number(value: float | None) -> float:
+    """A figure of a file, in which what is not finite is null."""
+    return math.nan if value is None else value

@@ -57,7 +57,7 @@ class Summary:
 
     Attributes:
         figure: the mean over items.
-        error: its standard error.
+        error: its standard error; NaN where it is not known, and then there is no interval.
         count: of items.
     """
 
@@ -113,6 +113,8 @@ def pool(samples: Sequence[Outcome], *, share: bool = False) -> Pooled:
     mean = sum(figures) / len(figures)
     items, clusters = _item_variance(measured)
     seeds = sum((figure - mean) ** 2 for figure in figures) / max(len(figures) - 1, 1) / len(figures)
+    if math.isnan(items):
+        return Pooled(mean, NOTHING)
     quantile = student_quantile(_degrees(items, clusters - 1, seeds, len(figures) - 1))
     variance = items + seeds
     if not share:

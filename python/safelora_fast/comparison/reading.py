@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from safelora_fast.comparison.columns import MARGIN_RISE
 from safelora_fast.comparison.figures_text import format_number
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.report import Column
 
 NATS = "nats"
+UNITS = {"%": "points", NATS: "nats a token"}
+Verdict: TypeAlias = Literal["clear", "unclear", "unknown"]
 
 
 def read_figures(
@@ -27,16 +30,18 @@ def read_figures(
     known = {column.key: column for column in columns if column.key in samples[first]}
     sentences = [*_of_the_first(first, samples[first])]
     for run in config.runs[1:]:
-        clear: list[str] = []
-        unclear: list[str] = []
+        said: dict[Verdict, list[str]] = {"clear": [], "unclear": [], "unknown": []}
         for key, column in known.items():
-            change = _change(samples[run.name].get(key, {}), samples[first].get(key, {}), column)
-            if change is not None:
-                (clear if change[1] else unclear).append(change[0])
-        parts = [f"{'; '.join(clear)}" if clear else "no clear difference"]
-        if clear and unclear:
-            parts.append(f"no clear difference in {', '.join(unclear)}")
-        if clear or unclear:
+            verdict, words = _change(samples[run.name].get(key, {}), samples[first].get(key, {}), column)
+            if words:
+                said[verdict].append(words)
+        parts = said["clear"]
+        if said["unclear"]:
+            named = f" in {', '.join(said['unclear'])}" if said["clear"] or said["unknown"] else ""
+            parts = [*parts, f"no clear difference{named}"]
+        if said["unknown"]:
+            parts = [*parts, f"nothing can be said of {', '.join(said['unknown'])}, whose error is not known"]
+        if parts:
             sentences.append(f"{run.name} beside {first}: {'; '.join(parts)}.")
     return (*sentences, *_caveats(config, len(known)))
 
@@ -58,25 +63,28 @@ def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Outcome]]) -> l
     return [f"{said}: no clear rise, so there is little here for a defence to prevent."]
 
 
-def _change(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Column) -> tuple[str, bool] | None:
-    """A difference in words, and whether its interval leaves zero out; None where there is none to speak of."""
+def _change(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Column) -> tuple[Verdict, str]:
+    """A difference in words, and whether its interval leaves zero out; no words where there is none to speak of."""
     seeds = [seed for seed in own if seed in first]
     try:
         differences = [difference(own[seed], first[seed]) for seed in seeds]
     except ValueError:  # other answers were scored
-        return None
+        return "unknown", ""
     if not differences:
-        return None
+        return "unknown", ""
     pooled = pool(differences)
     low, high = pooled.interval.low, pooled.interval.high
+    if math.isnan(low):
+        return "unknown", column.title
     if not (low > 0 or high < 0):
-        return column.title, False
-    unit = "points" if column.unit == "%" else f"{column.unit} a token"
+        return "unclear", column.title
+    unit = UNITS.get(column.unit, column.unit)
     way = "higher" if pooled.value > 0 else "lower"
     size, least, most = (
         format_number(value, column.unit) for value in (abs(pooled.value), *sorted((abs(low), abs(high))))
     )
-    return f"{column.title} {way} by {size} {unit} ({least} to {most})", True
+    by = f"{size} {unit}".rstrip()
+    return "clear", f"{column.title} {way} by {by} ({least} to {most})"
 
 
 def _caveats(config: CompareConfig, measures: int) -> list[str]:
