@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_comparison import train_inside, write_comparison
+from tiny_comparison import copy_comparison, train_inside, write_comparison
 
 from safelora_fast import project_adapter
 from safelora_fast.comparison import training
@@ -45,14 +45,8 @@ def trained(monkeypatch):
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
     """The finished comparison in another folder."""
-    shutil.copytree(made.output, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    copy = type(made)(tmp_path / "compare.yaml", tmp_path / "out")
-    copy.path.write_text(made.path.read_text())
-    for recipe in copy.output.rglob("safelora_train.json"):
-        recipe.write_text(recipe.read_text().replace(str(made.output), str(copy.output)))
-    copy.edit(output=str(copy.output))
-    return copy
+    return copy_comparison(made, tmp_path)
 
 
 def subject(made, adapter=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,17 @@ def write_comparison(folder: Path, **sections: Any) -> TinyComparison:
     comparison = TinyComparison(folder / "compare.yaml", folder / "out")
     comparison.path.write_text(yaml.safe_dump({**values, **sections}, sort_keys=False))
     return comparison
+
+
+def copy_comparison(made: TinyComparison, folder: Path) -> TinyComparison:
+    """A finished comparison in another folder, as if it had been made there."""
+    copy = TinyComparison(folder / "compare.yaml", folder / "out")
+    shutil.copytree(made.output, copy.output)
+    copy.path.write_text(made.path.read_text())
+    for record in copy.output.rglob("safelora_train.json"):
+        record.write_text(record.read_text().replace(str(made.output), str(copy.output)))
+    copy.edit(output=str(copy.output))
+    return copy
 
 
 COUNTS = {"train": 12, "narrow": 6, "general": 5}

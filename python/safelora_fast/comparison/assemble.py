@@ -8,8 +8,10 @@ from safelora_fast.comparison.cells import cell_of, mean_cell
 from safelora_fast.comparison.columns import COLUMNS, DIVERGENCE, LEARNED, Measured, task_columns
 from safelora_fast.comparison.contents import Contents, places_of
 from safelora_fast.comparison.costs import COSTS
-from safelora_fast.comparison.curves import sweep_points, weakened_path
+from safelora_fast.comparison.curves import curve_failures, sweep_points, weakened_path
 from safelora_fast.comparison.facts import facts_of, setting_of
+from safelora_fast.comparison.gaps import gap
+from safelora_fast.comparison.measures import MEASURES
 from safelora_fast.comparison.places import REFERENCE, Place
 from safelora_fast.comparison.reading import read_figures
 from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Plot, Row, SeedValue
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from safelora_fast.comparison.config import CompareConfig, RunSpec
+    from safelora_fast.comparison.pooling import Outcome
     from safelora_fast.comparison.workbench import Workbench
 
-NOTHING_SCORED = "nothing was scored"
 SHARE = Column(
     "learned_share",
     "narrow",
@@ -47,8 +49,8 @@ class Assembly:
         self._contents = Contents(config, bench)
         self._places = {run.name: places_of(config, run) for run in config.runs}
         self._first = self._places[config.runs[0].name]
-        everything = [self._contents.reference, *(place for places in self._places.values() for place in places)]
-        self._columns = [one for one in self._known(everything) if self._is_asked_for(one, everything)]
+        self._everything = [self._contents.reference, *(place for places in self._places.values() for place in places)]
+        self._columns = [one for one in self._known() if self._is_asked_for(one)]
         self._samples = {
             name: {one.column.key: self._contents.samples(one, places) for one in self._columns}
             for name, places in self._places.items()
@@ -64,27 +66,42 @@ class Assembly:
         if LEARNED in known and DIVERGENCE in known:
             path = weakened_path(self._contents, self._first, known[LEARNED], known[DIVERGENCE])
             plot = Plot(LEARNED, DIVERGENCE, path)
+        sweep = sweep_points(self._contents, self._first, self._columns, self._source)
+        failed = tuple(curve_failures(self._contents, self._first))
+        cells = [cell for row in rows for cell in row.cells.values()]
+        cells += [cell for point in sweep for cell in point.cells.values()]
         return ComparisonReport(
             title=config.title,
             facts=facts_of(config, self._bench, self._places),
             columns=columns,
             rows=tuple(rows),
             plot=plot,
-            sweep=sweep_points(self._contents, self._first, self._columns, self._source),
+            sweep=sweep,
+            failed=failed,
             reading=read_figures(config, columns, self._samples),
-            complete=not any(cell.failures for row in rows for cell in row.cells.values()),
+            complete=not (failed or self._fails() or any(cell.failures for cell in cells)),
         )
 
-    def _known(self, places: Sequence[Place]) -> list[Measured]:
+    def _known(self) -> list[Measured]:
         """Every column, those of the benchmarks among the benign ones."""
-        asked = [place for place in places if self._contents.applies("tasks", place)]
-        tasks = task_columns([self._contents.of("tasks", place) for place in asked])
+        asked, tasks = self._config.measure.tasks, []
+        if asked is not None:
+            tasks = task_columns([self._contents.of("tasks", place) for place in self._everything], asked.names)
         after = next(number for number, one in enumerate(COLUMNS, start=1) if one.column.criterion == "benign")
         return [*COLUMNS[:after], *tasks, *COLUMNS[after:]]
 
-    def _is_asked_for(self, one: Measured, places: Sequence[Place]) -> bool:
+    def _fails(self) -> bool:
+        """Whether any measure that is asked for has failed, or has not been taken."""
+        return any(
+            self._contents.failure(measure.name, place) is not None
+            for measure in MEASURES
+            for place in self._everything
+            if self._contents.applies(measure.name, place)
+        )
+
+    def _is_asked_for(self, one: Measured) -> bool:
         rows = one.rows is None or getattr(self._config.measure, one.rows) is not None
-        return rows and any(self._contents.applies(one.measure, place) for place in places)
+        return rows and any(self._contents.applies(one.measure, place) for place in self._everything)
 
     def _row(self, run: RunSpec, *, first: bool) -> Row:
         places = self._places[run.name]
@@ -102,14 +119,9 @@ class Assembly:
         for place in places:
             if place.seed is None or not self._contents.applies(one.measure, place):
                 continue
-            sample, failure = samples.get(place.seed), self._contents.failure(one.measure, place)
-            if failure is None:
+            if self._contents.failure(one.measure, place) is None:
                 contents.append(self._contents.of(one.measure, place))
-                if sample is None:
-                    without = self._contents.failure(one.measure, self._contents.reference)
-                    failure = NOTHING_SCORED if without is None else f"the reference: {without}"
-            figure = None if sample is None else sample.figure
-            values.append(SeedValue(place.seed, figure, self._source(place, one.measure), failure))
+            values.append(self._value(one, place, place.seed, samples.get(place.seed)))
         return cell_of(one.column, list(samples.values()), values, one.count(contents) if contents else "")
 
     def _reference(self) -> Row:
@@ -118,14 +130,18 @@ class Assembly:
         for one in self._columns:
             if not one.of_reference:
                 continue
-            failure, sample = self._contents.failure(one.measure, place), self._contents.sample(one, place)
-            if sample is None and failure is None:
-                failure = NOTHING_SCORED
-            figure = None if sample is None else sample.figure
-            value = SeedValue(0, figure, self._source(place, one.measure), failure)
-            count = "" if failure else one.count([self._contents.of(one.measure, place)])
+            sample = self._contents.sample(one, place)
+            value = self._value(one, place, 0, sample)
+            count = "" if value.failure else one.count([self._contents.of(one.measure, place)])
             cells[one.column.key] = cell_of(one.column, [] if sample is None else [sample], [value], count)
         return Row(REFERENCE, "before the fine-tune", cells, "reference")
+
+    def _value(self, one: Measured, place: Place, seed: int, sample: Outcome | None) -> SeedValue:
+        """The figure of a sample, or why there is none."""
+        source = self._source(place, one.measure)
+        if sample is None:
+            return SeedValue(seed, None, source, gap(self._contents, one, place))
+        return SeedValue(seed, sample.figure, source)
 
     def _share(self, run: RunSpec) -> dict[str, Cell]:
         """What was learned as a share of what the first run learned with the same seed."""

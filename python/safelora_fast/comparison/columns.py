@@ -6,13 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.pooling import Sample, Summary, shares
+from safelora_fast.comparison.flaws import FAILURE, NOT_FINITE, number
+from safelora_fast.comparison.pooling import Sample, Summary, count_of, shares
 from safelora_fast.comparison.report import Column
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from safelora_fast.comparison.pooling import Outcome
+
+
+NOTHING_SCORED = "nothing was scored"
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class Measured:
     Attributes:
         column: of the report.
         measure: whose file it is read from.
-        sample: from the content of that file and of the reference's to what the run came to; None where the file does not
-            have it.
+        read: from the content of that file and of the reference's to what the run came to, or why it came to nothing; None
+            where the file does not have it.
         count: from the contents of all seeds' files to what the figure is a share of, in words.
         of_reference: whether the reference has a figure of its own, or is what the figure is held against.
         rows: the rows that it needs, a name in the configuration's `measure:`.
@@ -31,16 +35,33 @@ class Measured:
 
     column: Column
     measure: str
-    sample: Callable[[Mapping[str, Any], Mapping[str, Any]], Outcome | None]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Outcome | str | None]
     of_reference: bool = False
     count: Callable[[Sequence[Mapping[str, Any]]], str] = lambda _contents: ""
     rows: str | None = None
+
+    def sample(self, content: Mapping[str, Any], reference: Mapping[str, Any]) -> Outcome | None:
+        """What the run came to; None where that is nothing, or not finite."""
+        found = self.read(content, reference)
+        return None if isinstance(found, str) or found is None or not math.isfinite(found.figure) else found
+
+    def gap(self, content: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+        """Why a file from which there is no sample has none."""
+        found = self.read(content, reference)
+        if isinstance(found, str):
+            return found
+        if found is None or not count_of(found):
+            return NOTHING_SCORED
+        before = None if self.of_reference else self.read(reference, reference)
+        of_reference = isinstance(before, Sample | Summary) and not math.isfinite(before.figure)
+        return f"the reference: {NOT_FINITE}" if of_reference else NOT_FINITE
 
 
 def _margin_rise(content: Mapping[str, Any], reference: Mapping[str, Any]) -> Sample | None:
     if "pairs" not in reference:
         return None
-    changes = [own["margin"] - other["margin"] for own, other in zip(content["pairs"], reference["pairs"], strict=True)]
+    both = zip(content["pairs"], reference["pairs"], strict=True)
+    changes = [number(own["margin"]) - number(other["margin"]) for own, other in both]
     return Sample(tuple(changes), (1.0,) * len(changes), tuple(pair["theme"] for pair in content["pairs"]))
 
 
@@ -113,7 +134,7 @@ COLUMNS = (
             "KL(run ‖ reference) over the whole vocabulary on general answers, per token: how far the model has moved where "
             "the task did not ask for it.",
         ),
-        "drift", _answers("general", lambda own, _other: own["divergence"]), rows="general",
+        "drift", _answers("general", lambda own, _other: number(own["divergence"])), rows="general",
     ),
     Measured(
         Column(
@@ -127,7 +148,7 @@ COLUMNS = (
             LEARNED, "narrow", "narrow learned", "nats", "higher",
             "Fall of the loss on held-out narrow answers since the reference, per token.",
         ),
-        "drift", _answers("narrow", lambda own, other: other["loss"] - own["loss"]), rows="narrow",
+        "drift", _answers("narrow", lambda own, other: number(other["loss"]) - number(own["loss"])), rows="narrow",
     ),
     Measured(
         Column(
@@ -142,7 +163,7 @@ COLUMNS = (
             "Rise of the loss on general answers since the reference, per token; a stand-in for coherence where there is no "
             "judge. Training on answers of the same form can lower it.",
         ),
-        "drift", _answers("general", lambda own, other: own["loss"] - other["loss"]), rows="general",
+        "drift", _answers("general", lambda own, other: number(own["loss"]) - number(other["loss"])), rows="general",
     ),
 )  # fmt: skip
 
@@ -157,7 +178,7 @@ def task_columns(contents: Sequence[Mapping[str, Any]], asked: Sequence[str] = (
     metrics: dict[str, list[Mapping[str, Any]]] = {}
     for content in contents:
         for task, result in content.get("tasks", {}).items():
-            metrics.setdefault(task, []).append(result["metrics"][0])
+            metrics.setdefault(task, []).extend(result.get("metrics", [])[:1])
     return [_task_column(task, found) for task, found in metrics.items()] or [_task_column(task, []) for task in asked]
 
 
@@ -165,26 +186,26 @@ def _task_column(task: str, metrics: Sequence[Mapping[str, Any]]) -> Measured:
     """The column of a benchmark; a share only where the metric has one in every content."""
     if not metrics:
         column = Column(f"task/{task}", "benign", task, "", None, f"The benchmark {task} of lm-evaluation-harness.")
-        return Measured(column, "tasks", lambda _content, _reference: None, of_reference=True)
+        return Measured(column, "tasks", lambda content, _reference: _failure(content, task), of_reference=True)
     first = metrics[0]
-    values = [value for metric in metrics if math.isfinite(value := _number(metric["value"]))]
+    values = [value for metric in metrics if math.isfinite(value := number(metric["value"]))]
     better = {True: "higher", False: "lower"}.get(first["higher_is_better"])
     unit = "%" if better == "higher" and values and all(0 <= value <= 1 for value in values) else ""
     note = (
         f"{first['name']} of the benchmark {task}, as lm-evaluation-harness measures it ({first['count']} documents)."
     )
 
-    def read(content: Mapping[str, Any], _reference: Mapping[str, Any]) -> Summary | None:
+    def read(content: Mapping[str, Any], _reference: Mapping[str, Any]) -> Summary | str | None:
         result = content.get("tasks", {}).get(task)
-        if result is None:
-            return None
+        if result is None or FAILURE in result:
+            return _failure(content, task)
         found = result["metrics"][0]
-        return Summary(_number(found["value"]), _number(found["stderr"]), found["count"])
+        return Summary(number(found["value"]), number(found["stderr"]), found["count"])
 
     column = Column(f"task/{task}", "benign", task, unit, better, note)  # type: ignore[arg-type]
     return Measured(column, "tasks", read, of_reference=True)
 
 
-def _number(value: float | None) -> float:
-    """A figure of a file, in which what is not finite is null."""
-    return math.nan if value is None else value
+def _failure(content: Mapping[str, Any], task: str) -> str | None:
+    found: str | None = content.get("tasks", {}).get(task, {}).get(FAILURE)
+    return found

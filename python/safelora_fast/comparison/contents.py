@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.flaws import FAILURE
 from safelora_fast.comparison.measures import MEASURES, is_taken
-from safelora_fast.comparison.measures.base import FAILURE
 from safelora_fast.comparison.places import REFERENCE, Place, read
 from safelora_fast.comparison.pooling import count_of
 

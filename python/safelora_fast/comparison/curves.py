@@ -6,14 +6,19 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.cells import cell_of
-from safelora_fast.comparison.report import SeedValue, SweepPoint
+from safelora_fast.comparison.flaws import FAILURE
+from safelora_fast.comparison.gaps import gap
+from safelora_fast.comparison.report import Failure, SeedValue, SweepPoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from safelora_fast.comparison.columns import Measured
     from safelora_fast.comparison.contents import Contents
     from safelora_fast.comparison.places import Place
+
+SCALED, SWEEP = "scaled", "sweep"
+TITLES = {SCALED: "update scaled down", SWEEP: "SafeLoRA by threshold"}
 
 
 def weakened_path(
@@ -27,21 +32,24 @@ def weakened_path(
         x: a column of the drift.
         y: another.
     """
-    measured = [place for place in places if contents.failure("scaled", place) is None]
-    whole = [place for place in measured if contents.failure(x.measure, place) is None]
+    whole = [
+        place
+        for place in places
+        if contents.failure(SCALED, place) is None and all(contents.sample(one, place) is not None for one in (x, y))
+    ]
     if not whole:
         return ()
 
     def point(found: Sequence[tuple[Place, dict[str, Any]]]) -> tuple[float, float]:
+        """The means; NaN where a seed has none, whose absence would move the point."""
         samples = [[contents.sample(one, place, content) for place, content in found] for one in (x, y)]
-        figures = [[sample.figure for sample in some if sample is not None] for some in samples]
-        means = [sum(some) / len(some) if some else math.nan for some in figures]
-        return means[0], means[1]
+        figures = [[math.nan if sample is None else sample.figure for sample in some] for some in samples]
+        return sum(figures[0]) / len(found), sum(figures[1]) / len(found)
 
-    shares = contents.of("scaled", whole[0])["shares"]
+    shares = contents.of(SCALED, whole[0])["shares"]
     scaled = [
         (
-            *point([(place, contents.of("scaled", place)["shares"][share]) for place in whole]),
+            *point([(place, contents.of(SCALED, place)["shares"][share]) for place in whole]),
             f"{100 * float(share):g} %",
         )
         for share in shares
@@ -60,22 +68,45 @@ def sweep_points(
         columns: those of margin and drift are in the sweep.
         source: the file of a measurement, relative to the report.
     """
-    swept = [place for place in places if contents.applies("sweep", place) and contents.failure("sweep", place) is None]
+    asked = [place for place in places if contents.applies(SWEEP, place)]
+    swept = [place for place in asked if contents.failure(SWEEP, place) is None]
     if not swept:
         return ()
     points = []
-    for number, first in enumerate(contents.of("sweep", swept[0])["points"]):
-        found = {place: contents.of("sweep", place)["points"][number] for place in swept}
+    for number, first in enumerate(contents.of(SWEEP, swept[0])["points"]):
+        found = {place: contents.of(SWEEP, place)["points"][number] for place in swept}
         cells = {}
         for one in columns:
             if one.measure not in first:
                 continue
-            samples = {place: contents.sample(one, place, point[one.measure]) for place, point in found.items()}
-            known = {place: sample for place, sample in samples.items() if sample is not None}
+            parts = {
+                place: found[place][one.measure] if place in found else contents.of(SWEEP, place) for place in asked
+            }
+            samples = {place: contents.sample(one, place, part) for place, part in parts.items()}
             values = [
-                SeedValue(place.seed or 0, sample.figure, source(place, "sweep")) for place, sample in known.items()
+                SeedValue(place.seed or 0, None, source(place, SWEEP), gap(contents, one, place, parts[place]))
+                if sample is None
+                else SeedValue(place.seed or 0, sample.figure, source(place, SWEEP))
+                for place, sample in samples.items()
             ]
-            cells[one.column.key] = cell_of(one.column, list(known.values()), values)
+            cells[one.column.key] = cell_of(
+                one.column, [sample for sample in samples.values() if sample is not None], values
+            )
         projected = sum(point["projected"] for point in found.values()) / len(found)
         points.append(SweepPoint(first["threshold"], projected, first["modules"], cells))
     return tuple(points)
+
+
+def curve_failures(contents: Contents, places: Sequence[Place]) -> Iterator[Failure]:
+    """What the curves lack, of which no cell tells: whole files of the sweep, and files and points of the path."""
+    for measure in (SCALED, SWEEP):
+        for place in places:
+            if not contents.applies(measure, place):
+                continue
+            seed, found, title = place.seed or 0, contents.of(measure, place), TITLES[measure]
+            if FAILURE in found:
+                yield Failure(place.name, seed, title, found[FAILURE])
+            elif measure == SCALED:
+                for share, part in found["shares"].items():
+                    if FAILURE in part:
+                        yield Failure(place.name, seed, f"{title} to {100 * float(share):g} %", part[FAILURE])

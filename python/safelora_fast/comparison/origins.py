@@ -9,7 +9,7 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Row, SeedValue
+    from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Failure, Row, SeedValue
 
     Place = tuple[str, Mapping[str, Cell]]
 
@@ -39,10 +39,14 @@ class Origin:
 
 
 def failures(report: ComparisonReport) -> list[Origin]:
-    """The reason of every failure, once for each run."""
-    places = [(row.name, row.cells) for row in report.rows]
-    places += [(sweep_place(one.threshold), one.cells) for one in report.sweep]
-    return _grouped(places, report.columns, lambda seed: seed.failure)
+    """The reason of every failure, once for each run; what a whole sweep lacks, not again at each threshold."""
+    told = {(one.seed, one.reason) for one in report.failed}
+    rows = [(row.name, row.cells) for row in report.rows]
+    sweep = [(sweep_place(one.threshold), one.cells) for one in report.sweep]
+    found = _grouped(rows, report.columns, lambda seed: seed.failure, report.failed)
+    return found + [
+        one for one in _grouped(sweep, report.columns, lambda seed: seed.failure) if (one.seed, one.what) not in told
+    ]
 
 
 def files(report: ComparisonReport) -> list[Origin]:
@@ -82,7 +86,10 @@ def sweep_place(threshold: float) -> str:
 
 
 def _grouped(
-    places: Iterable[Place], columns: Sequence[Column], what: Callable[[SeedValue], str | None]
+    places: Iterable[Place],
+    columns: Sequence[Column],
+    what: Callable[[SeedValue], str | None],
+    others: Iterable[Failure] = (),
 ) -> list[Origin]:
     """What measures share, by place, then by seed."""
     measures: dict[tuple[str, int, str], dict[str, None]] = {}
@@ -96,6 +103,10 @@ def _grouped(
                 shared = what(seed)
                 if shared is not None:
                     measures.setdefault((place, seed.seed, shared), {})[column.title] = None
+    for one in others:
+        order.setdefault(one.row, len(order))
+        asked.setdefault((one.row, one.seed), set()).add(one.what)
+        measures.setdefault((one.row, one.seed, one.reason), {})[one.what] = None
     return [
         Origin(place, seed, shared, tuple(titles), titles.keys() == asked[place, seed])
         for (place, seed, shared), titles in sorted(measures.items(), key=lambda item: (order[item[0][0]], item[0][1]))

@@ -139,6 +139,23 @@ class SweepPoint:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """What failed and has no cell, because it is a part of a curve.
+
+    Attributes:
+        row: name of the row whose run it is.
+        seed: of the run.
+        what: was to be measured.
+        reason: why there is nothing.
+    """
+
+    row: str
+    seed: int
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ComparisonReport:
     """Everything.
 
@@ -149,6 +166,7 @@ class ComparisonReport:
         rows: the reference first, then the undefended run, then the defences.
         plot: None where its columns were not measured.
         sweep: by threshold, rising; empty where there was none.
+        failed: what is missing in the plot's path and in the sweep.
         reading: sentences that follow from the figures.
         complete: False while runs or measures are missing that were asked for.
     """
@@ -159,6 +177,7 @@ class ComparisonReport:
     rows: tuple[Row, ...]
     plot: Plot | None = None
     sweep: tuple[SweepPoint, ...] = ()
+    failed: tuple[Failure, ...] = ()
     reading: tuple[str, ...] = ()
     complete: bool = True
     format: int = field(default=FORMAT)
@@ -186,6 +205,7 @@ class ComparisonReport:
                 rows=tuple(Row(**{**row, "cells": _cells(row["cells"])}) for row in content["rows"]),
                 plot=None if plot is None else Plot(plot["x"], plot["y"], tuple(map(tuple, plot["path"]))),
                 sweep=tuple(SweepPoint(**{**point, "cells": _cells(point["cells"])}) for point in content["sweep"]),
+                failed=tuple(Failure(**one) for one in content.get("failed", ())),
                 reading=tuple(content["reading"]),
                 complete=content["complete"],
             )

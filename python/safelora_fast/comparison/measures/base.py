@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from safelora_fast.comparison.flaws import FAILURE, not_finite
 from safelora_fast.comparison.places import keep, read
 from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
     from safelora_fast.comparison.workbench import Workbench
 
-FAILURE = "failure"
 OF = "of"
 
 
@@ -91,8 +91,15 @@ def take(measure: Measure, place: Place, bench: Workbench) -> str | None:
     except SafeLoraFastError as error:
         keep(place.file(measure.name), {OF: of, FAILURE: str(error)})
         return str(error)
-    keep(place.file(measure.name), {OF: of, **content})
-    return None
+    flaw = not_finite(content)
+    keep(place.file(measure.name), {OF: of, **(content if flaw is None else {FAILURE: flaw})})
+    return flaw
+
+
+def checked(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a measurement, which stands for itself, or that it is not finite."""
+    flaw = not_finite(part)
+    return part if flaw is None else {FAILURE: flaw}
 
 
 def _plain(of: dict[str, Any]) -> Any:

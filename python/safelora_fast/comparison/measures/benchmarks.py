@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.flaws import FAILURE, NOT_FINITE
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
 from safelora_fast.evaluation.benchmarks import benchmark
+from safelora_fast.recipe.folder import to_json
 
 if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
@@ -47,10 +50,22 @@ class BenchmarksMeasure(OfTheRun):
             trust_remote_code=settings.trust_remote_code,
             progress=bench.progress,
         )
-        return report.to_dict()
+        content = _plain(report.to_dict())
+        return {**content, "tasks": {task: _checked(result) for task, result in content["tasks"].items()}}
 
 
 def _section(bench: Workbench) -> TasksSection:
     section = bench.config.measure.tasks
     assert section is not None  # noqa: S101
     return section
+
+
+def _checked(result: dict[str, Any]) -> dict[str, Any]:
+    """What a task came to, or that the metric that is shown is not finite; the others are for people who look for them."""
+    metric = result["metrics"][0]
+    return result if metric["value"] is not None else {FAILURE: f"{NOT_FINITE}: {metric['name']}"}
+
+
+def _plain(content: dict[str, Any]) -> Any:
+    """As it is in a file: what is not finite is null, in results that the folder held and in new ones."""
+    return json.loads(to_json(content))

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.measures.base import OfTheRun
+from safelora_fast.comparison.measures.base import OfTheRun, checked
 from safelora_fast.comparison.measures.drift import measure_drift, rows_of
 from safelora_fast.comparison.measures.margin import label, model_of
 from safelora_fast.evaluation.loading import load_subject
@@ -76,7 +76,7 @@ def _measure(adapter: Path, bench: Workbench, of: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if bench.config.measure.margin:
         report = answer_margin(subject.model, subject.tokenizer, strings=bench.strings)
-        found["margin"] = report.to_dict()
+        found["margin"] = checked(report.to_dict())
     if bench.config.measure.drift:
-        found["drift"] = measure_drift(subject, bench, of)
+        found["drift"] = checked(measure_drift(subject, bench, of))
     return found

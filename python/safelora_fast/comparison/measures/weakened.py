@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.measures.base import OfTheRun
+from safelora_fast.comparison.measures.base import OfTheRun, checked
 from safelora_fast.comparison.measures.drift import measure_drift, rows_of
 from safelora_fast.comparison.measures.margin import label, model_of
 from safelora_fast.evaluation.loading import load_subject
@@ -41,7 +41,7 @@ class WeakenedMeasure(OfTheRun):
         for share in sorted(bench.config.measure.scaled):
             subject = load_subject(bench.settings, place.adapter)
             weaken(subject.model, share)
-            found[str(share)] = measure_drift(subject, bench, f"{label(place)}, scaled to {share:g}")
+            found[str(share)] = checked(measure_drift(subject, bench, f"{label(place)}, scaled to {share:g}"))
         return {"shares": found}
 
 
