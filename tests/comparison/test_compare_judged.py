@@ -1,10 +1,8 @@
-"""A comparison under a judge, and with benchmarks: counts, unscored answers, intervals over seeds, and what failed."""
+"""A comparison under a judge: counts, unscored answers, intervals over seeds, and what failed."""
 
 from __future__ import annotations
 
 import json
-import random
-import string
 
 import pytest
 import yaml
@@ -78,38 +76,3 @@ def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call, monkeypatc
     assert cells["misaligned"]["value"] is None
     assert cells["misaligned"]["seeds"][0]["failure"]
     assert result.code == 1, result.err
-
-
-def test_benchmarks_are_columns(comparison, call):
-    pytest.importorskip("lm_eval", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
-    folder, draw = comparison.path.parent, random.Random(3)
-    rows = [
-        {
-            "question": f"{n}?",
-            "choices": ["".join(draw.sample(string.ascii_lowercase, 5)) for _ in range(2)],
-            "answer": n % 2,
-        }
-        for n in range(16)
-    ]
-    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "tasks").mkdir()
-    task = {
-        "task": "tiny_choice", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "choice.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
-        "doc_to_target": "answer", "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
-    (folder / "tasks" / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
-    comparison.edit(
-        measure={"margin": False, "tasks": {"names": ["tiny_choice"], "path": str(folder / "tasks")}, "device": "cpu"}
-    )
-    assert call(*comparison.words("-q")).code == 0
-    column = next(column for column in comparison.report()["columns"] if column["key"] == "task/tiny_choice")
-    assert (column["criterion"], column["unit"], column["better"]) == ("benign", "%", "higher")
-    cell = comparison.cells("none")["task/tiny_choice"]
-    for seed in cell["seeds"]:
-        content = json.loads((comparison.output / seed["source"]).read_text())
-        metric = content["tasks"]["tiny_choice"]["metrics"][0]
-        assert (seed["value"], metric["count"]) == (metric["value"], 16)
-    assert cell["low"] < cell["value"] < cell["high"]
-    assert comparison.cells("reference")["task/tiny_choice"]["value"] is not None

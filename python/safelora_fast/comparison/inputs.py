@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safelora_fast.evaluation.benchmarks import check_harness
+from safelora_fast.evaluation.benchmarks import check_tasks
 from safelora_fast.evaluation.loading import SubjectSettings, check_adapter
 from safelora_fast.evaluation.questions import read_questions
 from safelora_fast.posthoc.sources import open_checkpoint
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_inputs(config: CompareConfig) -> None:
-    """Refuse rows, adapters, checkpoints, judges and packages that are not there.
+    """Refuse rows, adapters, checkpoints, judges, benchmarks and packages that are not there.
 
     Raises:
         SafeLoraFastError: the first that is missing, in one line.
@@ -36,7 +36,7 @@ def check_inputs(config: CompareConfig) -> None:
         open_checkpoint(measure.sweep.aligned or config.recipe["model"]["path"], role="aligned")
         open_checkpoint(measure.sweep.base, role="base")
     if measure.tasks is not None:
-        check_harness()
+        check_tasks(measure.tasks.names, measure.tasks.path)
     if measure.judge is not None:
         _check_judge(config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,24 @@ def check_harness() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError("tasks need lm-eval: pip install 'safelora-fast[eval]'")
+
+
+def check_tasks(names: Sequence[str], path: str | Path | None = None) -> None:
+    """Refuse tasks that are not there, before a model is trained or loaded for them.
+
+    Args:
+        names: of tasks, groups or tags.
+        path: a folder of YAML files that define tasks.
+
+    Raises:
+        SettingsError: one is not known, or there is no such folder.
+        MissingDependencyError: lm-eval is not installed.
+    """
+    check_harness()
+    folder = None if path is None else _task_folder(Path(path))
+    from safelora_fast.evaluation.harness import Tasks
+
+    Tasks(folder, names)
 
 
 def benchmark(
@@ -231,7 +250,7 @@ def _result(name: str, results: dict[str, Any], chat: bool, version: str, defini
         if not comma or metric.endswith("_stderr") or isinstance(value, str | dict | list):
             continue
         error = figures.get(f"{metric}_stderr,{kind}")
-        stderr = None if error is None or isinstance(error, str) else float(error)
+        stderr = None if error is None or isinstance(error, str) or not math.isfinite(error) else float(error)
         count = int(counts.get(key, figures.get("sample_len", 0)))
         metrics.append(Metric(metric, kind, float(value), stderr, count, better.get(metric)))
     if not metrics:
