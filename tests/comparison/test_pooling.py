@@ -98,10 +98,3 @@ def test_nothing_measured_is_no_number():
 
 def test_a_single_item_has_no_interval():
     assert pool([plain([0.5])]).interval.to_list() == [None, None]
-
-
-def test_differences_are_paired():
-    one, other = plain([1.0, 2.0, 3.0]), plain([0.9, 1.8, 2.7])
-    assert one.minus(other).values == pytest.approx((0.1, 0.2, 0.3))
-    with pytest.raises(ValueError, match="different items"):
-        one.minus(plain([1.0, 2.0]))

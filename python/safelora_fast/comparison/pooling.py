@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from safelora_fast.evaluation.intervals import NOTHING, Interval, student_quantile, wilson
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,13 @@ class Sample:
         total = sum(self.weights)
         return sum(self.values) / total if total else math.nan
 
-    def minus(self, other: Sample) -> Sample:
-        """The difference of two runs on the same items, item by item.
-
-        Raises:
-            ValueError: the items differ.
-        """
-        if self.weights != other.weights or self.clusters != other.clusters:
-            raise ValueError("the two runs were measured on different items")
-        values = tuple(ours - theirs for ours, theirs in zip(self.values, other.values, strict=True))
-        return Sample(values, self.weights, self.clusters)
+    def within(self, clusters: Collection[str]) -> Sample:
+        """The items of some clusters."""
+        places = [place for place, name in enumerate(self.clusters) if name in clusters]
+        values, weights, names = (
+            tuple(some[place] for place in places) for some in (self.values, self.weights, self.clusters)
+        )
+        return Sample(values, weights, names)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,20 @@ class Summary:
         return Summary(self.figure - other.figure, math.hypot(self.error, other.error), min(self.count, other.count))
 
 
-Outcome: TypeAlias = "Sample | Summary"
+@dataclass(frozen=True)
+class Contrast:
+    """What one run came to less what another did, by the clusters that both have.
+
+    Attributes:
+        figure: the difference.
+        residuals: of each cluster, what it adds to the figure's distance from the truth, to first order; their sum is 0.
+    """
+
+    figure: float
+    residuals: Mapping[str, float]
+
+
+Outcome: TypeAlias = "Sample | Summary | Contrast"
 
 
 @dataclass(frozen=True)
@@ -84,19 +94,6 @@ class Pooled:
 def shares(hits: Sequence[bool], clusters: Sequence[str]) -> Sample:
     """A sample of yes and no."""
     return Sample(tuple(map(float, hits)), (1.0,) * len(hits), tuple(clusters))
-
-
-def difference(one: Outcome, other: Outcome) -> Outcome:
-    """What one run came to less what another did, item by item where items are known.
-
-    Raises:
-        ValueError: the items differ.
-    """
-    if isinstance(one, Sample) and isinstance(other, Sample):
-        return one.minus(other)
-    if isinstance(one, Summary) and isinstance(other, Summary):
-        return one.minus(other)
-    raise ValueError("the two runs were measured in different ways")
 
 
 def pool(samples: Sequence[Outcome], *, share: bool = False) -> Pooled:
@@ -128,31 +125,45 @@ def pool(samples: Sequence[Outcome], *, share: bool = False) -> Pooled:
 
 
 def count_of(sample: Outcome) -> int:
-    """How many items a figure is made of."""
+    """How many items a figure is made of; of a difference, how many clusters."""
+    if isinstance(sample, Contrast):
+        return len(sample.residuals)
     return len(sample.values) if isinstance(sample, Sample) else sample.count
+
+
+def linearised(sample: Sample, *, by_item: bool = False) -> dict[str, float]:
+    """What each cluster adds to the figure's distance from the truth, to first order (Taylor, as in surveys).
+
+    Args:
+        sample: a ratio of sums.
+        by_item: take every item as a cluster of its own.
+    """
+    figure, total = sample.figure, sum(sample.weights)
+    found: dict[str, float] = defaultdict(float)
+    for number, (value, weight, cluster) in enumerate(zip(sample.values, sample.weights, sample.clusters, strict=True)):
+        found[str(number) if by_item else cluster] += (value - figure * weight) / total
+    return dict(found)
 
 
 def _item_variance(samples: Sequence[Outcome]) -> tuple[float, int]:
     """Variance of the mean over seeds that the choice of clusters makes, and how many clusters there are."""
-    known = [sample for sample in samples if isinstance(sample, Sample)]
+    known = [sample for sample in samples if not isinstance(sample, Summary)]
     if known:
         return _cluster_variance(known)
     errors = [sample.error**2 for sample in samples if isinstance(sample, Summary)]
     return sum(errors) / len(errors), min(map(count_of, samples))  # every seed has the same items
 
 
-def _cluster_variance(samples: Sequence[Sample]) -> tuple[float, int]:
-    residuals: dict[str, float] = defaultdict(float)
-    names = {name for sample in samples for name in sample.clusters}
+def _cluster_variance(samples: Sequence[Sample | Contrast]) -> tuple[float, int]:
+    names = {name for sample in samples if isinstance(sample, Sample) for name in sample.clusters}
+    means: dict[str, float] = defaultdict(float)
     for sample in samples:
-        figure, total = sample.figure, sum(sample.weights)
-        for number, (value, weight, cluster) in enumerate(
-            zip(sample.values, sample.weights, sample.clusters, strict=True)
-        ):
-            name = cluster if len(names) > 1 else str(number)  # one cluster is taken as items of their own
-            residuals[name] += (value - figure * weight) / total / len(samples)
-    count = len(residuals)
-    return sum(value * value for value in residuals.values()) * count / max(count - 1, 1), count
+        # one cluster is taken as items of their own
+        own = linearised(sample, by_item=len(names) < 2) if isinstance(sample, Sample) else sample.residuals
+        for name, residual in own.items():
+            means[name] += residual / len(samples)
+    count = len(means)
+    return sum(value * value for value in means.values()) * count / max(count - 1, 1), count
 
 
 def _degrees(items: float, item_degrees: int, seeds: float, seed_degrees: int) -> int:

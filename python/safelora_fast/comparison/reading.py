@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from safelora_fast.comparison.columns import MARGIN_RISE
+from safelora_fast.comparison.differences import pool_differences
 from safelora_fast.comparison.figures_text import format_number
-from safelora_fast.comparison.pooling import Outcome, difference, pool
+from safelora_fast.comparison.pooling import Outcome, pool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,16 +26,18 @@ def read_figures(
     columns: Sequence[Column],
     samples: Mapping[str, Mapping[str, Mapping[int, Outcome]]],
 ) -> tuple[str, ...]:
-    """Sentences on each defence beside the first run, paired by seed and item."""
+    """Sentences on each defence beside the first run, paired by seed and cluster."""
     first = config.runs[0].name
     known = {column.key: column for column in columns if column.key in samples[first]}
     sentences = [*_of_the_first(first, samples[first])]
+    count = 0
     for run in config.runs[1:]:
         said: dict[Verdict, list[str]] = {"clear": [], "unclear": [], "unknown": []}
         for key, column in known.items():
             verdict, words = _change(samples[run.name].get(key, {}), samples[first].get(key, {}), column)
             if words:
                 said[verdict].append(words)
+        count += len(said["clear"]) + len(said["unclear"])
         parts = said["clear"]
         if said["unclear"]:
             named = f" in {', '.join(said['unclear'])}" if said["clear"] or said["unknown"] else ""
@@ -43,7 +46,7 @@ def read_figures(
             parts = [*parts, f"nothing can be said of {', '.join(said['unknown'])}, whose error is not known"]
         if parts:
             sentences.append(f"{run.name} beside {first}: {'; '.join(parts)}.")
-    return (*sentences, *_caveats(config, len(known)))
+    return (*sentences, *_caveats(config, count))
 
 
 def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Outcome]]) -> list[str]:
@@ -65,14 +68,9 @@ def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Outcome]]) -> l
 
 def _change(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Column) -> tuple[Verdict, str]:
     """A difference in words, and whether its interval leaves zero out; no words where there is none to speak of."""
-    seeds = [seed for seed in own if seed in first]
-    try:
-        differences = [difference(own[seed], first[seed]) for seed in seeds]
-    except ValueError:  # other answers were scored
+    pooled = pool_differences(own, first, share=column.unit == "%")
+    if pooled is None:
         return "unknown", ""
-    if not differences:
-        return "unknown", ""
-    pooled = pool(differences)
     low, high = pooled.interval.low, pooled.interval.high
     if math.isnan(low):
         return "unknown", column.title
@@ -87,13 +85,12 @@ def _change(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Co
     return "clear", f"{column.title} {way} by {by} ({least} to {most})"
 
 
-def _caveats(config: CompareConfig, measures: int) -> list[str]:
+def _caveats(config: CompareConfig, count: int) -> list[str]:
     said = []
     if len(config.seeds) == 1:
         said.append(
             "There is one seed: the intervals are of the items alone and know nothing of the noise between runs."
         )
-    count = (len(config.runs) - 1) * measures
     if count > 1:
         said.append(
             f"These are {count} comparisons at 95 %, so about {max(round(count * 0.05), 1)} would look clear by chance "
