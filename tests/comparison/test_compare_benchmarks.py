@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import string
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from tiny_comparison import train_inside, write_comparison
+from tiny_task import write_task
 
 from safelora_fast.comparison.measures import BenchmarksMeasure, benchmarks
 from safelora_fast.errors import EvaluationError
@@ -26,26 +24,7 @@ def comparison(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason=NEEDS)
     train_inside(monkeypatch)
     made = write_comparison(tmp_path, runs={"none": {}})
-    draw = random.Random(3)
-    rows = [
-        {
-            "question": f"{n}?",
-            "choices": ["".join(draw.sample(string.ascii_lowercase, 5)) for _ in range(2)],
-            "answer": n % 2,
-        }
-        for n in range(16)
-    ]
-    (tmp_path / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks").mkdir()
-    task = {
-        "task": "tiny_choice", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "choice.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
-        "doc_to_target": "answer", "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
-    (tmp_path / "tasks" / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
-    tasks = {"names": ["tiny_choice"], "path": str(tmp_path / "tasks")}
-    made.edit(measure={"margin": False, "tasks": tasks, "device": "cpu"})
+    made.edit(measure={"margin": False, "tasks": write_task(tmp_path), "device": "cpu"})
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +45,32 @@ class Workbench:
         return load_subject(self.settings)
 
     def subject(self, adapter: Path | None) -> Subject:
-        """The model with an adapter on it; the latest one is kept."""
+        """The model with an adapter on it; the latest one is kept, until another is loaded."""
         if adapter is None:
             return self.reference
         if self._latest is None or self._latest[0] != adapter:
-            self._latest = None
-            self._latest = adapter, load_subject(self.settings, adapter)
+            self._latest = adapter, self.another(adapter)
         return self._latest[1]
+
+    def another(self, adapter: Path | None) -> Subject:
+        """A model of the caller's own, to change as he likes; beside it the reference is in memory at most."""
+        self.release()
+        return load_subject(self.settings, adapter)
+
+    def release(self, *, reference: bool = False) -> None:
+        """Let go of the latest model, so that the next one finds its memory free.
+
+        Args:
+            reference: of the model before the fine-tune too, for a measure that loads its model itself.
+        """
+        import torch
+
+        self._latest = None
+        if reference:
+            self.__dict__.pop("reference", None)
+        gc.collect()  # models hold themselves in circles
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     @cached_property
     def rows(self) -> dict[str, RowSet]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import OutOfMemoryError
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -156,6 +157,10 @@ def measure(
                 fewshot_as_multiturn=True,
                 log_samples=False,
             )
+    except OutOfMemoryError as error:
+        raise EvaluationError(
+            f"task {name}: out of memory with {model.batch_size} requests at a time: lower the batch size"
+        ) from error
     except Exception as error:  # tasks bring code, data sets and metrics of their own: anything can be raised
         raise EvaluationError(f"task {name}: {type(error).__name__}: {first_line(error)}") from error
     found: dict[str, Any] = results

@@ -7,9 +7,12 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from safelora_fast.comparison.flaws import FAILURE, not_finite
 from safelora_fast.comparison.places import keep, read
 from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
+from safelora_fast.recipe.loading import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +33,10 @@ class Measure(Protocol):
     @property
     def title(self) -> str:
         """For people."""
+
+    @property
+    def batched(self) -> bool:
+        """Whether `measure.batch_size` says how much memory it needs."""
 
     def place(self, place: Place) -> Place:
         """Where the adapter that is measured lies."""
@@ -53,6 +60,7 @@ class OfTheRun:
     """A measure of the run's own adapter."""
 
     name: str
+    batched: bool = False
 
     @property
     def title(self) -> str:
@@ -84,16 +92,43 @@ def take(measure: Measure, place: Place, bench: Workbench) -> str | None:
         InterruptedRunError: Ctrl-C.
     """
     of = _plain(measure.of(place, bench))
+    content = _content(measure, place, bench)
+    keep(place.file(measure.name), {OF: of, **content})
+    failure: str | None = content.get(FAILURE)
+    return failure
+
+
+def _content(measure: Measure, place: Place, bench: Workbench) -> dict[str, Any]:
+    """What a measurement finds, or why it finds nothing; where that is for want of memory, none is held on to."""
     try:
-        content = measure.take(place, bench)
+        return checked(measure.take(place, bench))
     except (OutputError, InterruptedRunError):
         raise
     except SafeLoraFastError as error:
-        keep(place.file(measure.name), {OF: of, FAILURE: str(error)})
-        return str(error)
-    flaw = not_finite(content)
-    keep(place.file(measure.name), {OF: of, **(content if flaw is None else {FAILURE: flaw})})
-    return flaw
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            return {FAILURE: str(error)}
+        batch = str(error).rpartition(":")[0]  # what comes after it is for callers of the function
+        said = batch if "out of memory" in batch else _out_of_memory(error.__cause__)
+    except torch.OutOfMemoryError as error:
+        said = _out_of_memory(error)
+    bench.release(reference=True)  # not before the error and what it holds are gone
+    return {FAILURE: f"{said}: {_what_to_lower(measure, bench)}"}
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """The allocator's own words, but for those on every process of the device."""
+    return f"out of memory ({'. '.join(first_line(error).split('. ')[:2])})"
+
+
+def _what_to_lower(measure: Measure, bench: Workbench) -> str:
+    settings, advice = bench.settings, []
+    if measure.batched:
+        advice.append(f"lower measure.batch_size, now {bench.config.measure.batch_size}")
+    if settings.dtype == "float32":
+        advice.append("set measure.dtype to bfloat16")
+    if settings.device != "cpu":
+        advice.append("set measure.device to cpu")
+    return ", or ".join(advice) or "free some of it; the model and its reference are in memory together"
 
 
 def checked(part: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class BenchmarksMeasure(OfTheRun):
     """What the model still can; a folder beside the file holds the tasks that are done."""
 
     name: str = "tasks"
+    batched: bool = True
 
     def applies(self, _place: Place, bench: Workbench) -> bool:
         """Every run, where the configuration names tasks."""
@@ -35,6 +36,7 @@ class BenchmarksMeasure(OfTheRun):
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The harness's figures, by task."""
         section, settings = _section(bench), bench.settings
+        bench.release(reference=True)
         report = benchmark(
             settings.model,
             None if place.adapter is None else str(place.adapter),

@@ -24,6 +24,7 @@ class JudgedMeasure(OfTheRun):
     """Misaligned and incoherent answers; a folder beside the file holds answers, verdicts and logs."""
 
     name: str = "judged"
+    batched: bool = True
 
     def applies(self, _place: Place, bench: Workbench) -> bool:
         """Every run, where the configuration names a judge."""
@@ -38,6 +39,7 @@ class JudgedMeasure(OfTheRun):
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The judge's figures, and each verdict."""
         section = _section(bench)
+        bench.release(reference=True)
         folder = EvaluationFolder(folder_of(self, place, bench))
         collect_answers(
             folder,

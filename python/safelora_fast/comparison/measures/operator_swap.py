@@ -23,6 +23,7 @@ class OperatorSwapMeasure(OfTheRun):
     """Exact answers to the held-out problems; the reference's too, which has learned nothing."""
 
     name: str = "operator_swap"
+    batched: bool = True
 
     def place(self, place: Place) -> Place:
         """The run on that task."""

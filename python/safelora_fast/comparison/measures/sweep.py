@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.comparison.measures.base import OfTheRun, checked
 from safelora_fast.comparison.measures.drift import measure_drift, rows_of
 from safelora_fast.comparison.measures.margin import label, model_of
-from safelora_fast.evaluation.loading import load_subject
 from safelora_fast.evaluation.margin import answer_margin
 from safelora_fast.posthoc.sweep import sweep_thresholds
 
@@ -72,7 +71,7 @@ def _aligned(bench: Workbench) -> str:
 
 
 def _measure(adapter: Path, bench: Workbench, of: str) -> dict[str, Any]:
-    subject = load_subject(bench.settings, adapter)
+    subject = bench.another(adapter)
     found: dict[str, Any] = {}
     if bench.config.measure.margin:
         report = answer_margin(subject.model, subject.tokenizer, strings=bench.strings)

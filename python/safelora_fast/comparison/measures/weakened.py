@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.comparison.measures.base import OfTheRun, checked
 from safelora_fast.comparison.measures.drift import measure_drift, rows_of
 from safelora_fast.comparison.measures.margin import label, model_of
-from safelora_fast.evaluation.loading import load_subject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,12 +36,13 @@ class WeakenedMeasure(OfTheRun):
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """By share, what the drift is."""
-        found = {}
-        for share in sorted(bench.config.measure.scaled):
-            subject = load_subject(bench.settings, place.adapter)
-            weaken(subject.model, share)
-            found[str(share)] = checked(measure_drift(subject, bench, f"{label(place)}, scaled to {share:g}"))
-        return {"shares": found}
+        return {"shares": {str(share): _at(share, place, bench) for share in sorted(bench.config.measure.scaled)}}
+
+
+def _at(share: float, place: Place, bench: Workbench) -> dict[str, Any]:
+    subject = bench.another(place.adapter)
+    weaken(subject.model, share)
+    return checked(measure_drift(subject, bench, f"{label(place)}, scaled to {share:g}"))
 
 
 def weaken(model: nn.Module, share: float) -> None:
