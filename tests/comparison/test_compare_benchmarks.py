@@ -92,7 +92,7 @@ def test_a_benchmark_that_is_not_finite_takes_no_other_with_it(monkeypatch):
     section = SimpleNamespace(names=["good", "bad"], path=None, limit=None)
     settings = SimpleNamespace(model="m", dtype="float32", device="cpu", chat_template=None, trust_remote_code=False)
     config = SimpleNamespace(measure=SimpleNamespace(tasks=section, batch_size=1))
-    bench = SimpleNamespace(config=config, settings=settings, strings="chat", progress=None, release=lambda: None)
+    bench = SimpleNamespace(config=config, settings=settings, strings="chat", progress=None, release=lambda **_: None)
     found = BenchmarksMeasure().take(SimpleNamespace(adapter=None), bench)["tasks"]
     assert [metric["value"] for metric in found["good"]["metrics"]] == [0.5, None]
     assert found["bad"] == {"failure": "the measurement is not finite: m0"}

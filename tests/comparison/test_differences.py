@@ -69,6 +69,26 @@ def test_the_reading_speaks_of_runs_with_unscored_answers():
     assert said[0].startswith("KL beside none: misaligned answers lower by 39")
 
 
+def test_the_reading_names_the_seeds_that_both_have_and_what_has_none():
+    """The table's means are over other seeds, and a sentence that does not say so would contradict it."""
+    runs = [SimpleNamespace(name=name) for name in ("none", "KL", "lost")]
+    rise = Column("rise", "aligned", "rise", "nats", "lower", "")
+    config = SimpleNamespace(runs=runs, seeds=(0, 1, 2))
+    high, low = Summary(2.0, 0.1, 50), Summary(1.0, 0.1, 50)
+    samples = {
+        "none": {"rise": {0: high, 1: high}, "misaligned": {0: Summary(0.5, 0.1, 50)}},
+        "KL": {"rise": {0: low, 2: high}, "misaligned": {1: Summary(0.5, 0.1, 50)}},
+        "lost": {"rise": {}, "misaligned": {}},
+    }
+    kl, lost, _ = (*read_figures(config, [rise, MISALIGNED], samples), "")
+    assert kl.startswith("KL beside none: rise lower by 1.000 nats a token (0.7")
+    assert kl.endswith("; seed 0 alone); no seed has both figures of misaligned answers.")
+    assert lost == "lost beside none: no seed has figures of both."
+    samples["KL"]["rise"] = {0: high, 1: high, 2: high}
+    kl, *_ = read_figures(config, [rise, MISALIGNED], samples)
+    assert "no clear difference in rise (seeds 0, 1 alone)" in kl
+
+
 def test_a_question_that_one_run_has_not_is_left_out_of_both():
     first = answers([9, 1, 2, 1, 0])
     own = answers([9, 1, 2, 1, 0], unscored=set(range(10)))

@@ -9,7 +9,7 @@ import pytest
 from made_comparisons import COLUMNS, EVERY, OUT_OF_MEMORY, failed, usual
 
 from safelora_fast.comparison import figures_text, origins
-from safelora_fast.comparison.report import Cell, ComparisonReport, SeedValue, SweepPoint
+from safelora_fast.comparison.report import SWEEP_TITLE, Cell, ComparisonReport, Failure, SeedValue, SweepPoint
 
 RISE, MISALIGNED = COLUMNS[:2]
 
@@ -75,6 +75,34 @@ def test_a_failure_is_named_once_for_each_run():
     assert (lost.place, lost.seed, lost.what) == ("interleaving+", 2, OUT_OF_MEMORY)
     assert lost.measures == tuple(column.title for column in COLUMNS)
     assert lost.scope == "all measures"
+
+
+def test_failures_of_the_sweep_stand_together():
+    """What thresholds lack alike is told once, and what a whole run lacks with the run's other failures."""
+    report = usual()
+    rise, kl = report.sweep[0].cells["rise"], report.sweep[0].cells["kl"]
+    points = [
+        replace(point, cells={"rise": failed(rise, 1, reason="odd"), "kl": failed(kl, 3, reason="gone")})
+        for point in report.sweep
+    ]
+    points[2:4] = [
+        replace(point, cells={**point.cells, "kl": failed(kl, 2, 3, reason="gone")}) for point in points[2:4]
+    ]
+    report = replace(report, sweep=tuple(points), failed=(Failure("no defence", 3, SWEEP_TITLE, "gone"),))
+    found = [(one.place, one.seed, one.measures, one.what) for one in origins.failures(report)]
+    assert found[0] == ("no defence", 3, ("SafeLoRA by threshold",), "gone")
+    assert found[2:] == [
+        ("SafeLoRA sweep", 1, ("margin rise",), "odd"),
+        ("SafeLoRA sweep, τ = 0.2, 0.3", 2, ("KL to reference",), "gone"),
+    ]
+
+
+def test_the_whole_report_is_read_back():
+    report = replace(usual(), failed=(Failure("no defence", 3, SWEEP_TITLE, "gone"),))
+    content = report.to_dict()
+    assert ComparisonReport.from_dict(content) == report
+    del content["failed"]  # a report of before
+    assert ComparisonReport.from_dict(content) == replace(report, failed=())
 
 
 def test_every_file_is_named_with_its_measures():

@@ -145,13 +145,23 @@ class Assembly:
 
     def _share(self, run: RunSpec) -> dict[str, Cell]:
         """What was learned as a share of what the first run learned with the same seed."""
-        own, first = (self._samples[name].get(LEARNED, {}) for name in (run.name, self._config.runs[0].name))
-        values = [
-            SeedValue(place.seed, own[place.seed].figure / first[place.seed].figure, self._source(place, "drift"))
-            for place in self._places[run.name]
-            if place.seed is not None and place.seed in own and place.seed in first and first[place.seed].figure > 0
-        ]
-        return {SHARE.key: mean_cell(values)} if values else {}
+        column = next((one for one in self._columns if one.column.key == LEARNED), None)
+        if column is None:
+            return {}
+        first = {place.seed: place for place in self._first}
+        both = [(place, first[place.seed]) for place in self._places[run.name] if place.seed in first]
+        values = [self._share_of(place, other, column) for place, other in both]
+        return {SHARE.key: mean_cell(values)} if any(one.value is not None or one.failure for one in values) else {}
+
+    def _share_of(self, place: Place, first: Place, column: Measured) -> SeedValue:
+        """No figure where the first run learned nothing, and a failure where one of the two has none."""
+        seed, source = place.seed or 0, self._source(place, column.measure)
+        own, other = (self._contents.sample(column, one) for one in (place, first))
+        if own is None:
+            return SeedValue(seed, None, source, gap(self._contents, column, place))
+        if other is None:
+            return SeedValue(seed, None, source, f"{first.name}: {gap(self._contents, column, first)}")
+        return SeedValue(seed, own.figure / other.figure if other.figure > 0 else None, source)
 
     def _costs(self, places: Sequence[Place]) -> dict[str, Cell]:
         if not self._config.measure.costs:

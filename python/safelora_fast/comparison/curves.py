@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.comparison.cells import cell_of
 from safelora_fast.comparison.flaws import FAILURE
 from safelora_fast.comparison.gaps import gap
-from safelora_fast.comparison.report import Failure, SeedValue, SweepPoint
+from safelora_fast.comparison.report import SWEEP_TITLE, Failure, SeedValue, SweepPoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
 
 SCALED, SWEEP = "scaled", "sweep"
-TITLES = {SCALED: "update scaled down", SWEEP: "SafeLoRA by threshold"}
+TITLES = {SCALED: "update scaled down", SWEEP: SWEEP_TITLE}
 
 
 def weakened_path(
@@ -107,6 +107,10 @@ def curve_failures(contents: Contents, places: Sequence[Place]) -> Iterator[Fail
             if FAILURE in found:
                 yield Failure(place.name, seed, title, found[FAILURE])
             elif measure == SCALED:
+                reasons: dict[str, list[str]] = {}
                 for share, part in found["shares"].items():
                     if FAILURE in part:
-                        yield Failure(place.name, seed, f"{title} to {100 * float(share):g} %", part[FAILURE])
+                        reasons.setdefault(part[FAILURE], []).append(f"{100 * float(share):g} %")
+                for reason, shares in reasons.items():
+                    whole = len(shares) == len(found["shares"])
+                    yield Failure(place.name, seed, title if whole else f"{title} to {', '.join(shares)}", reason)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
+
+from safelora_fast.comparison.report import SWEEP_TITLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Failure, Row, SeedValue
 
     Place = tuple[str, Mapping[str, Cell]]
+
+SWEEP = "SafeLoRA sweep"
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,25 @@ class Origin:
 
 
 def failures(report: ComparisonReport) -> list[Origin]:
-    """The reason of every failure, once for each run; what a whole sweep lacks, not again at each threshold."""
-    told = {(one.seed, one.reason) for one in report.failed}
+    """The reason of every failure, once for each run; of the sweep, thresholds that lack the same stand together."""
     rows = [(row.name, row.cells) for row in report.rows]
-    sweep = [(sweep_place(one.threshold), one.cells) for one in report.sweep]
     found = _grouped(rows, report.columns, lambda seed: seed.failure, report.failed)
-    return found + [
-        one for one in _grouped(sweep, report.columns, lambda seed: seed.failure) if (one.seed, one.what) not in told
-    ]
+    told = {(one.seed, one.reason) for one in report.failed if one.what == SWEEP_TITLE}
+    alike: dict[tuple[int, str, tuple[str, ...]], list[tuple[float, Origin]]] = {}
+    for point in report.sweep:
+        for one in _grouped([(SWEEP, point.cells)], report.columns, lambda seed: seed.failure):
+            if (one.seed, one.what) not in told:
+                alike.setdefault((one.seed, one.what, one.measures), []).append((point.threshold, one))
+    for some in alike.values():
+        thresholds = [threshold for threshold, _ in some]
+        place = SWEEP if len(thresholds) == len(report.sweep) > 1 else sweep_place(*thresholds)
+        found.append(replace(some[0][1], place=place))
+    return found
 
 
 def files(report: ComparisonReport) -> list[Origin]:
     """Every source file, once for each run; those of the sweep together, whatever the threshold."""
-    places = [(row.name, row.cells) for row in report.rows] + [("SafeLoRA sweep", one.cells) for one in report.sweep]
+    places = [(row.name, row.cells) for row in report.rows] + [(SWEEP, one.cells) for one in report.sweep]
     return _grouped(places, report.columns, lambda seed: seed.source or None)
 
 
@@ -80,9 +90,9 @@ def sweep_columns(report: ComparisonReport) -> list[Column]:
     return [column for column in report.columns if any(column.key in point.cells for point in report.sweep)]
 
 
-def sweep_place(threshold: float) -> str:
-    """What a threshold of the sweep is called where it stands beside rows."""
-    return f"SafeLoRA sweep, τ = {threshold:g}"
+def sweep_place(*thresholds: float) -> str:
+    """What thresholds of the sweep are called where they stand beside rows."""
+    return f"{SWEEP}, τ = {', '.join(f'{threshold:g}' for threshold in thresholds)}"
 
 
 def _grouped(

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 NATS = "nats"
 UNITS = {"%": "points", NATS: "nats a token"}
-Verdict: TypeAlias = Literal["clear", "unclear", "unknown"]
+Verdict: TypeAlias = Literal["clear", "unclear", "unknown", "apart"]
+# Of all measures, and of some.
+WITHOUT: dict[Verdict, tuple[str, str]] = {
+    "unclear": ("no clear difference", "no clear difference in {}"),
+    "unknown": ("nothing can be said, for no error is known", "nothing can be said of {}, whose error is not known"),
+    "apart": ("no seed has figures of both", "no seed has both figures of {}"),
+}
 
 
 def read_figures(
@@ -30,23 +36,25 @@ def read_figures(
     first = config.runs[0].name
     known = {column.key: column for column in columns if column.key in samples[first]}
     sentences = [*_of_the_first(first, samples[first])]
-    count = 0
+    titles, count = [column.title for column in known.values()], 0
     for run in config.runs[1:]:
-        said: dict[Verdict, list[str]] = {"clear": [], "unclear": [], "unknown": []}
+        said: dict[Verdict, list[str]] = {"clear": [], "unclear": [], "unknown": [], "apart": []}
         for key, column in known.items():
             verdict, words = _change(samples[run.name].get(key, {}), samples[first].get(key, {}), column)
-            if words:
-                said[verdict].append(words)
+            said[verdict].append(words)
         count += len(said["clear"]) + len(said["unclear"])
-        parts = said["clear"]
-        if said["unclear"]:
-            named = f" in {', '.join(said['unclear'])}" if said["clear"] or said["unknown"] else ""
-            parts = [*parts, f"no clear difference{named}"]
-        if said["unknown"]:
-            parts = [*parts, f"nothing can be said of {', '.join(said['unknown'])}, whose error is not known"]
-        if parts:
-            sentences.append(f"{run.name} beside {first}: {'; '.join(parts)}.")
+        if known:
+            sentences.append(f"{run.name} beside {first}: {'; '.join(_parts(said, titles))}.")
     return (*sentences, *_caveats(config, count))
+
+
+def _parts(said: Mapping[Verdict, Sequence[str]], titles: Sequence[str]) -> list[str]:
+    """What is said of one run: its differences, then the measures of which none is told, by the reason."""
+    parts = list(said["clear"])
+    for verdict, (of_all, of_some) in WITHOUT.items():
+        if said[verdict]:
+            parts.append(of_all if said[verdict] == titles else of_some.format(", ".join(said[verdict])))
+    return parts
 
 
 def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Outcome]]) -> list[str]:
@@ -67,22 +75,27 @@ def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Outcome]]) -> l
 
 
 def _change(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Column) -> tuple[Verdict, str]:
-    """A difference in words, and whether its interval leaves zero out; no words where there is none to speak of."""
+    """A difference in words, or the measure, and whether the interval leaves zero out.
+
+    Where one run lacks a seed that the other has, the table shows other means: the seeds that both have are named.
+    """
     pooled = pool_differences(own, first, share=column.unit == "%")
     if pooled is None:
-        return "unknown", ""
+        return "apart", column.title
     low, high = pooled.interval.low, pooled.interval.high
-    if math.isnan(low):
-        return "unknown", column.title
-    if not (low > 0 or high < 0):
-        return "unclear", column.title
+    both = sorted(own.keys() & first.keys())
+    seeds = f"seed{'s' if len(both) > 1 else ''} {', '.join(map(str, both))} alone"
+    where = "" if own.keys() == first.keys() else seeds
+    if math.isnan(low) or not (low > 0 or high < 0):
+        return "unknown" if math.isnan(low) else "unclear", f"{column.title} ({where})" if where else column.title
     unit = UNITS.get(column.unit, column.unit)
     way = "higher" if pooled.value > 0 else "lower"
     size, least, most = (
         format_number(value, column.unit) for value in (abs(pooled.value), *sorted((abs(low), abs(high))))
     )
     by = f"{size} {unit}".rstrip()
-    return "clear", f"{column.title} {way} by {by} ({least} to {most})"
+    ends = f"{least} to {most}; {where}" if where else f"{least} to {most}"
+    return "clear", f"{column.title} {way} by {by} ({ends})"
 
 
 def _caveats(config: CompareConfig, count: int) -> list[str]:

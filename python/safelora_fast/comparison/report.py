@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Criterion = Literal["aligned", "benign", "narrow", "coherent", "cost"]
 FORMAT = 1
+SWEEP_TITLE = "SafeLoRA by threshold"
 # What a provider must see of each defence (Kaczér et al., arXiv 2508.06249, section 3), and what it costs.
 CRITERIA: dict[Criterion, str] = {
     "aligned": "no emergent misalignment",
@@ -145,7 +146,7 @@ class Failure:
     Attributes:
         row: name of the row whose run it is.
         seed: of the run.
-        what: was to be measured.
+        what: was to be measured; :data:`SWEEP_TITLE` for the sweep as a whole.
         reason: why there is nothing.
     """
 
