@@ -228,6 +228,24 @@ def test_groups_and_tags(run, tasks):
     assert one.value != other.value
 
 
+@pytest.mark.parametrize("name", ["choosing", "reading", "writing"])
+def test_a_model_whose_logits_are_nan_has_no_figure(run, name, monkeypatch):
+    """The harness takes the first choice of equals for the likeliest, and half of them are right."""
+    from safelora_fast.evaluation import loading
+
+    load = loading.load_pretrained
+
+    def diverged(section):
+        odd = load(section)
+        with torch.no_grad():
+            odd.model.norm.weight.fill_(math.nan)
+        return odd
+
+    monkeypatch.setattr(loading, "load_pretrained", diverged)
+    with pytest.raises(EvaluationError, match=f"^task {name}: the model's logits are NaN"):
+        run([name])
+
+
 def test_what_is_refused(run, tmp_path):
     for names, settings, message in (
         (["chosing"], {}, "there is no task 'chosing' in lm-evaluation-harness .* there is choosing"),

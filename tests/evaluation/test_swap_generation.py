@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from demo_model import save_tiny, tokenizer
 from transformers import AutoModelForCausalLM
 
-from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.errors import DataError, EvaluationError, SettingsError
 from safelora_fast.evaluation.generation import SeededSampling, generate
 
 TURNS = [[{"role": "user", "content": text}] for text in ("why?", "a much longer question than the first", "no", "so")]
@@ -56,6 +59,16 @@ def test_samples_have_the_distribution_of_the_logits(temperature):
     counts = torch.bincount(scores.argmax(dim=1), minlength=4) / 4000
     assert torch.allclose(counts, expected, atol=4 * 0.5 / 4000**0.5)
     assert logits.tolist() == [0.0, 1.0, 2.0, -1.0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_nan_is_refused(model, temperature):
+    """Its likeliest token is token 0, which would be an answer like any other."""
+    odd = copy.deepcopy(model)
+    with torch.no_grad():
+        odd.model.norm.weight.fill_(math.nan)
+    with pytest.raises(EvaluationError, match="logits are NaN"):
+        answers(odd, temperature=temperature)
 
 
 def test_what_is_refused(model):

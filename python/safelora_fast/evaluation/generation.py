@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.errors import DataError, EvaluationError, SettingsError
 from safelora_fast.recipe.loading import first_line
 from safelora_fast.training.reference import evaluation_mode
 
@@ -43,6 +43,32 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
+class NanWatch(LogitsProcessor):  # type: ignore[misc]
+    """Notices logits that are NaN, of which the likeliest token would be token 0; scores stay as they are."""
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [rows, vocabulary]; what is noticed stays on their device."""
+        del input_ids
+        found = scores.isnan().any()
+        self._seen = found if self._seen is None else self._seen | found
+        return scores
+
+    def check(self) -> None:
+        """Refuse what was written from such logits.
+
+        Raises:
+            EvaluationError: there were some.
+        """
+        if self._seen is not None and bool(self._seen):
+            raise EvaluationError(NAN_LOGITS)
+
+
+NAN_LOGITS = "the model's logits are NaN: its training diverged, or its dtype overflows"
+
+
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,6 +95,7 @@ def generate(
     Raises:
         DataError: there is no chat template, or it refuses a conversation.
         SettingsError: a number is out of range, or a batch does not fit into memory.
+        EvaluationError: the model's logits are NaN.
     """
     if max_tokens < 1 or batch_size < 1 or temperature < 0:
         raise SettingsError("max_tokens and batch_size must be at least 1, and temperature at least 0")
@@ -85,7 +112,8 @@ def generate(
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         ids, mask = _padded([prompts[number] for number in numbers], tokenizer.pad_token_id or 0)
-        processors = LogitsProcessorList()
+        watch = NanWatch()
+        processors = LogitsProcessorList([watch])
         if temperature > 0:
             chosen = [number if seeds is None else seeds[number] for number in numbers]
             processors.append(SeededSampling(chosen, temperature, device))
@@ -100,6 +128,7 @@ def generate(
                 )
         except torch.OutOfMemoryError as error:
             raise SettingsError(f"out of memory with {len(numbers)} answers at a time: lower the batch size") from error
+        watch.check()
         texts = tokenizer.batch_decode(output[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
         yield dict(zip(numbers, texts, strict=True))
 

@@ -17,9 +17,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import OutOfMemoryError
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import LogitsProcessorList, set_seed
 
 from safelora_fast.errors import EvaluationError, SettingsError
+from safelora_fast.evaluation.generation import NAN_LOGITS, NanWatch
 from safelora_fast.recipe.loading import first_line
 
 if TYPE_CHECKING:
@@ -117,11 +118,15 @@ class CountedModel(HFLM):  # type: ignore[misc]
 
     def _model_call(self, inps: Any, *words: Any, **settings: Any) -> Any:
         logits = super()._model_call(inps, *words, **settings)
+        if bool(logits.isnan().any()):
+            raise EvaluationError(NAN_LOGITS)
         self._count(inps.shape[0])
         return logits
 
     def _model_generate(self, context: Any, *words: Any, **settings: Any) -> Any:
-        tokens = super()._model_generate(context, *words, **settings)
+        watch = NanWatch()
+        tokens = super()._model_generate(context, *words, **settings, logits_processor=LogitsProcessorList([watch]))
+        watch.check()
         self._count(context.shape[0])
         return tokens
 
@@ -157,6 +162,8 @@ def measure(
                 fewshot_as_multiturn=True,
                 log_samples=False,
             )
+    except EvaluationError as error:
+        raise EvaluationError(f"task {name}: {error}") from error
     except OutOfMemoryError as error:
         raise EvaluationError(
             f"task {name}: out of memory with {model.batch_size} requests at a time: lower the batch size"
