@@ -24,37 +24,6 @@ from safelora_fast.recipe.rows import read_rows
 from safelora_fast.recipe.tokens import Encoder
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A finished comparison; whoever changes it takes a copy."""
-    from safelora_fast.comparison.compare import compare
-    from safelora_fast.comparison.config import load_config
-
-    with pytest.MonkeyPatch.context() as patch:
-        train_inside(patch)
-        comparison = write_comparison(tmp_path_factory.mktemp("compare"))
-        compare(load_config(comparison.path), talk=False)
-    return comparison
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    return train_inside(monkeypatch)
-
-
-@pytest.fixture
-def copied(made, tmp_path, monkeypatch):
-    """The finished comparison in another folder."""
-    shutil.copytree(made.output, tmp_path / "out")
-    monkeypatch.chdir(tmp_path)
-    copy = type(made)(tmp_path / "compare.yaml", tmp_path / "out")
-    copy.path.write_text(made.path.read_text())
-    for recipe in copy.output.rglob("safelora_train.json"):
-        recipe.write_text(recipe.read_text().replace(str(made.output), str(copy.output)))
-    copy.edit(output=str(copy.output))
-    return copy
-
-
 def subject(made, adapter=None):
     return load_subject(SubjectSettings(made.values()["recipe"]["model"]["path"], "float32", "cpu"), adapter)
 

@@ -70,10 +70,16 @@ def folder_of(measure: Measure, place: Place, bench: Workbench) -> Path:
     return place.folder / f"{measure.name}-{digest[:12]}"
 
 
+def kept(measure: Measure, place: Place, bench: Workbench) -> dict[str, Any]:
+    """What the file of a measurement holds, or why it failed; empty where it is not of these settings and inputs."""
+    content = read(place.file(measure.name))
+    return content if OF in content and content[OF] == _plain(measure.of(place, bench)) else {}
+
+
 def is_taken(measure: Measure, place: Place, bench: Workbench) -> bool:
     """Whether the file of a measurement holds what these settings give."""
-    former = read(place.file(measure.name))
-    return FAILURE not in former and former.get(OF) == _plain(measure.of(place, bench))
+    content = kept(measure, place, bench)
+    return bool(content) and FAILURE not in content
 
 
 def take(measure: Measure, place: Place, bench: Workbench) -> str | None:
