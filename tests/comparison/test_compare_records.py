@@ -191,3 +191,87 @@ def test_a_measurement_that_is_cut_off_is_taken_again(copied, trained, call, con
     assert call(*copied.words("-q")).code == 0
     assert json.loads(file.read_text()) == before
     assert trained == []
+
+
+def by_name(comparison, *names):
+    """The reasons of the reference's and the first run's margin, or of other measures of the run."""
+    return [reasons(comparison, "none", name)[0] for name in names]
+
+
+def replace_weights(folder):
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1  # the same size, and the header as it was
+    file.write_bytes(content)
+
+
+def rewrite(old, new):
+    def edit(file):
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    return edit
+
+
+INPUTS = {
+    "model/model.safetensors": (lambda file: replace_weights(file.parent), {"margin_rise", "learned", "exact"}),
+    "model/chat_template.jinja": (rewrite("<", "["), {"margin_rise", "learned", "exact"}),
+    "model/config.json": (rewrite('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02'), {"margin_rise", "learned", "exact"}),
+    "template.jinja": (rewrite("<", "["), {"margin_rise", "learned", "exact"}),
+    "out/none/seed-0/adapter/adapter_config.json": (rewrite('"lora_alpha": 8', '"lora_alpha": 9'), {"margin_rise", "learned"}),
+    "out/none/seed-0/operator-swap/adapter/adapter_config.json": (rewrite('"lora_alpha": 8', '"lora_alpha": 9'), {"exact"}),
+    "out/operator-swap/held_out.jsonl": (rewrite("Compute", "Reckon"), {"exact"}),
+}  # fmt: skip
+
+
+def test_what_a_measurement_depends_on_is_noticed_when_it_changes(tmp_path, trained, call):
+    comparison = write_comparison(tmp_path, seeds=[0], runs={"none": {}})
+    values = comparison.values()
+    template = tmp_path / "template.jinja"
+    template.write_text((tmp_path / "model" / "chat_template.jinja").read_text())
+    measure = {name: values["measure"][name] for name in ("narrow", "device")}
+    comparison.edit(
+        recipe={**values["recipe"], "model": {**values["recipe"]["model"], "chat_template": str(template)}},
+        measure={**measure, "operator_swap": {"rows": 8, "held_out": 6}},
+    )
+    assert call(*comparison.words("-q")).code == 0
+    for name, (change, expected) in INPUTS.items():
+        file = tmp_path / name
+        before = file.read_bytes()
+        change(file)
+        call(*comparison.words("-q", "--report-only"))
+        found = {key for key in ("margin_rise", "learned", "exact") if by_name(comparison, key) == ["not measured yet"]}
+        assert found == expected, name
+        file.write_bytes(before)
+    assert call(*comparison.words("-q", "--report-only")).code == 0
+    for name in ("README.md", "model/README.md", "out/none/seed-0/adapter/README.md"):
+        (tmp_path / name).write_text("nothing that is measured with")
+    assert call(*comparison.words("-q", "--report-only")).code == 0
+    assert len(trained) == 2
+
+
+def test_other_pairs_are_another_margin(copied, call, monkeypatch):
+    from dataclasses import replace
+
+    from safelora_fast.comparison.measures import margin
+
+    first, *others = margin.builtin_pairs()
+    monkeypatch.setattr(margin, "builtin_pairs", lambda: [replace(first, question="Quite another one?"), *others])
+    call(*copied.words("-q", "--report-only"))
+    assert by_name(copied, "margin_rise", "learned") == ["not measured yet", None]
+
+
+def test_another_base_is_another_sweep(copied, made, call):
+    assert call(*copied.words("-q", "--report-only")).code == 0
+    assert copied.report()["sweep"]
+    base = made.path.parent / "base"
+    file = base / "model.safetensors"
+    before = file.read_bytes()
+    replace_weights(base)
+    try:
+        call(*copied.words("-q", "--report-only"))
+    finally:
+        file.write_bytes(before)
+    assert not copied.report()["sweep"]
+    assert by_name(copied, "margin_rise") == [None]

@@ -5,23 +5,38 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from safelora_fast.errors import DataError
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 BLOCK = 1 << 20
-_known: dict[tuple[str, int, int, int], str] = {}
+_known: dict[tuple[Callable[[Path], str], str, int, int, int], str] = {}
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal; it is read again when its size, time or inode is another.
+    """SHA-256 of a file in hexadecimal.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return remembered(path, _sha256)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def remembered(path: Path, make: Callable[[Path], str]) -> str:
+    """What is made of a file; made again when the file's size, time or inode is another.
 
     Raises:
         OSError: it cannot be read.
     """
     status = path.stat()
-    key = str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    key = make, str(path), status.st_ino, status.st_size, status.st_mtime_ns
     if key not in _known:
-        _known[key] = _sha256(path)
+        _known[key] = make(path)
     return _known[key]
 
 

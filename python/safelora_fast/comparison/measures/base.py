@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safelora_fast.comparison.places import keep, read
-from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
+from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,7 +92,7 @@ def take(measure: Measure, place: Place, bench: Workbench) -> str | None:
     of = _plain(measure.of(place, bench))
     try:
         content = measure.take(place, bench)
-    except (OutputError, InterruptedRunError):
+    except InterruptedRunError:
         raise
     except SafeLoraFastError as error:
         keep(place.file(measure.name), {OF: of, FAILURE: str(error)})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.digests import tasks_digest
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
-from safelora_fast.evaluation.benchmarks import benchmark
+from safelora_fast.evaluation.benchmarks import benchmark, harness_version
 
 if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
@@ -26,8 +27,10 @@ class BenchmarksMeasure(OfTheRun):
         return bench.config.measure.tasks is not None
 
     def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The model, the adapter and the tasks."""
-        return {**model_of(place, bench), "strings": bench.strings, "tasks": asdict(_section(bench))}
+        """The model, the adapter, the tasks, and the harness that they are run by."""
+        section = _section(bench)
+        tasks = {"tasks": asdict(section), "tasks_sha256": tasks_digest(section.path), "lm_eval": harness_version()}
+        return {**model_of(place, bench), "strings": bench.strings, **tasks}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The harness's figures, by task."""
