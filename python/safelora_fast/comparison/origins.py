@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from safelora_fast.comparison.report import is_pending
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -33,13 +35,18 @@ class Origin:
     whole: bool
 
     @property
+    def pending(self) -> bool:
+        """Whether it is a reason that says that nothing has been done yet."""
+        return is_pending(self.what)
+
+    @property
     def scope(self) -> str:
         """The measures in words."""
         return "all measures" if self.whole and len(self.measures) > 1 else ", ".join(self.measures)
 
 
 def failures(report: ComparisonReport) -> list[Origin]:
-    """The reason of every failure, once for each run."""
+    """The reason of every failure, and what is not done yet, once for each run."""
     places = [(row.name, row.cells) for row in report.rows]
     places += [(sweep_place(one.threshold), one.cells) for one in report.sweep]
     return _grouped(places, report.columns, lambda seed: seed.failure)
