@@ -97,12 +97,17 @@ def test_a_record_that_is_cut_off_can_be_overwritten(copied, trained, call):
     assert len(trained) == 1
 
 
-def test_weights_that_are_gone_are_trained_again(copied, trained, call):
-    (copied.output / "kl" / "seed-1" / "adapter" / "adapter_model.safetensors").unlink()
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("kept", [None, 0, 100])
+def test_an_adapter_that_is_gone_or_damaged_is_trained_again(copied, trained, call, name, kept):
+    file = copied.output / "kl" / "seed-1" / "adapter" / name
+    before = file.read_bytes()
+    file.unlink() if kept is None else file.write_bytes(before[:kept])
     call(*copied.words("--report-only", "-q"))
-    assert reasons(copied, "KL", "learned") == [None, "not trained yet"]
+    assert reasons(copied, "KL", "learned") == [None, "the adapter of this run is gone or damaged"]
     assert call(*copied.words("-q")).code == 0
     assert len(trained) == 1
+    assert file.read_bytes() == before
 
 
 def test_a_taken_adapter_without_weights_is_no_run_to_train(copied, made, call, tmp_path):
@@ -140,11 +145,12 @@ def test_a_configuration_that_is_refused_does_not_replace_that_of_the_files(copi
     assert (copied.output / "compare.yaml").read_text() == before
 
 
+@pytest.mark.parametrize("kept", [None, 0, 100])
 @pytest.mark.parametrize("name", ["train.jsonl", "held_out.jsonl", "operator_swap.json"])
-def test_rows_of_operator_swap_that_are_gone_are_made_again(copied, trained, call, name):
+def test_rows_of_operator_swap_that_are_gone_or_damaged_are_made_again(copied, trained, call, name, kept):
     file = copied.output / "operator-swap" / name
     before = file.read_bytes()
-    file.unlink()
+    file.unlink() if kept is None else file.write_bytes(before[:kept])
     assert call(*copied.words("--report-only", "-q")).code in {0, 1}
     assert call(*copied.words("-q")).code == 0
     assert file.read_bytes() == before

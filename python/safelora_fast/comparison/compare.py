@@ -8,7 +8,7 @@ from safelora_fast.comparison.inputs import check_inputs
 from safelora_fast.comparison.places import CONFIGURATION, OPERATOR_SWAP, check_place, places_of, reference_of
 from safelora_fast.comparison.runs import Runs, trainings_of
 from safelora_fast.comparison.training import check_folder, is_finished, train
-from safelora_fast.errors import DataError, InterruptedRunError, OutputError, SafeLoraFastError
+from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
 from safelora_fast.evaluation import operator_swap
 from safelora_fast.posthoc.output import alone, described, whole_folder
 from safelora_fast.recipe.document import dump_document
@@ -157,15 +157,11 @@ def _try_recipes(trainings: list[Training]) -> None:
 
 
 def _make_swap_data(config: CompareConfig) -> None:
-    """The rows of the operator-swap task; those of other settings are replaced, and then runs on them count as changed."""
+    """The rows of the operator-swap task; any others are replaced, and then runs on those count as changed."""
     swap = config.measure.operator_swap
     if swap is None:
         return
-    folder, wanted = config.output / OPERATOR_SWAP, swap.made_from
-    try:
-        former, _ = operator_swap.read(folder)
-    except DataError:
-        former = {}
-    if {name: former.get(name) for name in wanted} != wanted or not (folder / operator_swap.TRAIN).is_file():
+    folder = config.output / OPERATOR_SWAP
+    if not operator_swap.is_written(folder, **swap.made_from):
         with whole_folder(folder, overwrite=True) as partial:
-            operator_swap.write(partial, **wanted)
+            operator_swap.write(partial, **swap.made_from)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.comparison.places import WEIGHTS, places_of
 from safelora_fast.comparison.report import NOT_TRAINED
-from safelora_fast.comparison.training import changes, failure_of, is_finished
+from safelora_fast.comparison.training import changes, failure_of, has_ended, is_finished
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.config import CompareConfig
     from safelora_fast.comparison.places import Place
     from safelora_fast.recipe.recipe import Recipe
+
+DAMAGED = "the adapter of this run is gone or damaged"
 
 
 @dataclass(frozen=True)
@@ -76,4 +78,4 @@ class Runs:
             return None if (place.adapter / WEIGHTS).is_file() else f"{place.adapter}: holds no {WEIGHTS}"
         if is_finished(recipe):
             return None
-        return failure_of(place, recipe) or changes(recipe) or NOT_TRAINED
+        return failure_of(place, recipe) or changes(recipe) or (DAMAGED if has_ended(recipe) else NOT_TRAINED)

@@ -13,8 +13,9 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast import _core
 from safelora_fast.comparison.places import FAILURE, WEIGHTS, keep, read
-from safelora_fast.errors import InterruptedRunError, OutputError
+from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.document import dump_document
@@ -73,11 +74,21 @@ def _files(recipe: Recipe) -> dict[str, Path]:
 
 def is_finished(recipe: Recipe) -> bool:
     """Whether the run of a recipe is there as a whole."""
-    return changes(recipe) is None and _has_ended(recipe) and (RunFolder(recipe).path / WEIGHTS).is_file()
+    return changes(recipe) is None and has_ended(recipe) and _is_whole(RunFolder(recipe).path)
 
 
-def _has_ended(recipe: Recipe) -> bool:
+def has_ended(recipe: Recipe) -> bool:
+    """Whether there is a run that trained to its end, whatever has become of its files and settings since."""
     return bool(read(RunFolder(recipe).path / RECORD).get("finished"))
+
+
+def _is_whole(adapter: Path) -> bool:
+    """Whether the files of an adapter are there, and none is cut off."""
+    try:
+        _core.SafetensorsFile(str(adapter / WEIGHTS))
+    except CheckpointError:
+        return False
+    return bool(read(adapter / "adapter_config.json"))
 
 
 def failure_of(place: Place, recipe: Recipe) -> str | None:
@@ -113,7 +124,7 @@ def train(place: Place, recipe: Recipe, *, overwrite: bool, talk: bool) -> str |
         place.folder.mkdir(parents=True, exist_ok=True)
         (place.folder / RECIPE).write_text(dump_document(recipe.document.values), encoding="utf-8")
         (place.folder / FAILURE).unlink(missing_ok=True)
-    anew = _has_ended(recipe) or (overwrite and changes(recipe) is not None)
+    anew = has_ended(recipe) or (overwrite and changes(recipe) is not None)
     failure = _run([*COMMAND, str(place.folder / RECIPE), "--overwrite" if anew else "--resume"], talk=talk)
     if failure is not None:
         keep(place.folder / FAILURE, {"failure": failure, "recipe": _name(recipe)})

@@ -80,7 +80,9 @@ class RunFolder:
         if not self.path.exists() or not any(map(_matters, self.path.iterdir())):
             return
         if not (self.path / RECORD).exists():
-            raise OutputError(f"{self.path}: holds files that are not of a training run; choose another output.folder")
+            raise OutputError(
+                f"{self.path}: holds files that are not of a training run; choose another output.folder, or delete it"
+            )
         if not resume and not overwrite:
             raise OutputError(
                 f"{self.path}: holds a run already; pass --resume to go on with it, --overwrite to start anew, or choose "
