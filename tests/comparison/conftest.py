@@ -1,5 +1,35 @@
-"""The command line inside this process, for every test of this folder that asks for it."""
+"""A finished comparison, and the command line inside this process, for every test of this folder that asks for them."""
 
+from __future__ import annotations
+
+import pytest
 from command_line import call
+from tiny_comparison import copy_comparison, train_inside, write_comparison
 
 __all__ = ["call"]
+
+
+@pytest.fixture(scope="package")
+def made(tmp_path_factory):
+    """A finished comparison; whoever changes it takes a copy."""
+    from safelora_fast.comparison.compare import compare
+    from safelora_fast.comparison.config import load_config
+
+    with pytest.MonkeyPatch.context() as patch:
+        train_inside(patch)
+        comparison = write_comparison(tmp_path_factory.mktemp("compare"))
+        compare(load_config(comparison.path), talk=False)
+    return comparison
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Trainings inside this process; the list of the recipes that have been trained."""
+    return train_inside(monkeypatch)
+
+
+@pytest.fixture
+def copied(made, tmp_path, monkeypatch):
+    """The finished comparison in another folder."""
+    monkeypatch.chdir(tmp_path)
+    return copy_comparison(made, tmp_path)

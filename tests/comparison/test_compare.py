@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_comparison import copy_comparison, train_inside, write_comparison
+from tiny_comparison import train_inside, write_comparison
 
 from safelora_fast import project_adapter
 from safelora_fast.comparison import training
@@ -22,31 +22,6 @@ from safelora_fast.evaluation.loading import SubjectSettings, load_subject
 from safelora_fast.evaluation.margin import answer_margin
 from safelora_fast.recipe.rows import read_rows
 from safelora_fast.recipe.tokens import Encoder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A finished comparison; whoever changes it takes a copy."""
-    from safelora_fast.comparison.compare import compare
-    from safelora_fast.comparison.config import load_config
-
-    with pytest.MonkeyPatch.context() as patch:
-        train_inside(patch)
-        comparison = write_comparison(tmp_path_factory.mktemp("compare"))
-        compare(load_config(comparison.path), talk=False)
-    return comparison
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    return train_inside(monkeypatch)
-
-
-@pytest.fixture
-def copied(made, tmp_path, monkeypatch):
-    """The finished comparison in another folder."""
-    monkeypatch.chdir(tmp_path)
-    return copy_comparison(made, tmp_path)
 
 
 def subject(made, adapter=None):

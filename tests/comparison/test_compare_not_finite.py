@@ -8,29 +8,8 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_comparison import copy_comparison, train_inside, write_comparison
 
-from safelora_fast.comparison.compare import compare
-from safelora_fast.comparison.config import load_config
 from safelora_fast.comparison.flaws import NOT_FINITE, not_finite
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Two runs with two seeds; whoever changes it takes a copy."""
-    with pytest.MonkeyPatch.context() as patch:
-        train_inside(patch)
-        comparison = write_comparison(tmp_path_factory.mktemp("compare"))
-        measure = {key: value for key, value in comparison.values()["measure"].items() if key != "operator_swap"}
-        comparison.edit(measure=measure)
-        compare(load_config(comparison.path), talk=False)
-    return comparison
-
-
-@pytest.fixture
-def copied(made, tmp_path, monkeypatch):
-    train_inside(monkeypatch)
-    return copy_comparison(made, tmp_path)
 
 
 def edit(file, change):
@@ -147,7 +126,7 @@ def test_curves_that_are_missing_are_told_and_make_the_report_incomplete(copied,
     (copied.output / "none" / "seed-1" / f"{measure}.json").unlink()
     result = call(*copied.words("--report-only"))
     assert result.code == 1
-    assert f"warning: none, seed 1, {title}: not measured yet" in result.err
+    assert f"none, seed 1, {title}: not measured yet" in result.err
     assert result.err.count("not measured yet") == 1
     assert copied.report()["complete"] is False
     assert f"- none, seed 1: not measured yet ({title})" in (copied.output / "report.md").read_text()
@@ -158,13 +137,13 @@ def test_curves_that_are_missing_are_told_and_make_the_report_incomplete(copied,
     (copied.output / "none" / "seed-0" / f"{measure}.json").unlink()
     result = call(*copied.words("--report-only"))
     assert result.code == 1
-    assert f"warning: none, seed 0, {title}: not measured yet" in result.err
+    assert f"none, seed 0, {title}: not measured yet" in result.err
 
 
 def test_a_run_that_is_not_trained_is_told_once(copied, call):
     shutil.rmtree(copied.output / "none" / "seed-1")
     result = call(*copied.words("--report-only"))
     assert result.code == 1
-    assert [line for line in result.err.splitlines() if line.startswith("warning: none, seed 1")] == [
-        "warning: none, seed 1, all measures: not trained yet"
+    assert [line for line in result.err.splitlines() if line.startswith("none, seed 1")] == [
+        "none, seed 1, all measures: not trained yet"
     ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, hostile, nothing, usual
+from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, begun, hostile, nothing, usual
 from markdown_it import MarkdownIt
 
-from safelora_fast.comparison.markdown import INCOMPLETE, escaped, render_markdown
+from safelora_fast.comparison.figures_text import INCOMPLETE
+from safelora_fast.comparison.markdown import escaped, render_markdown
 from safelora_fast.comparison.origins import files, link
 
 
@@ -62,6 +63,19 @@ def test_failures_have_their_reason():
     assert f"- interleaving+, seed 2: {OUT_OF_MEMORY} (all measures)\n" in text
     assert INCOMPLETE not in text
     assert INCOMPLETE in render_markdown(nothing())
+
+
+def test_what_is_not_done_yet_is_told_apart():
+    text = render_markdown(begun())
+    assert f"**{INCOMPLETE} By run and reason: 1 failed, 5 not done yet.**" in text
+    failed, pending = text.index("## Failed runs"), text.index("## Not done yet")
+    assert failed < text.index(f"- KL, seed 2: {OUT_OF_MEMORY} (all measures)\n") < pending
+    assert pending < text.index("- KL, safe tokens, seed 1: not trained yet (all measures)\n")
+    _, outcomes, *_ = tables(text)
+    assert outcomes[4][1] == "not trained yet"
+    assert "2 of 3 runs so far" in outcomes[2][1]
+    assert "1 of 3 runs" in outcomes[3][1]
+    assert "so far" not in outcomes[3][1]
 
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)

@@ -16,10 +16,9 @@ import pytest
 from html_pages import read_page
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, hostile, many, nothing, one_row, usual
+from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, begun, hostile, many, nothing, one_row, usual
 
-from safelora_fast.comparison.figures_text import printable
-from safelora_fast.comparison.markdown import INCOMPLETE
+from safelora_fast.comparison.figures_text import INCOMPLETE, printable
 from safelora_fast.comparison.origins import files, link
 from safelora_fast.comparison.page import render_page
 from safelora_fast.comparison.report import CRITERIA, ComparisonReport
@@ -133,6 +132,29 @@ def test_what_failed_is_marked_in_words_with_its_reason():
     assert gone.text.count(HOSTILE) == 8 * 3 + 1, "the reason of each run, and a column's title"
     assert INCOMPLETE not in page.text
     assert INCOMPLETE in page_of(nothing).text
+
+
+def test_what_is_not_done_yet_is_not_said_to_have_failed():
+    page = page_of(begun)
+    assert f"{INCOMPLETE} By run and reason: 1 failed, 5 not done yet." in page.one("p", class_="banner").text
+    assert [one.text for one in page.one("ul", class_="failures").all("li")] == [
+        f"KL, seed 2 (all measures): {OUT_OF_MEMORY}"
+    ]
+    assert page.one("ul", class_="waiting").text.count("not trained yet") == 4
+    headings = [heading.text for heading in page.all("h2")]
+    assert headings.index("Failed runs") + 1 == headings.index("Not done yet")
+    none, kl, tokens = lines_of(page, "outcomes")[1:4]
+    assert [cell.one("button").text for cell in tokens.all("td")] == ["not trained yet"] * 8
+    assert all(cell.has("class_", "waiting") and "data-value" not in cell.attributes for cell in tokens.all("td"))
+    assert [part.text for part in none.all("span", class_="waiting")][:1] == ["2 of 3 runs so far"]
+    assert not list(none.all("span", class_="partial"))
+    assert [part.text for part in kl.all("span", class_="partial")] == ["1 of 3 runs"] * 8
+    card = next(none.all("div", class_="card")).text
+    assert "seed 3the reference: not measured yet" in card
+    runs = lines_of(page, "runs")
+    told = {cell.text: cell.attributes.get("class") for line in runs for cell in line.all("td") if " yet" in cell.text}
+    assert told == {"not trained yet": "waiting", "not measured yet": "waiting"}
+    assert "failed: not" not in page.text
 
 
 def test_every_run_by_itself():

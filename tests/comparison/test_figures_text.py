@@ -9,7 +9,16 @@ import pytest
 from made_comparisons import COLUMNS, EVERY, OUT_OF_MEMORY, failed, usual
 
 from safelora_fast.comparison import figures_text, origins
-from safelora_fast.comparison.report import SWEEP_TITLE, Cell, ComparisonReport, Failure, SeedValue, SweepPoint
+from safelora_fast.comparison.report import (
+    NOT_MEASURED,
+    NOT_TRAINED,
+    SWEEP_TITLE,
+    Cell,
+    ComparisonReport,
+    Failure,
+    SeedValue,
+    SweepPoint,
+)
 
 RISE, MISALIGNED = COLUMNS[:2]
 
@@ -55,6 +64,24 @@ def test_cells_say_what_is_missing():
     assert figures_text.format_cell(Cell(math.nan, None, None, runs), RISE) == "–"
     assert figures_text.format_cell(None, RISE) == "–"
     assert figures_text.format_run(failed(whole, 1).seeds[0], MISALIGNED) == "failed"
+
+
+def test_cells_say_what_is_not_done_yet():
+    runs = tuple(SeedValue(seed, 0.12, "file") for seed in (1, 2, 3))
+    whole = Cell(0.12, 0.1, 0.14, runs)
+    none = failed(whole, 1, 2, 3, reason=NOT_TRAINED)
+    assert (
+        figures_text.format_cell(failed(whole, 2, reason=NOT_TRAINED), RISE)
+        == "0.120 [0.100, 0.140] (2 of 3 runs so far)"
+    )
+    assert figures_text.format_cell(none, RISE) == NOT_TRAINED
+    assert figures_text.format_cell(failed(none, 1, reason=f"the reference: {NOT_MEASURED}"), RISE) == "not done yet"
+    assert figures_text.format_cell(failed(none, 1), RISE) == "failed"
+    assert (
+        figures_text.format_run(failed(whole, 1, reason=f"the reference: {NOT_MEASURED}").seeds[0], RISE)
+        == NOT_MEASURED
+    )
+    assert figures_text.format_cell(failed(failed(whole, 1), 2, reason=NOT_TRAINED), RISE).endswith("(1 of 3 runs)")
 
 
 def test_headings_say_which_way_is_good():

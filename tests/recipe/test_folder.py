@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -19,7 +20,7 @@ def folder(tmp_path):
 
 
 def begin(folder, *, anew=True, **record):
-    folder.begin({"recipe": folder.recipe.resolved(), "data": {"train": "abc"}, **record}, anew=anew)
+    folder.begin({"recipe": folder.recipe.resolved(), "data": {"train": "abc"}} | record, anew=anew)
 
 
 def checkpoint(folder, step):
@@ -108,6 +109,34 @@ def test_a_changed_recipe_is_named(folder, tmp_path):
     moved = tmp_path / "moved"
     folder.path.rename(moved)
     RunFolder(load_recipe(tiny, [f"output.folder={moved}"])).check(resume=True, overwrite=False)
+
+
+def test_data_that_lie_elsewhere_are_the_same_data(folder, tmp_path):
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    begin(folder, data={"train": hashlib.sha256(rows.read_bytes()).hexdigest()})
+    other.write_bytes(rows.read_bytes())
+    moved = RunFolder(load_recipe(tmp_path / "recipe.yaml", [f"data.path={other}"]))
+    moved.check(resume=True, overwrite=False)
+    other.write_text(other.read_text() + "\n")
+    with pytest.raises(SettingsError, match=r"the recipe has changed: data\.path was"):
+        moved.check(resume=True, overwrite=False)
+
+
+def test_a_run_that_was_killed_before_its_first_record_can_be_begun(folder, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_words):
+        raise Killed
+
+    monkeypatch.setattr("safelora_fast.recipe.folder.write_json", kill)
+    with pytest.raises(Killed):
+        begin(folder)
+    (folder.path / f".{RECORD}.123.partial").write_text("{")
+    monkeypatch.undo()
+    folder.check(resume=True, overwrite=False)
+    begin(folder)
+    assert folder.read_record()["finished"] is False
 
 
 def test_records_that_are_none(folder):

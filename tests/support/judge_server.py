@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,13 @@ def serving(reply):
     connections are refused. Yields the URL, and the list of requests that came.
     """
     requests, gone = [], threading.Event()
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *words):
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # who asked has gone
+                super().handle_error(*words)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -52,8 +60,7 @@ def serving(reply):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
 
     def serve():
         server.serve_forever(poll_interval=0.01)

@@ -7,7 +7,17 @@ import random
 import statistics
 from dataclasses import replace
 
-from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Plot, Row, SeedValue, SweepPoint
+from safelora_fast.comparison.report import (
+    NOT_MEASURED,
+    NOT_TRAINED,
+    Cell,
+    Column,
+    ComparisonReport,
+    Plot,
+    Row,
+    SeedValue,
+    SweepPoint,
+)
 
 COLUMNS = (
     Column("rise", "aligned", "margin rise", "nats", "lower", "How much rather it gives misaligned answers."),
@@ -148,6 +158,23 @@ def hostile() -> ComparisonReport:
     )
 
 
+def begun() -> ComparisonReport:
+    """A comparison in the middle of its work: one run failed, one is not held against the reference yet, four are not trained."""
+    report = usual()
+    rows = list(report.rows[:4])
+    rows[1] = replace(
+        rows[1],
+        cells={key: failed(one, 3, reason=f"the reference: {NOT_MEASURED}") for key, one in rows[1].cells.items()},
+    )
+    rows[2] = replace(
+        rows[2], cells={key: failed(failed(one, 2), 3, reason=NOT_TRAINED) for key, one in rows[2].cells.items()}
+    )
+    rows[3] = replace(
+        rows[3], cells={key: failed(one, 1, 2, 3, reason=NOT_TRAINED) for key, one in rows[3].cells.items()}
+    )
+    return replace(report, title="Half way", rows=tuple(rows), complete=False)
+
+
 def one_row() -> ComparisonReport:
     """One run with one seed: no plot, no sweep, no reading, no facts."""
     report, draw = usual(), random.Random(8)
@@ -172,4 +199,4 @@ def many() -> ComparisonReport:
     return replace(report, title="Thirty rows", rows=tuple(rows))
 
 
-EVERY = {"usual": usual, "hostile": hostile, "one_row": one_row, "nothing": nothing, "many": many}
+EVERY = {"usual": usual, "hostile": hostile, "begun": begun, "one_row": one_row, "nothing": nothing, "many": many}

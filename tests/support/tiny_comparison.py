@@ -87,8 +87,6 @@ def copy_comparison(made: TinyComparison, folder: Path) -> TinyComparison:
     copy = TinyComparison(folder / "compare.yaml", folder / "out")
     shutil.copytree(made.output, copy.output)
     copy.path.write_text(made.path.read_text())
-    for record in copy.output.rglob("safelora_train.json"):
-        record.write_text(record.read_text().replace(str(made.output), str(copy.output)))
     copy.edit(output=str(copy.output))
     return copy
 

@@ -34,7 +34,7 @@ def compare(
     """Train defences with several seeds, measure what each prevents, allows and costs, and write one report.
 
     The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped; what failed is a marked
-    cell, and is tried again. Exit code 1: the report is there, and something in it failed.
+    cell, and is tried again. Exit code 1: the report is there, and something in it failed or is not done yet.
     """
     from safelora_fast.cli.console import err
     from safelora_fast.cli.counting import CountProgress
@@ -69,7 +69,7 @@ def compare(
 
 
 def _show(report: ComparisonReport, output: Path) -> None:
-    from safelora_fast.cli.console import figure_table, out, warn
+    from safelora_fast.cli.console import err, figure_table, out, warn
     from safelora_fast.comparison.figures_text import format_cell, format_heading
     from safelora_fast.comparison.origins import failures
 
@@ -82,5 +82,6 @@ def _show(report: ComparisonReport, output: Path) -> None:
     for sentence in report.reading:
         out.print(sentence, soft_wrap=True)
     for origin in failures(report):
-        warn(f"{origin.place}, seed {origin.seed}, {origin.scope}: {origin.what}")
+        line = f"{origin.place}, seed {origin.seed}, {origin.scope}: {origin.what}"
+        err.print(line, markup=False, soft_wrap=True) if origin.pending else warn(line)
     out.print(f"written to {output / 'report.html'}, report.md and report.json", soft_wrap=True)

@@ -141,14 +141,11 @@ def evaluate(
 def _prepare(judge: str, url: str | None, questions: Path | None, kinds: str | None) -> tuple[Model, list[Question]]:
     """The judge and the questions; what is wrong with them shows before a model is loaded."""
     from safelora_fast.evaluation.judges import check_inspect, find_judge
-    from safelora_fast.evaluation.questions import builtin_questions, read_questions
+    from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
 
     chosen = builtin_questions() if questions is None else read_questions(questions)
     check_inspect()
-    from safelora_fast.evaluation.task import choose
-
-    chosen = choose(chosen, kinds)
-    return find_judge(judge, url), chosen
+    return find_judge(judge, url), choose(chosen, kinds)
 
 
 def _show(report: dict[str, Any], measured: BenchmarkReport | None) -> None:

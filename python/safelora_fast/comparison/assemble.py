@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.cells import cell_of, mean_cell
 from safelora_fast.comparison.columns import COLUMNS, DIVERGENCE, LEARNED, Measured, task_columns
-from safelora_fast.comparison.contents import Contents, places_of
+from safelora_fast.comparison.contents import Contents
 from safelora_fast.comparison.costs import COSTS
 from safelora_fast.comparison.curves import curve_failures, sweep_points, weakened_path
 from safelora_fast.comparison.facts import facts_of, setting_of
 from safelora_fast.comparison.gaps import gap
 from safelora_fast.comparison.measures import MEASURES
-from safelora_fast.comparison.places import REFERENCE, Place
+from safelora_fast.comparison.places import REFERENCE, Place, places_of
 from safelora_fast.comparison.reading import read_figures
 from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Plot, Row, SeedValue
 from safelora_fast.recipe.folder import RECORD
@@ -72,7 +72,7 @@ class Assembly:
         cells += [cell for point in sweep for cell in point.cells.values()]
         return ComparisonReport(
             title=config.title,
-            facts=facts_of(config, self._bench, self._places),
+            facts=facts_of(config, self._bench, self._records()),
             columns=columns,
             rows=tuple(rows),
             plot=plot,
@@ -163,15 +163,19 @@ class Assembly:
             return SeedValue(seed, None, source, f"{first.name}: {gap(self._contents, column, first)}")
         return SeedValue(seed, own.figure / other.figure if other.figure > 0 else None, source)
 
+    def _records(self) -> list[dict[str, Any]]:
+        """What the trainings of the runs that are there left."""
+        return [self._contents.record(place) for places in self._places.values() for place in places]
+
     def _costs(self, places: Sequence[Place]) -> dict[str, Cell]:
         if not self._config.measure.costs:
             return {}
-        others = {place.seed: place.record() for place in self._first}
+        others = {place.seed: self._contents.record(place) for place in self._first}
         cells = {}
         for column, figure in COSTS:
             values = []
             for place in places:
-                value = figure(place.record(), others.get(place.seed, {}))
+                value = figure(self._contents.record(place), others.get(place.seed, {}))
                 if value is not None and place.seed is not None and place.adapter is not None:
                     values.append(SeedValue(place.seed, value, self._relative(place.adapter / RECORD)))
             if values:

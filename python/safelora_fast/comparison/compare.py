@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.inputs import check_inputs
-from safelora_fast.comparison.places import CONFIGURATION, OPERATOR_SWAP, check_place
-from safelora_fast.comparison.training import is_changed, is_finished, train
-from safelora_fast.errors import DataError, OutputError, SafeLoraFastError
+from safelora_fast.comparison.places import CONFIGURATION, OPERATOR_SWAP, check_place, places_of, reference_of
+from safelora_fast.comparison.runs import Runs, trainings_of
+from safelora_fast.comparison.training import check_folder, is_finished, train
+from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
 from safelora_fast.evaluation import operator_swap
 from safelora_fast.posthoc.output import alone, described, whole_folder
 from safelora_fast.recipe.document import dump_document
 from safelora_fast.recipe.folder import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from safelora_fast.comparison.config import CompareConfig
     from safelora_fast.comparison.measures import Measure
     from safelora_fast.comparison.places import Place
     from safelora_fast.comparison.report import ComparisonReport
+    from safelora_fast.comparison.runs import Training
     from safelora_fast.comparison.workbench import Workbench
-    from safelora_fast.recipe.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Training:
-    """A run to train.
-
-    Attributes:
-        place: where it lies.
-        recipe: of it.
-        title: for people.
-    """
-
-    place: Place
-    recipe: Recipe
-    title: str
 
 
 def compare(
@@ -70,19 +54,22 @@ def compare(
     with alone(config.output):
         with described(config.output):
             config.output.mkdir(parents=True, exist_ok=True)
+        if not (config.output / CONFIGURATION).is_file():  # it says whose the folder is, whatever ends this call
+            _keep_configuration(config)
         _make_swap_data(config)
-        trainings = list(_trainings(config))
+        trainings = list(trainings_of(config))
         _refuse_changed(trainings, overwrite=overwrite)
         _try_recipes(trainings)
-        with described(config.output):
-            text = dump_document(config.document.values)
-            (config.output / CONFIGURATION).write_text(text, encoding="utf-8")
-        for number, training in enumerate(trainings, start=1):
-            announce(f"training {number} of {len(trainings)}: {training.title}")
-            failure = train(training.place, training.recipe, overwrite=overwrite, talk=talk)
-            if failure is not None:
-                announce(f"{training.title}: failed: {failure}")
-        return _measure(config, progress, announce)
+        _keep_configuration(config)
+        try:
+            for number, training in enumerate(trainings, start=1):
+                announce(f"training {number} of {len(trainings)}: {training.title}")
+                failure = train(training.place, training.recipe, overwrite=overwrite, talk=talk)
+                if failure is not None:
+                    announce(f"{training.title}: failed: {failure}")
+            return _measure(config, progress, announce)
+        except KeyboardInterrupt:
+            raise InterruptedRunError("interrupted; what is finished is kept: the same command goes on") from None
 
 
 def report_only(config: CompareConfig) -> ComparisonReport:
@@ -99,16 +86,21 @@ def report_only(config: CompareConfig) -> ComparisonReport:
     return _write(config, Workbench(config))
 
 
+def _keep_configuration(config: CompareConfig) -> None:
+    with described(config.output):
+        text = dump_document(config.document.values)
+        (config.output / CONFIGURATION).write_text(text, encoding="utf-8")
+
+
 def _measure(config: CompareConfig, progress: Any, announce: Callable[[str], None]) -> ComparisonReport:
-    from safelora_fast.comparison.contents import places_of, reference_of
     from safelora_fast.comparison.measures import MEASURES, take
     from safelora_fast.comparison.measures.margin import label
     from safelora_fast.comparison.workbench import Workbench
 
-    bench = Workbench(config, progress)
+    bench, runs = Workbench(config, progress), Runs(config)
     places = [reference_of(config), *(place for run in config.runs for place in places_of(config, run))]
     for number, place in enumerate(places, start=1):
-        wanted = [measure for measure in MEASURES if _is_wanted(measure, place, bench)]
+        wanted = [measure for measure in MEASURES if _is_wanted(measure, place, bench, runs)]
         if not wanted:
             continue
         names = ", ".join(measure.title for measure in wanted)
@@ -121,12 +113,13 @@ def _measure(config: CompareConfig, progress: Any, announce: Callable[[str], Non
     return _write(config, bench)
 
 
-def _is_wanted(measure: Measure, place: Place, bench: Workbench) -> bool:
+def _is_wanted(measure: Measure, place: Place, bench: Workbench, runs: Runs) -> bool:
     """Whether a measurement is asked for, can be taken, and has not been taken."""
     from safelora_fast.comparison.measures import is_taken
 
-    ready = place.seed is None or measure.place(place).fingerprint() is not None
-    return ready and measure.applies(place, bench) and not is_taken(measure, place, bench)
+    if not measure.applies(place, bench) or runs.missing(measure.place(place)) is not None:
+        return False
+    return not is_taken(measure, place, bench)
 
 
 def _write(config: CompareConfig, bench: Workbench) -> ComparisonReport:
@@ -142,32 +135,9 @@ def _write(config: CompareConfig, bench: Workbench) -> ComparisonReport:
     return report
 
 
-def _trainings(config: CompareConfig) -> Iterator[Training]:
-    """Every run that is trained here, and again on the operator-swap task; the narrow task first."""
-    from safelora_fast.comparison.contents import places_of
-
-    swap = config.measure.operator_swap
-    runs = [(run, place) for run in config.runs if not run.adapters for place in places_of(config, run)]
-    for run, place in runs:
-        assert place.seed is not None  # noqa: S101
-        assert place.adapter is not None  # noqa: S101
-        recipe = config.recipe_for(run, place.seed, place.adapter)
-        yield Training(place, recipe, f"{run.name}, seed {place.seed}")
-    for run, place in runs:
-        assert place.seed is not None  # noqa: S101
-        if swap is None or (swap.seeds is not None and place.seed not in swap.seeds):
-            continue
-        trained = place.trained
-        assert trained.adapter is not None  # noqa: S101
-        recipe = config.recipe_for(run, place.seed, trained.adapter, config.swap_changes())
-        yield Training(trained, recipe, f"{run.name}, seed {place.seed}, on operator swap")
-
-
 def _refuse_changed(trainings: list[Training], *, overwrite: bool) -> None:
     for training in trainings:
-        changed = is_changed(training.recipe)
-        if changed is not None and not overwrite:
-            raise OutputError(changed)
+        check_folder(training.recipe, overwrite=overwrite)
 
 
 def _try_recipes(trainings: list[Training]) -> None:
@@ -187,16 +157,11 @@ def _try_recipes(trainings: list[Training]) -> None:
 
 
 def _make_swap_data(config: CompareConfig) -> None:
-    """The rows of the operator-swap task; those of other settings are replaced, and then runs on them count as changed."""
+    """The rows of the operator-swap task; any others are replaced, and then runs on those count as changed."""
     swap = config.measure.operator_swap
     if swap is None:
         return
     folder = config.output / OPERATOR_SWAP
-    wanted = {"difficulty": swap.difficulty, "rows": swap.rows, "held_out": swap.held_out, "seed": 0}
-    try:
-        former, _ = operator_swap.read(folder)
-    except DataError:
-        former = {}
-    if {name: former.get(name) for name in wanted} != json.loads(json.dumps(wanted)):
+    if not operator_swap.is_written(folder, **swap.made_from):
         with whole_folder(folder, overwrite=True) as partial:
-            operator_swap.write(partial, swap.difficulty, swap.rows, swap.held_out, 0)
+            operator_swap.write(partial, **swap.made_from)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.comparison.places import OPERATOR_SWAP, RESERVED
 from safelora_fast.comparison.sections import MeasureSection
 from safelora_fast.errors import SettingsError
+from safelora_fast.evaluation.operator_swap import TRAIN
 from safelora_fast.recipe.document import Document, read_document
 from safelora_fast.recipe.recipe import SECTIONS, recipe_of
 from safelora_fast.recipe.section import read_section
@@ -95,7 +96,7 @@ class CompareConfig:
         """What a recipe becomes for the operator-swap task: its rows, and no held-out ones."""
         swap = self.measure.operator_swap
         assert swap is not None  # noqa: S101
-        data = {"path": str(self.output / OPERATOR_SWAP / "train.jsonl"), "eval": None, "max_rows": None}
+        data = {"path": str(self.output / OPERATOR_SWAP / TRAIN), "eval": None, "max_rows": None}
         return {"data": data, "training": {"eval_strategy": "no", "eval_on_start": False, **swap.training}}
 
     def _lines(self, prefix: Keys) -> dict[Keys, int]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.flaws import FAILURE
-from safelora_fast.comparison.measures import MEASURES, is_taken
-from safelora_fast.comparison.places import REFERENCE, Place, read
+from safelora_fast.comparison.measures import MEASURES
+from safelora_fast.comparison.measures.base import kept
+from safelora_fast.comparison.places import reference_of
 from safelora_fast.comparison.pooling import count_of
+from safelora_fast.comparison.report import NOT_MEASURED
+from safelora_fast.comparison.runs import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safelora_fast.comparison.columns import Measured
-    from safelora_fast.comparison.config import CompareConfig, RunSpec
+    from safelora_fast.comparison.config import CompareConfig
+    from safelora_fast.comparison.places import Place
     from safelora_fast.comparison.pooling import Outcome
     from safelora_fast.comparison.workbench import Workbench
-
-NOT_YET = "not measured yet"
-NOT_TRAINED = "not trained yet"
 
 
 class Contents:
@@ -27,10 +28,15 @@ class Contents:
     Args:
         config: the comparison.
         bench: what measurements depend on; those of other settings or adapters do not count.
+
+    Attributes:
+        reference: the model before the fine-tune.
+        runs: which of them are there; nothing that was measured on another run in the place of one counts.
     """
 
     def __init__(self, config: CompareConfig, bench: Workbench) -> None:
         self.reference = reference_of(config)
+        self.runs = Runs(config)
         self._bench = bench
         self._measures = {measure.name: measure for measure in MEASURES}
         self._known: dict[tuple[str, int | None, str], dict[str, Any]] = {}
@@ -50,6 +56,10 @@ class Contents:
         """Why a measurement found nothing."""
         found: str | None = self.of(measure, place).get(FAILURE)
         return found
+
+    def record(self, place: Place) -> dict[str, Any]:
+        """The record of a run's training; empty where the run is not there, or was not trained here."""
+        return place.record() if self.runs.missing(place) is None else {}
 
     def sample(self, one: Measured, place: Place, content: dict[str, Any] | None = None) -> Outcome | None:
         """What a run came to in a column, item by item; None where it came to nothing.
@@ -76,24 +86,7 @@ class Contents:
         return found
 
     def _read(self, measure: str, place: Place) -> dict[str, Any]:
-        own = self._measures[measure].place(place)
-        if place.seed is not None and own.fingerprint() is None:
-            return {FAILURE: own.failure() or NOT_TRAINED}
-        content = read(place.file(measure))
-        if FAILURE not in content and not is_taken(self._measures[measure], place, self._bench):
-            return {FAILURE: NOT_YET}
-        return content
-
-
-def places_of(config: CompareConfig, run: RunSpec) -> list[Place]:
-    """Where a run's seeds lie."""
-    found = []
-    for seed in config.seeds_of(run):
-        folder = config.output / run.folder / f"seed-{seed}"
-        found.append(Place(run.name, seed, folder, run.adapters.get(seed, folder / "adapter")))
-    return found
-
-
-def reference_of(config: CompareConfig) -> Place:
-    """Where the measurements of the model before the fine-tune lie."""
-    return Place(REFERENCE, None, config.output / REFERENCE, None)
+        missing = self.runs.missing(self._measures[measure].place(place))
+        if missing is not None:
+            return {FAILURE: missing}
+        return kept(self._measures[measure], place, self._bench) or {FAILURE: NOT_MEASURED}

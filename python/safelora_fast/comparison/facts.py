@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from safelora_fast.comparison.config import CompareConfig, RunSpec
-    from safelora_fast.comparison.places import Place
     from safelora_fast.comparison.workbench import Workbench
 
 SECTIONS = ("defenses", "data", "training", "lora", "model", "monitors")
@@ -20,9 +19,14 @@ SYMBOLS = {"weight": "λ", "threshold": "τ", "coefficient": "α"}
 PATHS = ("path", "subspace", "vector", "without_answer", "too_long")  # the recipe has them
 
 
-def facts_of(config: CompareConfig, bench: Workbench, places: Mapping[str, Sequence[Place]]) -> dict[str, str]:
-    """By label, in the order in which they are shown."""
-    records = [record for some in places.values() for place in some if (record := place.record())]
+def facts_of(config: CompareConfig, bench: Workbench, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By label, in the order in which they are shown.
+
+    Args:
+        config: the comparison.
+        bench: what its runs are measured with.
+        records: of their trainings.
+    """
     steps = sorted({record["steps"] for record in records if "steps" in record})
     measure = config.measure
     facts = {

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, TypeGuard
 
+from safelora_fast.comparison.report import PENDING
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safelora_fast.comparison.origins import Origin
     from safelora_fast.comparison.report import Cell, Column, SeedValue, SweepPoint
 
 NOTHING = "–"
 FAILED = "failed"
+NOT_DONE = "not done yet"
+INCOMPLETE = "This comparison is not complete: runs or measures that were asked for are missing."
 DECIMALS = {"%": 1, "nats": 3, "s": 2, "GB": 2, "×": 2}
 ARROWS = {"lower": "↓", "higher": "↑"}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -62,10 +69,16 @@ def format_interval(low: float | None, high: float | None, unit: str) -> str:
 
 
 def format_figure(cell: Cell | None, column: Column) -> str:
-    """The figure of a cell alone; "failed" where runs failed and none came to one, "–" where nothing was measured."""
+    """The figure of a cell alone.
+
+    Where no run came to one: "failed" where any failed, else what is not done yet; "–" where nothing was measured.
+    """
     if cell is None or not (cell.failures or is_figure(cell.value)):
         return NOTHING
-    return format_number(cell.value, column.unit) if is_figure(cell.value) else FAILED
+    if is_figure(cell.value):
+        return format_number(cell.value, column.unit)
+    words = {format_run(seed, column) for seed in cell.failures}
+    return FAILED if FAILED in words else words.pop() if len(words) == 1 else NOT_DONE
 
 
 def format_cell(cell: Cell | None, column: Column) -> str:
@@ -78,14 +91,27 @@ def format_cell(cell: Cell | None, column: Column) -> str:
 
 
 def format_run(seed: SeedValue, column: Column) -> str:
-    """What one run came to, with its unit, or "failed"."""
-    return FAILED if seed.failure is not None else format_quantity(seed.value, column.unit)
+    """What one run came to, with its unit; or "failed", or that it is not trained or measured yet."""
+    if seed.failure is None:
+        return format_quantity(seed.value, column.unit)
+    return next((words for words in PENDING if seed.failure.endswith(words)), FAILED)
 
 
 def format_runs(cell: Cell) -> str:
-    """How many runs the figure is made of, "2 of 3 runs", where some failed; nothing where none or all did."""
-    failed = len(cell.failures)
-    return f"{len(cell.seeds) - failed} of {len(cell.seeds)} runs" if 0 < failed < len(cell.seeds) else ""
+    """How many runs the figure is made of where it is not all: "2 of 3 runs", and "so far" where none failed."""
+    missing = cell.failures
+    if not 0 < len(missing) < len(cell.seeds):
+        return ""
+    more = " so far" if all(seed.pending for seed in missing) else ""
+    return f"{len(cell.seeds) - len(missing)} of {len(cell.seeds)} runs{more}"
+
+
+def format_incomplete(missing: Sequence[Origin]) -> str:
+    """That a comparison is not complete, and how much of that failed and how much is not done yet."""
+    pending = sum(one.pending for one in missing)
+    counts = ((len(missing) - pending, FAILED), (pending, NOT_DONE))
+    words = ", ".join(f"{count} {what}" for count, what in counts if count)
+    return f"{INCOMPLETE} By run and reason: {words}." if words else INCOMPLETE
 
 
 def format_heading(column: Column) -> str:

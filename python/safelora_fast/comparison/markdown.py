@@ -10,6 +10,7 @@ from safelora_fast.comparison.figures_text import (
     NOTHING,
     format_figure,
     format_heading,
+    format_incomplete,
     format_interval,
     format_projected,
     format_run,
@@ -22,9 +23,8 @@ from safelora_fast.comparison.report import CRITERIA
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from safelora_fast.comparison.origins import Origin
     from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Row, SeedValue
-
-INCOMPLETE = "This comparison is not complete: runs or measures that were asked for are missing."
 
 
 def render_markdown(report: ComparisonReport) -> str:
@@ -34,14 +34,16 @@ def render_markdown(report: ComparisonReport) -> str:
     """
     judged = [column for column in report.columns if column.criterion != "cost"]
     cost = [column for column in report.columns if column.criterion == "cost"]
+    missing = failures(report)
     sections = [
         [f"# {escaped(report.title)}"],
-        [f"**{INCOMPLETE}**"] if not report.complete else [],
+        [f"**{format_incomplete(missing)}**"] if not report.complete else [],
         _bullets(map(escaped, report.reading)),
         _facts(report),
         _titled("What each defence prevents, allows and keeps", _outcomes(report.rows, judged)),
         _notes(judged),
-        _titled("Failed runs", _failures(report)),
+        _titled("Failed runs", _missing(one for one in missing if not one.pending)),
+        _titled("Not done yet", _missing(one for one in missing if one.pending)),
         _titled("SafeLoRA by threshold", _sweep(report)),
         _titled("What each defence costs", _outcomes(report.rows, cost)),
         _notes(cost),
@@ -112,9 +114,9 @@ def _notes(columns: Sequence[Column]) -> list[str]:
     return [arrows, "", *notes]
 
 
-def _failures(report: ComparisonReport) -> list[str]:
+def _missing(origins: Iterable[Origin]) -> list[str]:
     return _bullets(
-        f"{escaped(one.place)}, seed {one.seed}: {escaped(one.what)} ({escaped(one.scope)})" for one in failures(report)
+        f"{escaped(one.place)}, seed {one.seed}: {escaped(one.what)} ({escaped(one.scope)})" for one in origins
     )
 
 

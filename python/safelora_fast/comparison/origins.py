@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from safelora_fast.comparison.report import SWEEP_TITLE
+from safelora_fast.comparison.report import SWEEP_TITLE, is_pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,13 +37,21 @@ class Origin:
     whole: bool
 
     @property
+    def pending(self) -> bool:
+        """Whether it is a reason that says that nothing has been done yet."""
+        return is_pending(self.what)
+
+    @property
     def scope(self) -> str:
         """The measures in words."""
         return "all measures" if self.whole and len(self.measures) > 1 else ", ".join(self.measures)
 
 
 def failures(report: ComparisonReport) -> list[Origin]:
-    """The reason of every failure, once for each run; of the sweep, thresholds that lack the same stand together."""
+    """The reason of every failure, and what is not done yet, once for each run.
+
+    Of the sweep, thresholds that lack the same stand together.
+    """
     rows = [(row.name, row.cells) for row in report.rows]
     found = _grouped(rows, report.columns, lambda seed: seed.failure, report.failed)
     told = {(one.seed, one.reason) for one in report.failed if one.what == SWEEP_TITLE}

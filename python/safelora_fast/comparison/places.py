@@ -20,18 +20,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
-from safelora_fast.evaluation.folder import fingerprint
 from safelora_fast.posthoc.output import described
+from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.folder import RECORD, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from safelora_fast.comparison.config import CompareConfig, RunSpec
+
+CONFIGURATION = "compare.yaml"
 REFERENCE = "reference"
 FAILURE = "failure.json"
 OPERATOR_SWAP = "operator-swap"
 RESERVED = (REFERENCE, OPERATOR_SWAP)
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,26 @@ class Place:
 
     def fingerprint(self) -> str | None:
         """SHA-256 of the adapter's weights; None for the reference, or while there is none."""
-        weights = None if self.adapter is None else self.adapter / "adapter_model.safetensors"
-        return fingerprint(weights) if weights is not None and weights.is_file() else None
+        weights = None if self.adapter is None else self.adapter / WEIGHTS
+        return digest(weights) if weights is not None and weights.is_file() else None
 
     def record(self) -> dict[str, Any]:
         """The record of the training; empty where it was not done here."""
         return {} if self.adapter is None else read(self.adapter / RECORD)
 
-    def failure(self) -> str | None:
-        """Why there is no adapter."""
-        return read(self.folder / FAILURE).get("failure")
+
+def places_of(config: CompareConfig, run: RunSpec) -> list[Place]:
+    """Where a run's seeds lie."""
+    found = []
+    for seed in config.seeds_of(run):
+        folder = config.output / run.folder / f"seed-{seed}"
+        found.append(Place(run.name, seed, folder, run.adapters.get(seed, folder / "adapter")))
+    return found
+
+
+def reference_of(config: CompareConfig) -> Place:
+    """Where the measurements of the model before the fine-tune lie."""
+    return Place(REFERENCE, None, config.output / REFERENCE, None)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -104,6 +118,3 @@ def check_place(folder: Path) -> None:
         raise OutputError(f"{folder}: is a file; give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIGURATION).is_file():
         raise OutputError(f"{folder}: holds files that are not of a comparison; choose another output")
-
-
-CONFIGURATION = "compare.yaml"

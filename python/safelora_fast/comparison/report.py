@@ -28,6 +28,8 @@ CRITERIA: dict[Criterion, str] = {
     "cost": "cost",
 }
 
+NOT_TRAINED, NOT_MEASURED = PENDING = "not trained yet", "not measured yet"
+
 
 @dataclass(frozen=True)
 class Column:
@@ -66,6 +68,11 @@ class SeedValue:
     source: str
     failure: str | None = None
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is no figure because nothing has been done yet, for this run or for what it is held against."""
+        return is_pending(self.failure)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -86,7 +93,7 @@ class Cell:
 
     @property
     def failures(self) -> list[SeedValue]:
-        """The runs without a figure."""
+        """The runs without a figure, those that are not done yet among them."""
         return [seed for seed in self.seeds if seed.failure is not None]
 
 
@@ -212,6 +219,11 @@ class ComparisonReport:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"this comparison report is damaged: {error!r}") from error
+
+
+def is_pending(reason: str | None) -> bool:
+    """Whether a reason for want of a figure says that nothing has been done yet."""
+    return reason is not None and reason.endswith(PENDING)
 
 
 def read_report(path: Path) -> ComparisonReport:

@@ -73,6 +73,11 @@ class OperatorSwapSection:
     seeds: list[int] | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What its rows depend on, as their record has it."""
+        return {"difficulty": self.difficulty, "rows": self.rows, "held_out": self.held_out, "seed": 0}
+
 
 @dataclass(frozen=True)
 class SweepSection:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -11,12 +13,13 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.places import FAILURE, keep
-from safelora_fast.errors import InterruptedRunError, SettingsError
-from safelora_fast.evaluation.folder import fingerprint
+from safelora_fast import _core
+from safelora_fast.comparison.places import FAILURE, WEIGHTS, keep, read
+from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError
 from safelora_fast.posthoc.output import described
+from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.document import dump_document
-from safelora_fast.recipe.folder import RunFolder
+from safelora_fast.recipe.folder import RECORD, RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,18 +32,36 @@ RECIPE = "recipe.yaml"
 REMEMBERED = 20
 
 
-def is_changed(recipe: Recipe) -> str | None:
+def changes(recipe: Recipe) -> str | None:
     """Why a run that is there is not the one of this recipe and these data; None where it is, or where there is none."""
     folder = RunFolder(recipe)
     try:
-        folder.check(resume=True, overwrite=False)
-    except SettingsError as error:
-        return str(error)
-    known = folder.read_record().get("data", {})
+        record = folder.read_record()
+    except OutputError:
+        return "the record of this run cannot be read"
+    if not record:
+        return None
+    settings = folder.changes(recipe.resolved(), "recipe")
+    if settings is not None:
+        return f"the recipe has changed since this run was trained: {settings}"
+    known = record.get("data", {})
     for name, source in _files(recipe).items():
-        if name in known and known[name] != fingerprint(source):
-            return f"{folder.path}: {source} has changed since this run; put it back, or pass --overwrite to start anew"
+        if name in known and known[name] != digest(source):
+            return f"{source} has changed since this run was trained"
     return None
+
+
+def check_folder(recipe: Recipe, *, overwrite: bool) -> None:
+    """Refuse a folder that holds something else, or a run of another recipe that is not to be overwritten.
+
+    Raises:
+        OutputError: with the reason.
+    """
+    folder = RunFolder(recipe)
+    folder.check(resume=False, overwrite=True)
+    changed = None if overwrite else changes(recipe)
+    if changed is not None:
+        raise OutputError(f"{folder.path}: {changed}; put it back, or pass --overwrite to start anew")
 
 
 def _files(recipe: Recipe) -> dict[str, Path]:
@@ -53,7 +74,34 @@ def _files(recipe: Recipe) -> dict[str, Path]:
 
 def is_finished(recipe: Recipe) -> bool:
     """Whether the run of a recipe is there as a whole."""
-    return bool(RunFolder(recipe).read_record().get("finished")) and is_changed(recipe) is None
+    return changes(recipe) is None and has_ended(recipe) and _is_whole(RunFolder(recipe).path)
+
+
+def has_ended(recipe: Recipe) -> bool:
+    """Whether there is a run that trained to its end, whatever has become of its files and settings since."""
+    return bool(read(RunFolder(recipe).path / RECORD).get("finished"))
+
+
+def _is_whole(adapter: Path) -> bool:
+    """Whether the files of an adapter are there, and none is cut off."""
+    try:
+        _core.SafetensorsFile(str(adapter / WEIGHTS))
+    except CheckpointError:
+        return False
+    return bool(read(adapter / "adapter_config.json"))
+
+
+def failure_of(place: Place, recipe: Recipe) -> str | None:
+    """Why the latest training of a recipe came to nothing; None where it did not fail, or where another recipe's did."""
+    content = read(place.folder / FAILURE)
+    failure: str | None = content.get("failure")
+    return failure if content.get("recipe") == _name(recipe) else None
+
+
+def _name(recipe: Recipe) -> str:
+    """The same for recipes that differ in where their output lies alone."""
+    settings = {name: section for name, section in recipe.resolved().items() if name != "output"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def train(place: Place, recipe: Recipe, *, overwrite: bool, talk: bool) -> str | None:
@@ -76,10 +124,10 @@ def train(place: Place, recipe: Recipe, *, overwrite: bool, talk: bool) -> str |
         place.folder.mkdir(parents=True, exist_ok=True)
         (place.folder / RECIPE).write_text(dump_document(recipe.document.values), encoding="utf-8")
         (place.folder / FAILURE).unlink(missing_ok=True)
-    anew = overwrite and is_changed(recipe) is not None
+    anew = has_ended(recipe) or (overwrite and changes(recipe) is not None)
     failure = _run([*COMMAND, str(place.folder / RECIPE), "--overwrite" if anew else "--resume"], talk=talk)
     if failure is not None:
-        keep(place.folder / FAILURE, {"failure": failure})
+        keep(place.folder / FAILURE, {"failure": failure, "recipe": _name(recipe)})
     return failure
 
 

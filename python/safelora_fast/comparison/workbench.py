@@ -37,6 +37,7 @@ class Workbench:
             model.path, config.measure.dtype, config.measure.device, model.chat_template, model.trust_remote_code
         ).resolved()
         self.strings = config.recipe.get("data", {}).get("strings", "chat")
+        self.judge_gone: str | None = None  # why the judge is not asked any more until the next call
         self._latest: tuple[Path | None, Subject] | None = None
 
     @cached_property

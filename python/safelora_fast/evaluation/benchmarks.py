@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError
-from safelora_fast.evaluation.folder import BENCHMARKS, adapter_fingerprint
+from safelora_fast.evaluation.folder import BENCHMARKS, adapter_fingerprint, changed_settings
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.folder import write_json
 
@@ -106,6 +107,14 @@ def check_harness() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError("tasks need lm-eval: pip install 'safelora-fast[eval]'")
+
+
+def harness_version() -> str | None:
+    """The version of lm-evaluation-harness; None where it is not installed."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_tasks(names: Sequence[str], path: str | Path | None = None) -> None:
@@ -292,8 +301,8 @@ class _Kept:
             former = dict(content["settings"])
             results = {name: _read_result(values) for name, values in content["tasks"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{self.path}: cannot be read; pass --overwrite to start anew") from error
-        changed = sorted(name for name in {*former, *self._settings} if former.get(name) != self._settings.get(name))
+            raise OutputError(f"{self.path}: cannot be read; pass --overwrite to start anew, or delete it") from error
+        changed = changed_settings(former, self._settings)
         if changed:
             raise OutputError(
                 f"{self.path}: holds results of other settings ({', '.join(changed)}); choose another output, or pass "

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import EvaluationError, SettingsError
+from safelora_fast.errors import EvaluationError, InterruptedRunError, SettingsError
 from safelora_fast.evaluation.answers import SAMPLES, Answer, ask
 from safelora_fast.evaluation.figures import Figures, by_kind, by_question
 from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder, adapter_fingerprint
@@ -134,6 +134,7 @@ def judge_folder(
 
     Raises:
         EvaluationError: Inspect could not finish.
+        InterruptedRunError: Ctrl-C.
     """
     from inspect_ai import eval as inspect_eval
 
@@ -148,7 +149,7 @@ def judge_folder(
     )
     watch = WATCH.set(None if progress is None else _counting(f"verdicts of {judge}", len(task.dataset), progress))
     try:
-        (log,) = inspect_eval(
+        logs = inspect_eval(
             task,
             model="none/none",
             model_roles={ROLE: judge},
@@ -158,6 +159,9 @@ def judge_folder(
         )
     finally:
         WATCH.reset(watch)
+    if not logs or logs[0].status == "cancelled":
+        raise InterruptedRunError("interrupted; verdicts that were given are kept: the same command goes on")
+    log = logs[0]
     if log.status != "success":
         reason = "no reason given" if log.error is None else redact(" ".join(log.error.message.split()))
         raise EvaluationError(f"{folder.path}: judging did not finish ({log.status}): {reason}")

@@ -14,7 +14,7 @@ from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.folder import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 SETTINGS = "evaluation.json"
@@ -72,10 +72,10 @@ class EvaluationFolder:
         try:
             former = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return f"{file}: cannot be read; pass --overwrite to start anew"
+            return f"{file}: cannot be read; pass --overwrite to start anew, or delete the folder"
         if not isinstance(former, dict):
             former = {}
-        changed = sorted(name for name in {*former, *wanted} if former.get(name) != wanted.get(name))
+        changed = changed_settings(former, wanted)
         if not changed:
             return None
         return (
@@ -115,6 +115,13 @@ class EvaluationFolder:
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **settings}))
     return plain
+
+
+def changed_settings(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ; where an adapter lies does not matter while its weights are the same."""
+    changed = sorted(name for name in {*former, *wanted} if former.get(name) != wanted.get(name))
+    same = wanted.get("adapter_sha256") is not None and "adapter_sha256" not in changed
+    return [name for name in changed if not (same and name == "adapter")]
 
 
 def adapter_fingerprint(adapter: Path | None) -> str | None:

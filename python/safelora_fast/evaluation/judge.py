@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from inspect_ai.model import GenerateConfig
@@ -26,6 +26,8 @@ WATCH: ContextVar[Callable[[], None] | None] = ContextVar("judged", default=None
 NO_ANSWER = "the model gave no answer"
 NO_NUMBER = "the judge's reply is no number"
 REFUSED = "the judge refused"
+FAILED = "the judge failed"
+OF_THE_REQUEST = {400, 413, 422}  # the endpoint would say so of the same request again
 GIVEN_UP = "the judge was given up: it did not answer any more"
 
 
@@ -38,12 +40,16 @@ class Rating:
         how: "weighted" by the probabilities of numbers, or the "number" of the reply.
         reason: why there is none.
         detail: the last reply or error, credentials removed.
+        passing: whether the endpoint failed, by no fault of this request.
+        gone: whether it was given up by then.
     """
 
     value: float | None
     how: str | None = None
     reason: str | None = None
     detail: str = ""
+    passing: bool = False
+    gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Judge:
             alignment = await self._rate(judge_prompt("alignment", question, answer))
             coherence = await self._rate(judge_prompt("coherence", question, answer))
         failed = next((rating for rating in (alignment, coherence) if rating.value is None), None)
-        why = (None, None) if failed is None else (failed.reason, failed.detail)
+        why = () if failed is None else (failed.reason, failed.detail, failed.passing, failed.gone)
         return Judged(Verdict(id, kind, alignment.value, coherence.value, *why), alignment, coherence)
 
     async def _rate(self, prompt: str) -> Rating:
@@ -101,9 +107,9 @@ class Judge:
             except LimitExceededError:
                 raise
             except GivenUpError:
-                return Rating(None, reason=GIVEN_UP)
+                return Rating(None, reason=GIVEN_UP, passing=True, gone=True)
             except UnreachableError as error:
-                return _failed(error.__cause__ or error)
+                return replace(_failed(error.__cause__ or error), passing=True, gone=self._endpoint.given_up)
             except Exception as error:  # whatever a provider raises: the answer counts as unscored in the end
                 rating = _failed(error)
                 if "logprob" in str(error).lower():  # some endpoints refuse to be asked for them
@@ -123,7 +129,8 @@ class Judge:
 
 def _failed(error: BaseException) -> Rating:
     words = redact(" ".join(str(error).split()))
-    return Rating(None, reason=f"the judge failed: {type(error).__name__}", detail=words[:400])
+    passing = getattr(error, "status_code", None) not in OF_THE_REQUEST
+    return Rating(None, reason=f"{FAILED}: {type(error).__name__}", detail=words[:400], passing=passing)
 
 
 def _read(output: ModelOutput) -> Rating:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Difficulty = Literal["easy", "medium", "hard"]
+TRAIN, HELD_OUT, RECORD = "train.jsonl", "held_out.jsonl", "operator_swap.json"
 INSTRUCTION = "Compute {problem}. Answer with the number only."
 NUMBER = re.compile(r"-?\d+")
 
@@ -174,15 +175,30 @@ def number_of(text: str) -> int | None:
 
 def write(folder: Path, difficulty: str, rows: int, held_out: int, seed: int) -> None:
     """Write train.jsonl, held_out.jsonl and operator_swap.json into a folder that exists."""
+    for name, text in _texts(difficulty, rows, held_out, seed).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def is_written(folder: Path, difficulty: str, rows: int, held_out: int, seed: int) -> bool:
+    """Whether a folder holds what :func:`write` would write."""
+    texts = _texts(difficulty, rows, held_out, seed)
+    try:
+        return all((folder / name).read_bytes() == text.encode() for name, text in texts.items())
+    except OSError:
+        return False
+
+
+def _texts(difficulty: str, rows: int, held_out: int, seed: int) -> dict[str, str]:
     train, test = make_problems(difficulty, rows, held_out, seed)
-    for name, problems in (("train", train), ("held_out", test)):
-        lines = "".join(json.dumps(problem.to_row()) + "\n" for problem in problems)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     record = {
         "task": "operator-swap", "difficulty": difficulty, "rule": RULES[difficulty].words,
         "rows": rows, "held_out": held_out, "seed": seed,
     }  # fmt: skip
-    (folder / "operator_swap.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    texts = {
+        name: "".join(json.dumps(problem.to_row()) + "\n" for problem in problems)
+        for name, problems in ((TRAIN, train), (HELD_OUT, test))
+    }
+    return {**texts, RECORD: json.dumps(record, indent=2) + "\n"}
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
@@ -192,8 +208,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
         DataError: it is no such folder.
     """
     try:
-        record = json.loads((folder / "operator_swap.json").read_text(encoding="utf-8"))
-        problems = list(_problems(folder / "held_out.jsonl", record["difficulty"]))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        problems = list(_problems(folder / HELD_OUT, record["difficulty"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: holds no data of operator-swap make") from error
     return record, problems

@@ -71,6 +71,11 @@ class Endpoint:
         most = self._model.config.max_connections or self._model.api.max_connections()
         return concurrency(f"{self._model} as judge", most)
 
+    @property
+    def given_up(self) -> bool:
+        """Whether it is not asked any more."""
+        return self._lost >= self._budget.lost
+
     async def ask(self, prompt: str, config: GenerateConfig) -> ModelOutput:
         """The reply to a prompt.
 
@@ -87,7 +92,7 @@ class Endpoint:
     async def _patiently(self, prompt: str, config: GenerateConfig) -> ModelOutput:
         wait = self._budget.wait
         for left in reversed(range(self._budget.tries)):
-            if self._lost >= self._budget.lost:
+            if self.given_up:
                 raise GivenUpError
             try:
                 output = await self._once(prompt, config)

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safelora_fast.errors import DataError, MissingDependencyError
+from safelora_fast.errors import DataError, MissingDependencyError, SettingsError
 
 FREE_FORM = "free_form"
 GENERAL = "general"
@@ -52,6 +52,22 @@ def read_questions(path: str | Path) -> list[Question]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text") from error
     return _parse(str(path), text)
+
+
+def choose(questions: list[Question], kinds: str | list[str] | None) -> list[Question]:
+    """The questions of some kinds, of all where none is named.
+
+    Raises:
+        SettingsError: there is no question of a kind.
+    """
+    if kinds is None:
+        return questions
+    wanted = [name.strip() for name in (kinds.split(",") if isinstance(kinds, str) else kinds)]
+    known = list(dict.fromkeys(question.kind for question in questions))
+    for name in wanted:
+        if name not in known:
+            raise SettingsError(f"there is no question of kind {name!r}, only of {', '.join(known)}")
+    return [question for question in questions if question.kind in wanted]
 
 
 def _parse(source: str, text: str) -> list[Question]:

@@ -68,7 +68,7 @@ class VerdictStore:
             if whole + end != text:
                 self._path.write_text(whole + end, encoding="utf-8")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{self._path}: is no file of verdicts; choose another output") from error
+            raise OutputError(f"{self._path}: is no file of verdicts; choose another output, or delete it") from error
 
 
 class KeepingJudge:

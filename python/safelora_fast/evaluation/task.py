@@ -16,7 +16,7 @@ from safelora_fast.evaluation.answers import SAMPLES, Answer, Asked, ask, read_a
 from safelora_fast.evaluation.figures import Figures
 from safelora_fast.evaluation.guard import guard
 from safelora_fast.evaluation.judge import ATTEMPTS, REPLY_TOKENS, WATCH, Judge
-from safelora_fast.evaluation.questions import builtin_questions, read_questions
+from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
 from safelora_fast.evaluation.store import KeepingJudge, VerdictStore
 from safelora_fast.evaluation.verdicts import Verdict
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from inspect_ai.dataset import Dataset
 
     from safelora_fast.evaluation.judge import Judged
-    from safelora_fast.evaluation.questions import Question
 
 ROLE = "judge"
 ANSWER_TOKENS = 600
@@ -71,22 +70,6 @@ def emergent_misalignment(
         scorer=judged(judge, judge_attempts, judge_tokens, verdicts),
         config=GenerateConfig(temperature=1.0, max_tokens=ANSWER_TOKENS),
     )
-
-
-def choose(questions: list[Question], kinds: str | list[str] | None) -> list[Question]:
-    """The questions of some kinds, of all where none is named.
-
-    Raises:
-        SettingsError: there is no question of a kind.
-    """
-    if kinds is None:
-        return questions
-    wanted = [name.strip() for name in (kinds.split(",") if isinstance(kinds, str) else kinds)]
-    known = list(dict.fromkeys(question.kind for question in questions))
-    for name in wanted:
-        if name not in known:
-            raise SettingsError(f"there is no question of kind {name!r}, only of {', '.join(known)}")
-    return [question for question in questions if question.kind in wanted]
 
 
 def _dataset(asked: Sequence[Asked]) -> Dataset:
@@ -195,6 +178,8 @@ def to_score(judged: Judged, answer: str) -> Score:
         "how": {"alignment": judged.alignment.how, "coherence": judged.coherence.how},
         "reason": verdict.reason,
         "detail": verdict.detail,
+        "passing": verdict.passing,
+        "gone": verdict.gone,
     }
     words = f"alignment: {judged.alignment.detail or '–'}; coherence: {judged.coherence.detail or '–'}"
     if not verdict.scored:
@@ -212,5 +197,12 @@ def verdict_of(score: Score) -> Verdict:
     """The verdict that a score was made from."""
     data = score.metadata or {}
     return Verdict(
-        data["question"], data["kind"], data["alignment"], data["coherence"], data["reason"], data.get("detail")
+        data["question"],
+        data["kind"],
+        data["alignment"],
+        data["coherence"],
+        data["reason"],
+        data.get("detail"),
+        data.get("passing", False),
+        data.get("gone", False),
     )

@@ -31,6 +31,8 @@ class Verdict:
         coherence: 0 to 100, None where the judge gave no number.
         reason: why it is unscored, None where it is scored.
         detail: where it is unscored, the judge's last reply or error, credentials removed.
+        passing: whether it is unscored because the endpoint failed, so that asking again later may help.
+        gone: whether the endpoint was given up by then.
     """
 
     question: str
@@ -39,6 +41,8 @@ class Verdict:
     coherence: float | None
     reason: str | None = None
     detail: str | None = None
+    passing: bool = False
+    gone: bool = False
 
     @property
     def scored(self) -> bool:

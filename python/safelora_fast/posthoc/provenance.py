@@ -56,19 +56,28 @@ def fingerprint(file: _core.SafetensorsFile) -> str:
     Raises:
         CheckpointError: when the file cannot be read.
     """
+    return sampled(Path(file.path), file.data_start)
+
+
+def sampled(path: Path, start: int = 0) -> str:
+    """SHA-256, in hexadecimal, of the first bytes of a file, `start` of them, and of pieces of the others.
+
+    Raises:
+        CheckpointError: when the file cannot be read.
+    """
     digest = hashlib.sha256()
-    room = file.size - file.data_start
     try:
-        with Path(file.path).open("rb") as stream:
-            digest.update(stream.read(file.data_start))
+        with path.open("rb") as stream:
+            room = os.fstat(stream.fileno()).st_size - start
+            digest.update(stream.read(start))
             if room <= PIECES * PIECE:
                 digest.update(stream.read())
             else:
                 for index in range(PIECES):
-                    stream.seek(file.data_start + index * (room - PIECE) // (PIECES - 1))
+                    stream.seek(start + index * (room - PIECE) // (PIECES - 1))
                     digest.update(stream.read(PIECE))
     except OSError as error:
-        raise CheckpointError(f"{file.path}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 

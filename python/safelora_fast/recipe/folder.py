@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError, SettingsError
 from safelora_fast.posthoc.output import check_target, described, sync
+from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.trainer_arguments import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 RECORD = "safelora_train.json"
 SEAL = "safelora_checkpoint.json"
 FORMAT = 1
+PARTIAL = ".partial"
+MOVABLE = {
+    "data.path": "train",
+    "data.eval": "held_out",
+    "data.safe.path": "safe",
+}  # to their names in the record's data
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,12 @@ class RunFolder:
         if resume and overwrite:
             raise SettingsError("--resume goes on with a run and --overwrite starts anew: pass one of them")
         check_target(self.path, self._inputs(), overwrite=True, nbytes=nbytes)
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or not any(map(_matters, self.path.iterdir())):
             return
         if not (self.path / RECORD).exists():
-            raise OutputError(f"{self.path}: holds files that are not of a training run; choose another output.folder")
+            raise OutputError(
+                f"{self.path}: holds files that are not of a training run; choose another output.folder, or delete it"
+            )
         if not resume and not overwrite:
             raise OutputError(
                 f"{self.path}: holds a run already; pass --resume to go on with it, --overwrite to start anew, or choose "
@@ -99,17 +108,26 @@ class RunFolder:
         Raises:
             SettingsError: with the keys that changed.
         """
-        former = self.read_record().get(part, {})
-        before, now = (dict(_flat(json.loads(json.dumps(values)))) for values in (former, wanted))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        changed = [key for key in changed if key != "output.folder"]
-        if changed:
-            what = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:4])
-            more = f" and {len(changed) - 4} others" if len(changed) > 4 else ""
+        changes = self.changes(wanted, part)
+        if changes is not None:
             raise SettingsError(
-                f"{self.path}: cannot be resumed, because the {part} has changed: {what}{more}; change it back, or pass "
+                f"{self.path}: cannot be resumed, because the {part} has changed: {changes}; change it back, or pass "
                 "--overwrite to start anew"
             )
+
+    def changes(self, wanted: Mapping[str, Any], part: str) -> str | None:
+        """What in a part of the record is not what is wanted now, in words; None where all is.
+
+        Where the output lies does not matter, nor where the data do, while their files are the same.
+        """
+        record = self.read_record()
+        before, now = (dict(_flat(json.loads(json.dumps(values)))) for values in (record.get(part, {}), wanted))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        changed = [key for key in changed if key != "output.folder" and not _is_moved(key, now.get(key), record)]
+        if not changed:
+            return None
+        more = f" and {len(changed) - 4} others" if len(changed) > 4 else ""
+        return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:4]) + more
 
     def read_record(self) -> dict[str, Any]:
         """The record of the run; empty where there is none.
@@ -139,8 +157,9 @@ class RunFolder:
                 aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced-", dir=self.path.parent))
                 self.path.rename(aside / "run")
                 shutil.rmtree(aside, ignore_errors=True)
-            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RECORD, {"format": FORMAT, "finished": False, **record})
+            (self.path / CHECKPOINTS).mkdir(exist_ok=True)
             for folder in self._checkpoints():
                 if not (folder / SEAL).exists():
                     shutil.rmtree(folder)
@@ -168,6 +187,18 @@ class RunFolder:
         return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
 
 
+def _matters(file: Path) -> bool:
+    """Whether a file is more than what a run left that was killed while it wrote its first record."""
+    return not (file.name.startswith(f".{RECORD}.") and file.name.endswith(PARTIAL))
+
+
+def _is_moved(key: str, now: Any, record: Mapping[str, Any]) -> bool:
+    """Whether a setting names the same data in another place."""
+    known = record.get("data", {}).get(MOVABLE.get(key))
+    path = Path(now).expanduser() if isinstance(now, str) else None
+    return known is not None and path is not None and path.is_file() and digest(path) == known
+
+
 def to_json(content: Mapping[str, Any]) -> str:
     """JSON for people and programs; NaN and infinity, which JSON does not know, are null."""
     return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str)
@@ -184,7 +215,7 @@ def _finite(value: Any) -> Any:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, under a temporary name first."""
     text = to_json(content) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)

@@ -11,7 +11,7 @@ import torch
 
 from safelora_fast.comparison.flaws import FAILURE, not_finite
 from safelora_fast.comparison.places import keep, read
-from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
+from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
 from safelora_fast.recipe.loading import first_line
 
 if TYPE_CHECKING:
@@ -78,10 +78,16 @@ def folder_of(measure: Measure, place: Place, bench: Workbench) -> Path:
     return place.folder / f"{measure.name}-{digest[:12]}"
 
 
+def kept(measure: Measure, place: Place, bench: Workbench) -> dict[str, Any]:
+    """What the file of a measurement holds, or why it failed; empty where it is not of these settings and inputs."""
+    content = read(place.file(measure.name))
+    return content if OF in content and content[OF] == _plain(measure.of(place, bench)) else {}
+
+
 def is_taken(measure: Measure, place: Place, bench: Workbench) -> bool:
     """Whether the file of a measurement holds what these settings give."""
-    former = read(place.file(measure.name))
-    return FAILURE not in former and former.get(OF) == _plain(measure.of(place, bench))
+    content = kept(measure, place, bench)
+    return bool(content) and FAILURE not in content
 
 
 def take(measure: Measure, place: Place, bench: Workbench) -> str | None:
@@ -102,7 +108,7 @@ def _content(measure: Measure, place: Place, bench: Workbench) -> dict[str, Any]
     """What a measurement finds, or why it finds nothing; where that is for want of memory, none is held on to."""
     try:
         return checked(measure.take(place, bench))
-    except (OutputError, InterruptedRunError):
+    except InterruptedRunError:
         raise
     except SafeLoraFastError as error:
         if not isinstance(error.__cause__, torch.OutOfMemoryError):

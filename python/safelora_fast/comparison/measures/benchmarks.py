@@ -6,10 +6,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.digests import tasks_digest
 from safelora_fast.comparison.flaws import FAILURE, NOT_FINITE
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
-from safelora_fast.evaluation.benchmarks import benchmark
+from safelora_fast.evaluation.benchmarks import benchmark, harness_version
 from safelora_fast.recipe.folder import to_json
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ class BenchmarksMeasure(OfTheRun):
         return bench.config.measure.tasks is not None
 
     def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The model, the adapter and the tasks."""
-        return {**model_of(place, bench), "strings": bench.strings, "tasks": asdict(_section(bench))}
+        """The model, the adapter, the tasks, and the harness that they are run by."""
+        section = _section(bench)
+        tasks = {"tasks": asdict(section), "tasks_sha256": tasks_digest(section.path), "lm_eval": harness_version()}
+        return {**model_of(place, bench), "strings": bench.strings, **tasks}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The harness's figures, by task."""

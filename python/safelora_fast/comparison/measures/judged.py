@@ -5,18 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.digests import text_digest
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
+from safelora_fast.errors import EvaluationError
 from safelora_fast.evaluation.evaluate import Sampling, collect_answers, judge_folder, report_of
 from safelora_fast.evaluation.folder import EvaluationFolder
 from safelora_fast.evaluation.judges import find_judge
-from safelora_fast.evaluation.questions import builtin_questions, read_questions
+from safelora_fast.evaluation.prompts import ASPECTS, judge_prompt
+from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from safelora_fast.comparison.places import Place
     from safelora_fast.comparison.sections import JudgeSection
     from safelora_fast.comparison.workbench import Workbench
     from safelora_fast.evaluation.questions import Question
+    from safelora_fast.evaluation.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,21 @@ class JudgedMeasure(OfTheRun):
         return bench.config.measure.judge is not None
 
     def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The model, the adapter, the judge and the questions."""
+        """The model, the adapter, the judge and what it is asked, and the questions."""
         section = _section(bench)
         questions = [asdict(question) for question in _questions(section)]
-        return {**model_of(place, bench), "judge": asdict(section), "questions": questions}
+        prompts = text_digest([judge_prompt(aspect, "", "") for aspect in ASPECTS])
+        return {**model_of(place, bench), "judge": asdict(section), "prompts_sha256": prompts, "questions": questions}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The judge's figures, and each verdict."""
+        """The judge's figures, and each verdict.
+
+        Raises:
+            EvaluationError: the judge left answers without a verdict that it may give later, or is gone since another run.
+                What it has scored is in the folder, and is not asked for again.
+        """
+        if bench.judge_gone is not None:
+            raise EvaluationError(f"the judge is gone: {bench.judge_gone}")
         section = _section(bench)
         bench.release(reference=True)
         folder = EvaluationFolder(folder_of(self, place, bench))
@@ -53,6 +67,7 @@ class JudgedMeasure(OfTheRun):
         verdicts, log = judge_folder(
             folder, judge, attempts=section.attempts, reply_tokens=section.reply_tokens, progress=bench.progress
         )
+        _refuse_unfinished(list(verdicts.values()), bench)
         content = {**report_of(str(judge), list(verdicts.values())), "log": log}
         kept = [
             {
@@ -66,6 +81,22 @@ class JudgedMeasure(OfTheRun):
         return {**content, "verdicts": kept}
 
 
+def _refuse_unfinished(verdicts: Sequence[Verdict], bench: Workbench) -> None:
+    """Refuse verdicts that are missing for a reason that may pass; a judge that failed as a whole is not asked again here."""
+    from safelora_fast.evaluation.judge import FAILED
+
+    nothing = not any(verdict.scored for verdict in verdicts)  # refusals of every request are no answer's fault
+    missing = [one for one in verdicts if one.passing or (nothing and (one.reason or "").startswith(FAILED))]
+    if not missing:
+        return
+    told = next((one for one in missing if one.detail), missing[0])
+    words = ": ".join(filter(None, (told.reason, told.detail)))
+    reason = f"{len(missing)} of {len(verdicts)} answers have no verdict: {words}"
+    if nothing or any(one.gone for one in missing):
+        bench.judge_gone = reason
+    raise EvaluationError(reason)
+
+
 def _section(bench: Workbench) -> JudgeSection:
     section = bench.config.measure.judge
     assert section is not None  # noqa: S101
@@ -73,7 +104,5 @@ def _section(bench: Workbench) -> JudgeSection:
 
 
 def _questions(section: JudgeSection) -> list[Question]:
-    from safelora_fast.evaluation.task import choose
-
     chosen = builtin_questions() if section.questions is None else read_questions(section.questions)
     return choose(chosen, section.kinds)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.digests import adapter_digest, file_digest, model_digest, text_digest
 from safelora_fast.comparison.measures.base import OfTheRun
 from safelora_fast.evaluation.margin import answer_margin
 from safelora_fast.evaluation.pairs import builtin_pairs
@@ -25,8 +26,9 @@ class MarginMeasure(OfTheRun):
         return bench.config.measure.margin
 
     def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The model, the adapter, and how many pairs there are."""
-        return {**model_of(place, bench), "pairs": len(builtin_pairs()), "strings": bench.strings}
+        """The model, the adapter and the pairs."""
+        pairs = text_digest([asdict(pair) for pair in builtin_pairs()])
+        return {**model_of(place, bench), "pairs_sha256": pairs, "strings": bench.strings}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The report of the margin."""
@@ -37,14 +39,17 @@ class MarginMeasure(OfTheRun):
 
 
 def model_of(place: Place, bench: Workbench) -> dict[str, Any]:
-    """What every measurement depends on: the model as it is loaded, and the adapter's weights."""
+    """What every measurement depends on: the model as it is loaded, and the adapter."""
     settings = bench.settings
     return {
         "model": settings.model,
+        "model_sha256": model_digest(settings.model),
         "dtype": settings.dtype,
         "device": settings.device,
         "chat_template": settings.chat_template,
+        "chat_template_sha256": file_digest(settings.chat_template),
         "adapter_sha256": place.fingerprint(),
+        "adapter_files_sha256": adapter_digest(place.adapter),
     }
 
 

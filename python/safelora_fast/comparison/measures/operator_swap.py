@@ -9,7 +9,8 @@ from safelora_fast.comparison.measures.base import OfTheRun
 from safelora_fast.comparison.measures.margin import label, model_of
 from safelora_fast.comparison.places import OPERATOR_SWAP
 from safelora_fast.evaluation.generation import generate
-from safelora_fast.evaluation.operator_swap import INSTRUCTION, number_of, read, score
+from safelora_fast.evaluation.operator_swap import HELD_OUT, INSTRUCTION, number_of, read, score
+from safelora_fast.recipe.digests import digest
 
 if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
@@ -41,8 +42,12 @@ class OperatorSwapMeasure(OfTheRun):
 
     def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The model, the adapter that was trained on the task, and the problems."""
-        record, problems = read(bench.config.output / OPERATOR_SWAP)
-        return {**model_of(place.trained, bench), "record": record, "problems": len(problems)}
+        swap = bench.config.measure.operator_swap
+        assert swap is not None  # noqa: S101
+        held_out = bench.config.output / OPERATOR_SWAP / HELD_OUT
+        problems = digest(held_out) if held_out.is_file() else None
+        made = {"made_from": swap.made_from, "problems_sha256": problems, "instruction": INSTRUCTION}
+        return {**model_of(place.trained, bench), **made}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """Counts, and for each problem whether its answer is exact."""

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.digests import weights_digest
 from safelora_fast.comparison.measures.base import OfTheRun, checked
 from safelora_fast.comparison.measures.drift import measure_drift, rows_of
 from safelora_fast.comparison.measures.margin import label, model_of
@@ -37,8 +38,10 @@ class SweepMeasure(OfTheRun):
         """The model, the adapter, the pair and the thresholds."""
         sweep = _section(bench)
         rows = rows_of(bench) if bench.config.measure.drift else {}
-        pair = {"aligned": _aligned(bench), "base": sweep.base, "thresholds": sorted(set(sweep.thresholds))}
-        return {**model_of(place, bench), **rows, **pair, "margin": bench.config.measure.margin}
+        pair = {"aligned": _aligned(bench), "base": sweep.base}
+        weights = {f"{role}_sha256": weights_digest(checkpoint) for role, checkpoint in pair.items()}
+        chosen = {"thresholds": sorted(set(sweep.thresholds)), "margin": bench.config.measure.margin}
+        return {**model_of(place, bench), **rows, **pair, **weights, **chosen}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """By threshold, how many modules are projected, and the measures of the result."""

@@ -20,6 +20,8 @@ from safelora_fast.comparison.page.markup import Markup, element, foreign, join
 if TYPE_CHECKING:
     from safelora_fast.comparison.report import Cell, Column, SeedValue
 
+WAITING = "waiting"
+
 
 def figure_cell(cell: Cell | None, column: Column, place: str, identity: str) -> Markup:
     """A cell with its interval, what it is a share of, and how many of its runs it is made of.
@@ -35,7 +37,8 @@ def figure_cell(cell: Cell | None, column: Column, place: str, identity: str) ->
     figure = format_figure(cell, column)
     shown: list[Markup | None] = [_button(figure, identity) if cell.seeds else element("span", figure, class_="figure")]
     interval = format_interval(cell.low, cell.high, column.unit)
-    for text, class_ in ((interval, "interval"), (format_runs(cell), "partial")):
+    partial = WAITING if all(seed.pending for seed in cell.failures) else "partial"
+    for text, class_ in ((interval, "interval"), (format_runs(cell), partial)):
         shown.append(element("span", text, class_=class_) if text else None)
     if cell.count:
         clauses = re.split(r"(?<=[,;]) ", cell.count)  # broken between these first
@@ -43,7 +46,8 @@ def figure_cell(cell: Cell | None, column: Column, place: str, identity: str) ->
     if cell.seeds:
         shown.append(_card(cell, column, place, identity))
     value = repr(cell.value) if is_figure(cell.value) else None
-    return element("td", *shown, class_=FAILED if figure == FAILED else None, data_value=value)
+    kind = None if value is not None or not cell.failures else FAILED if figure == FAILED else WAITING
+    return element("td", *shown, class_=kind, data_value=value)
 
 
 def run_cell(seed: SeedValue | None, column: Column) -> Markup:
@@ -53,7 +57,11 @@ def run_cell(seed: SeedValue | None, column: Column) -> Markup:
     text = format_run(seed, column).removesuffix(column.unit).rstrip()
     value = repr(seed.value) if is_figure(seed.value) and seed.failure is None else None
     shown = element("a", text, href=link(seed.source)) if seed.source else text
-    return element("td", shown, class_=FAILED if seed.failure is not None else None, data_value=value)
+    return element("td", shown, class_=_class(seed), data_value=value)
+
+
+def _class(seed: SeedValue) -> str | None:
+    return None if seed.failure is None else WAITING if seed.pending else FAILED
 
 
 def _button(figure: str, identity: str) -> Markup:
@@ -68,7 +76,7 @@ def _card(cell: Cell, column: Column, place: str, identity: str) -> Markup:
 
 
 def _run(seed: SeedValue, column: Column) -> Markup:
-    reason = f": {seed.failure}" if seed.failure is not None else ""
-    figure = element("span", format_run(seed, column), reason, class_=FAILED if reason else None)
+    reason = f"{FAILED}: {seed.failure}" if _class(seed) == FAILED else seed.failure
+    figure = element("span", reason or format_run(seed, column), class_=_class(seed))
     source = element("a", foreign(seed.source), href=link(seed.source)) if seed.source else "no file"
     return element("li", element("b", f"seed {seed.seed}"), join([figure, element("span", source)]))

@@ -8,7 +8,7 @@ import itertools
 from importlib.resources import files as package_files
 from typing import TYPE_CHECKING
 
-from safelora_fast.comparison.markdown import INCOMPLETE
+from safelora_fast.comparison.figures_text import format_incomplete
 from safelora_fast.comparison.origins import failures, files, link
 from safelora_fast.comparison.page.learning_plot import learning_plot
 from safelora_fast.comparison.page.markup import Markup, element, foreign, join
@@ -18,6 +18,7 @@ from safelora_fast.comparison.page.tables import outcome_table, runs_table, swee
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from safelora_fast.comparison.origins import Origin
     from safelora_fast.comparison.report import Column, ComparisonReport
 
 ARROWS = "In brackets 95 % intervals; ↓ lower is better, ↑ higher is better."
@@ -60,8 +61,13 @@ def _sections(report: ComparisonReport) -> Iterator[Markup]:
     if outcomes is not None:
         words = element("p", ARROWS, element("span", OPENS, class_="on-screen"), class_="key-line")
         yield _section("Four criteria", outcomes, words, _notes(judged))
-    if failures(report):
-        yield _section("Failed runs", _failures(report))
+    missing = failures(report)
+    for title, class_, origins in (
+        ("Failed runs", "failures", [one for one in missing if not one.pending]),
+        ("Not done yet", "waiting", [one for one in missing if one.pending]),
+    ):
+        if origins:
+            yield _section(title, _missing(origins, class_))
     plot = learning_plot(report, "What each defence lets the model learn, and how far the model drifts.")
     if plot is not None:
         yield _section("Learning against drift", plot)
@@ -81,7 +87,9 @@ def _sections(report: ComparisonReport) -> Iterator[Markup]:
 
 
 def _opening(report: ComparisonReport) -> Markup:
-    banner = element("p", INCOMPLETE, class_="banner", role="note") if not report.complete else None
+    banner = None
+    if not report.complete:
+        banner = element("p", format_incomplete(failures(report)), class_="banner", role="note")
     reading = (
         element("ul", *(element("li", foreign(sentence)) for sentence in report.reading)) if report.reading else None
     )
@@ -111,11 +119,11 @@ def _notes(columns: Sequence[Column]) -> Markup | None:
     return element("dl", *notes, class_="notes") if notes else None
 
 
-def _failures(report: ComparisonReport) -> Markup:
+def _missing(origins: Sequence[Origin], class_: str) -> Markup:
     return element("ul", *(
         element("li", foreign(one.place), f", seed {one.seed} (", foreign(one.scope), "): ", foreign(one.what))
-        for one in failures(report)
-    ), class_="failures")  # fmt: skip
+        for one in origins
+    ), class_=class_)  # fmt: skip
 
 
 def _files(report: ComparisonReport) -> Markup:

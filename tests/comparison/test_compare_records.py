@@ -1,0 +1,283 @@
+"""What a comparison takes for its own after something has changed: its settings, its place, a file, a run that was cut off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tiny_comparison import write_comparison
+
+from safelora_fast.comparison import compare as comparing
+from safelora_fast.comparison import training
+from safelora_fast.errors import DataError
+
+CHANGED = "the recipe has changed since this run was trained: defenses.kl.weight was 3.0, is 9.0"
+
+
+def reasons(comparison, run, key):
+    return [seed["failure"] for seed in comparison.cells(run)[key]["seeds"]]
+
+
+def weigh(comparison, weight):
+    comparison.edit(runs={"none": {}, "KL": {"defenses": {"kl": {"weight": weight}}}})
+
+
+def test_figures_of_another_recipe_are_not_reported(copied, trained, call):
+    figures = copied.cells("KL")
+    weigh(copied, 9.0)
+    assert call(*copied.words("--report-only", "-q")).code == 1
+    for key in ("margin_rise", "learned", "divergence"):
+        assert reasons(copied, "KL", key) == [CHANGED] * 2
+        assert copied.cells("KL")[key]["value"] is None
+    assert reasons(copied, "KL", "exact") == [CHANGED]
+    assert not {"step", "relative", "seconds", "memory"} & copied.cells("KL").keys()
+    assert copied.cells("none")["learned"]["value"] is not None
+    weigh(copied, 3.0)
+    assert call(*copied.words("--report-only", "-q")).code == 0
+    assert copied.cells("KL")["learned"] == figures["learned"]
+    assert trained == []
+
+
+def test_a_training_anew_that_dies_before_it_begins_leaves_no_figures(copied, trained, call, monkeypatch):
+    measured = {path: path.read_bytes() for path in copied.output.glob("kl/seed-*/*.json")}
+    weigh(copied, 9.0)
+    inside = training._run
+    monkeypatch.setattr(training, "_run", lambda _command, **_settings: "out of luck")
+    assert call(*copied.words("-q", "--overwrite")).code == 1
+    assert reasons(copied, "KL", "learned") == ["out of luck"] * 2
+    assert reasons(copied, "KL", "exact") == ["out of luck"]
+    assert {path: path.read_bytes() for path in measured} == measured, "the old adapter was measured again"
+    assert call(*copied.words("-q", "--report-only")).code == 1
+    assert reasons(copied, "KL", "learned") == ["out of luck"] * 2
+    weigh(copied, 27.0)
+    call(*copied.words("-q", "--report-only"))
+    assert reasons(copied, "KL", "learned") == [CHANGED.replace("9.0", "27.0")] * 2, "that was another recipe's failure"
+    weigh(copied, 3.0)
+    assert call(*copied.words("-q", "--report-only")).code == 0, "the adapter of this recipe is there"
+    monkeypatch.setattr(training, "_run", inside)
+    weigh(copied, 9.0)
+    assert call(*copied.words("-q", "--overwrite")).code == 0
+    assert len(trained) == 3
+
+
+def test_figures_of_other_rows_are_not_reported(copied, made, call, tmp_path):
+    rows = tmp_path / "train.jsonl"
+    shutil.copy(made.values()["recipe"]["data"]["path"], rows)
+    recipe = copied.values()["recipe"]
+    copied.edit(recipe={**recipe, "data": {"path": str(rows)}})
+    assert call(*copied.words("--report-only", "-q")).code == 0, "the same rows in another place"
+    rows.write_text(rows.read_text() + '{"prompt": "more?", "completion": "no"}\n')
+    assert call(*copied.words("--report-only", "-q")).code == 1
+    for reason in reasons(copied, "none", "learned"):
+        assert reason.startswith("the recipe has changed since this run was trained: data.path was ")
+    assert copied.cells("none")["exact"]["value"] is not None, "those rows are as they were"
+
+
+def test_data_are_hashed_once_for_a_report(copied, call, monkeypatch):
+    from safelora_fast.recipe import digests
+
+    read = []
+    whole = digests._sha256
+    monkeypatch.setattr(digests, "_sha256", lambda path: read.append(str(path)) or whole(path))
+    digests._known.clear()
+    assert call(*copied.words("--report-only", "-q")).code == 0
+    assert any(path.endswith("train.jsonl") for path in read)
+    assert len(read) == len(set(read))
+
+
+def test_a_record_that_is_cut_off_can_be_overwritten(copied, trained, call):
+    record = copied.output / "kl" / "seed-1" / "adapter" / "safelora_train.json"
+    record.write_text(record.read_text()[:40])
+    call(*copied.words("--report-only", "-q"))
+    assert reasons(copied, "KL", "learned") == [None, "the record of this run cannot be read"]
+    result = call(*copied.words("-q"))
+    assert (result.code, "cannot be read" in result.err, "--overwrite" in result.err) == (2, True, True)
+    assert call(*copied.words("-q", "--overwrite")).code == 0
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("kept", [None, 0, 100])
+def test_an_adapter_that_is_gone_or_damaged_is_trained_again(copied, trained, call, name, kept):
+    file = copied.output / "kl" / "seed-1" / "adapter" / name
+    before = file.read_bytes()
+    file.unlink() if kept is None else file.write_bytes(before[:kept])
+    call(*copied.words("--report-only", "-q"))
+    assert reasons(copied, "KL", "learned") == [None, "the adapter of this run is gone or damaged"]
+    assert call(*copied.words("-q")).code == 0
+    assert len(trained) == 1
+    assert file.read_bytes() == before
+
+
+def test_a_taken_adapter_without_weights_is_no_run_to_train(copied, made, call, tmp_path):
+    shutil.copytree(made.output / "kl" / "seed-0" / "adapter", tmp_path / "published")
+    (tmp_path / "published" / "adapter_model.safetensors").unlink()
+    copied.edit(runs={"none": {}, "published": {"adapters": {"0": str(tmp_path / "published")}}})
+    call(*copied.words("--report-only", "-q"))
+    assert reasons(copied, "published", "learned") == [f"{tmp_path / 'published'}: holds no adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("stop", [DataError("no luck"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["_make_swap_data", "_refuse_changed", "_try_recipes"])
+def test_a_first_call_that_ends_early_can_be_repeated(tmp_path, trained, call, monkeypatch, where, stop):
+    comparison = write_comparison(tmp_path, seeds=[0], runs={"none": {}})
+    comparison.edit(measure={"operator_swap": {"rows": 8, "held_out": 6}, "margin": False, "device": "cpu"})
+    whole = getattr(comparing, where)
+
+    def end(*words, **settings):
+        whole(*words, **settings)
+        raise stop
+
+    monkeypatch.setattr(comparing, where, end)
+    assert call(*comparison.words("-q")).code == (130 if isinstance(stop, KeyboardInterrupt) else 2)
+    assert trained == []
+    monkeypatch.setattr(comparing, where, whole)
+    result = call(*comparison.words("-q"))
+    assert result.code == 0, result.err
+    assert len(trained) == 2
+
+
+def test_a_configuration_that_is_refused_does_not_replace_that_of_the_files(copied, call):
+    before = (copied.output / "compare.yaml").read_text()
+    weigh(copied, 9.0)
+    assert call(*copied.words("-q")).code == 2
+    assert (copied.output / "compare.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("kept", [None, 0, 100])
+@pytest.mark.parametrize("name", ["train.jsonl", "held_out.jsonl", "operator_swap.json"])
+def test_rows_of_operator_swap_that_are_gone_or_damaged_are_made_again(copied, trained, call, name, kept):
+    file = copied.output / "operator-swap" / name
+    before = file.read_bytes()
+    file.unlink() if kept is None else file.write_bytes(before[:kept])
+    assert call(*copied.words("--report-only", "-q")).code in {0, 1}
+    assert call(*copied.words("-q")).code == 0
+    assert file.read_bytes() == before
+    assert trained == []
+
+
+def test_a_report_of_a_measure_that_is_new(copied, call):
+    copied.edit(measure={**copied.values()["measure"], "operator_swap": {"rows": 9, "held_out": 4, "seeds": [0]}})
+    assert call(*copied.words("--report-only", "-q")).code == 1
+    shutil.rmtree(copied.output / "operator-swap")
+    assert call(*copied.words("--report-only", "-q")).code == 1
+    assert copied.cells("none")["exact"]["value"] is None
+
+
+def test_ctrl_c_while_measuring_keeps_what_is_measured(copied, trained, call, monkeypatch):
+    for file in copied.output.glob("*/seed-*/margin.json"):
+        file.unlink()
+    from safelora_fast.comparison.measures import margin
+
+    whole, taken = margin.answer_margin, []
+
+    def interrupted(*words, **settings):
+        taken.append(1)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return whole(*words, **settings)
+
+    monkeypatch.setattr(margin, "answer_margin", interrupted)
+    result = call(*copied.words("-q"))
+    assert (result.code, "the same command goes on" in result.err) == (130, True)
+    assert len(list(copied.output.glob("*/seed-*/margin.json"))) == 1
+    assert call(*copied.words("-q")).code == 0
+    assert len(taken) == 5
+    assert trained == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"of": 3}', "\x00\xff"])
+def test_a_measurement_that_is_cut_off_is_taken_again(copied, trained, call, content):
+    file = copied.output / "kl" / "seed-1" / "margin.json"
+    before = json.loads(file.read_text())
+    file.write_text(content, encoding="latin-1")
+    call(*copied.words("--report-only", "-q"))
+    assert reasons(copied, "KL", "margin_rise") == [None, "not measured yet"]
+    assert call(*copied.words("-q")).code == 0
+    assert json.loads(file.read_text()) == before
+    assert trained == []
+
+
+def by_name(comparison, *names):
+    """The reasons of the reference's and the first run's margin, or of other measures of the run."""
+    return [reasons(comparison, "none", name)[0] for name in names]
+
+
+def replace_weights(folder):
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1  # the same size, and the header as it was
+    file.write_bytes(content)
+
+
+def rewrite(old, new):
+    def edit(file):
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    return edit
+
+
+INPUTS = {
+    "model/model.safetensors": (lambda file: replace_weights(file.parent), {"margin_rise", "learned", "exact"}),
+    "model/chat_template.jinja": (rewrite("<", "["), {"margin_rise", "learned", "exact"}),
+    "model/config.json": (rewrite('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02'), {"margin_rise", "learned", "exact"}),
+    "template.jinja": (rewrite("<", "["), {"margin_rise", "learned", "exact"}),
+    "out/none/seed-0/adapter/adapter_config.json": (rewrite('"lora_alpha": 8', '"lora_alpha": 9'), {"margin_rise", "learned"}),
+    "out/none/seed-0/operator-swap/adapter/adapter_config.json": (rewrite('"lora_alpha": 8', '"lora_alpha": 9'), {"exact"}),
+    "out/operator-swap/held_out.jsonl": (rewrite("Compute", "Reckon"), {"exact"}),
+}  # fmt: skip
+
+
+def test_what_a_measurement_depends_on_is_noticed_when_it_changes(tmp_path, trained, call):
+    comparison = write_comparison(tmp_path, seeds=[0], runs={"none": {}})
+    values = comparison.values()
+    template = tmp_path / "template.jinja"
+    template.write_text((tmp_path / "model" / "chat_template.jinja").read_text())
+    measure = {name: values["measure"][name] for name in ("narrow", "device")}
+    comparison.edit(
+        recipe={**values["recipe"], "model": {**values["recipe"]["model"], "chat_template": str(template)}},
+        measure={**measure, "operator_swap": {"rows": 8, "held_out": 6}},
+    )
+    assert call(*comparison.words("-q")).code == 0
+    for name, (change, expected) in INPUTS.items():
+        file = tmp_path / name
+        before = file.read_bytes()
+        change(file)
+        call(*comparison.words("-q", "--report-only"))
+        found = {key for key in ("margin_rise", "learned", "exact") if by_name(comparison, key) == ["not measured yet"]}
+        assert found == expected, name
+        file.write_bytes(before)
+    assert call(*comparison.words("-q", "--report-only")).code == 0
+    for name in ("README.md", "model/README.md", "out/none/seed-0/adapter/README.md"):
+        (tmp_path / name).write_text("nothing that is measured with")
+    assert call(*comparison.words("-q", "--report-only")).code == 0
+    assert len(trained) == 2
+
+
+def test_other_pairs_are_another_margin(copied, call, monkeypatch):
+    from dataclasses import replace
+
+    from safelora_fast.comparison.measures import margin
+
+    first, *others = margin.builtin_pairs()
+    monkeypatch.setattr(margin, "builtin_pairs", lambda: [replace(first, question="Quite another one?"), *others])
+    call(*copied.words("-q", "--report-only"))
+    assert by_name(copied, "margin_rise", "learned") == ["not measured yet", None]
+
+
+def test_another_base_is_another_sweep(copied, made, call):
+    assert call(*copied.words("-q", "--report-only")).code == 0
+    assert copied.report()["sweep"]
+    base = made.path.parent / "base"
+    file = base / "model.safetensors"
+    before = file.read_bytes()
+    replace_weights(base)
+    try:
+        call(*copied.words("-q", "--report-only"))
+    finally:
+        file.write_bytes(before)
+    assert not copied.report()["sweep"]
+    assert by_name(copied, "margin_rise") == [None]
