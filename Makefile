@@ -84,6 +84,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .PHONY: test-gpu
 test-gpu: ## on a GPU: kernels against float64, repeated bits, streams, graph capture, compute-sanitizer
+	@$(GPU_PYTHON) -c 'import sys; from safelora_fast.ops.triton_runtime import gpu; sys.exit(None if gpu() else "no GPU that torch can use: nothing to test")'
 	$(GPU_PYTHON) -m safelora_fast env --self-test
 	$(GPU_PYTHON) -m pytest -q tests/gpu
 

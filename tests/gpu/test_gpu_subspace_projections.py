@@ -62,6 +62,21 @@ def test_bases_of_a_training_step(device, captured, on_two_streams, flipped):
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_pairs_in_a_graph(device, captured):
+    """The Grams are of tensors that lie elsewhere in the graph; plans of other tensors push those of the warm-up out."""
+    pairs = [(random(device, *shape, seed=1).half(), random(device, *shape, seed=2).half()) for shape in SHAPES]
+    factors = [random(device, shape[0], 16, seed=3) for shape in SHAPES]
+    expected = subspace_projections(pairs, factors)
+
+    def push_out():
+        for columns in range(1, 40):
+            transposed_products([random(device, 64, columns)], [random(device, 64, 2)])
+
+    for ours, theirs in zip(captured(lambda: subspace_projections(pairs, factors), push_out), expected, strict=True):
+        for name in ("product", "v_norm", "gram", "cross_gram", "product_gram"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
 @pytest.mark.parametrize("normalize", ["frobenius", "spectral"])
 def test_one_module(device, normalize):
     aligned, base, factor = random(device, 512, 300), random(device, 512, 300, seed=1), random(device, 512, 16, seed=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from nobody_waits import NobodyWaits
 
 from safelora_fast.ops import linear_kl, linear_kl_cross_entropy
 from safelora_fast.ops.linear_kl import cross_entropy_reference, linear_kl_reference, rows
@@ -160,19 +160,6 @@ def test_classes_that_no_model_may_choose(direction):
     assert torch.allclose(shared.tokens.nll.flatten().double()[MASK.flatten()], nll[MASK.flatten()], rtol=1e-5)
     assert torch.allclose(shared.tokens.entropy.flatten().double()[MASK.flatten()], entropy[MASK.flatten()], rtol=1e-5)
     assert torch.autograd.grad(shared.kl + shared.loss, student)[0][MASK].isfinite().all()
-
-
-class NobodyWaits(TorchDispatchMode):
-    """Raises where a result's size or value would have to be known on the host, or a copy between host and device be made."""
-
-    WAITING = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "equal", "lift_fresh")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.partition(".")[0]
-        indices = args[1] if name == "index" else ()
-        assert name not in self.WAITING, name
-        assert not any(index is not None and index.dtype == torch.bool for index in indices)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])

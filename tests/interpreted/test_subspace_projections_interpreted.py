@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nobody_waits import NobodyWaits
 
 from safelora_fast.ops import subspace_projection, subspace_projections
 from safelora_fast.ops.subspace_projection import grouped_triton as backend
-from safelora_fast.ops.subspace_projection import reference
+from safelora_fast.ops.subspace_projection import plans, reference
 from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+from safelora_fast.ops.subspace_projection.plans import KEPT
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
@@ -18,7 +20,8 @@ def small_tiles(monkeypatch):
     """Several chunks of rows and tiles of columns in small matrices, and no plan of another test."""
     for name, value in {"CHUNK": 32, "COLUMN_TILE": 32, "ROW_TILE": 16, "STEP": 16}.items():
         monkeypatch.setattr(backend, name, value)
-    backend._plans.clear()
+    backend._plans.recent.clear()
+    backend._plans.captured.clear()
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -124,9 +127,31 @@ def test_plans_follow_what_moves():
     first = subspace_projections([pair(40, 33, 1), pair(20, 10, 5)], [random(40, 5), random(20, 5)])
     second = subspace_projections([pair(40, 33, 1), pair(20, 10, 5)], [random(40, 5), random(20, 5)])
     assert all(torch.equal(one.product, other.product) for one, other in zip(first, second, strict=True))
-    for seed in range(3 * backend.KEPT_PLANS):
+    for seed in range(3 * KEPT):
         transposed_products([random(8, 4 + seed)], [random(8, 2)])
-    assert len(backend._plans) == backend.KEPT_PLANS
+    assert len(backend._plans.recent) == KEPT
+
+
+def test_a_graph_waits_for_nothing_and_keeps_what_it_reads(monkeypatch):
+    """As while a CUDA graph is captured: what lies elsewhere than before has its plan uploaded by the graph."""
+    pairs, factors = [pair(40, 33, 1), pair(20, 10, 5)], [random(40, 5), random(20, 5)]
+    expected = subspace_projections(pairs, factors)
+    backend._plans.recent.clear()
+    monkeypatch.setattr(plans, "_is_captured", lambda _: True)
+    with NobodyWaits():
+        found = subspace_projections(pairs, factors)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.product, theirs.product)
+        assert torch.equal(ours.product_gram, theirs.product_gram)
+    tables = {plan.table.data_ptr() for plan in backend._plans.captured}
+    assert len(tables) == len(backend._plans.captured) >= 3
+    assert not backend._plans.recent
+
+
+def test_tiles_fill_a_step_of_a_tensor_core():
+    transposed_products([random(40, 1)], [random(40, 3)])
+    (plan,) = backend._plans.recent.values()
+    assert (plan.tile, plan.width) == (16, 16)
 
 
 @DTYPES

@@ -185,6 +185,25 @@ def test_without_triton():
     )
 
 
+@pytest.mark.parametrize(
+    ("version", "is_old"), [("3.2.0", True), ("3.3.0", False), ("3.10.1+git", False), ("4.0", False)]
+)
+def test_a_triton_without_tuples_of_pointers(version, is_old):
+    """The oldest torch that is supported brings Triton 3.2: it is refused, and torch serves."""
+    code = f"""
+    import sys, types, torch
+    sys.modules["triton"] = types.ModuleType("triton")
+    sys.modules["triton"].__version__ = {version!r}
+    from safelora_fast.ops import backends
+    choice = backends.choose("feature_distance", [torch.zeros(2, device="meta")])
+    print(choice.name, choice.reason)
+    """
+    (found, *_) = python(code)
+    assert found.startswith("eager ")
+    reason = f"not triton: triton {version} is too old, 3.3 or newer is needed: update torch, which brings it"
+    assert (reason in found) == is_old
+
+
 def test_torch_for_the_cpu_alone():
     """Its build knows no CUDA, and comes without triton; every operation works, and what names a GPU says what is missing."""
     code = (

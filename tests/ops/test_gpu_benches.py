@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch._functorch import config
 
 from safelora_fast.ops import backends
 from safelora_fast.ops.subspace_projection import grouped_reference
+from safelora_fast.ops.triton_runtime import gpu
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parents[2] / "benches" / "gpu"
@@ -114,3 +117,13 @@ def test_without_a_gpu_nothing_is_measured(main, monkeypatch, capsys):
     monkeypatch.setattr(main, "gpu", lambda: None)
     assert main.main() == 2
     assert capsys.readouterr().err == "no GPU that torch.cuda can use: nothing to measure\n"
+
+
+@pytest.mark.skipif(gpu() is not None or shutil.which("make") is None, reason="there is a GPU, or no make")
+def test_without_a_gpu_nothing_passes_for_tested():
+    """`make test-gpu` would otherwise skip every test and end well."""
+    command = ["make", "test-gpu", f"GPU_PYTHON={sys.executable}"]
+    run = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert run.stderr.startswith("no GPU that torch can use: nothing to test\n")
+    assert run.stdout == ""

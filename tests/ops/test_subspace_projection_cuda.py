@@ -10,6 +10,7 @@ from safelora_fast import _core
 from safelora_fast.ops.subspace_projection import grouped_cuda, reference
 from safelora_fast.ops.subspace_projection.cuda import subspace_projection
 from safelora_fast.ops.subspace_projection.grouped_cuda import products, transposed_products
+from safelora_fast.ops.subspace_projection.plans import KEPT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["f32", "bf16", "f16"]
@@ -18,7 +19,7 @@ NAMES = ["f32", "bf16", "f16"]
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
     emulated(monkeypatch)
-    grouped_cuda._plans.clear()
+    grouped_cuda._plans.recent.clear()
 
 
 def random(*shape, seed=0):
@@ -133,14 +134,14 @@ def test_what_lies_around_the_operands_is_not_read():
 def test_plans_are_kept_as_long_as_operands_stay():
     matrices, left = [pair(torch.float32, 20, 20)], [random(20, 4)]
     first, _ = transposed_products(matrices, left)
-    plan = next(iter(grouped_cuda._plans.values()))
+    plan = next(iter(grouped_cuda._plans.recent.values()))
     again, _ = transposed_products(matrices, left)
-    assert list(grouped_cuda._plans.values()) == [plan]
+    assert list(grouped_cuda._plans.recent.values()) == [plan]
     assert torch.equal(first[0], again[0])
-    for _ in range(grouped_cuda.KEPT_PLANS + 3):
+    for _ in range(KEPT + 3):
         left = [*left, random(20, 4)]
         transposed_products(matrices * len(left), left)
-    assert len(grouped_cuda._plans) == grouped_cuda.KEPT_PLANS
+    assert len(grouped_cuda._plans.recent) == KEPT
 
 
 @pytest.mark.parametrize("normalize", ["frobenius", "spectral"])

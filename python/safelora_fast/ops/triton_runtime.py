@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 GPUS = ("cuda", "xpu")  # "cuda" is AMD's device type too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (3, 3)  # the first whose kernels take tuples of pointers
 # Said at every launch: a product and the sum that it goes into are rounded once, whatever this version's default is.
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -54,11 +56,13 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 @functools.cache
 def _missing() -> str | None:
     try:
-        importlib.import_module("triton")
+        version = str(importlib.import_module("triton").__version__)
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     except Exception as error:  # a broken installation raises anything
         return f"triton cannot be imported ({error})"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+        return f"triton {version} is too old, {'.'.join(map(str, OLDEST))} or newer is needed: update torch, which brings it"
     return None
 
 

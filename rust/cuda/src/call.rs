@@ -1,5 +1,6 @@
 //! Libraries that are loaded at run time, and their functions.
 
+use std::error::Error as _;
 use std::ffi::OsStr;
 
 use libloading::Library;
@@ -13,7 +14,8 @@ pub(crate) fn open(what: &'static str, candidates: &[String]) -> Result<(Library
         // SAFETY: the caller vouches that these are the driver or NVRTC, whose initialisers may run at any time.
         match unsafe { Library::new(OsStr::new(candidate)) } {
             Ok(library) => return Ok((library, candidate.clone())),
-            Err(error) => reason = one_line(&error.to_string()),
+            // The error itself says that the loader refused, its source why.
+            Err(error) => reason = one_line(&error.source().map_or_else(|| error.to_string(), ToString::to_string)),
         }
     }
     Err(CudaError::LibraryMissing { what, looked_for: candidates.to_vec(), reason })

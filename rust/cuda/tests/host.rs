@@ -53,6 +53,7 @@ fn a_missing_driver_says_what_was_looked_for() {
         text.starts_with("the CUDA driver was not found: looked for libno-driver.so.1, /nowhere/libcuda.so; "),
         "{text}"
     );
+    assert!(text.contains("the last said: /nowhere/libcuda.so: cannot open shared object file"), "{text}");
     assert_eq!(text.lines().count(), 1);
 }
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from safelora_fast import _core
 from safelora_fast.ops import cuda_runtime
+from safelora_fast.ops.subspace_projection.plans import Plans, uploaded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,6 @@ DTYPES: dict[torch.dtype, Literal["F32", "BF16", "F16"]] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-KEPT_PLANS = 16
 _ALIGNMENT = 16  # bytes, of a factor
 
 
@@ -72,11 +72,10 @@ class _Group:
 class _Plan(NamedTuple):
     plan: _core.CudaPlan
     table: torch.Tensor
-    pinned: torch.Tensor
+    host: torch.Tensor
 
 
-_plans: OrderedDict[tuple[object, ...], _Plan] = OrderedDict()
-_captured: list[_Plan] = []  # those that a graph reads whenever it is replayed
+_plans: Plans[_Plan] = Plans()
 
 
 def _products(
@@ -139,28 +138,14 @@ def _add(groups: dict[_Key, _Group], index: int, matrix: Matrix, factor: torch.T
 
 
 def _plan(key: _Key, group: _Group) -> _Plan:
-    """The plan and its table on the device, made once for as long as everything stays where it is.
+    """The plan and its table on the device, made once for as long as everything stays where it is."""
 
-    A table is of one stream: on another one it might be read before it is there.
-    """
-    name = (key, cuda_runtime.place(key.device), *group.operands)
-    capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    found = _plans.pop(name, None)
-    if found is None:
+    def make() -> _Plan:
         plan = _core.CudaPlan(group.operands, form=key.form, dtype=key.dtype, is_pair=key.is_pair)
-        pinned = torch.frombuffer(bytearray(plan.table), dtype=torch.uint8)
-        if key.device.type == "cuda":
-            pinned = pinned.pin_memory()
-        found = _Plan(plan, pinned.to(key.device, non_blocking=True), pinned)
-        if capturing:  # it is uploaded when the graph runs, and not before
-            _captured.append(found)
-            return found
-    elif capturing:
-        _captured.append(found)
-    _plans[name] = found
-    if len(_plans) > KEPT_PLANS:
-        _plans.popitem(last=False)
-    return found
+        (table,), host = uploaded([np.frombuffer(plan.table, np.uint8)], key.device)
+        return _Plan(plan, table, host)
+
+    return _plans.find((key, *group.operands), key.device, make)
 
 
 def _rows_contiguous(matrix: torch.Tensor) -> bool:

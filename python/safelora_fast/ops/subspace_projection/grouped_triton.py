@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from safelora_fast.ops import triton_runtime
+from safelora_fast.ops.subspace_projection.plans import Plans, uploaded
 from safelora_fast.ops.triton_runtime import refusal
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CHUNK = 1024  # rows that a program of transposed_parts adds up
 COLUMN_TILE = 64  # most columns whose products a program of transposed_parts holds
 ROW_TILE = 64  # rows that a program of products writes
 STEP = 32  # rows or columns that are multiplied at once
-KEPT_PLANS = 16
+LEAST = 16  # rows and columns of a product on tensor cores
 
 
 def transposed_products(
@@ -115,12 +115,9 @@ class _Group:
 
     def plan(self, make: Callable[[_Group], _Plan]) -> _Plan:
         """The plan, made once for as long as everything stays where it is."""
-        name = make, self.key, self.operands[0].device, tuple(self.entries), tuple(self.owners)
-        plan = _plans.pop(name, None) or make(self)
-        _plans[name] = plan
-        if len(_plans) > KEPT_PLANS:
-            _plans.popitem(last=False)
-        return plan
+        device = self.operands[0].device
+        name = make, self.key, device, tuple(self.entries), tuple(self.owners)
+        return _plans.find(name, device, lambda: make(self))
 
     def settings(self) -> dict[str, Any]:
         """What the kernels that read matrices are compiled for."""
@@ -134,14 +131,14 @@ class _Group:
             **triton_runtime.OPTIONS,
         }
 
-    def table(self) -> torch.Tensor:
-        """The entries on the device."""
-        return torch.from_numpy(np.array(self.entries, dtype=np.int64)).to(self.operands[0].device)
+    def uploaded(self, *arrays: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The entries and these arrays on the device, and the host's memory."""
+        return uploaded([np.array(self.entries, dtype=np.int64), *arrays], self.operands[0].device)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who does what, on the device; triton_kernels.py says what the columns are."""
+    """Who does what, on the device; triton_kernels.py says what the columns are. `host` is where it was copied from."""
 
     table: torch.Tensor
     work: torch.Tensor
@@ -150,13 +147,14 @@ class _Plan:
     combine: torch.Tensor
     owners: torch.Tensor
     sums: tuple[int, int]
+    host: torch.Tensor
 
 
-_plans: OrderedDict[Any, _Plan] = OrderedDict()
+_plans: Plans[_Plan] = Plans()
 
 
 def _transposed_plan(group: _Group) -> _Plan:
-    tile = min(_power_of_two(max(entry[5] for entry in group.entries)), COLUMN_TILE)
+    tile = min(max(_power_of_two(max(entry[5] for entry in group.entries)), LEAST), COLUMN_TILE)
     items: list[tuple[int, int, int, int]] = []
     combine: list[tuple[int, int, int, int, int]] = []
     owners = list(dict.fromkeys(group.owners))
@@ -170,25 +168,22 @@ def _transposed_plan(group: _Group) -> _Plan:
             items += [(number, first, begin, len(items) + step) for step, begin in enumerate(range(0, rows, CHUNK))]
         seen.add(owner)
     items.sort(key=lambda item: -min(group.entries[item[0]][4] - item[2], CHUNK))
-    return _Plan(
-        group.table(), _work(items, group), tile, _width(group), _work(combine, group),
-        torch.tensor(owners, device=group.operands[0].device), (len(owners), most),
-    )  # fmt: skip
+    lists = (np.array(items, np.int32), np.array(combine, np.int32), np.array(owners, np.int64))
+    (table, *on_device), host = group.uploaded(*lists)
+    work, tiles, modules = on_device
+    return _Plan(table, work, tile, _width(group), tiles, modules, (len(owners), most), host)
 
 
 def _plain_plan(group: _Group) -> _Plan:
     items = [(number, first) for number, entry in enumerate(group.entries) for first in range(0, entry[4], ROW_TILE)]
     items.sort(key=lambda item: -group.entries[item[0]][5])
+    (table, work), host = group.uploaded(np.array(items, np.int32))
     nothing = torch.empty(0)
-    return _Plan(group.table(), _work(items, group), ROW_TILE, _width(group), nothing, nothing, (0, 0))
-
-
-def _work(items: Sequence[tuple[int, ...]], group: _Group) -> torch.Tensor:
-    return torch.from_numpy(np.array(items, dtype=np.int32)).to(group.operands[0].device)
+    return _Plan(table, work, ROW_TILE, _width(group), nothing, nothing, (0, 0), host)
 
 
 def _width(group: _Group) -> int:
-    return max(_power_of_two(max(entry[8] for entry in group.entries)), 16)
+    return max(_power_of_two(max(entry[8] for entry in group.entries)), LEAST)
 
 
 def _groups(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], places: Sequence[int]) -> Iterator[_Group]:

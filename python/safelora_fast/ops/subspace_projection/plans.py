@@ -1,0 +1,85 @@
+"""Plans of grouped launches, with what is uploaded for them: kept for as long as the operands stay where they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    import numpy as np
+
+KEPT = 16
+ALIGNMENT = 256  # bytes
+
+Plan = TypeVar("Plan")
+
+
+class Plans(Generic[Plan]):
+    """The plans that were used last, and those that a CUDA graph reads whenever it is replayed.
+
+    A plan is of one stream: on another one its tables might be read before they are there, or be overwritten while they are read.
+
+    Attributes:
+        recent: by stream and name, the latest last.
+        captured: kept for good.
+    """
+
+    def __init__(self) -> None:
+        self.recent: OrderedDict[tuple[Hashable, Hashable], Plan] = OrderedDict()
+        self.captured: list[Plan] = []
+
+    def find(self, name: Hashable, device: torch.device, make: Callable[[], Plan]) -> Plan:
+        """The plan of this name for the current stream of a device, made where there is none."""
+        key, is_captured = (_stream(device), name), _is_captured(device)
+        plan = self.recent.pop(key, None)
+        if plan is None and is_captured:
+            # Uploaded before the capture began, for which the device was waited for.
+            plan = next((other for (_, known), other in self.recent.items() if known == name), None)
+            if plan is None:
+                # Uploaded when the graph runs, and not before: of no use to anybody else.
+                plan = make()
+                self.captured.append(plan)
+                return plan
+        if plan is None:
+            plan = make()
+        if is_captured:
+            self.captured.append(plan)
+        self.recent[key] = plan
+        if len(self.recent) > KEPT:
+            self.recent.popitem(last=False)
+        return plan
+
+
+def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Arrays as tensors on a device, by one copy that nobody waits for on a CUDA device.
+
+    Returns:
+        The tensors, each at a multiple of ALIGNMENT, and the host's memory, which a graph copies from at every replay.
+    """
+    is_pinned = device.type == "cuda"
+    *starts, size = itertools.accumulate([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays], initial=0)
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+    for start, array in zip(starts, arrays, strict=True):
+        host.numpy()[start : start + array.nbytes] = array.reshape(-1).view("uint8")
+    there = host.to(device, non_blocking=is_pinned)
+    tensors = [
+        there[start : start + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+        for start, array in zip(starts, arrays, strict=True)
+    ]
+    return tensors, host
+
+
+def _stream(device: torch.device) -> Hashable:
+    """The current stream of a GPU; a CPU has one."""
+    found: Hashable = None if device.type == "cpu" else getattr(torch, device.type).current_stream(device)
+    return found
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether work on this device goes into a CUDA graph."""
+    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,19 @@
+"""A mode in which work may not wait for a device, as while a CUDA graph is captured."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Raises where a result's size or value would have to be known on the host, or a copy between host and device be made."""
+
+    WAITING = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "equal", "lift_fresh")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        indices = args[1] if name == "index" else ()
+        assert name not in self.WAITING, name
+        assert not any(index is not None and index.dtype == torch.bool for index in indices)
+        return function(*args, **(kwargs or {}))
