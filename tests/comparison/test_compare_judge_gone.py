@@ -72,14 +72,14 @@ def expected_requests(texts):
 
 
 def test_verdicts_that_a_judge_left_are_asked_for_again_and_nothing_else(comparison, call, endpoint):
-    ask(comparison)
-    left = iter(range(9))
+    ask(comparison, samples=8)
+    left = iter(range(34))  # ten answers are judged at a time: some have both scores by then, and some have not
     with serving(lambda prompt, headers: None if next(left, None) is None else by_length(prompt, headers)) as (url, _):
         endpoint(url)
         result = call(*comparison.words())
     assert result.code == 1
     (first,) = reasons(comparison, "reference")
-    assert "of 12 answers have no verdict: the judge" in first
+    assert "of 24 answers have no verdict: the judge" in first
     assert reasons(comparison, "none") == [f"the judge is gone: {first}"] * 2
     (file,) = comparison.output.glob("reference/judged-*/verdicts.jsonl")
     known = len(file.read_text().splitlines())
