@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.places import WEIGHTS
+from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.provenance import sampled
 from safelora_fast.recipe.digests import digest, remembered
 

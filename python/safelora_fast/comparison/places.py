@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
+from safelora_fast.evaluation.folder import adapter_fingerprint
 from safelora_fast.posthoc.output import described
-from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.folder import RECORD, write_json
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ REFERENCE = "reference"
 FAILURE = "failure.json"
 OPERATOR_SWAP = "operator-swap"
 RESERVED = (REFERENCE, OPERATOR_SWAP)
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Place:
 
     def fingerprint(self) -> str | None:
         """SHA-256 of the adapter's weights; None for the reference, or while there is none."""
-        weights = None if self.adapter is None else self.adapter / WEIGHTS
-        return digest(weights) if weights is not None and weights.is_file() else None
+        return adapter_fingerprint(self.adapter)
 
     def record(self) -> dict[str, Any]:
         """The record of the training; empty where it was not done here."""

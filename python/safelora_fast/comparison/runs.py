@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safelora_fast.comparison.places import WEIGHTS, places_of
+from safelora_fast.comparison.places import places_of
 from safelora_fast.comparison.report import NOT_TRAINED
 from safelora_fast.comparison.training import changes, failure_of, has_ended, is_finished
+from safelora_fast.posthoc.adapter import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

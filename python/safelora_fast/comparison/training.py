@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast import _core
-from safelora_fast.comparison.places import FAILURE, WEIGHTS, keep, read
+from safelora_fast.comparison.places import FAILURE, keep, read
 from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError
+from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.document import dump_document

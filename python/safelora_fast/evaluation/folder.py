@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
 from safelora_fast.evaluation.answers import Answer, read_answers
+from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.output import described
+from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.folder import write_json
 
 if TYPE_CHECKING:
@@ -126,10 +127,5 @@ def changed_settings(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> li
 
 def adapter_fingerprint(adapter: Path | None) -> str | None:
     """SHA-256 of an adapter's weights, None where there are none."""
-    file = None if adapter is None else adapter / "adapter_model.safetensors"
-    return fingerprint(file) if file is not None and file.is_file() else None
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    file = None if adapter is None else adapter / WEIGHTS
+    return digest(file) if file is not None and file.is_file() else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from safelora_fast.comparison.digests import text_digest
 from safelora_fast.comparison.flaws import FAILURE, not_finite
 from safelora_fast.comparison.places import keep, read
 from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
@@ -74,8 +74,7 @@ class OfTheRun:
 
 def folder_of(measure: Measure, place: Place, bench: Workbench) -> Path:
     """A folder beside the file for what a measurement keeps on its way; each settings' is another, so nothing is lost."""
-    digest = hashlib.sha256(json.dumps(measure.of(place, bench), sort_keys=True).encode()).hexdigest()
-    return place.folder / f"{measure.name}-{digest[:12]}"
+    return place.folder / f"{measure.name}-{text_digest(measure.of(place, bench))[:12]}"
 
 
 def kept(measure: Measure, place: Place, bench: Workbench) -> dict[str, Any]:
