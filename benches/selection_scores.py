@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import linear
 from transformers import AutoTokenizer
 
 from processes import peak_memory
@@ -25,8 +26,11 @@ from safelora_fast.demo.text import rows
 from safelora_fast.recipe.rows import Row
 from safelora_fast.recipe.tokens import Encoder, Example
 from safelora_fast.scoring import batches_by_length
+from safelora_fast.scoring.head import CHUNK_ELEMENTS
+from safelora_fast.scoring.prefix import shared_prefix
 from safelora_fast.selection.perplexity import Perplexities
 from safelora_fast.selection.select import TOKENS_PER_BATCH, gap
+from safelora_fast.training.batch import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,6 +124,33 @@ class Scores:
         }
 
 
+class Products:
+    """The matrix products of our batches and nothing else, those of the adapters left out: no scoring takes less."""
+
+    def __init__(self, folder: Path, examples: list[Example], dtype: torch.dtype) -> None:
+        config = load(folder).config
+        width, inner = config.hidden_size, config.intermediate_size
+        keys = width // config.num_attention_heads * config.num_key_value_heads
+        block = [(width, width), (keys, width), (keys, width), (width, width), *2 * [(inner, width)], (width, inner)]
+        self.weights = [torch.randn(*shape, dtype=dtype) for shape in block * config.num_hidden_layers]
+        self.head = torch.randn(config.vocab_size, width, dtype=dtype)
+        self.batches = []
+        for batch in batches_by_length([len(example.ids) for example in examples], TOKENS_PER_BATCH["cpu"]):
+            some = [examples[index] for index in batch]
+            tokens = sum(len(example.ids) for example in some) - (len(some) - 1) * shared_prefix(some)
+            answers = sum(label != IGNORED_LABEL for example in some for label in example.labels)
+            inputs = {size: torch.randn(tokens, size, dtype=dtype) for size in (width, inner)}
+            self.batches.append((inputs, torch.randn(answers, width, dtype=dtype)))
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for inputs, answers in self.batches * (1 + ADAPTERS):
+            for weight in self.weights:
+                linear(inputs[weight.shape[1]], weight)
+            for chunk in answers.split(CHUNK_ELEMENTS["cpu"] // len(self.head)):
+                linear(chunk, self.head)
+
+
 def timed(scores: Scores, rounds: int) -> dict[str, Any]:
     """Each provider in turn, round by round, after a few rows that do not count."""
     providers = scores.providers()
@@ -129,10 +160,19 @@ def timed(scores: Scores, rounds: int) -> dict[str, Any]:
     for work in providers.values():
         work()
     scores.examples = everything
+    limits = {
+        f"limit: the products alone, {name}": Products(scores.folder, everything, getattr(torch, name))
+        for name in ("float32", "bfloat16")
+    }
+    seconds.update({name: [] for name in limits})
     for _ in range(rounds):
         for name, work in providers.items():
             start = time.perf_counter()
             found[name] = gap(work(), 1.0)
+            seconds[name].append(time.perf_counter() - start)
+        for name, products in limits.items():
+            start = time.perf_counter()
+            products()
             seconds[name].append(time.perf_counter() - start)
     off = {name: float(np.abs(values - found[STRAIGHTFORWARD]).max()) for name, values in found.items()}
     lengths = [len(example.ids) for example in scores.examples]
