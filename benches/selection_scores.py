@@ -137,7 +137,7 @@ class Products:
         self.batches = []
         for batch in batches_by_length([len(example.ids) for example in examples], TOKENS_PER_BATCH["cpu"]):
             some = [examples[index] for index in batch]
-            tokens = sum(len(example.ids) for example in some) - (len(some) - 1) * shared_prefix(some)
+            tokens = sum(len(example.ids) for example in some) - len(some) * shared_prefix(some)
             answers = sum(label != IGNORED_LABEL for example in some for label in example.labels)
             inputs = {size: torch.randn(tokens, size, dtype=dtype) for size in (width, inner)}
             self.batches.append((inputs, torch.randn(answers, width, dtype=dtype)))

@@ -17,7 +17,7 @@ from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.scoring import AnswerScorer, batches_by_length, score_answers
 from safelora_fast.scoring.head import label_log_likelihoods
 from safelora_fast.scoring.positions import stretched_beyond
-from safelora_fast.scoring.prefix import shared_prefix
+from safelora_fast.scoring.prefix import Pasts, shared_prefix
 from safelora_fast.training.anatomy import Head
 
 BENT = {
@@ -37,9 +37,9 @@ class Sequence:
     labels: list[int]
 
 
-def sequences(lengths=(9, 4, 17, 9, 2, 30), *, prompt=1, vocabulary=40):
+def sequences(lengths=(9, 4, 17, 9, 2, 30), *, prompt=1, vocabulary=40, seed=5):
     """The answer is all but the prompt, and one token within it is not counted where there is room."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for length in lengths:
         ids = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
@@ -255,19 +255,58 @@ def test_an_answer_within_what_all_begin_with_is_scored():
 
 
 def test_little_that_is_shared_is_left():
-    assert shared_prefix(beginning_alike(1, (30, 26))) == 0
-    assert shared_prefix(beginning_alike(12, (20,))) == 0
-    assert shared_prefix(sequences()) == 0
+    pasts = Pasts(tiny_model(vocab_size=40))
+    assert pasts.shared(beginning_alike(12, (20, 15, 26))) == 11
+    assert pasts.shared(beginning_alike(1, (30, 26))) == 0
+    assert pasts.shared(beginning_alike(12, (20,))) == 0
+    assert pasts.shared(sequences()) == 0
+
+
+@pytest.mark.parametrize("name", BENT)
+def test_what_batches_begin_with_runs_once(name):
+    """Four sequences that begin alike, in three batches; then others, whose beginning is another, and the first again."""
+    model = BENT[name].make(1)
+    alike = beginning_alike(12, (30, 26, 20, 15))
+    others = beginning_alike(9, (28, 25), seed=6)
+    expected = [likelihood for likelihood, _ in truth(model, [*alike, *others, *alike])]
+    scorer = AnswerScorer(model, tokens_per_batch=60)
+    list(scorer.each([others[0]]))
+    seen = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(tuple(args[0].shape)))
+    found = [score.log_likelihood for some in (alike, others, alike) for _, score in sorted(scorer.each(some))]
+    handle.remove()
+    first, second, third = [(2, 19), (2, 9)], [(2, 20)], [(2, 19), (2, 9)]
+    assert seen == [(1, 11), *first, (1, 8), *second, (1, 11), *third]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_past_serves_a_batch_that_begins_with_more():
+    model = tiny_model(vocab_size=40).double().eval()
+    pasts = Pasts(model)
+    alike = beginning_alike(12, (26, 15))
+    longer = [Sequence([*alike[0].ids[:16], number], [-100] * 16 + [number]) for number in (5, 6, 7)]
+    assert pasts.shared(longer) == 15
+    pasts.of(torch.tensor([alike[0].ids[:11]]), 2)
+    assert pasts.shared(longer) == pasts.shared(alike) == 11
+    assert pasts.shared(alike[:1]) == 11
+    pasts.of(torch.tensor([alike[0].ids[:5]]), 2)
+    assert pasts.shared(longer) == 15  # too much would run again
+    whole = model(torch.tensor([longer[0].ids])).logits
+    after = model(torch.tensor([longer[0].ids[5:]]), **pasts.of(torch.tensor([longer[0].ids[:5]]), 1)).logits
+    assert torch.allclose(after, whole[:, 5:])
+    again = model(torch.tensor([longer[0].ids[5:]]), **pasts.of(torch.tensor([longer[0].ids[:5]]), 1)).logits
+    assert torch.equal(after, again)  # a use leaves the kept one as it was
 
 
 def test_a_model_whose_past_is_another_thing_runs_whole(monkeypatch):
-    monkeypatch.setattr("safelora_fast.scoring.answers.past_of", lambda *_, **__: {})
+    monkeypatch.setattr(Pasts, "of", lambda *_, **__: {})
     check(tiny_model(vocab_size=40), beginning_alike(12, (20, 15, 26)))
 
 
-def beginning_alike(length, lengths):
+def beginning_alike(length, lengths, seed=5):
     """Sequences whose answers begin where they no longer are the same."""
-    first, *others = sequences(lengths, prompt=length)
+    first, *others = sequences(lengths, prompt=length, seed=seed)
     return [first, *(Sequence(first.ids[:length] + other.ids[length:], other.labels) for other in others)]
 
 

@@ -16,7 +16,7 @@ from safelora_fast.scoring.batches import batches_by_length
 from safelora_fast.scoring.head import label_log_likelihoods, picked
 from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.precision import NARROW, wide_hidden_states
-from safelora_fast.scoring.prefix import past_of, shared_prefix
+from safelora_fast.scoring.prefix import Pasts
 from safelora_fast.scoring.sequences import padded
 from safelora_fast.training.anatomy import adapter_layers, dissect
 from safelora_fast.training.batch import IGNORED_LABEL
@@ -67,12 +67,13 @@ class AnswerScorer:
     Whether that gives the model's own log-likelihoods is tried on a few tokens first; where it does not (the head is
     adapted, or the model has a way of its own with logits), the model's logits are used. Nor is the model told which tokens
     are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask. What all
-    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it. Hidden states of
-    a model in 16 bits are float32 from block to block. A sequence so long that the model stretches its positions is a batch of
-    its own.
+    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it, and not again for
+    the next batch that begins alike. Hidden states of a model in 16 bits are float32 from block to block. A sequence so long that
+    the model stretches its positions is a batch of its own.
 
     Args:
-        model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back.
+        model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back. Its
+            weights, its adapters and their choice must be the same at every call: a model that has learnt takes a new scorer.
         tokens_per_batch: the most tokens of a batch, padding included.
 
     Raises:
@@ -81,6 +82,7 @@ class AnswerScorer:
 
     def __init__(self, model: nn.Module, *, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
         self._model = model
+        self._pasts = Pasts(model)
         self._anatomy = dissect(model)
         self._tokens_per_batch = tokens_per_batch
         self._alone_beyond = stretched_beyond(self._anatomy.config)
@@ -119,7 +121,7 @@ class AnswerScorer:
             with torch.no_grad(), evaluation_mode(self._model), self._precision():
                 if not self._masked:
                     del batch["attention_mask"]
-                prefix = shared_prefix(examples) if self._shares else 0
+                prefix = self._pasts.shared(examples) if self._shares and not self._stretched(examples) else 0
                 values = self._log_likelihoods(self._after(prefix, batch), where[:, prefix:], labels[where])
         except torch.OutOfMemoryError as error:
             raise SettingsError(
@@ -130,6 +132,10 @@ class AnswerScorer:
         answers = values.double().cpu().split(counts)
         return [AnswerScore(answer.sum().item(), count) for answer, count in zip(answers, counts, strict=True)]
 
+    def _stretched(self, examples: list[Labelled]) -> bool:
+        """Whether the model's positions are others than those of shorter sequences, and so are its keys."""
+        return self._alone_beyond is not None and max(len(example.ids) for example in examples) > self._alone_beyond
+
     def _precision(self) -> AbstractContextManager[None]:
         return wide_hidden_states(self._model) if self._wide else nullcontext()
 
@@ -139,7 +145,7 @@ class AnswerScorer:
             return dict(batch)
         ids = batch["input_ids"]
         options = {} if self._head is None else {KEPT_LOGITS: torch.zeros(0, dtype=torch.long, device=ids.device)}
-        return {**batch, "input_ids": ids[:, prefix:], **past_of(self._model, ids[:1, :prefix], len(ids), **options)}
+        return {**batch, "input_ids": ids[:, prefix:], **self._pasts.of(ids[:1, :prefix], len(ids), **options)}
 
     def _log_likelihoods(self, batch: dict[str, Any], where: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Log-likelihood of each label, [labels] in float32."""
@@ -206,6 +212,8 @@ class AnswerScorer:
                 ours = self._log_likelihoods(self._after(prefix, question), where[:, prefix:], labels)
         except Exception:  # whatever a model without a past raises
             return False
+        finally:
+            self._pasts = Pasts(self._model)
         return self._same(ours, theirs)
 
     def _ignores_padding(self, ids: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.training.batch import IGNORED_LABEL
@@ -15,26 +16,57 @@ if TYPE_CHECKING:
 
     from safelora_fast.scoring.sequences import Labelled
 
-# Two calls of the model pay from this share of the batch's tokens on.
+# A past pays when it saves this share of the batch's tokens: what runs once is another call of the model, and a mask.
 WORTH = 1 / 16
 
 
+class Pasts:
+    """Keys and values that stand for what a batch begins with; the last ones are kept, as the next batch may begin alike.
+
+    Args:
+        model: it must stay as it is, its acting adapters included.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._prefix: list[int] = []
+        self._name = ""
+        self._past: Any = None
+
+    def shared(self, examples: Sequence[Labelled]) -> int:
+        """Tokens in front of all examples to take from a past: 0 where that saves little."""
+        common, kept = shared_prefix(examples), len(self._prefix)
+        tokens = len(examples) * max(len(example.ids) for example in examples)
+        alike = kept <= common <= 2 * kept and examples[0].ids[:kept] == self._prefix
+        if alike and _worth(kept * len(examples), tokens):
+            return kept
+        return common if _worth(common * (len(examples) - 1), tokens) else 0
+
+    def of(self, prefix: torch.Tensor, rows: int, **options: Any) -> dict[str, Any]:
+        """The model's argument that stands for a prefix [1, tokens] of so many rows; raises what a model raises without one.
+
+        The options are for the model, and must not change what it keeps.
+        """
+        ids = prefix[0].tolist()
+        if ids != self._prefix:
+            output = self._model(input_ids=prefix, use_cache=True, **options)
+            self._name = next(name for name in reversed(CACHES) if getattr(output, name, None) is not None)
+            self._past, self._prefix = getattr(output, self._name), ids
+        past = copy.deepcopy(self._past)
+        past.batch_repeat_interleave(rows)
+        return {self._name: past}
+
+
 def shared_prefix(examples: Sequence[Labelled]) -> int:
-    """Tokens that are the same in front of all examples and that predict no answer; 0 where to share them saves little."""
+    """Tokens that are the same in front of all examples and that predict no answer."""
     sequences = [example.ids for example in examples]
     lowest, highest = min(sequences), max(sequences)  # as words in a dictionary: what these two share, all do
     length = next((place for place, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))
     for example in examples:
         first = next(place for place, label in enumerate(example.labels) if place and label != IGNORED_LABEL)
         length = min(length, first - 1)
-    tokens = len(examples) * max(map(len, sequences))
-    return length if length * (len(examples) - 1) >= WORTH * tokens else 0
+    return length
 
 
-def past_of(model: nn.Module, prefix: torch.Tensor, rows: int, **options: Any) -> dict[str, Any]:
-    """The model's argument that stands for a prefix [1, tokens] of so many rows; raises what a model raises without one."""
-    output = model(input_ids=prefix, use_cache=True, **options)
-    name = next(name for name in reversed(CACHES) if getattr(output, name, None) is not None)
-    past = getattr(output, name)
-    past.batch_repeat_interleave(rows)
-    return {name: past}
+def _worth(saved: int, tokens: int) -> bool:
+    return saved > 0 and saved >= WORTH * tokens
