@@ -9,8 +9,8 @@ from tiny_models import adapter_weights, collate, furthest, random_subspace, row
 from train_runs import run_transformers, sgd
 
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
-from safelora_fast.defenses.subspace_penalty import penalty
 from safelora_fast.errors import CheckpointError, PairingError, SettingsError, TrainingError
+from safelora_fast.ops.subspace_projection.penalties import subspace_penalty
 from safelora_fast.subspace import SafeSubspace
 from safelora_fast.training import defend
 from safelora_fast.training.adapted import adapted_modules
@@ -34,8 +34,8 @@ def test_penalty_against_dense_matrices_and_gradcheck():
     vectors = torch.linalg.qr(torch.randn(7, 2, dtype=torch.float64))[0]
     projector = torch.eye(7, dtype=torch.float64) - vectors @ vectors.T
     dense = (1.5 * projector @ left @ right).square().sum()
-    assert penalty(left, right, 1.5, vectors).item() == pytest.approx(dense.item(), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda b, a: penalty(b, a, 1.5, vectors), (left, right))
+    assert subspace_penalty(left, right, 1.5, vectors).item() == pytest.approx(dense.item(), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda b, a: subspace_penalty(b, a, 1.5, vectors), (left, right))
 
 
 def test_penalty_is_accurate_just_after_a_projection():
@@ -46,7 +46,7 @@ def test_penalty_is_accurate_just_after_a_projection():
     left = vectors @ torch.randn(8, 8) + 1e-5 * torch.randn(300, 8)
     exact = left.double() - vectors.double() @ (vectors.double().T @ left.double())
     expected = (exact @ right.double()).square().sum().item()
-    assert penalty(left, right, 1.0, vectors).item() == pytest.approx(expected, rel=0.05)
+    assert subspace_penalty(left, right, 1.0, vectors).item() == pytest.approx(expected, rel=0.05)
 
 
 def train_one_step(micro_batches, *, weight=0.5):
@@ -114,7 +114,7 @@ def test_bfloat16_factors():
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     ours, truth = (SafeModules(m.get_base_model(), subspace, owner="test") for m in (model, exact.double()))
     vectors = {m.name: truth.vectors(m).double() for m in truth.modules}
-    expected = sum(penalty(m.left, m.right, m.scale, vectors[m.name]) for m in truth.modules)
+    expected = sum(subspace_penalty(m.left, m.right, m.scale, vectors[m.name]) for m in truth.modules)
     total = sum(value for _, value in ours.penalties())
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from tiny_models import random_subspace, tiny_peft_model
 
-from safelora_fast.defenses.subspace_penalty import penalty
 from safelora_fast.errors import TrainingError
 from safelora_fast.ops.subspace_projection import triton_kernels
-from safelora_fast.ops.subspace_projection.penalties import subspace_penalties
+from safelora_fast.ops.subspace_projection.penalties import subspace_penalties, subspace_penalty
 from safelora_fast.training.safe_modules import SafeModules
 
 
@@ -44,7 +43,7 @@ def test_penalties_and_gradients_against_float64():
     scales = [1.5, 0.5, 2.0]
     found = subspace_penalties(bases, lefts, rights, scales)
     exact = [factor.detach().double().requires_grad_() for factor in (*lefts, *rights)]
-    expected = [penalty(exact[i], exact[3 + i], scales[i], bases[i].double()) for i in range(3)]
+    expected = [subspace_penalty(exact[i], exact[3 + i], scales[i], bases[i].double()) for i in range(3)]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     ours = torch.autograd.grad(found[0] + 2 * found[1] + 3 * found[2], [*lefts, *rights])
@@ -63,7 +62,7 @@ def test_a_step_of_a_model(dtype, launches):
         module.name: (module.left.detach().double(), module.right.detach().double()) for module in modules.modules
     }
     for module, (name, value) in zip(modules.modules, modules.penalties(), strict=True):
-        exact = penalty(*before[name], module.scale, vectors[name])
+        exact = subspace_penalty(*before[name], module.scale, vectors[name])
         assert value.item() == pytest.approx(exact.item(), rel=1e-4)
     after_penalties = launches()
     assert after_penalties["products"] == 1

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.cells import cell_of, mean_cell
 from safelora_fast.comparison.columns import COLUMNS, DIVERGENCE, LEARNED, Measured, task_columns
+from safelora_fast.comparison.config import REFERENCE
 from safelora_fast.comparison.contents import Contents
 from safelora_fast.comparison.costs import COSTS
 from safelora_fast.comparison.curves import curve_failures, sweep_points, weakened_path
 from safelora_fast.comparison.facts import facts_of, setting_of
 from safelora_fast.comparison.gaps import gap
 from safelora_fast.comparison.measures import MEASURES
-from safelora_fast.comparison.places import REFERENCE, Place, places_of
+from safelora_fast.comparison.places import Place, places_of
 from safelora_fast.comparison.reading import read_figures
 from safelora_fast.comparison.report import Cell, Column, ComparisonReport, Plot, Row, SeedValue
 from safelora_fast.recipe.folder import RECORD

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.config import OPERATOR_SWAP
 from safelora_fast.comparison.inputs import check_inputs
-from safelora_fast.comparison.places import CONFIGURATION, OPERATOR_SWAP, check_place, places_of, reference_of
+from safelora_fast.comparison.places import CONFIGURATION, check_place, places_of, reference_of
 from safelora_fast.comparison.runs import Runs, trainings_of
 from safelora_fast.comparison.training import check_folder, is_finished, train
 from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError

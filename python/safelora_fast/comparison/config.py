@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.places import OPERATOR_SWAP, RESERVED
 from safelora_fast.comparison.sections import MeasureSection
 from safelora_fast.errors import SettingsError
 from safelora_fast.evaluation.operator_swap import TRAIN
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 
 KEYS = ("title", "recipe", "seeds", "runs", "measure", "output")
 FINISHED = "adapters"
+REFERENCE = "reference"
+OPERATOR_SWAP = "operator-swap"
+RESERVED = (REFERENCE, OPERATOR_SWAP)  # folders beside those of the runs
 UNSAFE = re.compile(r"[^\w.-]+")
 
 

@@ -19,6 +19,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.config import OPERATOR_SWAP, REFERENCE
 from safelora_fast.errors import OutputError
 from safelora_fast.evaluation.folder import adapter_fingerprint
 from safelora_fast.posthoc.output import described
@@ -31,10 +32,7 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.config import CompareConfig, RunSpec
 
 CONFIGURATION = "compare.yaml"
-REFERENCE = "reference"
 FAILURE = "failure.json"
-OPERATOR_SWAP = "operator-swap"
-RESERVED = (REFERENCE, OPERATOR_SWAP)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
-    import torch
-
     from safelora_fast.subspace import SafeSubspace
     from safelora_fast.training.anatomy import Anatomy
 
@@ -50,18 +48,3 @@ class SubspacePenalty(Defense):
         from safelora_fast.training.safe_modules import SafeModules
 
         SafeModules(anatomy.model, self.subspace, owner="SubspacePenalty")
-
-
-def penalty(left: torch.Tensor, right: torch.Tensor, scale: float, vectors: torch.Tensor) -> torch.Tensor:
-    """s²·tr(RᵀR·AAᵀ) with R = B − U(UᵀB), a float32 scalar (float64 for float64 factors).
-
-    Expanding the product would cancel: just after a projection R is a small difference of large matrices.
-
-    Args:
-        left: B [m, r].
-        right: A [r, n].
-        scale: s.
-        vectors: U [m, k] with orthonormal columns.
-    """
-    outside = left - vectors @ (vectors.T @ left)
-    return scale**2 * ((outside.T @ outside) * (right @ right.T)).sum()

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.defenses.subspace_penalty import penalty
 from safelora_fast.errors import PairingError
 from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
-from safelora_fast.ops.subspace_projection.penalties import is_grouped, subspace_penalties
+from safelora_fast.ops.subspace_projection.penalties import is_grouped, subspace_penalties, subspace_penalty
 from safelora_fast.training.adapted import AdaptedModule, adapted_modules
 from safelora_fast.training.anatomy import gathered
 from safelora_fast.training.guard import projection_culprit
@@ -69,7 +68,7 @@ class SafeModules:
                 if is_grouped([*bases, *lefts, *rights]):
                     found = subspace_penalties(bases, lefts, rights, scales)
                 else:
-                    found = [penalty(*parts) for parts in zip(lefts, rights, scales, bases, strict=True)]
+                    found = [subspace_penalty(*parts) for parts in zip(lefts, rights, scales, bases, strict=True)]
                 values.update(zip(chosen, found, strict=True))
         return [(module.name, values[index]) for index, module in enumerate(self.modules)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.comparison.config import OPERATOR_SWAP
 from safelora_fast.comparison.measures.base import OfTheRun
 from safelora_fast.comparison.measures.margin import label, model_of
-from safelora_fast.comparison.places import OPERATOR_SWAP
 from safelora_fast.evaluation.generation import generate
 from safelora_fast.evaluation.operator_swap import HELD_OUT, INSTRUCTION, number_of, read, score
 from safelora_fast.recipe.digests import digest

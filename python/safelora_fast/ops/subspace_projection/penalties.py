@@ -1,4 +1,4 @@
-"""The penalty on what leaves the safe subspaces, of all modules at once, with its gradient written out."""
+"""The penalty on what leaves the safe subspace: of one module, and of all at once with the gradient written out."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 def is_grouped(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether modules with these tensors share launches; elsewhere one after the other is as good."""
     return choose("subspace_projections", tensors).name in {"triton", "cuda"}
+
+
+def subspace_penalty(left: torch.Tensor, right: torch.Tensor, scale: float, vectors: torch.Tensor) -> torch.Tensor:
+    """s²·tr(RᵀR·AAᵀ) with R = B − U(UᵀB), a float32 scalar (float64 for float64 factors), of one module.
+
+    Expanding the product would cancel: just after a projection R is a small difference of large matrices.
+
+    Args:
+        left: B [m, r].
+        right: A [r, n].
+        scale: s.
+        vectors: U [m, k] with orthonormal columns.
+    """
+    outside = left - vectors @ (vectors.T @ left)
+    return scale**2 * ((outside.T @ outside) * (right @ right.T)).sum()
 
 
 def subspace_penalties(

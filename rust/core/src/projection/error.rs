@@ -1,5 +1,7 @@
 //! Why a module could not be projected.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::checkpoint::CheckpointError;
 use crate::kernels::ShapeError;
 
@@ -33,4 +35,11 @@ pub enum ProjectionError {
         /// What happened.
         message: String,
     },
+}
+
+impl ProjectionError {
+    /// [`ProjectionError::Cancelled`] once the run has been asked to stop.
+    pub(super) fn if_cancelled(cancel: &AtomicBool) -> Result<(), Self> {
+        if cancel.load(Ordering::Relaxed) { Err(Self::Cancelled) } else { Ok(()) }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use super::factors::{append_columns, append_rows, first_not_finite};
 use super::outcome::{Grams, diagonal};
@@ -70,7 +70,7 @@ impl Projector {
         let started = extent.map_or(0, |extent| start_count(extent, (m, n)));
         random.extend(&mut self.left, started * m);
 
-        check(cancel)?;
+        ProjectionError::if_cancelled(cancel)?;
         self.reduced.resize((rank + started) * n, 0.0);
         v.transposed_product(&mut self.engine, &self.left, rank + started, &mut self.reduced).map_err(shape)?;
         for share in &mut shares {
@@ -79,11 +79,11 @@ impl Projector {
         let right = self.engine.install(|| orthonormal(&self.reduced[rank * n..], &[], n));
         self.reduced.truncate(rank * n);
         self.reduced.extend_from_slice(&right);
-        check(cancel)?;
+        ProjectionError::if_cancelled(cancel)?;
         let columns = rank + right.len() / n;
         self.applied.resize(columns * m, 0.0);
         v.product(&mut self.engine, &self.reduced, columns, &mut self.applied).map_err(shape)?;
-        check(cancel)?;
+        ProjectionError::if_cancelled(cancel)?;
 
         let norm_squared = v.norm_squared().unwrap_or(f64::NAN);
         if !norm_squared.is_finite() {
@@ -245,10 +245,6 @@ pub(super) fn normalise(values: &mut [f32]) -> f64 {
         *value = (f64::from(*value) * inverse) as f32;
     }
     scale
-}
-
-pub(super) fn check(cancel: &AtomicBool) -> Result<(), ProjectionError> {
-    if cancel.load(Ordering::Relaxed) { Err(ProjectionError::Cancelled) } else { Ok(()) }
 }
 
 /// Finds out which weight is not finite.

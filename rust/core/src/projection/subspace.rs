@@ -7,7 +7,6 @@
 
 use std::sync::atomic::AtomicBool;
 
-use super::projector::check;
 use super::{ProjectionError, Random, Stacked};
 use crate::kernels::{Engine, ShapeError};
 use crate::linalg::{Eigen, combine, gram, inner_products, orthonormal, removed, symmetric_eigen};
@@ -90,7 +89,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
             if self.count() == n {
                 break;
             }
-            check(cancel).map_err(|_| Failure::Cancelled)?;
+            ProjectionError::if_cancelled(cancel).map_err(|_| Failure::Cancelled)?;
             let block = self.next_block(&ritz, wanted)?;
             if block.is_empty() {
                 break;
@@ -101,7 +100,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
             {
                 self.restart(&ritz, wanted.unwrap_or(0) + OVERSAMPLING);
             }
-            check(cancel).map_err(|_| Failure::Cancelled)?;
+            ProjectionError::if_cancelled(cancel).map_err(|_| Failure::Cancelled)?;
             self.append(&block)?;
         }
         Ok(self.finish(norm_squared))
