@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from safelora_fast.ops.linear_kl import library
-from safelora_fast.ops.linear_kl.fused import SharedLoss, TokenFigures, linear_kl, linear_kl_cross_entropy
+from safelora_fast.ops.linear_kl.chunked import SharedLoss, TokenFigures
+from safelora_fast.ops.linear_kl.fused import linear_kl, linear_kl_cross_entropy
 from safelora_fast.ops.linear_kl.reference import cross_entropy_reference, linear_kl_reference
 
 __all__ = [

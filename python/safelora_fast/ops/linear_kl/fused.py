@@ -1,20 +1,17 @@
-"""KL and cross-entropy from hidden states, a chunk of tokens at a time, with the gradient computed in the forward."""
+"""KL and cross-entropy from hidden states as functions of torch, with the gradient computed in the forward."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from safelora_fast.ops.backends import choose
-from safelora_fast.ops.linear_kl.head import Chunk, Head
-from safelora_fast.ops.linear_kl.passes import Given, Settings
-from safelora_fast.ops.linear_kl.rows import IGNORED_LABEL, Rows
+from safelora_fast.ops.linear_kl import library
+from safelora_fast.ops.linear_kl.chunked import SharedLoss, exact_dtype, token_figures, weighted_sums
+from safelora_fast.ops.linear_kl.head import Head
+from safelora_fast.ops.linear_kl.passes import Settings
+from safelora_fast.ops.linear_kl.rows import Rows
 from safelora_fast.ops.once import differentiable_once
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Direction = Literal["reverse", "forward"]
 
@@ -61,46 +58,12 @@ def linear_kl(
     head = _head(hidden, head_weight, bias, logit_scale, softcap)
     mask, settings = mask.to(hidden.device, torch.bool), Settings(direction == "forward", temperature)
     if torch.compiler.is_compiling():
-        from safelora_fast.ops.linear_kl import library
-
         total = library.divergence(hidden, reference_hidden, head, mask, settings)
         return total / mask.sum().clamp(min=1)
     rows = Rows.of(mask.flatten(), None, settings)
-    one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
+    one = torch.ones((), dtype=exact_dtype(hidden), device=hidden.device)
     total, *_ = _LinearLoss.apply(hidden, _anchor(hidden), reference_hidden.detach(), head, rows, one, one)
     return total / (mask.sum().clamp(min=1) if rows.positions is None else max(len(rows), 1))
-
-
-@dataclass(frozen=True)
-class TokenFigures:
-    """What the student makes of each label, [batch, tokens] each and without gradient; zero where there is no label.
-
-    Attributes:
-        nll: negative log-likelihood.
-        entropy: entropy of the next-token distribution.
-        is_top1: whether the label is the first choice; of equal ones the first counts.
-    """
-
-    nll: torch.Tensor
-    entropy: torch.Tensor
-    is_top1: torch.Tensor
-
-
-@dataclass(frozen=True)
-class SharedLoss:
-    """KL and cross-entropy from the same logits.
-
-    Attributes:
-        loss: kl_weight · kl + cross_entropy_weight · cross_entropy, differentiable; float32 (float64 for float64 states).
-        kl: sum of the divergence over the tokens in the mask, without gradient.
-        cross_entropy: sum of the negative log-likelihood of the labels, without gradient.
-        tokens: figures per token, where they were asked for.
-    """
-
-    loss: torch.Tensor
-    kl: torch.Tensor
-    cross_entropy: torch.Tensor
-    tokens: TokenFigures | None
 
 
 def linear_kl_cross_entropy(
@@ -153,22 +116,12 @@ def linear_kl_cross_entropy(
     weights = [_scalar(weight, hidden) for weight in (kl_weight, cross_entropy_weight)]
     settings = Settings(direction == "forward", temperature)
     if torch.compiler.is_compiling():
-        from safelora_fast.ops.linear_kl import library
-
         return library.shared_loss(hidden, reference_hidden, head, mask, labels, settings, *weights, figures=figures)
     rows = Rows.of(mask, labels, settings, figures=figures)
     loss, kl, cross_entropy, *per_row = _LinearLoss.apply(
         hidden, _anchor(hidden), reference_hidden.detach(), head, rows, *weights
     )
     return SharedLoss(loss, kl, cross_entropy, token_figures(rows, per_row, hidden.shape[:-1]) if figures else None)
-
-
-def token_figures(rows: Rows, per_row: Sequence[torch.Tensor], shape: Sequence[int]) -> TokenFigures:
-    """Figures of the rows as [batch, tokens], with zeros for the others."""
-    whole = [torch.zeros(rows.counts.shape, dtype=row.dtype, device=row.device) for row in per_row]
-    for flat, row in zip(whole, per_row, strict=True):
-        rows.put(flat, slice(None), row)
-    return TokenFigures(*(flat.view(shape) for flat in whole))
 
 
 def _check(
@@ -203,15 +156,11 @@ def _anchor(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.narrow(0, 0, 0).clone()
 
 
-def _exact(hidden: torch.Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def _scalar(value: torch.Tensor | float, hidden: torch.Tensor) -> torch.Tensor:
     """A weight on the device; filled in there if it is a number, since a copy would have to be waited for."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(hidden.device, _exact(hidden))
-    return torch.full((), value, dtype=_exact(hidden), device=hidden.device)
+        return value.detach().to(hidden.device, exact_dtype(hidden))
+    return torch.full((), value, dtype=exact_dtype(hidden), device=hidden.device)
 
 
 def _head(
@@ -239,7 +188,9 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
         cross_entropy_weight: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        size, (loss, *figures) = run(hidden, reference, head, rows, (kl_weight, cross_entropy_weight), gradient)
+        size, (loss, *figures) = weighted_sums(
+            hidden, reference, head, rows, (kl_weight, cross_entropy_weight), gradient
+        )
         if gradient is not None:
             ctx.save_for_backward(gradient, size, anchor)
         ctx.mark_non_differentiable(*(figure for figure in figures if figure is not None))
@@ -251,60 +202,3 @@ class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
         scaled = (gradient * (gradients[0] * size)).to(gradient.dtype)
         (tied,) = differentiable_once([scaled], [anchor, gradients[0]], owner="linear_kl")
         return tied, None, None, None, None, None, None
-
-
-def run(
-    hidden: torch.Tensor,
-    reference: torch.Tensor,
-    head: Head,
-    rows: Rows,
-    weights: tuple[torch.Tensor, torch.Tensor],
-    gradient: torch.Tensor | None,
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """(loss, Σ KL, Σ NLL, NLL, entropy, hits), the last three by row or None, without autograd.
-
-    The gradient goes into `gradient`, which is zero, where there is one. It is divided by the larger weight, which comes
-    first, so that small weights (one over very many tokens) do not underflow in half precision.
-    """
-    exact = _exact(hidden)
-    flat, reference = hidden.flatten(0, -2), reference.to(hidden.device).flatten(0, -2)
-    kl_weight, cross_entropy_weight = weights
-    size = torch.maximum(kl_weight.abs(), cross_entropy_weight.abs())
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    given: list[Given] = []
-    with torch.autocast(hidden.device.type, enabled=False):
-        chunk = Chunk(head, len(rows))
-        backend = choose("linear_kl", (flat, reference, head.weight)).module
-        passes = backend.Passes(head, rows.settings, chunk.tokens, exact)
-        for start in range(0, len(rows), chunk.tokens):
-            whole = slice(start, min(start + chunk.tokens, len(rows)))
-            chunk.fill(rows.take(flat, whole).to(exact), rows.take(reference, whole).to(exact))
-            for block, raw, delta in chunk.blocks(passes.rows):
-                part = slice(start + block.start, start + block.stop)
-                given.append(passes.block(raw, delta, rows.wanted(part, kl_weight / size, cross_entropy_weight / size)))
-            if gradient is not None:
-                rows.put(gradient.view(flat.shape), whole, chunk.back().to(gradient.dtype))
-    return size, _summed(given, rows, kl_weight, cross_entropy_weight)
-
-
-def _summed(
-    given: list[Given], rows: Rows, kl_weight: torch.Tensor, cross_entropy_weight: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
-    """(loss, Σ KL, Σ NLL, NLL, entropy, hits), the last three by row or None."""
-
-    def joined(name: str) -> torch.Tensor:
-        parts = [getattr(block, name) for block in given]
-        return torch.cat(parts) if parts else kl_weight.new_zeros(0)
-
-    kl = joined("divergence").masked_fill(~rows.in_mask, 0).sum()
-    loss = kl_weight * kl
-    if rows.labels is None:
-        return loss, kl, None, None, None, None
-    labelled = rows.labels != IGNORED_LABEL
-    nll = joined("nll").masked_fill(~labelled, 0)
-    cross_entropy = nll.sum()
-    loss = loss + cross_entropy_weight * cross_entropy
-    if not rows.figures:
-        return loss, kl, cross_entropy, None, None, None
-    entropy = joined("entropy").masked_fill(~labelled, 0)
-    return loss, kl, cross_entropy, nll, entropy, labelled & joined("is_top1").to(torch.bool)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from safelora_fast.ops.linear_kl.fused import SharedLoss, TokenFigures, run, token_figures
+from safelora_fast.ops.linear_kl.chunked import SharedLoss, TokenFigures, exact_dtype, token_figures, weighted_sums
 from safelora_fast.ops.linear_kl.head import Head
 from safelora_fast.ops.linear_kl.passes import Settings
 from safelora_fast.ops.linear_kl.rows import Rows
@@ -71,15 +71,15 @@ def _divergence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gradient = _like(hidden, differentiable).zero_()
     head, rows = Head(weight, bias, scale, softcap), Rows.of(mask.flatten(), None, Settings(forward, temperature))
-    one = torch.ones((), dtype=_exact(hidden), device=hidden.device)
-    _, (total, *_) = run(hidden, reference, head, rows, (one, one), gradient if differentiable else None)
+    one = torch.ones((), dtype=exact_dtype(hidden), device=hidden.device)
+    _, (total, *_) = weighted_sums(hidden, reference, head, rows, (one, one), gradient if differentiable else None)
     assert total is not None  # noqa: S101
     return total, gradient
 
 
 @_divergence.register_fake  # type: ignore[untyped-decorator]
 def _(hidden: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty((), dtype=_exact(hidden), device=hidden.device), _like(hidden, rest[-1])
+    return torch.empty((), dtype=exact_dtype(hidden), device=hidden.device), _like(hidden, rest[-1])
 
 
 def _keep_gradient(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001
@@ -123,7 +123,7 @@ def _shared_loss(
         Rows.of(mask, labels, Settings(forward, temperature), figures=figures),
     )
     weights = kl_weight, cross_entropy_weight
-    size, (*sums, nll, entropy, is_top1) = run(
+    size, (*sums, nll, entropy, is_top1) = weighted_sums(
         hidden, reference, head, rows, weights, gradient if differentiable else None
     )
     tokens = _figures(hidden, 0)
@@ -136,7 +136,7 @@ def _shared_loss(
 @_shared_loss.register_fake  # type: ignore[untyped-decorator]
 def _(hidden: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
     figures, differentiable = rest[-2:]
-    sums = [torch.empty((), dtype=_exact(hidden), device=hidden.device) for _ in range(4)]
+    sums = [torch.empty((), dtype=exact_dtype(hidden), device=hidden.device) for _ in range(4)]
     tokens = _figures(hidden, *(hidden.shape[:-1] if figures else [0]))
     return (*sums[:3], *tokens, _like(hidden, differentiable), sums[3])
 
@@ -154,15 +154,11 @@ def _weighted_gradient(ctx: Any, of_loss: torch.Tensor, *_: Any) -> tuple[Any, .
 _shared_loss.register_autograd(_weighted_gradient, setup_context=_keep_weighted)
 
 
-def _exact(hidden: torch.Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def _like(hidden: torch.Tensor, differentiable: bool) -> torch.Tensor:
     return torch.empty(hidden.shape if differentiable else (0,), dtype=hidden.dtype, device=hidden.device)
 
 
 def _figures(hidden: torch.Tensor, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtypes = _exact(hidden), _exact(hidden), torch.bool
+    dtypes = exact_dtype(hidden), exact_dtype(hidden), torch.bool
     nll, entropy, is_top1 = (torch.empty(shape, dtype=dtype, device=hidden.device) for dtype in dtypes)
     return nll, entropy, is_top1

@@ -47,33 +47,8 @@ class Projection:
         return cross / (product * plain).sqrt()
 
 
-def subspace_projections(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[Projection]:
-    """Project the B of every module, each onto its own alignment subspace (Hsu et al. 2024, arXiv 2405.16833).
-
-    With a pair of weights V = aligned − base it is the paper's C·B, C = V·Vᵀ/‖V‖_F, as V·(VᵀB)/‖V‖_F; with an
-    orthonormal basis U_k it is P_k·B = U_k·(U_kᵀB). Neither V, C nor P_k is formed. On a GPU each of the passes is one
-    launch for all modules that are alike in dtypes and layout, longest first; on the CPU the modules take turns in torch.
-    Sums are float32, with products of float32 split rather than rounded to tf32, in an order that depends on shapes alone.
-
-    Args:
-        matrices: per module (aligned, base), [m, n] each, or U_k [m, k]; float32, bfloat16 or float16, rows or columns
-            contiguous (others are copied).
-        factors: per module B [m, r], on the device of its matrix; any strides.
-
-    Raises:
-        ValueError: shapes or devices do not fit, or there is no module.
-        BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
-    """
-    _check(matrices, factors, 0)
-    if torch.compiler.is_compiling():
-        from safelora_fast.ops.subspace_projection import library
-
-        return library.projections(matrices, factors)
-    return projected(matrices, factors)
-
-
 def projected(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[Projection]:
-    """What :func:`subspace_projections` gives, by the backend that serves, without the dispatcher."""
+    """What `subspace_projections` gives, by the backend that serves, without the dispatcher."""
     with torch.no_grad():
         inner, squares = transposed_products(matrices, factors)
         products = matrix_products(matrices, inner)
@@ -98,7 +73,7 @@ def transposed_products(
     matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Mᵀ·X of every module [columns, rank], and ‖M‖²_F of the pairs [modules] (zero for a matrix alone), float32."""
-    _check(matrices, factors, 0)
+    check(matrices, factors, 0)
     module = choose("subspace_projections", _tensors(matrices, factors)).module
     found: tuple[list[torch.Tensor], torch.Tensor] = module.transposed_products(matrices, factors)
     return found
@@ -106,7 +81,7 @@ def transposed_products(
 
 def matrix_products(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """M·X of every module [rows, rank], float32."""
-    _check(matrices, factors, 1)
+    check(matrices, factors, 1)
     module = choose("subspace_projections", _tensors(matrices, factors)).module
     found: list[torch.Tensor] = module.products(matrices, factors)
     return found
@@ -117,7 +92,8 @@ def _tensors(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> lis
     return [*parts, *factors]
 
 
-def _check(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], axis: int) -> None:
+def check(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], axis: int) -> None:
+    """Refuse, by a ValueError, what is no matrix with a factor of as many rows as the matrix has along `axis`."""
     if len(matrices) != len(factors) or not factors:
         raise ValueError(f"{len(matrices)} matrices and {len(factors)} factors; one factor belongs to each matrix")
     device = factors[0].device
