@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from safelora_fast.scoring.batches import batches_by_length
 from safelora_fast.scoring.head import label_log_likelihoods, picked
 from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.precision import NARROW, wide_hidden_states
-from safelora_fast.scoring.prefix import Pasts
+from safelora_fast.scoring.prefix import Pasts, reads_whole_inputs
 from safelora_fast.scoring.sequences import padded
 from safelora_fast.training.anatomy import adapter_layers, dissect
 from safelora_fast.training.batch import IGNORED_LABEL
@@ -175,7 +174,7 @@ class AnswerScorer:
         self._masked = not self._ignores_padding(ids)
         self._wide = self._can_be_wide(ids)
         with self._precision():
-            self._shares = self._keeps_a_past(ids)
+            self._shares = not reads_whole_inputs(self._model) and self._keeps_a_past(ids)
 
     def _can_be_wide(self, ids: torch.Tensor) -> bool:
         """Whether the model says the same, up to rounding, when its hidden states are of more digits than its weights."""
@@ -207,9 +206,7 @@ class AnswerScorer:
         labels = rows[:, prefix + 1 :].flatten()
         try:
             theirs = self._log_likelihoods(question, where, labels)
-            with warnings.catch_warnings():  # PEFT's learnt prompts replace a past, and say so
-                warnings.simplefilter("ignore")
-                ours = self._log_likelihoods(self._after(prefix, question), where[:, prefix:], labels)
+            ours = self._log_likelihoods(self._after(prefix, question), where[:, prefix:], labels)
         except Exception:  # whatever a model without a past raises
             return False
         finally:

@@ -66,7 +66,7 @@ def _logits(
 def picked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-likelihood of the label of each row of logits [tokens, vocabulary], in float32."""
     at_once = _rows(ROWS_ELEMENTS, logits.device, logits.shape[1])
-    found = torch.empty(len(logits), device=logits.device)
+    found = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for own, some, wanted in zip(found.split(at_once), logits.split(at_once), labels.split(at_once), strict=True):
         exact = some.float()
         own.copy_(exact.gather(1, wanted[:, None]).squeeze(1)).sub_(exact.logsumexp(dim=1))
