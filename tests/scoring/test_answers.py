@@ -332,6 +332,17 @@ def test_a_model_whose_past_is_another_thing_runs_whole(monkeypatch):
     check(tiny_model(vocab_size=40), beginning_alike(12, (20, 15, 26)))
 
 
+def test_too_few_tokens_to_try_a_past_on_are_no_proof_of_one(monkeypatch):
+    monkeypatch.setattr(Pasts, "of", lambda *_, **__: {})
+    model = tiny_model(vocab_size=40)
+    scorer = AnswerScorer(model)
+    list(scorer.each([Sequence([5, 6], [-100, 6])]))
+    examples = beginning_alike(12, (20, 15, 26))
+    scores = dict(scorer.each(examples))
+    for index, (likelihood, _) in enumerate(truth(model, examples)):
+        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+
+
 def beginning_alike(length, lengths, seed=5):
     """Sequences whose answers begin where they no longer are the same."""
     first, *others = sequences(lengths, prompt=length, seed=seed)

@@ -230,6 +230,8 @@ class AnswerScorer:
 
     def _same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         """Whether log-likelihoods of the same labels agree; of a model in 16 bits on the whole, as single logits are coarse."""
+        if not len(theirs):  # nothing was tried
+            return False
         if next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}:
             return bool(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
         apart = (ours - theirs).abs().mean().item()
