@@ -66,9 +66,9 @@ class AnswerScorer:
     Whether that gives the model's own log-likelihoods is tried on a few tokens first; where it does not (the head is
     adapted, or the model has a way of its own with logits), the model's logits are used. Nor is the model told which tokens
     are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask. What all
-    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it, and not again for
-    the next batch that begins alike. Hidden states of a model in 16 bits are float32 from block to block. A sequence so long that
-    the model stretches its positions is a batch of its own.
+    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it and no adapter asks
+    for the whole input, and not again for the next batch that begins alike. Hidden states of a model in 16 bits are float32 from
+    block to block. A sequence so long that the model stretches its positions is a batch of its own.
 
     Args:
         model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back. Its

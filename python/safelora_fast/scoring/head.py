@@ -43,7 +43,7 @@ def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head
 def _logits(
     states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: Head
 ) -> torch.Tensor:
-    """Logits [tokens, vocabulary], up to a constant for each token: in the dtype of the head where nothing more is done to them."""
+    """Logits [tokens, vocabulary], up to a constant for each token: in float32, or in the head's 16 bits if it is linear."""
     bent = head.scale != 1.0 or head.softcap is not None
     if weight.dtype in {torch.bfloat16, torch.float16}:
         level = (states.float() * weight[labels].float()).sum(dim=1, keepdim=True).to(weight.dtype)
