@@ -152,6 +152,31 @@ def test_logits_that_are_bent_in_an_unknown_way_are_the_models_own(told, monkeyp
     ]
 
 
+def test_what_runs_out_of_memory_while_it_is_tried_is_tried_again(told, monkeypatch):
+    model = tiny_model(vocab_size=40)
+    whole = model.forward
+    bend = torch.arange(40) % 2 - 0.5
+
+    def forward(input_ids=None, logits_to_keep=0, **others):
+        output = whole(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
+        output.logits = output.logits + bend.to(output.logits.dtype)
+        return output
+
+    def no_memory(*_args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "forward", forward)
+    scorer = AnswerScorer(model)
+    with monkeypatch.context() as once:
+        once.setattr("safelora_fast.scoring.answers.label_log_likelihoods", no_memory)
+        with pytest.raises(SettingsError, match="out of memory"):
+            list(scorer.each(sequences()))
+    scores = dict(scorer.each(sequences()))
+    for index, (likelihood, _) in enumerate(truth(model, sequences())):
+        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+    assert len(told()) == 1
+
+
 ROPES = {
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     "longrope": {

@@ -166,7 +166,6 @@ class AnswerScorer:
 
     def _choose(self, ids: torch.Tensor) -> None:
         """Use the head alone where that is the same, and say why where it is not."""
-        self._chosen = True
         reason = self._against_head(ids)
         if reason is not None:
             self._head = None
@@ -175,6 +174,7 @@ class AnswerScorer:
         self._wide = self._can_be_wide(ids)
         with self._precision():
             self._shares = not reads_whole_inputs(self._model) and self._keeps_a_past(ids)
+        self._chosen = True
 
     def _can_be_wide(self, ids: torch.Tensor) -> bool:
         """Whether the model says the same, up to rounding, when its hidden states are of more digits than its weights."""
@@ -238,6 +238,7 @@ class AnswerScorer:
         return apart <= COARSE and bool(torch.allclose(ours.mean(), theirs.mean(), rtol=2e-2, atol=2e-2))
 
     def _against_head(self, ids: torch.Tensor) -> str | None:
+        self._head = None  # a former try may have ended early
         model = self._anatomy.model
         if KEPT_LOGITS not in inspect.signature(model.forward).parameters:
             return f"{type(model).__name__} takes no {KEPT_LOGITS}"
