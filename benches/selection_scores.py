@@ -125,7 +125,10 @@ class Scores:
 
 
 class Products:
-    """The matrix products of our batches and nothing else, those of the adapters left out: no scoring takes less."""
+    """The matrix products of our batches and nothing else: no scoring takes less.
+
+    Left out are those of the adapters and of attention, and what padding and the common beginning of a batch ask for.
+    """
 
     def __init__(self, folder: Path, examples: list[Example], dtype: torch.dtype) -> None:
         config = load(folder).config

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 import transformers
 from families import FAMILIES, Family
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import fill_adapter, tiny_model, tiny_peft_model
 
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.scoring import AnswerScorer, batches_by_length, score_answers
-from safelora_fast.scoring.head import label_log_likelihoods
+from safelora_fast.scoring.head import label_log_likelihoods, picked
 from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.prefix import Pasts, shared_prefix
 from safelora_fast.training.anatomy import Head
@@ -152,6 +152,31 @@ def test_logits_that_are_bent_in_an_unknown_way_are_the_models_own(told, monkeyp
     ]
 
 
+def test_what_runs_out_of_memory_while_it_is_tried_is_tried_again(told, monkeypatch):
+    model = tiny_model(vocab_size=40)
+    whole = model.forward
+    bend = torch.arange(40) % 2 - 0.5
+
+    def forward(input_ids=None, logits_to_keep=0, **others):
+        output = whole(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
+        output.logits = output.logits + bend.to(output.logits.dtype)
+        return output
+
+    def no_memory(*_args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "forward", forward)
+    scorer = AnswerScorer(model)
+    with monkeypatch.context() as once:
+        once.setattr("safelora_fast.scoring.answers.label_log_likelihoods", no_memory)
+        with pytest.raises(SettingsError, match="out of memory"):
+            list(scorer.each(sequences()))
+    scores = dict(scorer.each(sequences()))
+    for index, (likelihood, _) in enumerate(truth(model, sequences())):
+        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+    assert len(told()) == 1
+
+
 ROPES = {
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     "longrope": {
@@ -206,6 +231,34 @@ def test_learnt_prompts():
         tiny_model(vocab_size=40), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32)
     )
     check(model, sequences())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_learnt_prompts_stand_before_what_batches_begin_with(dtype):
+    """Behind a past PEFT would put them a second time: in 16 bits that looks like rounding."""
+    options = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32)
+    model = get_peft_model(tiny_model(vocab_size=40), options).to(dtype)
+    examples = beginning_alike(12, (30, 25, 26))
+    seen = []
+    model.get_base_model().lm_head.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    scorer = AnswerScorer(model)
+    list(scorer.each(examples[:1]))
+    seen.clear()
+    list(scorer.each(examples))
+    assert seen == [3]  # nothing of its own for the beginning
+    check(model, examples, rel=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+def test_an_adapter_that_is_activated_within_what_batches_begin_with():
+    lora = {"alora_invocation_tokens": [7, 8], "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    if "alora_invocation_tokens" not in {field.name for field in fields(LoraConfig)}:
+        pytest.skip("this PEFT has no activated LoRA")
+    model = tiny_peft_model(lora=lora, vocab_size=40)
+    examples = beginning_alike(20, (40, 35, 46))
+    for example in examples:
+        example.ids[14:16] = [7, 8]
+    check(model, [examples[0]])
+    check(model, examples)
 
 
 def test_the_adapter_counts():
@@ -304,6 +357,17 @@ def test_a_model_whose_past_is_another_thing_runs_whole(monkeypatch):
     check(tiny_model(vocab_size=40), beginning_alike(12, (20, 15, 26)))
 
 
+def test_too_few_tokens_to_try_a_past_on_are_no_proof_of_one(monkeypatch):
+    monkeypatch.setattr(Pasts, "of", lambda *_, **__: {})
+    model = tiny_model(vocab_size=40)
+    scorer = AnswerScorer(model)
+    list(scorer.each([Sequence([5, 6], [-100, 6])]))
+    examples = beginning_alike(12, (20, 15, 26))
+    scores = dict(scorer.each(examples))
+    for index, (likelihood, _) in enumerate(truth(model, examples)):
+        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+
+
 def beginning_alike(length, lengths, seed=5):
     """Sequences whose answers begin where they no longer are the same."""
     first, *others = sequences(lengths, prompt=length, seed=seed)
@@ -340,6 +404,19 @@ def test_large_logits_of_half_precision_are_precise_where_it_matters(dtype, kind
     assert ((ours - expected).abs() <= bound).all()
     rounded = logits.to(dtype).double().log_softmax(dim=1)[torch.arange(200), labels]
     assert (ours - expected).square().mean() < (rounded - expected).square().mean() / 9
+
+
+def test_log_likelihoods_are_float32_whatever_new_tensors_are():
+    logits = torch.randn(5, 61, generator=torch.Generator().manual_seed(4))
+    expected = logits.log_softmax(dim=1)[:, 7]
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = picked(logits, torch.full((5,), 7))
+    finally:
+        torch.set_default_dtype(former)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, rtol=1e-6)
 
 
 def test_half_precision_is_near():

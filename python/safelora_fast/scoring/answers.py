@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from safelora_fast.scoring.batches import batches_by_length
 from safelora_fast.scoring.head import label_log_likelihoods, picked
 from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.precision import NARROW, wide_hidden_states
-from safelora_fast.scoring.prefix import Pasts
+from safelora_fast.scoring.prefix import Pasts, reads_whole_inputs
 from safelora_fast.scoring.sequences import padded
 from safelora_fast.training.anatomy import adapter_layers, dissect
 from safelora_fast.training.batch import IGNORED_LABEL
@@ -67,9 +66,9 @@ class AnswerScorer:
     Whether that gives the model's own log-likelihoods is tried on a few tokens first; where it does not (the head is
     adapted, or the model has a way of its own with logits), the model's logits are used. Nor is the model told which tokens
     are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask. What all
-    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it, and not again for
-    the next batch that begins alike. Hidden states of a model in 16 bits are float32 from block to block. A sequence so long that
-    the model stretches its positions is a batch of its own.
+    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it and no adapter asks
+    for the whole input, and not again for the next batch that begins alike. Hidden states of a model in 16 bits are float32 from
+    block to block. A sequence so long that the model stretches its positions is a batch of its own.
 
     Args:
         model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back. Its
@@ -167,7 +166,6 @@ class AnswerScorer:
 
     def _choose(self, ids: torch.Tensor) -> None:
         """Use the head alone where that is the same, and say why where it is not."""
-        self._chosen = True
         reason = self._against_head(ids)
         if reason is not None:
             self._head = None
@@ -175,7 +173,8 @@ class AnswerScorer:
         self._masked = not self._ignores_padding(ids)
         self._wide = self._can_be_wide(ids)
         with self._precision():
-            self._shares = self._keeps_a_past(ids)
+            self._shares = not reads_whole_inputs(self._model) and self._keeps_a_past(ids)
+        self._chosen = True
 
     def _can_be_wide(self, ids: torch.Tensor) -> bool:
         """Whether the model says the same, up to rounding, when its hidden states are of more digits than its weights."""
@@ -207,9 +206,7 @@ class AnswerScorer:
         labels = rows[:, prefix + 1 :].flatten()
         try:
             theirs = self._log_likelihoods(question, where, labels)
-            with warnings.catch_warnings():  # PEFT's learnt prompts replace a past, and say so
-                warnings.simplefilter("ignore")
-                ours = self._log_likelihoods(self._after(prefix, question), where[:, prefix:], labels)
+            ours = self._log_likelihoods(self._after(prefix, question), where[:, prefix:], labels)
         except Exception:  # whatever a model without a past raises
             return False
         finally:
@@ -233,12 +230,15 @@ class AnswerScorer:
 
     def _same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         """Whether log-likelihoods of the same labels agree; of a model in 16 bits on the whole, as single logits are coarse."""
+        if not len(theirs):  # nothing was tried
+            return False
         if next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}:
             return bool(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
         apart = (ours - theirs).abs().mean().item()
         return apart <= COARSE and bool(torch.allclose(ours.mean(), theirs.mean(), rtol=2e-2, atol=2e-2))
 
     def _against_head(self, ids: torch.Tensor) -> str | None:
+        self._head = None  # a former try may have ended early
         model = self._anatomy.model
         if KEPT_LOGITS not in inspect.signature(model.forward).parameters:
             return f"{type(model).__name__} takes no {KEPT_LOGITS}"

@@ -43,7 +43,7 @@ def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head
 def _logits(
     states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: Head
 ) -> torch.Tensor:
-    """Logits [tokens, vocabulary], up to a constant for each token: in the dtype of the head where nothing more is done to them."""
+    """Logits [tokens, vocabulary], up to a constant for each token: in float32, or in the head's 16 bits if it is linear."""
     bent = head.scale != 1.0 or head.softcap is not None
     if weight.dtype in {torch.bfloat16, torch.float16}:
         level = (states.float() * weight[labels].float()).sum(dim=1, keepdim=True).to(weight.dtype)
@@ -66,7 +66,7 @@ def _logits(
 def picked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-likelihood of the label of each row of logits [tokens, vocabulary], in float32."""
     at_once = _rows(ROWS_ELEMENTS, logits.device, logits.shape[1])
-    found = torch.empty(len(logits), device=logits.device)
+    found = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for own, some, wanted in zip(found.split(at_once), logits.split(at_once), labels.split(at_once), strict=True):
         exact = some.float()
         own.copy_(exact.gather(1, wanted[:, None]).squeeze(1)).sub_(exact.logsumexp(dim=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.training.anatomy import is_parallel
 from safelora_fast.training.batch import IGNORED_LABEL
 from safelora_fast.training.reference import CACHES
 
@@ -66,6 +67,19 @@ def shared_prefix(examples: Sequence[Labelled]) -> int:
         first = next(place for place, label in enumerate(example.labels) if place and label != IGNORED_LABEL)
         length = min(length, first - 1)
     return length
+
+
+def reads_whole_inputs(model: nn.Module) -> bool:
+    """Whether an adapter must see all of a sequence at once: learnt prompts, and LoRA that acts from certain tokens on.
+
+    PEFT puts a learnt prompt before every input, behind a past too, and looks for the tokens that activate an aLoRA in the
+    input alone.
+    """
+    while is_parallel(model):
+        model = model.module
+    configs = (getattr(model, "peft_config", None) or {}).values()
+    names = ("is_prompt_learning", "alora_invocation_tokens")
+    return any(getattr(config, name, None) for config in configs for name in names)
 
 
 def _worth(saved: int, tokens: int) -> bool:
