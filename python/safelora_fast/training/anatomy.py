@@ -134,17 +134,22 @@ def dissect(model: nn.Module) -> Anatomy:
     config = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise SettingsError(f"{kind} is an encoder-decoder: defences are for decoder-only language models")
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
-    if decoder is inner:  # transformers before 5 knows no decoder of GPT-2's and Falcon's name
-        decoder = inner.base_model
-    lists = [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    if decoder is inner or not lists:
-        raise SettingsError(f"{kind}: no list of {config.num_hidden_layers} decoder blocks found")
-    return Anatomy(inner, decoder, tuple(lists[0]), config)
+    for decoder in _decoders(inner):
+        for module in decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+                return Anatomy(inner, decoder, tuple(module), config)
+    raise SettingsError(f"{kind}: no list of {config.num_hidden_layers} decoder blocks found")
+
+
+def _decoders(model: nn.Module) -> list[nn.Module]:
+    """What may hold the blocks: what the model calls its decoder, its base, then its parts; not all names are those of parts.
+
+    Before transformers 5 GPT-2 and Falcon know no decoder, only a base; Llama 4 names a base that it does not have, and
+    ModernBERT's decoder is its output head.
+    """
+    named = [model.get_decoder()] if hasattr(model, "get_decoder") else []
+    parts = [child for child in model.children() if hasattr(child, "config")]
+    return [decoder for decoder in (*named, model.base_model, *parts) if decoder is not model]
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
