@@ -68,6 +68,26 @@ def test_benchmarks_that_fail_everywhere_are_failed_cells(comparison, call, monk
     assert "its data are gone" in (comparison.output / "report.md").read_text()
 
 
+def test_a_benchmark_that_fails_takes_no_other_with_it(comparison, call):
+    """Its rows are gone; once they are back, it alone is run again."""
+    section = comparison.values()["measure"]["tasks"]
+    folder = Path(section["path"])
+    rows, gone = folder.parent / "choice.jsonl", folder.parent / "gone.jsonl"
+    words = (folder / "tiny_choice.yaml").read_text()
+    (folder / "gone.yaml").write_text(words.replace("tiny_choice", "gone").replace(str(rows), str(gone)))
+    comparison.edit(measure={"margin": False, "device": "cpu", "tasks": {**section, "names": ["gone", "tiny_choice"]}})
+    assert call(*comparison.words("-q")).code == 1
+    for name, count in (("reference", 1), ("none", 2)):
+        failed, done = (comparison.cells(name)[f"task/{task}"] for task in ("gone", "tiny_choice"))
+        assert all(seed["failure"].startswith("task gone: FileNotFoundError") for seed in failed["seeds"])
+        assert ([seed["failure"] for seed in done["seeds"]], failed["value"]) == ([None] * count, None)
+        assert done["value"] is not None
+    rows.rename(gone)
+    assert call(*comparison.words("-q")).code == 0
+    failed, done = (comparison.cells("none")[f"task/{task}"] for task in ("gone", "tiny_choice"))
+    assert (failed["value"], failed["low"]) == (done["value"], done["low"])
+
+
 def test_a_misspelt_benchmark_is_refused_before_the_first_step(comparison, call):
     tasks = comparison.values()["measure"]["tasks"]
     for changes, words in (

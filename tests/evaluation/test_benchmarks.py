@@ -181,7 +181,7 @@ def test_tasks_are_kept_one_by_one(run, tasks, tmp_path, monkeypatch):
     broken["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "nowhere.jsonl")
     (tasks / "broken.yaml").write_text(yaml.safe_dump({**broken, "task": "broken"}))
     with pytest.raises(EvaluationError, match=r"^task broken: \w+: ") as raised:
-        run(["choosing", "reading", "broken"], limit=5)
+        run(["choosing", "broken", "reading"], limit=5)
     assert "\n" not in str(raised.value)
     assert list(json.loads(file.read_text())["tasks"]) == ["choosing", "reading"]
     monkeypatch.setattr("safelora_fast.evaluation.loading.load_subject", None)  # nothing is left to be run

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FAILURE = "failure"  # where a content, or a part of one, has the reason why there is nothing
+UNFINISHED = "unfinished"  # why some parts of a content failed that may be had another time
 NOT_FINITE = "the measurement is not finite"
 
 

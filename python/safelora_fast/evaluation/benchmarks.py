@@ -151,6 +151,7 @@ def benchmark(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    failures: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
     """Run tasks of lm-evaluation-harness on a model with its adapter, and keep what each of them measures.
@@ -173,12 +174,13 @@ def benchmark(
         chat_template: a Jinja file in the place of the tokenizer's own template.
         trust_remote_code: run Python code that comes with the model.
         overwrite: replace results of other settings, and of tasks that were defined otherwise.
+        failures: takes tasks that fail, and why, in the place of an error.
         progress: told of every task's requests.
 
     Raises:
         SettingsError: no task is named, one is unknown, or a setting is out of range.
         OutputError: the file is of other settings, or cannot be written.
-        EvaluationError: a task fails. Tasks before it are kept.
+        EvaluationError: a task fails. The others are run and kept before that is said, but for want of memory.
         MissingDependencyError: lm-eval is not installed.
         CheckpointError: the model cannot be loaded.
         AdapterError: the adapter cannot be put on it.
@@ -208,7 +210,8 @@ def benchmark(
         "strings": strings,
     }
     with quiet_libraries():
-        return _run(_Run(Path(output), subject, given, settings, batch_size, progress), list(tasks), folder, overwrite)
+        run = _Run(Path(output), subject, given, settings, batch_size, progress)
+        return _run(run, list(tasks), folder, failures, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,11 @@ class _Run:
     progress: Progress | None
 
 
-def _run(run: _Run, wanted: list[str], folder: Path | None, overwrite: bool) -> BenchmarkReport:
+def _run(
+    run: _Run, wanted: list[str], folder: Path | None, failures: dict[str, str] | None, *, overwrite: bool
+) -> BenchmarkReport:
+    from torch import OutOfMemoryError
+
     from safelora_fast.evaluation.harness import VERSION, CountedModel, Tasks, measure
     from safelora_fast.evaluation.loading import load_subject
 
@@ -232,15 +239,26 @@ def _run(run: _Run, wanted: list[str], folder: Path | None, overwrite: bool) -> 
     missing = [name for name in tasks.names if not kept.has(name, tasks.definition(name))]
     if missing:
         subject = load_subject(run.subject, run.adapter)
-        there, strings = bool(subject.tokenizer.chat_template), run.settings["strings"]
-        if strings == "chat" and not there:
+        has_template, strings = bool(subject.tokenizer.chat_template), run.settings["strings"]
+        if strings == "chat" and not has_template:
             raise SettingsError("the tokenizer has no chat template: run the tasks on text (--task-strings text)")
-        chat = there if strings is None else strings == "chat"
+        chat = has_template if strings is None else strings == "chat"
         model = CountedModel(subject, run.batch_size, run.progress)
+        failed = {} if failures is None else failures
         for name in missing:
-            results = measure(model, tasks, name, limit=run.settings["limit"], chat=chat, seed=run.settings["seed"])
-            kept.add(_result(name, results, chat, VERSION, tasks.definition(name)))
-    return BenchmarkReport(kept.path, run.settings, tuple(kept.results[name] for name in tasks.names))
+            try:
+                found = measure(model, tasks, name, limit=run.settings["limit"], chat=chat, seed=run.settings["seed"])
+                result = _result(name, found, chat, VERSION, tasks.definition(name))
+            except EvaluationError as error:
+                if isinstance(error.__cause__, OutOfMemoryError):
+                    raise
+                failed[name] = str(error)
+            else:
+                kept.add(result)
+        if failed and failures is None:
+            raise EvaluationError("; ".join(failed.values()))
+    done = tuple(kept.results[name] for name in tasks.names if name in kept.results)
+    return BenchmarkReport(kept.path, run.settings, done)
 
 
 def _task_folder(path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from safelora_fast.comparison.digests import text_digest
-from safelora_fast.comparison.flaws import FAILURE, not_finite
+from safelora_fast.comparison.flaws import FAILURE, UNFINISHED, not_finite
 from safelora_fast.comparison.places import keep, read
 from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
 from safelora_fast.recipe.loading import first_line
@@ -84,13 +84,13 @@ def kept(measure: Measure, place: Place, bench: Workbench) -> dict[str, Any]:
 
 
 def is_taken(measure: Measure, place: Place, bench: Workbench) -> bool:
-    """Whether the file of a measurement holds what these settings give."""
+    """Whether the file of a measurement holds all that these settings give."""
     content = kept(measure, place, bench)
-    return bool(content) and FAILURE not in content
+    return bool(content) and not {FAILURE, UNFINISHED} & content.keys()
 
 
 def take(measure: Measure, place: Place, bench: Workbench) -> str | None:
-    """Measure, and keep the result or the reason why there is none; returns that reason.
+    """Measure, and keep the result or the reason why there is none, or not all of it; returns that reason.
 
     Raises:
         OutputError: the file cannot be written.
@@ -99,7 +99,7 @@ def take(measure: Measure, place: Place, bench: Workbench) -> str | None:
     of = _plain(measure.of(place, bench))
     content = _content(measure, place, bench)
     keep(place.file(measure.name), {OF: of, **content})
-    failure: str | None = content.get(FAILURE)
+    failure: str | None = content.get(FAILURE) or content.get(UNFINISHED)
     return failure
 
 

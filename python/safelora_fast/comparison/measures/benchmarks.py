@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.digests import tasks_digest
-from safelora_fast.comparison.flaws import FAILURE, NOT_FINITE
+from safelora_fast.comparison.flaws import FAILURE, NOT_FINITE, UNFINISHED
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
 from safelora_fast.evaluation.benchmarks import benchmark, harness_version
@@ -37,9 +37,10 @@ class BenchmarksMeasure(OfTheRun):
         return {**model_of(place, bench), "strings": bench.strings, **tasks}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The harness's figures, by task."""
+        """The harness's figures, by task; a task that fails takes no other with it."""
         section, settings = _section(bench), bench.settings
         bench.release(reference=True)
+        failures: dict[str, str] = {}
         report = benchmark(
             settings.model,
             None if place.adapter is None else str(place.adapter),
@@ -53,10 +54,13 @@ class BenchmarksMeasure(OfTheRun):
             strings=bench.strings,
             chat_template=settings.chat_template,
             trust_remote_code=settings.trust_remote_code,
+            failures=failures,
             progress=bench.progress,
         )
         content = _plain(report.to_dict())
-        return {**content, "tasks": {task: _checked(result) for task, result in content["tasks"].items()}}
+        tasks = {task: _checked(result) for task, result in content["tasks"].items()}
+        content["tasks"] = {**tasks, **{task: {FAILURE: reason} for task, reason in failures.items()}}
+        return {**content, UNFINISHED: "; ".join(failures.values())} if failures else content
 
 
 def _section(bench: Workbench) -> TasksSection:
