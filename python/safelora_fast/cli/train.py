@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,10 @@ def train(
             "--json", metavar="", help="Print the plan or the record as JSON on standard output, and nothing else."
         ),
     ] = False,
+    end_with_stdin: Annotated[
+        bool,
+        typer.Option("--end-with-stdin", hidden=True, help="Stop, as by SIGTERM, once standard input ends."),
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Fine-tune a LoRA adapter with in-training defences, as one checked YAML file says.
@@ -45,7 +50,10 @@ def train(
     from safelora_fast.cli.console import ByteProgress
     from safelora_fast.recipe.folder import RunFolder, to_json
     from safelora_fast.recipe.recipe import load_recipe
+    from safelora_fast.recipe.supervised import end_with
 
+    if end_with_stdin:
+        end_with(sys.stdin.fileno())
     recipe = load_recipe(config, overrides or [])
     folder = RunFolder(recipe)
     main = os.environ.get("RANK", "0") == "0"

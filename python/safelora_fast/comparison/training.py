@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
     from safelora_fast.recipe.recipe import Recipe
 
-COMMAND = [sys.executable, "-m", "safelora_fast", "train"]
+COMMAND = [sys.executable, "-m", "safelora_fast", "train", "--end-with-stdin"]
 RECIPE = "recipe.yaml"
 REMEMBERED = 20
 
@@ -133,9 +133,9 @@ def train(place: Place, recipe: Recipe, *, overwrite: bool, talk: bool) -> str |
 
 
 def _run(command: list[str], *, talk: bool) -> str | None:
-    # A session of its own: Ctrl-C reaches this process only, which passes it on.
+    # A session of its own: Ctrl-C reaches this process only, which passes it on. A pipe: it ends when this process is killed.
     with subprocess.Popen(  # noqa: S603 - this interpreter, and a command of this package
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     ) as child:
         last: deque[str] = deque(maxlen=REMEMBERED)
         reader = threading.Thread(target=_listen, args=(child.stderr, last, talk), daemon=True)
