@@ -96,7 +96,10 @@ def test_figures_are_added_to_the_line_as_it_is(tmp_path):
 
 
 def test_half_a_surrogate_pair_in_another_column_is_written_as_it_was(tmp_path):
-    rows = [r'{"prompt": "a", "completion": "é", "x": "\ud83d"}', r'{"prompt": "a", "completion": "é", "score": 1, "x": "\ud83d"}']
+    rows = [
+        r'{"prompt": "a", "completion": "é", "x": "\ud83d"}',
+        r'{"prompt": "a", "completion": "é", "score": 1, "x": "\ud83d"}',
+    ]
     found = Candidates(write(tmp_path, rows))
     for index in (0, 1):
         line = found.with_figures(index, {"score": 0.25}).encode().decode()

@@ -11,6 +11,7 @@ from tiny_models import TARGETS
 
 from safelora_fast import select_by_perplexity_gap
 from safelora_fast.errors import AdapterError, DataError, OutputError, SettingsError
+from safelora_fast.posthoc.output import alone
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,14 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(choose, expected, scored):
     lines = [json.loads(line) for line in choose.journal.read_text().splitlines()]
     assert [line.get("row") for line in lines[1:]].count(3) == 1
     assert len(lines) == 13
+
+
+def test_two_runs_at_once_are_refused(choose, scored):
+    with alone(choose.output), pytest.raises(OutputError, match="another run"):
+        choose()
+    assert not scored
+    assert not choose.journal.exists()
+    assert len(choose().scores) == 12
 
 
 def test_other_choices_from_the_same_likelihoods_score_nothing(choose, scored):
