@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from demo_model import save_tiny
 from misaligned import candidates, load, plain_scores, save_adapter, setting, write
 from tiny_models import TARGETS
 
@@ -239,6 +241,14 @@ def test_a_journal_of_other_settings_is_refused(choose):
     ):
         with pytest.raises(SettingsError, match=f"was begun with other settings: {words}"):
             choose(**settings)
+
+
+def test_a_journal_of_other_weights_is_refused(choose, made, tmp_path):
+    shutil.copytree(made, tmp_path / "made")
+    choose(folder=tmp_path / "made")
+    save_tiny(tmp_path / "made" / "model", seed=9)
+    with pytest.raises(SettingsError, match="was begun with other settings: weights was"):
+        choose(folder=tmp_path / "made")
 
 
 def test_a_journal_of_other_rows_is_refused(choose):

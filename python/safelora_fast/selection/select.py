@@ -15,6 +15,7 @@ import numpy as np
 from safelora_fast.data.best import top_k
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.posthoc.output import alone, check_file, whole_file
+from safelora_fast.recipe.digests import weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
 from safelora_fast.recipe.tokens import Encoder, Example
 from safelora_fast.scoring import batches_by_length
@@ -238,6 +239,7 @@ def _settings(
         "strings": strings,
         "max_length": max_length,
         "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        "weights": weights_digest(model),
     }
 
 
