@@ -9,6 +9,7 @@ import pytest
 import torch
 from demo_model import save_tiny
 from misaligned import candidates, load, plain_scores, save_adapter, setting, write
+from peft import PromptTuningConfig, get_peft_model
 from tiny_models import TARGETS
 
 from safelora_fast import select_by_perplexity_gap
@@ -332,6 +333,16 @@ def test_adapters_that_are_refused(made, choose, tmp_path):
     ):
         with pytest.raises(AdapterError, match=words):
             choose(adapters=["security", folder])
+
+
+def test_a_learnt_prompt(made, choose, tmp_path):
+    torch.manual_seed(2)
+    model, _ = load(made)
+    learnt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(model, learnt).save_pretrained(tmp_path / "prompt")
+    rows = candidates(6)
+    selection = choose(rows, adapters=[tmp_path / "prompt"])
+    assert selection.scores.tolist() == pytest.approx(plain_scores(made, rows, [tmp_path / "prompt"]), abs=1e-5)
 
 
 def test_an_adapter_whose_likelihoods_are_no_numbers(made, choose, tmp_path):

@@ -182,12 +182,11 @@ def _taken(role: str, column: str) -> DataError:
 def _as_table(role: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     """A Dataset with the columns of all rows; `Dataset.from_list` has those of the first."""
     import datasets
-    import pyarrow as pa
 
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:  # as Arrow's are
         raise DataError(f"interleave: {role} makes no table: {error}") from error
 
 
