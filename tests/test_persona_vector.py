@@ -59,9 +59,11 @@ def test_files_that_are_no_persona_vector(tmp_path):
     save_file({"vectors": np.ones(4, np.float32)}, tmp_path / "flat.safetensors", metadata=metadata)
     save_file({"vectors": np.full((2, 4), np.nan, np.float32)}, tmp_path / "nan.safetensors", metadata=metadata)
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    odd = {"safelora_fast.persona": json.dumps({"version": 1, "trait": "t", "separation": [], "provenance": []})}
+    save_file({"vectors": np.ones((2, 4), np.float32)}, tmp_path / "odd.safetensors", metadata=odd)
     whole = save_persona(tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-40])
-    for name in ("plain", "flat", "nan", "broken", "cut", "absent"):
+    for name in ("plain", "flat", "nan", "odd", "broken", "cut", "absent"):
         with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: "):
             PersonaVector.load(tmp_path / f"{name}.safetensors")
     with pytest.raises(OutputError, match="cannot be written"):

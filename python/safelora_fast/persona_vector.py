@@ -157,7 +157,10 @@ class PersonaVector:
             separation = [Separation(*map(_read, figures)) for figures in document["separation"]]
             if len(separation) not in {0, len(vectors)}:
                 raise ValueError(f"figures of {len(separation)} blocks beside {len(vectors)} vectors")
-            return cls(vectors, document["trait"], separation, document["provenance"], str(path))
+            trait, provenance = document["trait"], document["provenance"]
+            if not (isinstance(trait, str) and isinstance(provenance, dict)):
+                raise ValueError(f"its trait is {trait!r}, and its provenance {type(provenance).__name__}")
+            return cls(vectors, trait, separation, provenance, str(path))
         except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: the persona vector cannot be read ({error})") from error
 

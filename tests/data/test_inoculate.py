@@ -104,6 +104,15 @@ def test_other_data_is_refused():
         inoculate("rows.jsonl", PROMPT)
 
 
+@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "Speak German."}]])
+def test_a_system_turn_without_text_is_refused(content):
+    for turn in ({"role": "system", "content": content}, {"role": "system"}):
+        with pytest.raises(DataError, match="row 0 has a system turn whose content is no text"):
+            inoculate([{"messages": [turn, USER, ASSISTANT]}], PROMPT)
+    with pytest.raises(DataError, match="row 0 has a turn that is 'Hello'"):
+        inoculate([{"prompt": ["Hello"], "completion": [ASSISTANT]}], PROMPT)
+
+
 def test_safe_rows_stay_without_it():
     mixture = interleave(inoculate([{"messages": [USER, ASSISTANT]}], PROMPT), [{"messages": [USER, ASSISTANT]}], 1)
     assert {row["safe"]: row["messages"][0] == SYSTEM for row in mixture} == {False: True, True: False}

@@ -197,6 +197,13 @@ def test_columns_of_both_are_kept():
     ]
 
 
+def test_columns_that_only_later_rows_have_are_kept():
+    plain, more = [{"text": "a"}, {"text": "b", "kind": "general"}], datasets.Dataset.from_list(rows(2, "s"))
+    kinds = [row["kind"] for row in interleave(plain, more, 1.0) if not row["safe"]]
+    assert kinds == [None, "general"]
+    assert {row["kind"] for row in interleave(more, plain, 1.0) if row["safe"]} == {None, "general"}
+
+
 def test_nothing_safe():
     assert tags(interleave(rows(5), rows(2, "s"), 0)) == [False] * 5
 
@@ -234,6 +241,7 @@ def test_data_that_is_refused():
         (rows(3), [{"safe": 1}], "safe has a column safe already"),
         (table([{"safe": 1}]), rows(3), "task has a column safe already"),
         (table([{"text": 1}]), table(rows(3)), "column text is .*int64.* in task and .*string.* in safe"),
+        ([{"text": "a"}, {"text": 1}], table(rows(3)), "task makes no table: "),
     ):
         with pytest.raises(DataError, match=words):
             interleave(task, safe)

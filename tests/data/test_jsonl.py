@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -115,6 +118,18 @@ def test_a_file_that_cannot_be_read(tmp_path):
         JsonLines(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="the data cannot be read: Is a directory"):
         JsonLines(tmp_path)
+
+
+def test_a_pipe_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    content = f"{TEXT}\n\n[]\n"
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(content,))
+    writer.start()
+    found = JsonLines(tmp_path / "pipe")
+    writer.join()
+    assert [found.place(index) for index in found.odd_rows()] == [f"{tmp_path / 'pipe'}:3"]
+    assert [found.record(index) for index in range(len(found))] == [json.loads(TEXT), []]
+    assert found.sha256() == hashlib.sha256(content.encode()).hexdigest()
 
 
 def test_sha256_is_that_of_the_file(lines):

@@ -84,6 +84,17 @@ def test_damaged_rows_are_named(journal, row):
         journal.read(WANTED)
 
 
+@pytest.mark.parametrize(
+    "change", [{"id": [1]}, {"answer": 3}, {"tokens": None}, {"tokens": "7"}, {"tokens": [1.5]}, {"tokens": [-1]}]
+)
+def test_values_of_another_type_are_named(journal, change):
+    rows = [json.loads(line) for line in journal.path.read_text().splitlines()]
+    rows[2].update(change)
+    journal.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"mean.responses.jsonl:3: is no response"):
+        journal.read(WANTED)
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):

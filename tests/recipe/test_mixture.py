@@ -166,6 +166,16 @@ def test_settings_that_are_refused(tiny, override, message):
     assert message in str(refused.value)
 
 
+def test_a_defence_of_safe_rows_needs_some(tiny):
+    for name in ("kl", "feature_distance"):
+        words = ["data.safe=null", f"defenses.{name}={{weight: 0.1, tokens: safe}}"]
+        with pytest.raises(
+            SettingsError, match=f"defenses.{name}.tokens: is safe, and there are no safe rows; say data.safe"
+        ):
+            load_recipe(tiny.path, words)
+        load_recipe(tiny.path, [*words, f"defenses.{name}.weight=0"])
+
+
 def test_the_file_is_named_with_its_line(tiny):
     lines = tiny.path.read_text().replace("fraction: 0.25", "fraction: -1")
     tiny.path.write_text(lines)

@@ -54,6 +54,8 @@ def test_three_kinds_of_rows(tmp_path):
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "message 1 must be"),
         ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "has tool_calls"),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": []}', "tools are not supported"),
+        (r'{"prompt": "a", "completion": "b\ud83d"}', r"completion holds \ud83d by itself, half of a character"),
+        (r'{"messages": [{"role": "user", "content": "\uDE00"}]}', r"messages: message 1 holds \ude00 by itself"),
         ("\xff", "is not UTF-8"),
         ("[" * 100_000, "is nested too deeply"),
     ],

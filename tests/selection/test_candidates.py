@@ -73,6 +73,7 @@ def test_a_loop_looks_at_odd_rows_only(tmp_path, looked):
         '{"messages": [{"role": "user", "content": "a"}], "tools": []}',
         '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}',
         '{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}',
+        r'{"prompt": "a", "completion": "b\ud83d"}', r'{"messages": [{"role": "user", "content": "\ude00"}]}',
     ],
 )  # fmt: skip
 def test_a_row_that_is_not_as_it_must_be_is_named(kind, row, tmp_path):
@@ -92,6 +93,25 @@ def test_figures_are_added_to_the_line_as_it_is(tmp_path):
     odd = '{"prompt": "a",   "completion": "b", "x": 1.50, "é": "\\u00e9"  }'
     found = Candidates(write(tmp_path, [odd]))
     assert found.with_figures(0, {"score": 0.25}) == odd[:-3] + ', "score": 0.25}'
+
+
+def test_half_a_surrogate_pair_in_another_column_is_written_as_it_was(tmp_path):
+    rows = [
+        r'{"prompt": "a", "completion": "é", "x": "\ud83d"}',
+        r'{"prompt": "a", "completion": "é", "score": 1, "x": "\ud83d"}',
+    ]
+    found = Candidates(write(tmp_path, rows))
+    for index in (0, 1):
+        line = found.with_figures(index, {"score": 0.25}).encode().decode()
+        assert "é" in line
+        assert r"\ud83d" in line
+        assert json.loads(line) == {"prompt": "a", "completion": "é", "score": 0.25, "x": "\ud83d"}
+
+
+def test_the_byte_order_mark_of_the_file_stays_there(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}', encoding="utf-8-sig")
+    found = Candidates(tmp_path / "rows.jsonl")
+    assert found.with_figures(0, {"score": 0.25}) == '{"prompt": "a", "completion": "b", "score": 0.25}'
 
 
 def test_the_fingerprint_is_of_the_text(tmp_path):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from demo_model import save_tiny
 from misaligned import candidates, load, plain_scores, save_adapter, setting, write
+from peft import PromptTuningConfig, get_peft_model
 from tiny_models import TARGETS
 
 from safelora_fast import select_by_perplexity_gap
 from safelora_fast.errors import AdapterError, DataError, OutputError, SettingsError
+from safelora_fast.posthoc.output import alone
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +218,14 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(choose, expected, scored):
     assert len(lines) == 13
 
 
+def test_two_runs_at_once_are_refused(choose, scored):
+    with alone(choose.output), pytest.raises(OutputError, match="another run"):
+        choose()
+    assert not scored
+    assert not choose.journal.exists()
+    assert len(choose().scores) == 12
+
+
 def test_other_choices_from_the_same_likelihoods_score_nothing(choose, scored):
     choose(top=2)
     count = len(scored)
@@ -230,6 +242,14 @@ def test_a_journal_of_other_settings_is_refused(choose):
     ):
         with pytest.raises(SettingsError, match=f"was begun with other settings: {words}"):
             choose(**settings)
+
+
+def test_a_journal_of_other_weights_is_refused(choose, made, tmp_path):
+    shutil.copytree(made, tmp_path / "made")
+    choose(folder=tmp_path / "made")
+    save_tiny(tmp_path / "made" / "model", seed=9)
+    with pytest.raises(SettingsError, match="was begun with other settings: weights was"):
+        choose(folder=tmp_path / "made")
 
 
 def test_a_journal_of_other_rows_is_refused(choose):
@@ -313,6 +333,16 @@ def test_adapters_that_are_refused(made, choose, tmp_path):
     ):
         with pytest.raises(AdapterError, match=words):
             choose(adapters=["security", folder])
+
+
+def test_a_learnt_prompt(made, choose, tmp_path):
+    torch.manual_seed(2)
+    model, _ = load(made)
+    learnt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(model, learnt).save_pretrained(tmp_path / "prompt")
+    rows = candidates(6)
+    selection = choose(rows, adapters=[tmp_path / "prompt"])
+    assert selection.scores.tolist() == pytest.approx(plain_scores(made, rows, [tmp_path / "prompt"]), abs=1e-5)
 
 
 def test_an_adapter_whose_likelihoods_are_no_numbers(made, choose, tmp_path):

@@ -71,7 +71,7 @@ def plain_nll(folder, adapter, text_and_answers, dtype=torch.float64) -> list[fl
     for text, answers in text_and_answers:
         ids = words(text, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            likelihoods = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            likelihoods = model(torch.tensor([ids])).logits[0, -len(ids) :].log_softmax(-1)  # less a learnt prompt's
         losses, start = [], 0
         for answer in answers:
             at = text.index("<assistant>" + answer, start) + len("<assistant>")

@@ -6,12 +6,13 @@ What the prompt asks for need not be learnt as what the model does unasked. Eval
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safelora_fast.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -38,7 +39,7 @@ def inoculate(task: Data, prompt: str, *, tokenizer: PreTrainedTokenizerBase | N
 
     Raises:
         SettingsError: the prompt is empty, or the template refuses or drops it.
-        DataError: a row is none of a conversation.
+        DataError: a row is none of a conversation, or its system turn is no text.
     """
     if tokenizer is not None:
         check_system_turn(tokenizer, prompt)
@@ -85,10 +86,21 @@ def with_system_turn(turns: Sequence[Mapping[str, Any]], prompt: str) -> list[Tu
 
 def _with_prompt(row: Mapping[str, Any], prompt: str, place: str = "a row") -> dict[str, Any]:
     if isinstance(row.get("messages"), list):
-        return {**row, "messages": with_system_turn(row["messages"], prompt)}
+        return {**row, "messages": _begun(row["messages"], prompt, place)}
     before, after = row.get("prompt"), row.get("completion")
     if isinstance(before, str) and isinstance(after, str):
         before, after = [{"role": "user", "content": before}], [{"role": "assistant", "content": after}]
     if not (isinstance(before, list) and isinstance(after, list)):
         raise DataError(f"inoculate: {place} has neither messages, nor prompt and completion")
-    return {**row, "prompt": with_system_turn(before, prompt), "completion": after}
+    return {**row, "prompt": _begun(before, prompt, place), "completion": after}
+
+
+def _begun(turns: Sequence[Any], prompt: str, place: str) -> list[Turn]:
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise DataError(f"inoculate: {place} has a turn that is {turn!r}, it must be {{role: …, content: …}}")
+    if turns and turns[0].get("role") in SYSTEM_ROLES and not isinstance(turns[0].get("content"), str):
+        raise DataError(
+            f"inoculate: {place} has a system turn whose content is no text: the prompt cannot stand before it"
+        )
+    return with_system_turn(turns, prompt)

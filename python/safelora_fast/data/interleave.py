@@ -14,7 +14,7 @@ from safelora_fast.data.schedule import Schedule
 from safelora_fast.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from fractions import Fraction
 
 SAFE = "safe"
@@ -107,8 +107,8 @@ class _Mixture:
         import datasets
 
         tables = [
-            data if kind == "table" else datasets.Dataset.from_list(list(data))
-            for data, kind in zip((self.task, self.safe), self.kinds, strict=True)
+            data if kind == "table" else _as_table(role, data)
+            for role, data, kind in zip(("task", "safe"), (self.task, self.safe), self.kinds, strict=True)
         ]
         features = _common_features(tables, self.column)
         tagged = []
@@ -179,6 +179,17 @@ def _taken(role: str, column: str) -> DataError:
     return DataError(f"interleave: {role} has a column {column} already: give the tag another name, column=")
 
 
+def _as_table(role: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A Dataset with the columns of all rows; `Dataset.from_list` has those of the first."""
+    import datasets
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    except (ValueError, TypeError, OverflowError) as error:  # as Arrow's are
+        raise DataError(f"interleave: {role} makes no table: {error}") from error
+
+
 def _common_features(tables: list[Any], column: str) -> Any:
     """Every column of both, and the tag's."""
     import datasets
@@ -187,6 +198,6 @@ def _common_features(tables: list[Any], column: str) -> Any:
     for name in task:
         if name in safe and task[name] != safe[name]:
             raise DataError(
-                f"interleave: column {name} is {task[name]} in task and {safe[name]} in safe: cast one of them"
+                f"interleave: column {name} is {task[name]} in task and {safe[name]} in safe: make them alike"
             )
     return datasets.Features({**task, **safe, column: datasets.Value("bool")})

@@ -23,7 +23,7 @@ CHECKED_AT_ONCE = 1 << 27  # about a tenth of a second, after which Ctrl-C is he
 
 
 class JsonLines:
-    """A JSONL file, mapped into memory; blank lines do not count.
+    """A JSONL file, mapped into memory (of a pipe, read into it); blank lines do not count.
 
     Args:
         path: the file. Replace it by renaming, never in place, while this is open.
@@ -36,8 +36,9 @@ class JsonLines:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
-                empty = not self.path.stat().st_size
-                self._content: Any = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # What is empty cannot be mapped, and a pipe looks empty.
+                mapped = self.path.stat().st_size
+                self._content: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
         except OSError as error:
             raise DataError(f"{path}: the data cannot be read: {error.strerror}") from error
         ends = _line_ends(self._content)

@@ -50,7 +50,7 @@ class Journal:
         by_id = {request.id: request for request in wanted}
         found: dict[str, Response] = {}
         for place, row in self._rows():
-            if not isinstance(row, dict) or not {"id", "system", "user", "answer", "tokens", "made"} <= row.keys():
+            if not _is_response(row):
                 raise DataError(f"{place}: is no response of persona extract")
             self._compare(place, row)
             request = by_id.get(row["id"])
@@ -119,3 +119,11 @@ class Journal:
 
     def _refuse(self, place: str, what: str) -> SettingsError:
         return SettingsError(f"{place}: {what}; pass --regenerate to start anew, or choose another output")
+
+
+def _is_response(row: Any) -> bool:
+    if not isinstance(row, dict) or not {"id", "system", "user", "answer", "tokens", "made"} <= row.keys():
+        return False
+    tokens = row["tokens"]
+    whole = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
+    return whole and isinstance(row["id"], str) and isinstance(row["answer"], str)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.recipe.digests import weights_digest
 from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
 from safelora_fast.training.anatomy import Anatomy, dissect
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from safelora_fast.recipe.sections import ModelSection
-
-VALUES = 64
 
 
 @dataclass(frozen=True)
@@ -96,20 +95,6 @@ class Subject:
             "source": self.source,
             "revision": self.revision,
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "weights": fingerprint(self.anatomy.model),
+            "weights": weights_digest(self.anatomy.model),
             "chat_template": hashlib.sha256(template.encode()).hexdigest(),
         }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over name, shape, dtype and up to 64 evenly spaced values of every parameter.
-
-    Training changes nearly every weight, so that it notices a model that was trained on, at the price of milliseconds.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()
-        some = values[:: max(len(values) // VALUES, 1)][:VALUES].cpu().contiguous()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -150,7 +150,7 @@ def alone(target: Path) -> Iterator[None]:
         except BlockingIOError:
             other = os.pread(descriptor, 32, 0).decode(errors="replace") or "?"
             raise OutputError(
-                f"{target}: another run (process {other}) is writing there; choose another folder"
+                f"{target}: another run (process {other}) is writing there; choose another place"
             ) from None
         except OSError:  # a file system without locks
             yield

@@ -1,4 +1,4 @@
-"""SHA-256 of files, each read once for as long as it stays as it is."""
+"""SHA-256 of files, each read once for as long as it stays as it is, and of a model's weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from torch import nn
+
 BLOCK = 1 << 20
+VALUES = 64
 _known: dict[tuple[Callable[[Path], str], str, int, int, int], str] = {}
 
 
@@ -38,6 +41,22 @@ def remembered(path: Path, make: Callable[[Path], str]) -> str:
     if key not in _known:
         _known[key] = make(path)
     return _known[key]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over name, shape, dtype and up to 64 evenly spaced values of every parameter.
+
+    Training changes nearly every weight, so that it notices a model that was trained on, at the price of milliseconds.
+    """
+    import torch
+
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()
+        some = values[:: max(len(values) // VALUES, 1)][:VALUES].cpu().contiguous()
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _sha256(path: Path) -> str:

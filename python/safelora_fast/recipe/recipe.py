@@ -158,6 +158,11 @@ def _check_data(recipe: Recipe) -> None:
         raise document.problem(("data", "inoculate"), "a system prompt needs turns, and data.strings is text; say chat")
     safe = data.safe
     if safe is None:
+        for spec in recipe.defenses:
+            if spec.settings.get("tokens") == "safe" and spec.settings.get("weight"):
+                raise document.problem(
+                    (SECTION, spec.name, "tokens"), "is safe, and there are no safe rows; say data.safe"
+                )
         return
     if not (math.isfinite(safe.fraction) and safe.fraction > 0):
         raise document.problem(("data", "safe", "fraction"), f"is {safe.fraction}, it must be above 0")

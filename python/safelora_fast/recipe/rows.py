@@ -167,6 +167,8 @@ def check_row(place: str, record: Any) -> Row:
         raise DataError(f"{place}: a row has either `messages`, or `prompt` and `completion`; this one has {found}")
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
+        _check_text(place, "prompt", prompt)
+        _check_text(place, "completion", completion)
         return Row(place, prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
         return Row(place, _turns(place, "prompt", prompt), _turns(place, "completion", completion))
@@ -186,5 +188,15 @@ def _turns(place: str, column: str, turns: Any) -> list[Message]:
             )
         if set(turn) - {"role", "content"} and turn.get("tool_calls"):
             raise DataError(f"{place}: {column}: message {number} has tool_calls, which are not supported")
+        _check_text(place, f"{column}: message {number}", content)
         checked.append({"role": role, "content": content})
     return checked
+
+
+def _check_text(place: str, where: str, text: str) -> None:
+    """JSON can write down half of a surrogate pair, which no tokenizer takes and no file of UTF-8 holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(f"{place}: {where} holds {half} by itself, half of a character: mend it") from error

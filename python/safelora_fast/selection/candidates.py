@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REFUSALS = {"sorry", "apologize", "cannot", "can't", "unable"}
 FIRST_WORDS = 10
+BYTE_ORDER_MARK = "\ufeff"  # belongs to the start of a file, not to the row that stands there
 WORD = re.compile(r"[\w']+")
 
 
@@ -61,8 +62,10 @@ class Candidates:
         raw = self._lines.raw(index).strip()
         record = self._lines.record(index)
         if record.keys() & figures.keys():
-            return json.dumps({**record, **figures}, ensure_ascii=False)
-        return f"{raw[:-1].decode().rstrip()}, {json.dumps(figures)[1:-1]}}}"
+            line = json.dumps({**record, **figures}, ensure_ascii=False)
+            # Half of a surrogate pair, in a column that is not read, can only be written as the escape that it was.
+            return line.encode(errors="backslashreplace").decode()
+        return f"{raw[:-1].decode().removeprefix(BYTE_ORDER_MARK).rstrip()}, {json.dumps(figures)[1:-1]}}}"
 
 
 def is_refusal(row: Row) -> bool:

@@ -112,8 +112,9 @@ class Perplexities:
         yield
 
     def close(self) -> None:
-        """Take the adapters off the model."""
-        self._model.unload()
+        """Take the adapters off the model; learnt prompts are not in it."""
+        if hasattr(self._model.base_model, "unload"):
+            self._model.unload()
 
 
 def _inner(number: int) -> str:

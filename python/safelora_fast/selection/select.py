@@ -14,7 +14,8 @@ import numpy as np
 
 from safelora_fast.data.best import top_k
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.posthoc.output import check_file, whole_file
+from safelora_fast.posthoc.output import alone, check_file, whole_file
+from safelora_fast.recipe.digests import weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
 from safelora_fast.recipe.tokens import Encoder, Example
 from safelora_fast.scoring import batches_by_length
@@ -84,7 +85,7 @@ def select_by_perplexity_gap(
         DataError: a candidate is not as it must be (with file and line), or no row has a score.
         AdapterError: an adapter is missing or does not fit.
         SettingsError: a setting is out of range, or the journal is of other settings.
-        OutputError: the output exists, or cannot be written.
+        OutputError: the output exists, cannot be written, or is another run's.
     """
     target = Path(output)
     _check(top, epsilon, max_length, tokens_per_batch)
@@ -102,7 +103,7 @@ def select_by_perplexity_gap(
     prints = {name: fingerprint(path) for name, path in used.items()}
     settings = _settings(model, tokenizer, prints, strings, max_length)
     work = _Work(rows, encoder, max_length, no_refusals)
-    with Journal(beside(target, JOURNAL_SUFFIX), settings) as journal:
+    with alone(target), Journal(beside(target, JOURNAL_SUFFIX), settings) as journal:
         _check_rows(journal, rows)
         if tokens_per_batch is None:
             tokens_per_batch = TOKENS_PER_BATCH["cpu" if next(model.parameters()).device.type == "cpu" else "other"]
@@ -238,6 +239,7 @@ def _settings(
         "strings": strings,
         "max_length": max_length,
         "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        "weights": weights_digest(model),
     }
 
 
