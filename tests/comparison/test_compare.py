@@ -145,6 +145,7 @@ def test_a_second_run_trains_and_measures_nothing_and_writes_the_same(copied, tr
     result = call(*copied.words())
     assert result.code == 0, result.err
     assert trained == []
+    assert "training" not in result.err
     changed = {path.name for path, content in files.items() if path.read_bytes() != content}
     assert changed <= {"compare.yaml", "report.html", "report.md", "report.json"}
     again = copied.output / "report.json"
