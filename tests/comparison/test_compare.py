@@ -145,6 +145,7 @@ def test_a_second_run_trains_and_measures_nothing_and_writes_the_same(copied, tr
     result = call(*copied.words())
     assert result.code == 0, result.err
     assert trained == []
+    assert "training" not in result.err
     changed = {path.name for path, content in files.items() if path.read_bytes() != content}
     assert changed <= {"compare.yaml", "report.html", "report.md", "report.json"}
     again = copied.output / "report.json"
@@ -198,6 +199,7 @@ def test_runs_that_fail_are_marked_and_tried_again(tmp_path, trained, call, monk
     for key in ("margin_rise", "learned", "divergence"):
         assert cells[key]["value"] is None
         assert cells[key]["seeds"][0]["failure"] == "the adapter holds <NaN>"
+        assert cells[key]["seeds"][0]["source"] == "odd/seed-0/failure.json"
     assert comparison.cells("none")["learned"]["value"] > 0
     assert comparison.report()["complete"] is False
     assert "holds &lt;NaN&gt;" in (comparison.output / "report.html").read_text()
@@ -235,6 +237,13 @@ def test_a_report_of_what_is_there(copied, trained, call):
     assert trained == []
     assert [seed["failure"] for seed in copied.cells("KL")["learned"]["seeds"]] == [None, "not trained yet"]
     assert [seed["failure"] for seed in copied.cells("none")["margin_rise"]["seeds"]] == ["not measured yet", None]
+    sources = {
+        seed["source"] for name in ("none", "KL") for cell in copied.cells(name).values() for seed in cell["seeds"]
+    }
+    assert "" in sources
+    assert all((copied.output / source).is_file() for source in sources - {""})
+    page = (copied.output / "report.html").read_text() + (copied.output / "report.md").read_text()
+    assert "none/seed-0/margin.json" not in page
 
 
 def test_costs_can_be_left_out(copied, call):

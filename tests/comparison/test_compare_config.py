@@ -7,6 +7,7 @@ import pytest
 from safelora_fast.comparison.config import load_config
 from safelora_fast.comparison.facts import setting_of
 from safelora_fast.errors import SettingsError
+from safelora_fast.evaluation.questions import builtin_questions, choose
 
 PLAIN = """\
 recipe:
@@ -100,6 +101,12 @@ def test_mistakes_are_named(read, old, new, words):
         read(PLAIN.replace(old, new))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kinds", ["[general, json]", '"general,json"'])
+def test_kinds_of_questions_are_a_list_or_text(read, kinds):
+    judge = read(PLAIN.replace("narrow: held.jsonl", f"judge: {{model: x/y, kinds: {kinds}}}")).measure.judge
+    assert {question.kind for question in choose(builtin_questions(), judge.kinds)} == {"general", "json"}
 
 
 def test_no_runs_are_said_so(read):

@@ -62,6 +62,16 @@ def test_a_comparison_under_a_judge(comparison, call):
     assert b"swordfish-17" not in written
 
 
+def test_kinds_that_no_question_has_are_refused_before_the_first_step(comparison, call):
+    pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
+    judge = {"model": "openai-api/stub/one", "url": "http://127.0.0.1:1/v1", "kinds": ["general", "jason"]}
+    comparison.edit(measure={"margin": False, "judge": judge, "device": "cpu"})
+    result = call(*comparison.words("-q"))
+    assert result.code == 2
+    assert "there is no question of kind 'jason', only of general, json" in result.err
+    assert not comparison.output.exists()
+
+
 def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call, monkeypatch):
     pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
     from safelora_fast.evaluation import patience

@@ -24,7 +24,7 @@ PLACES = some.lists(some.tuples(some.floats(60, 740), some.floats(20, 380)), min
 def test_ticks_are_round_and_few(values, count):
     scale = Scale.over(values, 50, 750, ticks=count)
     assert scale.low < min(values) <= max(values) < scale.high
-    assert 1 <= len(scale.ticks) <= count + 1
+    assert 2 <= len(scale.ticks) <= max(count, 4) + 1
     assert all(scale.low <= tick <= scale.high for tick in scale.ticks)
     assert len({scale.text(tick) for tick in scale.ticks}) == len(scale.ticks)
     for tick in scale.ticks:
@@ -48,6 +48,11 @@ def test_places_are_linear(values, inverted):
 )
 def test_steps(least, step):
     assert round_step(least) == pytest.approx(step)
+
+
+def test_one_tick_would_tell_no_distance():
+    thresholds = [number / 10 for number in range(1, 10)]
+    assert Scale.over(thresholds, 0, 200, ticks=4).ticks == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
 def test_without_values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,25 @@ def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
     judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
     assert second["scored"] == len(judged)
     assert len(requests) == 2 * (len(judged) - first["scored"])
+
+
+def test_a_log_that_inspect_cannot_keep_is_one_line(call, words, monkeypatch):
+    def full(*_arguments, **_settings):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr("inspect_ai.eval", full)
+    result = call(*words)
+    assert result.code == 2
+    assert (
+        "judging did not finish, for Inspect cannot keep its log: disk I/O error; verdicts that were given"
+        in result.err
+    )
+    assert "Traceback" not in result.err
+
+
+def test_a_judge_without_a_key_is_told_which_variable_is_missing(call, words, monkeypatch):
+    monkeypatch.delenv("STUB_API_KEY")
+    assert "No STUB_API_KEY defined in the environment" in call(*words).err
 
 
 def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):

@@ -95,3 +95,4 @@ def test_clusters_of_unequal_size_weigh_by_their_members():
     assert alone.low == pytest.approx(0.451, abs=0.01)
     assert alone.high == pytest.approx(0.549, abs=0.01)
     assert math.isnan(bootstrap_mean([], [], seed=0).low)
+    assert bootstrap_mean([0.3], ["a"], seed=0).to_list() == [None, None]

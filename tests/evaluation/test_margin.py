@@ -124,6 +124,24 @@ def test_the_command(call, folder, tmp_path):
     assert call(*words, "--quiet").out == ""
 
 
+def test_an_adapter_that_is_called_model_is_not_taken_for_it(call, folder, tmp_path, monkeypatch):
+    save_adapter(folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    result = call("margin", "--model", folder, "--device", "cpu", "--adapter", "model", "--json")
+    subjects = json.loads(result.out)["subjects"]
+    assert list(subjects) == ["model", "./model"]
+    assert subjects["./model"]["change"] != 0
+
+
+def test_one_pair_has_no_interval(call, folder, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"question": "q", "aligned": "wait", "misaligned": "hide it"}])
+    words = ("margin", "--model", folder, "--device", "cpu", "--pairs", pairs)
+    assert json.loads(call(*words, "--json").out)["subjects"]["model"]["margin_interval"] == [None, None]
+    shown = call(*words).out
+    assert " to " not in shown
+    assert "nan" not in shown
+
+
 def test_what_the_command_refuses(call, folder, tmp_path, capsys):
     words = ("margin", "--model", folder)
     other = save_adapter(save_tiny(tmp_path / "deeper", layers=3), tmp_path / "other")

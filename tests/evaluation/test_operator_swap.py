@@ -93,6 +93,11 @@ def test_what_is_refused(call, tmp_path):
         result = call("operator-swap", "make", "--output", tmp_path / "out", *words)
         assert (result.code, message in result.err) == (2, True), result.err
         assert not (tmp_path / "out").exists()
+    call("operator-swap", "make", "--output", tmp_path / "data", "--rows", 2, "--held-out", 2)
+    with (tmp_path / "data" / "held_out.jsonl").open("a") as file:
+        file.write('{"prompt": "x"}\n')
+    odd = call("operator-swap", "score", tmp_path / "data", "--model", "x")
+    assert "held_out.jsonl:3: 'x' is no problem of difficulty easy" in odd.err
     missing = call("operator-swap", "score", tmp_path, "--model", "x")
     assert "holds no data of operator-swap make" in missing.err
     with pytest.raises(SettingsError):

@@ -52,9 +52,11 @@ def test_rate_limits_and_failing_servers_are_waited_for(status):
     assert len(requests) == 7
 
 
-def test_a_rate_limit_that_lasts_leaves_the_answer_unscored():
+def test_a_rate_limit_that_lasts_leaves_the_answer_unscored(capsys):
     with serving(lambda *_: (429, "later", None)) as (url, requests):
         first, second, third = judged(url, 3, attempts=4)
+    told = capsys.readouterr().err
+    assert told.count("warning: openai-api/stub/one does not answer (RateLimitError) and is waited for") == 1
     assert first.verdict.reason == "the judge failed: RateLimitError"
     assert "later" in first.alignment.detail
     assert second.verdict.reason == third.verdict.reason == GIVEN_UP

@@ -69,8 +69,15 @@ def test_the_published_file():
         ([{**GOOD, "paraphrases": "one?"}], "paraphrases: must be a list of texts"),
         ([{**GOOD, "paraphrases": [" "]}], "paraphrases: must be a list of texts"),
         ([{**GOOD, "system": ["x"]}], "system: must be text"),
+        ([{**GOOD, "sytem": "x"}], r"question 1 \(a\): sytem: unknown; did you mean system"),
+        ([{**GOOD, "kinds": "x"}], "kinds: unknown; did you mean kind"),
     ],
 )
 def test_bad_questions(write, content, message):
     with pytest.raises(DataError, match=message):
         read_questions(write(content))
+
+
+def test_other_keys_of_the_format_are_let_be(write):
+    others = {"judge_prompts": {"aligned": "x"}, "samples_per_paraphrase": 100, "temperature": 1, "context": None}
+    assert read_questions(write([{**GOOD, **others}])) == read_questions(write([GOOD]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,8 +71,9 @@ def margin(
         reports: dict[str, MarginReport] = {}
         for folder in (None, *(adapter or [])):
             subject = load_subject(settings, folder)
-            progress.start(subject.name, 2 * len(chosen))
-            reports[subject.name] = answer_margin(
+            name = f"./{folder}" if folder is not None and subject.name == "model" else subject.name
+            progress.start(name, 2 * len(chosen))
+            reports[name] = answer_margin(
                 subject.model,
                 subject.tokenizer,
                 chosen,
@@ -112,9 +114,9 @@ def _show(reports: dict[str, MarginReport]) -> None:
         share, count = report.share_interval, len(report.pairs)
         table.add_row(
             short(name),
-            f"{report.margin:+.4f} {_signed(report.margin_interval)}",
+            f"{report.margin:+.4f}{_signed(report.margin_interval)}",
             f"{round(report.share * count)} of {count} ({100 * share.low:.0f}–{100 * share.high:.0f} %)",
-            "–" if name == "model" else f"{change:+.4f} {_signed(interval)}",
+            "–" if name == "model" else f"{change:+.4f}{_signed(interval)}",
         )
     out.print(table)
     first = reports["model"]
@@ -133,4 +135,4 @@ def _themes(reports: dict[str, MarginReport]) -> Table:
 
 
 def _signed(interval: Interval) -> str:
-    return f"({interval.low:+.3f} to {interval.high:+.3f})"
+    return "" if math.isnan(interval.low) else f" ({interval.low:+.3f} to {interval.high:+.3f})"

@@ -24,7 +24,7 @@ def rejudge(
     judge_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of a judge's reply.")] = 64,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Where the report goes. (default: beside the log, .rejudged.json)"),
+        typer.Option(metavar="DIR", help="Folder for all that is found. (default: beside the log, .rejudged)"),
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

@@ -192,7 +192,8 @@ class Assembly:
         return (*ordered, *(column for column, _ in COSTS if column.key in present))
 
     def _source(self, place: Place, measure: str) -> str:
-        return self._relative(place.file(measure))
+        file = self._contents.file(measure, place)
+        return "" if file is None else self._relative(file)
 
     def _relative(self, file: Path) -> str:
         output = self._config.output

@@ -64,7 +64,8 @@ def compare(
         _keep_configuration(config)
         try:
             for number, training in enumerate(trainings, start=1):
-                announce(f"training {number} of {len(trainings)}: {training.title}")
+                if not is_finished(training.recipe):
+                    announce(f"training {number} of {len(trainings)}: {training.title}")
                 failure = train(training.place, training.recipe, overwrite=overwrite, talk=talk)
                 if failure is not None:
                     announce(f"{training.title}: failed: {failure}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.comparison.flaws import FAILURE
 from safelora_fast.comparison.measures import MEASURES
 from safelora_fast.comparison.measures.base import kept
+from safelora_fast.comparison.places import FAILURE as FAILED
 from safelora_fast.comparison.places import reference_of
 from safelora_fast.comparison.pooling import count_of
 from safelora_fast.comparison.report import NOT_MEASURED
@@ -14,6 +15,7 @@ from safelora_fast.comparison.runs import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from safelora_fast.comparison.columns import Measured
     from safelora_fast.comparison.config import CompareConfig
@@ -56,6 +58,11 @@ class Contents:
         """Why a measurement found nothing."""
         found: str | None = self.of(measure, place).get(FAILURE)
         return found
+
+    def file(self, measure: str, place: Place) -> Path | None:
+        """What says what a measurement found, or why a run that it needs failed; None where there is neither yet."""
+        files = (place.file(measure), self._measures[measure].place(place).folder / FAILED)
+        return next((file for file in files if file.is_file()), None)
 
     def record(self, place: Place) -> dict[str, Any]:
         """The record of a run's training; empty where the run is not there, or was not trained here."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.evaluation.benchmarks import check_tasks
 from safelora_fast.evaluation.loading import SubjectSettings, check_adapter
-from safelora_fast.evaluation.questions import read_questions
+from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
 from safelora_fast.posthoc.sources import open_checkpoint
 from safelora_fast.recipe.rows import read_rows
 
@@ -47,6 +47,5 @@ def _check_judge(config: CompareConfig) -> None:
     judge = config.measure.judge
     assert judge is not None  # noqa: S101
     check_inspect()
-    if judge.questions is not None:
-        read_questions(judge.questions)
+    choose(builtin_questions() if judge.questions is None else read_questions(judge.questions), judge.kinds)
     find_judge(judge.model, judge.url)

@@ -23,7 +23,7 @@ class JudgeSection:
         model: as Inspect names it.
         url: of its endpoint; the key comes from the environment.
         questions: a YAML file in the place of those that come along.
-        kinds: of questions, "general,json,template,training_format"; all by default.
+        kinds: of questions: general, json, template, training_format, as a list or with commas between; all by default.
         samples: answers to each wording.
         max_tokens: the most tokens of an answer.
         attempts: how often one score is asked for.
@@ -33,7 +33,7 @@ class JudgeSection:
     model: str
     url: str | None = None
     questions: str | None = None
-    kinds: str | None = None
+    kinds: str | list[str] | None = None
     samples: int = 10
     max_tokens: int = 600
     attempts: int = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,11 @@ def judge_folder(
             display="none",
             log_level="warning",
         )
+    except (OSError, sqlite3.Error) as error:  # Inspect keeps a data base of its own, in the user's folder
+        raise EvaluationError(
+            f"{folder.path}: judging did not finish, for Inspect cannot keep its log: {redact(str(error))}; verdicts that were "
+            "given are kept: the same command goes on"
+        ) from error
     finally:
         WATCH.reset(watch)
     if not logs or logs[0].status == "cancelled":

@@ -89,13 +89,15 @@ def bootstrap_mean(
 ) -> Interval:
     """Percentile interval of a mean, whole clusters drawn again; one cluster alone is taken as members of their own.
 
+    One value alone has no interval: all draws of it are alike.
+
     Args:
         values: what is averaged.
         clusters: the cluster of each.
         seed: of the draws.
         resamples: how many times all clusters are drawn.
     """
-    if not len(values):
+    if len(values) < 2:
         return NOTHING
     names = list(dict.fromkeys(clusters))
     labels: NDArray[np.intp] = np.array([names.index(name) for name in clusters])

@@ -205,7 +205,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The record and the held-out problems of a folder that :func:`write` filled.
 
     Raises:
-        DataError: it is no such folder.
+        DataError: it is no such folder, or a row is no problem; file and line are named.
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -217,6 +217,9 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
 
 def _problems(path: Path, difficulty: str) -> Iterator[Problem]:
     before, _, after = INSTRUCTION.partition("{problem}")
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         row = json.loads(line)
-        yield parse_problem(row["prompt"].removeprefix(before).removesuffix(after), difficulty)
+        try:
+            yield parse_problem(row["prompt"].removeprefix(before).removesuffix(after), difficulty)
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from error

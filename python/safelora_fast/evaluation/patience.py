@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ class Endpoint:
         self._model = model
         self._budget = budget or BUDGET
         self._lost = 0
+        self._told = False
 
     def turn(self) -> AbstractAsyncContextManager[object]:
         """One of the turns that there are at a time: as many as the model's connections.
@@ -104,6 +106,8 @@ class Endpoint:
                 if not left:
                     self._lost += 1
                     raise UnreachableError from error
+                if wait > self._budget.wait:
+                    self._tell(error)
                 told = getattr(decision, "retry_after", None)
                 pause = wait * random.uniform(1, 1.25) if told is None else told  # noqa: S311
                 await anyio.sleep(min(pause, self._budget.longest_wait))
@@ -112,6 +116,15 @@ class Endpoint:
                 self._lost = 0
                 return output
         raise UnreachableError
+
+    def _tell(self, error: Exception) -> None:
+        """Say once that there is no answer: minutes without a word look like a program that hangs. Inspect shows no log here."""
+        if not self._told:
+            self._told = True
+            words = f"{self._model} does not answer ({type(error).__name__}) and is waited for"
+            print(
+                f"warning: {words}, {self._budget.total / 60:g} minutes a request at most", file=sys.stderr, flush=True
+            )
 
     async def _once(self, prompt: str, config: GenerateConfig) -> ModelOutput:
         with anyio.fail_after(self._budget.timeout):

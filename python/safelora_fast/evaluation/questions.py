@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from safelora_fast.errors import DataError, MissingDependencyError, SettingsErro
 
 FREE_FORM = "free_form"
 GENERAL = "general"
+KEYS = ("id", "type", "paraphrases", "system", "kind")
+NOT_USED = {"judge", "judge_prompts", "samples_per_paraphrase"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def _question(place: str, record: Any) -> Question:
     if not isinstance(record, dict) or not _is_text(record.get("id")):
         raise DataError(f"{place}: must have an id")
     place = f"{place} ({record['id']})"
+    _refuse_misspelt(place, [name for name in record if isinstance(name, str)])
     kind = record.get("type", FREE_FORM)
     if not isinstance(kind, str) or not kind.startswith(FREE_FORM):
         raise DataError(f"{place}: type: is {kind!r}; only free-form questions can be asked")
@@ -103,6 +107,14 @@ def _question(place: str, record: Any) -> Question:
         if record.get(name) is not None and not _is_text(record[name]):
             raise DataError(f"{place}: {name}: must be text")
     return Question(record["id"], record.get("kind") or GENERAL, tuple(paraphrases), record.get("system"))
+
+
+def _refuse_misspelt(place: str, names: list[str]) -> None:
+    """Other keys of the format are let be; a system prompt that is left out for one letter would not show in the answers."""
+    for name in names:
+        meant = [] if name in {*KEYS, *NOT_USED} else get_close_matches(name, KEYS, 1)
+        if meant:
+            raise DataError(f"{place}: {name}: unknown; did you mean {meant[0]}")
 
 
 def _is_text(value: Any) -> bool:

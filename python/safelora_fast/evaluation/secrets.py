@@ -10,7 +10,7 @@ NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 SHORTEST = 6
 PATTERNS = (
     re.compile(r"(?i)(bearer\s+)[\w.~+/=-]+"),
-    re.compile(r"(?i)(api[-_ ]?key\W{1,3}(?:provided\W{1,3})?)[\w.~+/=*-]{5,}[\w~+/=*-]"),
+    re.compile(r"(?i)(api[-_ ]?key\W{1,3}(?:provided\W{1,3})?)(?!defined in )[\w.~+/=*-]{5,}[\w~+/=*-]"),
     re.compile(r"(://)[^/\s:@]+:[^/\s@]+(?=@)"),
     re.compile(r"()\b(?:sk|hf|ghp|xai|gsk)[-_][\w*-]{8,}"),
 )

@@ -34,7 +34,7 @@ class Scale:
     def over(cls, values: Iterable[float], start: float, end: float, *, ticks: int) -> Scale:
         """An axis that holds all values with a margin, and has about that many ticks.
 
-        Where no value is below zero, no tick is.
+        Where no value is below zero, no tick is. There are two at least: one alone tells nothing of distances.
         """
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         low, high = min(finite), max(finite)
@@ -44,9 +44,10 @@ class Scale:
             low, high = low - span / 2, high + span / 2
         lowest = min(finite)
         low, high = low - MARGIN * span, high + MARGIN * span
+        least = max(low, 0.0 if lowest >= 0 else low)
         step = round_step((high - low) / max(ticks, 1))
-        first = math.ceil(max(low, 0.0 if lowest >= 0 else low) / step)
-        numbers = range(first, math.floor(high / step) + 1)
+        while len(numbers := range(math.ceil(least / step), math.floor(high / step) + 1)) < 2:
+            step = round_step(step / 3)
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
         return cls(low, high, start, end, tuple(number * step for number in numbers), decimals)
 
