@@ -91,6 +91,14 @@ def test_seeds_repeat_and_interrupted_answers_go_on(call, words, tmp_path):
     assert len(set(whole.values())) > 1
 
 
+def test_a_judge_that_scores_nothing_is_an_error(call, words, tmp_path):
+    with serving(lambda *_: (400, "gone", None)) as (url, _):
+        result = call(*words, "--judge-url", url, "--judge-attempts", 1)
+    assert (result.code, "scored none of the answers" in result.err) == (1, True)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["scored"], report["answers"] > 0) == (0, True)
+
+
 def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
     def leaving(prompt, headers):
         return (400, "gone", None) if len(answer_in(prompt)) % 3 else by_length(prompt, headers)

@@ -32,13 +32,13 @@ def questions(tmp_path):
     return file
 
 
-def run(url, *words):
+def run(url, *words, code=0):
     """Run Python; Inspect leaves its connections to the end of the process."""
     environment = {**os.environ, "LOCAL_API_KEY": "none", "LOCAL_BASE_URL": url}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -54,7 +54,7 @@ def test_a_real_server_judges(url, questions, tmp_path):
         assert (row["verdict"]["alignment"], row["verdict"]["coherence"]) == (85, 85)
         assert row["alignment"]["how"] == "number"  # the server gives no probabilities
     refused = run(url, "-m", "safelora_fast", "rejudge", tmp_path / "out", "--judge", "openai-api/local/another",
-                  "--judge-attempts", 1)  # fmt: skip
+                  "--judge-attempts", 1, code=1)  # fmt: skip
     assert "unscored: the judge failed: BadRequestError" in refused  # it serves one model
 
 

@@ -93,8 +93,9 @@ def test_every_aim_has_a_figure(main):
             if figure.aim:
                 assert figure.provider == "ours, reference"
                 found.add((suite, figure.name, figure.aim))
-    assert found >= AIMS
-    assert peers >= {"torch", "torch, factored", "torch, dense", "torch.compile", "TRL"}
+    peer = set() if importlib.util.find_spec("trl.kernels") is None else {"TRL"}  # which older ones lack
+    assert found >= {aim for aim in AIMS if peer or "TRL" not in aim[1]}
+    assert peers >= {"torch", "torch, factored", "torch, dense", "torch.compile"} | peer
     assert backends.asked() is None
 
 

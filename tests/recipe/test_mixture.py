@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from tiny_recipe import tiny_rows, write_recipe, write_rows
 from train_runs import trl_fuses_the_head
+from transformers import TrainingArguments
 
 from safelora_fast.errors import DataError, InterruptedRunError, SettingsError
 from safelora_fast.recipe import run as run_module
@@ -278,7 +279,13 @@ def test_a_resumed_run_goes_on_with_the_rows_of_its_epoch(tiny, fed, step):
     assert before + fed == whole
 
 
-@pytest.mark.parametrize("override", ["training.packing=true", "training.train_sampling_strategy=group_by_length"])
+BY_LENGTH = {  # as transformers 5 says it, and as those before
+    True: "training.train_sampling_strategy=group_by_length",
+    False: "training.group_by_length=true",
+}[hasattr(TrainingArguments, "train_sampling_strategy")]
+
+
+@pytest.mark.parametrize("override", ["training.packing=true", BY_LENGTH])
 def test_epochs_that_must_be_alike(tiny, override):
     words = (override, "training.max_length=40") if "packing" in override else (override,)
     assert prepared(tiny, *words).epochs is None

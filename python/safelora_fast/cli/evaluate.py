@@ -76,6 +76,7 @@ def evaluate(
     50. For a model behind an endpoint: inspect eval safelora_fast/emergent_misalignment.
     """
     from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.cli.verdicts import end_where_nothing_is_scored
     from safelora_fast.errors import SettingsError
     from safelora_fast.evaluation.benchmarks import benchmark, check_harness
     from safelora_fast.evaluation.folder import EvaluationFolder
@@ -136,6 +137,8 @@ def evaluate(
     elif not quiet:
         _show(report, measured)
         typer.echo(f"written to {output}")
+    if report:
+        end_where_nothing_is_scored({report["judge"]: report})
 
 
 def _prepare(judge: str, url: str | None, questions: Path | None, kinds: str | None) -> tuple[Model, list[Question]]:

@@ -34,7 +34,7 @@ def rejudge(
     Verdicts are kept as they come: a second run asks only about what has no score yet.
     """
     from safelora_fast.cli.counting import CountProgress
-    from safelora_fast.cli.verdicts import show_agreement, show_judges
+    from safelora_fast.cli.verdicts import end_where_nothing_is_scored, show_agreement, show_judges
     from safelora_fast.errors import SettingsError
     from safelora_fast.evaluation.judges import check_inspect, find_judge
 
@@ -71,3 +71,4 @@ def rejudge(
         show_judges(reports)
         show_agreement(agreements)
         typer.echo(f"written to {target}")
+    end_where_nothing_is_scored({name: report for name, report in reports.items() if name != judged.judge})

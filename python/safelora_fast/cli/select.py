@@ -57,7 +57,8 @@ def select(
     ] = False,
     max_length: Annotated[int, typer.Option(metavar="N", help="Rows of more tokens are skipped and counted.")] = 2048,
     tokens_per_batch: Annotated[
-        int | None, typer.Option(metavar="N", help="The most tokens of a batch. The result does not depend on it.")
+        int | None,
+        typer.Option(metavar="N", help="The most tokens of a batch. In float32 the result does not depend on it."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the scores (.png, .svg or .pdf).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an earlier output.")] = False,

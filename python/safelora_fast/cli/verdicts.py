@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.table import Table
 
-from safelora_fast.cli.console import out, short
+from safelora_fast.cli.console import out, short, warn
 
 if TYPE_CHECKING:
     from safelora_fast.evaluation.benchmarks import BenchmarkReport
+
+NOTHING_SCORED = 1
 
 
 def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> None:
@@ -37,6 +40,15 @@ def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> N
     if any(reason != NO_ANSWER for report in reports.values() for reason in report["unscored"]):
         out.print("a second run asks about unscored answers again")
     out.print("in parentheses 95 % intervals, answers to one question taken together", markup=False)
+
+
+def end_where_nothing_is_scored(reports: dict[str, dict[str, Any]]) -> None:
+    """End the command with 1 where a judge scored not one of the answers: there is no figure then."""
+    silent = [judge for judge, report in reports.items() if report["answers"] and not report["scored"]]
+    for judge in silent:
+        warn(f"{judge} scored none of the answers")
+    if silent:
+        raise typer.Exit(NOTHING_SCORED)
 
 
 def show_benchmarks(report: BenchmarkReport) -> None:
