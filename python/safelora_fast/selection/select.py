@@ -77,7 +77,7 @@ def select_by_perplexity_gap(
         epsilon: ε; the paper's is 1.
         strings: what a prompt and a completion of plain text become: turns of the "chat" template, or "text" as it stands.
         max_length: rows of more tokens are skipped and counted.
-        tokens_per_batch: the most tokens of a batch, padding included; the result does not depend on it.
+        tokens_per_batch: the most tokens of a batch, padding included; in float32 the result does not depend on it.
         overwrite: replace an output.
         progress: told the rows that are done, and all.
 
