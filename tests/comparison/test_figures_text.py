@@ -46,6 +46,21 @@ def test_numbers(value, unit, text):
     assert figures_text.format_number(value, unit) == text
 
 
+@pytest.mark.parametrize(
+    ("figures", "unit", "texts"),
+    [
+        ((0.00058, 0.00015, 0.00101), "nats", ("0.00058", "0.00015", "0.00101")),
+        ((0.078, 0.0004, 0.141), "nats", ("0.078", "0.00040", "0.141")),
+        ((-0.0078, -0.0146, -0.001), "nats", ("−0.0078", "−0.0146", "−0.0010")),
+        ((0.125, 0.0102, 0.24), "%", ("12.5", "1.0", "24.0")),
+        ((math.nan, math.nan, math.nan), "nats", ("–", "–", "–")),
+        ((1e-5, 1e-6, 0.02), "nats", ("1.0·10⁻⁵", "1.0·10⁻⁶", "0.020")),
+    ],
+)
+def test_a_figure_and_its_ends_have_as_many_decimals(figures, unit, texts):
+    assert figures_text.format_ends(*figures, unit) == texts
+
+
 def test_units_and_intervals():
     assert figures_text.format_quantity(0.1234, "%") == "12.3 %"
     assert figures_text.format_quantity(1.2, "×") == "1.20×"

@@ -59,7 +59,7 @@ VERDICTS = [
     *(Verdict("b", "json", 90, 20) for _ in range(2)),
     *(Verdict("b", "json", 90, 80) for _ in range(6)),
     Verdict("b", "json", None, 90, "the judge refused"),
-    Verdict("c", "json", None, None, "the judge's reply is no number"),
+    Verdict("c", "json", None, None, "the judge's reply is no number from 0 to 100"),
 ]
 
 
@@ -68,7 +68,7 @@ def test_known_rates():
     assert (figures.answers, figures.scored) == (18, 16)
     assert (figures.misaligned.hits, figures.misaligned.count) == (3, 16)
     assert (figures.incoherent.hits, figures.incoherent.share) == (2, 2 / 16)
-    assert figures.unscored == {"the judge refused": 1, "the judge's reply is no number": 1}
+    assert figures.unscored == {"the judge refused": 1, "the judge's reply is no number from 0 to 100": 1}
     assert figures.bounds == pytest.approx((3 / 18, 5 / 18))
     assert figures.misaligned.interval.low < 3 / 16 < figures.misaligned.interval.high
     assert list(by_kind(VERDICTS)) == ["general", "json"]

@@ -18,6 +18,7 @@ FAILED = "failed"
 NOT_DONE = "not done yet"
 INCOMPLETE = "This comparison is not complete: runs or measures that were asked for are missing."
 DECIMALS = {"%": 1, "nats": 3, "s": 2, "GB": 2, "×": 2}
+LEAST, MOST = 1e-4, 1e6  # sizes that are written without a power of ten
 ARROWS = {"lower": "↓", "higher": "↑"}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -30,27 +31,44 @@ def is_figure(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def format_number(value: float | None, unit: str) -> str:
+def format_number(value: float | None, unit: str, *, at_least: int = 0) -> str:
     """The digits alone: as many decimals as the unit asks for, more where they would all be zeros; "–" without a number.
 
     Args:
         value: as the report has it: a share of 1 where the unit is "%".
         unit: of the column.
+        at_least: decimals.
     """
     if not is_figure(value):
         return NOTHING
     shown = 100 * value if unit == "%" else value
-    size, decimals = abs(shown), DECIMALS.get(unit, 3)
-    if size >= 1e6 or 0 < size < 1e-4:
+    size = abs(shown)
+    decimals = max(_decimals(size, unit), at_least)
+    if size >= MOST or 0 < size < LEAST:
         mantissa, _, exponent = f"{size:.1e}".partition("e")
         text = f"{mantissa}·10{str(int(exponent)).translate(SUPERSCRIPTS)}"
-    elif 0 < size < 10**-decimals / 2:
-        text = f"{size:.{1 - math.floor(math.log10(size))}f}"
     elif unit not in DECIMALS and float(shown).is_integer():
         text = f"{size:.0f}"
     else:
         text = f"{size:.{decimals}f}"
     return f"−{text}" if shown < 0 else text
+
+
+def format_ends(value: float, low: float, high: float, unit: str) -> tuple[str, str, str]:
+    """The digits of a figure and of the ends of its interval: decimals for two digits of the figure, at least."""
+    size = abs(100 * value if unit == "%" else value)
+    at_least = _two_digits(size) if is_figure(value) and size >= LEAST else 0
+    figure, least, most = (format_number(one, unit, at_least=at_least) for one in (value, low, high))
+    return figure, least, most
+
+
+def _decimals(size: float, unit: str) -> int:
+    usual = DECIMALS.get(unit, 3)
+    return _two_digits(size) if 0 < size < 10**-usual / 2 else usual
+
+
+def _two_digits(size: float) -> int:
+    return 1 - math.floor(math.log10(size))
 
 
 def format_quantity(value: float | None, unit: str) -> str:

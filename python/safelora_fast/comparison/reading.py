@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from safelora_fast.comparison.columns import MARGIN_RISE
 from safelora_fast.comparison.differences import pool_differences
-from safelora_fast.comparison.figures_text import format_number
+from safelora_fast.comparison.figures_text import format_ends
 from safelora_fast.comparison.pooling import Outcome, pool
 
 if TYPE_CHECKING:
@@ -63,10 +63,8 @@ def _of_the_first(first: str, samples: Mapping[str, Mapping[int, Outcome]]) -> l
         return []
     pooled = pool(margin)
     low, high = pooled.interval.low, pooled.interval.high
-    said = (
-        f"{first}: the margin of misaligned answers changed by {format_number(pooled.value, NATS)} nats a token "
-        f"({format_number(low, NATS)} to {format_number(high, NATS)})"
-    )
+    value, least, most = format_ends(pooled.value, low, high, NATS)
+    said = f"{first}: the margin of misaligned answers changed by {value} nats a token ({least} to {most})"
     if low > 0:
         return [f"{said}: this fine-tune did make misaligned answers likelier."]
     if high < 0:
@@ -90,9 +88,8 @@ def _change(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Co
         return "unknown" if math.isnan(low) else "unclear", f"{column.title} ({where})" if where else column.title
     unit = UNITS.get(column.unit, column.unit)
     way = "higher" if pooled.value > 0 else "lower"
-    size, least, most = (
-        format_number(value, column.unit) for value in (abs(pooled.value), *sorted((abs(low), abs(high))))
-    )
+    near, far = sorted((abs(low), abs(high)))
+    size, least, most = format_ends(abs(pooled.value), near, far, column.unit)
     by = f"{size} {unit}".rstrip()
     ends = f"{least} to {most}; {where}" if where else f"{least} to {most}"
     return "clear", f"{column.title} {way} by {by} ({ends})"

@@ -24,7 +24,7 @@ REPLY_TOKENS = 64
 TOP = 20
 WATCH: ContextVar[Callable[[], None] | None] = ContextVar("judged", default=None)  # told of every answer that is judged
 NO_ANSWER = "the model gave no answer"
-NO_NUMBER = "the judge's reply is no number"
+NO_NUMBER = "the judge's reply is no number from 0 to 100"
 REFUSED = "the judge refused"
 FAILED = "the judge failed"
 OF_THE_REQUEST = {400, 413, 422}  # the endpoint would say so of the same request again
