@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pytest
@@ -210,12 +211,41 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(choose, expected, scored):
     scored.stop_after = None
     with choose.journal.open("a") as journal:  # the line that the kill cut short
         journal.write('{"row": 3, "of": "ab')
-    selection = choose(tokens_per_batch=90)
+    selection = choose(tokens_per_batch=150)
     assert len(scored) == len(set(scored)) == 12
     assert selection.scores.tolist() == pytest.approx(expected, abs=1e-5)
     lines = [json.loads(line) for line in choose.journal.read_text().splitlines()]
     assert [line.get("row") for line in lines[1:]].count(3) == 1
     assert len(lines) == 13
+
+
+def with_beginnings(count):
+    """Candidates with beginnings of unequal length, so that some batches share one with the batch before."""
+    rows = []
+    for number, row in enumerate(candidates(count)):
+        turns = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        system = "You help. " * (1 + number // 9 % 3)
+        rows.append({"messages": [{"role": "system", "content": system}, *turns]})
+    return rows
+
+
+def test_a_run_resumed_from_any_kill_gives_the_bytes_of_an_unbroken_one(choose, monkeypatch):
+    # A kill leaves the first so many bytes of the journal. Rounding depends on what is in a batch, on how the first batch was
+    # run, and on what it shared with the one before: none of these may depend on where a run was killed.
+    monkeypatch.setattr("safelora_fast.selection.select.WINDOW", 15)
+    rows = with_beginnings(37)
+    files = [choose.output, choose.journal, choose.output.with_name("chosen.jsonl.selection.json")]
+
+    def bytes_after_a_run():
+        choose(rows, tokens_per_batch=400, top=37)
+        return [file.read_bytes() for file in files]
+
+    whole = bytes_after_a_run()
+    ends = [index + 1 for index, byte in enumerate(whole[1]) if byte == ord("\n")]
+    cuts = {*ends[::4], *random.Random(0).sample(range(len(whole[1])), 12)}
+    for cut in sorted(cuts):
+        choose.journal.write_bytes(whole[1][:cut])
+        assert bytes_after_a_run() == whole, f"killed after {cut} bytes of the journal"
 
 
 def test_two_runs_at_once_are_refused(choose, scored):

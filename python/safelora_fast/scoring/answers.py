@@ -110,17 +110,37 @@ class AnswerScorer:
         for indices in batches_by_length(lengths, self._tokens_per_batch, alone_beyond=self._alone_beyond):
             yield dict(zip(indices, self._batch([examples[index] for index in indices]), strict=True))
 
+    def pass_over(self, examples: Sequence[Labelled]) -> None:
+        """Leave out examples whose scores are known, and score later ones to the bit as if these had been scored.
+
+        How the model is run is tried on the first batch, and what a batch begins with may be kept from the one before.
+        """
+        lengths = [len(example.ids) for example in examples]
+        for indices in batches_by_length(lengths, self._tokens_per_batch, alone_beyond=self._alone_beyond):
+            some = [examples[index] for index in indices]
+            self._choose_by(some[0])
+            if prefix := self._prefix(some):
+                self._pasts.pass_over(some[0].ids[:prefix])
+
+    def _choose_by(self, example: Labelled) -> None:
+        if not self._chosen:
+            device = self._model.get_input_embeddings().weight.device
+            with torch.no_grad(), evaluation_mode(self._model):
+                self._choose(torch.tensor([example.ids[:PROBE_TOKENS]], device=device))
+
+    def _prefix(self, examples: list[Labelled]) -> int:
+        """Tokens in front of all examples that are run once."""
+        return self._pasts.shared(examples) if self._shares and not self._stretched(examples) else 0
+
     def _batch(self, examples: list[Labelled]) -> list[AnswerScore]:
         batch, labels = padded(examples, self._model.get_input_embeddings().weight.device)
         where = labels != IGNORED_LABEL
         try:
-            if not self._chosen:
-                with torch.no_grad(), evaluation_mode(self._model):
-                    self._choose(batch["input_ids"][:1, :PROBE_TOKENS])
+            self._choose_by(examples[0])  # the longest
             with torch.no_grad(), evaluation_mode(self._model), self._precision():
                 if not self._masked:
                     del batch["attention_mask"]
-                prefix = self._pasts.shared(examples) if self._shares and not self._stretched(examples) else 0
+                prefix = self._prefix(examples)
                 values = self._log_likelihoods(self._after(prefix, batch), where[:, prefix:], labels[where])
         except torch.OutOfMemoryError as error:
             raise SettingsError(

@@ -43,13 +43,18 @@ class Pasts:
             return kept
         return common if _worth(common * (len(examples) - 1), tokens) else 0
 
+    def pass_over(self, prefix: list[int]) -> None:
+        """Stand where :meth:`of` would have left this, without running the model; the past is made when it is asked for."""
+        if prefix != self._prefix:
+            self._prefix, self._past = prefix, None
+
     def of(self, prefix: torch.Tensor, rows: int, **options: Any) -> dict[str, Any]:
         """The model's argument that stands for a prefix [1, tokens] of so many rows; raises what a model raises without one.
 
         The options are for the model, and must not change what it keeps.
         """
         ids = prefix[0].tolist()
-        if ids != self._prefix:
+        if ids != self._prefix or self._past is None:
             output = self._model(input_ids=prefix, use_cache=True, **options)
             self._name = next(name for name in reversed(CACHES) if getattr(output, name, None) is not None)
             self._past, self._prefix = getattr(output, self._name), ids

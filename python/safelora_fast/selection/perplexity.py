@@ -102,6 +102,12 @@ class Perplexities:
                     raise AdapterError(f"{place}: under {who} its answer has a likelihood that is not finite")
         return list(zip(*columns, strict=True))
 
+    def pass_over(self, examples: Sequence[Labelled]) -> None:
+        """Leave out a batch that is known, so that the next one gets the bits that it would get after this one."""
+        for number, scorer in enumerate(self._scorers):
+            with self._acting(number):
+                scorer.pass_over(examples)
+
     @contextmanager
     def _acting(self, number: int) -> Iterator[None]:
         if number == 0:

@@ -25,7 +25,7 @@ from safelora_fast.selection.perplexity import Perplexities, fingerprint, read_a
 from safelora_fast.selection.report import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -77,7 +77,7 @@ def select_by_perplexity_gap(
         epsilon: ε; the paper's is 1.
         strings: what a prompt and a completion of plain text become: turns of the "chat" template, or "text" as it stands.
         max_length: rows of more tokens are skipped and counted.
-        tokens_per_batch: the most tokens of a batch, padding included; in float32 the result does not depend on it.
+        tokens_per_batch: the most tokens of a batch, padding included; in float32 the result depends on it by rounding only.
         overwrite: replace an output.
         progress: told the rows that are done, and all.
 
@@ -170,16 +170,19 @@ class _Work:
         tokens_per_batch: int,
         progress: Progress | None,
     ) -> None:
-        """Score what the journal lacks."""
-        left = [index for index in sorted(self.wanted) if index not in journal.entries]
-        done = len(self.wanted) - len(left)
+        """Score what the journal lacks.
+
+        Batches are cut from all rows, those that the journal has included, since rounding depends on what is in a batch:
+        whoever goes on gets the bytes that an unbroken run gets.
+        """
+        done = sum(index in journal.entries for index in self.wanted)
         if progress is not None:
             progress(done, len(self.wanted))
-        if not left:
+        if done == len(self.wanted):
             return
         perplexities = Perplexities(model, adapters, tokens_per_batch=tokens_per_batch)
         try:
-            for entries in self._entries(left, perplexities, tokens_per_batch):
+            for entries in self._entries(journal.entries.keys(), perplexities, tokens_per_batch):
                 journal.add(entries)
                 done += len(entries)
                 if progress is not None:
@@ -187,25 +190,32 @@ class _Work:
         finally:
             perplexities.close()
 
-    def _entries(self, left: list[int], perplexities: Perplexities, tokens_per_batch: int) -> Iterator[list[Entry]]:
-        for start in range(0, len(left), WINDOW):
+    def _entries(
+        self, known: Container[int], perplexities: Perplexities, tokens_per_batch: int
+    ) -> Iterator[list[Entry]]:
+        """Entries of the rows that are not known, a batch at a time."""
+        rows = sorted(self.wanted)
+        for start in range(0, len(rows), WINDOW):
             examples: dict[int, Example] = {}
             skipped = []
-            for index in left[start : start + WINDOW]:
+            for index in rows[start : start + WINDOW]:
                 found = self._example(index)
-                if isinstance(found, str):
-                    skipped.append(Entry(index, self.rows.fingerprint(index), skipped=found))
-                else:
+                if not isinstance(found, str):
                     examples[index] = found
+                elif index not in known:
+                    skipped.append(Entry(index, self.rows.fingerprint(index), skipped=found))
             if skipped:
                 yield skipped
             indices = list(examples)
             for batch in batches_by_length([len(examples[index].ids) for index in indices], tokens_per_batch):
                 some = [indices[position] for position in batch]
+                left = [index for index in some if index not in known]
+                if not left:
+                    perplexities.pass_over([examples[index] for index in some])
+                    continue
                 nll = perplexities.of([examples[index] for index in some], [self.rows.place(index) for index in some])
-                yield [
-                    Entry(index, self.rows.fingerprint(index), values) for index, values in zip(some, nll, strict=True)
-                ]
+                values = dict(zip(some, nll, strict=True))
+                yield [Entry(index, self.rows.fingerprint(index), values[index]) for index in left]
 
     def _example(self, index: int) -> Example | str:
         """A row's tokens, or why it is skipped."""
