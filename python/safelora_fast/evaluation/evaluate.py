@@ -14,7 +14,7 @@ from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder, ad
 from safelora_fast.evaluation.secrets import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
     from pathlib import Path
     from typing import Protocol
 
@@ -92,9 +92,8 @@ def collect_answers(
     loaded = load_subject(resolved, adapter) if overwrite and folder.other(settings) else None
     folder.begin(settings, overwrite=overwrite)
     known = folder.stored()
-    missing = [(number, one) for number, one in enumerate(asked) if one.id not in known]
-    if missing:
-        for answers in _generate(loaded or load_subject(resolved, adapter), missing, sampling, progress):
+    if any(one.id not in known for one in asked):
+        for answers in _generate(loaded or load_subject(resolved, adapter), asked, known, sampling, progress):
             folder.add(answers)
             known.update({answer.asked.id: answer for answer in answers})
     return [known[one.id] for one in asked]
@@ -102,26 +101,31 @@ def collect_answers(
 
 def _generate(
     loaded: Subject,
-    missing: list[tuple[int, Asked]],
+    asked: list[Asked],
+    known: Container[str],
     sampling: Sampling,
     progress: Progress | None,
-) -> Any:
+) -> Iterator[list[Answer]]:
+    """The answers that are not known, a batch at a time; batches are cut from all, so that going on changes no bit."""
     from safelora_fast.evaluation.generation import generate
 
+    missing = {number for number, one in enumerate(asked) if one.id not in known}
     if progress is not None:
         progress.start("answers", len(missing))
     batches = generate(
         loaded.model,
         loaded.tokenizer,
-        [_turns(one) for _, one in missing],
+        [_turns(one) for one in asked],
         max_tokens=sampling.max_tokens,
-        seeds=[sampling.seed * 1_000_003 + number for number, _ in missing],
+        seeds=[sampling.seed * 1_000_003 + number for number in range(len(asked))],
         batch_size=sampling.batch_size,
+        known=set(range(len(asked))) - missing,
     )
     done = 0
     for batch in batches:
-        yield [Answer(missing[number][1], text) for number, text in batch.items()]
-        done += len(batch)
+        new = [Answer(asked[number], text) for number, text in batch.items() if number in missing]
+        yield new
+        done += len(new)
         if progress is not None:
             progress.advance(done)
 

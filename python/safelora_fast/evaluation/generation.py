@@ -12,7 +12,7 @@ from safelora_fast.recipe.loading import first_line
 from safelora_fast.training.reference import evaluation_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -78,6 +78,7 @@ def generate(
     temperature: float = 1.0,
     seeds: Sequence[int] | None = None,
     batch_size: int = 16,
+    known: Container[int] = (),
 ) -> Iterator[dict[int, str]]:
     """Answers by the number of their conversation, a batch at a time.
 
@@ -91,6 +92,8 @@ def generate(
         temperature: 0 takes the likeliest token.
         seeds: one for each conversation; their numbers by default.
         batch_size: conversations at a time.
+        known: numbers of conversations whose answers are known: a batch of these alone is left out. Rounding depends on what is
+            in a batch, so to get the bytes of an unbroken run give all its conversations.
 
     Raises:
         DataError: there is no chat template, or it refuses a conversation.
@@ -111,6 +114,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
+        if all(number in known for number in numbers):
+            continue
         ids, mask = _padded([prompts[number] for number in numbers], tokenizer.pad_token_id or 0)
         watch = NanWatch()
         processors = LogitsProcessorList([watch])
