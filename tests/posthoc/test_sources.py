@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from hub_server import COMMITS
 from plain_pair import module_names, write_adapter, write_model
 from safetensors.numpy import load_file, save_file
 
@@ -20,84 +18,6 @@ from safelora_fast.errors import CheckpointError
 from safelora_fast.posthoc.provenance import reopen
 from safelora_fast.posthoc.sources import open_checkpoint
 from safelora_fast.subspace import SafeSubspace
-
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-
-
-class Hub:
-    """Serves folders as repositories, and remembers which files were asked for."""
-
-    def __init__(self, folders):
-        self.folders, self.fetched = folders, []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                self.answer(body=False)
-
-            def do_GET(self):
-                self.answer(body=True)
-
-            def answer(self, *, body: bool):
-                parts = self.path.strip("/").split("/")
-                repository, rest = "/".join(parts[:2]), parts[2:]
-                if rest[:1] != ["resolve"] or repository not in hub.folders:
-                    self.send_response(404)
-                    self.send_header("X-Error-Code", "RepoNotFound")
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                commit = COMMITS.get(rest[1], rest[1])
-                path = hub.folders[repository] / rest[2]
-                if not path.exists() or commit not in COMMITS.values():
-                    self.send_response(404)
-                    self.send_header(
-                        "X-Error-Code", "EntryNotFound" if commit in COMMITS.values() else "RevisionNotFound"
-                    )
-                    self.send_header("X-Repo-Commit", commit)
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                content = path.read_bytes()
-                self.send_response(200)
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("X-Repo-Commit", commit)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if body:
-                    hub.fetched.append((repository, commit, rest[2]))
-                    self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever)
-        self.thread.start()
-
-    def close(self):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    folders = {"some/aligned": write_model(tmp_path / "aligned", 1), "some/base": write_model(tmp_path / "base", 2)}
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"PK")
-    folders["some/old"] = tmp_path / "old"
-    served = Hub(folders)
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", served.address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield served
-    served.close()
 
 
 def project(tmp_path, aligned, base, output, layers=2):

@@ -90,7 +90,7 @@ class ProjectionReport:
     @property
     def warnings(self) -> list[str]:
         """What a careful reader of the figures would tell the user."""
-        found = []
+        found = [*self.aligned.get("warnings", ()), *self.base.get("warnings", ())]
         for adapter in self.adapters:
             if adapter.trained_on and not _alike(adapter.trained_on, str(self.aligned["source"])):
                 found.append(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+NOT_THE_MODEL = ("adapter_model", "consolidated")  # an adapter, and the weights again as Mistral names them
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)(@(?P<revision>[\w./-]+))?")
 A_MODEL = "the path of a model or its Hub id"
 CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
@@ -48,6 +50,7 @@ class Checkpoint:
         revision: the commit hash on the Hub, or None.
         config: the content of its config.json, or None where there is none.
         remote: whether it comes from the Hub.
+        warnings: what else lies in the folder that a user should know of.
     """
 
     description: str
@@ -59,6 +62,7 @@ class Checkpoint:
         default_factory=dict
     )
     remote: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def names(self) -> Iterable[str]:
@@ -132,21 +136,63 @@ def _near(path: Path) -> str:
 
 
 def _from_folder(folder: Path) -> Checkpoint:
-    if (folder / INDEX).exists():
-        return _from_file(folder / INDEX)
-    if (folder / SINGLE).exists():
-        return _from_file(folder / SINGLE)
-    if (folder / "adapter_config.json").exists():
+    config = _config(folder / "config.json")
+    chosen = _weights_file(config, lambda name: folder / name if (folder / name).exists() else None, str(folder))
+    adapter = (folder / "adapter_config.json").exists()
+    if adapter and (chosen is None or config is None):
         raise CheckpointError(f"{folder}: this is a PEFT adapter, not a model; give the model that it was trained on")
+    if chosen is None:
+        return _from_loose_files(folder, config)
+    checkpoint = _from_file(chosen)
+    checkpoint.description = str(folder)
+    if adapter:
+        checkpoint.warnings = (
+            f"{folder}: holds an adapter (adapter_config.json) beside the model, which transformers loads on top of it; "
+            f"read here is {chosen.name} alone",
+        )
+    return checkpoint
+
+
+def _weights_file(config: Mapping[str, Any] | None, there: Callable[[str], Path | None], where: str) -> Path | None:
+    """The file or index that transformers loads from a folder or repository, or None where it finds none.
+
+    It takes what config.json names, else the single file, and an index only where there is no single file.
+    """
+    named = (config or {}).get("transformers_weights")
+    if named is None:
+        return there(SINGLE) or there(INDEX)
+    readable = isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
+    if not readable or "/" in named or _outside(named):
+        raise CheckpointError(
+            f"{where}: config.json names {named!r} as transformers_weights, which is not a safetensors file or index "
+            "beside it"
+        )
+    if (found := there(named)) is None:
+        raise CheckpointError(f"{where}: config.json names {named} as transformers_weights, but there is no such file")
+    return found
+
+
+def _outside(name: str) -> bool:
+    """Whether a file's name leads out of its folder."""
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
+
+
+def _from_loose_files(folder: Path, config: Mapping[str, Any] | None) -> Checkpoint:
+    """Files under names that transformers does not look for: taken where no other reading of the folder is possible."""
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+    if loaded := next((name for name in PICKLES if (folder / name).exists()), None):
+        raise CheckpointError(f"{folder}: its model is {loaded}, which is not safetensors; to convert it, {CONVERT}")
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         return _from_file(indices[0])
-    files = sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors"))
+    files = [file for file in found if not file.name.startswith(NOT_THE_MODEL)] or found
     if not files:
-        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
-        if others:
-            raise CheckpointError(f"{folder}: holds {others[0]} but no safetensors file; to convert it, {CONVERT}")
-        raise CheckpointError(f"{folder}: holds no safetensors file and no index")
+        if pickles:
+            raise CheckpointError(f"{folder}: holds {pickles[0]} but no safetensors file; to convert it, {CONVERT}")
+        inside = sorted({path.parent.name for name in (SINGLE, INDEX) for path in folder.glob(f"*/{name}")})
+        hint = f"; there is a model in {', '.join(inside)}: give that folder" if inside else ""
+        raise CheckpointError(f"{folder}: holds no safetensors file and no index{hint}")
     opened = {file.name: _core.SafetensorsFile(str(file)) for file in files}
     shards: dict[str, str] = {}
     for shard, opened_file in opened.items():
@@ -156,14 +202,15 @@ def _from_folder(folder: Path) -> Checkpoint:
                     f"{folder}: tensor {name!r} is in {shards[name]} and in {shard}, and there is no index to choose"
                 )
             shards[name] = shard
-    checkpoint = Checkpoint(str(folder), None, _config(folder / "config.json"), shards, lambda shard: folder / shard)
+    checkpoint = Checkpoint(str(folder), None, config, shards, lambda shard: folder / shard)
     checkpoint._opened.update({shard: (file, file.tensors) for shard, file in opened.items()})
     return checkpoint
 
 
 def _from_file(path: Path) -> Checkpoint:
     folder, config = path.parent, _config(path.parent / "config.json")
-    description = str(folder if path.name in {INDEX, SINGLE} else path)
+    whole = path.name == SINGLE or (path.name == INDEX and not (folder / SINGLE).exists())
+    description = str(folder if whole else path)
     if path.suffix == ".json":
         if not path.name.endswith(".index.json"):
             raise CheckpointError(
@@ -183,17 +230,23 @@ def _from_file(path: Path) -> Checkpoint:
 
 def _from_hub(repository: Repository) -> Checkpoint:
     config = repository.fetch_if_there("config.json", or_in_cache=True)
-    index = repository.fetch_if_there(INDEX, or_in_cache=True)
-    if index is not None:
-        shards = _shard_names(index)
-    else:
-        single = repository.fetch_if_there(SINGLE)
-        if single is None:
-            raise CheckpointError(
-                f"{repository.name}: holds neither {INDEX} nor {SINGLE}; older .bin checkpoints: {CONVERT}"
-            )
-        shards = dict.fromkeys(_core.SafetensorsFile(str(single)).tensors, SINGLE)
     content = _config(config) if config else None
+    if repository.fetch_if_there("adapter_config.json", or_in_cache=True):
+        raise CheckpointError(
+            f"{repository.name}: holds an adapter_config.json, so transformers loads the model that it names instead of "
+            "what else lies there; give that model"
+        )
+    chosen = _weights_file(
+        content, lambda name: repository.fetch_if_there(name, or_in_cache=name == SINGLE), repository.name
+    )
+    if chosen is None:
+        raise CheckpointError(
+            f"{repository.name}: holds neither {INDEX} nor {SINGLE}; older .bin checkpoints: {CONVERT}"
+        )
+    if chosen.suffix == ".json":
+        shards = _shard_names(chosen)
+    else:
+        shards = dict.fromkeys(_core.SafetensorsFile(str(chosen)).tensors, chosen.name)
     return Checkpoint(repository.name, repository.commit, content, shards, repository.fetch, remote=True)
 
 
@@ -205,8 +258,7 @@ def _shard_names(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: this is not an index of safetensors shards: {error}") from error
     for name, shard in names.items():
-        parts = PurePosixPath(shard)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in shard:
+        if _outside(shard):
             raise CheckpointError(f"{index}: tensor {name!r} lies in {shard!r}, outside the repository")
     return names
 
