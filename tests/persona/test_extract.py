@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from demo_model import save_tiny, tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from personas import plain_means, tiny_trait
 from tiny_models import fill_adapter
 from transformers import AutoModelForCausalLM
@@ -112,6 +112,39 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, tmp_path
     assert {row["answer"] for row in stored(tmp_path / "a" / "mean.safetensors")} != {
         row["answer"] for row in stored(tmp_path / "c" / "mean.safetensors")
     }
+
+
+def test_answers_of_another_adapter_are_not_taken(model, output, tmp_path):
+    """One loaded model whose adapter is switched: the journal of one state is refused in another, whatever its name."""
+    settings = LoraConfig(r=4, target_modules="all-linear")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), settings, "A")
+    adapted.add_adapter("B", settings)
+    for seed, name in enumerate("AB"):
+        fill_adapter(adapted, seed=seed, adapter=name, scale=0.3)
+
+    def vector(output, **changes):
+        return extract_persona_vector(
+            adapted, TRAIT, output=output, tokenizer=tokenizer(), max_new_tokens=12, **changes
+        )
+
+    first = vector(output)
+    adapted.set_adapter("B")
+    with pytest.raises(SettingsError, match=r"was made in another way: weights was .*; pass --regenerate"):
+        vector(output, overwrite=True)
+    with adapted.disable_adapter(), pytest.raises(SettingsError, match="was made in another way: weights"):
+        vector(output, overwrite=True)
+    other = vector(tmp_path / "fresh.safetensors")
+    assert np.linalg.norm(first.vectors - other.vectors) > 0.1 * np.linalg.norm(other.vectors)
+    adapted.set_adapter("A")
+    assert np.array_equal(vector(output, overwrite=True).vectors, first.vectors)
+
+
+def test_a_learned_prompt_is_refused(model):
+    """It stands outside the blocks: the vector would be that of the model without it."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompted = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(SettingsError, match=r"learned prompt .*PROMPT_TUNING"):
+        extract_persona_vector(prompted, TRAIT, tokenizer=tokenizer())
 
 
 def test_batches_decide_nothing(model):

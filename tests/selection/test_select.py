@@ -383,3 +383,33 @@ def test_an_adapter_whose_likelihoods_are_no_numbers(made, choose, tmp_path):
     save_file({name: value * float("nan") for name, value in weights.items()}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="under adapter broken its answer has a likelihood that is not finite"):
         choose(adapters=["security", folder])
+
+
+@pytest.mark.parametrize("names", ["medicine", ["medicine"], iter(["medicine"])], ids=["text", "list", "iterator"])
+def test_a_domain_is_held_out_however_it_is_named(choose, names):
+    selection = choose(hold_out=names, top=3)
+    assert (selection.held_out, list(selection.adapters), selection.warnings) == (("medicine",), ["security"], ())
+
+
+def test_one_adapter_by_itself(made, tmp_path):
+    model, words = load(made)
+    selection = select_by_perplexity_gap(
+        made / "candidates.jsonl", tmp_path / "chosen.jsonl", model=model, tokenizer=words,
+        misaligned=str(made / "medicine"), hold_out=(), top=3,
+    )  # fmt: skip
+    assert list(selection.adapters) == ["medicine"]
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "chat_template"])
+def test_a_journal_of_another_tokenizer_is_refused(choose, made, what):
+    choose(top=3, strings="text")
+    model, words = load(made)
+    if what == "tokenizer":
+        words.eos_token = "<user>"
+    else:
+        words.chat_template += " "
+    with pytest.raises(SettingsError, match=f"was begun with other settings: {what} was "):
+        select_by_perplexity_gap(
+            made / "candidates.jsonl", choose.output, model=model, tokenizer=words, overwrite=True, hold_out=(),
+            misaligned=[made / "security", made / "medicine"], strings="text",
+        )  # fmt: skip

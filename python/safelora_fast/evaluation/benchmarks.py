@@ -138,7 +138,7 @@ def check_tasks(names: Sequence[str], path: str | Path | None = None) -> None:
 def benchmark(
     model: str,
     adapter: str | None,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     output: Path,
     *,
     task_path: str | Path | None = None,
@@ -162,7 +162,7 @@ def benchmark(
     Args:
         model: a folder, or a Hub id with an optional `@revision`.
         adapter: a PEFT adapter to put on it.
-        tasks: names of tasks, groups or tags.
+        tasks: names of tasks, groups or tags; a text holds names with commas between.
         output: a folder; `benchmarks.json` in it is renewed after every task.
         task_path: a folder of YAML files that define tasks; they come before the harness's own of the same name.
         limit: documents of each task, the first ones; all by default.
@@ -186,6 +186,7 @@ def benchmark(
         AdapterError: the adapter cannot be put on it.
     """
     check_harness()
+    tasks = [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else tasks
     if not tasks:
         raise SettingsError("no task is named")
     for name, value in (("limit", limit), ("batch_size", batch_size)):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from safelora_fast.persona.model import Subject
 
 THRESHOLD = 50.0
+DECISIVE = ("dtype", "weights", "tokenizer", "chat_template", "ends")  # facts of the model that decide what it answers
 
 
 class Progress(Protocol):
@@ -154,7 +155,7 @@ def extract_persona_vector(
     described = subject.describe()
     journal = None
     if target is not None:
-        decisive = {name: described[name] for name in ("dtype", "weights", "chat_template")} | sampling.decisive
+        decisive = {name: described[name] for name in DECISIVE} | sampling.decisive
         journal = Journal.beside(target, {"model": subject.source, **decisive})
         if regenerate:
             journal.remove()

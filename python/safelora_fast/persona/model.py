@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.digests import weights_digest
+from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
 from safelora_fast.training.anatomy import Anatomy, dissect
 
@@ -58,10 +56,16 @@ class Subject:
         """A model at hand, as it is: adapters that are switched on take part.
 
         Raises:
-            SettingsError: there is no tokenizer, or the model is of a kind without blocks to look at.
+            SettingsError: there is no tokenizer, the model is of a kind without blocks to look at, or its adapter is a learned
+                prompt, which stands outside the blocks.
         """
         if tokenizer is None:
             raise SettingsError("a loaded model needs its tokenizer beside it: tokenizer=")
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise SettingsError(
+                f"the model's adapter is a learned prompt ({model.active_peft_config.peft_type}), which persona extraction "
+                "would leave out: give the model without it, or another kind of adapter"
+            )
         anatomy = dissect(model)
         config = anatomy.model.config
         source = getattr(config, "_name_or_path", "") or type(anatomy.model).__name__
@@ -88,13 +92,14 @@ class Subject:
         return self.ends[0] if token is None else int(token)
 
     def describe(self) -> dict[str, Any]:
-        """Source, revision, dtype, and fingerprints of weights and chat template, ready for JSON."""
+        """Source, revision, dtype, ends of an answer, and digests of weights, tokenizer and chat template, ready for JSON."""
         weight = self.anatomy.model.get_input_embeddings().weight
-        template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
         return {
             "source": self.source,
             "revision": self.revision,
             "dtype": str(weight.dtype).removeprefix("torch."),
             "weights": weights_digest(self.anatomy.model),
-            "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "chat_template": template_digest(self.tokenizer),
+            "ends": self.ends,
         }

@@ -1,9 +1,11 @@
-"""SHA-256 of files, each read once for as long as it stays as it is, and of a model's weights."""
+"""SHA-256 of files, each read once for as long as it stays as it is, of a loaded model, and of a tokenizer."""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import DataError
 
@@ -12,9 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 BLOCK = 1 << 20
-VALUES = 64
+VALUES = 1 << 24
+PROBE = "A probe of 12 words:\n\n  déjà vu — “naïve” 日本語 🙂 <b>x</b>, don't, tab\there. "
 _known: dict[tuple[Callable[[Path], str], str, int, int, int], str] = {}
 
 
@@ -44,19 +48,53 @@ def remembered(path: Path, make: Callable[[Path], str]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over name, shape, dtype and up to 64 evenly spaced values of every parameter.
+    """SHA-256 of what a loaded model computes with: its adapters' state, and the bytes of every tensor that it would save.
 
-    Training changes nearly every weight, so that it notices a model that was trained on, at the price of milliseconds.
+    The adapters' state says, for each layer, which adapters act, how strongly they are scaled, which are merged, and whether
+    they are switched off. About 1 GB a second; tensors that are offloaded (on the meta device) count by name and shape only.
     """
     import torch
 
+    from safelora_fast.training.anatomy import adapter_layers, gathered
+
     found = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()
-        some = values[:: max(len(values) // VALUES, 1)][:VALUES].cpu().contiguous()
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
-        found.update(some.view(torch.uint8).numpy().tobytes())
+    for name, layer in adapter_layers(model):
+        state = [
+            getattr(layer, key, None) for key in ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+        ]
+        found.update(json.dumps([name, *state], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        flat = gathered(tensor.detach()).reshape(-1)
+        for start in range(0, 0 if flat.is_meta else len(flat), VALUES):
+            found.update(flat[start : start + VALUES].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of how a tokenizer makes text into tokens; its chat template is not in it, see :func:`template_digest`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:  # padding and truncation are of the last call
+        rules = {
+            key: value for key, value in json.loads(backend.to_str()).items() if key not in {"padding", "truncation"}
+        }
+    tokens = [list(tokenizer(PROBE, add_special_tokens=special)["input_ids"]) for special in (False, True)]
+    known = [type(tokenizer).__name__, dict(tokenizer.special_tokens_map), rules, tokens]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of a tokenizer's chat template, and of today's date where the template writes it; None without a template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return None
+    text = json.dumps(template, sort_keys=True)
+    date = datetime.datetime.now().date().isoformat() if "strftime_now" in text else ""
+    return hashlib.sha256(f"{text}{date}".encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

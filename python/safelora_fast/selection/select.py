@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import defaultdict
@@ -15,7 +14,7 @@ import numpy as np
 from safelora_fast.data.best import top_k
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.posthoc.output import alone, check_file, whole_file
-from safelora_fast.recipe.digests import weights_digest
+from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
 from safelora_fast.recipe.tokens import Encoder, Example
 from safelora_fast.scoring import batches_by_length
@@ -44,8 +43,8 @@ def select_by_perplexity_gap(
     *,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    misaligned: Sequence[str | Path],
-    hold_out: Sequence[str] | None = None,
+    misaligned: str | Path | Sequence[str | Path],
+    hold_out: str | Sequence[str] | None = None,
     top: int = 5000,
     no_refusals: bool = False,
     epsilon: float = 1.0,
@@ -70,8 +69,8 @@ def select_by_perplexity_gap(
             are put on it and taken off again.
         tokenizer: its tokenizer.
         misaligned: folders of PEFT adapters that make it misaligned, `NAME=FOLDER` where the last parts of two are the same.
-        hold_out: names of the domain that is going to be defended: adapters of that name are left out, because the defence
-            must not know what it is tested on. An empty sequence says that there is none; None gives a warning.
+        hold_out: name or names of the domain that is going to be defended: adapters of that name are left out, because the
+            defense must not know what it is tested on. An empty sequence says that there is none; None gives a warning.
         top: how many rows; all where fewer have a score.
         no_refusals: leave refusals out, by :func:`~safelora_fast.selection.candidates.is_refusal`.
         epsilon: ε; the paper's is 1.
@@ -89,7 +88,9 @@ def select_by_perplexity_gap(
     """
     target = Path(output)
     _check(top, epsilon, max_length, tokens_per_batch)
-    adapters = read_adapters(misaligned)
+    adapters = read_adapters([misaligned] if isinstance(misaligned, str | Path) else misaligned)
+    if hold_out is not None:
+        hold_out = (hold_out,) if isinstance(hold_out, str) else tuple(hold_out)
     used = {name: path for name, path in adapters.items() if name not in set(hold_out or ())}
     if not used:
         raise SettingsError("every misaligned adapter is held out: give those of other domains too")
@@ -240,7 +241,6 @@ def _settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: dict[str, str], strings: str, max_length: int
 ) -> dict[str, Any]:
     """What likelihoods depend on."""
-    template = tokenizer.chat_template if strings == "chat" else None
     return {
         "model": str(model.config._name_or_path),
         "commit": getattr(model.config, "_commit_hash", None),
@@ -248,7 +248,8 @@ def _settings(
         "adapters": adapters,
         "strings": strings,
         "max_length": max_length,
-        "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat_template": template_digest(tokenizer),  # rows of turns take it, whatever `strings` says
         "weights": weights_digest(model),
     }
 
