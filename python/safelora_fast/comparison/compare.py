@@ -12,8 +12,8 @@ from safelora_fast.comparison.training import check_folder, is_finished, train
 from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
 from safelora_fast.evaluation import operator_swap
 from safelora_fast.posthoc.output import alone, described, whole_folder
-from safelora_fast.recipe.document import dump_document
 from safelora_fast.recipe.folder import write_json
+from safelora_fast.yaml_reading import dump_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,7 @@ def report_only(config: CompareConfig) -> ComparisonReport:
 
 def _keep_configuration(config: CompareConfig) -> None:
     with described(config.output):
-        text = dump_document(config.document.values)
+        text = dump_yaml(config.document.values)
         (config.output / CONFIGURATION).write_text(text, encoding="utf-8")
 
 

@@ -18,8 +18,8 @@ from safelora_fast.recipe.section import read_section
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from safelora_fast.recipe.document import Keys
     from safelora_fast.recipe.recipe import Recipe
+    from safelora_fast.yaml_reading import Keys
 
 KEYS = ("title", "recipe", "seeds", "runs", "measure", "output")
 FINISHED = "adapters"

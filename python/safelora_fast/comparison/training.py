@@ -19,8 +19,8 @@ from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputErr
 from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.digests import digest
-from safelora_fast.recipe.document import dump_document
 from safelora_fast.recipe.folder import RECORD, RunFolder
+from safelora_fast.yaml_reading import dump_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ def train(place: Place, recipe: Recipe, *, overwrite: bool, talk: bool) -> str |
         return None
     with described(place.folder):
         place.folder.mkdir(parents=True, exist_ok=True)
-        (place.folder / RECIPE).write_text(dump_document(recipe.document.values), encoding="utf-8")
+        (place.folder / RECIPE).write_text(dump_yaml(recipe.document.values), encoding="utf-8")
         (place.folder / FAILURE).unlink(missing_ok=True)
     anew = has_ended(recipe) or (overwrite and changes(recipe) is not None)
     failure = _run([*COMMAND, str(place.folder / RECIPE), "--overwrite" if anew else "--resume"], talk=talk)

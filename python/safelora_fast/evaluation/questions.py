@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_fast.errors import DataError, MissingDependencyError, SettingsError
+from safelora_fast.json_reading import read_bytes
 
 FREE_FORM = "free_form"
 GENERAL = "general"
@@ -49,7 +50,7 @@ def read_questions(path: str | Path) -> list[Question]:
         DataError: the file cannot be read, or a question is not as it must be; it is named.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = read_bytes(Path(path).expanduser()).decode()
     except OSError as error:
         raise DataError(f"{path}: the questions cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -75,13 +76,10 @@ def choose(questions: list[Question], kinds: str | list[str] | None) -> list[Que
 
 def _parse(source: str, text: str) -> list[Question]:
     try:
-        import yaml
+        from safelora_fast.yaml_reading import parse_yaml
     except ModuleNotFoundError as error:
         raise MissingDependencyError("questions need PyYAML: pip install 'safelora-fast[eval]'") from error
-    try:
-        records = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
+    records = parse_yaml(text, source, error=DataError)
     if not isinstance(records, list) or not records:
         raise DataError(f"{source}: must be a list of questions")
     questions = [_question(f"{source}: question {number}", record) for number, record in enumerate(records, start=1)]

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from safelora_fast.defenses import Defense
     from safelora_fast.posthoc.project import Progress
-    from safelora_fast.recipe.document import Document, Keys
+    from safelora_fast.recipe.document import Document
+    from safelora_fast.yaml_reading import Keys
 
 SECTION = "defenses"
 ON_NONFINITE = "on_nonfinite"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 from safelora_fast.recipe.kinds import conforms, describe
 
 if TYPE_CHECKING:
-    from safelora_fast.recipe.document import Document, Keys
+    from safelora_fast.recipe.document import Document
+    from safelora_fast.yaml_reading import Keys
 
 Section = TypeVar("Section")
 

@@ -1,0 +1,172 @@
+"""The one reader of JSON that others wrote: limits on size and nesting, and values of the types that are asked for.
+
+What cannot be read is an :class:`OSError` with a `strerror` of one line, what is not as it must be a :class:`ValueError` of one
+line; callers put the file's name before it and give it the class that is theirs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import reprlib
+import stat
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+MOST_BYTES = 1 << 26  # of one document; parsed, it may take twenty times as much memory
+MOST_DEPTH = 100  # beyond that, whatever walks over the values would end in a RecursionError
+MOST_WHOLE = 2**63
+_TOO_DEEP = f"it is nested too deeply, in more than {MOST_DEPTH} levels"
+
+
+class Kind(NamedTuple):
+    """A type of values: its name in messages, and whether a value is of it."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and -MOST_WHOLE <= value < MOST_WHOLE
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+WHOLE = Kind("a whole number of 64 bits", _is_whole)
+COUNT = Kind("a whole number from 0", lambda value: _is_whole(value) and value >= 0)
+NUMBER = Kind("a finite number", _is_number)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+TEXTS = Kind("a list of texts", _is_texts)
+
+
+def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
+    """The content of a file, or of a pipe that something writes to; what is neither is not waited for.
+
+    Args:
+        path: the file.
+        most: the most bytes, None for any number.
+
+    Raises:
+        OSError: it cannot be read, is too large, or is a folder, a device or a socket.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a zero byte, or half of a character
+        raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise OSError(errno.EINVAL, "Is a device, not a file", str(path))
+        os.set_blocking(descriptor, True)  # a pipe's writer is waited for, and where there is none this ends at once
+        content = _read(file, most)
+    if most is not None and len(content) > most:
+        raise OSError(errno.EFBIG, f"Holds more than {most:,} bytes, the most that are read", str(path))
+    return content
+
+
+def _read(file: Any, most: int | None) -> bytes:
+    """All of a file, or one byte more than the most."""
+    if most is None:
+        whole: bytes = file.read()
+        return whole
+    parts: list[bytes] = []
+    left = most + 1
+    while left and (part := file.read(left)):  # a pipe gives less than was asked for
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, no UTF-8, or nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    brackets = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if brackets > MOST_DEPTH and _is_deep(value):
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError, ValueError: as :func:`read_bytes` and :func:`parse_json`.
+    """
+    return parse_json(read_bytes(path))
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """What a JSON file says that holds an object.
+
+    Raises:
+        OSError, ValueError: as :func:`read_json`, or it holds something else.
+    """
+    return of_kind(read_json(path), OBJECT, "the file")  # type: ignore[no-any-return]
+
+
+def of_kind(value: Any, kind: Kind, name: str) -> Any:
+    """The value.
+
+    Raises:
+        ValueError: it is of another kind; the message has the name.
+    """
+    if not kind.fits(value):
+        raise ValueError(f"{name} must be {kind.words}, not {reprlib.repr(value)}")
+    return value
+
+
+def check_fields(
+    record: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None
+) -> dict[str, Any]:
+    """The record, whose values of these names are of these kinds; an optional one may be null or absent.
+
+    Raises:
+        ValueError: it is no object, or lacks a value, or has one of another kind; the key is named.
+    """
+    fields: dict[str, Any] = of_kind(record, OBJECT, "it")
+    for name, kind in required.items():
+        if name not in fields:
+            raise ValueError(f"{name} is missing")
+        of_kind(fields[name], kind, name)
+    for name, kind in (optional or {}).items():
+        if fields.get(name) is not None:
+            of_kind(fields[name], kind, name)
+    return fields
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it is nested in more than the most levels."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_DEPTH):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
