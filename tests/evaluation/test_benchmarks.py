@@ -216,6 +216,22 @@ def test_overwrite_keeps_what_is_of_the_same_settings(run, tasks, tmp_path):
     assert list(json.loads(file.read_text())["tasks"]) == ["choosing"]
 
 
+def test_other_rows_or_code_of_a_task_are_another_task(run, tasks, adapter):
+    run(["choosing"], limit=5)
+    rows = tasks / "rows.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("a", "e"))
+    with pytest.raises(OutputError, match="a task choosing that was defined otherwise"):
+        run(["choosing"], limit=5)
+    rows.write_text(before)
+    assert run(["choosing"], limit=5).tasks
+    config = adapter / "adapter_config.json"
+    run(["choosing"], adapter, limit=5, overwrite=True)
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    with pytest.raises(OutputError, match=r"holds results of other settings \(adapter_sha256\)"):
+        run(["choosing"], adapter, limit=5)
+
+
 def test_groups_and_tags(run, tasks):
     (tasks / "group.yaml").write_text(
         yaml.safe_dump({"group": "both", "task": ["choosing", "other"], "aggregate_metric_list": [{"metric": "acc"}]})

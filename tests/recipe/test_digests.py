@@ -48,6 +48,7 @@ CHANGES = {
     "merged": lambda model: model.merge_adapter(["A"]),
     "one weight": edit_one_weight,
     "scaling": rescale,
+    "configuration": lambda model: setattr(model.config, "rms_norm_eps", 0.5),
 }
 
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.config import OPERATOR_SWAP, REFERENCE
 from safelora_fast.errors import OutputError
-from safelora_fast.evaluation.folder import adapter_fingerprint
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.folder import RECORD, write_json
 
@@ -60,10 +59,6 @@ class Place:
     def file(self, measure: str) -> Path:
         """Where a measurement is kept."""
         return self.folder / f"{measure}.json"
-
-    def fingerprint(self) -> str | None:
-        """SHA-256 of the adapter's weights; None for the reference, or while there is none."""
-        return adapter_fingerprint(self.adapter)
 
     def record(self) -> dict[str, Any]:
         """The record of the training; empty where it was not done here."""

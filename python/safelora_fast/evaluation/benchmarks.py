@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError
-from safelora_fast.evaluation.folder import BENCHMARKS, adapter_fingerprint, changed_settings
+from safelora_fast.evaluation.folder import BENCHMARKS, changed_settings, told
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.folder import write_json
+from safelora_fast.recipe.stamps import subject_stamp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from safelora_fast.evaluation.loading import SubjectSettings
     from safelora_fast.evaluation.margin import Strings
 
-FORMAT = 1
+FORMAT = 2
 BATCH_SIZE = 16
+TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -205,10 +207,11 @@ def benchmark(
     settings = {
         **asdict(subject),
         "adapter": None if given is None else str(given),
-        "adapter_sha256": adapter_fingerprint(given),
+        **subject_stamp(subject.model, given, subject.chat_template),
         "limit": limit,
         "seed": seed,
         "strings": strings,
+        "lm_eval": harness_version(),
     }
     with quiet_libraries():
         run = _Run(Path(output), subject, given, settings, batch_size, progress)
@@ -323,10 +326,7 @@ class _Kept:
             raise OutputError(f"{self.path}: cannot be read; pass --overwrite to start anew, or delete it") from error
         changed = changed_settings(former, self._settings)
         if changed:
-            raise OutputError(
-                f"{self.path}: holds results of other settings ({', '.join(changed)}); choose another output, or pass "
-                "--overwrite"
-            )
+            raise OutputError(f"{self.path}: holds results {told(changed)}; choose another output, or pass --overwrite")
         return results
 
     def has(self, name: str, definition: str) -> bool:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.errors import EvaluationError, InterruptedRunError, SettingsError
 from safelora_fast.evaluation.answers import SAMPLES, Answer, ask
 from safelora_fast.evaluation.figures import Figures, by_kind, by_question
-from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder, adapter_fingerprint
+from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder
 from safelora_fast.evaluation.secrets import redact
+from safelora_fast.recipe.stamps import subject_stamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
@@ -84,7 +85,7 @@ def collect_answers(
     settings = {
         **asdict(resolved),
         "adapter": None if adapter is None else str(adapter),
-        "adapter_sha256": adapter_fingerprint(adapter),
+        **subject_stamp(resolved.model, adapter, resolved.chat_template),
         "questions": [asdict(question) for question in questions],
         **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
     }

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
 from safelora_fast.evaluation.answers import Answer, read_answers
-from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.output import described
-from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.folder import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 SETTINGS = "evaluation.json"
@@ -24,7 +22,7 @@ VERDICTS = "verdicts.jsonl"
 REPORT = "report.json"
 LOGS = "logs"
 BENCHMARKS = "benchmarks.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,7 @@ class EvaluationFolder:
         changed = changed_settings(former, wanted)
         if not changed:
             return None
-        return (
-            f"{self.path}: holds an evaluation of other settings ({', '.join(changed)}); choose another output, or pass "
-            "--overwrite"
-        )
+        return f"{self.path}: holds an evaluation {told(changed)}; choose another output, or pass --overwrite"
 
     def check(self) -> None:
         """Refuse a folder that holds something else than an evaluation.
@@ -119,13 +114,16 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_settings(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ; where an adapter lies does not matter while its weights are the same."""
+    """Names of the settings that differ; where an adapter lies does not matter while its files are the same."""
     changed = sorted(name for name in {*former, *wanted} if former.get(name) != wanted.get(name))
-    same = wanted.get("adapter_sha256") is not None and "adapter_sha256" not in changed
-    return [name for name in changed if not (same and name == "adapter")]
+    same = {
+        name for name in ("adapter", "chat_template") if wanted.get(f"{name}_sha256") == former.get(f"{name}_sha256")
+    }
+    return [name for name in changed if not (name in same and wanted.get(f"{name}_sha256") is not None)]
 
 
-def adapter_fingerprint(adapter: Path | None) -> str | None:
-    """SHA-256 of an adapter's weights, None where there are none."""
-    file = None if adapter is None else adapter / WEIGHTS
-    return digest(file) if file is not None and file.is_file() else None
+def told(changed: Sequence[str]) -> str:
+    """What is kept, where some settings are not those of now."""
+    if "format" in changed:
+        return "of an older version, which did not note all that results depend on"
+    return f"of other settings ({', '.join(changed)})"

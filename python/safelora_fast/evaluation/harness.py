@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import io
 import json
 import logging
@@ -20,8 +19,10 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList, set_seed
 
 from safelora_fast.errors import EvaluationError, SettingsError
+from safelora_fast.evaluation.benchmarks import TASK_FILES
 from safelora_fast.evaluation.generation import NAN_LOGITS, NanWatch
 from safelora_fast.recipe.loading import first_line
+from safelora_fast.recipe.stamps import file_digest, files_digest, text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from safelora_fast.evaluation.loading import Subject
 
 VERSION = version("lm_eval")
-TAG = "TAG"
+TAG, GROUP = "TAG", "GROUP"
 
 
 class Tasks:
@@ -66,11 +67,23 @@ class Tasks:
         return sorted(entry.tags) if entry.kind.name == TAG else [name]
 
     def definition(self, name: str) -> str:
-        """SHA-256 of how a task is defined, what it includes along with it; where its files lie does not matter."""
-        text = json.dumps(self.manager.task_index[name].cfg, sort_keys=True, default=str)
+        """SHA-256 of how a task is defined: what it includes, local rows and code along with it; where they lie does not matter."""
+        entry = self.manager.task_index[name]
+        text = json.dumps(entry.cfg, sort_keys=True, default=str)
         for root in (Path(lm_eval.__file__).parent, self._folder):
             text = text if root is None else text.replace(str(root), "")
-        return hashlib.sha256(text.encode()).hexdigest()
+        of_others = () if entry.kind.name == GROUP else (".yaml", ".yml")  # a group is made of what they define
+        own = files_digest(self._folder, [suffix for suffix in TASK_FILES if suffix not in of_others])
+        named = [Path(word) for word in _words((entry.cfg or {}).get("dataset_kwargs"))]
+        return text_digest([text, own, [file_digest(str(file)) for file in named if file.is_file()]])
+
+
+def _words(value: Any) -> Iterator[str]:
+    """All texts in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _words(item)
 
 
 class CountedModel(HFLM):  # type: ignore[misc]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20
 VALUES = 1 << 24
 PROBE = "A probe of 12 words:\n\n  déjà vu — “naïve” 日本語 🙂 <b>x</b>, don't, tab\there. "
-_known: dict[tuple[Callable[[Path], str], str, int, int, int], str] = {}
+UNIMPORTANT = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}  # in a configuration
+_known: dict[tuple[Any, ...], str] = {}
 
 
 def digest(path: Path) -> str:
@@ -41,23 +42,27 @@ def remembered(path: Path, make: Callable[[Path], str]) -> str:
         OSError: it cannot be read.
     """
     status = path.stat()
-    key = make, str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    key = make, str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
     if key not in _known:
         _known[key] = make(path)
     return _known[key]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of what a loaded model computes with: its adapters' state, and the bytes of every tensor that it would save.
+    """SHA-256 of what a loaded model computes with: its configuration, its adapters' state, and the bytes of every tensor.
 
     The adapters' state says, for each layer, which adapters act, how strongly they are scaled, which are merged, and whether
-    they are switched off. About 1 GB a second; tensors that are offloaded (on the meta device) count by name and shape only.
+    they are switched off. The tensors are those that it would save. About 1 GB a second; tensors that are offloaded (on the
+    meta device) count by name and shape only.
     """
     import torch
 
     from safelora_fast.training.anatomy import adapter_layers, gathered
 
-    found = hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {name: value for name, value in settings.items() if name not in UNIMPORTANT}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, layer in adapter_layers(model):
         state = [
             getattr(layer, key, None) for key in ("active_adapters", "merged_adapters", "disable_adapters", "scaling")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from safelora_fast.comparison.digests import text_digest
 from safelora_fast.comparison.flaws import FAILURE, UNFINISHED, not_finite
 from safelora_fast.comparison.places import keep, read
 from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
 from safelora_fast.recipe.loading import first_line
+from safelora_fast.recipe.stamps import text_digest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.digests import tasks_digest
 from safelora_fast.comparison.flaws import FAILURE, NOT_FINITE, UNFINISHED
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
-from safelora_fast.evaluation.benchmarks import benchmark, harness_version
+from safelora_fast.evaluation.benchmarks import TASK_FILES, benchmark, harness_version
 from safelora_fast.recipe.folder import to_json
+from safelora_fast.recipe.stamps import files_digest
 
 if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
@@ -33,7 +34,8 @@ class BenchmarksMeasure(OfTheRun):
     def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The model, the adapter, the tasks, and the harness that they are run by."""
         section = _section(bench)
-        tasks = {"tasks": asdict(section), "tasks_sha256": tasks_digest(section.path), "lm_eval": harness_version()}
+        files = files_digest(None if section.path is None else Path(section.path).expanduser(), TASK_FILES)
+        tasks = {"tasks": asdict(section), "tasks_sha256": files, "lm_eval": harness_version()}
         return {**model_of(place, bench), "strings": bench.strings, **tasks}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.digests import text_digest
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
 from safelora_fast.errors import EvaluationError
@@ -14,6 +13,7 @@ from safelora_fast.evaluation.folder import EvaluationFolder
 from safelora_fast.evaluation.judges import find_judge
 from safelora_fast.evaluation.prompts import ASPECTS, judge_prompt
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
+from safelora_fast.recipe.stamps import text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.digests import adapter_digest, file_digest, model_digest, text_digest
 from safelora_fast.comparison.measures.base import OfTheRun
 from safelora_fast.evaluation.margin import answer_margin
 from safelora_fast.evaluation.pairs import builtin_pairs
+from safelora_fast.recipe.stamps import subject_stamp, text_digest
 
 if TYPE_CHECKING:
     from safelora_fast.comparison.places import Place
@@ -43,13 +43,10 @@ def model_of(place: Place, bench: Workbench) -> dict[str, Any]:
     settings = bench.settings
     return {
         "model": settings.model,
-        "model_sha256": model_digest(settings.model),
         "dtype": settings.dtype,
         "device": settings.device,
         "chat_template": settings.chat_template,
-        "chat_template_sha256": file_digest(settings.chat_template),
-        "adapter_sha256": place.fingerprint(),
-        "adapter_files_sha256": adapter_digest(place.adapter),
+        **subject_stamp(settings.model, place.adapter, settings.chat_template),
     }
 
 

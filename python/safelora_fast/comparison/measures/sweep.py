@@ -6,12 +6,12 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.comparison.digests import weights_digest
 from safelora_fast.comparison.measures.base import OfTheRun, checked
 from safelora_fast.comparison.measures.drift import measure_drift, rows_of
 from safelora_fast.comparison.measures.margin import label, model_of
 from safelora_fast.evaluation.margin import answer_margin
 from safelora_fast.posthoc.sweep import sweep_thresholds
+from safelora_fast.recipe.stamps import checkpoint_digest, model_commit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,9 +39,10 @@ class SweepMeasure(OfTheRun):
         sweep = _section(bench)
         rows = rows_of(bench) if bench.config.measure.drift else {}
         pair = {"aligned": _aligned(bench), "base": sweep.base}
-        weights = {f"{role}_sha256": weights_digest(checkpoint) for role, checkpoint in pair.items()}
+        weights = {f"{role}_sha256": checkpoint_digest(checkpoint) for role, checkpoint in pair.items()}
+        commits = {f"{role}_commit": model_commit(checkpoint) for role, checkpoint in pair.items()}
         chosen = {"thresholds": sorted(set(sweep.thresholds)), "margin": bench.config.measure.margin}
-        return {**model_of(place, bench), **rows, **pair, **weights, **chosen}
+        return {**model_of(place, bench), **rows, **pair, **weights, **commits, **chosen}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """By threshold, how many modules are projected, and the measures of the result."""

@@ -1,0 +1,108 @@
+"""The stamp of a model notices all that decides what it answers, and nothing else."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from demo_model import save_tiny
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from safelora_fast.recipe import stamps
+from safelora_fast.recipe.stamps import model_commit, subject_stamp
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("stamps") / "model")
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def save_adapter(model, folder, **settings):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **settings)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+
+
+def rewrite(old, new):
+    def edit(file):
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    return edit
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    status = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # size and time as they were
+
+
+ADAPTER_CHANGES = {
+    "another lora_alpha": ("adapter_config.json", rewrite('"lora_alpha": 8', '"lora_alpha": 800')),
+    "rsLoRA": ("adapter_config.json", rewrite('"use_rslora": false', '"use_rslora": true')),
+    "weights": ("adapter_model.safetensors", flip),
+    "a tokenizer": ("tokenizer_config.json", lambda file: file.write_text("{}")),
+    "a template": ("chat_template.jinja", lambda file: file.write_text("{{ messages }}")),
+    "a named template": ("additional_chat_templates/tool.jinja", lambda file: file.write_text("{{ messages }}")),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTER_CHANGES)
+def test_what_an_adapter_is_made_of_is_noticed(model, adapter, name):
+    before = subject_stamp(str(model), adapter)
+    file, change = ADAPTER_CHANGES[name]
+    (adapter / file).parent.mkdir(exist_ok=True)
+    change(adapter / file)
+    after = subject_stamp(str(model), adapter)
+    assert {key for key in before if before[key] != after[key]} == {"adapter_sha256"}
+
+
+def test_where_an_adapter_lies_and_what_is_said_of_it_does_not_count(model, adapter, tmp_path):
+    before = subject_stamp(str(model), adapter)
+    adapter.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "README.md").write_text("another card")
+    assert subject_stamp(str(model), tmp_path / "elsewhere") == before
+
+
+def test_a_pickled_adapter_is_known_by_its_bytes(model, adapter):
+    file = adapter / "adapter_model.bin"
+    (adapter / "adapter_model.safetensors").rename(file)
+    before = subject_stamp(str(model), adapter)["adapter_sha256"]
+    flip(file)
+    assert subject_stamp(str(model), adapter)["adapter_sha256"] not in {None, before}
+
+
+def test_the_text_of_a_template_counts_and_not_its_name(model, tmp_path):
+    (tmp_path / "one.jinja").write_text("{{ messages }}")
+    (tmp_path / "two.jinja").write_text("{{ messages }}")
+    one, two = (subject_stamp(str(model), None, str(tmp_path / f"{name}.jinja")) for name in ("one", "two"))
+    assert one == two
+    (tmp_path / "two.jinja").write_text("{{ messages }} ")
+    assert subject_stamp(str(model), None, str(tmp_path / "two.jinja")) != one
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    cache = tmp_path / "models--org--name"
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    for commit in ("a" * 40, "b" * 40):
+        stamps._commit.cache_clear()
+        (cache / "refs" / "main").write_text(commit)
+        assert subject_stamp("org/name")["model_commit"] == commit
+    assert model_commit("org/another") is None
