@@ -56,7 +56,7 @@ CHANGES = {
 }
 
 
-def test_answers_of_other_bytes_under_the_same_names_are_refused(case, tmp_path):
+def test_answers_of_other_bytes_under_the_same_names_are_refused(case):
     first = case.collect("out")
     for setting, (name, old, new) in CHANGES.items():
         case.rewrite(name, old, new)

@@ -66,7 +66,7 @@ def model_digest(model: str) -> str | None:
 
 
 def model_commit(model: str) -> str | None:
-    """The commit of a model of the Hub, by the Hub or, out of its reach, by the cache; None for a folder, or where neither knows."""
+    """The commit of a model of the Hub, by the Hub or, out of its reach, by the cache; None for a folder, or if neither knows."""
     match = None if Path(model).expanduser().exists() else HUB_ID.fullmatch(model)
     return None if match is None else _commit(match["repository"], match["revision"])
 
