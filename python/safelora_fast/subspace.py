@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError, PairingError
+from safelora_fast.posthoc.names import NameIndex
 from safelora_fast.posthoc.output import whole_file
-from safelora_fast.posthoc.pairing import canonical
 
 if TYPE_CHECKING:
     import os
@@ -160,13 +159,17 @@ class SafeSubspace:
             )
         return cls({}, sources)
 
-    def find(self, name: str) -> ModuleSubspace:
+    def find(self, name: str, tower: str | None = None) -> ModuleSubspace:
         """The subspace of a module of a loaded model; wrappers before the name and spellings do not matter.
+
+        Args:
+            name: the module's name in the model.
+            tower: the part of a larger model that the model is, as of :func:`safelora_fast.posthoc.names.tower_of_class`.
 
         Raises:
             PairingError: there is none, or more than one; the message names the nearest.
         """
-        found = [name] if name in self.modules else self._by_canonical.get(_canonical(name), [])
+        found = [weight.removesuffix(".weight") for weight in self._index.find(f"{name}.weight", tower)]
         if len(found) == 1:
             return self.modules[found[0]]
         if not self.modules:
@@ -197,11 +200,8 @@ class SafeSubspace:
         return {"settings": dict(self.settings), "sources": dict(self.sources), "modules": modules}
 
     @cached_property
-    def _by_canonical(self) -> Mapping[str, list[str]]:
-        names: dict[str, list[str]] = defaultdict(list)
-        for name in self.modules:
-            names[_canonical(name)].append(name)
-        return names
+    def _index(self) -> NameIndex:
+        return NameIndex(f"{name}.weight" for name in self.modules)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, under a temporary name first.
@@ -242,10 +242,6 @@ class SafeSubspace:
                 return cls(modules, document["sources"], document["settings"])
         except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: the subspace cannot be read ({error})") from error
-
-
-def _canonical(name: str) -> str:
-    return canonical(f"{name}.weight").removesuffix(".weight")
 
 
 def _read(file: Any, facts: Mapping[str, Any]) -> ModuleSubspace:

@@ -10,7 +10,8 @@ from safelora_fast import _core
 from safelora_fast.errors import CheckpointError, PairingError
 from safelora_fast.posthoc.adapter import FLOATS
 from safelora_fast.posthoc.experts import stored_in_out
-from safelora_fast.posthoc.pairing import INPUT_EMBEDDINGS, Piece, TensorNames, canonical
+from safelora_fast.posthoc.names import canonical
+from safelora_fast.posthoc.pairing import INPUT_EMBEDDINGS, Piece, TensorNames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

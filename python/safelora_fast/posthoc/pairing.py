@@ -6,6 +6,7 @@ taken off and spellings that transformers converts while loading are made one; e
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections import defaultdict
@@ -13,28 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.errors import CheckpointError, PairingError
+from safelora_fast.posthoc.names import NameIndex, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from safelora_fast.posthoc.sources import Checkpoint
 
-WRAPPERS = {"base_model", "model", "language_model", "text_model", "transformer"}
 INPUT_EMBEDDINGS = ("embed_tokens", "decoder.embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 HEAD = "lm_head"
 
-# Spellings on disk against those of the loaded model (transformers' conversion mappings), after the wrappers are off.
-SPELLINGS = (
-    (re.compile(r"\.block_sparse_moe\.input_linear(\.weight)?$"), ".mlp.experts.gate_up_proj"),
-    (re.compile(r"\.block_sparse_moe\.output_linear(\.weight)?$"), ".mlp.experts.down_proj"),
-    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
-    (re.compile(r"(?<=\.experts)\.fc1\.weight$"), ".gate_up_proj"),
-    (re.compile(r"(?<=\.experts)\.fc2\.weight$"), ".down_proj"),
-    (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
-    (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
-    (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
-    (re.compile(r"^embed_out\."), "lm_head."),
-)
 # Fused modules: their rows are those of these modules, in this order.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_IN = {part: (fused, index) for fused, parts in FUSED.items() for index, part in enumerate(parts)}
@@ -56,17 +45,6 @@ class Piece:
     count: int = 1
 
 
-def canonical(name: str) -> str:
-    """A tensor's name without the wrappers at its front and in one spelling."""
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in WRAPPERS:
-        parts.pop(0)
-    name = ".".join(parts)
-    for pattern, replacement in SPELLINGS:
-        name = pattern.sub(replacement, name)
-    return name
-
-
 class TensorNames:
     """The names of one checkpoint, ready to be asked for."""
 
@@ -74,16 +52,21 @@ class TensorNames:
         self.checkpoint = checkpoint
         self.role = role
         self.config: Mapping[str, Any] = checkpoint.config or {}
-        self._by_canonical: dict[str, list[str]] = defaultdict(list)
+        self._index = NameIndex(checkpoint.names)
+        self._tower: str | None = None
         self._by_pattern: dict[str, dict[tuple[str, ...], list[str]]] | None = None
-        for name in checkpoint.names:
-            self._by_canonical[canonical(name)].append(name)
         if quantised := self.config.get("quantization_config"):
             method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
             raise CheckpointError(
                 f"{checkpoint.description}: the {role} model is quantised ({method or 'see its quantization_config'}); "
                 "give the weights that it was quantised from, or dequantise it and save it without quantization_config"
             )
+
+    def within(self, tower: str | None) -> TensorNames:
+        """The same names for an adapter of this tower (:func:`~safelora_fast.posthoc.names.tower_of`)."""
+        names = copy.copy(self)
+        names._tower = tower
+        return names
 
     def setting(self, name: str) -> Any:
         """A setting of config.json, looked up in the text model's part too."""
@@ -95,15 +78,14 @@ class TensorNames:
         """The one tensor of this name; None when there is none.
 
         Raises:
-            PairingError: when several tensors differ from it by wrappers only.
+            PairingError: when several tensors differ from it by wrappers or by the tower that they belong to only.
         """
-        if name in self.checkpoint:
-            return name
-        found = self._by_canonical.get(canonical(name), [])
+        found = self._index.find(name, self._tower)
         if len(found) > 1:
             raise PairingError(
                 f"{name}: the {self.role} model {self.checkpoint.description} has several tensors that may be meant: "
-                f"{', '.join(sorted(found)[:4])}"
+                f"{', '.join(sorted(found)[:4])}; the adapter does not say which: give a checkpoint of the class that it was "
+                "trained on"
             )
         return found[0] if found else None
 
@@ -135,7 +117,7 @@ class TensorNames:
         name = canonical(looked_for)
         stem = name.removesuffix(".weight")
         for ending in QUANTISED:
-            if found := self._by_canonical.get(f"{stem}.{ending}"):
+            if found := self._index.by_canonical.get(f"{stem}.{ending}"):
                 return PairingError(
                     f"{module}: the {self.role} model {self.checkpoint.description} holds it quantised ({found[0]}); "
                     "give the weights that it was quantised from"
@@ -150,7 +132,7 @@ class TensorNames:
         """Up to three tensors of similar names; compared without numbers, of which a large model has thousands."""
         if self._by_pattern is None:
             self._by_pattern = defaultdict(dict)
-            for known, tensors in self._by_canonical.items():
+            for known, tensors in self._index.by_canonical.items():
                 self._by_pattern[NUMBER.sub("#", known)][tuple(NUMBER.findall(known))] = tensors
         numbers, near = tuple(NUMBER.findall(name)), []
         for pattern in difflib.get_close_matches(NUMBER.sub("#", name), list(self._by_pattern), n=3, cutoff=0.6):

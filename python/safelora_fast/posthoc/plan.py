@@ -14,6 +14,7 @@ from safelora_fast.errors import PairingError
 from safelora_fast.posthoc.experts import assign, expert_factors, whole
 from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
 from safelora_fast.posthoc.jobs import Group, Meeting, Plan, collect, meet, plan_groups, raise_first
+from safelora_fast.posthoc.names import tower_of
 from safelora_fast.posthoc.pairing import TensorNames
 
 if TYPE_CHECKING:
@@ -55,15 +56,19 @@ def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Chec
     names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
     problems: list[PairingError] = []
     located: list[_Linear | _Experts] = []
+    seen: list[tuple[TensorNames, TensorNames]] = []
     for index, adapter in enumerate(adapters):
+        tower = tower_of(adapter.config)
+        theirs = names[0].within(tower), names[1].within(tower)
+        seen.append(theirs)
         nested: dict[str, list[LoraModule]] = defaultdict(list)
         for module in adapter.modules:
             if module.kind == "parameter":
                 nested[module.name].append(module)
             else:
-                collect(problems, located, lambda: [_linear(index, module, names)])  # noqa: B023
+                collect(problems, located, lambda: [_linear(index, module, theirs)])  # noqa: B023
         for modules in nested.values():
-            collect(problems, located, lambda: [_experts(index, modules, names)])  # noqa: B023
+            collect(problems, located, lambda: [_experts(index, modules, theirs)])  # noqa: B023
     raise_first(problems)
     aligned.require(sorted({name for unit in located for name in _tensors(unit.aligned)}))
     base.require(sorted({name for unit in located for name in _tensors(unit.base)}))
@@ -71,11 +76,11 @@ def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Chec
     groups: dict[object, Group] = {}
     for unit in located:
         found: list[Group] = []
-        adapter = adapters[unit.adapter]
+        adapter, theirs = adapters[unit.adapter], seen[unit.adapter]
         if isinstance(unit, _Linear):
-            collect(problems, found, lambda: [_linear_group(unit, adapter, names)])  # noqa: B023
+            collect(problems, found, lambda: [_linear_group(unit, adapter, theirs)])  # noqa: B023
         else:
-            collect(problems, found, lambda: _expert_groups(unit, adapter, names))  # noqa: B023
+            collect(problems, found, lambda: _expert_groups(unit, adapter, theirs))  # noqa: B023
         for group in found:
             _join(groups, group, problems)
     raise_first(problems)

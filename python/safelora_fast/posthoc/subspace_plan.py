@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from safelora_fast.errors import PairingError
 from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
 from safelora_fast.posthoc.jobs import Group, Plan, collect, meet, plan_groups, raise_first
-from safelora_fast.posthoc.pairing import FUSED, INPUT_EMBEDDINGS, Piece, TensorNames, canonical
+from safelora_fast.posthoc.names import canonical
+from safelora_fast.posthoc.pairing import FUSED, INPUT_EMBEDDINGS, Piece, TensorNames
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -10,6 +10,7 @@ import torch
 from safelora_fast.errors import PairingError
 from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
 from safelora_fast.ops.subspace_projection.penalties import is_grouped, subspace_penalties, subspace_penalty
+from safelora_fast.posthoc.names import tower_of_class
 from safelora_fast.training.adapted import AdaptedModule, adapted_modules
 from safelora_fast.training.anatomy import gathered
 from safelora_fast.training.guard import projection_culprit
@@ -35,7 +36,7 @@ class SafeModules:
         self._vectors: dict[str, torch.Tensor] = {}
         self._held: dict[str, torch.Tensor] = {}
         for module in adapted_modules(model, owner=owner):
-            found = subspace.find(module.name)
+            found = subspace.find(module.name, tower_of_class(type(model).__name__))
             shape, given = (module.left.shape[0], module.right.shape[1]), (len(found.left_vectors), found.columns)
             if shape != given:
                 raise PairingError(
