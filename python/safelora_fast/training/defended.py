@@ -27,7 +27,7 @@ from safelora_fast.training.safe_modules import SafeModules
 from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
 from safelora_fast.training.steered import TrainingPasses
 from safelora_fast.training.steps import OnNonFinite, Steps
-from safelora_fast.training.task_loss import task_loss
+from safelora_fast.training.task_loss import TaskLoss
 from safelora_fast.training.terms import batch_terms, penalty_term
 from safelora_fast.training.totals import Totals, count_spans, count_totals
 
@@ -136,6 +136,7 @@ class Defended:
         self._penalty: tuple[SubspacePenalty, SafeModules] | None = None
         self._spans: Spans | None = None
         self._head_to_check = False
+        self._task_loss = TaskLoss()
         self._passes = TrainingPasses()
         self._meter = Meter()
         self._stopwatch = Stopwatch()
@@ -262,7 +263,7 @@ class Defended:
         if self.shares_logits(self.model, batch):
             return self.shared_loss(self.model, batch, totals, label_weight=world_size() / max(totals.labels, 1))[0]
         with self.recording(batch):
-            task = task_loss(self.model, batch, spans, totals)
+            task = self._task_loss.of(self.model, batch, spans, totals)
         return task + self.regularizer(totals).to(task.device)
 
     def shares_logits(self, model: nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:

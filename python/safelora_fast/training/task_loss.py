@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,8 @@ import torch
 from safelora_fast.errors import SettingsError
 from safelora_fast.training.anatomy import dissect
 from safelora_fast.training.batch import without_tags
-from safelora_fast.training.distributed import world_size
+from safelora_fast.training.distributed import sum_over_ranks, world_size
+from safelora_fast.training.reference import evaluation_mode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,33 +22,89 @@ if TYPE_CHECKING:
     from safelora_fast.training.batch import Spans
     from safelora_fast.training.totals import Totals
 
+SAME_LOSS = 1e-4  # relative: twice the number of items halves the labels' part, which is far more than that
 
-def task_loss(model: nn.Module, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
-    """The model's loss of one micro-batch as a mean over the labels of the whole window, for gradients averaged over processes.
 
-    Args:
-        model: the model with its wrappers.
-        batch: what it takes as keyword arguments, labels among them.
-        spans: the batch's tokens.
-        totals: the window's denominators.
+class TaskLoss:
+    """The model's own loss of one micro-batch, scaled for gradients that are averaged over processes.
 
-    Raises:
-        SettingsError: the model gives no loss.
+    It is S/n + E: the negative log-likelihoods of the labels over their number, and what the model adds by itself (the
+    loss of a mixture's routers, AdaLoRA's orthogonality). Over a window of M micro-batches with N labels on W processes S
+    must count as one sum over N, and E as a mean over micro-batches and processes. A model that divides by the
+    `num_items_in_batch` it is given is told N/(M·W), and 1/M of its loss counts. Another one divides by the labels of the
+    micro-batch, and counts as much as it has of the window's labels.
+
+    Which one a model is does not show in its signature: many take `**kwargs` and ignore them. It shows in the graph of its
+    first loss, or else in its losses of that batch with two numbers.
     """
-    batch = without_tags(batch)
-    if _takes_loss_arguments(model):
-        items = torch.tensor(max(totals.labels, 1), device=spans.real.device)
-        output = model(**{"use_cache": False, **batch, "num_items_in_batch": items})
-        share = 1.0
-    else:
-        output = model(**batch)
-        share = spans.labels / max(totals.labels, 1)
+
+    def __init__(self) -> None:
+        self._divides: bool | None = None
+
+    def of(self, model: nn.Module, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
+        """The loss of one micro-batch.
+
+        Args:
+            model: the model with its wrappers.
+            batch: what it takes as keyword arguments, labels among them.
+            spans: the batch's tokens.
+            totals: the window's denominators.
+
+        Raises:
+            SettingsError: the model gives no loss.
+        """
+        batch = without_tags(batch)
+        if self._divides is None and not _takes_loss_arguments(model):
+            self._divides = False
+        labels = max(totals.labels, 1)
+        if self._divides is False:
+            loss = _loss(model(**batch))
+        else:
+            # A float with a gradient, though nobody needs it: so the graph of the loss shows whether it was used.
+            items = torch.tensor(labels / (totals.micro_batches * world_size()), device=spans.real.device)
+            loss = _told(model, batch, items.requires_grad_())
+            if self._divides is None:
+                self._divides = _in_graph(model, loss, items) or _divides_by_items(model, batch, spans)
+        share = spans.labels / labels * world_size() if self._divides is False else 1 / totals.micro_batches
+        return (loss if spans.labels else torch.nan_to_num(loss)) * share
+
+
+def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """Whether a loss was computed from a tensor; compiled code does not show it."""
+    if any(getattr(part, "_compiled_call_impl", None) is not None for part in (model, dissect(model).model)):
+        return False
+    nodes, seen = deque([loss.grad_fn]), set()
+    while nodes:
+        node = nodes.popleft()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _divides_by_items(model: nn.Module, batch: Mapping[str, Any], spans: Spans) -> bool | None:
+    """Whether the model's loss changes with `num_items_in_batch`; None where no process can tell: no labels. Collective."""
+    count = torch.tensor(float(max(spans.labels, 1)), device=spans.real.device)
+    with torch.no_grad(), evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+        once, twice = (float(_told(model, batch, items)) for items in (count, 2 * count))
+    same, telling = math.isclose(once, twice, rel_tol=SAME_LOSS), spans.labels > 0 and math.isfinite(once)
+    votes = [float(telling and not same), float(telling and same)]
+    divides, ignores = sum_over_ranks(votes, spans.real.device)
+    return None if not divides and not ignores else divides > ignores
+
+
+def _told(model: nn.Module, batch: Mapping[str, Any], items: torch.Tensor) -> torch.Tensor:
+    return _loss(model(**{"use_cache": False, **batch, "num_items_in_batch": items}))
+
+
+def _loss(output: Any) -> torch.Tensor:
     loss: torch.Tensor | None = output.get("loss") if isinstance(output, Mapping) else output[0]
     if loss is None or loss.dim() != 0:
         raise SettingsError("the model gives no loss: put labels into the batch, or use regularizer()")
-    if share == 0:
-        loss = torch.nan_to_num(loss) * 0
-    return loss * (share * world_size())
+    return loss
 
 
 def _takes_loss_arguments(model: nn.Module) -> bool:
