@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.sources import TensorEntry
 
 # Models whose transformers code keeps these modules as Conv1D, that is (in, out).
-CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+# Names that say (out, in) where shapes do not tell: of nn.Linear, as far as anybody has called a Conv1D so.
+LINEAR = re.compile(
+    r"lin(ear)?\d*|\w*(proj|dense|fc|query|key|value|qkv|head)\d*|[wW]\w*|score|classifier|(gate|up|down|out|in)\d*"
+)
 VOCABULARY = {*INPUT_EMBEDDINGS, "lm_head"}
 
 
@@ -207,14 +212,34 @@ def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
 def _is_conv1d(
     names: TensorNames, piece: Piece, module: str, shape: tuple[int, int] | None, *, fan_in_fan_out: bool
 ) -> bool:
-    """Whether a linear weight is kept as (in, out): told by the kind of model, since shapes cannot tell squares."""
-    named_so = module.rpartition(".")[2] in CONV1D_MODULES
-    if names.setting("model_type") in CONV1D_MODELS:
+    """Whether a linear weight is kept as (in, out): told by the kind of model or by shapes, for a square by its name too.
+
+    PEFT's `fan_in_fan_out` is that of the module that it adapted last, so it tells of no module by itself.
+
+    Raises:
+        PairingError: for a square weight of which nothing tells.
+    """
+    leaf = module.rpartition(".")[2]
+    named_so, model_type = leaf in CONV1D_MODULES, names.setting("model_type")
+    if model_type in CONV1D_MODELS:
         return named_so
-    if shape is None or not fan_in_fan_out:
-        return False
     stored = _entry(names, piece.tensor).shape
-    return stored == shape[::-1] and (named_so or shape[0] != shape[1])
+    square = len(stored) == 2 and stored[0] == stored[1]
+    called_so = "conv1d" in leaf.lower()
+    if shape is not None and not square:
+        return stored == shape[::-1] and (fan_in_fan_out or model_type is None)
+    if shape is None and not called_so:
+        return False
+    if fan_in_fan_out and (named_so or called_so):
+        return True
+    of_linear = LINEAR.fullmatch(leaf) is not None and not named_so
+    of_transformers = model_type is not None and not called_so
+    if (of_linear and not fan_in_fan_out) or (of_transformers and (of_linear or not fan_in_fan_out)):
+        return False
+    raise PairingError(
+        f"{module}: neither its name nor config.json of the {names.role} model {names.checkpoint.description} tells whether "
+        f"{piece.tensor} {list(stored)} is kept (out, in), as by Linear, or (in, out), as by Conv1D"
+    )
 
 
 def _stored_in_out(names: TensorNames, tensor: str, parameter: str, shape: tuple[int, int]) -> bool:
