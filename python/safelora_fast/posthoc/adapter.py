@@ -234,10 +234,13 @@ def _module(
 
 
 def _parameters(module: str, targets: Sequence[str]) -> tuple[str, ...]:
-    """The parameters of a module that `target_parameters` may name: PEFT matches whole trailing components."""
-    found = []
+    """The parameters of a module that `target_parameters` may name, each once: PEFT matches whole trailing components.
+
+    PEFT 0.21 writes them in two spellings (`mlp.experts.down_proj` and `down_proj`) where it converted `target_modules`.
+    """
+    found: dict[str, None] = {}
     for target in sorted(set(targets)):
         owner, _, parameter = target.rpartition(".")
         if module == owner or module.endswith(f".{owner}") or (not owner and module.endswith(".experts")):
-            found.append(parameter)
+            found[parameter] = None
     return tuple(found)

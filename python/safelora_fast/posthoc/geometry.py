@@ -90,9 +90,14 @@ class ExpertWeights:
         wanted = modules[0].parameters or ("gate_up_proj", "down_proj")
         found = {parameter: names.parameter(module, parameter) for parameter in wanted}
         there = {parameter: weight for parameter, weight in found.items() if weight is not None}
-        if len(there) < len(modules) or (modules[0].parameters and len(there) < len(wanted)):
-            lacking = next(parameter for parameter in wanted if parameter not in there)
-            raise names.missing(f"{module}.{lacking}", f"{module}.{lacking}")
+        lacking = [parameter for parameter in wanted if parameter not in there]
+        if lacking and (modules[0].parameters or len(there) < len(modules)):
+            raise names.missing(f"{module}.{lacking[0]}", f"{module}.{lacking[0]}")
+        if len(there) < len(modules):
+            raise PairingError(
+                f"{module}: the adapter has {len(modules)} pairs of factors there, but target_parameters names "
+                f"{', '.join(there)} only"
+            )
         return ExpertWeights(module, there)
 
     def tensors(self) -> Iterator[str]:
