@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, adapt, assert_projected, project, rewrite, save, weights
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from safelora_fast import project_adapter
 from safelora_fast.errors import AdapterError, CheckpointError, PairingError
+from safelora_fast.posthoc.lora_config import KNOWN
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -231,6 +234,10 @@ def test_a_module_whose_v_is_zero(llama, tmp_path):
         ({"use_qalora": True}, "QALoRA"),
         ({"use_futurelora": True}, "use_futurelora is set, which is not known here"),
         ({"future_config": {"depth": 2}}, "future_config is set, which is not known here"),
+        ({"aligned_alpha": 4.0}, "aligned_alpha is set, which is not known here"),
+        ({"lora_gating": True}, "lora_gating is set, which is not known here"),
+        ({"scale_rank": "sqrt"}, "scale_rank is set, which is not known here"),
+        ({"init_lora_weights": "futureinit"}, "init_lora_weights is 'futureinit', which is not known here"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "replicated layers"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
@@ -262,6 +269,20 @@ def test_settings_that_leave_a_plain_product_are_taken(llama, tmp_path, config):
     same = rewrite(adapter, tmp_path / "same", config=config, file=WEIGHTS)
     project_adapter(same, aligned=folders[0], base=folders[1], output=tmp_path / "out", select="all")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (truth / WEIGHTS).read_bytes()
+
+
+def test_other_unknown_settings_are_named(llama, tmp_path):
+    folders, adapter, truth, _, _ = llama
+    neutral = {"use_futurelora": False, "future_alpha": None, "future_config": {}, "depth": 0}
+    same = rewrite(adapter, tmp_path / "same", config={**neutral, "shiny": True, "tags": ["a"]}, file=WEIGHTS)
+    report = project_adapter(same, aligned=folders[0], base=folders[1], output=tmp_path / "out", select="all")
+    (warning,) = [warning for warning in report.warnings if "not known here" in warning]
+    assert "(shiny = True, tags = ['a'])" in warning
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (truth / WEIGHTS).read_bytes()
+
+
+def test_every_setting_of_the_installed_peft_is_known():
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= KNOWN
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights in several ways

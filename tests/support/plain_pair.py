@@ -72,7 +72,7 @@ def write_adapter(folder: Path, seed: int, *, scale: int = 1, layers: int = 2, r
         factors[f"{key}.lora_A.weight"] = random.standard_normal((rank, cols), dtype=np.float32)
         factors[f"{key}.lora_B.weight"] = random.standard_normal((rows, rank), dtype=np.float32)
     save_file(factors, folder / "adapter_model.safetensors", {"format": "pt", "note": "kept"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": [*SHAPES], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError
+from safelora_fast.posthoc.adapter_keys import PREFIX, peft_keys
+from safelora_fast.posthoc.lora_config import CONFIG, VARIANTS, refuse_variants, unknown_keys_note
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
 FLOATS = {"F32", "BF16", "F16"}
 
 Kind = Literal["linear", "embedding", "parameter"]
@@ -24,26 +24,9 @@ Kind = Literal["linear", "embedding", "parameter"]
 HEADS = ("lm_head", "embed_out")
 
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
-NAMED_FACTOR = re.compile(r".+\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?P<adapter>[^.]+)(\.weight)?")
 BIAS = re.compile(r".+\.lora_B\.bias")
 NESTED = ".base_layer"
 TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
-
-# Switches of LoraConfig that leave ΔW = s·B·A; a `use_…` or `…_config` that is not among them may not.
-PLAIN = {"use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-VARIANTS = {
-    "use_dora": "DoRA rescales the whole weight by a learned magnitude, so projecting B does not project the update",
-    "use_qalora": "QALoRA pools the input, so its factors do not multiply to an update of the weight",
-    "use_bdlora": "BD-LoRA keeps block-diagonal factors",
-    "kasa_config": "KaSA cuts the base weight and puts a diagonal between B and A",
-    "velora_config": "VeLoRA is not known to train a plain B·A",
-    "monteclora_config": "MonteCLoRA samples around its factors",
-    "arrow_config": "Arrow routes between adapters per token",
-    "alora_invocation_tokens": "aLoRA applies to a part of the tokens only, so B·A is not the update of the weight",
-    "layer_replication": "replicated layers share one base weight, so their names do not exist in the checkpoints",
-    "megatron_config": "Megatron splits layers across processes under names of its own",
-}
 
 
 @dataclass(frozen=True)
@@ -78,20 +61,28 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter whose every tensor is accounted for: a factor of a module, or copied through with a reason."""
+    """An adapter whose every tensor is accounted for: a factor of a module, or copied through with a reason.
+
+    Attributes:
+        keys: for each key of the file the one under which PEFT looks for the tensor; that one is written.
+        notes: warnings about the adapter's own files.
+    """
 
     path: Path
     config: Mapping[str, Any]
     file: _core.SafetensorsFile
     modules: tuple[LoraModule, ...]
     copied: tuple[tuple[str, str], ...]
+    keys: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def load_adapter(path: str | Path) -> Adapter:
+def load_adapter(path: str | Path, *, keep_keys: bool = False) -> Adapter:
     """Read an adapter's configuration and header.
 
     Args:
         path: the folder that PEFT's save_pretrained wrote.
+        keep_keys: the keys are those of a model at hand, so they are right as they are.
 
     Raises:
         AdapterError: when it is no LoRA adapter, or of a variant that projection does not apply to.
@@ -102,7 +93,7 @@ def load_adapter(path: str | Path) -> Adapter:
         what = "is a file" if folder.exists() else "does not exist"
         raise AdapterError(f"{folder}: {what}; give the adapter's folder, which holds {CONFIG}")
     config = _read_config(folder)
-    _refuse_variants(folder, config)
+    refuse_variants(folder, config)
     if not (folder / WEIGHTS).exists():
         if (folder / "adapter_model.bin").exists():
             raise AdapterError(
@@ -111,8 +102,9 @@ def load_adapter(path: str | Path) -> Adapter:
             )
         raise AdapterError(f"{folder}: holds no {WEIGHTS}")
     file = _core.SafetensorsFile(str(folder / WEIGHTS))
-    modules, copied = _account(folder, config, file)
-    return Adapter(folder, config, file, modules, copied)
+    keys = {key: key for key in file.tensors} if keep_keys else peft_keys(folder, file.tensors)
+    modules, copied = _account(folder, config, file, keys)
+    return Adapter(folder, config, file, modules, copied, keys, tuple(unknown_keys_note(config)))
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -130,33 +122,8 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{folder}: peft_type is {kind}; only LoRA adapters can be projected")
-    rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise AdapterError(f"{folder}: {CONFIG} says that r is {rank!r}; it must be a positive number")
-    for key, reason in VARIANTS.items():
-        if config.get(key):
-            raise AdapterError(f"{folder}: {key} is set: {reason}; this adapter cannot be projected")
-    for key, value in config.items():
-        if value and key.startswith("use_") | key.endswith("_config") and key not in PLAIN | VARIANTS.keys():
-            raise AdapterError(
-                f"{folder}: {key} is set, which is not known here: it may belong to a variant of LoRA that is not B·A; "
-                "a newer safelora-fast may know it"
-            )
-    init = str(config.get("init_lora_weights", "")).lower()
-    if init.startswith(BASE_CHANGING):
-        raise AdapterError(
-            f"{folder}: was initialised with {init}, which also changes the base weights, so B·A is not the update of "
-            "the original model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first, in "
-            "float32: the converted factors nearly cancel"
-        )
-
-
 def _account(
-    folder: Path, config: Mapping[str, Any], file: _core.SafetensorsFile
+    folder: Path, config: Mapping[str, Any], file: _core.SafetensorsFile, keys: Mapping[str, str]
 ) -> tuple[tuple[LoraModule, ...], tuple[tuple[str, str], ...]]:
     """Give every tensor of the file a role."""
     factors: dict[tuple[str, str], str] = {}
@@ -165,15 +132,10 @@ def _account(
     for key in tensors:
         if "lora_magnitude_vector" in key:
             raise AdapterError(f"{folder}: {key} belongs to DoRA: {VARIANTS['use_dora']}")
-        if BIAS.fullmatch(key):
+        if BIAS.fullmatch(keys[key]):
             copied.append((key, "bias of lora_B: not part of B·A"))
-        elif match := FACTOR.fullmatch(key):
+        elif match := FACTOR.fullmatch(keys[key]):
             factors[match["module"].removeprefix(PREFIX), match["factor"]] = key
-        elif match := NAMED_FACTOR.fullmatch(key):
-            raise AdapterError(
-                f"{folder}: the key {key!r} still carries the adapter name {match['adapter']!r}; write the adapter "
-                "with PEFT's save_pretrained"
-            )
         elif ".lora_" in key:
             raise AdapterError(f"{folder}: tensor {key!r} belongs to a LoRA variant that is not known here")
         elif key.endswith(f"{NESTED}.weight"):

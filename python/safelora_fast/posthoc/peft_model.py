@@ -108,7 +108,7 @@ def projected_folder(
     with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
         projected = Path(folder, "projected")
         where = {name: options.pop(name) for name in ("aligned", "base", "progress") if name in options}
-        report = project_folders(saved, Settings(**options), output=projected, start=start, **where)
+        report = project_folders(saved, Settings(**options), output=projected, start=start, keep_keys=True, **where)
         adapters = [replace(adapter, adapter=adapter_name, output=None) for adapter in report.adapters]
         yield replace(report, adapters=adapters), projected
 

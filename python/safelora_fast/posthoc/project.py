@@ -16,6 +16,7 @@ from safelora_fast import _core
 from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
+from safelora_fast.posthoc.adapter_keys import settled_adapters
 from safelora_fast.posthoc.finite import count_not_finite
 from safelora_fast.posthoc.jobs import refuse_equal, start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
@@ -105,15 +106,19 @@ def project_folders(
     overwrite: bool = False,
     progress: Progress | None = None,
     start: Start = start_stream,
+    keep_keys: bool = False,
 ) -> ProjectionReport:
-    """What :func:`project_adapter` does, with checked settings, by the extension or by whatever else `start` starts."""
+    """What :func:`project_adapter` does, with checked settings, by the extension or by whatever else `start` starts.
+
+    With `keep_keys` the adapters are of a model at hand: their keys are written as they are.
+    """
     paths = _paths(adapter)
     for role, model in {"aligned": aligned, "base": base}.items():
         check_path(role, model, A_MODEL)
     if output is not None:
         check_path("output", output, "the folder to make, or None")
     began = time.perf_counter()
-    adapters = [load_adapter(path) for path in paths]
+    adapters = [load_adapter(path, keep_keys=keep_keys) for path in paths]
     folders = _folders(adapters, None if output is None else Path(output))
     if output is not None:
         inputs = [adapter.path for adapter in adapters] + [path for path in map(Path, (aligned, base)) if path.exists()]
@@ -121,6 +126,8 @@ def project_folders(
         check_target(Path(output), inputs, overwrite=overwrite, nbytes=size, mark=REPORT)
     models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
     plan = plan_projection(adapters, *models)
+    if not keep_keys:
+        adapters = settled_adapters(plan, models[0])
 
     whole: AbstractContextManager[Path | None] = (
         contextlib.nullcontext() if output is None else whole_folder(Path(output), overwrite=overwrite)
@@ -142,6 +149,7 @@ def project_folders(
                     reports,
                     _copied(adapter),
                     adapter.config.get("base_model_name_or_path") or None,
+                    list(adapter.notes),
                 )
                 for adapter, folder, reports in zip(adapters, folders, modules, strict=True)
             ],

@@ -39,6 +39,7 @@ class AdapterReport:
     """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names.
 
     `copied` lists the tensors that are no factors, each with the reason and how many of its values are NaN or infinite.
+    `notes` are warnings about the adapter's own files.
     """
 
     adapter: str
@@ -46,6 +47,7 @@ class AdapterReport:
     modules: list[ModuleReport]
     copied: list[dict[str, Any]]
     trained_on: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def projected(self) -> list[ModuleReport]:
@@ -97,6 +99,7 @@ class ProjectionReport:
                     f"{adapter.adapter}: says that it was trained on {adapter.trained_on}, but aligned is "
                     f"{self.aligned['source']}; see that they are the same model"
                 )
+            found += [f"{adapter.adapter}: {note}" for note in adapter.notes]
             found += [
                 f"{adapter.adapter}: {item['tensor']}, which is copied through, holds NaN or Inf "
                 f"({counted(item['not_finite'], 'value')}): the adapter was damaged before it came here"

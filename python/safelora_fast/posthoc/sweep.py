@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_fast.posthoc.adapter import load_adapter
+from safelora_fast.posthoc.adapter_keys import settled_adapters
 from safelora_fast.posthoc.jobs import refuse_equal, start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
@@ -75,7 +76,9 @@ def sweep_thresholds(
     loaded, target = load_adapter(adapter), Path(output)
     inputs = [loaded.path, *(path for path in map(Path, (aligned, base)) if path.exists())]
     check_target(target, inputs, overwrite=overwrite, nbytes=loaded.file.size * len(settings), mark=MARK)
-    plan = plan_projection([loaded], open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base"))
+    models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
+    plan = plan_projection([loaded], *models)
+    (loaded,) = settled_adapters(plan, models[0])
     with whole_folder(target, overwrite=overwrite) as partial:
         writers = [AdapterWriter(loaded, partial / _name(one.effective_threshold)) for one in settings]
         cosines: dict[str, float] = {}

@@ -1,0 +1,98 @@
+"""What an adapter's configuration says about how its factors act: the variants that are no plain B·A, and unknown keys."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+CONFIG = "adapter_config.json"
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PLAIN_STARTS = {"true", "false", "none", "", "gaussian", "eva", "orthogonal", "mica"}
+VARIANTS = {
+    "use_dora": "DoRA rescales the whole weight by a learned magnitude, so projecting B does not project the update",
+    "use_qalora": "QALoRA pools the input, so its factors do not multiply to an update of the weight",
+    "use_bdlora": "BD-LoRA keeps block-diagonal factors",
+    "kasa_config": "KaSA cuts the base weight and puts a diagonal between B and A",
+    "velora_config": "VeLoRA is not known to train a plain B·A",
+    "monteclora_config": "MonteCLoRA samples around its factors",
+    "arrow_config": "Arrow routes between adapters per token",
+    "alora_invocation_tokens": "aLoRA applies to a part of the tokens only, so B·A is not the update of the weight",
+    "layer_replication": "replicated layers share one base weight, so their names do not exist in the checkpoints",
+    "megatron_config": "Megatron splits layers across processes under names of its own",
+}
+# Keys that leave ΔW = s·B·A whatever they hold: those of PEFT up to 0.21, and what other tools add.
+KNOWN = VARIANTS.keys() | {
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+    *("qalora_group_size", "megatron_core", "merge_weights", "unsloth_fixed"),
+}
+# What the name of a key that changes the update would look like.
+LIKE_A_VARIANT = re.compile(r"use_.*|.*(config|lora|dora|alpha|scal|magnitude|rotat|gate|block_diag|variant).*", re.I)
+
+
+def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse adapters whose update is not s·B·A, or that may be of a kind that is not known here.
+
+    Raises:
+        AdapterError: with the key and the reason.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{folder}: peft_type is {kind}; only LoRA adapters can be projected")
+    rank = config.get("r")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise AdapterError(f"{folder}: {CONFIG} says that r is {rank!r}; it must be a positive number")
+    for key, reason in VARIANTS.items():
+        if config.get(key):
+            raise AdapterError(f"{folder}: {key} is set: {reason}; this adapter cannot be projected")
+    for key in _unknown(config):
+        if LIKE_A_VARIANT.fullmatch(key):
+            raise AdapterError(
+                f"{folder}: {key} is set, which is not known here: it may belong to a variant of LoRA that is not B·A; "
+                "a newer safelora-fast may know it"
+            )
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(BASE_CHANGING):
+        raise AdapterError(
+            f"{folder}: was initialised with {init}, which also changes the base weights, so B·A is not the update of "
+            "the original model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first, in "
+            "float32: the converted factors nearly cancel"
+        )
+    if init not in PLAIN_STARTS:
+        raise AdapterError(
+            f"{folder}: init_lora_weights is {config['init_lora_weights']!r}, which is not known here: it may change the base "
+            "weights too, and then B·A is not the update of the original model; a newer safelora-fast may know it"
+        )
+
+
+def unknown_keys_note(config: Mapping[str, Any]) -> list[str]:
+    """A warning about keys that are set, are not known here, and do not look like those of a variant."""
+    unknown = [f"{key} = {config[key]!r}" for key in _unknown(config)]
+    if not unknown:
+        return []
+    return [
+        f"{CONFIG} has settings that are not known here ({', '.join(unknown)}): if one of them changes what the adapter computes, "
+        "the projection is not that of its update"
+    ]
+
+
+def _unknown(config: Mapping[str, Any]) -> list[str]:
+    """Keys that are not known and hold something else than a neutral value: null, false, 0 or nothing."""
+    return [key for key, value in config.items() if value and key not in KNOWN]
