@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import AdapterError
-from safelora_fast.posthoc.pairing import WRAPPERS
+from safelora_fast.posthoc.names import WRAPPERS
 from safelora_fast.posthoc.report import counted
 
 if TYPE_CHECKING:

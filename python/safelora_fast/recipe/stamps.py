@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError
-from safelora_fast.posthoc.adapter import CONFIG, WEIGHTS
+from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.hub import Repository
+from safelora_fast.posthoc.lora_config import CONFIG
 from safelora_fast.posthoc.provenance import sampled
 from safelora_fast.posthoc.sources import HUB_ID
 from safelora_fast.recipe.digests import digest, remembered
