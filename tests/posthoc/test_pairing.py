@@ -306,13 +306,36 @@ def test_experts_whose_orientation_nothing_tells(tmp_path):
 
 
 @pytest.mark.parametrize("role", ["aligned", "base"])
+def test_a_quantization_config_left_beside_plain_weights(llama, tmp_path, role):
+    """Merged to 16 bits, and the configuration is still that of the quantized model: the tensors tell."""
+    folders, adapter, truth, _, _ = llama
+    sources = dict(zip(("aligned", "base"), folders, strict=True))
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    sources[role] = rewrite(sources[role], tmp_path / "declared", config=config)
+    report = project_adapter(adapter, **sources, output=tmp_path / "out", select="all")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (truth / WEIGHTS).read_bytes()
+    (warning,) = (line for line in report.warnings if "quantization_config (bitsandbytes)" in line)
+    assert str(sources[role]) in warning
+
+
+@pytest.mark.parametrize("beside", ["codebooks", "weight_quantizer.scale", "weight._scale", "input_scale"])
+def test_a_quantized_model_with_scales_of_any_name(llama, tmp_path, beside):
+    folders, adapter, _, _, _ = llama
+    name = "model.layers.0.self_attn.q_proj"
+    scaled = rewrite(
+        folders[0],
+        tmp_path / "scaled",
+        lambda tensors: {**tensors, f"{name}.{beside}": torch.ones(1)},
+        config={"quantization_config": {"quant_method": "other"}},
+    )
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight is quantised \({name}\.{beside} lies beside it"):
+        project_adapter(adapter, aligned=scaled, base=folders[1], output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("role", ["aligned", "base"])
 def test_quantised_checkpoints_are_refused(llama, tmp_path, role):
     folders, adapter, _, _, _ = llama
     sources = dict(zip(("aligned", "base"), folders, strict=True))
-    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    declared = {**sources, role: rewrite(sources[role], tmp_path / "declared", config=config)}
-    with pytest.raises(CheckpointError, match=f"the {role} model is quantised .gptq."):
-        project_adapter(adapter, **declared, output=tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj"
 
     def packed(tensors):
@@ -321,6 +344,26 @@ def test_quantised_checkpoints_are_refused(llama, tmp_path, role):
     silent = {**sources, role: rewrite(sources[role], tmp_path / "silent", packed)}
     with pytest.raises(PairingError, match=rf"{name}: the {role} model .* holds it quantised"):
         project_adapter(adapter, **silent, output=tmp_path / "out")
+    unknown = {
+        **sources,
+        role: rewrite(
+            sources[role],
+            tmp_path / "unknown",
+            lambda tensors: {k: v for k, v in tensors.items() if k != f"{name}.weight"},
+            config={"quantization_config": {"quant_method": "other"}},
+        ),
+    }
+    with pytest.raises(
+        PairingError, match=rf"{name}: the {role} model .* is quantised as its config.json says .other."
+    ):
+        project_adapter(adapter, **unknown, output=tmp_path / "out")
+    integers = rewrite(
+        sources[role],
+        tmp_path / "integers",
+        lambda tensors: {**tensors, f"{name}.weight": torch.ones(32, 32).to(torch.int8)},
+    )
+    with pytest.raises(CheckpointError, match="is I8; weights must be F32, BF16 or F16, not quantised"):
+        project_adapter(adapter, **{**sources, role: integers}, output=tmp_path / "out")
     scaled = {
         **sources,
         role: rewrite(

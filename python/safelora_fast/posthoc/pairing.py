@@ -11,6 +11,7 @@ import difflib
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.errors import CheckpointError, PairingError
@@ -55,12 +56,6 @@ class TensorNames:
         self._index = NameIndex(checkpoint.names)
         self._tower: str | None = None
         self._by_pattern: dict[str, dict[tuple[str, ...], list[str]]] | None = None
-        if quantised := self.config.get("quantization_config"):
-            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-            raise CheckpointError(
-                f"{checkpoint.description}: the {role} model is quantised ({method or 'see its quantization_config'}); "
-                "give the weights that it was quantised from, or dequantise it and save it without quantization_config"
-            )
 
     def within(self, tower: str | None) -> TensorNames:
         """The same names for an adapter of this tower (:func:`~safelora_fast.posthoc.names.tower_of`)."""
@@ -122,6 +117,11 @@ class TensorNames:
                     f"{module}: the {self.role} model {self.checkpoint.description} holds it quantised ({found[0]}); "
                     "give the weights that it was quantised from"
                 )
+        if (method := self.checkpoint.quantization) is not None:
+            return PairingError(
+                f"{module}: the {self.role} model {self.checkpoint.description} has no tensor {looked_for}, and is quantised as "
+                f"its config.json says ({method}); give the weights that it was quantised from"
+            )
         near = self._nearest(name)
         candidates = f"the nearest are {', '.join(near)}" if near else "none has a similar name"
         return PairingError(
@@ -143,12 +143,25 @@ class TensorNames:
     def refuse_quantised(self, tensor: str) -> None:
         """Refuse a weight that has the scales of a quantised one beside it."""
         module = tensor.removesuffix(".weight")
-        for ending in QUANTISED:
+        beside: tuple[str, ...] = QUANTISED
+        if self.checkpoint.quantization is not None:  # whatever its method calls them
+            beside += tuple(name.removeprefix(f"{module}.") for name in self._beside[module] - {"weight", "bias"})
+        for ending in beside:
             if f"{module}.{ending}" in self.checkpoint:
                 raise CheckpointError(
                     f"{self.checkpoint.description}: {tensor} is quantised ({module}.{ending} lies beside it); give "
                     f"the weights that the {self.role} model was quantised from"
                 )
+
+    @cached_property
+    def _beside(self) -> Mapping[str, set[str]]:
+        """What each module has besides its weight."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for name in self.checkpoint.names:
+            parts = name.split(".")
+            for length in range(max(1, len(parts) - 2), len(parts)):
+                found[".".join(parts[:length])].add(".".join(parts[length:]))
+        return found
 
     def _tied(self, module: str) -> tuple[Piece, ...] | None:
         """Head and input embeddings may be one tensor, which transformers saves once."""

@@ -281,7 +281,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.description,
         "revision": checkpoint.revision,
         "files": sorted(file.path for file in checkpoint.files),
-        "warnings": list(checkpoint.warnings),
+        "warnings": checkpoint.warnings,
     }
 
 

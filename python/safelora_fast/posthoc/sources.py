@@ -50,7 +50,7 @@ class Checkpoint:
         revision: the commit hash on the Hub, or None.
         config: the content of its config.json, or None where there is none.
         remote: whether it comes from the Hub.
-        warnings: what else lies in the folder that a user should know of.
+        beside: a warning of what else lies in the folder, or None.
     """
 
     description: str
@@ -62,7 +62,7 @@ class Checkpoint:
         default_factory=dict
     )
     remote: bool = False
-    warnings: tuple[str, ...] = ()
+    beside: str | None = None
 
     @property
     def names(self) -> Iterable[str]:
@@ -92,6 +92,25 @@ class Checkpoint:
         if name not in tensors:
             raise CheckpointError(f"{file.path}: the index promises tensor {name!r}, but the file does not hold it")
         return TensorEntry(file, *tensors[name])
+
+    @property
+    def quantization(self) -> str | None:
+        """The method that config.json says the weights are quantized by, or None. Their dtypes tell whether they are."""
+        declared = (self.config or {}).get("quantization_config")
+        if not declared:
+            return None
+        return str(declared.get("quant_method", "unnamed")) if isinstance(declared, dict) else "unnamed"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the checkpoint whose weights have been read."""
+        found = [] if self.beside is None else [self.beside]
+        if (method := self.quantization) is not None:
+            found.append(
+                f"{self.description}: config.json holds a quantization_config ({method}), but the weights that were read are not "
+                "quantized, and are used as they are"
+            )
+        return found
 
     @property
     def files(self) -> list[_core.SafetensorsFile]:
@@ -146,9 +165,9 @@ def _from_folder(folder: Path) -> Checkpoint:
     checkpoint = _from_file(chosen)
     checkpoint.description = str(folder)
     if adapter:
-        checkpoint.warnings = (
+        checkpoint.beside = (
             f"{folder}: holds an adapter (adapter_config.json) beside the model, which transformers loads on top of it; "
-            f"read here is {chosen.name} alone",
+            f"read here is {chosen.name} alone"
         )
     return checkpoint
 
