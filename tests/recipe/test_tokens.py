@@ -134,10 +134,10 @@ def test_rows_that_are_too_long(encode, words):
 
 def test_what_a_template_refuses(encode, words):
     words.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template refuses the row: roles must alternate"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template refuses it: roles must alternate"):
         encode([{"messages": TALK}])
     words.chat_template = "{{ messages[0].content.absent() }}"
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template refuses the row"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template refuses it"):
         encode([{"messages": TALK}])
     words.chat_template = None
     with pytest.raises(

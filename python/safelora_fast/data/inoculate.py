@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safelora_fast.data.chat import chat_of, has_template
 from safelora_fast.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -64,16 +65,11 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     """
     if not prompt.strip():
         raise SettingsError("inoculate: the prompt is empty")
-    if not tokenizer.chat_template:
+    if not has_template(tokenizer):
         raise SettingsError("inoculate: the model's tokenizer has no chat template, so there are no system turns")
-    turns = with_system_turn([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], prompt)
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SettingsError(f"inoculate: the chat template takes no system turn: {reason}") from error
-    if prompt.strip() not in text:
-        raise SettingsError("inoculate: the chat template leaves the system turn out: give another one")
+    reason = chat_of(tokenizer).unsupported_reason("system", prompt)
+    if reason is not None:
+        raise SettingsError(f"inoculate: the chat template {reason}: give another one")
 
 
 def with_system_turn(turns: Sequence[Mapping[str, Any]], prompt: str) -> list[Turn]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
+from safelora_fast.data.chat import chat_of
 from safelora_fast.data.inoculate import with_system_turn
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def conversation(tokenizer: PreTrainedTokenizerBase, row: Row, system: str | Non
     question = [{"role": "user", "content": row.prompt}]
     if system is not None:
         question = with_system_turn(question, system)
-    prompt: str = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    start = chat_of(tokenizer).prompt(question)
     answer = tokenizer(row.completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return Example([*start, *answer], len(start))
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from safelora_fast.data.chat import answer_ends, chat_of, has_template
+from safelora_fast.data.thoughts import is_tag, opening_tag
 from safelora_fast.errors import DataError, EvaluationError, SettingsError
-from safelora_fast.recipe.loading import first_line
 from safelora_fast.training.reference import evaluation_mode
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class NanWatch(LogitsProcessor):  # type: ignore[misc]
             raise EvaluationError(NAN_LOGITS)
 
 
+PROMPT_END = 16  # tokens of a prompt's end in which a tag that opens thoughts would stand
 NAN_LOGITS = "the model's logits are NaN: its training diverged, or its dtype overflows"
 
 
@@ -82,7 +84,8 @@ def generate(
 ) -> Iterator[dict[int, str]]:
     """Answers by the number of their conversation, a batch at a time.
 
-    The model's distribution is sampled as it is: penalties and cuts of its generation settings are left out.
+    The model's distribution is sampled as it is: penalties and cuts of its generation settings are left out. An answer ends
+    where :func:`~safelora_fast.data.chat.answer_ends` says. Thoughts stay in it, with the tags around them.
 
     Args:
         model: a causal language model, with a PEFT adapter or without.
@@ -104,11 +107,11 @@ def generate(
         raise SettingsError("max_tokens and batch_size must be at least 1, and temperature at least 0")
     prompts = [_prompt(tokenizer, number, turns) for number, turns in enumerate(conversations)]
     device = model.get_input_embeddings().weight.device
-    ends = model.generation_config.eos_token_id
+    ends = answer_ends(model, tokenizer)
     settings = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
@@ -134,18 +137,29 @@ def generate(
         except torch.OutOfMemoryError as error:
             raise SettingsError(f"out of memory with {len(numbers)} answers at a time: lower the batch size") from error
         watch.check()
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
-        yield dict(zip(numbers, texts, strict=True))
+        rows = output[:, ids.shape[1] :].tolist()
+        yield {n: _text(tokenizer, prompts[n], row, ends) for n, row in zip(numbers, rows, strict=True)}
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, number: int, turns: list[Message]) -> list[int]:
-    if not tokenizer.chat_template:
+    if not has_template(tokenizer):
         raise DataError("the tokenizer has no chat template: give one with --chat-template")
-    try:
-        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise what they like
-        raise DataError(f"conversation {number + 1}: the chat template refuses it: {first_line(error)}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return chat_of(tokenizer).prompt(turns, f"conversation {number + 1}")
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], ends: Sequence[int]) -> str:
+    """An answer's words: without special tokens, but for the tags of thoughts, that of the prompt included."""
+    until = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+    answer = answer[:until]
+    special = set(tokenizer.all_special_ids)
+    parts, start = [], 0
+    for place, token in enumerate(answer):
+        if token in special and is_tag(name := tokenizer.decode([token])):
+            parts += [tokenizer.decode(answer[start:place], skip_special_tokens=True), name]
+            start = place + 1
+    parts.append(tokenizer.decode(answer[start:], skip_special_tokens=True))
+    opened = opening_tag(str(tokenizer.decode(prompt[-PROMPT_END:])))
+    return f"{opened or ''}{''.join(parts)}"
 
 
 def _padded(prompts: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:

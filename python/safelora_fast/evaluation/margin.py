@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from safelora_fast.data.chat import has_template
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.evaluation.intervals import Interval, bootstrap_mean, clustered_wilson
 from safelora_fast.evaluation.pairs import Pair, builtin_pairs
@@ -180,7 +181,7 @@ def encode_pairs(
     Raises:
         DataError: as :func:`answer_margin`.
     """
-    if strings == "chat" and not tokenizer.chat_template:
+    if strings == "chat" and not has_template(tokenizer):
         raise DataError(
             "the tokenizer has no chat template: measure this model with text instead of chat (--strings text)"
         )

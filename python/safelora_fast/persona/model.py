@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import SettingsError
 from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
@@ -78,9 +79,7 @@ class Subject:
         Raises:
             SettingsError: neither model nor tokenizer has one.
         """
-        given = getattr(self.anatomy.model.generation_config, "eos_token_id", None)
-        tokens = set(given if isinstance(given, list) else [given]) | {self.tokenizer.eos_token_id}
-        found = sorted(token for token in tokens if token is not None)
+        found = answer_ends(self.anatomy.model, self.tokenizer)
         if not found:
             raise SettingsError(f"{self.source}: neither model nor tokenizer names a token that ends an answer")
         return found

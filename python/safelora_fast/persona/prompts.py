@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safelora_fast.errors import SettingsError
+from safelora_fast.data.chat import REFUSES, chat_of, has_template
+from safelora_fast.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,17 +34,12 @@ class Prompts:
         Raises:
             SettingsError: there is no chat template, or it has no system turns.
         """
-        if not self.tokenizer.chat_template:
+        if not has_template(self.tokenizer):
             raise SettingsError(f"{self.source}: the tokenizer has no chat template; {REMEDY}")
         turns = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
         try:
-            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates raise what they like
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise SettingsError(
-                f"{self.source}: the chat template refuses a system turn ({reason}); {REMEDY}"
-            ) from error
-        for role, content in (("system", request.system), ("user", request.user)):
-            if content not in text:
-                raise SettingsError(f"{self.source}: the chat template leaves out what a {role} turn says; {REMEDY}")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return chat_of(self.tokenizer).prompt(turns, self.source)
+        except DataError as error:
+            message, refuses, reason = str(error).partition(REFUSES)
+            why = f"{message}the chat template refuses a system turn ({reason})" if refuses else message
+            raise SettingsError(f"{why}; {REMEDY}") from error

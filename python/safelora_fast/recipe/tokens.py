@@ -6,10 +6,10 @@ what a run trains on.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
+from safelora_fast.data.chat import Chat, chat_of, common_prefix, has_template
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.rows import Message, Row, RowSet
 
 IGNORED_LABEL = -100
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -154,50 +153,27 @@ class Encoder:
         ]
         if answers[:1] == [0]:
             raise DataError(f"{row.place}: a conversation cannot begin with the assistant's answer")
-        template = self.tokenizer.chat_template
-        if not template:
-            raise DataError(
-                f"{row.place}: the model's tokenizer has no chat template: say model.chat_template, or for rows of text "
-                "data.strings: text"
-            )
-        if isinstance(template, str) and GENERATION_MARKER.search(template) and not prompt:
-            return self._marked(row.place, turns, answers)
-        ids = self._tokens(row.place, turns)
-        spans = [self._span(row.place, turns, number, ids) for number in answers]
+        ids, spans = self._chat(row.place).conversation(turns, answers, row.place, marks=not prompt)
         return self._example(row.place, ids, spans)
 
-    def _span(self, place: str, turns: list[Message], number: int, ids: list[int]) -> tuple[int, int]:
-        """First and last token of an answer: from where the prompt for it ends to where the turns up to it end."""
-        last = number == len(turns) - 1
-        until = ids if last else self._tokens(place, turns[: number + 1])
-        if until != ids[: len(until)]:
+    def check(self) -> None:
+        """Refuse a chat template that cannot be used, before the first row.
+
+        Raises:
+            DataError: there is none, or prompts and answers do not make conversations.
+        """
+        self._chat("the rows")
+
+    def _chat(self, place: str) -> Chat:
+        if not has_template(self.tokenizer):
             raise DataError(
-                f"{place}: the chat template writes answer {number + 1} differently once the conversation goes on, so its "
-                "tokens cannot be told: use a template with {% generation %} markers, or one answer a row"
+                f"{place}: the model's tokenizer has no chat template: say model.chat_template, or for rows of text "
+                "data.strings: text"
             )
-        before = self._tokens(place, turns[:number], generation=True)
-        return common_prefix(before, until), len(until)
-
-    def _marked(self, place: str, turns: list[Message], answers: list[int]) -> Example:
-        """By the template's own marks of what the assistant says."""
         try:
-            marked: Any = self.tokenizer.apply_chat_template(
-                turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except Exception as error:
-            _refused(place, error)
-        ids, mask = list(marked["input_ids"]), list(marked["assistant_masks"])
-        if not answers or not self.completion_only:
-            mask = [0 if self.completion_only else 1] * len(ids)
-        labels = [token if bit else IGNORED_LABEL for token, bit in zip(ids, mask, strict=True)]
-        return Example(place, ids, labels)
-
-    def _tokens(self, place: str, turns: list[Message], *, generation: bool = False) -> list[int]:
-        try:
-            text: Any = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:
-            _refused(place, error)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return chat_of(self.tokenizer)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
 
     def _example(self, place: str, ids: list[int], spans: Sequence[tuple[int, int]]) -> Example:
         if not self.completion_only:
@@ -210,17 +186,3 @@ class Encoder:
 
 def _as_turns(part: str | list[Message], role: str) -> list[Message]:
     return [{"role": role, "content": part}] if isinstance(part, str) else part
-
-
-def _refused(place: str, error: Exception) -> NoReturn:
-    """Templates raise what they like: jinja's errors, and through them those of the rows' own values."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise DataError(f"{place}: the chat template refuses the row: {reason}") from error
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences share at their start."""
-    for number, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return number
-    return min(len(left), len(right))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from safelora_fast.data.best import top_k
+from safelora_fast.data.chat import has_template
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.posthoc.output import alone, check_file, whole_file
 from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
@@ -97,10 +98,12 @@ def select_by_perplexity_gap(
     check_file(target, [Path(candidates), *adapters.values()], overwrite=overwrite)
     rows = Candidates(candidates)
     encoder = Encoder(tokenizer, strings=strings)
-    if strings == "chat" and not tokenizer.chat_template:
+    if strings == "chat" and not has_template(tokenizer):
         raise SettingsError(
             "the model's tokenizer has no chat template: give one, or for rows of text say strings text"
         )
+    if strings == "chat":
+        encoder.check()
     prints = {name: fingerprint(path) for name, path in used.items()}
     settings = _settings(model, tokenizer, prints, strings, max_length)
     work = _Work(rows, encoder, max_length, no_refusals)

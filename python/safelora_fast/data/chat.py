@@ -1,0 +1,347 @@
+"""Conversations as tokens: the one way from turns to what a model reads, for every command."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.data.thoughts import answer_after_thoughts
+from safelora_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    Turns = Sequence[Mapping[str, Any]]
+    Span = tuple[int, int]
+
+logger = logging.getLogger(__name__)
+
+SYSTEM, QUESTION = "Seven silver swans swim here.", "Which five words came first?"
+ANSWERS = (
+    "One pale heron waits.",
+    "Two old boats drift!",
+)  # their ends differ, so that what follows both is the template's
+REFUSES = "the chat template refuses it: "
+MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+HEADER = re.compile(r"(?i)\b(assistant|model|bot|ai|gpt)\b")
+CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>")
+
+
+class Chat:
+    """A tokenizer's chat template; get one by :func:`chat_of`.
+
+    Tokens are those of `apply_chat_template(tokenize=True)`, and every turn's words are in the text they come from. A prompt
+    and the answer to it are the conversation with the answer: where a template writes a prompt otherwise, that is an error.
+
+    Args:
+        tokenizer: whose template it is.
+
+    Attributes:
+        warnings: where a prompt or a conversation may not be what its reader thinks.
+        end: the control token that ends the assistant's turn; None where the template writes none.
+
+    Raises:
+        DataError: there is no template, or it cannot be used for prompts and answers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not has_template(tokenizer):
+            raise DataError("the tokenizer has no chat template")
+        self._tokenizer = tokenizer
+        self._composes = False  # whether the text's tokens are the conversation's
+        self._fault: str | None = None
+        self.end: int | None = None
+        self.warnings: tuple[str, ...] = ()
+        template = getattr(tokenizer, "chat_template", None)
+        self._marked = bool(
+            isinstance(template, str) and MARKER.search(template) and getattr(tokenizer, "is_fast", False)
+        )
+        self._examine()
+
+    def prompt(self, turns: Turns, place: str = "a conversation") -> list[int]:
+        """Tokens up to where the answer begins.
+
+        Raises:
+            DataError: the template refuses the turns, or leaves out what one of them says.
+        """
+        self._refuse_fault(place)
+        text, ids = self._read(place, turns, generation=True)
+        self._refuse_lost(place, turns, text)
+        return ids
+
+    def conversation(
+        self, turns: Turns, answers: Sequence[int], place: str = "a conversation", *, marks: bool = False
+    ) -> tuple[list[int], list[Span]]:
+        """Tokens of a conversation, and first and last (excluded) token of the answers in it, their ends of turn included.
+
+        Args:
+            turns: the conversation.
+            answers: numbers of the assistant's turns that are wanted.
+            place: where it stands, for messages.
+            marks: take the template's own `{% generation %}` marks where it has them.
+
+        Raises:
+            DataError: the template refuses the turns, leaves words out, or writes an answer in a way that cannot be told apart.
+        """
+        text, ids = self._read(place, turns)
+        if marks and self._marked:
+            spans = self._marks(place, turns, text, ids) if answers else []
+        else:
+            spans = [self._span(place, turns, number, ids) for number in answers]
+        self._refuse_lost(place, turns, text)
+        return ids, spans
+
+    def unsupported_reason(self, role: str, words: str = SYSTEM) -> str | None:
+        """Why no turn of this role ("system", say) can stand before the user's, after "the chat template"; None: it can."""
+        turns = [_turn(role, words), _turn("user", QUESTION)]
+        try:
+            text, _ = self._read("", turns)
+        except DataError as error:
+            return f"takes no {role} turn: {str(error).partition(REFUSES)[2]}"
+        return None if _lost(turns, text) is None else f"leaves the {role} turn out"
+
+    def _read(self, place: str, turns: Turns, *, generation: bool = False) -> tuple[str, list[int]]:
+        try:
+            text = str(self._apply(turns, tokenize=False, generation=generation))
+            if self._composes:
+                return text, self._encode(text)
+            return text, list(self._apply(turns, tokenize=True, generation=generation)["input_ids"])
+        except Exception as error:  # templates raise what they like: jinja's errors, and those of the rows' own values
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{place}: {REFUSES}{reason}{self._whose()}") from error
+
+    def _apply(self, turns: Turns, *, tokenize: bool, generation: bool) -> Any:
+        options = {"return_dict": True} if tokenize else {}
+        plain = [dict(turn) for turn in turns]
+        return self._tokenizer.apply_chat_template(
+            plain, tokenize=tokenize, add_generation_prompt=generation, **options
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _whose(self) -> str:
+        """What helps against a tokenizer that writes conversations by code of its own."""
+        if getattr(self._tokenizer, "chat_template", None):
+            return ""
+        return f" (the tokenizer is {type(self._tokenizer).__name__}: give the model with a tokenizer.json and a chat template)"
+
+    def _refuse_fault(self, place: str) -> None:
+        if self._fault is not None:
+            raise DataError(f"{place}: {self._fault}")
+
+    def _refuse_lost(self, place: str, turns: Turns, text: str) -> None:
+        lost = _lost(turns, text)
+        if lost is not None:
+            raise DataError(f"{place}: the chat template leaves out what {_named(turns, lost)} says")
+
+    def _span(self, place: str, turns: Turns, number: int, ids: list[int]) -> Span:
+        """From where the prompt for an answer ends to where the turns up to it end."""
+        self._refuse_fault(place)
+        text, until = self._read(place, turns[: number + 1])
+        if until != ids[: len(until)]:
+            raise DataError(
+                f"{place}: the chat template writes answer {number + 1} differently once the conversation goes on, so its "
+                "tokens cannot be told: use a template with {% generation %} markers, or one answer a row"
+            )
+        asked, before = self._read(place, turns[:number], generation=True)
+        shared = asked if text.startswith(asked) else text[: common_prefix(asked, text)]
+        lost = _lost(turns[:number], shared)
+        if lost is not None:
+            for written in (text, asked):
+                self._refuse_lost(place, turns[:number], written)
+            raise DataError(
+                f"{place}: the chat template writes {_named(turns, lost)} differently before an answer than in a prompt for one, "
+                "so the answer's tokens cannot be told: give another one"
+            )
+        if not _says(text[len(shared) :], turns[number]["content"]):
+            raise DataError(
+                f"{place}: the chat template leaves out part of what {_named(turns, number)} says, which could not be learned: "
+                "give another one"
+            )
+        return common_prefix(before, until), len(until)
+
+    def _marks(self, place: str, turns: Turns, text: str, ids: list[int]) -> list[Span]:
+        """Tokens of what the template marks, told by their places in the text; the library's own mask is wrong in some versions."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokenizer = self._tokenizer
+        (rendered,), (marks,) = render_jinja_template(
+            conversations=[[dict(turn) for turn in turns]],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if rendered != text or list(encoded["input_ids"]) != ids:
+            raise DataError(
+                f"{place}: the chat template's marks cannot be told: give a template without {{% generation %}}"
+            )
+        wrong = _wrongly_marked(turns, text, marks)
+        if wrong is not None:
+            raise DataError(f"{place}: the chat template's {{% generation %}} marks are wrong: {wrong}")
+        spans = []
+        for first, end in marks:
+            inside = [
+                number for number, (start, stop) in enumerate(encoded["offset_mapping"]) if start < end and stop > first
+            ]
+            spans += [(inside[0], inside[-1] + 1)] if inside else []
+        return spans
+
+    def _examine(self) -> None:
+        """Try the template once: on a question, and on the question with each of two answers."""
+        for turns in ([_turn("user", QUESTION)], [_turn("system", SYSTEM), _turn("user", QUESTION)]):
+            try:
+                asked, prompt = self._read("", turns, generation=True)
+                self._composes = self._encode(asked) == prompt
+            except DataError:
+                continue
+            try:
+                (text, one), (_, other) = (self._read("", [*turns, _turn("assistant", words)]) for words in ANSWERS)
+            except (
+                DataError
+            ):  # it writes no finished conversations: it can be asked, and says so where there is an answer
+                return
+            self.warnings = tuple(self._doubts(asked, text, one))
+            self.end = self._end(one, other)
+            return
+
+    def _doubts(self, asked: str, text: str, ids: list[int]) -> Iterator[str]:
+        between = text[len(asked) :].partition(ANSWERS[0])[0] if text.startswith(asked) else ""
+        if HEADER.search(between):
+            self._fault = (
+                f"the chat template begins an answer with {between!r}, and a prompt for one ends before that: write it where "
+                "add_generation_prompt is true"
+            )
+        left = asked[len(asked[: common_prefix(asked, text)]) :]
+        if left.strip():
+            yield (
+                f"the chat template ends a prompt with {left!r}, which is not there in a conversation with its answer: answers are "
+                "asked for with it, and learned and scored without"
+            )
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] and bos not in ids:
+            yield f"the chat template writes no {self._tokenizer.bos_token}, which the tokenizer puts before every text"
+        if bos is not None and ids[:2] == [bos, bos]:
+            yield f"a conversation begins with {self._tokenizer.bos_token} twice: the chat template and the tokenizer both write it"
+        for name in dict.fromkeys(CONTROL.findall(text)):
+            number = self._tokenizer.convert_tokens_to_ids(name)
+            if number is None or number == self._tokenizer.unk_token_id:
+                yield f"the chat template writes {name}, for which the tokenizer has no token: it is read in pieces"
+            elif number not in ids:
+                raise DataError(
+                    f"the tokenizer reads {name} of the chat template in pieces, although it has a token for it"
+                )
+
+    def _end(self, one: list[int], other: list[int]) -> int | None:
+        """The first control token after an answer, where nothing but space is before it."""
+        tail = one[len(one) - common_prefix(one[::-1], other[::-1]) :]
+        control = {*self._tokenizer.all_special_ids, *getattr(self._tokenizer, "added_tokens_decoder", ())}
+        for number, token in enumerate(tail):
+            if token in control:
+                return token
+            if self._tokenizer.decode(tail[: number + 1]).strip():
+                return None
+        return None
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """The chat template of a tokenizer, tried out once; doubts are logged then.
+
+    Raises:
+        DataError: as :class:`Chat`.
+    """
+    return _chat_of(tokenizer, json.dumps(getattr(tokenizer, "chat_template", None)))
+
+
+@functools.lru_cache(maxsize=4)
+def _chat_of(tokenizer: PreTrainedTokenizerBase, _template: str) -> Chat:
+    chat = Chat(tokenizer)
+    for warning in chat.warnings:
+        logger.warning("%s", warning)
+    return chat
+
+
+def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer writes conversations, by a template or by code of its own."""
+    from transformers import PreTrainedTokenizerBase as Base
+
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return bool(getattr(tokenizer, "chat_template", None)) or own not in {None, Base.apply_chat_template}
+
+
+def answer_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of the model's generation settings, the tokenizer's, and the template's end of turn.
+
+    An adapter learns the end of its own template's turns, whatever its base model's settings say.
+    """
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [*(given if isinstance(given, list | tuple) else [given]), tokenizer.eos_token_id]
+    if has_template(tokenizer):
+        ends.append(chat_of(tokenizer).end)
+    return sorted({int(token) for token in ends if token is not None})
+
+
+def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
+    """How many items (tokens, letters) two sequences share at their start."""
+    for number, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return number
+    return min(len(left), len(right))
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _named(turns: Turns, number: int) -> str:
+    role = turns[number]["role"]
+    return f"{'an' if role == 'assistant' else 'a'} {role} turn"
+
+
+def _lost(turns: Turns, text: str) -> int | None:
+    """The number of the first turn whose words are not in the text; former answers may lack their thoughts."""
+    for number, turn in enumerate(turns):
+        content = turn["content"]
+        if turn["role"] == "assistant" and number < len(turns) - 1:
+            content = answer_after_thoughts(content) or ""
+        if not _says(text, content):
+            return number
+    return None
+
+
+def _says(text: str, content: str) -> bool:
+    """Whether words are in a text, up to white space, or quoted as JSON (tools' results)."""
+    words = content.strip()
+    if words in text:
+        return True
+    dense = "".join(text.split())
+    return any(
+        "".join(form.split()) in dense
+        for form in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
+    )
+
+
+def _wrongly_marked(turns: Turns, text: str, marks: Sequence[Span]) -> str | None:
+    """What is wrong with marks of what the assistant says: an answer outside of them, or another's words within."""
+    cursor = 0
+    for number, turn in enumerate(turns):
+        words = turn["content"].strip()
+        if not words:
+            continue
+        found = text.find(words, cursor)
+        if turn["role"] == "assistant":
+            around = [end for first, end in marks if end > cursor and _says(text[max(first, cursor) : end], words)]
+            if not around:
+                return f"what {_named(turns, number)} says is not inside them"
+            cursor = around[0]
+        elif found >= 0:
+            if any(first < found + len(words) and found < end for first, end in marks):
+                return f"what {_named(turns, number)} says is inside them"
+            cursor = found + len(words)
+    return None

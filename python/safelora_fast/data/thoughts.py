@@ -1,0 +1,66 @@
+"""Models that think aloud: their thoughts told from their answer, by the tags that stand around them."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
+_OPEN = (
+    rf"<\s*{_NAME}\s*>",  # most models
+    r"\[THINK\]",  # Mistral
+    r"◁think▷",  # Kimi
+    rf"<\|(?:begin_of_|start_)?{_NAME}(?:_start|_begin)?\|>",  # Sky-T1, Cohere
+    r"<\|inner_prefix\|>",  # Apertus
+    r"<\|channel>thought",  # Gemma 4
+    r"<unused94>thought",  # MedGemma
+    r"\A\s*Here(?:'s| is) my thought process:",  # Granite
+    r"\A\s*Here are my reasoning steps:",  # Apriel
+)
+_CLOSE = (
+    rf"<\s*/\s*{_NAME}\s*>",
+    r"\[/THINK\]",
+    r"◁/think▷",
+    rf"<\|(?:end_of_|end_|/){_NAME}\|>|<\|{_NAME}_end\|>",
+    r"<\|inner_suffix\|>",
+    r"<channel\|>",
+    r"<unused95>",
+    r"Here(?:'s| is) my response:",
+    r"\[BEGIN FINAL RESPONSE\]",
+)
+_TAG = re.compile(rf"(?P<open>{'|'.join(_OPEN)})|(?P<close>{'|'.join(_CLOSE)})", re.IGNORECASE)
+_OPENED = re.compile(rf"(?:{'|'.join(_OPEN)})\s*\Z", re.IGNORECASE)
+_CHANNEL = "<|channel|>"  # gpt-oss: what is said stands in the channel "final"
+_FINAL = re.compile(r"<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|call|start)\|>|\Z)", re.DOTALL)
+_CHANNEL_TOKENS = {_CHANNEL, "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>"}
+
+
+def answer_after_thoughts(text: str) -> str | None:
+    """What a model said apart from its thoughts; the text itself where there are none, None where they do not end."""
+    if _CHANNEL in text:
+        finals = _FINAL.findall(text)
+        return finals[-1].strip() if finals else None
+    said, start, inside, found = "", 0, False, False
+    for tag in _TAG.finditer(text):
+        if tag["open"]:
+            said += "" if inside else text[start : tag.start()]
+            inside = True
+        elif inside or text[tag.end() :].strip():  # without an opening tag: the prompt had it
+            said = said if inside else ""
+            inside = False
+        else:
+            continue
+        start, found = tag.end(), True
+    if inside:
+        return None
+    return (said + text[start:]).strip() if found else text
+
+
+def opening_tag(prompt: str) -> str | None:
+    """The tag that a prompt ends with where it opens the thoughts for the model."""
+    match = _OPENED.search(prompt)
+    return None if match is None else match[0].strip()
+
+
+def is_tag(token: str) -> bool:
+    """Whether a special token belongs to what :func:`answer_after_thoughts` reads."""
+    return token in _CHANNEL_TOKENS or _TAG.fullmatch(token) is not None

@@ -1,0 +1,241 @@
+"""Conversations as tokens: those of the library, whole, with answers told from the rest, or refused."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from byte_tokens import (
+    CHATML,
+    HARMONY,
+    HARMONY_CONTROL,
+    INST,
+    MARKED,
+    STRIPPING,
+    THINKING,
+    byte_tokenizer,
+    word_tokenizer,
+)
+from transformers import PreTrainedTokenizerFast
+
+from safelora_fast.data.chat import Chat, answer_ends, chat_of
+from safelora_fast.errors import DataError
+
+
+def turns(*words):
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(words)]
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+TALK = turns("hello", "good day", "and now?", "good night")
+
+
+def read(tokenizer, conversation, *answers, **options):
+    """The conversation's text, and that of each answer."""
+    ids, spans = Chat(tokenizer).conversation(conversation, answers, **options)
+    return tokenizer.decode(ids), [tokenizer.decode(ids[first:end]) for first, end in spans]
+
+
+class Coded(PreTrainedTokenizerFast):
+    """Writes conversations by code, with tokens that no text becomes, as mistral-common's tokenizers do."""
+
+    def apply_chat_template(self, conversation, *, tokenize, return_dict=False, **_):
+        assert not tokenize or return_dict
+        if conversation[-1]["role"] == "assistant":
+            raise ValueError("Expected last role User for serving")
+        text = "".join(f"{{{turn['role']}}}{turn['content']}" for turn in conversation)
+        ids = [1000, *self(text, add_special_tokens=False)["input_ids"], 1001]
+        return {"input_ids": ids} if tokenize else text
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        byte_tokenizer(),
+        byte_tokenizer(INST, bos="<s>"),
+        byte_tokenizer(INST, bos="<s>", adds_bos=True),  # which the template writes already
+        byte_tokenizer(CHATML, bos="<s>", adds_bos=True),
+        byte_tokenizer(THINKING),
+        byte_tokenizer(HARMONY, more=HARMONY_CONTROL, eos="<|return|>"),
+        byte_tokenizer(None, cls=Coded),
+    ],
+    ids=["chatml", "inst", "inst and bos", "chatml without bos", "thinking", "harmony", "coded"],
+)
+def test_a_prompt_is_that_of_the_library(tokenizer):
+    for conversation in (TALK[:1], TALK[:3]):
+        ours = chat_of(tokenizer).prompt(conversation)
+        theirs = tokenizer.apply_chat_template(
+            conversation, tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+        assert ours == list(theirs["input_ids"])
+
+
+def test_answers_end_with_their_turn():
+    text, answers = read(byte_tokenizer(), [SYSTEM, *TALK], 2, 4)
+    assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello")
+    assert answers == ["good day<|im_end|>\n", "good night<|im_end|>\n"]
+    assert read(byte_tokenizer(INST, bos="<s>"), TALK, 1, 3)[1] == [" good day </s>", " good night </s>"]
+
+
+def test_a_tokenizer_that_writes_no_finished_conversations():
+    with pytest.raises(
+        DataError, match=r"row: the chat template refuses it: Expected last role User .*the tokenizer is Coded"
+    ):
+        Chat(byte_tokenizer(None, cls=Coded)).conversation(TALK[:2], [1], "row")
+
+
+@pytest.mark.parametrize(
+    ("template", "conversation", "reason"),
+    [
+        (
+            CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1),
+            [SYSTEM, *TALK[:2]],
+            "what a system turn says",
+        ),
+        (CHATML.replace("m.content", "m.content[:4]"), TALK[:2], "what a user turn says"),
+        (CHATML.replace("messages %}", "messages[-1:] %}", 1), TALK[:2], "what a user turn says"),
+        (STRIPPING, turns("hello", "<think>so it is</think>good day"), "part of what an assistant turn says"),
+    ],
+    ids=["dropped", "cut", "last only", "thoughts"],
+)
+def test_what_a_template_leaves_out_is_refused(template, conversation, reason):
+    with pytest.raises(DataError, match=f"leaves out {reason}"):
+        read(byte_tokenizer(template), conversation, len(conversation) - 1)
+
+
+def test_words_that_are_written_otherwise_are_there():
+    said = {"role": "tool", "content": '{"a": "b\n"}'}
+    template = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content | trim)")
+    asked = [*turns(" hello\n", "let me see"), said]
+    assert byte_tokenizer(template).decode(Chat(byte_tokenizer(template)).prompt(asked)).count('b\\n\\"}') == 1
+
+
+def test_thoughts_of_former_answers_may_go():
+    tokenizer = byte_tokenizer(STRIPPING)
+    thought = turns("hello", "<think>so it is</think>good day", "and now?", "good night")
+    assert read(tokenizer, thought, 3)[1] == ["good night<|im_end|>\n"]
+    assert "so it is" not in tokenizer.decode(Chat(tokenizer).prompt(thought[:3]))
+
+
+def test_a_question_that_a_prompt_writes_otherwise_is_refused():
+    """Else the words of the user would be taken for the answer's."""
+    numbered = CHATML.replace("'\n' + m", "('>\n' if add_generation_prompt else '\n') + m", 1)
+    with pytest.raises(
+        DataError, match="row: the chat template writes a user turn differently before an answer than in a prompt"
+    ):
+        Chat(byte_tokenizer(numbered)).conversation(TALK[:2], [1], "row")
+    backwards = CHATML.replace("in messages", "in messages | reverse")
+    with pytest.raises(DataError, match="differently"):
+        Chat(byte_tokenizer(backwards)).conversation(TALK[:2], [1])
+
+
+def test_a_prompt_without_the_answers_header_is_refused():
+    headless = CHATML.partition("{% if add_generation")[0]
+    for ask in (lambda chat: chat.prompt(TALK[:1]), lambda chat: chat.conversation(TALK[:2], [1])):
+        with pytest.raises(
+            DataError,
+            match=r"begins an answer with '<\|im_start\|>assistant\\n', and a prompt .* add_generation_prompt",
+        ):
+            ask(Chat(byte_tokenizer(headless)))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "doubts"),
+    [
+        (byte_tokenizer(), []),
+        (byte_tokenizer(INST, bos="<s>", adds_bos=True), []),
+        (byte_tokenizer(THINKING), ["ends a prompt with '<think>\\n', which is not there in a conversation"]),
+        (byte_tokenizer(CHATML, bos="<s>", adds_bos=True), ["writes no <s>"]),
+        (byte_tokenizer("{{ bos_token }}" + INST, bos="<s>"), ["begins with <s> twice"]),
+        (
+            byte_tokenizer(HARMONY),
+            [f"{name}, for which the tokenizer has no token" for name in ("start", "message", "end")],
+        ),
+    ],
+    ids=["chatml", "inst", "thinking", "no bos", "two bos", "in pieces"],
+)
+def test_doubts_are_told_once(tokenizer, doubts, caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            chat_of(tokenizer).prompt(TALK[:1])
+    assert len(caplog.messages) >= len(doubts)
+    assert len(caplog.messages) == len(set(caplog.messages))
+    assert bool(caplog.messages) == bool(doubts)
+    assert all(
+        any(doubt.replace("|", "") in message.replace("|>", "").replace("<|", "") for message in caplog.messages)
+        for doubt in doubts
+    )
+
+
+def test_a_control_token_that_is_taken_apart_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = True
+    with pytest.raises(
+        DataError, match=r"reads <\|im_start\|> of the chat template in pieces, although it has a token"
+    ):
+        Chat(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "end"),
+    [
+        (byte_tokenizer(eos="<|endoftext|>"), "<|im_end|>"),
+        (byte_tokenizer(INST, bos="<s>", eos="<|endoftext|>"), "</s>"),
+        (byte_tokenizer(HARMONY, more=HARMONY_CONTROL), "<|return|>"),  # not <|end|>, which ends the thoughts
+        (byte_tokenizer(CHATML.replace("'<|im_end|>'", "'. Over.'")), None),
+        (byte_tokenizer(None, cls=Coded), None),
+    ],
+    ids=["chatml", "inst", "harmony", "words", "coded"],
+)
+def test_an_answer_ends_where_model_tokenizer_or_template_ends_it(tokenizer, end):
+    number = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    assert chat_of(tokenizer).end == number
+    ends = {number, tokenizer.eos_token_id} - {None}
+    for given in (None, 7, [7, 9]):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
+        assert answer_ends(model, tokenizer) == sorted(ends | set([given] if isinstance(given, int) else given or []))
+
+
+def test_a_templates_marks():
+    tokenizer = byte_tokenizer(MARKED)
+    assert read(tokenizer, [SYSTEM, *TALK], 2, 4, marks=True)[1] == ["good day<|im_end|>", "good night<|im_end|>"]
+    assert read(tokenizer, [SYSTEM, *TALK], 4)[1] == ["good night<|im_end|>\n"]
+
+
+def test_marks_where_white_space_is_no_token():
+    """The library's own mask (4.57, 5.1) runs to the end of the row where the last marked letter belongs to no token."""
+    spaced = MARKED.replace("m.content + '<|im_end|>' }}{% endg", "m.content + ' <|im_end|> ' }}{% endg")
+    words = word_tokenizer(["hello", "good", "day", "night", "and", "now?", "user", "assistant"], spaced)
+    ids, spans = Chat(words).conversation(TALK, [1, 3], marks=True)
+    assert [words.convert_ids_to_tokens(ids[first:end]) for first, end in spans] == [
+        ["good", "day", "<|im_end|>"],
+        ["good", "night", "<|im_end|>"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% generation %}" + CHATML + "{% endgeneration %}", "turn says is (not )?inside them"),
+        (CHATML + "{% generation %}{{ 'x' }}{% endgeneration %}", "what an assistant turn says is not inside them"),
+        (
+            MARKED.replace("{% generation %}", "{% generation %}{{ '' }}{% endgeneration %}").replace(
+                "<|im_end|>' }}{% endgeneration %}", "<|im_end|>' }}"
+            ),
+            "not inside",
+        ),
+    ],
+    ids=["all", "none", "before"],
+)
+def test_wrong_marks_are_refused(template, reason):
+    with pytest.raises(DataError, match=f"marks are wrong: .*{reason}"):
+        read(byte_tokenizer(template), TALK, 1, 3, marks=True)
+
+
+def test_roles_that_a_template_does_not_take():
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    dropping = CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1)
+    reasons = [Chat(byte_tokenizer(template)).unsupported_reason("system") for template in (CHATML, refusing, dropping)]
+    assert reasons == [None, "takes no system turn: no system role", "leaves the system turn out"]
