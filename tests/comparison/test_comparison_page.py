@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from html_pages import read_page
 from hypothesis import given, settings
@@ -21,14 +22,15 @@ from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, begun,
 from safelora_fast.comparison.figures_text import INCOMPLETE, printable
 from safelora_fast.comparison.origins import files, link
 from safelora_fast.comparison.page import render_page
+from safelora_fast.comparison.plots import styles
 from safelora_fast.comparison.report import CRITERIA, ComparisonReport
 
 EXPECTED = {"Cost", "Every run", "Files", "Four criteria", "Learning against drift", "SafeLoRA by threshold"}
 ELEMENTS = """html head meta title style script body main header section h1 h2 p ul li dl div dt dd bdi span b a button table
-    caption thead tbody tr th td figure figcaption details summary svg line polyline polygon circle text"""
+    caption thead tbody tr th td figure figcaption details summary svg g defs use path rect clippath text"""
 ATTRIBUTES = """lang charset http-equiv content name class id role tabindex scope colspan rowspan title href type popover
-    popovertarget aria-hidden aria-label aria-labelledby aria-sort data-first data-value data-pinned viewbox cx cy r points
-    x y x1 x2 y1 y2 text-anchor"""
+    popovertarget aria-hidden aria-label aria-labelledby aria-sort data-first data-value data-pinned viewbox style d x y width
+    height transform clip-path"""
 
 
 def page_of(make):
@@ -55,17 +57,26 @@ def test_only_harmless_elements(make):
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_it_can_load_nothing(make):
-    """The policy allows this style and this script by their hashes, and nothing else at all."""
+    """The policy allows this style and this script by their hashes, the styles of single elements, and nothing else at all."""
     page = page_of(make)
     style, script = page.one("style").text, page.one("script").text
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
     assert page.one("meta", http_equiv="Content-Security-Policy").attributes["content"].split("; ") == [
         "default-src 'none'",
-        *(f"{kind}-src 'sha256-{digest}'" for kind, digest in zip(("style", "script"), hashes, strict=True)),
+        f"style-src-elem 'sha256-{next(hashes)}'",
+        "style-src-attr 'unsafe-inline'",
+        f"script-src 'sha256-{next(hashes)}'",
         "base-uri 'none'",
         "form-action 'none'",
     ]
     assert not re.search(r"url\(|@import|https?:|fetch|import\s*\(|innerHTML|</", style + script)
+    assert all(
+        re.fullmatch(r"url\(#\w+\)", node.attributes["clip-path"])
+        for node in page.all()
+        if "clip-path" in node.attributes
+    )
+    assert not [node for node in page.all() if "url" in node.attributes.get("style", "")]
+    assert {node.attributes["href"][0] for node in page.all("use")} <= {"#"}
     for anchor in page.all("a"):
         assert re.match(r"(\./|\.\./)[^/\\:]", anchor.attributes["href"]), "no other scheme and no other host"
 
@@ -182,14 +193,14 @@ def test_what_was_not_measured_is_left_out():
 def test_the_plot_has_every_row_with_both_measures():
     figure = page_of(hostile).one("figure", class_="learning")
     for drawing in figure.all("svg", role="img"):
-        marks = [mark for mark in drawing.all(class_="mark") if not mark.has("class_", "run")]
+        marks = list(drawing.all(class_="mark"))
         shown = [row for row in hostile().rows if row.name not in {LONG, "few measures"}]
         assert len(marks) == len(shown) == 4
         assert all(mark.one("title").text.startswith(f"{row.name}:") for mark, row in zip(marks, shown, strict=True))
-        assert len({(mark.name, mark.attributes["class"]) for mark in marks}) == 4
+        assert len({mark.one("path").attributes["d"] + mark.one("use").attributes["style"] for mark in marks}) == 4
         assert len(list(drawing.all(class_="run"))) == 1 + 3 + 3 + 3
         assert len(list(drawing.all(class_="step"))) == 5
-    assert f"for want of a figure: {LONG}, few measures." in figure.one("figcaption").text
+    assert f"for want of a value: {LONG}, few measures." in figure.one("figcaption").text
     assert HEBREW in figure.one("ul", class_="legend").text
     assert not list(page_of(one_row).all("figure"))
 
@@ -205,10 +216,13 @@ def test_a_reference_that_others_are_held_against_is_the_start_of_the_path():
         page = render_page(each)
         figure = read_page(page).one("figure", class_="learning")
         drawing = next(figure.all("svg", role="img"))
-        assert [step.text for step in drawing.all(class_="step")] == ["reference", *(step[2] for step in steps)]
+        assert [step.one("title").text for step in drawing.all(class_="step")] == [
+            "reference",
+            *(step[2] for step in steps),
+        ]
         assert "reference" in [name.text for name in drawing.all(class_="step-name")]
         assert "for want of" not in figure.text
-        assert "nan" not in {value for mark in drawing.all("circle") for value in mark.attributes.values()}
+        assert not [value for mark in drawing.all("use") for value in mark.attributes.values() if "nan" in value]
 
 
 def test_rows_without_a_plot_or_a_sweep():
@@ -224,10 +238,10 @@ def test_the_sweep_in_figures_and_pictures():
     titles = [title.text for title in figure.all(class_="panel-title")]
     assert titles == ["modules projected, of 210", "margin rise (nats) ↓", "KL to reference (nats) ↓", "learned (%) ↑"]
     for drawing in figure.all("svg"):
-        places = [float(mark.attributes["cx"]) for mark in drawing.all("circle")]
+        places = [float(mark.one("use").attributes["x"]) for mark in drawing.all(class_="point")]
         assert len(places) == 7
         steps = [right - left for left, right in itertools.pairwise(places)]
-        assert max(steps) - min(steps) < 0.3, "thresholds at equal distances stand at equal distances"
+        assert max(steps) - min(steps) < 1e-3, "thresholds at equal distances stand at equal distances"
     names = [[name.text for name in drawing.all(class_="level-name")] for drawing in figure.all("svg")]
     assert names == [[], *[["reference", "no defence"]] * 3]
     first = [cell.text for cell in lines_of(page, "sweep")[0].all("td")]
@@ -248,3 +262,42 @@ def test_any_text_stays_text(title, name, reason):
     assert printable(reason) in page.one("ul", class_="failures").text
     assert len(list(page.all("tr"))) == len(list(plain.all("tr")))
     assert len(list(page.all("script"))) == len(list(page.all("style"))) == 1
+
+
+def test_marks_stand_where_the_axes_say():
+    """The place of every mean, read back from the ticks of the drawing."""
+    drawing = next(page_of(usual).one("figure", class_="learning").all("svg", role="img"))
+    across, up = [], []
+    for tick in drawing.all("text"):
+        if re.fullmatch(r"[\d.]+", tick.text):
+            x, y = float(tick.attributes["x"]), float(tick.attributes["y"])
+            (across if "text-anchor: middle" in tick.attributes["style"] else up).append((x, y, float(tick.text)))
+    assert len(across) >= 2 <= len(up)
+    rows = {row.name: row for row in usual().rows}
+    marks = {
+        mark.one("title").text.partition(":")[0]: mark.one("use").attributes for mark in drawing.all(class_="mark")
+    }
+    assert marks.keys() == rows.keys()
+    for name, mark in marks.items():
+        learned, drift = 100 * rows[name].cells["learned"].value, rows[name].cells["kl"].value
+        assert float(mark["x"]) == pytest.approx(np.interp(learned, *between(across, 0)), abs=0.6)
+        assert float(mark["y"]) == pytest.approx(np.interp(drift, *between(up, 1)), abs=6), (
+            "a tick's text stands a little lower"
+        )
+
+
+def between(ticks, axis):
+    """Values and places of a line through the outermost ticks, far beyond them."""
+    (first, low), (last, high) = (
+        (tick[axis], tick[2]) for tick in (min(ticks, key=lambda t: t[2]), max(ticks, key=lambda t: t[2]))
+    )
+    span, step = high - low, last - first
+    return [low - span, high + span], [first - step, last + step]
+
+
+def test_forty_nine_rows_look_different():
+    """Then all colors have come with all shapes."""
+    found = styles([usual().rows[2]] * 49)
+    assert len({(style.color, style.character) for style in found}) == 49
+    assert len({style.color for style in found[:7]}) == len({style.character for style in found[:7]}) == 7
+    assert styles(usual().rows)[0].color == "reference"

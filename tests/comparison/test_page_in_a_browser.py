@@ -169,7 +169,7 @@ def test_headings_sort(opened):
 
 def test_headings_sort_by_keyboard_and_by_name(opened):
     page = opened(usual())
-    heading = page.locator("#outcomes-caption ~ thead th[aria-sort]", has_text="defence")
+    heading = page.locator("#outcomes-caption ~ thead th[aria-sort]", has_text="defense")
     heading.get_by_role("button").focus()
     page.keyboard.press("Enter")
     assert names(page) == ["reference", *sorted((row.name for row in usual().rows[1:]), key=str.lower)]
@@ -207,7 +207,7 @@ def test_names_in_the_plot_stand_apart(opened, make):
     page = opened(make())
     for drawing in page.locator("figure.learning .for-wide svg").all():
         boxes = drawing.evaluate(
-            """each => [...each.querySelectorAll(".name, .step-name, .mark:not(.run)")].map(part => {
+            """each => [...each.querySelectorAll(".name text, .step-name text, .mark use")].map(part => {
               const box = part.getBBox();
               return [part.tagName === "text", box.x, box.y, box.x + box.width, box.y + box.height];
             })"""

@@ -126,8 +126,7 @@ def _is_wanted(measure: Measure, place: Place, bench: Workbench, runs: Runs) -> 
 
 def _write(config: CompareConfig, bench: Workbench) -> ComparisonReport:
     from safelora_fast.comparison.assemble import Assembly
-    from safelora_fast.comparison.markdown import render_markdown
-    from safelora_fast.comparison.page import render_page
+    from safelora_fast.comparison.page import render_markdown, render_page
 
     report = Assembly(config, bench).report()
     with described(config.output):
