@@ -5,6 +5,7 @@ The extension does the work, or torch on a device.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from safelora_fast.posthoc.provenance import describe
 from safelora_fast.posthoc.settings import Settings, whole_number
 from safelora_fast.posthoc.sources import open_checkpoint
 from safelora_fast.posthoc.subspace_plan import plan_subspace
+from safelora_fast.posthoc.weight_norms import median_ratio, weight_norm
 from safelora_fast.subspace import ModuleSubspace, SafeSubspace
 
 if TYPE_CHECKING:
@@ -59,9 +61,11 @@ def build_subspace(
     if progress is not None:
         progress.start(plan.nbytes, len(plan.modules))
     built: dict[str, ModuleSubspace] = {}
+    ratios: list[float] = []
     try:
         for outcome in stream:
             planned = plan.modules[outcome.index]
+            ratios.append(outcome.v_norm / (weight_norm(planned.group.aligned) or math.nan))
             rows, columns = planned.shape
             vectors = np.frombuffer(outcome.left_vectors(), dtype="<f4").reshape(-1, rows)
             built[planned.name] = ModuleSubspace(
@@ -80,6 +84,7 @@ def build_subspace(
             "subspace; give the model before alignment as --base"
         )
     described: dict[str, Any] = {"rank": rank, "energy": energy, "seed": seed}
+    described["median_v_ratio"] = float(f"{median_ratio(ratios):.4g}")
     described["modules"] = None if modules is None else list(modules)
     return SafeSubspace(built, sources, {**described, **_made_by(on)})
 

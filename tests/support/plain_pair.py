@@ -42,15 +42,18 @@ def module_names(layers: int = 2) -> list[str]:
 
 
 def write_model(folder: Path, seed: int, *, scale: int = 1, layers: int = 2, dtype: str = "float32") -> Path:
-    """A model in two shards with an index: one layer in the first, the others in the second."""
+    """A model in two shards with an index: one layer in the first, the others in the second.
+
+    All of them are tuned from one model, so that two of them differ by a tenth of their weights.
+    """
     folder.mkdir(parents=True)
-    random = np.random.default_rng(seed)
+    common, random = np.random.default_rng(0), np.random.default_rng(seed)
     places: dict[str, str] = {}
     shards: dict[str, dict[str, np.ndarray]] = {}
     for name in module_names(layers):
         rows, cols = (scale * size for size in SHAPES[name.split(".", 3)[3]])
         shard = f"model-0000{1 if '.0.' in name else 2}-of-00002.safetensors"
-        weight = (random.standard_normal((rows, cols)) / 8).astype(dtype)
+        weight = ((common.standard_normal((rows, cols)) + random.standard_normal((rows, cols)) / 10) / 8).astype(dtype)
         shards.setdefault(shard, {})[f"{name}.weight"] = weight
         places[f"{name}.weight"] = shard
     shards["model-00001-of-00002.safetensors"]["model.norm.weight"] = np.ones(16, dtype)

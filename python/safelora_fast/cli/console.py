@@ -155,6 +155,7 @@ def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
             if modules:
                 count += "; most changed:"
         out.print(module_table(count, modules) if modules else count, soft_wrap=True)
+        out.print(f"median ‖V‖/‖W_aligned‖: {figure(adapter.v_ratio)}", soft_wrap=True)
         if adapter.copied:
             out.print(
                 f"copied through, not projected: {counted(len(adapter.copied), 'tensor')}, e.g. {adapter.copied[0]['tensor']}",

@@ -141,9 +141,12 @@ def _of_modules(subspace: SafeSubspace) -> Table:
 
 
 def _warn(subspace: SafeSubspace) -> None:
-    """Name the modules that training will not touch."""
+    """Name the modules that training will not touch, and say where the two models look unrelated."""
     from safelora_fast.cli.console import warn
+    from safelora_fast.posthoc.weight_norms import far_apart
 
+    if apart := far_apart(subspace.settings.get("median_v_ratio") or 0.0):
+        warn(apart)
     zero = [name for name, module in subspace.modules.items() if not module.rank]
     if zero:
         more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""

@@ -45,6 +45,7 @@ def render(report: ProjectionReport, index: int) -> str:
         f"| base model | {_source(report.base)} |",
         f"| operator | {OPERATORS[operator]} |",
         f"| selection | {report.selection} |",
+        f"| median ‖V‖/‖W_aligned‖ | {_figure(adapter.v_ratio)} |",
         f"| safelora-fast | {report.versions['safelora-fast']} |",
         "",
         "V is the aligned weight minus the base weight. The cosine is that of C·ΔW and ΔW; the gain is the Frobenius norm of the",

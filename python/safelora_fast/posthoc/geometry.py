@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from safelora_fast import _core
@@ -36,6 +36,7 @@ class Block:
 
     tensor: str
     file: _core.SafetensorsFile
+    dtype: str
     begin: int
     offset: int
     rows: int
@@ -48,7 +49,7 @@ class Block:
 
     def cut(self, start: int, rows: int) -> Block:
         """Some of its rows."""
-        return Block(self.tensor, self.file, self.begin, self.offset + start * self.cols, rows, self.cols)
+        return replace(self, offset=self.offset + start * self.cols, rows=rows)
 
     def view(self) -> _core.View:
         """The block as the extension reads it."""
@@ -289,7 +290,7 @@ def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> B
         if piece.count > 1 and _stored_in_out(names, piece.tensor, leaf, (height, width)):
             raise PairingError(f"{where}: it is kept (experts, in, out), and cannot be cut by output rows")
         offset = piece.expert * math.prod(entry.shape[1:])
-    block = Block(piece.tensor, entry.file, entry.begin, offset, height, width)
+    block = Block(piece.tensor, entry.file, entry.dtype, entry.begin, offset, height, width)
     if piece.count == 1 or rows is None:
         return block
     start = _start(piece, height, rows)

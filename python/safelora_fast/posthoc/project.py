@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import time
 from collections.abc import Iterable
@@ -23,7 +24,8 @@ from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
 from safelora_fast.posthoc.settings import Settings, check_path, chosen
-from safelora_fast.posthoc.sources import A_MODEL, Checkpoint, open_checkpoint
+from safelora_fast.posthoc.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
+from safelora_fast.posthoc.weight_norms import weight_norm
 from safelora_fast.posthoc.writer import AdapterWriter
 
 if TYPE_CHECKING:
@@ -125,6 +127,8 @@ def project_folders(
         size = sum(adapter.file.size for adapter in adapters)
         check_target(Path(output), inputs, overwrite=overwrite, nbytes=size, mark=REPORT)
     models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
+    if same_place(*models):
+        refuse_equal([0.0])
     plan = plan_projection(adapters, *models)
     if not keep_keys:
         adapters = settled_adapters(plan, models[0])
@@ -183,6 +187,7 @@ def _run(
     try:
         for outcome in stream:
             planned = plan.modules[outcome.index]
+            norm = weight_norm(planned.group.aligned)
             for target, factor in zip(planned.targets, outcome.factors, strict=True):
                 report = ModuleReport(
                     name=planned.name,
@@ -199,6 +204,7 @@ def _run(
                     v_rank=outcome.rank,
                     v_energy=outcome.energy,
                     sources=[asdict(source) for source in planned.sources],
+                    v_ratio=outcome.v_norm / norm if norm else math.nan,
                 )
                 reports[target.adapter].append(report)
                 writer, failure = writers[target.adapter], None
@@ -281,6 +287,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.description,
         "revision": checkpoint.revision,
         "files": sorted(file.path for file in checkpoint.files),
+        "model_type": (checkpoint.config or {}).get("model_type"),
         "warnings": checkpoint.warnings,
     }
 

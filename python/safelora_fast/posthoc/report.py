@@ -7,6 +7,8 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from safelora_fast.posthoc.weight_norms import far_apart, median_ratio
+
 SCHEMA = 1
 NEARLY_DELETED = 0.01
 
@@ -16,6 +18,7 @@ class ModuleReport:
     """One module of one adapter. Norms are Frobenius norms; `gain` is ‖O·B‖/‖B‖ for the operator O that was asked for.
 
     `cosine` is that of C·ΔW and ΔW with the paper's C, whatever the operator. `update_norm` leaves the LoRA scale out.
+    `v_ratio` is ‖V‖/‖W_aligned‖, whose denominator is estimated from some rows of a large weight.
     """
 
     name: str
@@ -32,6 +35,7 @@ class ModuleReport:
     v_rank: int | None
     v_energy: float | None
     sources: list[dict[str, str]]
+    v_ratio: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class AdapterReport:
         """The modules that were projected."""
         return [module for module in self.modules if module.projected]
 
+    @property
+    def v_ratio(self) -> float:
+        """The median ‖V‖/‖W_aligned‖ of its modules: how far apart the two models are."""
+        return median_ratio(module.v_ratio for module in self.modules)
+
 
 @dataclass(frozen=True)
 class ProjectionReport:
@@ -72,6 +81,7 @@ class ProjectionReport:
         """Plain lists and dictionaries for JSON, NaN as None, counts added."""
         content = _without_nan(asdict(self))
         for adapter, plain in zip(self.adapters, content["adapters"], strict=True):
+            plain["median_v_ratio"] = _without_nan(adapter.v_ratio)
             plain["counts"] = {
                 "modules": len(adapter.modules),
                 "projected": len(adapter.projected),
@@ -93,28 +103,47 @@ class ProjectionReport:
     def warnings(self) -> list[str]:
         """What a careful reader of the figures would tell the user."""
         found = [*self.aligned.get("warnings", ()), *self.base.get("warnings", ())]
+        kinds = [str(model.get("model_type") or "").removesuffix("_text") for model in (self.aligned, self.base)]
+        if all(kinds) and kinds[0] != kinds[1]:
+            found.append(
+                f"the configurations name models of different types ({kinds[0]} and {kinds[1]}): is {self.base['source']} the model "
+                f"that {self.aligned['source']} was made from?"
+            )
         for adapter in self.adapters:
-            if adapter.trained_on and not _alike(adapter.trained_on, str(self.aligned["source"])):
-                found.append(
-                    f"{adapter.adapter}: says that it was trained on {adapter.trained_on}, but aligned is "
-                    f"{self.aligned['source']}; see that they are the same model"
+            found += [f"{adapter.adapter}: {warning}" for warning in self._of_adapter(adapter)]
+        return found
+
+    def _of_adapter(self, adapter: AdapterReport) -> list[str]:
+        found = [*self._of_pair(adapter), *adapter.notes]
+        found += [
+            f"{item['tensor']}, which is copied through, holds NaN or Inf ({counted(item['not_finite'], 'value')}): the adapter was "
+            "damaged before it came here"
+            for item in adapter.copied
+            if item.get("not_finite")
+        ]
+        if not adapter.projected:
+            return [*found, "no module was selected, so the adapter stays as it is"]
+        gain = statistics.median(module.gain for module in adapter.projected)
+        if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:
+            found.append(
+                f"the median gain ‖CB‖/‖B‖ is {gain:.2g}: projecting nearly deletes these updates; compare with --operator zero, or "
+                "use --normalize spectral or --operator orthogonal"
+            )
+        return found
+
+    def _of_pair(self, adapter: AdapterReport) -> list[str]:
+        """Whether the two models belong together, and to the adapter."""
+        found = [apart] if (apart := far_apart(adapter.v_ratio)) else []
+        if zero := sum(module.v_norm == 0 for module in adapter.modules):
+            modules = counted(len(adapter.modules), "module")
+            found.append(f"aligned and base hold the same weights in {zero} of {modules}, which stay as they are")
+        if (trained_on := adapter.trained_on) and not _alike(trained_on, str(self.aligned["source"])):
+            doubt = f"but aligned is {self.aligned['source']}; see that they are the same model"
+            if _alike(trained_on, str(self.base["source"])):
+                doubt = (
+                    "which is given as base: are the two models swapped? The projection is the same, but not the card"
                 )
-            found += [f"{adapter.adapter}: {note}" for note in adapter.notes]
-            found += [
-                f"{adapter.adapter}: {item['tensor']}, which is copied through, holds NaN or Inf "
-                f"({counted(item['not_finite'], 'value')}): the adapter was damaged before it came here"
-                for item in adapter.copied
-                if item.get("not_finite")
-            ]
-            if not adapter.projected:
-                found.append(f"{adapter.adapter}: no module was selected, so the adapter stays as it is")
-                continue
-            gain = statistics.median(module.gain for module in adapter.projected)
-            if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:
-                found.append(
-                    f"{adapter.adapter}: the median gain ‖CB‖/‖B‖ is {gain:.2g}: projecting nearly deletes these updates; "
-                    "compare with --operator zero, or use --normalize spectral or --operator orthogonal"
-                )
+            found.append(f"says that it was trained on {trained_on}, {doubt}")
         return found
 
 

@@ -144,6 +144,13 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
         raise CheckpointError(f"{error}{near}") from error
 
 
+def same_place(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints are one folder or file, or one commit of the Hub."""
+    if one.remote or other.remote:
+        return (one.description, one.revision) == (other.description, other.revision) and one.revision is not None
+    return Path(one.description).resolve() == Path(other.description).resolve()
+
+
 def _near(path: Path) -> str:
     """The end of a message about a path that does not exist: what is called nearly so beside it."""
     try:
