@@ -106,8 +106,8 @@ class ProjectionReport:
         kinds = [str(model.get("model_type") or "").removesuffix("_text") for model in (self.aligned, self.base)]
         if all(kinds) and kinds[0] != kinds[1]:
             found.append(
-                f"the configurations name models of different types ({kinds[0]} and {kinds[1]}): is {self.base['source']} the model "
-                f"that {self.aligned['source']} was made from?"
+                f"the configurations name models of different types ({kinds[0]} and {kinds[1]}): is {self.base['source']} the "
+                f"model that {self.aligned['source']} was made from?"
             )
         for adapter in self.adapters:
             found += [f"{adapter.adapter}: {warning}" for warning in self._of_adapter(adapter)]
@@ -116,8 +116,8 @@ class ProjectionReport:
     def _of_adapter(self, adapter: AdapterReport) -> list[str]:
         found = [*self._of_pair(adapter), *adapter.notes]
         found += [
-            f"{item['tensor']}, which is copied through, holds NaN or Inf ({counted(item['not_finite'], 'value')}): the adapter was "
-            "damaged before it came here"
+            f"{item['tensor']}, which is copied through, holds NaN or Inf ({counted(item['not_finite'], 'value')}): the adapter "
+            "was damaged before it came here"
             for item in adapter.copied
             if item.get("not_finite")
         ]
@@ -126,8 +126,8 @@ class ProjectionReport:
         gain = statistics.median(module.gain for module in adapter.projected)
         if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:
             found.append(
-                f"the median gain ‖CB‖/‖B‖ is {gain:.2g}: projecting nearly deletes these updates; compare with --operator zero, or "
-                "use --normalize spectral or --operator orthogonal"
+                f"the median gain ‖CB‖/‖B‖ is {gain:.2g}: projecting nearly deletes these updates; compare with --operator zero, "
+                "or use --normalize spectral or --operator orthogonal"
             )
         return found
 
