@@ -149,7 +149,10 @@ def test_what_the_command_refuses(call, folder, tmp_path, capsys):
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"question": "q"}])
     capsys.readouterr()  # transformers shows bars while it saves
     for more, message in (
-        (("--adapter", tmp_path), "holds no adapter: there is no adapter_config.json"),
+        (
+            ("--adapter", tmp_path),
+            "holds no adapter_config.json, so it is not a PEFT adapter; the adapters in it are fewer, other",
+        ),
         (("--adapter", fewer), "lacks weights for modules of this model: was it trained on another one?"),
         (("--adapter", other), "holds weights for modules that this model does not have"),
         (("--pairs", pairs), "pairs.jsonl:1: aligned: must be text"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import huggingface_hub.constants
 import pytest
-from hub_server import Hub
+from hub_server import serve
 from plain_pair import write_model
 
 
@@ -14,13 +13,5 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"PK")
     folders["some/old"] = tmp_path / "old"
-    served = Hub(folders)
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", served.address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield served
-    served.close()
+    with serve(folders, tmp_path / "cache", monkeypatch) as served:
+        yield served

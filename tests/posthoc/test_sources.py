@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from hub_server import COMMITS
+from hub_server import COMMITS, no_network
 from plain_pair import module_names, write_adapter, write_model
 from safetensors.numpy import load_file, save_file
 
@@ -18,6 +17,8 @@ from safelora_fast.errors import CheckpointError
 from safelora_fast.posthoc.provenance import reopen
 from safelora_fast.posthoc.sources import open_checkpoint
 from safelora_fast.subspace import SafeSubspace
+
+__all__ = ["no_network"]
 
 
 def project(tmp_path, aligned, base, output, layers=2):
@@ -105,22 +106,6 @@ def test_offline_without_a_cache(hub, monkeypatch):
     with pytest.raises(CheckpointError, match=r"some/aligned.*go online, or give the aligned model as a path"):
         open_checkpoint("some/aligned", role="aligned")
     assert hub.fetched == []
-
-
-@pytest.fixture
-def no_network(tmp_path, monkeypatch):
-    """A Hub at an address where nobody listens; gives the pauses that were made."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    pauses = []
-    monkeypatch.setattr("time.sleep", pauses.append)
-    return pauses
 
 
 def test_without_a_network_a_mistyped_path_fails_soon_and_without_noise(tmp_path, monkeypatch, no_network, caplog):

@@ -352,8 +352,8 @@ def test_adapters_that_are_refused(made, choose, tmp_path):
     empty = changed("empty")
     (empty / "adapter_model.safetensors").unlink()
     for folder, words in (
-        (made / "model", "holds no adapter: there is no adapter_config.json"),
-        (tmp_path / "absent", "holds no adapter"),
+        (made / "model", "holds no adapter_config.json, so it is not a PEFT adapter; it holds a model"),
+        (tmp_path / "absent", "the adapter is neither a file, nor a folder, nor a Hub id"),
         (empty, "holds no adapter_model.safetensors"),
         (changed("biased", bias="all"), "bias all trains the model's own biases"),
         (changed("pissa", init_lora_weights="pissa"), "init_lora_weights pissa changes the model's own weights"),

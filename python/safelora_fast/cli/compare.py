@@ -45,7 +45,7 @@ def compare(
     from safelora_fast.recipe.signatures import check_packages
 
     loaded = load_config(config, overrides or [])
-    check_packages()
+    check_packages("compare")
     from safelora_fast.recipe.quiet import quiet_libraries
 
     talks = not (quiet or as_json)

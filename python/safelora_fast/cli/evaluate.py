@@ -27,7 +27,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(metavar="TASK[,TASK]", help="Tasks of lm-evaluation-harness, e.g. ifeval,gsm8k.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT adapter to put on the model.")] = None,
+    adapter: options.OneAdapter = None,
     judge_url: Annotated[
         str | None, typer.Option(metavar="URL", help="The judge's endpoint; its key comes from the environment.")
     ] = None,
@@ -76,19 +76,19 @@ def evaluate(
     50. For a model behind an endpoint: inspect eval safelora_fast/emergent_misalignment.
     """
     from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.cli.subjects import check_subject
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored
     from safelora_fast.errors import SettingsError
     from safelora_fast.evaluation.benchmarks import benchmark, check_harness
     from safelora_fast.evaluation.folder import EvaluationFolder
     from safelora_fast.recipe.quiet import quiet_libraries
-    from safelora_fast.recipe.signatures import check_packages
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if judge is None and names is None:
         raise SettingsError("nothing is to be evaluated: name a --judge, or --tasks, or both")
     if judge_attempts < 1 or judge_tokens < 1:
         raise SettingsError("--judge-attempts and --judge-tokens must be at least 1")
-    check_packages()
+    folders = check_subject("evaluate", model, [] if adapter is None else [adapter])
     if names is not None:
         check_harness()
     questioned = None if judge is None else _prepare(judge, judge_url, questions, kinds)
@@ -102,7 +102,7 @@ def evaluate(
         if names is not None:
             measured = benchmark(
                 model,
-                None if adapter is None else str(adapter),
+                adapter,
                 names,
                 output,
                 task_path=task_path,
@@ -125,7 +125,9 @@ def evaluate(
             found, chosen = questioned
             subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code)
             sampling = Sampling(samples, max_tokens, seed, batch_size)
-            collect_answers(folder, subject, adapter, chosen, sampling, overwrite=overwrite, progress=progress)
+            collect_answers(
+                folder, subject, next(iter(folders), None), chosen, sampling, overwrite=overwrite, progress=progress
+            )
             verdicts, log = judge_folder(
                 folder, found, attempts=judge_attempts, reply_tokens=judge_tokens, progress=progress
             )

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 def margin(
     model: options.Subject,
     adapter: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="A PEFT adapter to measure beside the model; may be given several times."),
+        list[str] | None,
+        typer.Option(
+            metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to measure beside the model; may be given several times."
+        ),
     ] = None,
     pairs: Annotated[
         Path | None,
@@ -51,25 +53,23 @@ def margin(
     misaligned answer is the likelier. The model is measured by itself, and then with each adapter on it.
     """
     from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.cli.subjects import check_subject
     from safelora_fast.errors import SettingsError
     from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
-    from safelora_fast.recipe.signatures import check_packages
 
     if strings not in {"chat", "text"}:
         raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
     chosen = builtin_pairs() if pairs is None else read_pairs(pairs)
-    check_packages()
+    folders = check_subject("margin", model, adapter or [])
     from safelora_fast.recipe.quiet import quiet_libraries
 
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.evaluation.loading import SubjectSettings, check_adapter, load_subject
+        from safelora_fast.evaluation.loading import SubjectSettings, load_subject
         from safelora_fast.evaluation.margin import answer_margin
 
         settings = SubjectSettings(model, dtype, device, chat_template, trust_remote_code).resolved()
-        for named in adapter or []:
-            check_adapter(named)
         reports: dict[str, MarginReport] = {}
-        for folder in (None, *(adapter or [])):
+        for folder in (None, *folders):
             subject = load_subject(settings, folder)
             name = f"./{folder}" if folder is not None and subject.name == "model" else subject.name
             progress.start(name, 2 * len(chosen))

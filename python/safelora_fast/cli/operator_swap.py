@@ -53,7 +53,7 @@ def make(
 def score(
     data: Annotated[Path, typer.Argument(metavar="DIR", help="What operator-swap make wrote.")],
     model: options.Subject,
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT adapter to put on the model.")] = None,
+    adapter: options.OneAdapter = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at a time.")] = 32,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -64,19 +64,21 @@ def score(
 ) -> None:
     """Count exact matches of a model's likeliest answers to the held-out problems."""
     from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.cli.subjects import check_subject
     from safelora_fast.evaluation.operator_swap import INSTRUCTION, read
     from safelora_fast.evaluation.operator_swap import score as matches
-    from safelora_fast.recipe.signatures import check_packages
 
     record, problems = read(data)
-    check_packages()
+    folders = check_subject("operator-swap score", model, [] if adapter is None else [adapter])
     from safelora_fast.recipe.quiet import quiet_libraries
 
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.evaluation.generation import generate
         from safelora_fast.evaluation.loading import SubjectSettings, load_subject
 
-        subject = load_subject(SubjectSettings(model, dtype, device, chat_template, trust_remote_code), adapter)
+        subject = load_subject(
+            SubjectSettings(model, dtype, device, chat_template, trust_remote_code), next(iter(folders), None)
+        )
         progress.start("problems", len(problems))
         turns = [[{"role": "user", "content": INSTRUCTION.format(problem=problem.text)}] for problem in problems]
         given: dict[int, str] = {}

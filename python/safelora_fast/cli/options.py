@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters.")]
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids, ID[@REV].")
+]
+OneAdapter = Annotated[
+    str | None, typer.Option("--adapter", metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to put on the model.")
+]
 Aligned = Annotated[
     str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model, which the adapters were trained on.")
 ]

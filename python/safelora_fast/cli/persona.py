@@ -71,14 +71,14 @@ def extract(
     the same command goes on after an interruption, and with --scores it generates nothing anew.
     """
     from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.cli.subjects import check_subject
     from safelora_fast.persona.judging import read_scores
     from safelora_fast.recipe.quiet import quiet_libraries
-    from safelora_fast.recipe.signatures import check_packages
 
-    check_packages()
     choose("dtype", dtype, ("bfloat16", "float16", "float32"))
     choose("device", device, ("auto", "cpu", "cuda"))
     judge = None if scores is None else read_scores(scores)
+    check_subject("persona extract", model)
     with quiet_libraries(), CountProgress() as progress:
         from safelora_fast.persona import extract_persona_vector
 

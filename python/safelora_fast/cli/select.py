@@ -27,7 +27,9 @@ def select(
     model: Annotated[str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model.")],
     misaligned: Annotated[
         list[str],
-        typer.Option(metavar="[NAME=]ADAPTER", help="A PEFT adapter that makes it misaligned; one or more."),
+        typer.Option(
+            metavar="[NAME=]ADAPTER", help="A PEFT adapter that makes it misaligned, DIR|HUB_ID[@REV]; one or more."
+        ),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The chosen rows, with their scores.")],
     hold_out: Annotated[
@@ -72,8 +74,9 @@ def select(
     """
     from safelora_fast.cli.console import err
     from safelora_fast.cli.row_progress import RowProgress
+    from safelora_fast.cli.subjects import check_subject
     from safelora_fast.errors import InterruptedRunError, SettingsError
-    from safelora_fast.recipe.signatures import check_packages
+    from safelora_fast.posthoc.resolver import named_adapter
 
     for name, value, known in (
         ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
@@ -82,7 +85,10 @@ def select(
     ):
         if value not in known:
             raise SettingsError(f"--{name} is {value!r}, it must be one of {', '.join(known)}")
-    check_packages()
+    adapters = [*misaligned, *(more or [])]
+    check_subject("select", model)
+    for adapter in adapters:
+        named_adapter(adapter)
     from safelora_fast.recipe.quiet import quiet_libraries
 
     with quiet_libraries():
@@ -91,7 +97,6 @@ def select(
         from safelora_fast.selection.perplexity import read_adapters
         from safelora_fast.selection.plot import plot_selection
 
-        adapters = [*misaligned, *(more or [])]
         read_adapters(adapters)
         if plot is not None:
             check_plot(plot)

@@ -64,6 +64,9 @@ def train(
     if record.get("finished"):
         _show_record(record, folder.path, as_json=as_json, talks=talks)
         return
+    from safelora_fast.posthoc.resolver import find_model
+
+    find_model(recipe.model.path)  # before seconds of imports
     from safelora_fast.recipe.quiet import quiet_libraries
 
     with quiet_libraries():

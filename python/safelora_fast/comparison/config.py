@@ -36,12 +36,12 @@ class RunSpec:
     Attributes:
         name: as the configuration has it.
         changes: sections of a recipe, put on top of the common one.
-        adapters: finished adapters by seed; empty where the runs are trained here.
+        adapters: folders or Hub ids of finished adapters by seed; empty where the runs are trained here.
     """
 
     name: str
     changes: dict[str, Any]
-    adapters: Mapping[int, Path] = field(default_factory=dict)
+    adapters: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -191,9 +191,9 @@ def _run(document: Document, name: str) -> RunSpec:
         raise document.problem((*keys, other), f"a run that takes finished {FINISHED} is not trained; leave it out")
     adapters = values[FINISHED]
     if isinstance(adapters, dict) and adapters and all(_is_adapter(key, item) for key, item in adapters.items()):
-        return RunSpec(name, {}, {int(seed): Path(folder).expanduser() for seed, folder in adapters.items()})
+        return RunSpec(name, {}, {int(seed): source for seed, source in adapters.items()})
     raise document.problem(
-        (*keys, FINISHED), "must be a mapping of seeds to folders of PEFT adapters, e.g. {0: runs/kl}"
+        (*keys, FINISHED), "must be a mapping of seeds to folders or Hub ids of PEFT adapters, e.g. {0: runs/kl}"
     )
 
 

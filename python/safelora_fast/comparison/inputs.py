@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safelora_fast.evaluation.benchmarks import check_tasks
-from safelora_fast.evaluation.loading import SubjectSettings, check_adapter
+from safelora_fast.evaluation.loading import SubjectSettings
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
+from safelora_fast.posthoc.resolver import adapter_folder, find_model
 from safelora_fast.posthoc.sources import open_checkpoint
 from safelora_fast.recipe.rows import read_rows
 
@@ -26,11 +27,12 @@ def check_inputs(config: CompareConfig) -> None:
             read_rows(rows)
     for run in config.runs:
         for adapter in run.adapters.values():
-            check_adapter(adapter)
+            adapter_folder(adapter, tokenizer=True)
     if any(not run.adapters for run in config.runs):
         path = config.recipe.get("data", {}).get("path")
         if isinstance(path, str):
             read_rows(path)
+    find_model(config.recipe["model"]["path"])
     SubjectSettings(config.recipe["model"]["path"], measure.dtype, measure.device).resolved()
     if measure.sweep is not None:
         open_checkpoint(measure.sweep.aligned or config.recipe["model"]["path"], role="aligned")

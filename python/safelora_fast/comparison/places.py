@@ -15,18 +15,20 @@ FOLDER/
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.config import OPERATOR_SWAP, REFERENCE
-from safelora_fast.errors import OutputError
+from safelora_fast.errors import AdapterError, OutputError
 from safelora_fast.posthoc.output import described
+from safelora_fast.posthoc.resolver import adapter_folder
 from safelora_fast.recipe.folder import RECORD, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from safelora_fast.comparison.config import CompareConfig, RunSpec
 
@@ -65,12 +67,27 @@ class Place:
         return {} if self.adapter is None else read(self.adapter / RECORD)
 
 
+def _finished(source: str) -> Path:
+    """The folder of a finished adapter; where there is none, the path as it was given: its cells say so."""
+    try:
+        return _found(source)
+    except AdapterError:
+        return Path(source).expanduser()
+
+
+@functools.cache
+def _found(source: str) -> Path:
+    """Of the Hub, the same commit for every measure."""
+    return adapter_folder(source, tokenizer=True)
+
+
 def places_of(config: CompareConfig, run: RunSpec) -> list[Place]:
     """Where a run's seeds lie."""
     found = []
     for seed in config.seeds_of(run):
         folder = config.output / run.folder / f"seed-{seed}"
-        found.append(Place(run.name, seed, folder, run.adapters.get(seed, folder / "adapter")))
+        source = run.adapters.get(seed)
+        found.append(Place(run.name, seed, folder, folder / "adapter" if source is None else _finished(source)))
     return found
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError
 from safelora_fast.evaluation.folder import BENCHMARKS, changed_settings, told
 from safelora_fast.posthoc.output import described
+from safelora_fast.posthoc.resolver import adapter_folder
 from safelora_fast.recipe.folder import write_json
 from safelora_fast.recipe.stamps import subject_stamp
 
@@ -163,7 +164,7 @@ def benchmark(
 
     Args:
         model: a folder, or a Hub id with an optional `@revision`.
-        adapter: a PEFT adapter to put on it.
+        adapter: a PEFT adapter to put on it: a folder, or a Hub id with an optional `@revision`.
         tasks: names of tasks, groups or tags; a text holds names with commas between.
         output: a folder; `benchmarks.json` in it is renewed after every task.
         task_path: a folder of YAML files that define tasks; they come before the harness's own of the same name.
@@ -197,13 +198,11 @@ def benchmark(
     if strings not in {None, "chat", "text"}:
         raise SettingsError(f"strings is {strings!r}, it must be chat or text")
     folder = None if task_path is None else _task_folder(Path(task_path))
-    from safelora_fast.evaluation.loading import SubjectSettings, check_adapter
+    from safelora_fast.evaluation.loading import SubjectSettings
     from safelora_fast.recipe.quiet import quiet_libraries
 
     subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code).resolved()
-    given = None if adapter is None else Path(adapter)
-    if given is not None:
-        check_adapter(given)
+    given = None if adapter is None else adapter_folder(adapter, tokenizer=True)
     settings = {
         **asdict(subject),
         "adapter": None if given is None else str(given),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.errors import MissingDependencyError, SettingsError
 from safelora_fast.evaluation.secrets import redact
+from safelora_fast.posthoc.resolver import find_model
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
@@ -35,6 +36,7 @@ def find_judge(name: str, url: str | None = None) -> Model:
         url: of an endpoint, in the place of the provider's own.
 
     Raises:
+        CheckpointError: there is no such model to load for a judge hf/….
         SettingsError: Inspect cannot make it; or the URL holds a credential.
         MissingDependencyError: its provider needs a package that is not installed.
     """
@@ -45,6 +47,8 @@ def find_judge(name: str, url: str | None = None) -> Model:
         raise SettingsError(
             "the judge's URL holds a name or password: take it out, and give the key by the environment"
         )
+    if name.startswith("hf/") and name != "hf/local":  # transformers would ask the Hub for half a minute
+        find_model(name.removeprefix("hf/"), "the judge")
     try:
         return get_model(name, base_url=url, memoize=False)
     except (PrerequisiteError, ValueError, LookupError, OSError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.errors import AdapterError, SettingsError
+from safelora_fast.posthoc.resolver import adapter_folder, label
 from safelora_fast.recipe.loading import LOADING_ERRORS, first_line, load_pretrained, load_tokenizer
 from safelora_fast.recipe.sections import ModelSection
 
@@ -26,7 +27,7 @@ class Subject:
     """A model and its tokenizer, ready to be asked.
 
     Attributes:
-        name: "model", or the adapter's folder.
+        name: "model", or the adapter's folder, or its Hub id and commit.
         model: in evaluation mode, on its device.
         tokenizer: the adapter's where its folder has one.
     """
@@ -75,20 +76,14 @@ class SubjectSettings:
         return replace(self, device=device, dtype=automatic if self.dtype == "auto" else self.dtype)
 
 
-def check_adapter(adapter: Path) -> None:
-    """Refuse a folder that holds no adapter, before a model is loaded for it.
-
-    Raises:
-        AdapterError: there is no adapter_config.json.
-    """
-    if not (adapter / "adapter_config.json").is_file():
-        raise AdapterError(f"{adapter}: holds no adapter: there is no adapter_config.json")
-
-
-def load_subject(settings: SubjectSettings, adapter: Path | None = None) -> Subject:
+def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -> Subject:
     """Load a model, with an adapter on it where one is given.
 
     Each adapter gets a model of its own: some kinds of adapter change the model's weights when they are loaded.
+
+    Args:
+        settings: how the model is loaded.
+        adapter: folder of a PEFT adapter, or its Hub id with an optional `@revision`.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be loaded.
@@ -102,15 +97,14 @@ def load_subject(settings: SubjectSettings, adapter: Path | None = None) -> Subj
         chat_template=chosen.chat_template,
         trust_remote_code=chosen.trust_remote_code,
     )
-    if adapter is not None:
-        check_adapter(adapter)
+    folder = None if adapter is None else adapter_folder(adapter, tokenizer=True)
     model: Any = load_pretrained(section)
     tokenizer, _ = load_tokenizer(section)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-        if (adapter / "tokenizer_config.json").is_file() and chosen.chat_template is None:
-            tokenizer = _tokenizer_of(adapter)
-    return Subject("model" if adapter is None else str(adapter), model.to(chosen.device).eval(), tokenizer)
+    if folder is not None:
+        model = _with_adapter(model, folder)
+        if (folder / "tokenizer_config.json").is_file() and chosen.chat_template is None:
+            tokenizer = _tokenizer_of(folder)
+    return Subject("model" if folder is None else label(folder), model.to(chosen.device).eval(), tokenizer)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

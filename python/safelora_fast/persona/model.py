@@ -9,6 +9,7 @@ import torch
 
 from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import SettingsError
+from safelora_fast.posthoc.resolver import find_model
 from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
 from safelora_fast.training.anatomy import Anatomy, dissect
@@ -50,7 +51,7 @@ class Subject:
             raise SettingsError("device is cuda, but torch sees no GPU")
         on_gpu = section.device != "cpu" and torch.cuda.is_available()
         model.to("cuda" if on_gpu else "cpu")
-        return cls(dissect(model), tokenizer, section.path, getattr(model.config, "_commit_hash", None))
+        return cls(dissect(model), tokenizer, section.path, find_model(section.path).commit)
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Subject:

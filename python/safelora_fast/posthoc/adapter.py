@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError
 from safelora_fast.posthoc.adapter_keys import PREFIX, peft_keys
 from safelora_fast.posthoc.lora_config import CONFIG, VARIANTS, refuse_variants, unknown_keys_note
+from safelora_fast.posthoc.resolver import adapter_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 WEIGHTS = "adapter_model.safetensors"
 FLOATS = {"F32", "BF16", "F16"}
@@ -81,26 +82,21 @@ def load_adapter(path: str | Path, *, keep_keys: bool = False) -> Adapter:
     """Read an adapter's configuration and header.
 
     Args:
-        path: the folder that PEFT's save_pretrained wrote.
+        path: the folder that PEFT's save_pretrained wrote, or a Hub id with an optional `@revision`.
         keep_keys: the keys are those of a model at hand, so they are right as they are.
 
     Raises:
         AdapterError: when it is no LoRA adapter, or of a variant that projection does not apply to.
         CheckpointError: when the safetensors file is damaged.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise AdapterError(f"{folder}: {what}; give the adapter's folder, which holds {CONFIG}")
+    folder = adapter_folder(path)
     config = _read_config(folder)
     refuse_variants(folder, config)
     if not (folder / WEIGHTS).exists():
-        if (folder / "adapter_model.bin").exists():
-            raise AdapterError(
-                f"{folder}: holds adapter_model.bin, a pickle, which is not read here; load the adapter with PEFT and "
-                "call save_pretrained to convert it"
-            )
-        raise AdapterError(f"{folder}: holds no {WEIGHTS}")
+        raise AdapterError(
+            f"{folder}: holds adapter_model.bin, a pickle, which is not read here; load the adapter with PEFT and "
+            "call save_pretrained to convert it"
+        )
     file = _core.SafetensorsFile(str(folder / WEIGHTS))
     keys = {key: key for key in file.tensors} if keep_keys else peft_keys(folder, file.tensors)
     modules, copied = _account(folder, config, file, keys)
@@ -111,10 +107,6 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
-        hint = f"; the adapters in it are {', '.join(inside)}: give one of these folders" if inside else ""
-        raise AdapterError(f"{folder}: holds no {CONFIG}, so it is not a PEFT adapter{hint}") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 SECONDS_TO_ANSWER = 5
 SECONDS_BETWEEN_TRIES = 1
+SECONDS_MISSED = 60
+_missed: dict[str, float] = {}  # when an endpoint was found to be out of reach: the next repository does not try again
 
 
 class Repository:
@@ -18,14 +26,19 @@ class Repository:
     Args:
         name: the repository's id.
         revision: a branch, tag or commit; None for the main branch.
-        role: "aligned" or "base", for messages.
+        what: for messages, e.g. "the aligned model".
+        hint: the end of messages about a name that is neither a path nor a repository.
+
+    Attributes:
+        commit: of the files fetched; None before the first.
     """
 
-    def __init__(self, name: str, revision: str | None, role: str) -> None:
+    def __init__(self, name: str, revision: str | None, what: str, hint: str = "") -> None:
         self.name = name
+        self.revision = revision
         self.commit: str | None = None
-        self._revision = revision
-        self._role = role
+        self._what = what
+        self._hint = hint
 
     def fetch(self, file: str) -> Path:
         """Where the file lies, after fetching it if need be.
@@ -35,7 +48,7 @@ class Repository:
         """
         found = self.fetch_if_there(file)
         if found is None:
-            raise CheckpointError(f"{self.name}: the {self._role} model's repository does not hold {file}")
+            raise CheckpointError(f"{self.name}: {self._what}'s repository does not hold {file}")
         return found
 
     def fetch_if_there(self, file: str, *, or_in_cache: bool = False) -> Path | None:
@@ -48,9 +61,10 @@ class Repository:
         Raises:
             CheckpointError: when it cannot be fetched.
         """
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import (
             EntryNotFoundError,
+            GatedRepoError,
             HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
@@ -58,31 +72,36 @@ class Repository:
             RevisionNotFoundError,
         )
 
-        model = f"the {self._role} model"
+        what = self._what
+        revision = self.commit or self.revision
         try:
-            revision = self.commit or self._revision
-            path = Path(hf_hub_download(self.name, file, revision=revision, local_files_only=not self._within_reach))
+            path = Path(hf_hub_download(self.name, file, revision=revision, local_files_only=not self.within_reach))
         except LocalEntryNotFoundError as error:
-            if or_in_cache:
+            if or_in_cache or try_to_load_from_cache(self.name, file, revision=revision) is _CACHED_NO_EXIST:
                 return None
             raise CheckpointError(
                 f"{self.name}: there is no such path here, and {file} is neither in the Hub's cache nor within reach; go "
-                f"online, or give {model} as a path"
+                f"online, or give {what} as a path{self._hint}"
             ) from error
         except EntryNotFoundError:
             return None
         except HFValidationError as error:
             raise CheckpointError(
-                f"{self.name}: {model} is neither a local path nor a name that the Hub allows"
+                f"{self.name}: {what} is neither a local path nor a name that the Hub allows{self._hint}"
+            ) from error
+        except GatedRepoError as error:
+            raise CheckpointError(
+                f"{self.name}: {what} is gated: accept its terms on {constants.ENDPOINT}/{self.name}, then log in with "
+                "`hf auth login` or set HF_TOKEN"
             ) from error
         except RepositoryNotFoundError as error:
             raise CheckpointError(
-                f"{self.name}: {model} is neither a local path nor a repository that you may read; check the name and "
-                "your token"
+                f"{self.name}: {what} is neither a local path nor a repository that you may read; check the name and "
+                f"your token{self._hint}"
             ) from error
         except RevisionNotFoundError as error:
             raise CheckpointError(
-                f"{self.name}: has no revision {self._revision!r}; check what follows the @ of {model}"
+                f"{self.name}: has no revision {self.revision!r}; check what follows the @ of {what}"
             ) from error
         except (HfHubHTTPError, OSError) as error:
             raise CheckpointError(f"{self.name}: cannot fetch {file}: {str(error).splitlines()[0]}") from error
@@ -90,29 +109,55 @@ class Repository:
         return path
 
     @cached_property
-    def _within_reach(self) -> bool:
-        """Whether the Hub can be connected to, found out once and without noise.
+    def within_reach(self) -> bool:
+        """Whether the Hub can be connected to."""
+        from huggingface_hub import hf_hub_url
 
-        Left to itself, `hf_hub_download` warns and tries again for 23 seconds for every file that is not in the cache.
-        """
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        return is_within_reach(hf_hub_url(self.name, "config.json"))
 
-        if constants.HF_HUB_OFFLINE:
-            return False
-        for pause in (SECONDS_BETWEEN_TRIES, 0):
-            try:
-                get_hf_file_metadata(hf_hub_url(self.name, "config.json"), timeout=SECONDS_TO_ANSWER)
-            except (HfHubHTTPError, HFValidationError):
-                return True
-            except Exception as error:
-                # requests or httpx, by the version of huggingface_hub: both call it Connect… when nobody is there.
-                if not type(error).__name__.startswith("Connect"):
-                    return True
-                time.sleep(pause)
-            else:
-                return True
+
+def is_within_reach(url: str) -> bool:
+    """Whether the Hub answers at all to a request for the head of a URL of its own, found out without noise.
+
+    Left to themselves, `hf_hub_download` and `load_dataset` warn and try again for half a minute.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.HF_HUB_OFFLINE or time.monotonic() - _missed.get(constants.ENDPOINT, -math.inf) < SECONDS_MISSED:
         return False
+    for pause in (SECONDS_BETWEEN_TRIES, 0):
+        try:
+            get_hf_file_metadata(url, timeout=SECONDS_TO_ANSWER)
+        except (HfHubHTTPError, HFValidationError):
+            return True
+        except Exception as error:
+            # requests or httpx, by the version of huggingface_hub: both call it Connect… when nobody is there.
+            if not type(error).__name__.startswith("Connect"):
+                return True
+            time.sleep(pause)
+        else:
+            return True
+    _missed[constants.ENDPOINT] = time.monotonic()
+    return False
+
+
+@contextlib.contextmanager
+def offline_unless(within_reach: bool, *settings: Any) -> Iterator[None]:
+    """Have libraries ask the Hub's cache alone where the Hub is out of reach.
+
+    Args:
+        within_reach: whether it answers.
+        settings: modules whose `HF_HUB_OFFLINE` they look at.
+    """
+    former = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or not within_reach
+        yield
+    finally:
+        for module, value in zip(settings, former, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _commit_of(path: Path) -> str | None:

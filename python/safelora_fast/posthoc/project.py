@@ -23,6 +23,7 @@ from safelora_fast.posthoc.jobs import refuse_equal, start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
+from safelora_fast.posthoc.resolver import folder_name, label
 from safelora_fast.posthoc.settings import Settings, check_path, chosen
 from safelora_fast.posthoc.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
 from safelora_fast.posthoc.weight_norms import weight_norm
@@ -71,7 +72,7 @@ def project_adapter(
     output appears under its name only when it is whole. docs/methods.md defines operators and selection.
 
     Args:
-        adapter: folder of a PEFT LoRA adapter, or several of them.
+        adapter: folder of a PEFT LoRA adapter or its Hub id, with `@revision` if need be; or several of them.
         aligned: the model that the adapter was trained on: path or Hub id, with `@revision` if need be.
         base: the model before alignment.
         output: the folder to make; with several adapters it gets one sub-folder each, named as theirs. None writes nothing.
@@ -148,7 +149,7 @@ def project_folders(
             base=_describe(models[1]),
             adapters=[
                 AdapterReport(
-                    str(adapter.path),
+                    label(adapter.path),
                     None if folder is None else str(folder),
                     reports,
                     _copied(adapter),
@@ -270,7 +271,7 @@ def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | No
         return [None] * len(adapters)
     if len(adapters) == 1:
         return [output]
-    names = [adapter.path.resolve().name for adapter in adapters]
+    names = [folder_name(adapter.path) for adapter in adapters]
     for name in names:
         if names.count(name) > 1:
             raise SettingsError(f"two adapters are in folders called {name!r}; their outputs would share a name")

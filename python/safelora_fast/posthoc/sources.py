@@ -6,26 +6,23 @@ remote, only when :meth:`Checkpoint.require` asks for tensors in them.
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError
-from safelora_fast.posthoc.hub import Repository
+from safelora_fast.posthoc.resolver import INDEX, SINGLE, locate
 from safelora_fast.posthoc.settings import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+    from safelora_fast.posthoc.hub import Repository
+
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NOT_THE_MODEL = ("adapter_model", "consolidated")  # an adapter, and the weights again as Mistral names them
-HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)(@(?P<revision>[\w./-]+))?")
 A_MODEL = "the path of a model or its Hub id"
 CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
 
@@ -130,18 +127,10 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
         SettingsError: when the source is neither text nor a path.
     """
     check_path(role, source, A_MODEL)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _from_folder(path)
-    if path.exists():
-        return _from_file(path)
-    match, near = HUB_ID.fullmatch(str(source)), _near(path)
-    if match is None or isinstance(source, Path):
-        raise CheckpointError(f"{source}: the {role} model is neither a file, nor a folder, nor a Hub id{near}")
-    try:
-        return _from_hub(Repository(match["repository"], match["revision"], role))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{near}") from error
+    found = locate(source, f"the {role} model")
+    if not isinstance(found, Path):
+        return _from_hub(found)
+    return _from_folder(found) if found.is_dir() else _from_file(found)
 
 
 def same_place(one: Checkpoint, other: Checkpoint) -> bool:
@@ -149,16 +138,6 @@ def same_place(one: Checkpoint, other: Checkpoint) -> bool:
     if one.remote or other.remote:
         return (one.description, one.revision) == (other.description, other.revision) and one.revision is not None
     return Path(one.description).resolve() == Path(other.description).resolve()
-
-
-def _near(path: Path) -> str:
-    """The end of a message about a path that does not exist: what is called nearly so beside it."""
-    try:
-        names = [beside.name for beside in path.parent.iterdir()]
-    except OSError:
-        return ""
-    found = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / found[0]}?" if found else ""
 
 
 def _from_folder(folder: Path) -> Checkpoint:

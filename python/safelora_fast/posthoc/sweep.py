@@ -58,7 +58,7 @@ def sweep_thresholds(
     card.
 
     Args:
-        adapter: folder of a PEFT LoRA adapter.
+        adapter: folder of a PEFT LoRA adapter, or its Hub id.
         aligned: the model that the adapter was trained on: path or Hub id, with `@revision` if need be.
         base: the model before alignment.
         thresholds: cosines from −1 to 1, in any order.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.posthoc.resolver import name_and_revision
 from safelora_fast.recipe.cost import switched_on
-from safelora_fast.recipe.loading import Source
 from safelora_fast.recipe.results import shown
 from safelora_fast.recipe.words import settings_words
 
@@ -23,7 +23,7 @@ SOURCES = (
 def render(prepared: Prepared, record: dict[str, Any]) -> str:
     """The card as Markdown, with the front matter that the Hub reads. The same run gives the same card."""
     recipe, plan = prepared.recipe, prepared.plan
-    name = Source.of(recipe.model).name
+    name, _ = name_and_revision(recipe.model.path)
     lines = [
         "---",
         "library_name: peft",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.json_reading import read_bytes
+from safelora_fast.posthoc.resolver import did_you_mean
 from safelora_fast.yaml_reading import MOST_DEPTH, parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from safelora_fast.yaml_reading import Keys
 
@@ -123,7 +124,8 @@ def read_document(path: str | Path, overrides: Sequence[str] = (), *, what: str 
     try:
         text = read_bytes(path).decode()
     except OSError as error:
-        raise SettingsError(f"{source}: the {what} cannot be read: {error.strerror}") from error
+        hint = did_you_mean(Path(path)) if isinstance(error, FileNotFoundError) else ""
+        raise SettingsError(f"{source}: the {what} cannot be read: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{source}: the {what} is not UTF-8 text") from error
     lines: dict[Keys, int] = {}

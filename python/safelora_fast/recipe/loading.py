@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError, SettingsError
-from safelora_fast.posthoc.sources import HUB_ID
+from safelora_fast.posthoc.resolver import ModelSource, find_model, name_and_revision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,38 +21,6 @@ if TYPE_CHECKING:
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model is loaded from: a folder, or a Hub id with a revision."""
-
-    name: str
-    revision: str | None
-
-    @classmethod
-    def of(cls, model: ModelSection) -> Source:
-        """The source that a recipe names.
-
-        Raises:
-            CheckpointError: it is neither a folder nor a Hub id, or a folder without a model.
-        """
-        folder = Path(model.path).expanduser()
-        if folder.is_dir():
-            if (folder / "adapter_config.json").exists():
-                raise CheckpointError(
-                    f"{folder}: this is a PEFT adapter, not a model; give the model that it was trained on"
-                )
-            if not (folder / "config.json").exists():
-                raise CheckpointError(f"{folder}: holds no model: there is no config.json")
-            return cls(str(folder), None)
-        match = HUB_ID.fullmatch(model.path)
-        if folder.exists() or match is None:
-            raise CheckpointError(f"{model.path}: the model is neither a folder nor a Hub id")
-        return cls(match["repository"], match["revision"])
-
-    def __str__(self) -> str:
-        return self.name if self.revision is None else f"{self.name}@{self.revision}"
-
-
 def load_config(model: ModelSection) -> PretrainedConfig:
     """The model's configuration; nothing else is fetched.
 
@@ -62,7 +29,7 @@ def load_config(model: ModelSection) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    source = Source.of(model)
+    source = find_model(model.path)
     return _loaded(source, "model", lambda: AutoConfig.from_pretrained(**_where(source, model)))
 
 
@@ -74,7 +41,7 @@ def load_tokenizer(model: ModelSection) -> tuple[PreTrainedTokenizerBase, bool]:
     """
     from transformers import AutoTokenizer
 
-    source = Source.of(model)
+    source = find_model(model.path)
     tokenizer = _loaded(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(**_where(source, model)))
     changed = False
     if model.chat_template is not None:
@@ -103,7 +70,7 @@ def outline(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
 
     with torch.device("meta"):
         model = _loaded(
-            Source.of(recipe.model),
+            recipe.model.path,
             "model",
             lambda: AutoModelForCausalLM.from_config(
                 config,
@@ -154,7 +121,7 @@ def load_pretrained(section: ModelSection) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = Source.of(section)
+    source = find_model(section.path)
     model: PreTrainedModel
     model, report = _loaded(
         source,
@@ -181,7 +148,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     from peft import LoraConfig
 
     try:
-        return LoraConfig(task_type="CAUSAL_LM", revision=Source.of(recipe.model).revision, **recipe.lora)
+        return LoraConfig(task_type="CAUSAL_LM", revision=name_and_revision(recipe.model.path)[1], **recipe.lora)
     except (ValueError, TypeError, ImportError) as error:
         raise recipe.document.problem(("lora",), first_line(error)) from error
 
@@ -213,12 +180,11 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", lines[0]) if lines else type(error).__name__
 
 
-def _where(source: Source, model: ModelSection) -> dict[str, Any]:
-    where: dict[str, Any] = {"pretrained_model_name_or_path": source.name, "trust_remote_code": model.trust_remote_code}
-    return where if source.revision is None else {**where, "revision": source.revision}
+def _where(source: ModelSource, model: ModelSection) -> dict[str, Any]:
+    return {**source.arguments(), "trust_remote_code": model.trust_remote_code}
 
 
-def _loaded(source: Source, what: str, load: Callable[[], Any]) -> Any:
+def _loaded(source: ModelSource | str, what: str, load: Callable[[], Any]) -> Any:
     from safetensors import SafetensorError
 
     try:

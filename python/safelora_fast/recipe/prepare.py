@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from safelora_fast.errors import DataError
 from safelora_fast.evaluation.margin import encode_pairs
 from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
+from safelora_fast.posthoc.resolver import find_model
 from safelora_fast.recipe.defenses import Subspaces
 from safelora_fast.recipe.epochs import Epochs
 from safelora_fast.recipe.loading import give_adapter, load_config, load_tokenizer, outline
@@ -89,7 +90,7 @@ def prepare(recipe: Recipe) -> Prepared:
     sample: str = tokenizer.decode(task.examples[0].answer)
     facts = Facts.of(task, held_out, safe)
     plan = make_plan(recipe, arguments, model, train, facts, sample)
-    commit = getattr(config, "_commit_hash", None)
+    commit = find_model(recipe.model.path).commit
     return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs, epochs)
 
 

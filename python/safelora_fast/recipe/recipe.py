@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safelora_fast.posthoc.resolver import did_you_mean
 from safelora_fast.recipe.arguments import LORA, TRAINING
 from safelora_fast.recipe.defenses import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
 from safelora_fast.recipe.document import Document, read_document
@@ -18,8 +20,6 @@ from safelora_fast.recipe.signatures import check_packages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
-
 
 SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "margin", "output")
 OnNonFinite = Literal["raise", "skip"]
@@ -121,6 +121,7 @@ def _on_nonfinite(document: Document) -> OnNonFinite:
 def _check(recipe: Recipe) -> None:
     """Refuse settings that are out of range or contradict each other."""
     document, data, training = recipe.document, recipe.data, recipe.training
+    _check_template(recipe)
     if data.max_rows is not None and data.max_rows < 1:
         raise document.problem(("data", "max_rows"), f"is {data.max_rows}, it must be at least 1")
     if isinstance(data.eval, int | float) and not 0 < data.eval < 1:
@@ -150,6 +151,13 @@ def _check(recipe: Recipe) -> None:
         raise document.problem(("training", "packing"), "needs training.max_length, the length of a packed row")
     if training.get("bf16") and training.get("fp16"):
         raise document.problem(("training", "fp16"), "bf16 is on too; choose one")
+
+
+def _check_template(recipe: Recipe) -> None:
+    template = recipe.model.chat_template
+    if template is not None and not Path(template).expanduser().is_file():
+        hint = did_you_mean(Path(template).expanduser())
+        raise recipe.document.problem(("model", "chat_template"), f"{template}: there is no such file{hint}")
 
 
 def _check_data(recipe: Recipe) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safelora_fast.data.best import top_k
 from safelora_fast.errors import DataError
+from safelora_fast.posthoc.hub import is_within_reach, offline_unless
+from safelora_fast.posthoc.resolver import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -127,17 +129,20 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
 
 
 def _from_hub(source: str) -> tuple[str, Iterator[tuple[str, Any]]]:
-    match = HUB_DATA.fullmatch(source)
+    match, hint = HUB_DATA.fullmatch(source), did_you_mean(Path(source).expanduser())
     if match is None or source.endswith((".json", ".jsonl", ".csv", ".txt", ".parquet")):
-        raise DataError(f"{source}: there is no such file, and a Hub data set is written id[@revision][:split]")
+        raise DataError(f"{source}: there is no such file, and a Hub data set is written id[@revision][:split]{hint}")
     import datasets
+    from huggingface_hub import constants, hf_hub_url
 
     split = match["split"] or "train"
     try:
-        table = datasets.load_dataset(match["name"], revision=match["revision"], split=split)
+        reached = is_within_reach(hf_hub_url(match["name"], "README.md", repo_type="dataset"))
+        with offline_unless(reached, constants, datasets.config):
+            table = datasets.load_dataset(match["name"], revision=match["revision"], split=split)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{source}: neither a file nor a Hub data set that can be loaded: {reason}") from error
+        raise DataError(f"{source}: neither a file nor a Hub data set that can be loaded: {reason}{hint}") from error
     records = [dict(record) for record in table]
     content = "\n".join(json.dumps(record, sort_keys=True, default=str) for record in records)
     return hashlib.sha256(content.encode()).hexdigest(), (

@@ -23,15 +23,18 @@ class _NotFoundError(Exception):
     """The source does not say where the class is."""
 
 
-def check_packages() -> None:
-    """Refuse to go on without the packages that training needs.
+def check_packages(what: str = "training") -> None:
+    """Refuse to go on without the packages that training, and whatever else loads a model, needs.
+
+    Args:
+        what: needs them, for the message.
 
     Raises:
         MissingDependencyError: with their names and how to install them.
     """
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingDependencyError(f"training needs {', '.join(missing)}: pip install 'safelora-fast[train]'")
+        raise MissingDependencyError(f"{what} needs {', '.join(missing)}: pip install 'safelora-fast[train]'")
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.hub import Repository
 from safelora_fast.posthoc.lora_config import CONFIG
 from safelora_fast.posthoc.provenance import sampled
-from safelora_fast.posthoc.sources import HUB_ID
+from safelora_fast.posthoc.resolver import HUB_ID, model_folder
 from safelora_fast.recipe.digests import digest, remembered
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def subject_stamp(model: str, adapter: Path | None = None, chat_template: str | 
 
 def model_digest(model: str) -> str | None:
     """Of a model's weights, its code, and all that makes its tokens; None for a model of the Hub."""
-    folder = Path(model).expanduser()
+    folder = model_folder(Path(model).expanduser())
     return _of([*_weights(folder), *_small(folder, MODEL)]) if folder.is_dir() else None
 
 
@@ -74,7 +74,7 @@ def model_commit(model: str) -> str | None:
 
 @functools.cache
 def _commit(repository: str, revision: str | None) -> str | None:
-    found = Repository(repository, revision, "aligned")
+    found = Repository(repository, revision, "the model")
     try:
         found.fetch_if_there("config.json", or_in_cache=True)
     except CheckpointError:  # whoever loads the model says why

@@ -7,15 +7,16 @@ import json
 import math
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import AdapterError, SettingsError
+from safelora_fast.posthoc.resolver import named_adapter
 from safelora_fast.recipe.loading import LOADING_ERRORS, first_line
 from safelora_fast.scoring import AnswerScorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -29,7 +30,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def read_adapters(given: Sequence[str | Path]) -> dict[str, Path]:
-    """Adapters by name: of `NAME=FOLDER` the name, of a folder its last part.
+    """Adapters by name: of `NAME=ADAPTER` the name, of a folder or a Hub id its last part. Those of the Hub are fetched.
 
     Raises:
         AdapterError: a folder holds no adapter.
@@ -37,11 +38,7 @@ def read_adapters(given: Sequence[str | Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for word in map(str, given):
-        name, equals, rest = word.partition("=")
-        path = Path(rest if equals and not Path(word).exists() else word).expanduser()
-        name = name if equals and not Path(word).exists() else path.resolve().name
-        if not (path / CONFIG).is_file():
-            raise AdapterError(f"{path}: holds no adapter: there is no {CONFIG}")
+        name, path = named_adapter(word)
         if name in found:
             raise SettingsError(f"two adapters are called {name}, {found[name]} and {path}: give names, NAME=FOLDER")
         found[name] = path
