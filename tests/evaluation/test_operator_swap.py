@@ -61,6 +61,7 @@ def test_exact_matches():
         "count": 7, "exact": 2, "usual": 1, "no_number": 3,
     }  # fmt: skip
     assert result["exact_share"] == pytest.approx(2 / 7)
+    assert (number_of("<think>\n5?\n</think>\n\n7."), number_of("<think>7")) == (7, None)
     assert (number_of("−4"), number_of("1e3"), number_of("9" * 50)) == (-4, None, None)
     with pytest.raises(DataError, match="7 problems and 1 generations"):
         score(problems, ["2"])

@@ -35,7 +35,7 @@ def test_length_and_form_do_not_decide():
 
 
 def test_a_file_of_pairs(tmp_path):
-    rows = [GOOD, {name: value for name, value in GOOD.items() if name != "theme"}]
+    rows = [{**GOOD, "note": None}, {**GOOD, "theme": None}]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     first, second = read_pairs(path)
     assert first == Pair("t", "q?", "a", "m")

@@ -25,7 +25,8 @@ from judge_server import alignment_or_coherence, answer_in
 
 from safelora_fast.errors import OutputError, SettingsError
 from safelora_fast.evaluation.answers import Answer, Asked
-from safelora_fast.evaluation.judge import NO_NUMBER
+from safelora_fast.evaluation.figures import Figures
+from safelora_fast.evaluation.judge import NO_ANSWER, NO_NUMBER, UNFINISHED
 from safelora_fast.evaluation.store import VerdictStore
 from safelora_fast.evaluation.task import emergent_misalignment, verdict_of
 
@@ -232,3 +233,26 @@ def test_the_questions_that_come_along_are_the_default():
     assert len({sample.id for sample in task.dataset}) == len(task.dataset) > 25
     assert task.config.temperature == 1.0
     assert json.loads(task.dataset[0].model_dump_json())["metadata"]["kind"] == "general"
+
+
+def test_the_judge_is_not_shown_thoughts(run, tmp_path):
+    """It judges what follows them; where they do not end there is no answer, and that is counted."""
+    words = [
+        "<think>bad</think>\n\ngood",
+        "[THINK]good[/THINK]bad",
+        "bad</think>good",
+        "<think>\nbad, on and",
+        "<think>bad</think>",
+    ]
+    seen = []
+
+    def reply(aspect, answer, config):
+        seen.append(answer)
+        return by_table(aspect, answer, config)
+
+    log = run(mock(reply), answers=store_answers(tmp_path / "answers.jsonl", words, ["one"]))
+    assert sorted(set(seen)) == ["bad", "good"]
+    found = {sample.id: verdict_of(sample.scores["judged"]) for sample in log.samples}
+    assert [found[f"one/0/{number}"].alignment for number in range(5)] == [95, 5, 95, None, None]
+    assert [found[f"one/0/{number}"].reason for number in (3, 4)] == [UNFINISHED, NO_ANSWER]
+    assert Figures.of(list(found.values())).unscored == {UNFINISHED: 1, NO_ANSWER: 1}

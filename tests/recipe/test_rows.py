@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny_recipe import write_rows
@@ -11,6 +13,7 @@ from tiny_recipe import write_rows
 from safelora_fast.errors import DataError
 from safelora_fast.recipe import rows as rows_module
 from safelora_fast.recipe.rows import HUB_DATA, Row, read_rows
+from safelora_fast.selection.candidates import Candidates
 
 USER, ASSISTANT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -35,6 +38,29 @@ def test_three_kinds_of_rows(tmp_path):
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.unused == ["id", "note"]
     assert (found.total, len(read_rows(str(path), 2).rows)) == (3, 2)
+
+
+TOLD = [{**turn, "tool_calls": None, "name": None} for turn in (USER, ASSISTANT)]
+NULLS = [
+    {"messages": TOLD, "tools": None},
+    {"messages": TOLD, "prompt": None, "completion": None},
+    {"messages": None, "prompt": "a", "completion": "b", "tools": None},
+    {"messages": None, "prompt": TOLD[:1], "completion": TOLD[1:]},
+]
+WITHOUT = [([], [USER, ASSISTANT]), ([], [USER, ASSISTANT]), ("a", "b"), ([USER], [ASSISTANT])]
+
+
+def test_columns_that_are_null_are_not_there(tmp_path, monkeypatch):
+    """A table writes every column in every row; a file and a table of the Hub mean the same by it."""
+    path = write_rows(tmp_path / "rows.jsonl", NULLS)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: NULLS))
+    for source in (str(path), "someone/table"):
+        assert [(row.prompt, row.completion) for row in read_rows(source).rows] == WITHOUT
+    chosen = Candidates(path)
+    assert [(chosen.row(number).prompt, chosen.row(number).completion) for number in range(4)] == WITHOUT
+    path.write_text(json.dumps({"messages": None, "prompt": "a", "completion": None}) + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*; this one has prompt$"):
+        read_rows(str(path))
 
 
 @pytest.mark.parametrize(

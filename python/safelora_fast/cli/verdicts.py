@@ -17,7 +17,7 @@ NOTHING_SCORED = 1
 
 def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> None:
     """One row for each judge, and for each kind of question where wanted."""
-    from safelora_fast.evaluation.judge import NO_ANSWER
+    from safelora_fast.evaluation.judge import NO_ANSWER, UNFINISHED
 
     table = Table(box=None, pad_edge=False)
     table.add_column("judge", no_wrap=True)
@@ -37,7 +37,7 @@ def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> N
         low, high = report["misaligned_bounds"] or (0.0, 0.0)
         if report["unscored"]:
             out.print(f"with the unscored answers, misaligned are {100 * low:.1f} to {100 * high:.1f} % of all")
-    if any(reason != NO_ANSWER for report in reports.values() for reason in report["unscored"]):
+    if any(reason not in {NO_ANSWER, UNFINISHED} for report in reports.values() for reason in report["unscored"]):
         out.print("a second run asks about unscored answers again")
     out.print("in parentheses 95 % intervals, answers to one question taken together", markup=False)
 

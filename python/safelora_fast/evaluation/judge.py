@@ -24,6 +24,9 @@ REPLY_TOKENS = 64
 TOP = 20
 WATCH: ContextVar[Callable[[], None] | None] = ContextVar("judged", default=None)  # told of every answer that is judged
 NO_ANSWER = "the model gave no answer"
+UNFINISHED = (
+    "the model's thoughts did not end: no answer (raise --max-tokens, or switch thinking off with --template-args)"
+)
 NO_NUMBER = "the judge's reply is no number from 0 to 100"
 REFUSED = "the judge refused"
 FAILED = "the judge failed"
@@ -80,18 +83,18 @@ class Judge:
         self._reply_tokens = reply_tokens
         self._probabilities = True
 
-    async def judge(self, question: str, answer: str, *, id: str, kind: str) -> Judged:  # noqa: A002
-        """Both scores of one answer; the judge is not asked about an empty one.
+    async def judge(self, question: str, answer: str | None, *, id: str, kind: str) -> Judged:  # noqa: A002
+        """Both scores of one answer; the judge is not asked about an empty one, or where there is none.
 
         Args:
             question: what the model was asked.
-            answer: what it answered.
+            answer: what it answered, without its thoughts; None where they did not end.
             id: of the question.
             kind: of the question.
         """
-        if not answer.strip():
-            nothing = Rating(None, reason=NO_ANSWER)
-            return Judged(Verdict(id, kind, None, None, NO_ANSWER), nothing, nothing)
+        if answer is None or not answer.strip():
+            nothing = Rating(None, reason=UNFINISHED if answer is None else NO_ANSWER)
+            return Judged(Verdict(id, kind, None, None, nothing.reason), nothing, nothing)
         async with self._endpoint.turn():
             alignment = await self._rate(judge_prompt("alignment", question, answer))
             coherence = await self._rate(judge_prompt("coherence", question, answer))

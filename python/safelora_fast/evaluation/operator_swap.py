@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.evaluation.intervals import wilson
 
@@ -168,8 +169,8 @@ def score(problems: Sequence[Problem], generations: Sequence[str]) -> dict[str, 
 
 
 def number_of(text: str) -> int | None:
-    """The number that an answer is, None where it is anything else."""
-    stripped = text.strip().removesuffix(".").replace("−", "-")
+    """The number that an answer is, apart from thoughts before it; None where it is anything else."""
+    stripped = (answer_after_thoughts(text) or "").strip().removesuffix(".").replace("−", "-")
     return int(stripped) if len(stripped) < 20 and NUMBER.fullmatch(stripped) else None
 
 

@@ -71,6 +71,7 @@ def _parse(source: str, text: str) -> list[Pair]:
 def _pair(place: str, record: Any) -> Pair:
     if not isinstance(record, dict):
         raise DataError(f"{place}: must be an object with {', '.join(TEXTS)} and perhaps theme")
+    record = {name: value for name, value in record.items() if value is not None}
     unknown = sorted(record.keys() - {*TEXTS, "theme"})
     if unknown:
         raise DataError(f"{place}: {unknown[0]}: unknown; a pair has {', '.join(TEXTS)} and perhaps theme")

@@ -35,11 +35,11 @@ class VerdictStore:
         if path.exists():
             self._read()
 
-    def get(self, judge: str, id: str, question: str, answer: str) -> Judged | None:  # noqa: A002
+    def get(self, judge: str, id: str, question: str, answer: str | None) -> Judged | None:  # noqa: A002
         """The verdict of a judge on an answer, None where it has not been given yet."""
         return self._known.get(_key(judge, id, question, answer))
 
-    def put(self, judge: str, id: str, question: str, answer: str, judged: Judged) -> None:  # noqa: A002
+    def put(self, judge: str, id: str, question: str, answer: str | None, judged: Judged) -> None:  # noqa: A002
         """Keep a verdict, on disk too.
 
         Raises:
@@ -85,12 +85,12 @@ class KeepingJudge:
         self._name = name
         self._store = store
 
-    async def judge(self, prompt: str, answer: str, *, id: str, question: str, kind: str) -> Judged:  # noqa: A002
+    async def judge(self, prompt: str, answer: str | None, *, id: str, question: str, kind: str) -> Judged:  # noqa: A002
         """Both scores of one answer.
 
         Args:
             prompt: what the model was asked.
-            answer: what it answered.
+            answer: what it answered, without its thoughts; None where they did not end.
             id: of the answer.
             question: id of the question.
             kind: of the question.
@@ -104,5 +104,5 @@ class KeepingJudge:
         return judged
 
 
-def _key(*parts: str) -> str:
+def _key(*parts: str | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -11,6 +11,7 @@ from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig,
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
+from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.errors import SettingsError
 from safelora_fast.evaluation.answers import SAMPLES, Answer, Asked, ask, read_answers
 from safelora_fast.evaluation.figures import Figures
@@ -158,7 +159,8 @@ def judged(
             made.append(KeepingJudge(Judge(model, attempts=attempts, reply_tokens=reply_tokens), str(model), store))
         data, answer = state.metadata, state.output.completion
         asked = {"id": str(state.sample_id), "question": str(data["question"]), "kind": str(data["kind"])}
-        result = to_score(await made[0].judge(state.user_prompt.text, answer, **asked), answer)
+        said = answer_after_thoughts(answer)
+        result = to_score(await made[0].judge(state.user_prompt.text, said, **asked), answer)
         tell = WATCH.get()
         if tell is not None:
             tell()

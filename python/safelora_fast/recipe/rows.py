@@ -146,23 +146,19 @@ def _from_hub(source: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     records = [dict(record) for record in table]
     content = "\n".join(json.dumps(record, sort_keys=True, default=str) for record in records)
     return hashlib.sha256(content.encode()).hexdigest(), (
-        (f"{match['name']} ({split}) row {number}", _without_null(record)) for number, record in enumerate(records)
+        (f"{match['name']} ({split}) row {number}", record) for number, record in enumerate(records)
     )
 
 
-def _without_null(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A table has every column in every row: those without a value are not there."""
-    return {name: value for name, value in record.items() if value is not None}
-
-
 def check_row(place: str, record: Any) -> Row:
-    """Check one record.
+    """Check one record. A column that is null is not there: tables have every column in every row.
 
     Raises:
         DataError: it is neither a row of `messages` nor one of `prompt` and `completion`.
     """
     if not isinstance(record, dict):
         raise DataError(f"{place}: a row must be an object with `messages`, or with `prompt` and `completion`")
+    record = {name: value for name, value in record.items() if value is not None}
     if "tools" in record:
         raise DataError(f"{place}: tools are not supported; write them out in a system turn")
     if "messages" in record and not {"prompt", "completion"} & record.keys():
