@@ -70,8 +70,74 @@ def test_shifted_labels_are_taken_as_they_are():
     assert torch.equal(spans.completion, read_spans(batch).completion)
 
 
+def test_positions_that_jump_ahead_stay_in_their_document():
+    batch = collate(rows([7, 4]))
+    expected = read_spans(batch)
+    for positions in (
+        torch.arange(0, 14, 2),
+        torch.tensor([3, 4, 5, 90, 91, 92, 93]),
+        torch.tensor([2, 3, 3, 3, 4, 5, 6]),
+    ):
+        spans = read_spans({**batch, "position_ids": positions.expand(2, 7)})
+        assert torch.equal(spans.completion, expected.completion)
+        assert spans.sequences(spans.real) == 2
+    restarting = read_spans({**batch, "position_ids": torch.tensor([0, 2, 4, 0, 3, 6, 9]).expand(2, 7)})
+    assert restarting.sequences(restarting.real) == 4
+
+
+@pytest.mark.parametrize("positions", [[0, 2, 4, 6, 8], [0, 1, 2, 7, 8], [1, 1, 1, 2, 3]], ids=str)
+def test_positions_that_jump_without_a_mask(positions):
+    """transformers lets a document begin there, in some attention implementations and not in others."""
+    batch = {"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": torch.tensor([positions])}
+    with pytest.raises(SettingsError, match="position_ids jump or stand still without an attention_mask"):
+        read_spans(batch)
+    assert read_spans({**batch, "attention_mask": torch.ones(1, 5)}).sequences(torch.ones(1, 5) != 0) == 1
+
+
+def test_text_positions_before_those_of_three_axes():
+    """Qwen2-VL's packed rows: the first of four planes tells the documents; three planes tell nothing of them."""
+    batch = pack(rows([5, 4]))
+    positions = batch["position_ids"]
+    planes = torch.stack([positions, *torch.randint(0, 9, (3, *positions.shape))])
+    spans = read_spans({**batch, "position_ids": planes})
+    assert torch.equal(spans.segments, read_spans(batch).segments)
+    assert spans.sequences(spans.real) == 2
+    assert read_spans({**batch, "position_ids": planes[1:]}).segments is None
+
+
+@pytest.mark.parametrize("kept", ["last", "mask", "indices"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_labels_of_kept_positions_only(kept, shifted):
+    """As ms-swift cuts them: the first kept position's own label is none, or is not counted by the model either."""
+    batch = collate(rows([7, 5], prompt=3))
+    whole = read_spans(batch)
+    positions = {
+        "last": 5,
+        "mask": torch.tensor([False, False, True, True, True, True, True]),
+        "indices": torch.tensor([2, 3, 4, 5, 6]),
+    }[kept]
+    name, labels = ("shift_labels", whole.next_labels) if shifted else ("labels", batch["labels"])
+    cut = {key: value for key, value in batch.items() if key != "labels"}
+    spans = read_spans({**cut, name: labels[:, 2:], "logits_to_keep": positions})
+    assert torch.equal(spans.next_labels, whole.next_labels)
+    assert torch.equal(spans.completion, whole.completion)
+    assert spans.labels == whole.labels
+    with pytest.raises(SettingsError, match=r"have shape \(2, 4\), the tokens \(2, 7\)"):
+        read_spans({**cut, name: labels[:, 3:], "logits_to_keep": positions})
+
+
+def test_labels_of_another_length():
+    batch = collate(rows([7, 5]))
+    with pytest.raises(
+        SettingsError, match=r"labels have shape \(2, 4\), the tokens \(2, 7\): give one for each token"
+    ):
+        read_spans({**batch, "labels": batch["labels"][:, :4], "logits_to_keep": torch.ones(2, 7) != 0})
+
+
 def test_refusals():
     batch = collate(rows([4]))
+    with pytest.raises(SettingsError, match="attention_mask has more than one mask"):
+        read_spans({**batch, "attention_mask": {"full_attention": batch["attention_mask"]}})
     with pytest.raises(SettingsError, match=r"attention_mask has shape"):
         read_spans({**batch, "attention_mask": torch.ones(1, 1, 4, 4)})
     with pytest.raises(SettingsError, match="neither input_ids"):

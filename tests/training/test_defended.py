@@ -288,6 +288,35 @@ def test_only_the_gradients_of_training_passes_are_recorded():
             model(**batch)
 
 
+def test_two_defended_models_in_one_pass():
+    """The reference pass of the second must not be taken for the student's of the first."""
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    with defend(model, defences(kl=500.0)) as both:
+        with both.recording(batch):
+            model(**batch)
+        expected = both.regularizer(both.totals([batch])).item()
+    kl, distance = defences(kl=500.0)
+    with defend(model, [kl]) as first, defend(model, [distance]) as second:
+        with first.recording(batch), second.recording(batch):
+            model(**batch)
+        parts = [defended.regularizer(defended.totals([batch])).item() for defended in (first, second)]
+    assert min(parts) > 0.01 * expected
+    assert sum(parts) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kept", ["last", "mask"])
+def test_labels_cut_to_the_kept_logits(kept):
+    """ms-swift cuts labels by `logits_to_keep`: the loss is that of whole labels."""
+    batch = collate(rows(LENGTHS[:4], prompt=4))
+    cut = {**batch, "labels": batch["labels"][:, 2:], "logits_to_keep": batch["labels"].shape[1] - 2}
+    if kept == "mask":
+        cut["logits_to_keep"] = torch.arange(batch["labels"].shape[1]) >= 2
+    model = tiny_peft_model()
+    with defend(model, defences(tokens="completion"), share_logits=False) as defended:
+        assert defended.loss(cut).item() == pytest.approx(defended.loss(batch).item(), rel=1e-6)
+
+
 def test_not_finite_names_defence_layer_and_step():
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()

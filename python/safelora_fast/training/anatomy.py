@@ -10,6 +10,8 @@ from torch import nn
 
 from safelora_fast.errors import SettingsError
 
+STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")  # Gemma 3n; DeepSeek-V4, GLM-5 and HY-V4; Qwen 4
+
 
 @dataclass(frozen=True)
 class Head:
@@ -43,7 +45,21 @@ class Anatomy:
         """Check a block index (negative counts from the end) and return it as a non-negative number."""
         if not -self.depth <= index < self.depth:
             raise SettingsError(f"{owner}: block {index} does not exist, the model has {self.depth} blocks")
+        self.check_outputs(owner=owner)
         return index % self.depth
+
+    def check_outputs(self, *, owner: str) -> None:
+        """Refuse a model whose blocks carry several states of a token side by side: which one is meant is not defined.
+
+        Raises:
+            SettingsError: with the setting of the model's configuration that says so.
+        """
+        for name in STREAMS:
+            if (count := getattr(self.config, name, None)) is not None:
+                raise SettingsError(
+                    f"{owner}: the blocks of {type(self.model).__name__} give {count} hidden states for each token "
+                    f"({name}), and which one is meant is not defined; KL does not look at blocks"
+                )
 
     def head(self) -> Head:
         """The output head with the scale and soft-cap that the model's configuration declares.
@@ -131,25 +147,50 @@ def dissect(model: nn.Module) -> Anatomy:
     config = getattr(inner, "config", None)
     if config is None or not hasattr(inner, "get_output_embeddings"):
         raise SettingsError(f"{kind} is no transformers causal language model")
-    config = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
+    text = config.get_text_config()
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
         raise SettingsError(f"{kind} is an encoder-decoder: defences are for decoder-only language models")
     for decoder in _decoders(inner):
         for module in decoder.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-                return Anatomy(inner, decoder, tuple(module), config)
-    raise SettingsError(f"{kind}: no list of {config.num_hidden_layers} decoder blocks found")
+            if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers:
+                return Anatomy(inner, decoder, tuple(module), text)
+    raise SettingsError(f"{kind}: no list of {text.num_hidden_layers} decoder blocks found")
 
 
 def _decoders(model: nn.Module) -> list[nn.Module]:
     """What may hold the blocks: what the model calls its decoder, its base, then its parts; not all names are those of parts.
 
     Before transformers 5 GPT-2 and Falcon know no decoder, only a base; Llama 4 names a base that it does not have, and
-    ModernBERT's decoder is its output head.
+    ModernBERT's decoder is its output head. BLIP-2 and Kosmos-2 name a language model with its head, which gives logits.
     """
     named = [model.get_decoder()] if hasattr(model, "get_decoder") else []
     parts = [child for child in model.children() if hasattr(child, "config")]
-    return [decoder for decoder in (*named, model.base_model, *parts) if decoder is not model]
+    found: list[nn.Module] = []
+    for decoder in (*named, model.base_model, *parts):
+        if decoder is not model:
+            found.extend(_decoders(decoder) if _has_head(decoder) else [decoder])
+    return found
+
+
+def _has_head(module: nn.Module) -> bool:
+    head = getattr(module, "get_output_embeddings", None)
+    return head is not None and head() is not None
+
+
+def entrances(model: nn.Module) -> list[nn.Module]:
+    """The modules whose call is a call of the causal language model, with the same arguments: itself and PEFT's tuner.
+
+    PEFT before 0.20 calls the model's `forward` from the tuner, so that no hook of the model's own fires.
+    """
+    inner = unwrap(model)
+    return [module for module in model.modules() if module is inner or module._modules.get("model") is inner]
+
+
+def above(model: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The modules of a model that contain one of its parts, itself first."""
+    name = next(name for name, module in model.named_modules() if module is part)
+    steps = name.split(".")
+    return [model.get_submodule(".".join(steps[:count])) for count in range(len(steps))]
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -69,11 +69,14 @@ def read_spans(batch: Mapping[str, Any]) -> Spans:
     """Read masks and documents from a batch as collators make them.
 
     Padding comes from `attention_mask` [batch, tokens]. Rows without one are full; when they carry `position_ids` or
-    `seq_idx`, each restart of the positions begins a document, and documents of one token are left out: they hold no
-    prediction, and padding of a packed row looks like them. `safe` is [batch] or [batch, tokens].
+    `seq_idx`, each restart of the positions begins a document (a jump ahead does not), and documents of one token are left
+    out: they hold no prediction, and padding of a packed row looks like them. `safe` is [batch] or [batch, tokens].
+
+    With `logits_to_keep`, labels may be those of the kept positions only.
 
     Raises:
-        SettingsError: the batch has no `input_ids` or `inputs_embeds`, or a mask is of another shape.
+        SettingsError: the batch has no `input_ids` or `inputs_embeds`, a mask or labels are of another shape, or
+            positions jump in rows without a mask, so that it cannot be told where documents begin.
     """
     attention = batch.get("attention_mask")
     source = batch.get("input_ids")
@@ -82,18 +85,17 @@ def read_spans(batch: Mapping[str, Any]) -> Spans:
     if source is None:
         raise SettingsError("the batch has neither input_ids nor inputs_embeds")
     shape = source.shape[:2]
-    segments = _segments(batch, shape, source.device)
+    segments = _segments(batch, shape)
     if attention is not None:
-        if attention.dim() != 2:
-            raise SettingsError(
-                f"attention_mask has shape {tuple(attention.shape)}: give [batch, tokens], or position_ids if packed"
-            )
+        if not isinstance(attention, torch.Tensor) or attention.dim() != 2:
+            found = f"shape {tuple(attention.shape)}" if isinstance(attention, torch.Tensor) else "more than one mask"
+            raise SettingsError(f"attention_mask has {found}: give [batch, tokens], or position_ids if packed")
         real = attention != 0
     else:
         real = torch.ones(shape, dtype=torch.bool, device=source.device)
         if segments is not None:
             real = _longer_than_one(segments)
-    labels = _next_labels(batch)
+    labels = _next_labels(batch, shape)
     completion = None
     if labels is not None:
         completion = real & (labels != IGNORED_LABEL)
@@ -119,17 +121,26 @@ def _safe(batch: Mapping[str, Any], real: torch.Tensor) -> torch.Tensor | None:
     return real & tags.to(real.device, torch.bool)
 
 
-def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> torch.Tensor | None:
+def _segments(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
     index = batch.get("seq_idx")
     if index is not None:
         return index.to(torch.long)
     positions = batch.get("position_ids")
+    if (
+        positions is not None and positions.dim() == 3 and positions.shape[0] == 4
+    ):  # Qwen2-VL: the text's, then three axes
+        positions = positions[0]
     if positions is None or positions.dim() != 2:
         return None
     positions = positions.expand(shape)
-    starts = torch.zeros(shape, dtype=torch.long, device=device)
-    starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    return starts.cumsum(dim=1)
+    steps = positions.diff(dim=1)
+    restarts = (steps < 0) | (positions[:, 1:] == 0)
+    if batch.get("attention_mask") is None and bool(((steps != 1) & ~restarts).any()):
+        raise SettingsError(
+            "position_ids jump or stand still without an attention_mask: models take that for the start of a document, or "
+            "not; give an attention_mask if each row is one document, or seq_idx, or positions that start again at 0"
+        )
+    return torch.nn.functional.pad(restarts.long().cumsum(dim=1), (1, 0))
 
 
 def _same_as_next(segments: torch.Tensor) -> torch.Tensor:
@@ -145,13 +156,32 @@ def _longer_than_one(segments: torch.Tensor) -> torch.Tensor:
     return longer
 
 
-def _next_labels(batch: Mapping[str, Any]) -> torch.Tensor | None:
+def _next_labels(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
     """Label of the next token at each position [batch, tokens], as the loss of a causal model sees it."""
-    shifted: torch.Tensor | None = batch.get("shift_labels")
-    if shifted is not None:
-        return shifted
-    labels = batch.get("labels")
+    name = "labels" if batch.get("shift_labels") is None else "shift_labels"
+    labels: torch.Tensor | None = batch.get(name)
     if labels is None:
         return None
-    ending = torch.full_like(labels[:, :1], IGNORED_LABEL)
-    return torch.cat([labels[:, 1:], ending], dim=1)
+    if name == "labels":
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    if labels.shape == shape:
+        return labels
+    kept = _kept_positions(batch.get("logits_to_keep"), shape[1], labels.device)
+    if labels.dim() != 2 or labels.shape != (shape[0], len(kept)):
+        raise SettingsError(
+            f"{name} have shape {tuple(labels.shape)}, the tokens {tuple(shape)}: give one for each token, or for each "
+            "position that logits_to_keep keeps"
+        )
+    whole = labels.new_full(shape, IGNORED_LABEL)
+    whole[:, kept] = labels
+    return whole
+
+
+def _kept_positions(kept: Any, tokens: int, device: torch.device) -> torch.Tensor:
+    """The positions of which a model makes logits: all, the last so many, or those of a mask or of indices."""
+    positions = torch.arange(tokens, device=device)
+    kept = torch.as_tensor(0 if kept is None else kept, device=device)
+    if kept.dim() == 0:
+        return positions[-int(kept) :]
+    fits = kept.dim() == 1 and (kept.dtype != torch.bool or len(kept) == tokens)
+    return positions[kept] if fits else positions

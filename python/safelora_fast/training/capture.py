@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,38 @@ import torch
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
 
     from safelora_fast.training.anatomy import Anatomy
+
+
+_alone: list[Tap] = []  # the taps of running reference passes, the innermost last
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(argument, tensor) of every tensor, those in lists and mappings among them."""
+        named = {**{f"argument {index}": value for index, value in enumerate(self.args)}, **self.kwargs}
+        for name, value in named.items():
+            yield from ((name, tensor) for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)
 
 
 @dataclass
@@ -44,6 +74,21 @@ def first_tensor(output: Any) -> torch.Tensor:
         return output
     hidden = getattr(output, "last_hidden_state", None)
     return output[0] if hidden is None else hidden
+
+
+def block_states(output: Any) -> torch.Tensor:
+    """The hidden states [batch, tokens, hidden] that a block gave.
+
+    Raises:
+        SettingsError: they have another number of axes.
+    """
+    states = first_tensor(output)
+    if states.dim() != 3:
+        raise SettingsError(
+            f"a block gave hidden states of shape {tuple(states.shape)}, not [batch, tokens, hidden]: defences, monitors "
+            "and persona vectors that look at blocks are not defined for this model"
+        )
+    return states
 
 
 class Tap:
@@ -78,38 +123,64 @@ class Tap:
         self._open = Capture()
         return self._open
 
+    @contextmanager
+    def alone(self) -> Iterator[Capture]:
+        """Open a capture during which no other tap records, so that a pass inside another one does not reach its taps."""
+        _alone.append(self)
+        try:
+            yield self.begin()
+        finally:
+            _alone.pop()
+            self.close()
+
+    @property
+    def _recording(self) -> Capture | None:
+        return self._open if not _alone or _alone[-1] is self else None
+
     def close(self) -> None:
         """Drop an open capture, after a forward pass that failed."""
         self._open = None
 
     def _block_hook(self, index: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            if self._open is not None:
-                self._open.blocks[index] = first_tensor(output)
+            if (capture := self._recording) is not None:
+                capture.blocks[index] = block_states(output)
 
         return hook
 
     def _decoder_hook(self, _module: Any, _inputs: Any, output: Any) -> None:
-        if self._open is not None:
+        if (capture := self._recording) is not None:
             hidden = first_tensor(output)
             kind = hidden.device.type
-            self._open.hidden = hidden
-            self._open.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            capture.hidden = hidden
+            capture.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             self._open = None
 
 
 class StudentRecorder:
     """Records the one training forward pass inside `recording()`, and runs the reference pass on the same inputs.
 
-    The reference pass starts in the decoder's pre-hook: it sees exactly what the student's decoder is given
-    (token ids or embeddings, mask, positions), under the same autocast, and before the student spends memory.
+    The reference pass starts in the decoder's pre-hook, under the student's autocast and before the decoder spends
+    memory. It is told what the whole model and its decoder were called with.
+
+    Args:
+        tap: the hooks that record the student.
+        run_reference: is given the call of the whole model (None where only the decoder was called) and the decoder's;
+            None runs no reference.
+        entrances: the modules whose call is a call of the whole model (see :func:`entrances`).
     """
 
-    def __init__(self, tap: Tap, reference: Callable[[tuple[Any, ...], Mapping[str, Any]], Capture] | None) -> None:
+    def __init__(
+        self,
+        tap: Tap,
+        run_reference: Callable[[Call | None, Call], Capture] | None,
+        entrances: Iterable[nn.Module] = (),
+    ) -> None:
         self._tap = tap
-        self._run_reference = reference
+        self._run_reference = run_reference
+        self._entrances = list(entrances)
+        self._whole: Call | None = None
         self._armed = False
-        self._inside = False
         self._handles: list[Any] = []
         self.student: Capture | None = None
         self.reference: Capture | None = None
@@ -117,6 +188,8 @@ class StudentRecorder:
     def attach(self) -> None:
         """Install the hooks."""
         self._tap.attach()
+        for module in self._entrances:
+            self._handles.append(module.register_forward_pre_hook(self._before_model, with_kwargs=True))
         hook = self._tap.anatomy.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         self._handles.append(hook)
 
@@ -145,6 +218,7 @@ class StudentRecorder:
             yield
         finally:
             self._armed = False
+            self._whole = None
             self._tap.close()
         if self.student is None or self.student.hidden is None:
             raise SettingsError(
@@ -152,15 +226,20 @@ class StudentRecorder:
                 "and through the model that was given"
             )
 
+    @property
+    def _training_pass(self) -> bool:
+        return self._armed and not _alone and torch.is_grad_enabled()
+
+    def _before_model(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._training_pass:
+            self._whole = Call(args, kwargs)
+
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._armed or self._inside or not torch.is_grad_enabled():
+        if not self._training_pass:
             return
         if self.student is not None:
             raise SettingsError("the model ran forward twice in one loss: defences need one training pass a loss")
+        whole, self._whole = self._whole, None
         if self._run_reference is not None:
-            self._inside = True
-            try:
-                self.reference = self._run_reference(args, kwargs)
-            finally:
-                self._inside = False
+            self.reference = self._run_reference(whole, Call(args, kwargs))
         self.student = self._tap.begin()

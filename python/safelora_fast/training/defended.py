@@ -14,9 +14,9 @@ from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.defenses.steering import Steering
 from safelora_fast.defenses.subspace_penalty import SubspacePenalty
 from safelora_fast.errors import SettingsError
-from safelora_fast.training.anatomy import dissect
+from safelora_fast.training.anatomy import dissect, entrances
 from safelora_fast.training.batch import Spans, read_spans
-from safelora_fast.training.capture import Capture, StudentRecorder, Tap
+from safelora_fast.training.capture import Call, Capture, StudentRecorder, Tap
 from safelora_fast.training.distributed import world_size
 from safelora_fast.training.drift import Drift
 from safelora_fast.training.head_check import check_logits, check_same_head
@@ -174,7 +174,7 @@ class Defended:
             self._reference = ReferencePass(self.model, self.anatomy, reference, blocks)
         if self._batch_defenses or monitors:
             run_reference = self._run_reference if self._batch_defenses else None
-            self._recorder = StudentRecorder(Tap(self.anatomy, watched), run_reference)
+            self._recorder = StudentRecorder(Tap(self.anatomy, watched), run_reference, entrances(self.model))
         for defense in self.defenses:
             defense.check(self.anatomy)
             if isinstance(defense, SubspacePenalty):
@@ -182,9 +182,9 @@ class Defended:
             elif isinstance(defense, SafeLora):
                 self._projections.add(defense, self.model, self.anatomy)
 
-    def _run_reference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
+    def _run_reference(self, whole: Call | None, decoder: Call) -> Capture:
         with self._stopwatch.running():
-            return self._reference.run(args, kwargs, around=self._passes.running)
+            return self._reference.run(whole, decoder, around=self._passes.running)
 
     def __enter__(self) -> Defended:
         self.attach()

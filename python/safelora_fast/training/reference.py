@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -9,11 +10,11 @@ import torch
 from torch import nn
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.training.anatomy import Anatomy, adapter_layers, dissect
-from safelora_fast.training.capture import Capture, Tap
+from safelora_fast.training.anatomy import Anatomy, above, adapter_layers, dissect
+from safelora_fast.training.capture import Call, Capture, Tap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator
 
 Reference: TypeAlias = "str | nn.Module"
 CACHES = ("past_key_values", "cache")  # before and from transformers 5.24
@@ -22,6 +23,13 @@ KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal", "mica")
 
 class ReferencePass:
     """Runs the reference and leaves the model as it was: mode, adapters, `requires_grad` and random state.
+
+    The reference is the whole model before fine-tuning, given the inputs of the whole model in training. Where its
+    decoder is handed these inputs as they came, as in models of text alone, only the decoder is run. Where tensors were
+    made on the way (embeddings of images and text, position ids), the reference makes its own, up to the decoder's end.
+
+    It runs in evaluation mode: neither dropout nor the noise of NEFTune reaches it. The modules that contain the decoder
+    keep the student's mode, because some models choose their attention mask by it (PaliGemma, Gemma 3).
 
     Args:
         model: the model in training, with its PEFT wrapper.
@@ -36,6 +44,7 @@ class ReferencePass:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, reference: Reference, blocks: list[int]) -> None:
         self._layers = [layer for _, layer in adapter_layers(anatomy.model)]
+        self._student = anatomy.model
         self._own = isinstance(reference, str)
         if isinstance(reference, str):
             check_base_reference(model) if reference == "base" else check_named_reference(model, reference)
@@ -43,33 +52,74 @@ class ReferencePass:
         else:
             self.anatomy = _check_second_model(anatomy, reference)
         self._reference = reference
+        self._above = above(self.anatomy.model, self.anatomy.decoder)
         self.tap = Tap(self.anatomy, blocks)
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, around: Callable[[], Any]) -> Capture:
-        """Run the reference decoder on the arguments that the student's decoder was given.
+    def run(self, whole: Call | None, decoder: Call, *, around: Callable[[], Any]) -> Capture:
+        """Run the reference on the inputs of the student's pass.
 
         Args:
-            args: positional arguments of the decoder.
-            kwargs: keyword arguments of the decoder.
+            whole: what the whole model in training was called with; None where only its decoder was called.
+            decoder: what its decoder was called with.
             around: makes a context to run in (steering is applied to the reference too).
+
+        Raises:
+            SettingsError: a cache is among the inputs, or a tensor that depends on what is trained.
         """
-        decoder = self.anatomy.decoder
-        if any(kwargs.get(name) is not None for name in CACHES):
-            raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
+        _check_inputs(decoder if whole is None else whole)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_uncached_autocast(self._device()))
             stack.enter_context(torch.random.fork_rng(devices=self._cuda_devices()))
-            stack.enter_context(evaluation_mode(decoder))
+            stack.enter_context(evaluation_mode(self.anatomy.model, besides=self._above))
             if self._reference == "base":
                 stack.enter_context(adapters_disabled(self._layers))
             elif self._own:
                 stack.enter_context(adapter_active(self._layers, str(self._reference)))
             stack.enter_context(around())
-            stack.callback(self.tap.close)
-            capture = self.tap.begin()
-            decoder(*args, **kwargs)
+            capture = stack.enter_context(self.tap.alone())
+            if whole is None or _handed_on(whole, decoder):
+                self.anatomy.decoder(*decoder.args, **decoder.kwargs)
+            else:
+                self._run_whole(whole)
         return capture
+
+    def _run_whole(self, call: Call) -> None:
+        """Run the reference from the inputs of the whole model, and leave it at its decoder's end: no head, no loss.
+
+        The model in training is already inside its own call: hooks on it, such as those of FSDP2, must not run again.
+        Outputs that transformers 4.57 records by patching modules are not asked for: it would leave the patches there.
+        """
+        model = self.anatomy.model
+        args, kwargs = (call.args, call.kwargs) if self._own else ((), self._named(call))
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+        handle = self.anatomy.decoder.register_forward_hook(_leave)
+        try:
+            (model.forward if self._own else model)(*args, **kwargs)
+        except _DecoderDone:
+            return
+        finally:
+            handle.remove()
+        raise SettingsError(
+            f"the reference ({type(model).__name__}) did not run its decoder on the inputs of the model"
+        )
+
+    def _named(self, call: Call) -> dict[str, Any]:
+        """The arguments by the names that the model in training has for them.
+
+        Raises:
+            SettingsError: the reference does not take one of them, and would be run without it.
+        """
+        takes = inspect.signature(self._student.forward).parameters
+        arguments = {**dict(zip(takes, call.args, strict=False)), **call.kwargs}
+        other = self.anatomy.model
+        lacking = takes.keys() - inspect.signature(other.forward).parameters.keys()
+        if missed := [name for name in sorted(lacking) if arguments.get(name) is not None]:
+            raise SettingsError(
+                f"the model given as reference ({type(other).__name__}) does not take {', '.join(missed)}, which the "
+                f"{type(self._student).__name__} in training is given: give a frozen copy of the model before fine-tuning"
+            )
+        return arguments
 
     def _device(self) -> torch.device:
         return next(self.anatomy.decoder.parameters()).device
@@ -79,11 +129,44 @@ class ReferencePass:
         return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
+class _DecoderDone(BaseException):
+    """Ends a pass that is only run for its decoder's hidden states."""
+
+
+def _leave(*_: Any) -> None:
+    raise _DecoderDone
+
+
+def _check_inputs(call: Call) -> None:
+    """Refuse a cache, and inputs that were computed from what is trained: the reference would be run on them too."""
+    if _has_cache(call):
+        raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
+    for name, tensor in call.tensors():
+        if tensor.grad_fn is not None:
+            raise SettingsError(
+                f"{name} was computed with gradients before the model was called, so what is trained may be in the "
+                "reference too: give the model its own inputs (input_ids, pixel_values), or compute it under no_grad"
+            )
+
+
+def _has_cache(call: Call) -> bool:
+    return any(call.kwargs.get(name) is not None for name in CACHES)
+
+
+def _handed_on(whole: Call, decoder: Call) -> bool:
+    """Whether every tensor that the decoder was given is an input of the whole model: nothing was computed on the way."""
+    given = {id(tensor) for _, tensor in whole.tensors()}
+    return not _has_cache(decoder) and all(id(tensor) in given for _, tensor in decoder.tensors())
+
+
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode, and every submodule back in the mode it had."""
+def evaluation_mode(module: nn.Module, *, besides: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Put a module in evaluation mode, and every submodule back in the mode it had; those in `besides` keep theirs."""
     modes = [(part, part.training) for part in module.modules()]
+    kept = [(part, part.training) for part in besides]
     module.eval()
+    for part, mode in kept:
+        part.training = mode
     try:
         yield
     finally:

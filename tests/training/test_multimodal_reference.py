@@ -1,0 +1,268 @@
+"""The reference of a model that sees or hears is the whole model before fine-tuning, run on the whole model's inputs.
+
+Everything is float64, so that tolerances are far from rounding and from the faults.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from multimodal_models import MAKERS, PLACE, make
+from peft import LoraConfig, get_peft_model
+from plain_defences import feature_distance_sum, kl_sum
+from tiny_models import collate, fill_adapter, rows, tiny_peft_model
+from transformers import LlamaForCausalLM
+
+from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.errors import SettingsError
+from safelora_fast.training import defend
+from safelora_fast.training.anatomy import dissect
+
+EXACT = 1e-9
+TOWER = r".*(vision_tower.*(q_proj|v_proj|fc1|fc2)|multi_modal_projector\.linear_.)"
+DECODER = r".*language_model.*(q_proj|v_proj|down_proj)"
+
+
+def doubled(model, batch):
+    return model.double(), {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def adapted(name, *, adapter="default", **lora):
+    """(model with a filled adapter, the model before, batch)."""
+    model, batch = make(name)
+    model, batch = doubled(model, batch)
+    before = copy.deepcopy(model).eval()
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
+    model = get_peft_model(model, LoraConfig(**options), adapter_name=adapter)
+    fill_adapter(model, seed=1)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in key:  # modules_to_save, and tokens that are trained
+            parameter.data = parameter.data + 0.2 * torch.randn_like(parameter)
+    return model.double().train(), before, batch
+
+
+def run(model, batch):
+    """Logits, and the outputs of the language model's blocks, by plain hooks."""
+    features = []
+    handles = [
+        block.register_forward_hook(lambda _m, _a, out: features.append(out[0] if isinstance(out, tuple) else out))
+        for block in dissect(model).blocks
+    ]
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits, features
+
+
+def plain(model, before, batch):
+    """Value and gradients of KL + feature distance, without hooks or chunks."""
+    with torch.no_grad():
+        reference_logits, reference_features = run(before, batch)
+    logits, features = run(model, batch)
+    divergence, tokens = kl_sum(logits, reference_logits, batch)
+    distance, sequences = feature_distance_sum(features, reference_features, batch)
+    parts = divergence / tokens, distance / sequences
+    model.zero_grad()
+    sum(parts).backward()
+    return parts, gradients(model)
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def defences():
+    return [KL(1.0), FeatureDistance(1.0, layers=3)]
+
+
+def check(model, before, batch, *, share=True, **settings):
+    """The loss beside the task's, both figures, and the gradients are those of the plain formulas."""
+    (divergence, distance), expected = plain(model, before, batch)
+    task = model(**batch, use_cache=False).loss
+    with defend(model, defences(), share_logits=share, **settings) as defended:
+        loss = defended.loss(batch)
+        figures = defended.metrics()
+        with defended.recording(batch):
+            model(**batch)
+        defended.regularizer(defended.totals([batch])).backward()
+    assert divergence > 1e-3
+    assert distance > 1e-3
+    assert loss.item() == pytest.approx((task + divergence + distance).item(), rel=1e-6)
+    assert figures["defense/kl"] == pytest.approx(divergence.item(), rel=1e-6)
+    assert figures["defense/feature_distance"] == pytest.approx(distance.item(), rel=1e-6)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= EXACT * gradient.norm() + EXACT, name
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_all_linear_layers_adapted(name):
+    """What PEFT takes for all-linear: towers and projectors too."""
+    check(*adapted(name))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": TOWER},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": DECODER, "modules_to_save": ["multi_modal_projector"]},
+        {"target_modules": DECODER, "modules_to_save": ["embed_tokens"]},
+        {"target_modules": DECODER, "trainable_token_indices": {"embed_tokens": [5, 9, 20, 33, PLACE]}},
+        {"target_modules": DECODER},
+    ],
+    ids=["vision", "embeddings", "saved projector", "saved embeddings", "tokens", "decoder"],
+)
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18, though it has not
+def test_parts_before_the_decoder(lora, share):
+    check(*adapted("llava", **lora), share=share)
+
+
+def test_full_fine_tuning_against_a_frozen_copy():
+    model, _, batch = adapted("llava")
+    model = model.merge_and_unload().requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(False)
+    before, _ = doubled(*make("llava"))
+    check(model, before.eval(), batch, reference=copy.deepcopy(before))
+
+
+def test_a_named_adapter_as_reference():
+    model, before, batch = adapted("llava")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TOWER))
+    fill_adapter(model, seed=5, adapter="other")
+    model.double().set_adapter("default")
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.requires_grad_(False)
+    before = get_peft_model(before, LoraConfig(r=2, target_modules=TOWER))
+    fill_adapter(before, seed=5)
+    check(model, before.double().eval(), batch, reference="other")
+
+
+def test_a_model_of_text_alone_as_reference():
+    """It would take the images' places for words, in silence."""
+    model, before, batch = adapted("llava")
+    text = text_model(before)
+    refusal = pytest.raises(SettingsError, match=r"\(LlamaForCausalLM\) does not take pixel_values, which the Llava")
+    with defend(model, defences(), reference=text) as defended, refusal:
+        defended.loss(batch)
+    check(model, before, of_text(batch), reference=text)
+
+
+def of_text(batch):
+    """The same rows with words in the images' places."""
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == PLACE, 7)
+    return {**{key: value for key, value in batch.items() if key != "pixel_values"}, "input_ids": ids}
+
+
+def text_model(model):
+    text = LlamaForCausalLM(model.config.text_config).double()
+    text.model.load_state_dict(dissect(model).decoder.state_dict())
+    text.lm_head.load_state_dict(model.get_output_embeddings().state_dict())
+    return text
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the frozen tower, re-entrant
+def test_gradient_checkpointing(reentrant):
+    model, before, batch = adapted("llava", target_modules=DECODER, modules_to_save=["multi_modal_projector"])
+    settings = {"use_reentrant": reentrant}
+    base = model.get_base_model()
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    model.enable_input_require_grads()
+    check(model, before, batch)
+
+
+def test_a_batch_of_text():
+    model, before, batch = adapted("llava", target_modules=["q_proj", "embed_tokens"])
+    check(model, before, of_text(batch))
+
+
+def test_embeddings_that_were_computed_before():
+    """Without gradients they are inputs like any other; with gradients, what is trained may be in them."""
+    model, before, batch = adapted("llava", target_modules=["q_proj", "embed_tokens"])
+    ids = of_text(batch)["input_ids"]
+    embeddings = model.get_input_embeddings()(ids)
+    inputs = {"attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    refusal = pytest.raises(SettingsError, match="inputs_embeds was computed with gradients")
+    with defend(model, defences()) as defended, refusal:
+        defended.loss({**inputs, "inputs_embeds": embeddings})
+    inputs["inputs_embeds"] = embeddings.detach()
+    with defend(model, defences()) as defended, torch.no_grad():
+        reference_logits, reference_features = run(before, inputs)
+        logits, features = run(model, inputs)
+        task = model(**inputs, use_cache=False).loss
+        with torch.enable_grad():
+            loss = defended.loss(inputs)
+    divergence, tokens = kl_sum(logits, reference_logits, {**inputs, "input_ids": ids})
+    distance, sequences = feature_distance_sum(features, reference_features, {**inputs, "input_ids": ids})
+    assert loss.item() == pytest.approx((task + divergence / tokens + distance / sequences).item(), rel=1e-6)
+
+
+def test_a_decoder_called_without_its_model():
+    """Its embeddings were computed by what is trained, and nobody saw from what."""
+    model, _, batch = adapted("llava", target_modules=["q_proj", "embed_tokens"])
+    ids, mask = of_text(batch)["input_ids"], batch["attention_mask"]
+    decoder = dissect(model).decoder
+    refusal = pytest.raises(SettingsError, match="inputs_embeds was computed with gradients")
+    with defend(model, defences()) as defended, refusal, defended.recording(batch):
+        decoder(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
+    with defend(model, defences()) as defended:
+        with defended.recording(batch):
+            decoder(input_ids=ids, attention_mask=mask)
+        assert defended.regularizer(defended.totals([batch])).item() > 1e-3
+
+
+def test_the_student_keeps_noise_and_dropout_to_itself():
+    """NEFTune's noise and a tower's dropout reach the model in training, not the reference."""
+    model, before, batch = adapted("llava", target_modules=DECODER)
+
+    def noise(module, _inputs, output):
+        return output + 1.0 if module.training else output  # as NEFTune, but the same every time
+
+    for module in (model.get_input_embeddings(), model.get_base_model().model.multi_modal_projector):
+        module.register_forward_hook(noise)
+    (divergence, _), _ = plain(model, before, batch)
+    check(model, before, batch)
+    quiet, _, _ = adapted("llava", target_modules=DECODER)
+    (without, _), _ = plain(quiet, before, batch)
+    assert abs(divergence - without) > 1e-3
+
+
+def test_a_mask_that_depends_on_the_mode():
+    """PaliGemma before transformers 5 lets a text see its own end in evaluation: the reference must not."""
+    model, _, batch = adapted("llava")
+    modes = []
+
+    class Masked(type(model.get_base_model())):
+        def forward(self, *args, **kwargs):
+            modes.append([self.training, self.model.training, self.model.vision_tower.training])
+            return super().forward(*args, **kwargs)
+
+    model.get_base_model().__class__ = Masked
+    with defend(model, [FeatureDistance(1.0, layers=3)]) as defended, defended.recording(batch):
+        model(**batch)
+    assert modes == [[True, True, True], [True, True, False]]  # the student, then the reference
+    assert all(module.training for module in model.modules())
+
+
+def test_models_of_text_run_their_decoder_only():
+    """Nothing is computed on the way to it, so that the reference costs what it did."""
+    model = tiny_peft_model()
+    calls = []
+    base = model.get_base_model()
+    base.forward = lambda *args, **kwargs: calls.append("model") or type(base).forward(base, *args, **kwargs)
+    base.model.register_forward_pre_hook(lambda *_: calls.append("decoder"))
+    batch = collate(rows([7, 3]))
+    with defend(model, [FeatureDistance(1.0, layers=3)]) as defended, defended.recording(batch):
+        model(**batch)
+    assert calls == ["model", "decoder", "decoder"]
