@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tiny_models import collate, rows, tiny_model, tiny_peft_model
 from safelora_fast.defenses import KL, FeatureDistance
 from safelora_fast.errors import SettingsError
 from safelora_fast.training import defend
+from safelora_fast.training.anatomy import dissect
+from safelora_fast.training.head_check import check_logits
 
 IDS = torch.tensor([[5, 9, 2, 17, 30, 8, 11, 4, 21], [7, 3, 12, 1, 39, 26, 6, 18, 10]])
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
@@ -64,22 +67,69 @@ def test_a_model_that_scales_its_logits_by_itself():
         defended.loss(collate(rows([7, 3])))
 
 
-def test_a_model_that_cannot_be_asked_is_trained_with_a_word(caplog):
-    model = tiny_peft_model()
+def asked_with(model, name):
+    """Let a model's forward fail without one of its arguments."""
     forward = model.get_base_model().forward
 
-    def needs_a_mask(*args, **kwargs):
-        if "attention_mask" not in kwargs:
-            raise ValueError("no mask")
+    def needing(*args, **kwargs):
+        if name not in kwargs:
+            raise ValueError(f"no {name}")
         return forward(*args, **kwargs)
 
-    model.get_base_model().forward = needs_a_mask
+    model.get_base_model().forward = needing
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_model_that_needs_more_than_tokens_is_asked_with_the_batch(scaled, caplog):
+    model = tiny_peft_model()
+    asked_with(model, "attention_mask")
+    if scaled:
+        model.get_base_model().lm_head.register_forward_hook(lambda _m, _a, logits: 0.5 * logits)
+    refusal = pytest.raises(SettingsError, match="are not its head") if scaled else nullcontext()
+    with caplog.at_level(logging.WARNING, logger="safelora_fast"), defend(model, [KL(1.0)]) as defended, refusal:
+        defended.loss(collate(rows([7, 3])))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("extra", "refused"),
+    [
+        ({"theirs": float("-inf")}, True),
+        ({"theirs": float("nan")}, True),
+        ({"theirs": float("-inf"), "ours": float("-inf"), "scale": 3.0}, True),
+        ({"theirs": float("nan"), "ours": float("nan"), "scale": 3.0}, True),
+        ({"theirs": float("-inf"), "ours": float("-inf")}, False),
+    ],
+    ids=str,
+)
+def test_logits_that_are_not_finite(extra, refused):
+    """They used to hide everything else that differs: a NaN is not greater than any tolerance."""
+    model = tiny_peft_model()
+    head = model.get_base_model().lm_head
+    if "ours" in extra:
+        head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]), requires_grad=False)
+        head.bias[-3:] = extra["ours"]
+
+    def masked(_module, _inputs, logits):
+        logits = extra.get("scale", 1.0) * logits
+        logits[..., -3:] = extra["theirs"]
+        return logits
+
+    head.register_forward_hook(masked)
+    expectation = pytest.raises(SettingsError, match="are not its head") if refused else nullcontext()
+    with expectation:
+        check_logits(dissect(model), collate(rows([7, 3])))
+
+
+def test_a_model_that_cannot_be_asked_is_trained_with_a_word(caplog):
+    model = tiny_peft_model()
+    asked_with(model, "labels")
     batch = collate(rows([7, 3]))
     with caplog.at_level(logging.WARNING, logger="safelora_fast"), defend(model, [KL(1.0)]) as defended:
         defended.loss(batch)
         defended.loss(batch)
     assert [record.message for record in caplog.records] == [
-        "KL: the head of LlamaForCausalLM could not be compared with its logits (ValueError: no mask)"
+        "KL: the head of LlamaForCausalLM could not be compared with its logits (ValueError: no labels)"
     ]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.ops.linear_kl.reference import logits as logits_of
+from safelora_fast.training.batch import without_tags
 from safelora_fast.training.capture import Tap
 from safelora_fast.training.reference import evaluation_mode
 
@@ -31,45 +32,64 @@ SOURCES = ("input_ids", "inputs_embeds")
 def check_logits(anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
     """Run the model on a few tokens of a batch, and compare its logits with those of the head on its hidden states.
 
-    A model that cannot be run on tokens alone is not compared, and the log says so.
+    A model that does not run on tokens alone is given the whole batch. One that does not run on that either is not
+    compared, and the log says so.
 
     Args:
         anatomy: the parts of the model.
         batch: what it is trained on.
 
     Raises:
-        SettingsError: they differ by more than rounding.
+        SettingsError: they differ by more than rounding, or only one of both is finite.
     """
     name = next((name for name in SOURCES if batch.get(name) is not None), None)
     if name is None:
         return
-    model, head, kind = anatomy.model, anatomy.head(), type(anatomy.model).__name__
+    kind = type(anatomy.model).__name__
+    whole = {key: value for key, value in without_tags(batch).items() if key not in {"labels", "shift_labels"}}
+    try:
+        try:
+            theirs, ours = _logits(anatomy, {name: batch[name][:1, :PROBE_TOKENS]})
+        except Exception:  # whatever a model of any kind raises
+            theirs, ours = _logits(anatomy, whole)
+    except Exception as error:
+        logger.warning(
+            "KL: the head of %s could not be compared with its logits (%s: %s)", kind, type(error).__name__, error
+        )
+        return
+    if theirs.shape != ours.shape or not _close(ours, theirs):
+        shapes = "" if theirs.shape == ours.shape else f" (shapes {tuple(theirs.shape)} and {tuple(ours.shape)})"
+        raise SettingsError(
+            f"KL: the logits of {kind} are not its head on the decoder's hidden states{shapes}, so the divergence would be "
+            "that of another model; use FeatureDistance"
+        )
+
+
+def _logits(anatomy: Anatomy, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own logits of the first row's first tokens, and the head's on its hidden states."""
+    model, head = anatomy.model, anatomy.head()
     tap = Tap(anatomy, [])
     tap.attach()
     try:
         with torch.no_grad(), evaluation_mode(model), torch.compiler.set_stance("force_eager"):
             capture = tap.begin()
-            theirs = model(**{name: batch[name][:1, :PROBE_TOKENS], "use_cache": False})["logits"]
+            theirs = model(**{**inputs, "use_cache": False})["logits"][:1, :PROBE_TOKENS]
             assert capture.hidden is not None  # noqa: S101
             with capture.autocast_again():
                 weight, bias = head.parameters()
-                ours = logits_of(capture.hidden.to(weight.dtype), weight, bias, head.scale, head.softcap)
-    except Exception as error:  # whatever a model of any kind raises
-        logger.warning(
-            "KL: the head of %s could not be compared with its logits (%s: %s)", kind, type(error).__name__, error
-        )
-        return
+                hidden = capture.hidden[:1, :PROBE_TOKENS].to(weight.dtype)
+                return theirs, logits_of(hidden, weight, bias, head.scale, head.softcap)
     finally:
         tap.detach()
-    if theirs.shape == ours.shape:
-        exact = ours.dtype == theirs.dtype and ours.dtype in {torch.float32, torch.float64}
-        apart = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-        if not apart > (1e-4 if exact else 3e-2):
-            return
-    raise SettingsError(
-        f"KL: the logits of {kind} are not its head on the decoder's hidden states (shapes {tuple(theirs.shape)} and "
-        f"{tuple(ours.shape)}), so the divergence would be that of another model; use FeatureDistance"
-    )
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two sets of logits differ by rounding only; infinite and missing ones must be so in both."""
+    exact = ours.dtype == theirs.dtype and ours.dtype in {torch.float32, torch.float64}
+    ours, theirs = ours.double(), theirs.double()
+    apart = torch.where((ours == theirs) | (ours.isnan() & theirs.isnan()), 0.0, ours - theirs)
+    size = torch.where(theirs.isfinite(), theirs, 0.0).norm()
+    return bool(apart.isfinite().all() and apart.norm() <= (1e-4 if exact else 3e-2) * size)
 
 
 def check_same_head(own: Anatomy, other: Anatomy) -> None:
