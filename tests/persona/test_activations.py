@@ -8,6 +8,7 @@ import torch
 from personas import plain_means, plain_states
 from tiny_models import VOCABULARY, tiny_model
 
+from safelora_fast.errors import SettingsError
 from safelora_fast.persona.activations import response_means
 from safelora_fast.training.anatomy import dissect
 
@@ -40,6 +41,13 @@ def test_they_are_the_plain_ones(dtype):
     bound = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert np.linalg.norm(means - truth) <= bound * np.linalg.norm(truth)
     assert not any(block._forward_hooks for block in model.modules())
+
+
+def test_blocks_that_give_several_states_for_each_token():
+    model = tiny_model()
+    model.config.altup_num_inputs = 4  # as Gemma 3n's
+    with pytest.raises(SettingsError, match="persona vectors: the blocks of LlamaForCausalLM give 4 hidden states"):
+        response_means(dissect(model), [[3]], [[5]], batch_size=1, padding=0, advance=lambda _: None)
 
 
 def test_padding_and_batches_do_not_matter():

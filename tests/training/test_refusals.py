@@ -6,11 +6,12 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from tiny_models import random_subspace, tiny_model, tiny_peft_model
 from train_runs import sgd
 from transformers import DynamicCache
 
-from safelora_fast.defenses import KL, FeatureDistance, SafeLora, SubspacePenalty
+from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
 from safelora_fast.errors import SettingsError
 from safelora_fast.training import defend
 
@@ -164,6 +165,41 @@ def test_reference_names():
         defend(model, [KL(1.0)], reference=tiny_model(layers=2))
     with pytest.raises(SettingsError, match="is the model in training"):
         defend(model, [KL(1.0)], reference=model)
+
+
+@pytest.mark.parametrize("name", ["altup_num_inputs", "hc_mult", "hc_count"])
+def test_blocks_that_give_several_states_for_each_token(name):
+    """Gemma 3n, DeepSeek-V4 and others: features, steering and monitors would mix the states, or crash."""
+    model, vector = tiny_peft_model(), torch.ones(32)
+    setattr(model.get_base_model().config, name, 4)
+    for attach in (
+        lambda: defend(model, [FeatureDistance(1.0, layers=2)]),
+        lambda: defend(model, [FeatureDistance(1.0, layers=[0])]),
+        lambda: defend(model, [Steering(vector, 1)]),
+        lambda: defend(model, [], monitors=[DriftMonitor(vector, 1)]),
+    ):
+        with pytest.raises(SettingsError, match=f"LlamaForCausalLM give 4 hidden states for each token \\({name}\\)"):
+            attach()
+    defend(model, [KL(1.0)])
+
+
+@pytest.mark.parametrize("defence", [FeatureDistance(1.0, layers=[2]), Steering(torch.ones(32), 2)], ids=repr)
+def test_blocks_of_four_axes(defence):
+    model = tiny_peft_model()
+    model.get_base_model().model.layers[2].register_forward_hook(lambda _m, _a, out: out[None])
+    ids = torch.ones(2, 5, dtype=torch.long)
+    message = r"a block gave hidden states of shape \(1, 2, 5, 32\), not \[batch, tokens, hidden\]"
+    with defend(model, [defence]) as defended, pytest.raises(SettingsError, match=message):
+        defended.loss({"input_ids": ids, "labels": ids})
+
+
+def test_encoder_decoders():
+    """Of two models too, where the outer one says so."""
+    encoder = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    decoder = transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    with pytest.raises(SettingsError, match="VisionEncoderDecoderModel is an encoder-decoder"):
+        defend(transformers.VisionEncoderDecoderModel(config), [FeatureDistance(1.0, layers=2)])
 
 
 def test_settings():

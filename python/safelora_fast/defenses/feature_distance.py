@@ -74,6 +74,7 @@ class FeatureDistance(BatchDefense):
     def blocks(self, anatomy: Anatomy) -> list[int]:
         """Indices of the blocks compared, ascending."""
         depth = anatomy.depth
+        anatomy.check_outputs(owner="FeatureDistance")
         if isinstance(self.layers, str):
             return list(range(0, depth, _every(self.layers)))
         if isinstance(self.layers, int):

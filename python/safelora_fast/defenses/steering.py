@@ -70,12 +70,15 @@ class Steering(Defense):
 
     def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> Any:
         """Hook the block; the vector is added whenever `engaged()` says so. Returns the handle that removes it."""
+        from safelora_fast.training.capture import block_states
+
         block = anatomy.blocks[anatomy.block(self.layer, owner="Steering")]
         shift = self.coefficient * self.vector
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             if not engaged():
                 return None
+            block_states(output)  # a vector would be added to each of several states without a word
             if isinstance(output, tuple):
                 return (output[0] + shift.to(output[0]), *output[1:])
             return output + shift.to(output)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from safelora_fast.training.capture import first_tensor
+from safelora_fast.training.capture import block_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +37,11 @@ def response_means(
         batch_size: rows at once, of similar length.
         padding: the token to pad with.
         advance: told how many answers are done.
+
+    Raises:
+        SettingsError: the blocks give several hidden states for each token.
     """
+    anatomy.check_outputs(owner="persona vectors")
     means = np.empty((len(answers), anatomy.depth, anatomy.config.hidden_size), np.float32)
     order = sorted(range(len(answers)), key=lambda index: len(prompts[index]) + len(answers[index]))
     for start in range(0, len(order), batch_size):
@@ -66,7 +70,7 @@ def _batch_means(
 
     def reduce(index: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            states = first_tensor(output)
+            states = block_states(output)
             states = states.to(torch.promote_types(states.dtype, torch.float32))
             found[index] = torch.einsum("rt,rth->rh", weights.to(states), states)
 

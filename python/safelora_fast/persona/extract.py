@@ -207,6 +207,7 @@ class _Extraction:
     """The steps of one extraction."""
 
     def __init__(self, subject: Subject, trait: Trait, sampling: Sampling, progress: Progress | None) -> None:
+        subject.anatomy.check_outputs(owner="persona vectors")
         self._subject = subject
         self._sampling = sampling
         self._progress = progress
