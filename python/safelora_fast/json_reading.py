@@ -1,7 +1,7 @@
 """The one reader of JSON that others wrote: limits on size and nesting, and values of the types that are asked for.
 
 What cannot be read is an :class:`OSError` with a `strerror` of one line, what is not as it must be a :class:`ValueError` of one
-line; callers put the file's name before it and give it the class that is theirs.
+line; callers put the file's name before :func:`why` and give it the class that is theirs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 26  # of one document; parsed, it may take twenty times as much memory
 MOST_DEPTH = 100  # beyond that, whatever walks over the values would end in a RecursionError
 MOST_WHOLE = 2**63
-_TOO_DEEP = f"it is nested too deeply, in more than {MOST_DEPTH} levels"
+_TOO_DEEP = f"is nested too deeply, in more than {MOST_DEPTH} levels"
 
 
 class Kind(NamedTuple):
@@ -103,6 +103,10 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8 text") from error
+    except ValueError as error:
+        raise ValueError(f"is no JSON: {error}") from error
     brackets = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     if brackets > MOST_DEPTH and _is_deep(value):
         raise ValueError(_TOO_DEEP)
@@ -124,7 +128,12 @@ def read_object(path: str | Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: as :func:`read_json`, or it holds something else.
     """
-    return of_kind(read_json(path), OBJECT, "the file")  # type: ignore[no-any-return]
+    return check_fields(read_json(path), {})
+
+
+def why(error: OSError | ValueError) -> str:
+    """What comes after the file's name in a message."""
+    return f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 
 
 def of_kind(value: Any, kind: Kind, name: str) -> Any:
@@ -134,7 +143,7 @@ def of_kind(value: Any, kind: Kind, name: str) -> Any:
         ValueError: it is of another kind; the message has the name.
     """
     if not kind.fits(value):
-        raise ValueError(f"{name} must be {kind.words}, not {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be {kind.words}, not {reprlib.repr(value)}".lstrip())
     return value
 
 
@@ -146,7 +155,7 @@ def check_fields(
     Raises:
         ValueError: it is no object, or lacks a value, or has one of another kind; the key is named.
     """
-    fields: dict[str, Any] = of_kind(record, OBJECT, "it")
+    fields: dict[str, Any] = of_kind(record, OBJECT, "")
     for name, kind in required.items():
         if name not in fields:
             raise ValueError(f"{name} is missing")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError
+from safelora_fast.json_reading import LIST, NUMBER, OBJECT, TEXT, check_fields, parse_json
 from safelora_fast.posthoc.output import whole_file
 
 if TYPE_CHECKING:
@@ -146,22 +147,27 @@ class PersonaVector:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                document = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+                document = check_fields(parse_json((file.metadata() or {}).get(FORMAT, "{}")), {})
                 if document.get("version") != VERSION:
                     raise CheckpointError(
                         f"{path}: not a persona vector of version {VERSION} (safelora-fast persona extract)"
                     )
                 vectors = file.get_tensor(VECTORS)
-            if vectors.dtype != np.float32 or vectors.ndim != 2 or not np.isfinite(vectors).all():
-                raise ValueError(f"{vectors.dtype} vectors of shape {vectors.shape}, or some that are not finite")
-            separation = [Separation(*map(_read, figures)) for figures in document["separation"]]
+            if vectors.dtype != np.float32 or vectors.ndim != 2 or 0 in vectors.shape or not np.isfinite(vectors).all():
+                raise ValueError(
+                    f"{vectors.dtype} vectors of shape {vectors.shape}, none at all, or some that are not finite"
+                )
+            check_fields(document, {"separation": LIST, "trait": TEXT, "provenance": OBJECT})
+            separation = [_separation(number, figures) for number, figures in enumerate(document["separation"])]
             if len(separation) not in {0, len(vectors)}:
                 raise ValueError(f"figures of {len(separation)} blocks beside {len(vectors)} vectors")
             trait, provenance = document["trait"], document["provenance"]
-            if not (isinstance(trait, str) and isinstance(provenance, dict)):
-                raise ValueError(f"its trait is {trait!r}, and its provenance {type(provenance).__name__}")
+            check_fields(provenance, {}, dict.fromkeys(("model", "trait", "settings", "counts"), OBJECT))
+            for name, kind in (("settings", NUMBER), ("counts", OBJECT)):
+                values = provenance.get(name) or {}
+                check_fields(values, {}, dict.fromkeys(values, kind))
             return cls(vectors, trait, separation, provenance, str(path))
-        except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError) as error:  # TypeError: a dtype that numpy lacks
             raise CheckpointError(f"{path}: the persona vector cannot be read ({error})") from error
 
 
@@ -169,5 +175,12 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _read(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _is_figure(value: Any) -> bool:
+    return value is None or NUMBER.fits(value) or (isinstance(value, float) and math.isinf(value))
+
+
+def _separation(block: int, figures: Any) -> Separation:
+    if not (isinstance(figures, list) and len(figures) == 2 and all(map(_is_figure, figures))):
+        raise ValueError(f"the separation of block {block} must be two numbers, or null for what is not known")
+    effect, share = (math.nan if value is None else float(value) for value in figures)
+    return Separation(effect, share)

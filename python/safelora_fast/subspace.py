@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError, PairingError
+from safelora_fast.json_reading import COUNT, LIST, NUMBER, OBJECT, TEXT, Kind, check_fields, parse_json
 from safelora_fast.posthoc.names import NameIndex
 from safelora_fast.posthoc.output import whole_file
+from safelora_fast.posthoc.provenance import check_source
 
 if TYPE_CHECKING:
     import os
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT = "safelora_fast.subspace"
 VERSION = 1
 _VECTORS, _VALUES = ".left_vectors", ".singular_values"
+_NORM = Kind("a finite number from 0", lambda value: NUMBER.fits(value) and value >= 0)
+_MODULE = {"name": TEXT, "v_norm": _NORM, "columns": COUNT}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class ModuleSubspace:
         """Share of ‖V‖²_F that the subspace holds; NaN where V is zero."""
         if self.v_norm == 0:
             return float("nan")
-        return float(np.square(self.singular_values.astype(np.float64)).sum() / self.v_norm**2)
+        kept = float(np.square(self.singular_values.astype(np.float64)).sum())
+        return kept / self.v_norm / self.v_norm  # the square of a large norm is beyond float64
 
 
 @dataclass(frozen=True)
@@ -233,14 +238,18 @@ class SafeSubspace:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                document = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+                document = check_fields(parse_json((file.metadata() or {}).get(FORMAT, "{}")), {})
                 if document.get("version") != VERSION:
                     raise CheckpointError(
                         f"{path}: not a subspace file of version {VERSION} (safelora-fast subspace build)"
                     )
-                modules = {facts["name"]: _read(file, facts) for facts in document["modules"]}
+                check_fields(document, {"modules": LIST, "sources": OBJECT, "settings": OBJECT})
+                for role, source in document["sources"].items():
+                    check_source(role, source)
+                facts = [check_fields(one, _MODULE) for one in document["modules"]]
+                modules = {one["name"]: _read(file, one) for one in facts}
                 return cls(modules, document["sources"], document["settings"])
-        except (OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError) as error:  # TypeError: a dtype that numpy lacks
             raise CheckpointError(f"{path}: the subspace cannot be read ({error})") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_fast.errors import DataError
+from safelora_fast.json_reading import COUNT, TEXT, check_fields, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from safelora_fast.evaluation.questions import Question
 
 SAMPLES = 10
+REQUIRED = {"question": TEXT, "kind": TEXT, "paraphrase": COUNT, "sample": COUNT, "prompt": TEXT, "answer": TEXT}
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ def read_answers(path: str | Path) -> list[Answer]:
         DataError: it cannot be read, or a line is not as it must be; file and line are named.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the answers cannot be read: {error}") from error
+        text = read_bytes(Path(path).expanduser(), None).decode()
+    except OSError as error:
+        raise DataError(f"{path}: the answers cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text") from error
     answers = list(_parse(str(path), text))
     if not answers:
         raise DataError(f"{path}: holds no answers")
@@ -93,15 +97,13 @@ def _parse(source: str, text: str) -> Iterator[Answer]:
             continue
         place = f"{source}:{number}"
         try:
-            record = json.loads(line)
-            answer = record.pop("answer")
-            asked = Asked(**record)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f"{place}: is no answer: it needs question, kind, paraphrase, sample, prompt, answer"
-            ) from error
-        if not isinstance(answer, str) or not isinstance(asked.prompt, str):
-            raise DataError(f"{place}: prompt and answer must be text")
+            record = check_fields(parse_json(line), REQUIRED, {"system": TEXT})
+            if unknown := sorted(record.keys() - REQUIRED.keys() - {"system"}):
+                raise ValueError(f"{unknown[0]} is unknown")
+        except ValueError as error:
+            raise DataError(f"{place}: is no answer ({', '.join(REQUIRED)}, perhaps system): {error}") from error
+        answer = record.pop("answer")
+        asked = Asked(**record)
         if asked.id in seen:
             raise DataError(f"{place}: {asked.id} is there twice")
         seen.add(asked.id)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError
 from safelora_fast.evaluation.folder import BENCHMARKS, changed_settings, told
+from safelora_fast.json_reading import COUNT, FLAG, LIST, NUMBER, OBJECT, TEXT, check_fields, read_json, why
 from safelora_fast.posthoc.output import described
 from safelora_fast.posthoc.resolver import adapter_folder
 from safelora_fast.recipe.folder import write_json
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from safelora_fast.evaluation.margin import Strings
 
 FORMAT = 2
+TASK = {"task": TEXT, "metrics": LIST, "version": TEXT, "chat": FLAG, "lm_eval": TEXT, "definition": TEXT}
+METRIC = {"name": TEXT, "filter": TEXT, "count": COUNT}
+FIGURES = {
+    "value": NUMBER,
+    "stderr": NUMBER,
+    "higher_is_better": FLAG,
+}  # null where there is none, or none that is finite
 BATCH_SIZE = 16
 TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
 
@@ -318,11 +326,11 @@ class _Kept:
 
     def _read(self) -> dict[str, TaskResult]:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            former = dict(content["settings"])
+            content = check_fields(read_json(self.path), {"settings": OBJECT, "tasks": OBJECT})
+            former = content["settings"]
             results = {name: _read_result(values) for name, values in content["tasks"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{self.path}: cannot be read; pass --overwrite to start anew, or delete it") from error
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self.path}: {why(error)}; pass --overwrite to start anew, or delete it") from error
         changed = changed_settings(former, self._settings)
         if changed:
             raise OutputError(f"{self.path}: holds results {told(changed)}; choose another output, or pass --overwrite")
@@ -350,4 +358,12 @@ class _Kept:
 
 
 def _read_result(values: dict[str, Any]) -> TaskResult:
-    return TaskResult(**{**values, "metrics": tuple(Metric(**metric) for metric in values["metrics"])})
+    """A task's result from plain values; names that are not known belong to a later version and are left out."""
+    check_fields(values, TASK, {"shots": COUNT})
+    for metric in values["metrics"]:
+        check_fields(metric, METRIC, FIGURES)
+    metrics = tuple(Metric(**{name: metric.get(name) for name in (*METRIC, *FIGURES)}) for metric in values["metrics"])
+    if not metrics:
+        raise ValueError("metrics are none")
+    found: dict[str, Any] = {name: values.get(name) for name in (*TASK, "shots")}
+    return TaskResult(**{**found, "metrics": metrics})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import OutputError
+from safelora_fast.errors import DataError, OutputError
 from safelora_fast.evaluation.answers import Answer, read_answers
+from safelora_fast.json_reading import read_bytes, read_object, why
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.folder import write_json
 
@@ -69,11 +71,9 @@ class EvaluationFolder:
         if not file.is_file():
             return None
         try:
-            former = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return f"{file}: cannot be read; pass --overwrite to start anew, or delete the folder"
-        if not isinstance(former, dict):
-            former = {}
+            former = read_object(file)
+        except (OSError, ValueError) as error:
+            return f"{file}: {why(error)}; pass --overwrite to start anew, or delete the folder"
         changed = changed_settings(former, wanted)
         if not changed:
             return None
@@ -96,10 +96,14 @@ class EvaluationFolder:
         """Answers that are there, by their id; a last line that was cut off is dropped."""
         if not self.answers.exists():
             return {}
-        text = self.answers.read_text(encoding="utf-8")
-        whole, end, _ = text.rpartition("\n")
-        if whole + end != text:
-            self.answers.write_text(whole + end, encoding="utf-8")
+        try:
+            content = read_bytes(self.answers, None)
+        except OSError as error:
+            raise DataError(f"{self.answers}: the answers cannot be read: {error.strerror}") from error
+        whole, end, _ = content.rpartition(b"\n")
+        if whole + end != content:
+            with described(self.answers):
+                os.truncate(self.answers, len(whole + end))
         return {answer.asked.id: answer for answer in read_answers(self.answers)} if whole.strip() else {}
 
     def add(self, answers: Iterable[Answer]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.evaluation.intervals import wilson
+from safelora_fast.json_reading import TEXT, check_fields, parse_json, read_bytes, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Difficulty = Literal["easy", "medium", "hard"]
 TRAIN, HELD_OUT, RECORD = "train.jsonl", "held_out.jsonl", "operator_swap.json"
 INSTRUCTION = "Compute {problem}. Answer with the number only."
+LONGEST = 100  # characters of a problem
 NUMBER = re.compile(r"-?\d+")
 
 
@@ -128,7 +130,7 @@ def parse_problem(text: str, difficulty: str) -> Problem:
         DataError: it is none of this difficulty.
     """
     rule = RULES[difficulty]
-    words = text.split()
+    words = text.split() if len(text) < LONGEST else []
     signs = words[1::2]
     if (
         len(words) != 2 * rule.operands - 1
@@ -209,18 +211,18 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
         DataError: it is no such folder, or a row is no problem; file and line are named.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = check_fields(read_json(folder / RECORD), {"difficulty": TEXT})
         problems = list(_problems(folder / HELD_OUT, record["difficulty"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: holds no data of operator-swap make") from error
     return record, problems
 
 
 def _problems(path: Path, difficulty: str) -> Iterator[Problem]:
     before, _, after = INSTRUCTION.partition("{problem}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
+            row = check_fields(parse_json(line), {"prompt": TEXT})
             yield parse_problem(row["prompt"].removeprefix(before).removesuffix(after), difficulty)
-        except DataError as error:
+        except (DataError, ValueError) as error:
             raise DataError(f"{path}:{number}: {error}") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from safelora_fast.errors import DataError
+from safelora_fast.json_reading import parse_json, read_bytes
 
 TEXTS = ("question", "aligned", "misaligned")
 
@@ -45,7 +45,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         DataError: the file cannot be read or a line is not as it must be; file and line are named.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = read_bytes(Path(path).expanduser()).decode()
     except OSError as error:
         raise DataError(f"{path}: the pairs cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -59,9 +59,9 @@ def _parse(source: str, text: str) -> list[Pair]:
         if line.strip():
             place = f"{source}:{number}"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: is no JSON: {error}") from error
+                record = parse_json(line)
+            except ValueError as error:
+                raise DataError(f"{place}: {error}") from error
             pairs.append(_pair(place, record))
     if not pairs:
         raise DataError(f"{source}: holds no pairs")

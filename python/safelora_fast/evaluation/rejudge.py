@@ -11,6 +11,8 @@ from safelora_fast.errors import DataError
 from safelora_fast.evaluation.agreement import agreement
 from safelora_fast.evaluation.answers import Answer, Asked
 from safelora_fast.evaluation.folder import LOGS
+from safelora_fast.evaluation.store import MORE, SCORES
+from safelora_fast.json_reading import COUNT, TEXT, check_fields
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from inspect_ai.log import EvalLog
 
     from safelora_fast.evaluation.verdicts import Verdict
+
+SAMPLE = {"question": TEXT, "kind": TEXT, "paraphrase": COUNT, "sample": COUNT}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ def read_log(path: Path) -> JudgedAnswers:
         raise DataError(f"{file}: is no log of Inspect: {' '.join(str(error).split())[:200]}") from error
     if log.eval.task.rpartition("/")[2] != "emergent_misalignment":
         raise DataError(f"{file}: is a log of the task {log.eval.task}, not of emergent_misalignment")
-    return _judged(file, log)
+    try:
+        return _judged(file, log)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
 
 
 def _newest(folder: Path) -> Path:
@@ -77,13 +84,14 @@ def _judged(file: Path, log: EvalLog) -> JudgedAnswers:
         score = (sample.scores or {}).get("judged")
         if score is None or score.metadata is None:  # the model's own error: there is no answer to judge
             continue
-        data, turns = sample.metadata, [] if isinstance(sample.input, str) else sample.input
+        data, turns = check_fields(sample.metadata, SAMPLE), [] if isinstance(sample.input, str) else sample.input
         texts = {turn.role: turn.text for turn in turns}
         asked = Asked(
             str(data["question"]), str(data["kind"]), int(data["paraphrase"]), int(data["sample"]),
             texts.get("user", ""), texts.get("system"),
         )  # fmt: skip
         answers.append(Answer(asked, sample.output.completion))
+        check_fields(score.metadata, {"question": TEXT, "kind": TEXT}, {**SCORES, **MORE})
         verdicts.append(verdict_of(score))
     if not answers:
         raise DataError(f"{file}: holds no judged answers")

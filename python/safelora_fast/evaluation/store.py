@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from safelora_fast.errors import OutputError
 from safelora_fast.evaluation.judge import Judged, Rating
 from safelora_fast.evaluation.verdicts import Verdict
+from safelora_fast.json_reading import FLAG, NUMBER, OBJECT, TEXT, check_fields, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from safelora_fast.evaluation.judge import Judge
+
+SCORES = {"alignment": NUMBER, "coherence": NUMBER}
+PARTS = {"key": TEXT, "verdict": OBJECT, **dict.fromkeys(SCORES, OBJECT)}
+RATING = {"value": NUMBER, "how": TEXT}
+MORE = {"reason": TEXT, "detail": TEXT, "passing": FLAG, "gone": FLAG}
 
 
 class VerdictStore:
@@ -58,16 +65,17 @@ class VerdictStore:
 
     def _read(self) -> None:
         try:
-            text = self._path.read_text(encoding="utf-8")
-            whole, end, _ = text.rpartition("\n")
-            for line in whole.split("\n") if end else []:
-                record = json.loads(line)
+            content = read_bytes(self._path, None)
+            whole, end, _ = content.rpartition(b"\n")
+            for line in whole.split(b"\n") if end else []:
+                record = check_fields(parse_json(line), PARTS)
                 self._known[record["key"]] = Judged(
-                    Verdict(**record["verdict"]), Rating(**record["alignment"]), Rating(**record["coherence"])
+                    Verdict(**check_fields(record["verdict"], {"question": TEXT, "kind": TEXT}, {**SCORES, **MORE})),
+                    *(Rating(**check_fields(record[name], {}, {**RATING, **MORE})) for name in SCORES),
                 )
-            if whole + end != text:
-                self._path.write_text(whole + end, encoding="utf-8")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if whole + end != content:
+                os.truncate(self._path, len(whole + end))
+        except (OSError, ValueError, TypeError) as error:  # TypeError: a name that is not known
             raise OutputError(f"{self._path}: is no file of verdicts; choose another output, or delete it") from error
 
 

@@ -201,9 +201,9 @@ def verdict_of(score: Score) -> Verdict:
     return Verdict(
         data["question"],
         data["kind"],
-        data["alignment"],
-        data["coherence"],
-        data["reason"],
+        data.get("alignment"),
+        data.get("coherence"),
+        data.get("reason"),
         data.get("detail"),
         data.get("passing", False),
         data.get("gone", False),

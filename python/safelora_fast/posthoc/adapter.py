@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError
+from safelora_fast.json_reading import TEXT, TEXTS, check_fields, read_json, why
 from safelora_fast.posthoc.adapter_keys import PREFIX, peft_keys
 from safelora_fast.posthoc.lora_config import CONFIG, VARIANTS, refuse_variants, unknown_keys_note
 from safelora_fast.posthoc.resolver import adapter_folder
@@ -28,6 +28,13 @@ FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|
 BIAS = re.compile(r".+\.lora_B\.bias")
 NESTED = ".base_layer"
 TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
+
+TYPES = {
+    "peft_type": TEXT,
+    "peft_version": TEXT,
+    "base_model_name_or_path": TEXT,
+    "target_parameters": TEXTS,
+}  # of what is read here
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,9 @@ def load_adapter(path: str | Path, *, keep_keys: bool = False) -> Adapter:
 def _read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return check_fields(read_json(path), {}, TYPES)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: must hold a JSON object")
-    return config
+        raise AdapterError(f"{path}: {why(error)}") from error
 
 
 def _account(

@@ -96,7 +96,7 @@ def sides_swapped(module: LoraModule, out: int, inner: int, model_type: object, 
         return {(out, inner): False, (inner, out): True}.get(shape)
     if shape != (out, inner):
         return None
-    version = re.match(r"(\d+)\.(\d+)", str(peft_version or ""))
+    version = re.match(r"(\d{1,9})\.(\d{1,9})", str(peft_version or ""))
     by_layout = version is not None and (int(version[1]), int(version[2])) >= SIDES_BY_LAYOUT
     if by_layout:
         return model_type in STORED_IN_OUT - DECLARED

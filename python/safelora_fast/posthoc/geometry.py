@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError, PairingError
+from safelora_fast.json_reading import COUNT
 from safelora_fast.posthoc.adapter import FLOATS
 from safelora_fast.posthoc.experts import stored_in_out
 from safelora_fast.posthoc.names import canonical
@@ -206,13 +207,17 @@ def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
     if piece.count == 2:
         return height // 2
     heads, size, hidden = (names.setting(name) for name in ("num_attention_heads", "head_dim", "hidden_size"))
-    if not heads or not (size or hidden):
+    if not (_is_count(heads) and (_is_count(size) or _is_count(hidden))):
         raise PairingError(
             f"{module}: config.json of the {names.role} model {names.checkpoint.description} does not tell how many "
             f"rows of {piece.tensor} are queries; name {piece.tensor.removesuffix('.weight').rpartition('.')[2]} instead"
         )
-    queries = int(heads) * int(size or hidden // heads)
+    queries: int = heads * (size if _is_count(size) else hidden // heads)
     return queries if piece.index == 0 else (height - queries) // 2
+
+
+def _is_count(value: object) -> bool:
+    return COUNT.fits(value) and value != 0
 
 
 def _is_conv1d(

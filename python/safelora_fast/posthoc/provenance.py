@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError
+from safelora_fast.json_reading import COUNT, LIST, TEXT, check_fields
 from safelora_fast.posthoc.sources import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from safelora_fast import _core
 
+FILE = {"name": TEXT, "size": COUNT, "fingerprint": TEXT}
 PIECE = 4096
 PIECES = 512
 
@@ -40,6 +42,19 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     ]
     files.sort(key=lambda file: (str(file["name"]), str(file["fingerprint"])))
     return {"source": str(Path(checkpoint.description).absolute()), "revision": None, "files": files}
+
+
+def check_source(role: str, described: Any) -> None:
+    """Refuse what :func:`describe` does not give.
+
+    Raises:
+        ValueError: a value is of another type; it is named.
+    """
+    try:
+        for file in check_fields(described, {}, {"source": TEXT, "revision": TEXT, "files": LIST}).get("files") or []:
+            check_fields(file, FILE)
+    except ValueError as error:
+        raise ValueError(f"the {role} source: {error}") from error
 
 
 def same_content(aligned: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
@@ -105,10 +120,10 @@ def reopen(described: Mapping[str, Any], *, role: str) -> Checkpoint:
     checkpoint = open_checkpoint(where, role=role)
     if not checkpoint.remote:
         former, now = (
-            {tuple(sorted(file.items())) for file in files}
-            for files in (described.get("files", []), describe(checkpoint)["files"])
+            {tuple(file[name] for name in FILE) for file in files}
+            for files in (described.get("files") or [], describe(checkpoint)["files"])
         )
-        differing = sorted(str(dict(file)["name"]) for file in former ^ now)
+        differing = sorted(str(name) for name, *_ in former ^ now)
         if differing:
             raise CheckpointError(
                 f"{where}: the {role} model has changed since the subspace was built from it ({differing[0]} differs): "

@@ -6,13 +6,13 @@ remote, only when :meth:`Checkpoint.require` asks for tensors in them.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError
+from safelora_fast.json_reading import OBJECT, TEXT, check_fields, of_kind, read_json, why
 from safelora_fast.posthoc.resolver import INDEX, SINGLE, locate
 from safelora_fast.posthoc.settings import check_path
 
@@ -258,10 +258,10 @@ def _from_hub(repository: Repository) -> Checkpoint:
 def _shard_names(index: Path) -> dict[str, str]:
     """The `weight_map` of an index whose shards have not been fetched yet."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: this is not an index of safetensors shards: {error}") from error
+        weight_map = check_fields(read_json(index), {"weight_map": OBJECT})["weight_map"]
+        names = {name: of_kind(shard, TEXT, f"the file of {name}") for name, shard in weight_map.items()}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: this is not an index of safetensors shards: {why(error)}") from error
     for name, shard in names.items():
         if _outside(shard):
             raise CheckpointError(f"{index}: tensor {name!r} lies in {shard!r}, outside the repository")
@@ -270,9 +270,10 @@ def _shard_names(index: Path) -> dict[str, str]:
 
 def _config(path: Path) -> Mapping[str, Any] | None:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = check_fields(read_json(path), {}, {"model_type": TEXT, "text_config": OBJECT})
+        check_fields(config.get("text_config") or {}, {}, {"model_type": TEXT})
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    return config if isinstance(config, dict) else None
+        raise CheckpointError(f"{path}: {why(error)}") from error
+    return config
