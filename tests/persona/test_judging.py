@@ -75,8 +75,8 @@ def test_stored_scores(tmp_path):
         ("{", "scores.jsonl:2: is no JSON"),
         ({"id": "a"}, "scores.jsonl:2: a row of scores has an id and a score"),
         ([1], "scores.jsonl:2: a row of scores has an id and a score"),
-        ({"id": "a", "score": "7"}, "scores.jsonl:2: the score of a must be a number or null, not '7'"),
-        ({"id": "a", "score": True}, "must be a number or null, not True"),
+        ({"id": "a", "score": "7"}, "scores.jsonl:2: the score of a must be a finite number or null, not '7'"),
+        ({"id": "a", "score": True}, "must be a finite number or null, not True"),
         ({"id": "b", "score": 7}, "scores.jsonl:2: b is scored twice"),
     ],
 )

@@ -141,7 +141,11 @@ def test_a_run_that_was_killed_before_its_first_record_can_be_begun(folder, monk
 
 def test_records_that_are_none(folder):
     begin(folder)
-    for content, message in (("{", "cannot be read"), ("[]", "is no record"), (json.dumps({"format": 99}), "format 1")):
+    for content, message in (
+        ("{", "is no JSON"),
+        ("[]", "must be an object"),
+        (json.dumps({"format": 99}), "format 1"),
+    ):
         (folder.path / RECORD).write_text(content)
         with pytest.raises(OutputError, match=message):
             folder.read_record()

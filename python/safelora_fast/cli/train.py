@@ -111,7 +111,7 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
         typer.echo(to_json(record))
         return
     for name, figure in record["metrics"].items():
-        typer.echo(f"{name:<28}{shown(figure['first']):>10} → {shown(figure['last'])}")
-    for warning in (record["projection"] or {}).get("warnings", []):
+        typer.echo(f"{name:<28}{shown(figure.get('first')):>10} → {shown(figure.get('last'))}")
+    for warning in (record.get("projection") or {}).get("warnings") or []:
         warn(warning)
     typer.echo(f"{record['steps']} steps in {record['seconds']:.1f} s; written to {path}")

@@ -16,16 +16,16 @@ FOLDER/
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.config import OPERATOR_SWAP, REFERENCE
 from safelora_fast.errors import AdapterError, OutputError
+from safelora_fast.json_reading import read_object
 from safelora_fast.posthoc.output import described
 from safelora_fast.posthoc.resolver import adapter_folder
-from safelora_fast.recipe.folder import RECORD, write_json
+from safelora_fast.recipe.folder import RECORD, read_record, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,7 +64,10 @@ class Place:
 
     def record(self) -> dict[str, Any]:
         """The record of the training; empty where it was not done here."""
-        return {} if self.adapter is None else read(self.adapter / RECORD)
+        try:
+            return {} if self.adapter is None else read_record(self.adapter / RECORD)
+        except (OSError, ValueError):
+            return {}
 
 
 def _finished(source: str) -> Path:
@@ -99,10 +102,9 @@ def reference_of(config: CompareConfig) -> Place:
 def read(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none that can be read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def keep(file: Path, content: Mapping[str, Any]) -> None:

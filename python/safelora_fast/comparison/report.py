@@ -5,13 +5,13 @@ A report knows nothing of how its figures came about, so that whoever has figure
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.errors import DataError
+from safelora_fast.json_reading import COUNT, FLAG, LIST, NUMBER, OBJECT, TEXT, TEXTS, check_fields, read_object, why
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +27,16 @@ CRITERIA: dict[Criterion, str] = {
     "coherent": "coherent answers",
     "cost": "cost",
 }
+
+WHOLE = {
+    "title": TEXT, "facts": OBJECT, "columns": LIST, "rows": LIST, "sweep": LIST, "reading": TEXTS, "complete": FLAG,
+}  # fmt: skip
+COLUMN = dict.fromkeys(("key", "criterion", "title", "unit", "note"), TEXT)
+ROW = {"name": TEXT, "setting": TEXT, "kind": TEXT, "cells": OBJECT}
+PLOT = {"x": TEXT, "y": TEXT, "path": LIST}
+POINT = {"threshold": NUMBER, "projected": NUMBER, "modules": COUNT, "cells": OBJECT}
+FAILED = {"row": TEXT, "seed": COUNT, "what": TEXT, "reason": TEXT}
+SEED = {"value": NUMBER, "failure": TEXT}
 
 NOT_TRAINED, NOT_MEASURED = PENDING = "not trained yet", "not measured yet"
 
@@ -205,20 +215,24 @@ class ComparisonReport:
         if content.get("format") != FORMAT:
             raise DataError(f"this is no comparison report of format {FORMAT}")
         try:
-            plot = content["plot"]
+            check_fields(content, WHOLE, {"plot": OBJECT, "failed": LIST})
+            check_fields(content["facts"], {}, dict.fromkeys(content["facts"], TEXT))
+            plot = content.get("plot")
             return cls(
                 title=content["title"],
                 facts=dict(content["facts"]),
-                columns=tuple(Column(**column) for column in content["columns"]),
-                rows=tuple(Row(**{**row, "cells": _cells(row["cells"])}) for row in content["rows"]),
-                plot=None if plot is None else Plot(plot["x"], plot["y"], tuple(map(tuple, plot["path"]))),
-                sweep=tuple(SweepPoint(**{**point, "cells": _cells(point["cells"])}) for point in content["sweep"]),
-                failed=tuple(Failure(**one) for one in content.get("failed", ())),
+                columns=tuple(
+                    Column(**check_fields(column, COLUMN, {"better": TEXT})) for column in content["columns"]
+                ),
+                rows=tuple(Row(**_with_cells(check_fields(row, ROW))) for row in content["rows"]),
+                plot=None if plot is None else _plot(check_fields(plot, PLOT)),
+                sweep=tuple(SweepPoint(**_with_cells(check_fields(point, POINT))) for point in content["sweep"]),
+                failed=tuple(Failure(**check_fields(one, FAILED)) for one in content.get("failed") or ()),
                 reading=tuple(content["reading"]),
                 complete=content["complete"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"this comparison report is damaged: {error!r}") from error
+        except (ValueError, TypeError) as error:  # TypeError: a name that is not known
+            raise DataError(f"this comparison report is damaged: {error}") from error
 
 
 def is_pending(reason: str | None) -> bool:
@@ -233,22 +247,29 @@ def read_report(path: Path) -> ComparisonReport:
         DataError: it cannot be read, or is no report.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return ComparisonReport.from_dict(read_object(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the report cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: is no comparison report")
-    try:
-        return ComparisonReport.from_dict(content)
+        raise DataError(f"{path}: the report {why(error)}") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def _cells(content: Mapping[str, Any]) -> dict[str, Cell]:
-    return {
-        key: Cell(**{**cell, "seeds": tuple(SeedValue(**seed) for seed in cell["seeds"])})
-        for key, cell in content.items()
-    }
+def _with_cells(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A row or a point of the sweep, whose cells are objects now."""
+    cells = {}
+    for key, cell in content["cells"].items():
+        check_fields(cell, {"seeds": LIST, "count": TEXT}, dict.fromkeys(("value", "low", "high"), NUMBER))
+        seeds = [check_fields(seed, {"seed": COUNT, "source": TEXT}, SEED) for seed in cell["seeds"]]
+        cells[key] = Cell(**{**cell, "seeds": tuple(SeedValue(**seed) for seed in seeds)})
+    return {**content, "cells": cells}
+
+
+def _plot(content: Mapping[str, Any]) -> Plot:
+    for point in content["path"]:
+        if not (isinstance(point, list) and len(point) == 3 and isinstance(point[2], str)):
+            raise ValueError("a point of the plot's path must be two numbers and a text")
+        check_fields(dict(enumerate(point[:2])), {}, {0: NUMBER, 1: NUMBER})  # type: ignore[dict-item]
+    return Plot(content["x"], content["y"], tuple(map(tuple, content["path"])))
 
 
 def _plain(value: Any) -> Any:

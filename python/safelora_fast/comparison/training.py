@@ -45,7 +45,7 @@ def changes(recipe: Recipe) -> str | None:
     settings = folder.changes(recipe.resolved(), "recipe")
     if settings is not None:
         return f"the recipe has changed since this run was trained: {settings}"
-    known = record.get("data", {})
+    known = record.get("data") or {}
     for name, source in _files(recipe).items():
         if name in known and known[name] != digest(source):
             return f"{source} has changed since this run was trained"

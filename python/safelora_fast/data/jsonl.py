@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from safelora_fast._core import odd_rows
 from safelora_fast.errors import DataError
+from safelora_fast.json_reading import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,13 +76,9 @@ class JsonLines:
             DataError: it is no JSON.
         """
         try:
-            return json.loads(self.raw(index))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.place(index)}: is not UTF-8 text") from error
+            return parse_json(self.raw(index))
         except ValueError as error:
-            raise DataError(f"{self.place(index)}: is no JSON: {error}") from error
-        except RecursionError as error:
-            raise DataError(f"{self.place(index)}: is nested too deeply") from error
+            raise DataError(f"{self.place(index)}: {error}") from error
 
     def sha256(self) -> str:
         """Of the whole file."""

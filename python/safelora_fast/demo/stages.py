@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
+from safelora_fast.json_reading import NUMBER, TEXT, check_fields, read_json
 from safelora_fast.posthoc.output import whole_folder
 
 if TYPE_CHECKING:
@@ -65,7 +66,6 @@ class Stages:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return check_fields(read_json(path), {"key": TEXT, "seconds": NUMBER})
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

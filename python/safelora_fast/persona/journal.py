@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.json_reading import COUNT, parse_json, read_bytes
 from safelora_fast.persona.responses import Request, Response
 from safelora_fast.posthoc.output import described
 
@@ -85,7 +86,7 @@ class Journal:
         with described(self.path):
             if not self.path.exists():
                 return
-            content = self.path.read_bytes()
+            content = read_bytes(self.path, None)
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 os.truncate(self.path, whole)
@@ -97,7 +98,7 @@ class Journal:
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         try:
-            content = self.path.read_bytes() if self.path.exists() else b""
+            content = read_bytes(self.path, None) if self.path.exists() else b""
         except OSError as error:
             raise DataError(f"{self.path}: the responses cannot be read: {error.strerror}") from error
         whole = content[: content.rfind(b"\n") + 1]
@@ -105,9 +106,9 @@ class Journal:
             if line.strip():
                 place = f"{self.path}:{number}"
                 try:
-                    yield place, json.loads(line)
+                    yield place, parse_json(line)
                 except ValueError as error:
-                    raise DataError(f"{place}: is no JSON: {error}") from error
+                    raise DataError(f"{place}: {error}") from error
 
     def _compare(self, place: str, row: dict[str, Any]) -> None:
         former = row["made"] if isinstance(row["made"], dict) else {}
@@ -125,5 +126,5 @@ def _is_response(row: Any) -> bool:
     if not isinstance(row, dict) or not {"id", "system", "user", "answer", "tokens", "made"} <= row.keys():
         return False
     tokens = row["tokens"]
-    whole = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
+    whole = isinstance(tokens, list) and all(map(COUNT.fits, tokens))
     return whole and isinstance(row["id"], str) and isinstance(row["answer"], str)

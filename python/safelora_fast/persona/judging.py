@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.json_reading import NUMBER, parse_json, read_bytes
 from safelora_fast.persona.responses import Response, Side
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 Judge: TypeAlias = "Callable[[Response], float | None]"
 Counts: TypeAlias = "dict[str, dict[str, int]]"
@@ -26,7 +27,7 @@ def read_scores(path: str | Path) -> Judge:
         DataError: the file cannot be read, or a row is not as it must be; file and line are named.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = read_bytes(path, None).split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: the scores cannot be read: {error.strerror}") from error
     scores: dict[str, float | None] = {}
@@ -34,14 +35,16 @@ def read_scores(path: str | Path) -> Judge:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{path}:{number}: is no JSON: {error}") from error
+            raise DataError(f"{path}:{number}: {error}") from error
         if not isinstance(row, Mapping) or not isinstance(row.get("id"), str) or "score" not in row:
             raise DataError(f"{path}:{number}: a row of scores has an id and a score")
         score = row["score"]
-        if not (score is None or (isinstance(score, int | float) and not isinstance(score, bool))):
-            raise DataError(f"{path}:{number}: the score of {row['id']} must be a number or null, not {score!r}")
+        if not (score is None or NUMBER.fits(score)):
+            raise DataError(
+                f"{path}:{number}: the score of {row['id']} must be a finite number or null, not {reprlib.repr(score)}"
+            )
         if row["id"] in scores:
             raise DataError(f"{path}:{number}: {row['id']} is scored twice")
         scores[row["id"]] = score

@@ -20,6 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError, SettingsError
+from safelora_fast.json_reading import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    check_fields,
+    read_json,
+    read_object,
+    why,
+)
 from safelora_fast.posthoc.output import check_target, described, sync
 from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.trainer_arguments import CHECKPOINTS
@@ -33,6 +45,11 @@ RECORD = "safelora_train.json"
 SEAL = "safelora_checkpoint.json"
 FORMAT = 1
 PARTIAL = ".partial"
+AT_THE_END = {"steps": COUNT, "seconds": NUMBER, "metrics": OBJECT}
+PARTS = {
+    "finished": FLAG, "recipe": OBJECT, "data": OBJECT, "plan": OBJECT, "projection": OBJECT, "step_seconds": NUMBER,
+    "peak_bytes": OBJECT,
+}  # fmt: skip
 MOVABLE = {
     "data.path": "train",
     "data.eval": "held_out",
@@ -121,7 +138,7 @@ class RunFolder:
         Where the output lies does not matter, nor where the data do, while their files are the same.
         """
         record = self.read_record()
-        before, now = (dict(_flat(json.loads(json.dumps(values)))) for values in (record.get(part, {}), wanted))
+        before, now = (dict(_flat(json.loads(json.dumps(values)))) for values in (record.get(part) or {}, wanted))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         changed = [key for key in changed if key != "output.folder" and not _is_moved(key, now.get(key), record)]
         if not changed:
@@ -139,12 +156,9 @@ class RunFolder:
         if not file.exists():
             return {}
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            return read_record(file)
         except (OSError, ValueError) as error:
-            raise OutputError(f"{file}: the record of the run cannot be read: {error}") from error
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise OutputError(f"{file}: is no record of a run of format {FORMAT}")
-        return record
+            raise OutputError(f"{file}: the record of the run is damaged: {why(error)}") from error
 
     def begin(self, record: Mapping[str, Any], *, anew: bool) -> None:
         """Make the folder and write the record of a run that is not finished; `anew` removes an earlier one.
@@ -180,11 +194,30 @@ class RunFolder:
         whole = []
         for folder in self._checkpoints():
             try:
-                seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-                whole.append(Checkpoint(folder, int(seal["step"]), float(seal["seconds"])))
-            except (OSError, ValueError, KeyError, TypeError):
+                seal = check_fields(read_json(folder / SEAL), {"step": COUNT, "seconds": NUMBER})
+                whole.append(Checkpoint(folder, seal["step"], float(seal["seconds"])))
+            except (OSError, ValueError):
                 continue
         return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The record of a run, whose parts are of the types that :mod:`safelora_fast.recipe.run` writes.
+
+    Raises:
+        OSError, ValueError: as :func:`~safelora_fast.json_reading.check_fields`; it is not of this format.
+    """
+    record = read_object(file)
+    if record.get("format") != FORMAT:
+        raise ValueError(f"it is no record of a run of format {FORMAT}")
+    check_fields(record, AT_THE_END if record.get("finished") is True else {}, {**AT_THE_END, **PARTS})
+    for part, kind in (("data", TEXT), ("peak_bytes", NUMBER), ("metrics", OBJECT)):
+        values = record.get(part) or {}
+        check_fields(values, {}, dict.fromkeys(values, kind))
+    for metric in (record.get("metrics") or {}).values():
+        check_fields(metric, {}, dict.fromkeys(("first", "last", "mean"), NUMBER))
+    check_fields(record.get("projection") or {}, {}, {"warnings": TEXTS})
+    return record
 
 
 def _matters(file: Path) -> bool:
@@ -194,7 +227,7 @@ def _matters(file: Path) -> bool:
 
 def _is_moved(key: str, now: Any, record: Mapping[str, Any]) -> bool:
     """Whether a setting names the same data in another place."""
-    known = record.get("data", {}).get(MOVABLE.get(key))
+    known = (record.get("data") or {}).get(MOVABLE.get(key))
     path = Path(now).expanduser() if isinstance(now, str) else None
     return known is not None and path is not None and path.is_file() and digest(path) == known
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from safelora_fast.data.inoculate import check_system_turn, with_system_turn
 from safelora_fast.data.interleave import SAFE
 from safelora_fast.data.schedule import Schedule
 from safelora_fast.errors import DataError
+from safelora_fast.json_reading import OBJECT, check_fields, read_json
 from safelora_fast.recipe.tokens import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def held_out_warnings(recipe: Recipe, task_sha256: str) -> tuple[str, ...]:
     if section is None:
         return ()
     try:
-        report = json.loads(Path(f"{section.path}{REPORT_SUFFIX}").expanduser().read_text(encoding="utf-8"))
+        report = check_fields(read_json(Path(f"{section.path}{REPORT_SUFFIX}").expanduser()), {"trained_on": OBJECT})
         names = [name for name, sha256 in report["trained_on"].items() if sha256 == task_sha256]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError):
         return ()
     return tuple(
         f"{section.path} was chosen with adapter {name}, which was trained on {recipe.data.path}: the choice knows what the "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safelora_fast.data.best import top_k
 from safelora_fast.errors import DataError
+from safelora_fast.json_reading import NUMBER, parse_json
 from safelora_fast.posthoc.hub import is_within_reach, offline_unless
 from safelora_fast.posthoc.resolver import did_you_mean
 
@@ -97,8 +97,8 @@ def read_rows(source: str, most: int | None = None, *, best: int | None = None) 
 
 
 def _score(place: str, record: Mapping[str, Any]) -> float:
-    score = record.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score):
+    score: Any = record.get("score")
+    if not NUMBER.fits(score):
         raise DataError(
             f"{place}: has no score, by which the best rows are chosen; make the file with `safelora-fast select`"
         )
@@ -119,13 +119,9 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
             continue
         place = f"{path}:{number}"
         try:
-            yield place, json.loads(line)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: is not UTF-8 text") from error
+            yield place, parse_json(line)
         except ValueError as error:
-            raise DataError(f"{place}: is no JSON: {error}") from error
-        except RecursionError as error:
-            raise DataError(f"{place}: is nested too deeply") from error
+            raise DataError(f"{place}: {error}") from error
 
 
 def _from_hub(source: str) -> tuple[str, Iterator[tuple[str, Any]]]:

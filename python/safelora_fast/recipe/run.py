@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import json
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from safelora_fast.errors import (
     SettingsError,
     TrainingError,
 )
+from safelora_fast.json_reading import read_object
 from safelora_fast.posthoc.output import alone, whole_folder
 from safelora_fast.recipe.card import render
 from safelora_fast.recipe.cost import switched_on
@@ -218,7 +218,7 @@ def _no_room(path: Path, error: Exception) -> OutputError:
 
 def _sort_sets(file: Path) -> None:
     """PEFT keeps module names in sets, whose order changes from process to process: the same run, the same bytes."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])

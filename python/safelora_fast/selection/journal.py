@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import DataError, OutputError, SettingsError
+from safelora_fast.json_reading import COUNT, LIST, NUMBER, OBJECT, TEXT, check_fields, parse_json, read_bytes
 from safelora_fast.posthoc.output import described
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Journal:
     def _read(self) -> int:
         """Read the entries; returns the bytes of whole lines."""
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path, None)
         except OSError as error:
             raise OutputError(f"{self.path}: the journal cannot be read: {error.strerror}") from error
         whole = content.rfind(b"\n") + 1
@@ -75,25 +77,35 @@ class Journal:
         lines = content[:whole].splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                values = json.loads(line)
                 if number == 1:
-                    self._check(values, begun=len(lines) > 1)
+                    self._check(parse_json(line), begun=len(lines) > 1)
                 else:
-                    entry = Entry(values["row"], values["of"], tuple(values.get("nll", ())), values.get("skipped"))
+                    entry = self._entry(parse_json(line))
                     self.entries[entry.index] = entry
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 raise DataError(
-                    f"{self.path}:{number}: is no line of a selection's journal; choose another name, or delete it"
+                    f"{self.path}:{number}: is no line of a selection's journal ({error}); choose another name, or delete it"
                 ) from error
         return whole if len(lines) > 1 else 0  # nothing was scored: any settings will do
 
+    def _entry(self, line: Any) -> Entry:
+        values = check_fields(line, {"row": COUNT, "of": TEXT}, {"nll": LIST, "skipped": TEXT})
+        nll, skipped = values.get("nll") or [], values.get("skipped")
+        models = 0 if skipped else 1 + len(self._settings["adapters"])
+        if len(nll) != models or not all(map(NUMBER.fits, nll)):
+            raise ValueError(f"nll must be {models} finite numbers, not {reprlib.repr(nll)}")
+        return Entry(values["row"], values["of"], tuple(map(float, nll)), skipped)
+
     def _check(self, header: Any, *, begun: bool) -> None:
-        former = header["settings"]
+        former = check_fields(header, {"settings": OBJECT, "format": COUNT})["settings"]
         if header["format"] != FORMAT:
-            raise ValueError
+            raise ValueError(f"the format is {header['format']}, not {FORMAT}")
         changed = [name for name in {**former, **self._settings} if former.get(name) != self._settings.get(name)]
         if changed and begun:
-            what = "; ".join(f"{name} was {former.get(name)!r}, is {self._settings.get(name)!r}" for name in changed)
+            what = "; ".join(
+                f"{name} was {reprlib.repr(former.get(name))}, is {reprlib.repr(self._settings.get(name))}"
+                for name in changed
+            )
             raise SettingsError(f"{self.path}: was begun with other settings: {what}; change them back, or delete it")
 
     def add(self, entries: Iterable[Entry]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import AdapterError, SettingsError
+from safelora_fast.json_reading import read_object, why
 from safelora_fast.posthoc.resolver import named_adapter
 from safelora_fast.recipe.loading import LOADING_ERRORS, first_line
 from safelora_fast.scoring import AnswerScorer
@@ -175,9 +175,9 @@ def _check_weights(adapted: Any, name: str, folder: Path) -> None:
 
 def _check_kind(folder: Path) -> None:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_object(folder / CONFIG)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder}: {CONFIG} cannot be read: {error}") from error
+        raise AdapterError(f"{folder / CONFIG}: {why(error)}") from error
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(CHANGES_BASE):
         raise AdapterError(

@@ -14,6 +14,7 @@ import numpy as np
 from safelora_fast.data.best import top_k
 from safelora_fast.data.chat import has_template
 from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.json_reading import OBJECT, TEXT, check_fields, read_json
 from safelora_fast.posthoc.output import alone, check_file, whole_file
 from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
@@ -283,9 +284,9 @@ def _trained_on(adapters: dict[str, Path]) -> dict[str, str]:
     found = {}
     for name, folder in adapters.items():
         try:
-            record = json.loads((folder / TRAIN_RECORD).read_text(encoding="utf-8"))
-            found[name] = str(record["data"]["train"])
-        except (OSError, ValueError, KeyError, TypeError):
+            record = check_fields(read_json(folder / TRAIN_RECORD), {"data": OBJECT})
+            found[name] = check_fields(record["data"], {"train": TEXT})["train"]
+        except (OSError, ValueError):
             continue
     return found
 
