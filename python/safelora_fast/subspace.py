@@ -92,6 +92,7 @@ class SafeSubspace:
         modules: Sequence[str] | None = None,
         rank: int | None = None,
         energy: float | None = None,
+        exclude: str | Sequence[str] | None = None,
         seed: int = 0,
         threads: int | None = None,
         device: str | None = None,
@@ -117,6 +118,7 @@ class SafeSubspace:
                 on all linear layers adapts.
             rank: vectors a module; 64 when neither this nor `energy` is given.
             energy: share of ‖V‖²_F to hold, instead of a rank.
+            exclude: names or patterns ("lm_head", "layers.0.*") of modules to exclude.
             seed: of the random start.
             threads: number of threads; all cores by default. With a device, of those that read.
             device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations by torch; None: the CPU, by
@@ -138,6 +140,7 @@ class SafeSubspace:
             modules=modules,
             rank=rank,
             energy=energy,
+            exclude=exclude,
             seed=seed,
             threads=threads,
             device=device,

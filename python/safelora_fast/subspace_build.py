@@ -5,6 +5,7 @@ The extension does the work, or torch on a device.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from safelora_fast import _core
 from safelora_fast.errors import MissingDependencyError, PairingError, SettingsError
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.provenance import describe
-from safelora_fast.posthoc.settings import Settings, whole_number
+from safelora_fast.posthoc.settings import Settings, patterns, whole_number
 from safelora_fast.posthoc.sources import open_checkpoint
 from safelora_fast.posthoc.subspace_plan import plan_subspace
 from safelora_fast.posthoc.weight_norms import median_ratio, weight_norm
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.project import Progress
 
 RANK = 64
+logger = logging.getLogger(__name__)
 
 
 def build_subspace(
@@ -40,6 +42,7 @@ def build_subspace(
     modules: Sequence[str] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    exclude: str | Sequence[str] | None = None,
     seed: int = 0,
     threads: int | None = None,
     device: str | None = None,
@@ -48,6 +51,7 @@ def build_subspace(
     """Stream two checkpoints and keep U_k, σ_k and ‖V‖_F of each module; see :meth:`SafeSubspace.build`."""
     if rank is None and energy is None:
         rank = RANK
+    left = patterns("exclude", exclude)
     settings = Settings("orthogonal", rank=rank, energy=energy, select="all", threads=threads)
     if not 0 <= whole_number("seed", seed) < 2**64:
         raise SettingsError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed}")
@@ -55,7 +59,9 @@ def build_subspace(
         raise SettingsError(f'modules must be names like ["q_proj", "v_proj"], not {modules!r}')
     on = None if device is None else _torch_device(device)
     models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
-    plan = plan_subspace(*models, modules)
+    plan = plan_subspace(*models, modules, left)
+    for warning in (line for model in models for line in model.warnings):
+        logger.warning(warning)
     sources = dict(zip(("aligned", "base"), map(describe, models), strict=True))
     stream = _start(plan, settings, seed, on)
     if progress is not None:
@@ -85,6 +91,7 @@ def build_subspace(
         )
     described: dict[str, Any] = {"rank": rank, "energy": energy, "seed": seed}
     described["median_v_ratio"] = float(f"{median_ratio(ratios):.4g}")
+    described["exclude"] = list(left) or None
     described["modules"] = None if modules is None else list(modules)
     return SafeSubspace(built, sources, {**described, **_made_by(on)})
 

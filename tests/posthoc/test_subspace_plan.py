@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -159,14 +157,22 @@ def test_shapes_that_differ_are_named(llama, tmp_path):
         SafeSubspace.build(aligned=folders["aligned"], base=wider)
 
 
-def test_quantised_checkpoints_are_refused(llama):
+def test_the_tensors_tell_whether_a_model_is_quantized(llama, tmp_path, caplog):
     folders, _ = llama
-    config = json.loads((folders["base"] / "config.json").read_text())
-    (folders["base"] / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
-    )
-    with pytest.raises(CheckpointError, match=r"the base model is quantised \(gptq\)"):
-        SafeSubspace.build(**folders)
+    declared = {"quantization_config": {"quant_method": "gptq"}}
+    plain = rewrite(folders["base"], tmp_path / "plain", config=declared)
+    truth, subspace = (SafeSubspace.build(aligned=folders["aligned"], base=base) for base in (folders["base"], plain))
+    assert subspace.modules.keys() == truth.modules.keys()
+    for name, module in truth.modules.items():
+        assert np.array_equal(module.left_vectors, subspace.modules[name].left_vectors)
+    assert f"{plain}: config.json holds a quantization_config (gptq)" in caplog.text
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def integers(tensors):
+        return {**tensors, name: tensors[name].to(torch.int8)}
+
+    with pytest.raises(CheckpointError, match="is I8; weights must be F32, BF16 or F16, not quantised"):
+        SafeSubspace.build(aligned=folders["aligned"], base=rewrite(plain, tmp_path / "packed", integers))
 
 
 def test_a_family_without_its_own_class_of_names(tmp_path):

@@ -25,6 +25,7 @@ def inspect(
     select: options.Select = "threshold",
     threshold: options.Threshold = None,
     num_layers: options.NumLayers = None,
+    exclude: options.Exclude = None,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -60,6 +61,7 @@ def inspect(
             threshold=threshold,
             num_layers=num_layers,
             threads=threads,
+            exclude=exclude,
             progress=None if quiet or as_json else progress,
         )
     if plot is not None:

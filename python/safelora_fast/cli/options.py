@@ -45,6 +45,12 @@ Threshold = Annotated[
     float | None, typer.Option(metavar="T", help="For threshold: cosines at most this. (default 0.5)")
 ]
 NumLayers = Annotated[int | None, typer.Option(metavar="N", help="For number: how many of the lowest. (default 10)")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="Do not project modules of this name, e.g. lm_head or layers.0.*; repeatable."
+    ),
+]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw cosine and gain by depth (.png, .svg or .pdf).")]
 Threads = Annotated[
     int | None, typer.Option(metavar="N", help="Threads. The result does not depend on it. (default: all cores)")

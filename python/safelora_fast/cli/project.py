@@ -26,6 +26,7 @@ def project(
     select: options.Select = "threshold",
     threshold: options.Threshold = None,
     num_layers: options.NumLayers = None,
+    exclude: options.Exclude = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Compute and report everything, write nothing.")
     ] = False,
@@ -69,6 +70,7 @@ def project(
             threshold=threshold,
             num_layers=num_layers,
             threads=threads,
+            exclude=exclude,
             overwrite=overwrite,
             progress=None if quiet or as_json else progress,
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.errors import SettingsError
-from safelora_fast.posthoc.settings import Normalize, Operator, Select, Settings
+from safelora_fast.posthoc.settings import Normalize, Operator, Select, Settings, patterns
 
 if TYPE_CHECKING:
     from safelora_fast.subspace import SafeSubspace
@@ -39,6 +39,7 @@ class SafeLora(Defense):
         threshold: cosines at most this; 0.5 by default.
         num_layers: how many of the lowest cosines; 10 by default.
         threads: threads of the projection at the end; all cores by default.
+        exclude: names or patterns ("lm_head", "layers.0.*") of modules that are not projected.
 
     Attributes:
         settings: the settings of the projection at the end, None at a step.
@@ -63,6 +64,7 @@ class SafeLora(Defense):
         threshold: float | None = None,
         num_layers: int | None = None,
         threads: int | None = None,
+        exclude: list[str] | None = None,
     ) -> None:
         if at not in get_args(When):
             raise SettingsError(f'SafeLora: at is {at!r}, it must be "end" or "step"')
@@ -70,6 +72,7 @@ class SafeLora(Defense):
         self.subspace = subspace
         self.at: When = at
         self.every = 1 if every is None else every
+        self.exclude = patterns("SafeLora: exclude", exclude)
         self.settings: Settings | None = None
         if at == "step":
             of_the_end = {
@@ -89,7 +92,15 @@ class SafeLora(Defense):
             rank, energy = subspace.settings.get("rank"), subspace.settings.get("energy")
         try:
             self.settings = Settings(
-                operator or "safelora", normalize, rank, energy, select or "threshold", threshold, num_layers, threads
+                operator or "safelora",
+                normalize,
+                rank,
+                energy,
+                select or "threshold",
+                threshold,
+                num_layers,
+                threads,
+                self.exclude,
             )
         except SettingsError as error:
             raise SettingsError(f"SafeLora: {error}") from None
@@ -114,8 +125,9 @@ class SafeLora(Defense):
 
     def __repr__(self) -> str:
         if self.settings is None:
-            return f"SafeLora(at='step', every={self.every}, operator='orthogonal')"
-        given = {name: value for name, value in vars(self.settings).items() if value is not None}
+            left = f", exclude={list(self.exclude)}" if self.exclude else ""
+            return f"SafeLora(at='step', every={self.every}, operator='orthogonal'{left})"
+        given = {name: value for name, value in vars(self.settings).items() if value not in {None, ()}}
         return f"SafeLora(at='end', {', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     @property
@@ -131,4 +143,4 @@ class SafeLora(Defense):
         if self.at == "step":
             from safelora_fast.training.safe_modules import SafeModules
 
-            SafeModules(anatomy.model, self.subspace, owner="SafeLora")
+            SafeModules(anatomy.model, self.subspace, owner="SafeLora", exclude=self.exclude)

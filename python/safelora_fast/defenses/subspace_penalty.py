@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.errors import SettingsError
+from safelora_fast.posthoc.settings import patterns
 
 if TYPE_CHECKING:
     from safelora_fast.subspace import SafeSubspace
@@ -21,6 +22,7 @@ class SubspacePenalty(Defense):
     Args:
         subspace: the safe subspace of the model's aligned and base checkpoints.
         weight: λ; the paper's is 1.
+        exclude: names or patterns ("lm_head", "layers.0.*") of modules that are not counted.
 
     Raises:
         SettingsError: the weight is out of range.
@@ -28,12 +30,13 @@ class SubspacePenalty(Defense):
 
     name: ClassVar[str] = "subspace_penalty"
 
-    def __init__(self, subspace: SafeSubspace, weight: float = 1.0) -> None:
+    def __init__(self, subspace: SafeSubspace, weight: float = 1.0, *, exclude: list[str] | None = None) -> None:
         if not (math.isfinite(weight) and weight >= 0):
             raise SettingsError(f"SubspacePenalty: weight is {weight}, it must be finite and not negative")
         check_subspace(subspace, owner="SubspacePenalty")
         self.subspace = subspace
         self.weight = float(weight)
+        self.exclude = patterns("SubspacePenalty: exclude", exclude)
 
     def __repr__(self) -> str:
         return f"SubspacePenalty(weight={self.weight})"
@@ -47,4 +50,4 @@ class SubspacePenalty(Defense):
         """Refuse a model with a module that the subspace does not fit."""
         from safelora_fast.training.safe_modules import SafeModules
 
-        SafeModules(anatomy.model, self.subspace, owner="SubspacePenalty")
+        SafeModules(anatomy.model, self.subspace, owner="SubspacePenalty", exclude=self.exclude)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast import _core
-from safelora_fast.errors import AdapterError
+from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.json_reading import TEXT, TEXTS, check_fields, read_json, why
 from safelora_fast.posthoc.adapter_keys import PREFIX, peft_keys
 from safelora_fast.posthoc.lora_config import CONFIG, VARIANTS, refuse_variants, unknown_keys_note
+from safelora_fast.posthoc.names import matching
 from safelora_fast.posthoc.resolver import adapter_folder
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Adapter:
     Attributes:
         keys: for each key of the file the one under which PEFT looks for the tensor; that one is written.
         notes: warnings about the adapter's own files.
+        excluded: the modules that are excluded as asked; their tensors are among the copied ones.
     """
 
     path: Path
@@ -83,13 +85,33 @@ class Adapter:
     copied: tuple[tuple[str, str], ...]
     keys: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
 
-def load_adapter(path: str | Path, *, keep_keys: bool = False) -> Adapter:
+def load_adapters(
+    paths: Sequence[str | Path], exclude: Sequence[str] = (), *, keep_keys: bool = False
+) -> list[Adapter]:
+    """Read several adapters, of which some modules may be excluded.
+
+    Raises:
+        AdapterError, CheckpointError: as of :func:`load_adapter`.
+        SettingsError: when a pattern to exclude matches no module of any of them.
+    """
+    adapters = [load_adapter(path, exclude, keep_keys=keep_keys) for path in paths]
+    for pattern in exclude:
+        if not any(matching(name, [pattern]) for adapter in adapters for name in adapter.excluded):
+            ends = sorted({module.name.rpartition(".")[2] for adapter in adapters for module in adapter.modules})
+            raise SettingsError(f"exclude: no adapted module is called {pattern!r}; they end in {', '.join(ends)}")
+    return adapters
+
+
+def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bool = False) -> Adapter:
     """Read an adapter's configuration and header.
 
     Args:
         path: the folder that PEFT's save_pretrained wrote, or a Hub id with an optional `@revision`.
+        exclude: names or patterns of modules that are not to be projected, as of
+            :func:`~safelora_fast.posthoc.names.matching`.
         keep_keys: the keys are those of a model at hand, so they are right as they are.
 
     Raises:
@@ -106,8 +128,8 @@ def load_adapter(path: str | Path, *, keep_keys: bool = False) -> Adapter:
         )
     file = _core.SafetensorsFile(str(folder / WEIGHTS))
     keys = {key: key for key in file.tensors} if keep_keys else peft_keys(folder, file.tensors)
-    modules, copied = _account(folder, config, file, keys)
-    return Adapter(folder, config, file, modules, copied, keys, tuple(unknown_keys_note(config)))
+    modules, copied, left = _account(folder, config, file, keys, exclude)
+    return Adapter(folder, config, file, modules, copied, keys, tuple(unknown_keys_note(config)), left)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -119,13 +141,55 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _account(
-    folder: Path, config: Mapping[str, Any], file: _core.SafetensorsFile, keys: Mapping[str, str]
-) -> tuple[tuple[LoraModule, ...], tuple[tuple[str, str], ...]]:
+    folder: Path,
+    config: Mapping[str, Any],
+    file: _core.SafetensorsFile,
+    keys: Mapping[str, str],
+    exclude: Sequence[str],
+) -> tuple[tuple[LoraModule, ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
     """Give every tensor of the file a role."""
+    factors, copied = _factors(folder, file, keys)
+    names: dict[tuple[str, bool], None] = dict.fromkeys((module, "embedding" in factor) for module, factor in factors)
+    tensors, targets = file.tensors, config.get("target_parameters") or []
+    modules = []
+    left: dict[str, None] = {}
+    for name, embedding in names:
+        module = name.replace(NESTED, "")
+        if pattern := matching(module, exclude):
+            left[module] = None
+            ours = [
+                key for (owner, factor), key in factors.items() if (owner, "embedding" in factor) == (name, embedding)
+            ]
+            copied += [(key, f"excluded by {pattern!r}: not projected") for key in ours]
+            continue
+        b, a = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")
+        left_key, right_key = factors.get((name, b)), factors.get((name, a))
+        if left_key is None or right_key is None:
+            there, absent = (a, b) if left_key is None else (b, a)
+            raise AdapterError(f"{folder}: module {name} has {there} but no {absent}")
+        kind: Kind = "embedding" if embedding else "linear"
+        modules.append(_module(folder, name, kind, left_key, right_key, tensors, targets))
+    if not modules:
+        raise AdapterError(
+            f"{folder}: {', '.join(map(repr, exclude))} excludes every module: there is nothing to project"
+        )
+    of_vocabulary = [name for name, embedding in names if embedding or name.endswith(HEADS)]
+    projected = any(module.kind == "embedding" or module.name.endswith(HEADS) for module in modules)
+    if config.get("ensure_weight_tying") and len(of_vocabulary) > 1 and projected:
+        raise AdapterError(
+            f"{folder}: ensure_weight_tying makes embeddings and head share their factors, one the transpose of the other, so "
+            "neither can be projected by itself; train the adapter on one of the two, or exclude both (--exclude)"
+        )
+    return tuple(modules), tuple(copied), tuple(left)
+
+
+def _factors(
+    folder: Path, file: _core.SafetensorsFile, keys: Mapping[str, str]
+) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]]]:
+    """The keys of the factors, by module and factor, and the other keys with the reason why they are copied."""
     factors: dict[tuple[str, str], str] = {}
     copied: list[tuple[str, str]] = []
-    tensors = file.tensors
-    for key in tensors:
+    for key in file.tensors:
         if "lora_magnitude_vector" in key:
             raise AdapterError(f"{folder}: {key} belongs to DoRA: {VARIANTS['use_dora']}")
         if BIAS.fullmatch(keys[key]):
@@ -140,24 +204,7 @@ def _account(
             copied.append((key, TRAINED_IN_FULL))
     if not factors:
         raise AdapterError(f"{folder}: {WEIGHTS} holds no LoRA factors")
-    names: dict[tuple[str, bool], None] = dict.fromkeys((module, "embedding" in factor) for module, factor in factors)
-    targets = config.get("target_parameters") or []
-    modules = []
-    for name, embedding in names:
-        left, right = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")
-        left_key, right_key = factors.get((name, left)), factors.get((name, right))
-        if left_key is None or right_key is None:
-            there, absent = (right, left) if left_key is None else (left, right)
-            raise AdapterError(f"{folder}: module {name} has {there} but no {absent}")
-        kind: Kind = "embedding" if embedding else "linear"
-        modules.append(_module(folder, name, kind, left_key, right_key, tensors, targets))
-    of_vocabulary = {module.kind for module in modules if module.kind == "embedding" or module.name.endswith(HEADS)}
-    if config.get("ensure_weight_tying") and len(of_vocabulary) > 1:
-        raise AdapterError(
-            f"{folder}: ensure_weight_tying makes embeddings and head share their factors, one the transpose of the other, so "
-            "neither can be projected by itself; train the adapter on one of the two"
-        )
-    return tuple(modules), tuple(copied)
+    return factors, copied
 
 
 def _module(
@@ -175,7 +222,8 @@ def _module(
             raise AdapterError(f"{folder}: {key} is {dtype}; LoRA factors must be F32, BF16 or F16")
         if len(shape) > 2:
             raise AdapterError(
-                f"{folder}: {key} has shape {list(shape)}, of a convolution; only matrices can be projected"
+                f"{folder}: {key} has shape {list(shape)}, of a convolution; only matrices can be projected; to exclude "
+                f"this module: --exclude {path.rpartition('.')[2]}"
             )
         if len(shape) != 2 or 0 in shape:
             raise AdapterError(

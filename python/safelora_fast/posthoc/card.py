@@ -57,6 +57,7 @@ def render(report: ProjectionReport, index: int) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
         *(_row(module) for module in sorted(adapter.modules, key=lambda module: natural_order(module.name))),
         "",
+        *_excluded(adapter),
         *_copied(adapter),
         "## Use",
         "",
@@ -81,6 +82,13 @@ def _row(module: ModuleReport) -> str:
     figures = (module.gain, module.b_norm, module.b_norm_after, module.v_norm)
     cosine, *others = (_figure(value) for value in (module.cosine, *figures))
     return f"| {_cell(module.name)} | {cosine} | {done} | {' | '.join(others)} |"
+
+
+def _excluded(adapter: AdapterReport) -> list[str]:
+    if not adapter.excluded:
+        return []
+    modules = (f"- {_cell(name)}" for name in sorted(adapter.excluded, key=natural_order))
+    return ["## Excluded", "", "These modules were not projected, as asked:", "", *modules, ""]
 
 
 def _copied(adapter: AdapterReport) -> list[str]:

@@ -94,7 +94,7 @@ class ExpertWeights:
         there = {parameter: weight for parameter, weight in found.items() if weight is not None}
         lacking = [parameter for parameter in wanted if parameter not in there]
         if lacking and (modules[0].parameters or len(there) < len(modules)):
-            raise names.missing(f"{module}.{lacking[0]}", f"{module}.{lacking[0]}")
+            raise names.missing(module, f"{module}.{lacking[0]}")
         if len(there) < len(modules):
             raise PairingError(
                 f"{module}: the adapter has {len(modules)} pairs of factors there, but target_parameters names "

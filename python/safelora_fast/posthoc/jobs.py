@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.settings import Settings
 
 
+Problems = list[tuple[str, PairingError]]
+MOST_TO_EXCLUDE = 3  # where more kinds of modules do not pair, something else is wrong
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a projected left factor (rows, cols) goes: a strided matrix in one tensor of one adapter, in elements."""
@@ -157,7 +161,7 @@ def meet(name: str, aligned: Matrix, base: Matrix, factors: Meeting | None = Non
     if aligned.vocabulary and aligned.shape != base.shape:
         raise PairingError(
             f"{name}: the vocabulary was resized between the two models, so their difference is not defined: {shapes}; "
-            "resize one to the other (resize_token_embeddings), or train the adapter without this module"
+            "resize one to the other (resize_token_embeddings)"
         )
     if factors is None:
         raise PairingError(f"{name}: the weights differ in shape: {shapes}")
@@ -211,19 +215,28 @@ def refuse_equal(norms: Sequence[float]) -> None:
         )
 
 
-def collect(problems: list[PairingError], into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]
-    """Extend a list by what some work gives, or note its problem."""
+def collect(problems: Problems, name: str, into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]
+    """Extend a list by what some work on a module gives, or note its problem."""
     try:
         into.extend(work())
     except PairingError as problem:
-        problems.append(problem)
+        problems.append((name, problem))
 
 
-def raise_first(problems: list[PairingError]) -> None:
-    """Raise the first of several problems, and say how many more there are."""
-    if problems:
-        more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
-        raise PairingError(f"{problems[0]}{more}")
+def raise_first(problems: Problems, others: int) -> None:
+    """Raise the first of several problems, say how many more there are, and how to go on without these modules.
+
+    Args:
+        problems: what is wrong, with the name of the module.
+        others: how many modules have no problem.
+    """
+    if not problems:
+        return
+    more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
+    ends = sorted({name.rpartition(".")[2] for name, _ in problems})
+    words = " ".join(f"--exclude {end}" for end in ends)
+    way = f"; to project the others: {words}" if others and len(ends) <= MOST_TO_EXCLUDE else ""
+    raise PairingError(f"{problems[0][1]}{more}{way}")
 
 
 def _planned(group: Group, adapters: Sequence[Adapter]) -> PlannedModule:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 WRAPPERS = {"base_model", "model", "language_model", "text_model", "transformer", "backbone"}
 
@@ -38,6 +39,12 @@ LANGUAGE_TASKS = {"CAUSAL_LM", "SEQ_2_SEQ_LM"}  # PEFT refuses them for a model 
 def canonical(name: str) -> str:
     """A tensor's name without the wrappers at its front and in one spelling."""
     return _spelled(_split(name)[1])
+
+
+def matching(module: str, patterns: Sequence[str]) -> str | None:
+    """The first of some patterns that a module's name, or its last components, match as file names do; None without one."""
+    ends = (pattern for pattern in patterns if fnmatch.fnmatchcase(f".{module}", f"*.{pattern}"))
+    return next(ends, None)
 
 
 def tower_of(config: Mapping[str, Any]) -> str | None:

@@ -54,7 +54,7 @@ def project_peft_model(
         new_adapter_name: the name of the projected one; must be free.
         device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations by torch; None: the CPU, by the
             extension.
-        **settings: operator, normalize, rank, energy, select, threshold, num_layers, threads, progress, as of
+        **settings: operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude, progress, as of
             :func:`project_adapter`.
 
     Returns:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from safelora_fast.errors import PairingError
 from safelora_fast.posthoc.experts import assign, expert_factors, whole
 from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
-from safelora_fast.posthoc.jobs import Group, Meeting, Plan, collect, meet, plan_groups, raise_first
+from safelora_fast.posthoc.jobs import Group, Meeting, Plan, Problems, collect, meet, plan_groups, raise_first
 from safelora_fast.posthoc.names import tower_of
 from safelora_fast.posthoc.pairing import TensorNames
 
@@ -54,7 +54,7 @@ def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Chec
         CheckpointError: when a checkpoint is quantised.
     """
     names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
-    problems: list[PairingError] = []
+    problems: Problems = []
     located: list[_Linear | _Experts] = []
     seen: list[tuple[TensorNames, TensorNames]] = []
     for index, adapter in enumerate(adapters):
@@ -66,10 +66,10 @@ def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Chec
             if module.kind == "parameter":
                 nested[module.name].append(module)
             else:
-                collect(problems, located, lambda: [_linear(index, module, theirs)])  # noqa: B023
+                collect(problems, module.name, located, lambda: [_linear(index, module, theirs)])  # noqa: B023
         for modules in nested.values():
-            collect(problems, located, lambda: [_experts(index, modules, theirs)])  # noqa: B023
-    raise_first(problems)
+            collect(problems, modules[0].name, located, lambda: [_experts(index, modules, theirs)])  # noqa: B023
+    raise_first(problems, len(located))
     aligned.require(sorted({name for unit in located for name in _tensors(unit.aligned)}))
     base.require(sorted({name for unit in located for name in _tensors(unit.base)}))
 
@@ -78,12 +78,12 @@ def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Chec
         found: list[Group] = []
         adapter, theirs = adapters[unit.adapter], seen[unit.adapter]
         if isinstance(unit, _Linear):
-            collect(problems, found, lambda: [_linear_group(unit, adapter, theirs)])  # noqa: B023
+            collect(problems, unit.module.name, found, lambda: [_linear_group(unit, adapter, theirs)])  # noqa: B023
         else:
-            collect(problems, found, lambda: _expert_groups(unit, adapter, theirs))  # noqa: B023
+            collect(problems, unit.modules[0].name, found, lambda: _expert_groups(unit, adapter, theirs))  # noqa: B023
         for group in found:
             _join(groups, group, problems)
-    raise_first(problems)
+    raise_first(problems, len(groups))
 
     return plan_groups(groups.values(), adapters)
 
@@ -144,7 +144,7 @@ def _expert_groups(unit: _Experts, adapter: Adapter, names: tuple[TensorNames, T
     return groups
 
 
-def _join(groups: dict[object, Group], group: Group, problems: list[PairingError]) -> None:
+def _join(groups: dict[object, Group], group: Group, problems: Problems) -> None:
     """Add the factors of a group to those that meet the same V already."""
     known = groups.setdefault(group.identity, group)
     if known is group:
@@ -152,11 +152,8 @@ def _join(groups: dict[object, Group], group: Group, problems: list[PairingError
     ours = group.factors[0]
     for other in known.factors:
         if other.adapter == ours.adapter:
-            problems.append(
-                PairingError(
-                    f"{group.name}: the adapter's {other.module.left_key} and {ours.module.left_key} both belong to "
-                    f"{group.aligned[0].tensor}"
-                )
-            )
+            both = f"{other.module.left_key} and {ours.module.left_key}"
+            problem = PairingError(f"{group.name}: the adapter's {both} both belong to {group.aligned[0].tensor}")
+            problems.append((ours.module.name, problem))
             return
     known.factors.extend(group.factors)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.posthoc import card
-from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapter
+from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapters
 from safelora_fast.posthoc.adapter_keys import settled_adapters
 from safelora_fast.posthoc.finite import count_not_finite
 from safelora_fast.posthoc.jobs import refuse_equal, start_stream
@@ -63,6 +63,7 @@ def project_adapter(
     threshold: float | None = None,
     num_layers: int | None = None,
     threads: int | None = None,
+    exclude: str | Sequence[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ProjectionReport:
@@ -84,6 +85,7 @@ def project_adapter(
         threshold: 0.5 where not given.
         num_layers: 10 where not given.
         threads: number of threads; all cores by default. The result does not depend on it.
+        exclude: names or patterns ("lm_head", "layers.0.*") of modules that stay as they are; the report names them.
         overwrite: replace an output folder that exists.
         progress: told about every module.
 
@@ -93,7 +95,8 @@ def project_adapter(
     Raises:
         SafeLoraFastError: any bad input, in one line; nothing is written then.
     """
-    settings = Settings(operator, normalize, rank, energy, select, threshold, num_layers, threads)  # type: ignore[arg-type]
+    chosen_settings = (operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude)
+    settings = Settings(*chosen_settings)  # type: ignore[arg-type]
     return project_folders(
         adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=progress
     )
@@ -121,7 +124,7 @@ def project_folders(
     if output is not None:
         check_path("output", output, "the folder to make, or None")
     began = time.perf_counter()
-    adapters = [load_adapter(path, keep_keys=keep_keys) for path in paths]
+    adapters = load_adapters(paths, settings.exclude, keep_keys=keep_keys)
     folders = _folders(adapters, None if output is None else Path(output))
     if output is not None:
         inputs = [adapter.path for adapter in adapters] + [path for path in map(Path, (aligned, base)) if path.exists()]
@@ -155,6 +158,7 @@ def project_folders(
                     _copied(adapter),
                     adapter.config.get("base_model_name_or_path") or None,
                     list(adapter.notes),
+                    list(adapter.excluded),
                 )
                 for adapter, folder, reports in zip(adapters, folders, modules, strict=True)
             ],

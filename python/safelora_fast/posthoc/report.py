@@ -43,7 +43,7 @@ class AdapterReport:
     """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names.
 
     `copied` lists the tensors that are no factors, each with the reason and how many of its values are NaN or infinite.
-    `notes` are warnings about the adapter's own files.
+    `notes` are warnings about the adapter's own files, `excluded` the modules that were excluded as asked.
     """
 
     adapter: str
@@ -52,6 +52,7 @@ class AdapterReport:
     copied: list[dict[str, Any]]
     trained_on: str | None = None
     notes: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
 
     @property
     def projected(self) -> list[ModuleReport]:
@@ -115,6 +116,12 @@ class ProjectionReport:
 
     def _of_adapter(self, adapter: AdapterReport) -> list[str]:
         found = [*self._of_pair(adapter), *adapter.notes]
+        if adapter.excluded:
+            more = f" and {len(adapter.excluded) - 3} more" if len(adapter.excluded) > 3 else ""
+            found.append(
+                f"{counted(len(adapter.excluded), 'module')} excluded as asked, not projected: "
+                f"{', '.join(adapter.excluded[:3])}{more}"
+            )
         found += [
             f"{item['tensor']}, which is copied through, holds NaN or Inf ({counted(item['not_finite'], 'value')}): the adapter "
             "was damaged before it came here"

@@ -25,7 +25,7 @@ class Settings:
     """Settings of one projection (docs/methods.md).
 
     `normalize` belongs to `safelora`, exactly one of `rank` and `energy` to `orthogonal`, `threshold` and `num_layers`
-    to the selection of that name; None means the default where there is one.
+    to the selection of that name; None means the default where there is one. `exclude` names modules that stay as they are.
 
     Raises:
         SettingsError: when options contradict each other, are out of range or of another type.
@@ -39,8 +39,10 @@ class Settings:
     threshold: float | None = None
     num_layers: int | None = None
     threads: int | None = None
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", patterns("exclude", self.exclude))
         for name in ("rank", "num_layers", "threads"):
             self._convert(name, whole_number)
         for name in ("energy", "threshold"):
@@ -125,6 +127,18 @@ def whole_number(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise SettingsError(f"{name} must be a whole number, not {value!r}")
     return int(value)
+
+
+def patterns(name: str, value: object) -> tuple[str, ...]:
+    """Names or patterns of modules, of which there may be one, several or none.
+
+    Raises:
+        SettingsError: when it is anything else.
+    """
+    given = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(pattern, str) and pattern for pattern in given):
+        raise SettingsError(f'{name} must be names or patterns of modules, e.g. ["lm_head"], not {value!r}')
+    return tuple(given)
 
 
 def number(name: str, value: object) -> float:

@@ -9,10 +9,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safelora_fast.errors import PairingError
+from safelora_fast.errors import PairingError, SettingsError
 from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
-from safelora_fast.posthoc.jobs import Group, Plan, collect, meet, plan_groups, raise_first
-from safelora_fast.posthoc.names import canonical
+from safelora_fast.posthoc.jobs import Group, Plan, Problems, collect, meet, plan_groups, raise_first
+from safelora_fast.posthoc.names import canonical, matching
 from safelora_fast.posthoc.pairing import FUSED, INPUT_EMBEDDINGS, Piece, TensorNames
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ class _Experts:
     base: ExpertWeights
 
 
-def plan_subspace(aligned: Checkpoint, base: Checkpoint, endings: Sequence[str] | None) -> Plan:
+def plan_subspace(
+    aligned: Checkpoint, base: Checkpoint, endings: Sequence[str] | None, exclude: Sequence[str] = ()
+) -> Plan:
     """Pair modules of the aligned checkpoint with their tensors in the base.
 
     Args:
@@ -52,24 +54,32 @@ def plan_subspace(aligned: Checkpoint, base: Checkpoint, endings: Sequence[str] 
         endings: the last components of the modules' names ("q_proj", "mlp.down_proj"), on disk or as transformers
             spells them; parts of a fused weight and fused modules of separate weights count. None stands for every
             linear weight of the numbered blocks, experts aside.
+        exclude: names or patterns of modules to exclude (:func:`~safelora_fast.posthoc.names.matching`).
 
     Raises:
+        SettingsError: when a pattern to exclude matches nothing, or everything.
         PairingError: when a name ends no module, or a module has no unambiguous counterpart of the same shape.
         CheckpointError: when a checkpoint is quantised.
     """
     names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
     found = _in_blocks(aligned) if endings is None else _ending(aligned, endings)
-    problems: list[PairingError] = []
+    for pattern in exclude:
+        if not any(matching(name, [pattern]) for name in found):
+            raise SettingsError(f"exclude: none of the modules is called {pattern!r}")
+    found = [name for name in found if not matching(name, exclude)]
+    if not found:
+        raise SettingsError(f"{', '.join(map(repr, exclude))} excludes every module")
+    problems: Problems = []
     located: list[_Linear | _Experts] = []
     for name in found:
-        collect(problems, located, lambda: [_locate(name, names)])  # noqa: B023
-    raise_first(problems)
+        collect(problems, name, located, lambda: [_locate(name, names)])  # noqa: B023
+    raise_first(problems, len(located))
     aligned.require(sorted({tensor for unit in located for tensor in _tensors(unit.aligned)}))
     base.require(sorted({tensor for unit in located for tensor in _tensors(unit.base)}))
     groups: list[Group] = []
     for unit in located:
-        collect(problems, groups, lambda: _groups(unit, names))  # noqa: B023
-    raise_first(problems)
+        collect(problems, _name(unit), groups, lambda: _groups(unit, names))  # noqa: B023
+    raise_first(problems, len(groups))
     return plan_groups(groups)
 
 
@@ -148,6 +158,10 @@ def _locate(name: str, names: tuple[TensorNames, TensorNames]) -> _Linear | _Exp
 
 def _tensors(located: tuple[Piece, ...] | ExpertWeights) -> Iterable[str]:
     return located.tensors() if isinstance(located, ExpertWeights) else (piece.tensor for piece in located)
+
+
+def _name(unit: _Linear | _Experts) -> str:
+    return unit.name if isinstance(unit, _Linear) else f"{unit.module}.{unit.parameter}"
 
 
 def _groups(unit: _Linear | _Experts, names: tuple[TensorNames, TensorNames]) -> list[Group]:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.posthoc.names import matching
 from safelora_fast.training.anatomy import adapter_layers, is_parallel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import nn
 
@@ -30,12 +33,13 @@ class AdaptedModule:
     scale: float
 
 
-def adapted_modules(model: nn.Module, *, owner: str) -> list[AdaptedModule]:
+def adapted_modules(model: nn.Module, *, owner: str, exclude: Sequence[str] = ()) -> list[AdaptedModule]:
     """The factors of the active adapter, by module.
 
     Args:
         model: the causal language model under the PEFT wrapper.
         owner: the defence, for messages.
+        exclude: names or patterns of modules to pass over.
 
     Raises:
         SettingsError: no LoRA, several active adapters, or a kind that cannot be projected; the module is named.
@@ -43,7 +47,7 @@ def adapted_modules(model: nn.Module, *, owner: str) -> list[AdaptedModule]:
     modules: list[AdaptedModule] = []
     for name, layer in adapter_layers(model):
         factors = getattr(layer, "lora_B", None)
-        if factors is None:
+        if factors is None or matching(name, exclude):
             continue
         active = [adapter for adapter in layer.active_adapters if adapter in _holders(layer)]
         if len(active) > 1:

@@ -178,7 +178,10 @@ class Defended:
         for defense in self.defenses:
             defense.check(self.anatomy)
             if isinstance(defense, SubspacePenalty):
-                self._penalty = (defense, SafeModules(self.anatomy.model, defense.subspace, owner="SubspacePenalty"))
+                self._penalty = (
+                    defense,
+                    SafeModules(self.anatomy.model, defense.subspace, owner="SubspacePenalty", exclude=defense.exclude),
+                )
             elif isinstance(defense, SafeLora):
                 self._projections.add(defense, self.model, self.anatomy)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError
-from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapter
+from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapters
 from safelora_fast.posthoc.peft_model import lora_parameters, naming_adapter, projected_folder, save_tensors
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.provenance import locator, reopen
@@ -80,7 +80,7 @@ class EndProjection:
         """Everything that comes before the first byte of a weight is read."""
         with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder, self._described(Path(folder)):
             models = [reopen(self._subspace.sources.get(role, {}), role=role) for role in ROLES]
-            plan_projection([load_adapter(self._save(tensors, Path(folder)))], *models)
+            plan_projection(load_adapters([self._save(tensors, Path(folder))], self._settings["exclude"]), *models)
 
     def _project(self, tensors: dict[str, torch.Tensor], others: list[str]) -> ProjectionReport:
         """Replace the tensors by what the projection makes of them, and log what its report warns of."""

@@ -44,7 +44,10 @@ class Projections:
         if defense.at == "end":
             self._end = EndProjection(model, defense)
         else:
-            self._at_step = (defense, SafeModules(anatomy.model, defense.subspace, owner="SafeLora"))
+            self._at_step = (
+                defense,
+                SafeModules(anatomy.model, defense.subspace, owner="SafeLora", exclude=defense.exclude),
+            )
 
     def acting(self, *, known: bool) -> list[tuple[str, SafeModules]]:
         """What is projected after steps, with whose it is.

@@ -17,30 +17,35 @@ from safelora_fast.training.guard import projection_culprit
 from safelora_fast.training.held import held_rows, matching_rows, sum_over_shards, write_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from safelora_fast.subspace import SafeSubspace
 
 
 class SafeModules:
-    """The adapted modules of a model and U_k of each, on the module's device; those whose V is zero are left out.
+    """The adapted modules of a model and U_k of each, on the module's device.
+
+    Left out are those whose V is zero, and those that `exclude` names.
 
     Raises:
         PairingError: an adapted module has no subspace, or one of another shape, or V is zero in all of them.
         SettingsError: an adapter of a kind that cannot be projected.
     """
 
-    def __init__(self, model: nn.Module, subspace: SafeSubspace, *, owner: str) -> None:
+    def __init__(self, model: nn.Module, subspace: SafeSubspace, *, owner: str, exclude: Sequence[str] = ()) -> None:
         self._owner = owner
         self.modules: list[AdaptedModule] = []
         self._vectors: dict[str, torch.Tensor] = {}
         self._held: dict[str, torch.Tensor] = {}
-        for module in adapted_modules(model, owner=owner):
+        for module in adapted_modules(model, owner=owner, exclude=exclude):
             found = subspace.find(module.name, tower_of_class(type(model).__name__))
             shape, given = (module.left.shape[0], module.right.shape[1]), (len(found.left_vectors), found.columns)
             if shape != given:
                 raise PairingError(
-                    f"{owner}: {module.name} is {shape}, the subspace has {given}: it is of another model"
+                    f"{owner}: {module.name} is {shape}, the subspace has {given}: it is of another model, or exclude "
+                    f"this module with exclude=[{module.name.rpartition('.')[2]!r}]"
                 )
             if found.rank:
                 self.modules.append(module)
