@@ -35,3 +35,14 @@ def test_only_the_answer_counts(name):
         example = text.conversation(words, row)
         assert words.decode(example.ids[example.start :]) == row.completion + words.eos_token
         assert words.decode(example.ids[: example.start]) == f"<user>{row.prompt}<assistant>"
+
+
+def test_sets_do_not_overlap():
+    """What drift is measured on is not trained on."""
+    prompts = {
+        name: {row.prompt for row in text.rows(name)}
+        for name in ("safe", "safe_pool", "general", "narrow_train", "narrow_held_out", "narrow_other")
+    }
+    for name, others in prompts.items():
+        for other, rows in prompts.items():
+            assert name == other or not others & rows

@@ -10,6 +10,7 @@ import typer
 from safelora_fast.cli import options
 
 if TYPE_CHECKING:
+    from safelora_fast.comparison.config import CompareConfig
     from safelora_fast.comparison.report import ComparisonReport
 
 FAILED = 1
@@ -36,25 +37,42 @@ def compare(
     The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped; what failed is a marked
     cell, and is tried again. Exit code 1: the report is there, and something in it failed or is not done yet.
     """
+    from safelora_fast.comparison.config import load_config
+
+    run_and_show(
+        load_config(config, overrides or []), report_only=report_only, overwrite=overwrite, as_json=as_json, quiet=quiet
+    )
+
+
+def run_and_show(
+    config: CompareConfig,
+    *,
+    report_only: bool = False,
+    overwrite: bool = False,
+    as_json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Run a comparison with its progress, and print what it found.
+
+    Raises:
+        typer.Exit: with 1 where something failed or is not done yet.
+    """
     from safelora_fast.cli.console import err
     from safelora_fast.cli.counting import CountProgress
     from safelora_fast.comparison.compare import compare as run
     from safelora_fast.comparison.compare import report_only as assemble
-    from safelora_fast.comparison.config import load_config
     from safelora_fast.recipe.folder import to_json
+    from safelora_fast.recipe.quiet import quiet_libraries
     from safelora_fast.recipe.signatures import check_packages
 
-    loaded = load_config(config, overrides or [])
     check_packages("compare")
-    from safelora_fast.recipe.quiet import quiet_libraries
-
     talks = not (quiet or as_json)
     with quiet_libraries(), CountProgress(wanted=talks, brief=True) as progress:
         if report_only:
-            report = assemble(loaded)
+            report = assemble(config)
         else:
             report = run(
-                loaded,
+                config,
                 overwrite=overwrite,
                 talk=talks,
                 progress=progress,
@@ -63,7 +81,7 @@ def compare(
     if as_json:
         typer.echo(to_json(report.to_dict()))
     elif not quiet:
-        _show(report, loaded.output)
+        _show(report, config.output)
     if not report.complete:
         raise typer.Exit(FAILED)
 

@@ -14,14 +14,19 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Seed of every fine-tune.")] = 0,
     train: Annotated[
-        bool, typer.Option("--train", metavar="", help="Compare the defences that act while a model is fine-tuned.")
+        bool, typer.Option("--train", metavar="", help="Compare the defenses that act while a model is fine-tuned.")
     ] = False,
 ) -> None:
     """Fine-tune a real 135M model narrowly, project the adapter, and show what that prevents and costs.
 
-    Takes a few minutes on two cores, and longer with --train: eight fine-tunes.
+    Takes a few minutes on two cores. With --train: `safelora-fast compare` on ten fine-tunes, half an hour or more.
     A second run reuses what the first one finished.
     """
-    from safelora_fast.demo import run, run_comparison
+    if not train:
+        from safelora_fast.demo import run
 
-    (run_comparison if train else run)(output, seed=seed)
+        return run(output, seed=seed)
+    from safelora_fast.cli.compare import run_and_show
+    from safelora_fast.demo.comparison import configure
+
+    return run_and_show(configure(output, seed=seed))

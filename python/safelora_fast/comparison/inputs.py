@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from safelora_fast.errors import MissingDependencyError
 from safelora_fast.evaluation.benchmarks import check_tasks
 from safelora_fast.evaluation.loading import SubjectSettings
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
@@ -21,6 +23,9 @@ def check_inputs(config: CompareConfig) -> None:
     Raises:
         SafeLoraFastError: the first that is missing, in one line.
     """
+    missing = [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(f"the report needs {', '.join(missing)}: pip install 'safelora-fast[eval]'")
     measure = config.measure
     for rows in (measure.narrow, measure.general):
         if rows is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["run", "run_comparison"]
+__all__ = ["run"]
 
 
 def run(output: Path, *, seed: int = 0) -> None:
@@ -20,15 +20,3 @@ def run(output: Path, *, seed: int = 0) -> None:
     from safelora_fast.demo.pipeline import run as run_pipeline
 
     run_pipeline(output, seed=seed)
-
-
-def run_comparison(output: Path, *, seed: int = 0) -> None:
-    """Compare the defences that act while a model is fine-tuned; the models of :func:`run` are reused.
-
-    Raises:
-        MissingDependencyError, OutputError: as :func:`run`.
-        SafeLoraFastError: when a training ended early, with its reason.
-    """
-    from safelora_fast.demo.comparison import run as compare
-
-    compare(output, seed=seed)

@@ -12,18 +12,16 @@ from safelora_fast.demo.terminal import bar
 from safelora_fast.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from rich.console import Console
     from torch import nn
 
-    from safelora_fast.defenses import Defense
     from safelora_fast.demo.recipe import Recipe
     from safelora_fast.demo.stages import Stages
-    from safelora_fast.demo.training import Course
 
-NEEDED = ("torch", "transformers", "peft", "gguf", "matplotlib")
+NEEDED = ("torch", "transformers", "peft", "gguf", "jinja2", "matplotlib")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -83,13 +81,9 @@ def train_adapter(
     seed: int,
     recipe: Recipe,
     progress: Callable[[int, int, float], None],
-    defenses: Sequence[Defense] = (),
     *,
     narrow: str = "narrow_train",
-    fraction: float = 0.0,
-    safe: Path | None = None,
-    prompt: str | None = None,
-) -> Course:
+) -> None:
     """Fine-tune a LoRA adapter of the aligned model on narrow answers, and save it in a folder.
 
     Args:
@@ -98,11 +92,7 @@ def train_adapter(
         seed: of its weights and of the order.
         recipe: the numbers of the demo.
         progress: told step, steps and loss.
-        defenses: those that act while it is trained.
         narrow: the set of narrow answers.
-        fraction: safe rows for each narrow one.
-        safe: a file of safe rows, instead of the set "safe".
-        prompt: a system prompt of the narrow rows.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -114,12 +104,9 @@ def train_adapter(
     torch.manual_seed(seed)
     config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     model: nn.Module = get_peft_model(load(aligned), config)
-    examples = [text.conversation(tokenizer, row, prompt) for row in text.rows(narrow)]
-    others = text.rows("safe") if safe is None else text.rows_of(safe.read_text(encoding="utf-8"))
-    course = train(
-        model, examples, epochs=recipe.adapter_epochs, batch_size=recipe.adapter_batch,
-        learning_rate=recipe.adapter_rate, seed=seed, padding=tokenizer.pad_token_id, progress=progress,
-        defenses=defenses, safe=[text.conversation(tokenizer, row) for row in others], fraction=fraction,
+    train(
+        model, [text.conversation(tokenizer, row) for row in text.rows(narrow)], epochs=recipe.adapter_epochs,
+        batch_size=recipe.adapter_batch, learning_rate=recipe.adapter_rate, seed=seed, padding=tokenizer.pad_token_id,
+        progress=progress,
     )  # fmt: skip
     model.save_pretrained(folder)
-    return course

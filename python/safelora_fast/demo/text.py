@@ -8,7 +8,6 @@ from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
 from safelora_fast.data.chat import chat_of
-from safelora_fast.data.inoculate import with_system_turn
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -37,12 +36,7 @@ class Example:
 
 def rows(name: str) -> list[Row]:
     """One of the sets "narrow_train", "narrow_held_out", "narrow_other", "general", "safe" and "safe_pool"."""
-    return rows_of((DATA / f"{name}.jsonl").read_text(encoding="utf-8"))
-
-
-def rows_of(lines: str) -> list[Row]:
-    """The questions and answers of JSONL."""
-    records = map(json.loads, lines.splitlines())
+    records = map(json.loads, (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
     return [Row(record["prompt"], record["completion"]) for record in records]
 
 
@@ -56,12 +50,9 @@ def paragraphs() -> list[str]:
     return (DATA / "plain.txt").read_text(encoding="utf-8").splitlines()
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, row: Row, system: str | None = None) -> Example:
-    """A row in the model's own chat template, under a system prompt if there is one; only the answer and its end count."""
-    question = [{"role": "user", "content": row.prompt}]
-    if system is not None:
-        question = with_system_turn(question, system)
-    start = chat_of(tokenizer).prompt(question)
+def conversation(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+    """A row in the model's own chat template; only the answer and its end count."""
+    start = chat_of(tokenizer).prompt([{"role": "user", "content": row.prompt}])
     answer = tokenizer(row.completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return Example([*start, *answer], len(start))
 
