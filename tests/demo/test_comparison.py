@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from demo_model import save_tiny
@@ -44,7 +45,7 @@ def test_the_packaged_configuration_is_whole(source, tmp_path):
     recipes = {run.name: config.recipe_for(run, 3, tmp_path / "run") for run in config.runs}
     chosen = recipes["interleaving++ (chosen)"].data.safe.path
     pool = {row.prompt for name in ("safe", "safe_pool") for row in text.rows(name)}
-    rows = [json.loads(line) for line in open(chosen, encoding="utf-8")]  # noqa: PTH123, SIM115
+    rows = [json.loads(line) for line in Path(chosen).read_text(encoding="utf-8").splitlines()]
     assert len(rows) == RECIPE.chosen
     assert {row["prompt"] for row in rows} <= pool
     [steering] = recipes["steering"].defenses
