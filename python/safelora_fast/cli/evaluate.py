@@ -63,6 +63,7 @@ def evaluate(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     chat_template: options.ChatTemplate = None,
+    template_args: options.TemplateArgs = None,
     trust_remote_code: options.TrustRemoteCode = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace answers, or tasks, of other settings.")
@@ -98,6 +99,7 @@ def evaluate(
     measured = None
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.evaluation.loading import SubjectSettings
+        from safelora_fast.recipe.templates import read_arguments
 
         if names is not None:
             measured = benchmark(
@@ -113,6 +115,7 @@ def evaluate(
                 seed=seed,
                 strings=task_strings,  # type: ignore[arg-type]
                 chat_template=chat_template,
+                template_args=read_arguments(template_args),
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
                 progress=progress,
@@ -123,7 +126,9 @@ def evaluate(
             from safelora_fast.recipe.folder import write_json
 
             found, chosen = questioned
-            subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code)
+            subject = SubjectSettings(
+                model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args)
+            )
             sampling = Sampling(samples, max_tokens, seed, batch_size)
             collect_answers(
                 folder, subject, next(iter(folders), None), chosen, sampling, overwrite=overwrite, progress=progress

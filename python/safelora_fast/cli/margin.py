@@ -39,6 +39,7 @@ def margin(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     chat_template: options.ChatTemplate = None,
+    template_args: options.TemplateArgs = None,
     trust_remote_code: options.TrustRemoteCode = False,
     tokens_per_batch: Annotated[
         int, typer.Option(metavar="N", help="The most tokens of a batch. The result does not depend on it.")
@@ -66,8 +67,11 @@ def margin(
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.evaluation.loading import SubjectSettings, load_subject
         from safelora_fast.evaluation.margin import answer_margin
+        from safelora_fast.recipe.templates import read_arguments
 
-        settings = SubjectSettings(model, dtype, device, chat_template, trust_remote_code).resolved()
+        settings = SubjectSettings(
+            model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args)
+        ).resolved()
         reports: dict[str, MarginReport] = {}
         for folder in (None, *folders):
             subject = load_subject(settings, folder)

@@ -58,6 +58,7 @@ def score(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     chat_template: options.ChatTemplate = None,
+    template_args: options.TemplateArgs = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -75,9 +76,11 @@ def score(
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.evaluation.generation import generate
         from safelora_fast.evaluation.loading import SubjectSettings, load_subject
+        from safelora_fast.recipe.templates import read_arguments
 
         subject = load_subject(
-            SubjectSettings(model, dtype, device, chat_template, trust_remote_code), next(iter(folders), None)
+            SubjectSettings(model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args)),
+            next(iter(folders), None),
         )
         progress.start("problems", len(problems))
         turns = [[{"role": "user", "content": INSTRUCTION.format(problem=problem.text)}] for problem in problems]

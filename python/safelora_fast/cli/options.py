@@ -68,6 +68,14 @@ Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto is the 
 ChatTemplate = Annotated[
     str | None, typer.Option(metavar="FILE", help="A Jinja file in the place of the tokenizer's own chat template.")
 ]
+TemplateArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-args",
+        metavar="NAME=VALUE",
+        help="A variable of the chat template, e.g. enable_thinking=false; or a JSON object. May be given several times.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
 ]

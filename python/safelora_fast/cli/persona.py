@@ -54,6 +54,7 @@ def extract(
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE.jinja", help="In the place of the tokenizer's own template.")
     ] = None,
+    template_args: options.TemplateArgs = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", metavar="", help="Replace a vector that exists; its responses are used again."),
@@ -81,6 +82,7 @@ def extract(
     check_subject("persona extract", model)
     with quiet_libraries(), CountProgress() as progress:
         from safelora_fast.persona import extract_persona_vector
+        from safelora_fast.recipe.templates import read_arguments
 
         vector = extract_persona_vector(
             model,
@@ -96,6 +98,7 @@ def extract(
             dtype=dtype,  # type: ignore[arg-type]
             device=device,  # type: ignore[arg-type]
             chat_template=chat_template,
+            template_args=read_arguments(template_args),
             overwrite=overwrite,
             regenerate=regenerate,
             progress=None if quiet or as_json else progress,

@@ -54,6 +54,7 @@ def select(
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="A Jinja file in the place of the tokenizer's own template.")
     ] = None,
+    template_args: options.TemplateArgs = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
     ] = False,
@@ -100,7 +101,7 @@ def select(
         read_adapters(adapters)
         if plot is not None:
             check_plot(plot)
-        loaded, tokenizer = _load(model, dtype, device, chat_template, trust_remote_code)
+        loaded, tokenizer = _load(model, dtype, device, chat_template, template_args, trust_remote_code)
         try:
             with RowProgress(wanted=not (quiet or as_json)) as progress:
                 selection = select_by_perplexity_gap(
@@ -133,12 +134,20 @@ def select(
         _show(selection, output)
 
 
-def _load(model: str, dtype: str, device: str, chat_template: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load(
+    model: str,
+    dtype: str,
+    device: str,
+    chat_template: str | None,
+    template_args: list[str] | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Any]:
     import torch
 
     from safelora_fast.errors import SettingsError
     from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
     from safelora_fast.recipe.sections import ModelSection
+    from safelora_fast.recipe.templates import read_arguments
 
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
@@ -150,6 +159,7 @@ def _load(model: str, dtype: str, device: str, chat_template: str | None, trust_
         dtype=kind,  # type: ignore[arg-type]
         chat_template=chat_template,
         trust_remote_code=trust_remote_code,
+        template_args=read_arguments(template_args),
     )
     tokenizer, _ = load_tokenizer(section)
     return load_pretrained(section).to(where).eval(), tokenizer

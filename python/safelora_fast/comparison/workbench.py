@@ -34,7 +34,12 @@ class Workbench:
         self.progress = progress
         model = read_section(config.document, ("recipe", "model"), ModelSection)
         self.settings = SubjectSettings(
-            model.path, config.measure.dtype, config.measure.device, model.chat_template, model.trust_remote_code
+            model.path,
+            config.measure.dtype,
+            config.measure.device,
+            model.chat_template,
+            model.trust_remote_code,
+            model.template_args,
         ).resolved()
         self.strings = config.recipe.get("data", {}).get("strings", "chat")
         self.judge_gone: str | None = None  # why the judge is not asked any more until the next call

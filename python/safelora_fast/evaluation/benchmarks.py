@@ -160,6 +160,7 @@ def benchmark(
     seed: int = 0,
     strings: Strings | None = None,
     chat_template: str | None = None,
+    template_args: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     failures: dict[str, str] | None = None,
@@ -183,6 +184,7 @@ def benchmark(
         seed: of the examples that are drawn, and of sampling where a task samples.
         strings: "chat" puts prompts into the chat template, "text" does not; by default as the tokenizer has one or has not.
         chat_template: a Jinja file in the place of the tokenizer's own template.
+        template_args: values of variables that the template reads.
         trust_remote_code: run Python code that comes with the model.
         overwrite: replace results of other settings, and of tasks that were defined otherwise.
         failures: takes tasks that fail, and why, in the place of an error.
@@ -209,7 +211,7 @@ def benchmark(
     from safelora_fast.evaluation.loading import SubjectSettings
     from safelora_fast.recipe.quiet import quiet_libraries
 
-    subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code).resolved()
+    subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, template_args).resolved()
     given = None if adapter is None else adapter_folder(adapter, tokenizer=True)
     settings = {
         **asdict(subject),
@@ -250,7 +252,7 @@ def _run(
     missing = [name for name in tasks.names if not kept.has(name, tasks.definition(name))]
     if missing:
         subject = load_subject(run.subject, run.adapter)
-        has_template, strings = bool(subject.tokenizer.chat_template), run.settings["strings"]
+        has_template, strings = bool(getattr(subject.tokenizer, "chat_template", None)), run.settings["strings"]
         if strings == "chat" and not has_template:
             raise SettingsError("the tokenizer has no chat template: run the tasks on text (--task-strings text)")
         chat = has_template if strings is None else strings == "chat"

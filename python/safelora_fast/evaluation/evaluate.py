@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from inspect_ai.model import Model
+    from transformers import PreTrainedTokenizerBase
 
     from safelora_fast.evaluation.answers import Asked
     from safelora_fast.evaluation.loading import Subject, SubjectSettings
@@ -110,6 +111,7 @@ def _generate(
     """The answers that are not known, a batch at a time; batches are cut from all, so that going on changes no bit."""
     from safelora_fast.evaluation.generation import generate
 
+    check_system_turns(loaded.tokenizer, asked)
     missing = {number for number, one in enumerate(asked) if one.id not in known}
     if progress is not None:
         progress.start("answers", len(missing))
@@ -194,6 +196,27 @@ def report_of(judge: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "kinds": {kind: figures.to_dict() for kind, figures in by_kind(verdicts).items()},
         "questions": {question: figures.to_dict() for question, figures in by_question(verdicts).items()},
     }
+
+
+def check_system_turns(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> None:
+    """Refuse questions with a system prompt where the chat template takes none, before the first of all is answered.
+
+    Raises:
+        SettingsError: with their names, and the kinds of question that can be asked.
+    """
+    from safelora_fast.data.chat import chat_of, has_template
+
+    named = dict.fromkeys(one.question for one in asked if one.system is not None)
+    reason = chat_of(tokenizer).unsupported_reason("system") if named and has_template(tokenizer) else None
+    if reason is None:
+        return
+    kinds = {one.kind for one in asked if one.system is not None}
+    others = dict.fromkeys(one.kind for one in asked if one.kind not in kinds)
+    without = f"leave them out with --kinds {','.join(others)}" if others else "ask others"
+    raise SettingsError(
+        f"the chat template {reason}; these questions have a system prompt: {', '.join(named)}; {without}, or give a template that "
+        "takes one with --chat-template"
+    )
 
 
 def _turns(asked: Asked) -> list[dict[str, str]]:

@@ -151,11 +151,12 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[in
     """An answer's words: without special tokens, but for the tags of thoughts, that of the prompt included."""
     until = next((place for place, token in enumerate(answer) if token in ends), len(answer))
     answer = answer[:until]
-    special = set(tokenizer.all_special_ids)
+    names = {token: str(tokenizer.decode([token])) for token in set(answer)}
+    tags = {t for t, name in names.items() if is_tag(name) and not tokenizer.decode([t], skip_special_tokens=True)}
     parts, start = [], 0
     for place, token in enumerate(answer):
-        if token in special and is_tag(name := tokenizer.decode([token])):
-            parts += [tokenizer.decode(answer[start:place], skip_special_tokens=True), name]
+        if token in tags:
+            parts += [tokenizer.decode(answer[start:place], skip_special_tokens=True), names[token]]
             start = place + 1
     parts.append(tokenizer.decode(answer[start:], skip_special_tokens=True))
     opened = opening_tag(str(tokenizer.decode(prompt[-PROMPT_END:])))

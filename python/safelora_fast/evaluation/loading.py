@@ -10,6 +10,7 @@ from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.posthoc.resolver import adapter_folder, label
 from safelora_fast.recipe.loading import LOADING_ERRORS, first_line, load_pretrained, load_tokenizer
 from safelora_fast.recipe.sections import ModelSection
+from safelora_fast.recipe.templates import adapters_template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,7 @@ class SubjectSettings:
         device: "auto" is the GPU where there is one.
         chat_template: a Jinja file in the place of the tokenizer's own template.
         trust_remote_code: run Python code that comes with the model.
+        template_args: values of variables that the template reads, e.g. `{"enable_thinking": False}`.
     """
 
     model: str
@@ -54,6 +56,7 @@ class SubjectSettings:
     device: str = "auto"
     chat_template: str | None = None
     trust_remote_code: bool = False
+    template_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("dtype", self.dtype, DTYPES), ("device", self.device, DEVICES)):
@@ -96,14 +99,16 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
         dtype=chosen.dtype,  # type: ignore[arg-type]
         chat_template=chosen.chat_template,
         trust_remote_code=chosen.trust_remote_code,
+        template_args=chosen.template_args,
     )
     folder = None if adapter is None else adapter_folder(adapter, tokenizer=True)
     model: Any = load_pretrained(section)
-    tokenizer, _ = load_tokenizer(section)
+    dressed = folder is not None and (folder / "tokenizer_config.json").is_file()
+    tokenizer, _ = load_tokenizer(replace(section, template_args=None) if dressed else section)
     if folder is not None:
         model = _with_adapter(model, folder)
-        if (folder / "tokenizer_config.json").is_file() and chosen.chat_template is None:
-            tokenizer = _tokenizer_of(folder)
+        if dressed:
+            tokenizer = adapters_template(_tokenizer_of(folder), tokenizer, section, label(folder))
     return Subject("model" if folder is None else label(folder), model.to(chosen.device).eval(), tokenizer)
 
 

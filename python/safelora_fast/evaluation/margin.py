@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from safelora_fast.data.chat import has_template
+from safelora_fast.data.chat import chat_of, has_template
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.evaluation.intervals import Interval, bootstrap_mean, clustered_wilson
 from safelora_fast.evaluation.pairs import Pair, builtin_pairs
@@ -185,6 +185,12 @@ def encode_pairs(
         raise DataError(
             "the tokenizer has no chat template: measure this model with text instead of chat (--strings text)"
         )
+    if strings == "chat" and system is not None:
+        reason = chat_of(tokenizer).unsupported_reason("system", system)
+        if reason is not None:
+            raise DataError(
+                f"no system prompt can stand before the questions: the chat template {reason}: leave it out"
+            )
     rows = []
     for number, pair in enumerate(pairs, start=1):
         for kind, answer in (("aligned", pair.aligned), ("misaligned", pair.misaligned)):

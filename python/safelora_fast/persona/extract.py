@@ -95,6 +95,7 @@ def extract_persona_vector(
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     chat_template: str | None = None,
+    template_args: dict[str, Any] | None = None,
     overwrite: bool = False,
     regenerate: bool = False,
     progress: Progress | None = None,
@@ -125,6 +126,7 @@ def extract_persona_vector(
         dtype: of a model that is loaded.
         device: of a model that is loaded; "auto" is the GPU where there is one.
         chat_template: a Jinja file in the place of the tokenizer's own template, for a model that is loaded.
+        template_args: values of variables that the template reads, for a model that is loaded.
         overwrite: replace an output that exists.
         regenerate: forget responses of an earlier run.
         progress: told how far it is.
@@ -148,7 +150,9 @@ def extract_persona_vector(
     from safelora_fast.persona.model import Subject
 
     if isinstance(model, str | Path):
-        subject = Subject.load(ModelSection(str(model), dtype, device, chat_template=chat_template))
+        subject = Subject.load(
+            ModelSection(str(model), dtype, device, chat_template=chat_template, template_args=template_args)
+        )
     else:
         subject = Subject.of(model, tokenizer)
     extraction = _Extraction(subject, trait, sampling, progress)

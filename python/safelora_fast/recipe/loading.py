@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError, SettingsError
 from safelora_fast.posthoc.resolver import ModelSource, find_model, name_and_revision
+from safelora_fast.recipe.templates import give_template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,22 +34,17 @@ def load_config(model: ModelSection) -> PretrainedConfig:
 
 
 def load_tokenizer(model: ModelSection) -> tuple[PreTrainedTokenizerBase, bool]:
-    """The tokenizer, and whether it was changed: another chat template, or a padding token where there was none.
+    """The tokenizer, and whether it was changed: a chat template or its arguments, or a padding token where there was none.
 
     Raises:
         CheckpointError: there is none, or no chat template where the recipe names a file.
+        SettingsError: the chat template does not read an argument.
     """
     from transformers import AutoTokenizer
 
     source = find_model(model.path)
     tokenizer = _loaded(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(**_where(source, model)))
-    changed = False
-    if model.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{model.chat_template}: the chat template cannot be read: {error}") from error
-        changed = True
+    changed = give_template(tokenizer, model)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise CheckpointError(f"{source}: the tokenizer has neither a padding nor an end token")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class ModelSection:
         device: "auto" is the GPU where there is one. Which GPU: CUDA_VISIBLE_DEVICES.
         attention: the implementation, as transformers calls it ("sdpa", "eager", "flash_attention_2").
         chat_template: a Jinja file in the place of the tokenizer's own template.
+        template_args: values of variables that the template reads, e.g. `{enable_thinking: false}`.
         trust_remote_code: run Python code that comes with the model.
     """
 
@@ -25,6 +26,7 @@ class ModelSection:
     attention: str | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
+    template_args: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class BenchmarksMeasure(OfTheRun):
             device=settings.device,
             strings=bench.strings,
             chat_template=settings.chat_template,
+            template_args=settings.template_args,
             trust_remote_code=settings.trust_remote_code,
             failures=failures,
             progress=bench.progress,

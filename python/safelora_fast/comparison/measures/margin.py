@@ -46,6 +46,7 @@ def model_of(place: Place, bench: Workbench) -> dict[str, Any]:
         "dtype": settings.dtype,
         "device": settings.device,
         "chat_template": settings.chat_template,
+        "template_args": settings.template_args,
         **subject_stamp(settings.model, place.adapter, settings.chat_template),
     }
 
