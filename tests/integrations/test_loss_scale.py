@@ -93,3 +93,15 @@ def test_a_defence_that_is_not_finite_on_one_process_makes_both_skip_the_step(tm
     assert furthest(weights, adapter_weights(tiny_peft_model())) == 0
     weights, _ = run_two_processes({**spec, "broken_rank": None}, tmp_path)
     assert furthest(weights, adapter_weights(tiny_peft_model())) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_model_that_sees_on_two_processes(wrapper, tmp_path):
+    """The reference runs tower, projector and decoder inside the student's pass, in the same order on both."""
+    spec = {"kind": "multimodal", "model": "llava", "wrapper": wrapper}
+    expected, figures = run(spec, tmp_path)
+    weights, shared = run_two_processes(spec, tmp_path)
+    assert furthest(weights, expected) < 1e-5
+    for name in ("defense/kl", "defense/feature_distance"):
+        assert shared[name] == pytest.approx(figures[name], rel=1e-4)

@@ -154,6 +154,7 @@ MAKERS = {maker.__name__: maker for maker in (llava, qwen2_vl, gemma3, idefics3,
 def make(name):
     """(model, batch): weights large enough for every part to show in the logits; no gate is closed."""
     config, batch = MAKERS[name]()
+    torch.manual_seed(0)
     kinds = transformers.AutoModelForImageTextToText, transformers.AutoModelForSeq2SeqLM
     model = next(kind for kind in kinds if type(config) in kind._model_mapping).from_config(config)
     generator = torch.Generator().manual_seed(3)

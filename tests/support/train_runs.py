@@ -300,6 +300,10 @@ def run(spec, output):
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "fsdp":
         return run_fsdp(spec, output)
+    elif spec["kind"] == "multimodal":
+        from multimodal_runs import run_multimodal
+
+        return run_multimodal(spec)
     elif spec["kind"] == "deepspeed":
         return run_deepspeed(spec, output)
     elif spec["kind"] == "loop":

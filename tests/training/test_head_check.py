@@ -118,7 +118,7 @@ def test_logits_that_are_not_finite(extra, refused):
     head.register_forward_hook(masked)
     expectation = pytest.raises(SettingsError, match="are not its head") if refused else nullcontext()
     with expectation:
-        check_logits(dissect(model), collate(rows([7, 3])))
+        check_logits(model, dissect(model), collate(rows([7, 3])))
 
 
 def test_a_model_that_cannot_be_asked_is_trained_with_a_word(caplog):

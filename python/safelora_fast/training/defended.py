@@ -22,7 +22,7 @@ from safelora_fast.training.drift import Drift
 from safelora_fast.training.head_check import check_logits, check_same_head
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.projections import Projections
-from safelora_fast.training.reference import Reference, ReferencePass
+from safelora_fast.training.reference import Reference, ReferencePass, check_inputs
 from safelora_fast.training.safe_modules import SafeModules
 from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
 from safelora_fast.training.steered import TrainingPasses
@@ -327,12 +327,14 @@ class Defended:
             raise SettingsError("the defences are not attached to the model: use them inside `with defend(...)`")
         if self._head_to_check:
             self._head_to_check = False
-            check_logits(self.anatomy, batch)
+            check_logits(self.model, self.anatomy, batch)
         with self._passes.running():
             if self._recorder is None:
                 yield
                 return
             self._spans = read_spans(batch)
+            if self._batch_defenses:
+                check_inputs(Call((), batch))
             with self._recorder.recording():
                 yield
 

@@ -14,12 +14,15 @@ import torch
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.ops.linear_kl.reference import logits as logits_of
+from safelora_fast.training.anatomy import is_parallel
 from safelora_fast.training.batch import without_tags
 from safelora_fast.training.capture import Tap
 from safelora_fast.training.reference import evaluation_mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
 
     from safelora_fast.training.anatomy import Anatomy, Head
 
@@ -29,14 +32,15 @@ PROBE_TOKENS = 8
 SOURCES = ("input_ids", "inputs_embeds")
 
 
-def check_logits(anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
+def check_logits(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
     """Run the model on a few tokens of a batch, and compare its logits with those of the head on its hidden states.
 
     A model that does not run on tokens alone is given the whole batch. One that does not run on that either is not
     compared, and the log says so.
 
     Args:
-        anatomy: the parts of the model.
+        model: the model with its wrappers: FSDP2 gathers weights where the outermost module is called.
+        anatomy: its parts.
         batch: what it is trained on.
 
     Raises:
@@ -49,9 +53,9 @@ def check_logits(anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
     whole = {key: value for key, value in without_tags(batch).items() if key not in {"labels", "shift_labels"}}
     try:
         try:
-            theirs, ours = _logits(anatomy, {name: batch[name][:1, :PROBE_TOKENS]})
+            theirs, ours = _logits(model, anatomy, {name: batch[name][:1, :PROBE_TOKENS]})
         except Exception:  # whatever a model of any kind raises
-            theirs, ours = _logits(anatomy, whole)
+            theirs, ours = _logits(model, anatomy, whole)
     except Exception as error:
         logger.warning(
             "KL: the head of %s could not be compared with its logits (%s: %s)", kind, type(error).__name__, error
@@ -65,9 +69,11 @@ def check_logits(anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
         )
 
 
-def _logits(anatomy: Anatomy, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _logits(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own logits of the first row's first tokens, and the head's on its hidden states."""
-    model, head = anatomy.model, anatomy.head()
+    head = anatomy.head()
+    while is_parallel(model):
+        model = model.module
     tap = Tap(anatomy, [])
     tap.attach()
     try:

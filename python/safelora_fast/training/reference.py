@@ -66,7 +66,10 @@ class ReferencePass:
         Raises:
             SettingsError: a cache is among the inputs, or a tensor that depends on what is trained.
         """
-        _check_inputs(decoder if whole is None else whole)
+        if _has_cache(decoder if whole is None else whole):
+            raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
+        if whole is None:
+            check_inputs(decoder)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_uncached_autocast(self._device()))
@@ -137,10 +140,12 @@ def _leave(*_: Any) -> None:
     raise _DecoderDone
 
 
-def _check_inputs(call: Call) -> None:
-    """Refuse a cache, and inputs that were computed from what is trained: the reference would be run on them too."""
-    if _has_cache(call):
-        raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
+def check_inputs(call: Call) -> None:
+    """Refuse inputs that were computed from what is trained: the reference would be run on them too.
+
+    Raises:
+        SettingsError: with the name of the input.
+    """
     for name, tensor in call.tensors():
         if tensor.grad_fn is not None:
             raise SettingsError(
