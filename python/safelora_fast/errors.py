@@ -7,11 +7,17 @@ exits with :attr:`SafeLoraFastError.exit_code`.
 
 from __future__ import annotations
 
+LONGEST = 2000  # characters of a message
+
 
 class SafeLoraFastError(Exception):
-    """Base class of all errors of this package."""
+    """Base class of all errors of this package; of a message that quotes something huge, the middle is left out."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        short = message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+        super().__init__(short)
 
 
 class CheckpointError(SafeLoraFastError):

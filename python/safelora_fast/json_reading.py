@@ -6,6 +6,7 @@ line; callers put the file's name before :func:`why` and give it the class that 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -15,8 +16,10 @@ import stat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from safelora_fast.errors import SafeLoraFastError
 
 MOST_BYTES = 1 << 26  # of one document; parsed, it may take twenty times as much memory
 MOST_DEPTH = 100  # beyond that, whatever walks over the values would end in a RecursionError
@@ -68,11 +71,8 @@ def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
     except ValueError as error:  # a zero byte, or half of a character
         raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise OSError(errno.EINVAL, "Is a device, not a file", str(path))
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            check_regular(path)
         os.set_blocking(descriptor, True)  # a pipe's writer is waited for, and where there is none this ends at once
         content = _read(file, most)
     if most is not None and len(content) > most:
@@ -91,6 +91,36 @@ def _read(file: Any, most: int | None) -> bytes:
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
+
+
+@contextlib.contextmanager
+def readable(name: object, error: type[SafeLoraFastError]) -> Iterator[None]:
+    """Turn what the system refuses into an error that names the file: a path that is too long, a folder that may not be read."""
+    try:
+        yield
+    except OSError as refused:
+        raise error(f"{name}: cannot be read: {refused.strerror or refused}") from refused
+
+
+def is_file(path: str | Path) -> bool:
+    """`Path.is_file`, which before Python 3.14 raises where a path is too long or may not be looked at."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse a pipe, which opening could wait for, and all else that is no file.
+
+    Raises:
+        OSError: it is not there, or is no regular file.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - text too
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Is a pipe or a device, not a file", str(path))
 
 
 def parse_json(text: str | bytes) -> Any:

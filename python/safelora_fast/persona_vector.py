@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError
-from safelora_fast.json_reading import LIST, NUMBER, OBJECT, TEXT, check_fields, parse_json
+from safelora_fast.json_reading import LIST, NUMBER, OBJECT, TEXT, check_fields, check_regular, parse_json
 from safelora_fast.posthoc.output import whole_file
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class PersonaVector:
             CheckpointError: the file is missing, damaged, or no persona vector.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="numpy") as file:
                 document = check_fields(parse_json((file.metadata() or {}).get(FORMAT, "{}")), {})
                 if document.get("version") != VERSION:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError, PairingError
-from safelora_fast.json_reading import COUNT, LIST, NUMBER, OBJECT, TEXT, Kind, check_fields, parse_json
+from safelora_fast.json_reading import COUNT, LIST, NUMBER, OBJECT, TEXT, Kind, check_fields, check_regular, parse_json
 from safelora_fast.posthoc.names import NameIndex
 from safelora_fast.posthoc.output import whole_file
 from safelora_fast.posthoc.provenance import check_source
@@ -240,6 +240,7 @@ class SafeSubspace:
             CheckpointError: the file is missing, damaged, or no subspace.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="numpy") as file:
                 document = check_fields(parse_json((file.metadata() or {}).get(FORMAT, "{}")), {})
                 if document.get("version") != VERSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -9,16 +10,20 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import TextIO
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 BROKEN_PIPE = 141
+PIPE_IS_GONE = "PacifyFlushWrapper"  # what typer puts in the place of standard output before it exits with 1
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 def main() -> NoReturn:
     """Run the command line: one line and exit code 2 for bad input, 130 for Ctrl-C, 143 when told to end; no traceback."""
     try:
+        _open_closed_streams()
         code = _run()
     except KeyboardInterrupt:  # while modules are still being imported, too
         code = INTERRUPTED
@@ -39,7 +44,9 @@ def _run() -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows another in its place
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        return app(prog_name="safelora-fast", standalone_mode=False) or 0
+        code = app(prog_name="safelora-fast", standalone_mode=False) or 0
+        sys.stdout.flush()  # what cannot be written is found out here, not when Python ends
+        return code
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -54,13 +61,54 @@ def _run() -> int:
         _fail(f"{message.rstrip('. ')}; see {command} --help", BAD_INPUT)
     except typer.Abort:
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        if type(sys.stdout).__name__ != PIPE_IS_GONE:
+            raise
         raise SystemExit(BROKEN_PIPE) from None
+    except BrokenPipeError:
+        _let_go(sys.stdout)
+        raise SystemExit(BROKEN_PIPE) from None
+    except OSError as error:  # no command foresees every path that the system refuses
+        _fail(_words_of(error), BAD_INPUT)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device in the place of closed streams, before a file gets their numbers and with them what is printed.
+
+    Without standard output nothing is begun: hours of work could end in nothing to see.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        number = ("stdin", "stdout", "stderr").index(name)
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
+    if "stdout" in closed:
+        _fail("standard output is closed; to discard what is printed, add > /dev/null", BAD_INPUT)
+
+
+def _words_of(error: OSError) -> str:
+    """What the system refused, in one line."""
+    try:
+        sys.stdout.flush()
+    except OSError as full:
+        _let_go(sys.stdout)
+        return f"standard output cannot be written: {full.strerror}"
+    reason = error.strerror or str(error)
+    if isinstance(error.filename, str | bytes):
+        return f"{os.fsdecode(error.filename)}: {reason}"
+    return f"standard output, or a file, cannot be written: {reason}" if error.errno in CANNOT_WRITE else reason
+
+
+def _let_go(stream: TextIO) -> None:
+    """Have Python end without a word about what it could not write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    except OSError:
+        _let_go(sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.json_reading import check_regular
 from safelora_fast.persona_vector import FORMAT, PersonaVector
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def _read(path: Path) -> Any:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
+    check_regular(path)
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
             if FORMAT in (file.metadata() or {}):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError
 from safelora_fast.evaluation.folder import BENCHMARKS, changed_settings, told
 from safelora_fast.json_reading import COUNT, FLAG, LIST, NUMBER, OBJECT, TEXT, check_fields, read_json, why
-from safelora_fast.posthoc.output import described
+from safelora_fast.posthoc.output import described, resolved
 from safelora_fast.posthoc.resolver import adapter_folder
 from safelora_fast.recipe.folder import write_json
 from safelora_fast.recipe.stamps import subject_stamp
@@ -277,7 +277,7 @@ def _run(
 def _task_folder(path: Path) -> Path:
     if not path.expanduser().is_dir():
         raise SettingsError(f"{path}: there is no such folder of tasks")
-    return path.expanduser().resolve()
+    return resolved(path.expanduser())
 
 
 def _result(name: str, results: dict[str, Any], chat: bool, version: str, definition: str) -> TaskResult:

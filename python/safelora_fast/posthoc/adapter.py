@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,7 +122,7 @@ def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bo
     folder = adapter_folder(path)
     config = _read_config(folder)
     refuse_variants(folder, config)
-    if not (folder / WEIGHTS).exists():
+    if not os.path.lexists(folder / WEIGHTS):
         raise AdapterError(
             f"{folder}: holds adapter_model.bin, a pickle, which is not read here; load the adapter with PEFT and "
             "call save_pretrained to convert it"

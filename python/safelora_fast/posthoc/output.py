@@ -27,21 +27,27 @@ RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
+def resolved(path: Path) -> Path:
+    """`path.resolve()`, which raises no RuntimeError where links lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """Refuse a file that exists, lies in an input, or cannot be written.
 
     Raises:
         OutputError: with the reason.
     """
-    resolved = target.resolve()
-    for source in inputs:
-        if source.resolve() in (resolved, *resolved.parents):
-            raise OutputError(f"{target}: the output must not be, or lie in, the input {source}")
-    if target.is_dir():
-        raise OutputError(f"{target}: is a folder; give the name of a file")
-    if not overwrite and os.path.lexists(target):
-        raise OutputError(f"{target}: exists already; choose another name, or pass --overwrite")
-    _writable_parent(target)
+    with described(target):
+        own = resolved(target)
+        for source in inputs:
+            if resolved(source) in (own, *own.parents):
+                raise OutputError(f"{target}: the output must not be, or lie in, the input {source}")
+        if target.is_dir():
+            raise OutputError(f"{target}: is a folder; give the name of a file")
+        if not overwrite and os.path.lexists(target):
+            raise OutputError(f"{target}: exists already; choose another name, or pass --overwrite")
+        _writable_parent(target)
 
 
 def check_target(
@@ -60,38 +66,39 @@ def check_target(
     Raises:
         OutputError: with the reason.
     """
-    resolved = target.resolve()
-    if resolved == Path.cwd():
-        raise OutputError(f"{target}: is the current folder; name a folder to make")
-    for source in inputs:
-        other = source.resolve()
-        if resolved == other or resolved in other.parents or other in resolved.parents:
-            raise OutputError(f"{target}: the output folder and the input {source} must not contain one another")
-    if target.exists() or target.is_symlink():
-        if target.is_symlink():
-            raise OutputError(
-                f"{target}: is a symbolic link to {target.readlink()}, and a link is not replaced; give another name, or the "
-                "folder itself"
-            )
-        if not target.is_dir():
-            raise OutputError(f"{target}: exists and is not a folder")
-        if not overwrite and any(target.iterdir()):
-            raise OutputError(f"{target}: exists already; choose another folder, or pass --overwrite")
-        if mark is not None and not (target / mark).exists():
-            foreign = sorted(path.name for path in target.iterdir() if not (path / mark).exists())
-            if foreign:
+    with described(target):
+        own = resolved(target)
+        if own == Path.cwd():
+            raise OutputError(f"{target}: is the current folder; name a folder to make")
+        for source in inputs:
+            other = resolved(source)
+            if own == other or own in other.parents or other in own.parents:
+                raise OutputError(f"{target}: the output folder and the input {source} must not contain one another")
+        if target.exists() or target.is_symlink():
+            if target.is_symlink():
                 raise OutputError(
-                    f"{target}: holds {foreign[0]!r}, which no earlier run wrote; delete the folder yourself, or choose another"
+                    f"{target}: is a symbolic link to {target.readlink()}, and a link is not replaced; give another name, or the "
+                    "folder itself"
                 )
-    parent = _writable_parent(target)
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise OutputError(f"{target}: {nbytes:,} bytes are needed, but {parent} has {free:,} left; free some space")
+            if not target.is_dir():
+                raise OutputError(f"{target}: exists and is not a folder")
+            if not overwrite and any(target.iterdir()):
+                raise OutputError(f"{target}: exists already; choose another folder, or pass --overwrite")
+            if mark is not None and not (target / mark).exists():
+                foreign = sorted(path.name for path in target.iterdir() if not (path / mark).exists())
+                if foreign:
+                    raise OutputError(
+                        f"{target}: holds {foreign[0]!r}, which no earlier run wrote; delete the folder yourself, or choose another"
+                    )
+        parent = _writable_parent(target)
+        free = shutil.disk_usage(parent).free
+        if free < nbytes:
+            raise OutputError(f"{target}: {nbytes:,} bytes are needed, but {parent} has {free:,} left; free some space")
 
 
 def _writable_parent(target: Path) -> Path:
     """The nearest folder above the target that exists."""
-    parent = next(folder for folder in target.resolve().parents if folder.exists())
+    parent = next(folder for folder in resolved(target).parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{target}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import MissingDependencyError, OutputError
-from safelora_fast.posthoc.output import described
+from safelora_fast.posthoc.output import described, resolved
 from safelora_fast.posthoc.places import block_of, is_after_the_blocks, kinds
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def check_plot(path: Path) -> None:
         raise MissingDependencyError("a plot needs matplotlib: pip install 'safelora-fast[plot]'") from None
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(f"{path}: a plot is one of {', '.join(sorted(SUFFIXES))}, not {path.suffix!r}")
-    if not path.resolve().parent.is_dir():
-        raise OutputError(f"{path}: the folder {path.resolve().parent} does not exist")
+    with described(path):
+        if not resolved(path).parent.is_dir():
+            raise OutputError(f"{path}: the folder {resolved(path).parent} does not exist")
 
 
 def plot_report(report: ProjectionReport, path: Path) -> None:

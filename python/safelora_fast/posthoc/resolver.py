@@ -6,12 +6,14 @@ Every command asks here, so that all of them take the same names and refuse the 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safelora_fast.errors import AdapterError, CheckpointError
+from safelora_fast.json_reading import readable
 from safelora_fast.posthoc.hub import Repository
 
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+|[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -65,8 +67,11 @@ def locate(source: str | Path, what: str) -> Path | Repository:
         CheckpointError: there is no such path, and it cannot be a Hub id.
     """
     path = Path(source).expanduser()
-    if path.exists():
-        return path
+    with readable(source, CheckpointError):
+        if path.exists():
+            return path
+        if path.is_symlink():
+            raise CheckpointError(f"{source}: {what} is a link that leads to nothing, or in a circle")
     match, hint = HUB_ID.fullmatch(str(source)), did_you_mean(path)
     if match is None or isinstance(source, Path):
         raise CheckpointError(f"{source}: {what} is neither a file, nor a folder, nor a Hub id{hint}")
@@ -85,6 +90,11 @@ def find_model(source: str | Path, what: str = "the model") -> ModelSource:
             is_adapter = found.fetch_if_there(ADAPTER_CONFIG, or_in_cache=True) is not None
             raise CheckpointError(f"{found.name}: {_no_model(is_adapter)}")
         return ModelSource(found.name, found.revision, found.commit, offline=not found.within_reach)
+    with readable(found, CheckpointError):
+        return _local_model(found, what)
+
+
+def _local_model(found: Path, what: str) -> ModelSource:
     folder = model_folder(found)
     if found.is_file() and not _is_loaded(found):
         raise CheckpointError(f"{found}: is a file that transformers does not load; give {what}'s folder, {folder}")
@@ -136,7 +146,8 @@ def adapter_folder(source: str | Path, *, tokenizer: bool = False) -> Path:
     """
     try:
         found = locate(source, "the adapter")
-        return _fetched(found, tokenizer=tokenizer) if isinstance(found, Repository) else _checked(found)
+        with readable(source, AdapterError):
+            return _fetched(found, tokenizer=tokenizer) if isinstance(found, Repository) else _checked(found)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
 
@@ -178,7 +189,7 @@ def label(path: Path) -> str:
 def folder_name(path: Path) -> str:
     """What an adapter is called: the last part of its folder, or of its Hub id."""
     shown = label(path)
-    return path.resolve().name if shown == str(path) else shown.partition("@")[0].rpartition("/")[2]
+    return Path(os.path.realpath(path)).name if shown == str(path) else shown.partition("@")[0].rpartition("/")[2]
 
 
 def named_adapter(word: str) -> tuple[str, Path]:

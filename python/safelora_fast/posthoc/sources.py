@@ -6,13 +6,14 @@ remote, only when :meth:`Checkpoint.require` asks for tensors in them.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError
-from safelora_fast.json_reading import OBJECT, TEXT, check_fields, of_kind, read_json, why
+from safelora_fast.json_reading import OBJECT, TEXT, check_fields, of_kind, read_json, readable, why
 from safelora_fast.posthoc.resolver import INDEX, SINGLE, locate
 from safelora_fast.posthoc.settings import check_path
 
@@ -127,17 +128,18 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
         SettingsError: when the source is neither text nor a path.
     """
     check_path(role, source, A_MODEL)
-    found = locate(source, f"the {role} model")
-    if not isinstance(found, Path):
-        return _from_hub(found)
-    return _from_folder(found) if found.is_dir() else _from_file(found)
+    with readable(source, CheckpointError):
+        found = locate(source, f"the {role} model")
+        if not isinstance(found, Path):
+            return _from_hub(found)
+        return _from_folder(found) if found.is_dir() else _from_file(found)
 
 
 def same_place(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether two checkpoints are one folder or file, or one commit of the Hub."""
     if one.remote or other.remote:
         return (one.description, one.revision) == (other.description, other.revision) and one.revision is not None
-    return Path(one.description).resolve() == Path(other.description).resolve()
+    return os.path.realpath(one.description) == os.path.realpath(other.description)
 
 
 def _from_folder(folder: Path) -> Checkpoint:

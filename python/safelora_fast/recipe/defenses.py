@@ -11,12 +11,12 @@ import json
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast import defenses
 from safelora_fast.defenses import SafeLora
 from safelora_fast.errors import SafeLoraFastError
+from safelora_fast.json_reading import is_file
 from safelora_fast.recipe.kinds import conforms, describe, read_annotation
 from safelora_fast.subspace import SafeSubspace
 
@@ -190,11 +190,11 @@ def _checked(document: Document, keys: Keys, function: Callable[..., Any], value
             return check_arguments(document, keys, SafeSubspace.build, value)
         if not isinstance(value, str):
             raise document.problem(keys, f"must be a file, or {{aligned: …, base: …, rank: …}}, not {value!r}")
-        if not Path(value).is_file():
+        if not is_file(value):
             raise document.problem(keys, f"there is no file {value}; make it with `safelora-fast subspace build`")
         return value
     if _takes(function, name, "Tensor"):
-        if isinstance(value, str) and not Path(value).is_file():
+        if isinstance(value, str) and not is_file(value):
             raise document.problem(keys, f"there is no file {value}")
         if not isinstance(value, str) and not conforms(value, list[float]):
             raise document.problem(keys, f"must be a file or a list of numbers, not {value!r}")

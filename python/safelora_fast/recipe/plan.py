@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safelora_fast.posthoc.output import resolved
 from safelora_fast.recipe.cost import Cost, Shape, Work, estimate
 from safelora_fast.recipe.mixture import held_out_warnings
 
@@ -300,7 +301,7 @@ def _matrices(blocks: Any, trained: set[int], config: Any) -> int:
 
 def free_space(folder: Path) -> int:
     """Free bytes where a folder is or will be."""
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    there = next(path for path in (resolved(folder), *resolved(folder).parents) if path.exists())
     return shutil.disk_usage(there).free
 
 
