@@ -72,7 +72,7 @@ def asked_with(model, name):
     forward = model.get_base_model().forward
 
     def needing(*args, **kwargs):
-        if name not in kwargs:
+        if kwargs.get(name) is None:
             raise ValueError(f"no {name}")
         return forward(*args, **kwargs)
 
