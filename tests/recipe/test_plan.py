@@ -108,7 +108,7 @@ def test_defences_are_checked_against_the_outline(tmp_path):
         "lora.target_modules=[q_prj]": "lora: Target modules",
         "lora={target_modules: [q_proj], r: -1}": "lora: ",
         "lora.init_lora_weights=pissa": "pissa",
-        "lora.target_modules=[lm_head]": "KL: the output head is adapted",
+        "lora.target_modules=[lm_head]": "lm_head",
         "model.attention=flush": "the model cannot be loaded",
         "model.device=cuda": "model.device: is cuda, but torch sees no GPU",
         "training.lr_scheduler_type=linaer": "training.lr_scheduler_type: linaer is not a valid",
@@ -187,7 +187,7 @@ def test_optimiser_state():
 def test_a_second_model_of_the_same_name_is_no_folder(tmp_path):
     tiny = write_recipe(tmp_path)
     for path, message in (
-        ("no such model!", "neither a folder nor a Hub id"),
+        ("no such model!", "neither a file, nor a folder, nor a Hub id"),
         (str(tmp_path), "there is no config.json"),
     ):
         with pytest.raises(CheckpointError, match=message):

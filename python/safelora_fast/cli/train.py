@@ -6,11 +6,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safelora_fast.cli import options
+
+if TYPE_CHECKING:
+    from safelora_fast.recipe.folder import RunFolder
+    from safelora_fast.recipe.prepare import Prepared
 
 
 def train(
@@ -58,8 +62,8 @@ def train(
     folder = RunFolder(recipe)
     main = os.environ.get("RANK", "0") == "0"
     talks = main and not quiet
-    if not dry_run and main:
-        folder.check(resume=resume, overwrite=overwrite)
+    if main:
+        folder.check(resume=resume, overwrite=overwrite or (dry_run and not resume))
     record = folder.read_record() if resume and not dry_run else {}
     if record.get("finished"):
         _show_record(record, folder.path, as_json=as_json, talks=talks)
@@ -75,6 +79,8 @@ def train(
         from safelora_fast.recipe.run import train as run
 
         prepared = prepare(recipe)
+        if dry_run and main:
+            _check_output(folder, prepared, resume=resume, overwrite=overwrite)
         if talks and not as_json:
             _show_plan(prepared)
         if dry_run:
@@ -90,6 +96,18 @@ def train(
             )
         leave_processes()
     _show_record(record, folder.path, as_json=as_json, talks=talks)
+
+
+def _check_output(folder: RunFolder, prepared: Prepared, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that has no room, and say that the run needs a flag where it holds one already."""
+    from safelora_fast.cli.console import warn
+    from safelora_fast.errors import OutputError
+
+    folder.check(resume=resume, overwrite=not resume, nbytes=prepared.plan.disk_bytes)
+    try:
+        folder.check(resume=resume, overwrite=overwrite)
+    except OutputError as needed:
+        warn(str(needed))
 
 
 def _show_plan(prepared: Any) -> None:

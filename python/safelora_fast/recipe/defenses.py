@@ -208,3 +208,11 @@ def _checked(document: Document, keys: Keys, function: Callable[..., Any], value
 
 def _takes(function: Callable[..., Any], argument: str, what: str) -> bool:
     return what in str(inspect.signature(function).parameters[argument].annotation)
+
+
+def is_at_hand(spec: DefenseSpec) -> bool:
+    """Whether a defense can be made without building a subspace of vectors or fetching its sources."""
+    source = spec.subspace
+    if not isinstance(source, dict):
+        return True
+    return not spec.needs_vectors and all(Path(source[role]).expanduser().exists() for role in ("aligned", "base"))

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_fast.errors import DataError
 from safelora_fast.evaluation.margin import encode_pairs
 from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
 from safelora_fast.posthoc.resolver import find_model
-from safelora_fast.recipe.defenses import Subspaces
 from safelora_fast.recipe.epochs import Epochs
-from safelora_fast.recipe.loading import give_adapter, load_config, load_tokenizer, outline
+from safelora_fast.recipe.loading import load_config, load_tokenizer, outline
 from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of
 from safelora_fast.recipe.plan import Facts, Plan, make_plan
+from safelora_fast.recipe.rehearsal import rehearse
 from safelora_fast.recipe.rows import read_rows
 from safelora_fast.recipe.tokens import Encoder, ExampleSet
 from safelora_fast.recipe.trainer_arguments import trainer_arguments
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from safelora_fast.evaluation.pairs import Pair
-    from safelora_fast.recipe.defenses import DefenseSpec
     from safelora_fast.recipe.recipe import Recipe
     from safelora_fast.recipe.rows import RowSet
 
@@ -86,7 +83,7 @@ def prepare(recipe: Recipe) -> Prepared:
     epochs = None if safe is None else Epochs.of(task, safe, schedule_of(recipe), arguments)
     pairs = _pairs(recipe, tokenizer)
     model = outline(recipe, config)
-    check_defenses(recipe, model)
+    rehearse(recipe, arguments, model, tokenizer, train, held_out)
     sample: str = tokenizer.decode(task.examples[0].answer)
     facts = Facts.of(task, held_out, safe)
     plan = make_plan(recipe, arguments, model, train, facts, sample)
@@ -101,31 +98,6 @@ def _pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pair] | N
     pairs = builtin_pairs() if recipe.margin.pairs is None else read_pairs(recipe.margin.pairs)
     encode_pairs(tokenizer, pairs, system=recipe.margin.system, strings=recipe.data.strings)
     return pairs
-
-
-def check_defenses(recipe: Recipe, model: PeftModel) -> None:
-    """Refuse defences and monitors that do not fit the model, which is given a real adapter for that.
-
-    Where a subspace is yet to be built, or its sources to be fetched, this is left to the start of training.
-
-    Raises:
-        SafeLoraFastError: with the reason.
-    """
-    from safelora_fast.training.defended import Defended
-
-    subspaces = Subspaces(build=True)
-    known = [spec for spec in recipe.defenses if _is_at_hand(spec)]
-    if known or recipe.monitors:
-        give_adapter(model)
-        defenses, monitors = [spec.build(subspaces) for spec in known], [spec.build() for spec in recipe.monitors]
-        Defended(model, defenses, on_nonfinite=recipe.on_nonfinite, monitors=monitors)
-
-
-def _is_at_hand(spec: DefenseSpec) -> bool:
-    source = spec.subspace
-    if not isinstance(source, dict):
-        return True
-    return not spec.needs_vectors and all(Path(source[role]).expanduser().exists() for role in ("aligned", "base"))
 
 
 def _rows(recipe: Recipe) -> tuple[RowSet, RowSet | None]:

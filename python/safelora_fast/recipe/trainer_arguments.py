@@ -56,14 +56,15 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
                 **({"use_cpu": True} if on_cpu else {}),
             )
     except (ValueError, TypeError, ImportError, KeyError) as error:
-        raise _refused(recipe, error) from error
+        raise refused(recipe, error) from error
 
 
-def _refused(recipe: Recipe, error: Exception) -> SettingsError:
-    """Name the key when the refusal begins with its value, or speaks of it and of no other."""
+def refused(recipe: Recipe, error: Exception) -> SettingsError:
+    """The error for what the trainer refuses; it names the key when its words begin with the value, or speak of no other key."""
     words = first_line(error)
     given = recipe.document.section(TRAINING.section)
     named = [name for name, value in given.items() if words.startswith((f"{value} ", f"{value!r} "))]
     named = named or [name for name in given if name in words]
+    named = named or [name for name, value in given.items() if isinstance(value, str) and value in words.split()]
     keys = (TRAINING.section, named[0]) if len(named) == 1 else (TRAINING.section,)
     return recipe.document.problem(keys, words)
