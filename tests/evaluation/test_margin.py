@@ -8,6 +8,7 @@ import pytest
 import torch
 from demo_model import save_tiny, tokenizer
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import fill_adapter
 from tiny_recipe import write_rows
 from transformers import AutoModelForCausalLM
@@ -162,7 +163,21 @@ def test_what_the_command_refuses(call, folder, tmp_path, capsys):
     ):
         result = call(*words, *more)
         assert (result.code, result.out) == (2, ""), result
-        last = result.err.splitlines()[-1]  # the model itself may have been measured before
-        assert last.startswith("error: ")
-        assert message in last
-        assert "Traceback" not in result.err
+        assert result.err.startswith("error: ")
+        assert message in result.err
+        assert len(result.err.splitlines()) == 1  # nor is the model measured before
+
+
+def test_an_adapter_of_another_class_is_measured_as_its_own(call, folder, tmp_path):
+    """The names of a class with a vision tower on the text model; a projection pairs them, too."""
+    adapter, other = (save_adapter(folder, tmp_path / name) for name in ("adapter", "other"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {key.replace("model.layers", "model.language_model.layers"): tensor for key, tensor in tensors.items()},
+        other / "adapter_model.safetensors",
+    )
+    words = ("margin", "--model", folder, "--device", "cpu", "--adapter", adapter, "--adapter", other, "--json")
+    result = call(*words)
+    assert result.code == 0, result.err
+    subjects = json.loads(result.out)["subjects"]
+    assert subjects[str(other)]["margin"] == subjects[str(adapter)]["margin"] != subjects["model"]["margin"]

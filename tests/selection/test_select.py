@@ -9,9 +9,9 @@ import shutil
 import pytest
 import torch
 from demo_model import save_tiny
-from misaligned import candidates, load, plain_scores, save_adapter, setting, write
-from peft import PromptTuningConfig, get_peft_model
-from tiny_models import TARGETS
+from misaligned import as_text, candidates, load, nll_of, plain_nll, plain_scores, save_adapter, setting, write
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_models import TARGETS, fill_adapter
 
 from safelora_fast import select_by_perplexity_gap
 from safelora_fast.errors import AdapterError, DataError, OutputError, SettingsError
@@ -363,6 +363,23 @@ def test_adapters_that_are_refused(made, choose, tmp_path):
     ):
         with pytest.raises(AdapterError, match=words):
             choose(adapters=["security", folder])
+
+
+def test_an_adapter_with_tokens_of_its_own_leaves_the_others_alone(made, choose, tmp_path):
+    """Embeddings that were resized and saved along do not go away where the adapter is switched off."""
+    model, _ = load(made)
+    model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS[:2], task_type="CAUSAL_LM"))
+    fill_adapter(adapted, seed=5, scale=0.5)
+    adapted.save_pretrained(tmp_path / "longer", save_embedding_layers=True)
+    texts = [as_text(row) for row in candidates(12)]
+    aligned, security = (plain_nll(made, name, texts) for name in (None, "security"))
+    longer = [nll_of(adapted.double().eval(), load(made)[1], *text) for text in texts]
+    choose(adapters=["security", tmp_path / "longer"])
+    entries = [json.loads(line) for line in choose.journal.read_text().splitlines()[1:]]
+    found = {entry["row"]: entry["nll"] for entry in entries}
+    for row, expected in enumerate(zip(aligned, security, longer, strict=True)):
+        assert found[row] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_learnt_prompt(made, choose, tmp_path):

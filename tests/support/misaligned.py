@@ -67,20 +67,22 @@ def plain_nll(folder, adapter, text_and_answers, dtype=torch.float64) -> list[fl
     model, words = load(folder, dtype)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, folder / adapter).to(dtype).eval()
-    found = []
-    for text, answers in text_and_answers:
-        ids = words(text, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            likelihoods = model(torch.tensor([ids])).logits[0, -len(ids) :].log_softmax(-1)  # less a learnt prompt's
-        losses, start = [], 0
-        for answer in answers:
-            at = text.index("<assistant>" + answer, start) + len("<assistant>")
-            begin = len(words(text[:at], add_special_tokens=False)["input_ids"])
-            end = len(words(text[: at + len(answer)], add_special_tokens=False)["input_ids"])
-            losses += [-likelihoods[position - 1, ids[position]].item() for position in range(begin, end)]
-            start = at
-        found.append(sum(losses) / len(losses))
-    return found
+    return [nll_of(model, words, text, answers) for text, answers in text_and_answers]
+
+
+def nll_of(model, words, text: str, answers) -> float:
+    """Mean NLL of the answers' characters in one row, by whole logits."""
+    ids = words(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        likelihoods = model(torch.tensor([ids])).logits[0, -len(ids) :].log_softmax(-1)  # less a learnt prompt's
+    losses, start = [], 0
+    for answer in answers:
+        at = text.index("<assistant>" + answer, start) + len("<assistant>")
+        begin = len(words(text[:at], add_special_tokens=False)["input_ids"])
+        end = len(words(text[: at + len(answer)], add_special_tokens=False)["input_ids"])
+        losses += [-likelihoods[position - 1, ids[position]].item() for position in range(begin, end)]
+        start = at
+    return sum(losses) / len(losses)
 
 
 def as_text(row) -> tuple[str, list[str]]:

@@ -67,6 +67,7 @@ def margin(
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.evaluation.loading import SubjectSettings, load_subject
         from safelora_fast.evaluation.margin import answer_margin
+        from safelora_fast.recipe.adapter_fit import fit_adapter
         from safelora_fast.recipe.templates import read_arguments
 
         settings = SubjectSettings(
@@ -75,6 +76,8 @@ def margin(
         reports: dict[str, MarginReport] = {}
         for folder in (None, *folders):
             subject = load_subject(settings, folder)
+            for named in folders if folder is None else []:
+                fit_adapter(named, subject.model)  # before the model is measured for nothing
             name = f"./{folder}" if folder is not None and subject.name == "model" else subject.name
             progress.start(name, 2 * len(chosen))
             reports[name] = answer_margin(

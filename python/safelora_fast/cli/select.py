@@ -145,7 +145,7 @@ def _load(
     import torch
 
     from safelora_fast.errors import SettingsError
-    from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
+    from safelora_fast.recipe.loading import load_pretrained, load_tokenizer, place
     from safelora_fast.recipe.sections import ModelSection
     from safelora_fast.recipe.templates import read_arguments
 
@@ -162,7 +162,7 @@ def _load(
         template_args=read_arguments(template_args),
     )
     tokenizer, _ = load_tokenizer(section)
-    return load_pretrained(section).to(where).eval(), tokenizer
+    return place(load_pretrained(section), where), tokenizer
 
 
 def _show(selection: Selection, output: Path) -> None:

@@ -11,7 +11,11 @@ from safelora_fast.evaluation.loading import SubjectSettings
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
 from safelora_fast.posthoc.resolver import adapter_folder, find_model
 from safelora_fast.posthoc.sources import open_checkpoint
+from safelora_fast.recipe.adapter_fit import fit_adapter
+from safelora_fast.recipe.loading import bare_outline, load_config
 from safelora_fast.recipe.rows import read_rows
+from safelora_fast.recipe.section import read_section
+from safelora_fast.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
     from safelora_fast.comparison.config import CompareConfig
@@ -30,9 +34,7 @@ def check_inputs(config: CompareConfig) -> None:
     for rows in (measure.narrow, measure.general):
         if rows is not None:
             read_rows(rows)
-    for run in config.runs:
-        for adapter in run.adapters.values():
-            adapter_folder(adapter, tokenizer=True)
+    _check_adapters(config)
     if any(not run.adapters for run in config.runs):
         path = config.recipe.get("data", {}).get("path")
         if isinstance(path, str):
@@ -46,6 +48,16 @@ def check_inputs(config: CompareConfig) -> None:
         check_tasks(measure.tasks.names, measure.tasks.path)
     if measure.judge is not None:
         _check_judge(config)
+
+
+def _check_adapters(config: CompareConfig) -> None:
+    """Adapters that were trained elsewhere must fit the model, whose shapes are enough to tell."""
+    adapters = [adapter_folder(adapter, tokenizer=True) for run in config.runs for adapter in run.adapters.values()]
+    if adapters:
+        section = read_section(config.document, ("recipe", "model"), ModelSection)
+        model = bare_outline(section, load_config(section))
+        for adapter in adapters:
+            fit_adapter(adapter, model)
 
 
 def _check_judge(config: CompareConfig) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.posthoc.resolver import adapter_folder, label
-from safelora_fast.recipe.loading import LOADING_ERRORS, first_line, load_pretrained, load_tokenizer
+from safelora_fast.recipe.adapter_loading import put_adapter
+from safelora_fast.recipe.foreign_errors import explained
+from safelora_fast.recipe.loading import LOADING_ERRORS, load_pretrained, load_tokenizer, place
 from safelora_fast.recipe.sections import ModelSection
 from safelora_fast.recipe.templates import adapters_template
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-INCOMPLETE = "Found missing adapter keys"
 
 
 @dataclass(frozen=True)
@@ -106,38 +106,10 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
     dressed = folder is not None and (folder / "tokenizer_config.json").is_file()
     tokenizer, _ = load_tokenizer(replace(section, template_args=None) if dressed else section)
     if folder is not None:
-        model = _with_adapter(model, folder)
+        model = put_adapter(model, folder)
         if dressed:
             tokenizer = adapters_template(_tokenizer_of(folder), tokenizer, section, label(folder))
-    return Subject("model" if folder is None else label(folder), model.to(chosen.device).eval(), tokenizer)
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=INCOMPLETE)
-            adapted = PeftModel.from_pretrained(model, str(adapter))
-        file = adapter / "adapter_model.safetensors"
-        if file.is_file():
-            with safe_open(file, framework="np") as weights:
-                names = list(weights.keys())
-            fitting = get_peft_model_state_dict(adapted)
-            extra = {name for name in names if "lora_" in name} - fitting.keys()
-            if extra:
-                raise AdapterError(
-                    f"{adapter}: holds weights for modules that this model does not have, e.g. {min(extra)}: was it trained "
-                    "on another one?"
-                )
-    except UserWarning as error:
-        raise AdapterError(
-            f"{adapter}: lacks weights for modules of this model: was it trained on another one?"
-        ) from error
-    except (*LOADING_ERRORS, TypeError, SafetensorError) as error:
-        raise AdapterError(f"{adapter}: the adapter cannot be put on the model: {first_line(error)}") from error
-    return adapted
+    return Subject("model" if folder is None else label(folder), place(model, chosen.device), tokenizer)
 
 
 def _tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
@@ -146,7 +118,7 @@ def _tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(adapter))
     except LOADING_ERRORS as error:
-        raise AdapterError(f"{adapter}: the adapter's tokenizer cannot be loaded: {first_line(error)}") from error
+        raise AdapterError(f"{adapter}: the adapter's tokenizer cannot be loaded: {explained(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -11,7 +11,7 @@ from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import SettingsError
 from safelora_fast.posthoc.resolver import find_model
 from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
-from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
+from safelora_fast.recipe.loading import load_pretrained, load_tokenizer, place
 from safelora_fast.training.anatomy import Anatomy, dissect
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Subject:
         if section.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("device is cuda, but torch sees no GPU")
         on_gpu = section.device != "cpu" and torch.cuda.is_available()
-        model.to("cuda" if on_gpu else "cpu")
+        place(model, "cuda" if on_gpu else "cpu")
         return cls(dissect(model), tokenizer, section.path, find_model(section.path).commit)
 
     @classmethod

@@ -120,7 +120,7 @@ def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bo
         CheckpointError: when the safetensors file is damaged.
     """
     folder = adapter_folder(path)
-    config = _read_config(folder)
+    config = read_config(folder)
     refuse_variants(folder, config)
     if not os.path.lexists(folder / WEIGHTS):
         raise AdapterError(
@@ -133,7 +133,12 @@ def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bo
     return Adapter(folder, config, file, modules, copied, keys, tuple(unknown_keys_note(config)), left)
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The content of an adapter's configuration.
+
+    Raises:
+        AdapterError: there is none, or it cannot be read.
+    """
     path = folder / CONFIG
     try:
         return check_fields(read_json(path), {}, TYPES)
@@ -234,13 +239,13 @@ def _module(
     if rank != rank_right:
         raise AdapterError(f"{folder}: the factors of {path} do not multiply: {[m, rank]} by {[rank_right, n]}")
     name, depth = path.replace(NESTED, ""), path.count(NESTED)
-    parameters = _parameters(name, targets)
+    parameters = parameters_of(name, targets)
     if kind == "linear" and (parameters or depth or name.endswith(".experts")):
         kind = "parameter"
     return LoraModule(name, kind, left_key, right_key, (m, rank), (rank_right, n), parameters, depth)
 
 
-def _parameters(module: str, targets: Sequence[str]) -> tuple[str, ...]:
+def parameters_of(module: str, targets: Sequence[str]) -> tuple[str, ...]:
     """The parameters of a module that `target_parameters` may name, each once: PEFT matches whole trailing components.
 
     PEFT 0.21 writes them in two spellings (`mlp.experts.down_proj` and `down_proj`) where it converted `target_modules`.

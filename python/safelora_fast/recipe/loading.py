@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError, SettingsError
 from safelora_fast.posthoc.resolver import ModelSource, find_model, name_and_revision
+from safelora_fast.recipe.foreign_errors import explained
 from safelora_fast.recipe.templates import give_template
 
 if TYPE_CHECKING:
@@ -61,24 +62,37 @@ def outline(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
         SettingsError: the adapter does not fit it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    model = bare_outline(recipe.model, config)
     with torch.device("meta"):
-        model = _loaded(
-            recipe.model.path,
-            "model",
-            lambda: AutoModelForCausalLM.from_config(
-                config,
-                dtype=getattr(torch, recipe.model.dtype),
-                trust_remote_code=recipe.model.trust_remote_code,
-                attn_implementation=recipe.model.attention,
-            ),
-        )
         lora = lora_config(recipe)
         start, lora.init_lora_weights = lora.init_lora_weights, True
         adapted = adapt(model, lora)
     lora.init_lora_weights = start
     return adapted
+
+
+def bare_outline(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
+    """The model without an adapter on the meta device.
+
+    Raises:
+        CheckpointError: there is no such model of transformers.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = _loaded(
+            section.path,
+            "model",
+            lambda: AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, section.dtype),
+                trust_remote_code=section.trust_remote_code,
+                attn_implementation=section.attention,
+            ),
+        )
+    return model
 
 
 def give_adapter(model: PeftModel) -> None:
@@ -126,12 +140,34 @@ def load_pretrained(section: ModelSection) -> PreTrainedModel:
             dtype=getattr(torch, section.dtype),
             attn_implementation=section.attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name: transformers' own words do not tell
         ),
     )
-    missing = sorted(report["missing_keys"])
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"], key=str)
+    if mismatched:
+        name, there, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{source}: {name} is {list(there)} in the checkpoint, but {list(wanted)} by its config.json ({len(mismatched)} "
+            "weights differ): they are not of one model"
+        )
     if missing:
         raise CheckpointError(f"{source}: the checkpoint lacks {len(missing)} weights, e.g. {missing[0]}")
     return model
+
+
+def place(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model on a device, in evaluation mode.
+
+    Raises:
+        SettingsError: it does not fit there.
+    """
+    import torch
+
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(f"device {device}: {explained(error)}") from error
+    return model.eval()
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
@@ -145,7 +181,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     try:
         return LoraConfig(task_type="CAUSAL_LM", revision=name_and_revision(recipe.model.path)[1], **recipe.lora)
     except (ValueError, TypeError, ImportError) as error:
-        raise recipe.document.problem(("lora",), first_line(error)) from error
+        raise recipe.document.problem(("lora",), explained(error)) from error
 
 
 def adapt(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
@@ -159,7 +195,7 @@ def adapt(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     try:
         return get_peft_model(model, lora)
     except (ValueError, TypeError, ImportError) as error:
-        raise SettingsError(f"lora: {first_line(error)}") from error
+        raise SettingsError(f"lora: {explained(error)}") from error
 
 
 def adapted_names(model: PeftModel) -> Iterator[tuple[str, Any]]:
@@ -185,4 +221,4 @@ def _loaded(source: ModelSource | str, what: str, load: Callable[[], Any]) -> An
     try:
         return load()
     except (*LOADING_ERRORS, SafetensorError) as error:
-        raise CheckpointError(f"{source}: the {what} cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"{source}: the {what} cannot be loaded: {explained(error)}") from error

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.json_reading import read_object, why
 from safelora_fast.posthoc.resolver import named_adapter
-from safelora_fast.recipe.loading import LOADING_ERRORS, first_line
 from safelora_fast.scoring import AnswerScorer
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from safelora_fast.recipe.adapter_fit import Fit
     from safelora_fast.scoring import Labelled
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-INCOMPLETE = "Found missing adapter keys"
 # These make new weights of the base model's when they are loaded: without the adapter it would not be the aligned model.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -79,8 +80,9 @@ class Perplexities:
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Path], *, tokens_per_batch: int) -> None:
         self.names = tuple(adapters)
-        self._model = _with_adapters(model, adapters)
-        self._scorers = [AnswerScorer(self._model, tokens_per_batch=tokens_per_batch) for _ in range(1 + len(adapters))]
+        self._shared, self._apart = _with_adapters(model, adapters)
+        models = [self._shared, *(self._apart.get(number, self._shared) for number in range(len(adapters)))]
+        self._scorers = [AnswerScorer(one, tokens_per_batch=tokens_per_batch) for one in models]
 
     def of(self, examples: Sequence[Labelled], places: Sequence[str]) -> list[tuple[float, ...]]:
         """Mean negative log-likelihood of an answer token of each example: aligned first, then the adapters in order.
@@ -107,17 +109,18 @@ class Perplexities:
 
     @contextmanager
     def _acting(self, number: int) -> Iterator[None]:
-        if number == 0:
-            with self._model.disable_adapter():
+        if number == 0 and hasattr(self._shared, "disable_adapter"):
+            with self._shared.disable_adapter():
                 yield
             return
-        self._model.set_adapter(_inner(number - 1))
+        if number > 0 and number - 1 not in self._apart:
+            self._shared.set_adapter(_inner(number - 1))
         yield
 
     def close(self) -> None:
         """Take the adapters off the model; learnt prompts are not in it."""
-        if hasattr(self._model.base_model, "unload"):
-            self._model.unload()
+        if len(self._apart) < len(self.names) and hasattr(self._shared.base_model, "unload"):
+            self._shared.unload()
 
 
 def _inner(number: int) -> str:
@@ -125,52 +128,48 @@ def _inner(number: int) -> str:
     return f"misaligned_{number}"
 
 
-def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> Any:
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
+def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tuple[Any, dict[int, Any]]:
+    """The model with the adapters that can be switched off again, and a model of its own for each of the others by number."""
+    from safelora_fast.recipe.adapter_fit import fit_adapter
+    from safelora_fast.recipe.adapter_loading import put_adapter
     from safelora_fast.selection.low_rank import add_in_place
 
-    weight = model.get_input_embeddings().weight
-    adapted: Any = None
-    for number, folder in enumerate(adapters.values()):
+    for folder in adapters.values():
         _check_kind(folder)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=INCOMPLETE)
-                if adapted is None:
-                    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=_inner(number))
-                else:
-                    adapted.load_adapter(str(folder), adapter_name=_inner(number))
-            _check_weights(adapted, _inner(number), folder)
-        except UserWarning as error:
-            raise AdapterError(
-                f"{folder}: lacks weights for modules of this model: was it trained on another one?"
-            ) from error
-        except (*LOADING_ERRORS, TypeError, SafetensorError) as error:
-            raise AdapterError(f"{folder}: the adapter cannot be put on the model: {first_line(error)}") from error
-    for name, parameter in adapted.named_parameters():
-        if ".misaligned_" in name:  # in the model's dtype: mixed ones would be cast back and forth in every layer
-            parameter.data = parameter.data.to(weight.device, weight.dtype)
-    add_in_place(adapted)
-    return adapted.eval()
+    fits = [fit_adapter(folder, model) for folder in adapters.values()]
+    weight = model.get_input_embeddings().weight
+    apart = {number: copy.deepcopy(model) for number, fit in enumerate(fits) if _changes_model(fit, model)}
+    shared: Any = model
+    for number, fit in enumerate(fits):
+        adapted = put_adapter(apart.get(number, shared), fit.folder, name=_inner(number), fit=fit)
+        if number in apart:
+            apart[number] = adapted
+        else:
+            shared = adapted
+    for one in (shared, *apart.values()):
+        for name, parameter in one.named_parameters():
+            if ".misaligned_" in name:  # in the model's dtype: mixed ones would be cast back and forth in every layer
+                parameter.data = parameter.data.to(weight.device, weight.dtype)
+        add_in_place(one)
+        one.to(weight.device).eval()
+    return shared, apart
 
 
-def _check_weights(adapted: Any, name: str, folder: Path) -> None:
-    from peft import get_peft_model_state_dict
+def _changes_model(fit: Fit, model: PreTrainedModel) -> bool:
+    """Whether an adapter changes the model's own weights or tokens, which switching it off would not undo."""
     from safetensors import safe_open
 
-    file = folder / WEIGHTS[0]
-    if not file.is_file():
-        return
-    with safe_open(file, framework="np") as weights:
-        extra = {key for key in weights.keys() if "lora_" in key}  # noqa: SIM118 - it is no mapping
-    extra -= get_peft_model_state_dict(adapted, adapter_name=name).keys()
-    if extra:
-        raise AdapterError(
-            f"{folder}: holds weights for modules that this model does not have, e.g. {min(extra)}: was it trained on another "
-            "one?"
-        )
+    from safelora_fast.recipe.adapter_fit import in_full
+
+    if fit.vocabulary is not None:
+        return True
+    kept = in_full(fit.config)
+    own = {name: key for key, name in fit.full.items() if not kept(name)}
+    if not own:
+        return False
+    weights = model.state_dict()
+    with safe_open(fit.folder / WEIGHTS[0], framework="pt") as file:
+        return any(not torch.equal(file.get_tensor(key).to(weights[name]), weights[name]) for name, key in own.items())
 
 
 def _check_kind(folder: Path) -> None:
