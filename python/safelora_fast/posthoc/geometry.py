@@ -12,8 +12,8 @@ from safelora_fast.errors import CheckpointError, PairingError
 from safelora_fast.json_reading import COUNT
 from safelora_fast.posthoc.adapter import FLOATS
 from safelora_fast.posthoc.experts import stored_in_out
-from safelora_fast.posthoc.names import canonical
-from safelora_fast.posthoc.pairing import INPUT_EMBEDDINGS, Piece, TensorNames
+from safelora_fast.posthoc.names import Piece, canonical
+from safelora_fast.posthoc.pairing import INPUT_EMBEDDINGS, TensorNames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +125,7 @@ class ExpertWeights:
                 Matrix(_blocks(names, (Piece(weight, expert),), self.module, None), transposed)
                 for expert in range(entry.shape[0])
             ]
-        return [Matrix(_blocks(names, pieces, self.module, None)) for pieces in weight]
+        return [Matrix(_blocks(names, pieces, self.module, None), bool(pieces[0].transposed)) for pieces in weight]
 
     def shapes(self, names: TensorNames) -> dict[str, tuple[int, int]]:
         """(out, in) of one expert, for each parameter."""
@@ -164,7 +164,9 @@ def matrix_of(
     vocabulary = canonical(module) in VOCABULARY
     if embedding:
         return Matrix(_blocks(names, pieces, module, None), transposed=True, vocabulary=vocabulary)
-    transposed = len(pieces) == 1 and _is_conv1d(names, pieces[0], module, shape, fan_in_fan_out=fan_in_fan_out)
+    transposed = pieces[0].transposed
+    if transposed is None:
+        transposed = len(pieces) == 1 and _is_conv1d(names, pieces[0], module, shape, fan_in_fan_out=fan_in_fan_out)
     rows = None if transposed else _part_rows(names, pieces[0], module) if shape is None else shape[0]
     return Matrix(_blocks(names, pieces, module, rows), transposed, vocabulary)
 
@@ -296,6 +298,8 @@ def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> B
             raise PairingError(f"{where}: it is kept (experts, in, out), and cannot be cut by output rows")
         offset = piece.expert * math.prod(entry.shape[1:])
     block = Block(piece.tensor, entry.file, entry.dtype, entry.begin, offset, height, width)
+    if piece.rows is not None:
+        return block.cut(*piece.rows)
     if piece.count == 1 or rows is None:
         return block
     start = _start(piece, height, rows)

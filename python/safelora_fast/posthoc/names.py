@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,21 @@ TOWERS = {
 }
 TOWER_CLASS = re.compile(r".*(Vision|Image|Audio|Speech|Multimodal|Text)(Model|Transformer|Encoder)(WithProjection)?")
 LANGUAGE_TASKS = {"CAUSAL_LM", "SEQ_2_SEQ_LM"}  # PEFT refuses them for a model that cannot generate
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one tensor: all of it, or part `index` of `count` that are fused in it; of one expert if told.
+
+    `rows` (first, count) and `transposed` (kept as (in, out)) are known where transformers tells how it loads the tensor.
+    """
+
+    tensor: str
+    expert: int | None = None
+    index: int = 0
+    count: int = 1
+    rows: tuple[int, int] | None = None
+    transposed: bool | None = None
 
 
 def canonical(name: str) -> str:

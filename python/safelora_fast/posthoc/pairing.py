@@ -10,12 +10,12 @@ import copy
 import difflib
 import re
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.errors import CheckpointError, PairingError
-from safelora_fast.posthoc.names import NameIndex, canonical
+from safelora_fast.posthoc.conversions import LoadedNames
+from safelora_fast.posthoc.names import NameIndex, Piece, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,16 +36,6 @@ QUANTISED = (
 )
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows of one tensor: all of it, or part `index` of `count` that are fused in it; of one expert if told."""
-
-    tensor: str
-    expert: int | None = None
-    index: int = 0
-    count: int = 1
-
-
 class TensorNames:
     """The names of one checkpoint, ready to be asked for."""
 
@@ -54,6 +44,7 @@ class TensorNames:
         self.role = role
         self.config: Mapping[str, Any] = checkpoint.config or {}
         self._index = NameIndex(checkpoint.names)
+        self._loaded = LoadedNames(checkpoint)
         self._tower: str | None = None
         self._by_pattern: dict[str, dict[tuple[str, ...], list[str]]] | None = None
 
@@ -93,6 +84,8 @@ class TensorNames:
         if whole := self.find(f"{module}.weight"):
             return (Piece(whole),)
         pieces = self._tied(module) or self._stacked(module) or self._fused(module) or self._expert(module)
+        if pieces is None and (converted := self._loaded.find(f"{module}.weight", self._tower)):
+            pieces = None if converted.of_experts else converted.matrices[0]
         if pieces is None:
             raise self.missing(module, f"{module}.weight")
         return pieces
@@ -105,7 +98,12 @@ class TensorNames:
         experts: list[tuple[Piece, ...]] = []
         while pieces := self._separate(f"{module}.{len(experts)}.{parameter}"):
             experts.append(pieces)
-        return tuple(experts) or None
+        if experts:
+            return tuple(experts)
+        converted = self._loaded.find(f"{module}.{parameter}", self._tower)
+        if converted is None:
+            return None
+        return converted.matrices if converted.of_experts else converted.matrices[0][0].tensor
 
     def missing(self, module: str, looked_for: str) -> PairingError:
         """The error for a module that has no tensor, with the nearest names."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from safelora_fast.posthoc.adapter import Adapter, LoraModule
-    from safelora_fast.posthoc.pairing import Piece
+    from safelora_fast.posthoc.names import Piece
     from safelora_fast.posthoc.sources import Checkpoint
 
 

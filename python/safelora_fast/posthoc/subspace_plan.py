@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from safelora_fast.errors import PairingError, SettingsError
 from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
 from safelora_fast.posthoc.jobs import Group, Plan, Problems, collect, meet, plan_groups, raise_first
-from safelora_fast.posthoc.names import canonical, matching
-from safelora_fast.posthoc.pairing import FUSED, INPUT_EMBEDDINGS, Piece, TensorNames
+from safelora_fast.posthoc.names import Piece, canonical, matching
+from safelora_fast.posthoc.pairing import FUSED, INPUT_EMBEDDINGS, TensorNames
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -1,0 +1,185 @@
+"""Checkpoints whose names and layouts transformers converts while it loads them, against the weights that it loads.
+
+Every matrix that would be read for V is compared, bit by bit, with the parameter of the loaded model.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from families import adapt, assert_projected, project, save, weights
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small_models import small_model
+from torch import nn
+
+from safelora_fast import project_adapter
+from safelora_fast.errors import PairingError
+from safelora_fast.posthoc import conversions
+from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
+from safelora_fast.posthoc.pairing import TensorNames
+from safelora_fast.posthoc.sources import open_checkpoint
+
+pytest.importorskip("transformers.conversion_mapping", reason="this transformers converts no names")
+
+# Families of the table that can be made small, each with the class that is saved and how many matrices are read.
+FAMILIES = {
+    "nemotron_h": "NemotronHForCausalLM",
+    "exaone": "LlamaForCausalLM",
+    "dory": "DoryForCausalLM",
+    "hrm_text": "HrmTextForCausalLM",
+    "deepseek_v4": "DeepseekV4ForCausalLM",
+    "bailing_hybrid": "BailingHybridForCausalLM",
+    "sarvam_moe": "Glm4MoeForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
+    "laguna": "LagunaForCausalLM",
+    "hy_v3": "HYV3ForCausalLM",
+    "kimi_linear": "KimiLinearForCausalLM",
+    "axk2": "AXK2ForCausalLM",
+    "mistral_large4_text": "MistralLarge4TextModel",
+    "mixtral": "MixtralForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "jamba": "JambaForCausalLM",
+    "aria": "AriaForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mllama": "MllamaForConditionalGeneration",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "pi0": "PI0ForConditionalGeneration",
+    "cosmos3_omni": "Cosmos3OmniForConditionalGeneration",
+    "altclip": "AltCLIPModel",
+    "radio": "RadioModel",
+    "swin": "SwinModel",
+    "gte": "GteModel",
+    "nomic_bert": "NomicBertModel",
+    "jina_embeddings_v3": "JinaEmbeddingsV3Model",
+    "timesfm2_5": "TimesFm2_5Model",
+    "cohere_asr": "CohereAsrModel",
+    "sam3_tracker": "Sam3TrackerModel",
+}
+
+
+def made(model_type, seed):
+    name = FAMILIES[model_type]
+    if not hasattr(transformers, name) or model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name} of {model_type}")
+    return small_model(model_type, name, seed)
+
+
+def read(matrix):
+    """A matrix as it would be streamed, (out, in)."""
+    rows = []
+    for block in matrix.blocks:
+        with safe_open(block.file.path, "pt") as file:
+            flat = file.get_tensor(block.tensor).reshape(-1)
+        rows.append(flat[block.offset : block.offset + block.rows * block.cols].reshape(block.rows, block.cols))
+    whole = torch.cat(rows)
+    return whole.T if matrix.transposed else whole
+
+
+def linears(model):
+    """The weights of linear layers and embeddings, as an adapter's shapes would name them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.dim() == 2:
+            weight = module.weight.detach()
+            yield name, weight.T if isinstance(module, nn.Embedding) else weight, isinstance(module, nn.Embedding)
+
+
+def experts(model):
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Experts"):
+            yield from (
+                (name, key, value.detach()) for key, value in module.named_parameters(recurse=False) if value.dim() == 3
+            )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_read_is_what_transformers_loads(tmp_path, model_type):
+    kind = type(made(model_type, 1))
+    save(made(model_type, 1), tmp_path / "model")
+    model = kind.from_pretrained(tmp_path / "model")
+    names = TensorNames(open_checkpoint(tmp_path / "model", role="aligned"), "aligned")
+    count = 0
+    for name, weight, embedding in linears(model):
+        found = matrix_of(names, names.weight(name), name, tuple(weight.shape), embedding=embedding)
+        assert torch.equal(read(found), weight), name
+        count += 1
+    for name, key, stacked in experts(model):
+        matrices = ExpertWeights(name, {key: names.parameter(name, key)}).matrices(names, key)
+        assert len(matrices) == len(stacked), name
+        for matrix, expert in zip(matrices, stacked, strict=True):
+            assert any(torch.equal(read(matrix), each) for each in (expert, expert.T)), name  # kept (in, out) by some
+        count += 1
+    assert count > 4
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "exaone", "hrm_text", "deepseek_v4", "phimoe"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_converted_models(tmp_path, model_type):
+    """Adapters have the loaded model's names, whatever those on disk."""
+    models = made(model_type, 1), made(model_type, 2)
+    folders = [save(model, tmp_path / role) for model, role in zip(models, ("aligned", "base"), strict=True)]
+    # PEFT refuses out_proj of Mamba.
+    target = {"target_modules": "all-linear", "exclude_modules": ["out_proj"], "task_type": "CAUSAL_LM"}
+    base_weights, adapted = weights(adapt(models[1], **target)), adapt(models[0], **target)
+    (result,) = project([save(adapted, tmp_path / "adapter")], *folders, tmp_path / "output")
+    assert_projected(result, adapted, base_weights)
+    adapter, written = tmp_path / "adapter", tmp_path / "written"
+    project_adapter(adapter, aligned=folders[0], base=folders[1], output=written)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (written, adapter))
+    assert ours.keys() == theirs.keys()
+
+
+def test_rows_that_transformers_rearranges_are_refused(tmp_path):
+    FAMILIES_OF_VISION = ("kimi_k25", "Kimi_K25ForConditionalGeneration")
+    if not hasattr(transformers, FAMILIES_OF_VISION[1]):
+        pytest.skip("this transformers has no such model")
+    save(small_model(*FAMILIES_OF_VISION, 1), tmp_path / "model")
+    names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
+    with pytest.raises(
+        PairingError, match=r"attn\.q_proj\.weight: transformers rearranges .*wqkv.*Chunk, PermuteForRope"
+    ):
+        names.weight("model.vision_tower.layers.0.attn.q_proj")
+    # `fc1` on disk is the loaded model's `fc2`, and `fc0` its `fc1`.
+    for ours, theirs in (("fc1", "fc0"), ("fc2", "fc1")):
+        (piece,) = names.weight(f"model.vision_tower.layers.0.mlp.{ours}")
+        assert piece.tensor.endswith(f"blocks.0.mlp.{theirs}.weight")
+
+
+def test_backbone_without_transformers(tmp_path, monkeypatch):
+    """Nemotron-H calls its decoder `backbone` on disk and `model` in memory: that needs no table."""
+    save(made("nemotron_h", 1), tmp_path / "model")
+    monkeypatch.setattr(conversions, "conversions", lambda _: {})
+    names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
+    (piece,) = names.weight("model.layers.0.mixer.in_proj")
+    assert piece.tensor == "backbone.layers.0.mixer.in_proj.weight"
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"model_type": "no_such", "architectures": ["No"]}])
+def test_the_table_is_left_alone_where_it_says_nothing(tmp_path, monkeypatch, config):
+    """Importing transformers takes seconds: only a model that the table names is worth it."""
+    save(small_model("llama", "LlamaForCausalLM", 1), tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(conversions, "_without_weights", lambda _: pytest.fail("a model was made"))
+    names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
+    with pytest.raises(PairingError, match=r"has no tensor model\.layers\.7"):
+        names.weight("model.layers.7.self_attn.q_proj")
+
+
+def test_a_configuration_that_transformers_cannot_read(tmp_path):
+    save(made("exaone", 1), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
+    with pytest.raises(
+        PairingError, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight; the nearest are"
+    ):
+        names.weight("model.layers.0.self_attn.q_proj")
