@@ -115,7 +115,10 @@ def load_model(recipe: Recipe) -> PeftModel:
     """
     from transformers import set_seed
 
+    from safelora_fast.recipe.token_types import give_token_types
+
     model = load_pretrained(recipe.model)
+    give_token_types(model)
     model.config.use_cache = False
     set_seed(recipe.training["seed"])
     return adapt(model, lora_config(recipe))

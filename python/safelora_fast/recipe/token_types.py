@@ -1,0 +1,54 @@
+"""Models that want to be told in training which tokens are of an image, although there is none."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REQUIRED = (
+    "`token_type_ids` is required as a model input when training"  # so says transformers 5.0 and 5.1, say, of Gemma 3
+)
+TEXT = {"gemma3": 0}  # the type of a token of text
+
+
+def give_token_types(model: nn.Module) -> None:
+    """Have a model take tokens for text in training where it is not told otherwise, if it would refuse them.
+
+    Raises:
+        SettingsError: it would, and what its types of tokens mean is not known here.
+    """
+    kind: Any = type(model)
+    try:
+        source = inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError, KeyError):
+        return
+    if REQUIRED not in source or "token_type_ids" not in inspect.signature(kind.forward).parameters:
+        return
+    text = TEXT.get(model.config.model_type)
+    if text is None:
+        raise SettingsError(
+            f"{kind.__name__} of this version of transformers wants token_type_ids in training, which rows of text do not have: "
+            "use another version, or another model"
+        )
+
+    def told(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = args[0] if args else kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if module.training and kwargs.get("token_type_ids") is None and given is not None:
+            types = torch.full(given.shape[:2], text, dtype=torch.long, device=given.device)
+            kwargs = {**kwargs, "token_type_ids": types}
+        return args, kwargs
+
+    for module in model.modules():  # PEFT calls the outer one's forward itself, past its hooks
+        if "token_type_ids" in inspect.signature(module.forward).parameters:
+            module.register_forward_pre_hook(told, with_kwargs=True)
