@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError
-from safelora_fast.json_reading import LIST, NUMBER, OBJECT, TEXT, check_fields, check_regular, parse_json
+from safelora_fast.json_reading import LIST, NUMBER, OBJECT, REAL, TEXT, check_fields, check_regular, parse_json
 from safelora_fast.posthoc.output import whole_file
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _known(value: float) -> float | None:
 
 
 def _is_figure(value: Any) -> bool:
-    return value is None or NUMBER.fits(value) or (isinstance(value, float) and math.isinf(value))
+    return value is None or REAL.fits(value)
 
 
 def _separation(block: int, figures: Any) -> Separation:

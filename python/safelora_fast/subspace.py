@@ -14,7 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError, PairingError
-from safelora_fast.json_reading import COUNT, LIST, NUMBER, OBJECT, TEXT, Kind, check_fields, check_regular, parse_json
+from safelora_fast.json_reading import (
+    COUNT,
+    LIST,
+    NUMBER,
+    OBJECT,
+    REAL,
+    TEXT,
+    Kind,
+    check_fields,
+    check_regular,
+    parse_json,
+)
 from safelora_fast.posthoc.names import NameIndex
 from safelora_fast.posthoc.output import whole_file
 from safelora_fast.posthoc.provenance import check_source
@@ -248,6 +259,7 @@ class SafeSubspace:
                         f"{path}: not a subspace file of version {VERSION} (safelora-fast subspace build)"
                     )
                 check_fields(document, {"modules": LIST, "sources": OBJECT, "settings": OBJECT})
+                check_fields(document["settings"], {}, {"median_v_ratio": REAL})
                 for role, source in document["sources"].items():
                     check_source(role, source)
                 facts = [check_fields(one, _MODULE) for one in document["modules"]]

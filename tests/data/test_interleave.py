@@ -50,6 +50,12 @@ def rounded(fraction, tasks):
 @pytest.mark.parametrize("count", [1, 7, 99, 400])
 def test_the_count_is_exact_at_the_end_and_close_before(fraction, count):
     exact = Fraction(str(fraction))
+    if not rounded(exact, count):
+        with pytest.raises(
+            DataError, match=f"interleave: fraction {exact} of {count} task rows is no safe row; raise it"
+        ):
+            interleave(rows(count), rows(13, "s"), exact)
+        return
     mixture = interleave(rows(count), rows(13, "s"), exact)
     assert sum(tags(mixture)) == rounded(exact, count)
     assert names(mixture, safe=False) == [row["text"] for row in rows(count)]
@@ -61,7 +67,7 @@ def test_the_count_is_exact_at_the_end_and_close_before(fraction, count):
 
 def test_a_float_counts_as_it_is_written():
     """In binary 0.05 is a little above 1/20, and 0.15·10 a little below 1.5."""
-    for fraction, count, expected in ((0.05, 10, 1), (0.15, 10, 2), (0.7, 5, 4), (0.05, 9, 0)):
+    for fraction, count, expected in ((0.05, 10, 1), (0.15, 10, 2), (0.7, 5, 4), (0.05, 29, 1)):
         assert sum(tags(interleave(rows(count), rows(3, "s"), fraction))) == expected
 
 
@@ -220,6 +226,8 @@ def test_another_tag():
         ((rows(3), rows(3), float("nan")), "fraction is nan"),
         (({"train": rows(3)}, rows(3)), "task is dict"),
         ((rows(3), "safe.jsonl"), "safe is str"),
+        ((rows(3), rows(3), "0.5"), "interleave: fraction must be a number, not '0.5'"),
+        ((rows(3), rows(3), True), "interleave: fraction must be a number, not True"),
     ],
 )
 def test_settings_that_are_refused(arguments, words):
@@ -227,10 +235,19 @@ def test_settings_that_are_refused(arguments, words):
         interleave(*arguments)
 
 
-def test_more_settings_that_are_refused():
-    for settings, words in (({"seed": -1}, "seed is -1"), ({"epochs": 0}, "epochs is 0")):
-        with pytest.raises(SettingsError, match=words):
-            interleave(rows(2), rows(2), **settings)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": "2"}, "epochs must be a whole number"),
+    ],
+)
+def test_more_settings_that_are_refused(settings, words):
+    with pytest.raises(SettingsError, match=words):
+        interleave(rows(2), rows(2), 1, **settings)
 
 
 def test_data_that_is_refused():
@@ -244,9 +261,9 @@ def test_data_that_is_refused():
         ([{"text": "a"}, {"text": 1}], table(rows(3)), "task makes no table: "),
     ):
         with pytest.raises(DataError, match=words):
-            interleave(task, safe)
-    unknown = datasets.IterableDataset.from_generator(lambda: iter([{"safe": 1}]))
+            interleave(task, safe, 1)
+    unknown = datasets.IterableDataset.from_generator(lambda: iter([{"safe": 1, "text": "t"}]))
     with pytest.raises(DataError, match="task has a column safe already"):
-        list(interleave(unknown, rows(3)))
+        list(interleave(unknown, [{"text": "s"}]))
     with pytest.raises(DataError, match="safe holds no rows"):
         list(interleave(rows(3), shards(0), 1))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from safelora_fast.data.formats import like_task
 from safelora_fast.data.schedule import Schedule
 from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.posthoc.settings import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +41,8 @@ def interleave(
 
     Args:
         task: a list of dictionaries, a `datasets.Dataset` or a `datasets.IterableDataset`.
-        safe: likewise, not necessarily of the same kind.
+        safe: likewise, not necessarily of the same kind. Rows in another format become rows in the task's where that needs no
+            guess: prompt and completion become messages, and text becomes turns where the task's rows are turns.
         fraction: safe rows per task row, from 0.
         seed: of the places of safe rows and of their order.
         epochs: passes over the task rows, laid out one after another, in which safe rows go on where the pass before
@@ -50,17 +54,21 @@ def interleave(
 
     Raises:
         SettingsError: fraction, seed or epochs are out of range, or neither kind of data is known.
-        DataError: there are no rows, the tag's column exists, or a column has two types.
+        DataError: there are no rows, the fraction comes to no safe row, the tag's column exists, a column has two types, or safe
+            rows cannot be brought into the format of the task's.
     """
     schedule = Schedule(fraction, seed)
-    if epochs < 1:
+    if whole_number("interleave: epochs", epochs) < 1:
         raise SettingsError(f"interleave: epochs is {epochs}, it must be at least 1")
     kinds = _kind("task", task), _kind("safe", safe)
     for role, data, kind in (("task", task, kinds[0]), ("safe", safe, kinds[1])):
         if kind != "stream" and not len(data):  # type: ignore[arg-type]
             raise DataError(f"interleave: {role} holds no rows")
         _check_column(role, data, kind, column)
-    mixture = _Mixture(task, safe, kinds, schedule, epochs, column)
+    if kinds[0] != "stream" and fraction and not schedule.due(len(task) * epochs):  # type: ignore[arg-type]
+        raise DataError(f"interleave: {_no_safe_row(fraction, len(task) * epochs)}")  # type: ignore[arg-type]
+    safe = like_task(task, safe, kinds)
+    mixture = _Mixture(task, safe, kinds, schedule, fraction, epochs, column)
     result: Any
     if "stream" in kinds:
         result = mixture.stream()
@@ -79,6 +87,7 @@ class _Mixture:
     safe: Any
     kinds: tuple[str, str]
     schedule: Schedule
+    fraction: float | Fraction
     epochs: int
     column: str
 
@@ -88,7 +97,15 @@ class _Mixture:
         return self.schedule.weave(passes, self._safe_rows())
 
     def _pass(self, epoch: int) -> Iterator[Mapping[str, Any]]:
-        return iter(self.task) if self.kinds[0] != "stream" else _read(self.task, epoch)
+        if self.kinds[0] != "stream":
+            yield from self.task
+            return
+        empty = True
+        for row in _read(self.task, epoch):
+            empty = False
+            yield row
+        if empty:
+            raise DataError("interleave: task holds no rows")
 
     def _safe_rows(self) -> Iterator[Mapping[str, Any]]:
         if self.kinds[1] != "stream":
@@ -135,15 +152,23 @@ class _Mixture:
         features = None
         if all(getattr(data, "features", None) is not None for data in (task, safe)):
             features = _common_features([task, safe], self.column)
-        mixture = _Mixture(task, safe, self.kinds, self.schedule, self.epochs, self.column)
+        mixture = replace(self, task=task, safe=safe)
         return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"mixture": mixture})
 
 
 def _rows(mixture: _Mixture) -> Iterator[dict[str, Any]]:
+    counts = [0, 0]
     for is_safe, row in mixture.rows():
+        counts[is_safe] += 1
         if mixture.column in row:  # a stream may not know its columns before
             raise _taken("safe" if is_safe else "task", mixture.column)
         yield {**row, mixture.column: is_safe}
+    if mixture.fraction and not counts[1]:
+        warnings.warn(f"interleave: {_no_safe_row(mixture.fraction, counts[0])}", stacklevel=2)
+
+
+def _no_safe_row(fraction: float | Fraction, tasks: int) -> str:
+    return f"fraction {fraction} of {tasks:,} task rows is no safe row; raise it"
 
 
 def _read(stream: Any, epoch: int) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.posthoc.settings import number, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,13 +31,14 @@ class Schedule:
         seed: of places and order.
 
     Raises:
-        SettingsError: the fraction is negative or not finite, or the seed is negative.
+        SettingsError: the fraction is no number, negative or not finite, or the seed is no whole number from 0.
     """
 
     def __init__(self, fraction: float | Fraction, seed: int) -> None:
+        number("interleave: fraction", fraction)
         if not (math.isfinite(fraction) and fraction >= 0):
             raise SettingsError(f"interleave: fraction is {fraction}, it must be finite and not negative")
-        if seed < 0:
+        if whole_number("interleave: seed", seed) < 0:
             raise SettingsError(f"interleave: seed is {seed}, it must not be negative")
         share = Fraction(str(fraction))
         self._safe, self._task = share.numerator, share.denominator
