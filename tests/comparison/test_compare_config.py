@@ -55,6 +55,15 @@ def test_overrides_go_on_top(read):
     assert config.recipe_for(config.runs[0], 7, config.output).training["max_steps"] == 2
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["recipe.training.learnig_rate=1", "runs.KL + more.defenses.kl.wieght=1", "recipe.training={learnig_rate: 1}"],
+)
+def test_an_overrides_typo_is_no_fault_of_the_file(read, override):
+    with pytest.raises(SettingsError, match=r"^command line: .*: unknown; did you mean (learning_rate|weight)$"):
+        read(PLAIN, override)
+
+
 def test_finished_adapters_have_seeds_of_their_own(read):
     config = read(PLAIN.replace("measure:", "  published: {adapters: {0: runs/a, 5: runs/b}}\nmeasure:"))
     run = config.runs[-1]

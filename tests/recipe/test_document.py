@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.recipe.document import read_document
+from safelora_fast.recipe.recipe import load_recipe
+from safelora_fast.recipe.synonyms import SYNONYMS
 
 TEXT = """\
 model:
@@ -128,3 +132,73 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_merged_mappings(document):
     read = document("pair: &pair\n  aligned: a\n  base: b\none:\n  <<: *pair\n  rank: 3\n")
     assert read.values["one"] == {"aligned": "a", "base": "b", "rank": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("training.lr", "say training.learning_rate"),
+        ("training.epochs", "say training.num_train_epochs"),
+        ("epochs", "say training.num_train_epochs"),
+        ("training.batch-size", "say training.per_device_train_batch_size"),
+        ("training.grad_accum", "say training.gradient_accumulation_steps"),
+        ("training.warmup", "say training.warmup_steps"),
+        ("lora.rank", "say lora.r"),
+        ("training.rank", "say lora.r"),
+        ("lora.alpha", "say lora.lora_alpha"),
+        ("lora.dropout", "say lora.lora_dropout"),
+        ("model.bf16", "say model.dtype"),
+        ("model.name", "say model.path"),
+        ("data.file", "say data.path"),
+        ("output.path", "say output.folder"),
+        ("path", "say model.path or data.path or output.folder"),
+        ("defenses.ldifs", "say defenses.feature_distance"),
+        ("defenses.kl.lambda", "say defenses.kl.weight"),
+        ("defenses.kl.wieght", "did you mean weight"),
+        ("defences", "say defenses"),
+        ("training.learnig_rate", "did you mean learning_rate"),
+    ],
+)
+def test_what_other_tools_call_a_key(tiny_recipe, key, words):
+    with pytest.raises(SettingsError) as refused:
+        load_recipe(tiny_recipe, [f"{key}=1"])
+    place = ".".join(key.split(".")[:2]) if key.count(".") < 2 else key
+    assert str(refused.value) == f"command line: {place}: unknown; {words}"
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {path: m}\ndata: {path: d}\noutput: {folder: o}\ndefenses: {kl: {weight: 0.1}}\n"
+    )
+    return tmp_path / "recipe.yaml"
+
+
+def test_every_synonym_leads_to_a_key_that_there_is():
+    from safelora_fast.recipe.arguments import LORA, TRAINING
+    from safelora_fast.recipe.defenses import defense_classes
+    from safelora_fast.recipe.recipe import SECTIONS
+    from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection
+    from safelora_fast.recipe.signatures import dataclass_fields
+
+    known = {
+        "model": {field.name for field in dataclasses.fields(ModelSection)},
+        "data": {field.name for field in dataclasses.fields(DataSection)},
+        "output": {field.name for field in dataclasses.fields(OutputSection)},
+        "lora": dataclass_fields(LORA.package, LORA.name).keys(),
+        "training": dataclass_fields(TRAINING.package, TRAINING.name).keys() | TRAINING.defaults.keys(),
+        "defenses": defense_classes().keys(),
+        "": SECTIONS,
+    }
+    for key in SYNONYMS:
+        section, _, name = key.rpartition(".")
+        assert name in known[section], key
+
+
+def test_what_another_package_refuses_names_every_place_that_may_be_meant(document):
+    read = document(TEXT, "training.seed=3")
+    assert str(read.blame("training", "the seed must be odd")) == "command line: training.seed: the seed must be odd"
+    said = str(read.blame("training", "learning rate: too high"))
+    assert said.endswith("recipe.yaml:4: training.learning_rate: learning rate: too high")
+    assert str(read.blame("training", "no GPU")).endswith("recipe.yaml:3 or the command line: training: no GPU")
+    assert str(document(TEXT).blame("training", "no GPU")).endswith("recipe.yaml:3: training: no GPU")

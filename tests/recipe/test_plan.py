@@ -105,8 +105,8 @@ def test_defences_are_checked_against_the_outline(tmp_path):
     assert prepare(load_recipe(tiny.path)).plan.cost.extras["subspace_penalty"].flops > 0
     refusals = {
         "defenses.feature_distance.layers=[9]": "block 9 does not exist, the model has 2 blocks",
-        "lora.target_modules=[q_prj]": "lora: Target modules",
-        "lora={target_modules: [q_proj], r: -1}": "lora: ",
+        "lora.target_modules=[q_prj]": "command line: lora.target_modules: Target modules",
+        "lora={target_modules: [q_proj], r: -1}": "command line: lora.r: ",
         "lora.init_lora_weights=pissa": "pissa",
         "lora.target_modules=[lm_head]": "lm_head",
         "model.attention=flush": "the model cannot be loaded",

@@ -72,7 +72,7 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("data.max_rows=0", "command line: data.max_rows: is 0, it must be at least 1"),
         ("data.eval=1.5", "command line: data.eval: is 1.5: a share lies above 0 and below 1"),
         ("data.eval=true", "command line: data.eval: must be text or a number or null, not True"),
-        ("lora.alpha=3", "command line: lora.alpha: unknown; did you mean lora_alpha"),
+        ("lora.alpha=3", "command line: lora.alpha: unknown; say lora.lora_alpha"),
         ("lora.r=8.5", "command line: lora.r: must be a whole number, not 8.5"),
         ("lora.task_type=SEQ_CLS", "command line: lora.task_type: is set by the command; leave it out"),
         ("training.learning_rat=1e-4", "command line: training.learning_rat: unknown; did you mean learning_rate"),

@@ -88,7 +88,8 @@ class CompareConfig:
         lines |= self._lines(("runs", run.name))
         _put(values, extra or {})
         _put(values, {"training": {"seed": seed}, "output": {"folder": str(output)}})
-        return recipe_of(Document(self.document.source, values, lines))
+        overridden = self._overridden(("recipe",)) | self._overridden(("runs", run.name))
+        return recipe_of(Document(self.document.source, values, lines, overridden))
 
     def seeds_of(self, run: RunSpec) -> tuple[int, ...]:
         """The seeds of a run: those of its finished adapters where it has some."""
@@ -104,6 +105,11 @@ class CompareConfig:
     def _lines(self, prefix: Keys) -> dict[Keys, int]:
         count = len(prefix)
         return {keys[count:]: line for keys, line in self.document.lines.items() if keys[:count] == prefix}
+
+    def _overridden(self, prefix: Keys) -> set[Keys]:
+        """What overrides set below a prefix, or the whole of it."""
+        count = len(prefix)
+        return {keys[count:] for keys in self.document.overridden if keys[:count] == prefix}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.errors import SettingsError
 from safelora_fast.json_reading import read_bytes
 from safelora_fast.posthoc.resolver import did_you_mean
+from safelora_fast.recipe.synonyms import meant
 from safelora_fast.yaml_reading import MOST_DEPTH, parse_yaml
 
 if TYPE_CHECKING:
@@ -33,12 +35,14 @@ class Document:
         values: nested mappings, sequences and scalars.
         lines: the line that a key is on, by the keys that lead to it; overridden keys have none.
         overridden: keys that an override set.
+        what: what the file is, see :data:`SHAPES`.
     """
 
     source: str
     values: dict[str, Any]
     lines: dict[Keys, int] = field(default_factory=dict)
     overridden: set[Keys] = field(default_factory=set)
+    what: str = "recipe"
 
     def problem(self, keys: Keys, what: str) -> SettingsError:
         """The error for a key: file, line, dotted path, and what is wrong with it."""
@@ -53,11 +57,32 @@ class Document:
                 return f"{self.source}:{self.lines[part]}"
             if any(other[:length] == part for other in self.overridden):
                 return "command line"
-        return self.source
+        return "command line" if () in self.overridden else self.source
 
     def unknown(self, keys: Keys, known: Iterable[str]) -> SettingsError:
-        """The error for a key that does not exist."""
-        return self.problem(keys, f"unknown; {suggestion(keys[-1], known)}")
+        """The error for a key that does not exist: of a recipe, it knows what other tools call its keys."""
+        known = list(known)
+        instead = meant(keys, known) if self.what == "recipe" else None
+        return self.problem(keys, f"unknown; {suggestion(keys[-1], known) if instead is None else f'say {instead}'}")
+
+    def blame(self, section: str, words: str) -> SettingsError:
+        """The error for what a class of another package refuses of its section.
+
+        It names the key when the words begin with its value, or speak of it and of no other. Where no key is certain, it names
+        every place that the section is written in.
+        """
+        given = self.section(section)
+        named = [name for name, value in given.items() if words.startswith((f"{value} ", f"{value!r} "))]
+        named = named or [
+            name for name in given if re.search(rf"\b{name.replace('_', '[ _]')}\b", words, re.IGNORECASE)
+        ]
+        named = named or [name for name, value in given.items() if isinstance(value, str) and value in words.split()]
+        if len(named) == 1:
+            return self.problem((section, named[0]), words)
+        place = self._place((section,))
+        if (section,) in self.lines and any(keys[:1] == (section,) for keys in self.overridden):
+            place = f"{place} or the command line"
+        return SettingsError(f"{place}: {section}: {words}")
 
     def section(self, *keys: str) -> dict[str, Any]:
         """The settings of a section, which may lie in another; empty where it is absent.
@@ -132,6 +157,6 @@ def read_document(path: str | Path, overrides: Sequence[str] = (), *, what: str 
     values = parse_yaml(text, source, lines)
     if not isinstance(values, dict):
         raise SettingsError(f"{source}: a {what} is {SHAPES[what]}")
-    document = Document(source, values, lines)
+    document = Document(source, values, lines, what=what)
     document.override(overrides)
     return document

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import CheckpointError, SettingsError
+from safelora_fast.errors import CheckpointError
 from safelora_fast.posthoc.resolver import ModelSource, find_model, name_and_revision
 from safelora_fast.recipe.foreign_errors import explained
 from safelora_fast.recipe.templates import give_template
@@ -67,7 +67,7 @@ def outline(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
     with torch.device("meta"):
         lora = lora_config(recipe)
         start, lora.init_lora_weights = lora.init_lora_weights, True
-        adapted = adapt(model, lora)
+        adapted = adapt(recipe, model, lora)
     lora.init_lora_weights = start
     return adapted
 
@@ -121,7 +121,7 @@ def load_model(recipe: Recipe) -> PeftModel:
     give_token_types(model)
     model.config.use_cache = False
     set_seed(recipe.training["seed"])
-    return adapt(model, lora_config(recipe))
+    return adapt(recipe, model, lora_config(recipe))
 
 
 def load_pretrained(section: ModelSection) -> PreTrainedModel:
@@ -184,11 +184,11 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     try:
         return LoraConfig(task_type="CAUSAL_LM", revision=name_and_revision(recipe.model.path)[1], **recipe.lora)
     except (ValueError, TypeError, ImportError) as error:
-        raise recipe.document.problem(("lora",), explained(error)) from error
+        raise recipe.document.blame("lora", explained(error)) from error
 
 
-def adapt(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
-    """The model with a new adapter.
+def adapt(recipe: Recipe, model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+    """The model of a recipe with a new adapter.
 
     Raises:
         SettingsError: the adapter does not fit it.
@@ -198,7 +198,7 @@ def adapt(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     try:
         return get_peft_model(model, lora)
     except (ValueError, TypeError, ImportError) as error:
-        raise SettingsError(f"lora: {explained(error)}") from error
+        raise recipe.document.blame("lora", explained(error)) from error
 
 
 def adapted_names(model: PeftModel) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SafeLoraFastError
 from safelora_fast.recipe.defenses import Subspaces, is_at_hand
-from safelora_fast.recipe.loading import first_line, give_adapter
+from safelora_fast.recipe.foreign_errors import explained
+from safelora_fast.recipe.loading import give_adapter
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.trainer_arguments import refused
 
@@ -114,4 +115,4 @@ def _few(examples: ExampleSet) -> ExampleSet:
 def _problem(recipe: Recipe, name: str, error: Exception) -> SettingsError:
     value = recipe.document.section("training").get(name)
     shown = "" if value is None else f"{value}: "
-    return recipe.document.problem(("training", name), f"{shown}{first_line(error)}")
+    return recipe.document.problem(("training", name), f"{shown}{explained(error)}")

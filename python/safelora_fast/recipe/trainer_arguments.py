@@ -61,10 +61,4 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
 
 def refused(recipe: Recipe, error: Exception) -> SettingsError:
     """The error for what the trainer refuses; it names the key when its words begin with the value, or speak of no other key."""
-    words = first_line(error)
-    given = recipe.document.section(TRAINING.section)
-    named = [name for name, value in given.items() if words.startswith((f"{value} ", f"{value!r} "))]
-    named = named or [name for name in given if name in words]
-    named = named or [name for name, value in given.items() if isinstance(value, str) and value in words.split()]
-    keys = (TRAINING.section, named[0]) if len(named) == 1 else (TRAINING.section,)
-    return recipe.document.problem(keys, words)
+    return recipe.document.blame(TRAINING.section, first_line(error))
