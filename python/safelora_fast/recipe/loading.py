@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import CheckpointError
+from safelora_fast.errors import CheckpointError, SettingsError
 from safelora_fast.posthoc.resolver import ModelSource, find_model, name_and_revision
 from safelora_fast.recipe.foreign_errors import explained
 from safelora_fast.recipe.templates import give_template
