@@ -11,10 +11,8 @@ import pytest
 import torch
 import transformers
 from families import adapt, assert_projected, project, save, weights
-from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import small_model
-from torch import nn
+from small_models import experts, linears, read, small_model
 
 from safelora_fast import project_adapter
 from safelora_fast.errors import PairingError
@@ -72,33 +70,6 @@ def made(model_type, seed):
     if not hasattr(transformers, name) or model_type not in transformers.CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name} of {model_type}")
     return small_model(model_type, name, seed)
-
-
-def read(matrix):
-    """A matrix as it would be streamed, (out, in)."""
-    rows = []
-    for block in matrix.blocks:
-        with safe_open(block.file.path, "pt") as file:
-            flat = file.get_tensor(block.tensor).reshape(-1)
-        rows.append(flat[block.offset : block.offset + block.rows * block.cols].reshape(block.rows, block.cols))
-    whole = torch.cat(rows)
-    return whole.T if matrix.transposed else whole
-
-
-def linears(model):
-    """The weights of linear layers and embeddings, as an adapter's shapes would name them."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.dim() == 2:
-            weight = module.weight.detach()
-            yield name, weight.T if isinstance(module, nn.Embedding) else weight, isinstance(module, nn.Embedding)
-
-
-def experts(model):
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("Experts"):
-            yield from (
-                (name, key, value.detach()) for key, value in module.named_parameters(recurse=False) if value.dim() == 3
-            )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

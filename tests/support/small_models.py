@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
+from torch import nn
 
 HIDDEN = (
     "hidden_size",
@@ -99,3 +101,30 @@ def small_model(model_type: str, class_name: str, seed: int) -> transformers.Pre
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     return model
+
+
+def read(matrix):
+    """A matrix as it would be streamed, (out, in)."""
+    rows = []
+    for block in matrix.blocks:
+        with safe_open(block.file.path, "pt") as file:
+            flat = file.get_tensor(block.tensor).reshape(-1)
+        rows.append(flat[block.offset : block.offset + block.rows * block.cols].reshape(block.rows, block.cols))
+    whole = torch.cat(rows)
+    return whole.T if matrix.transposed else whole
+
+
+def linears(model):
+    """The weights of linear layers and embeddings, as an adapter's shapes would name them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.dim() == 2:
+            weight = module.weight.detach()
+            yield name, weight.T if isinstance(module, nn.Embedding) else weight, isinstance(module, nn.Embedding)
+
+
+def experts(model):
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Experts"):
+            yield from (
+                (name, key, value.detach()) for key, value in module.named_parameters(recurse=False) if value.dim() == 3
+            )

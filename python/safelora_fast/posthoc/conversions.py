@@ -1,7 +1,8 @@
 """The names that a checkpoint's tensors get while transformers loads them, by transformers' own conversion table.
 
-It is asked only where a name does not pair without it, and only for models that the table has an entry for: importing it
-imports torch. Where transformers is missing, or has no such table (before version 5), there are no conversions.
+It is asked only where a name does not pair without it, and of names in numbered layers only where the table has an entry
+for the model: importing it imports torch. The model's tied weights are known then too. Where transformers is missing, or has
+no such table (before version 5), there are no conversions.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class LoadedNames:
         Raises:
             PairingError: it cannot be read from there, or several tensors may be meant.
         """
+        if not self._named and any(part.isdigit() for part in name.split(".")):
+            return None  # outside of the numbered layers it may still be tied to another
         found = self._index.find(name, tower)
         if not found:
             return None
@@ -64,6 +67,10 @@ class LoadedNames:
         if converted.reason:
             raise PairingError(f"{name}: {converted.reason}")
         return converted
+
+    @cached_property
+    def _named(self) -> bool:
+        return _in_the_table(self._checkpoint.config or {})
 
     @cached_property
     def _table(self) -> Mapping[str, Converted]:
@@ -80,7 +87,7 @@ def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
     The model is that of the class that the checkpoint's config.json names, and is made without weights.
     """
     config: Any = checkpoint.config or {}
-    if not _in_the_table(config):
+    if not isinstance(config.get("model_type"), str) or not config.get("architectures"):
         return {}
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -110,6 +117,9 @@ def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     for key, sources in gathered.items():
         found.update(_converted(key, sources, by_pattern[next(iter(sources))], shapes))
+    for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if key not in found and other in found:
+            found[key] = found[other]
     return found
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from safelora_fast.posthoc.sources import Checkpoint
 
-INPUT_EMBEDDINGS = ("embed_tokens", "decoder.embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+SHARED = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")  # of an encoder and its decoder
+INPUT_EMBEDDINGS = (*SHARED, "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 HEAD = "lm_head"
 
 # Fused modules: their rows are those of these modules, in this order.
@@ -164,11 +165,14 @@ class TensorNames:
     def _tied(self, module: str) -> tuple[Piece, ...] | None:
         """Head and input embeddings may be one tensor, which transformers saves once."""
         name = canonical(module)
-        others = INPUT_EMBEDDINGS if name == HEAD else (HEAD,) if name in INPUT_EMBEDDINGS else ()
-        if not others or self.checkpoint.config is None or self.setting("tie_word_embeddings") is False:
+        others = INPUT_EMBEDDINGS if name == HEAD else (*SHARED, HEAD) if name in SHARED else (HEAD,)
+        known = name == HEAD or name in INPUT_EMBEDDINGS
+        if not known or self.checkpoint.config is None or self.setting("tie_word_embeddings") is False:
             return None
-        found = [tensor for other in others if (tensor := self.find(f"{other}.weight"))]
-        return (Piece(found[0]),) if len(found) == 1 else None
+        if name in {HEAD, *SHARED} and (shared := self.find("shared.weight")):
+            return (Piece(shared),)  # the others are copies of it where they are on disk too
+        found = {tensor for other in others if (tensor := self.find(f"{other}.weight"))}
+        return (Piece(found.pop()),) if len(found) == 1 else None
 
     def _separate(self, module: str) -> tuple[Piece, ...] | None:
         """The module's own tensor, or those of the modules that it fuses."""

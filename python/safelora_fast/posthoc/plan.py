@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.errors import PairingError
 from safelora_fast.posthoc.experts import assign, expert_factors, whole
-from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
+from safelora_fast.posthoc.geometry import VOCABULARY, ExpertWeights, matrix_of
 from safelora_fast.posthoc.jobs import Group, Meeting, Plan, Problems, collect, meet, plan_groups, raise_first
-from safelora_fast.posthoc.names import tower_of
+from safelora_fast.posthoc.names import canonical, tower_of
 from safelora_fast.posthoc.pairing import TensorNames
 
 if TYPE_CHECKING:
@@ -151,6 +151,9 @@ def _join(groups: dict[object, Group], group: Group, problems: Problems) -> None
         return
     ours = group.factors[0]
     for other in known.factors:
+        if other.adapter == ours.adapter and canonical(group.name) in VOCABULARY:
+            groups[group.identity, group.name] = group  # tied weights, of which each module has an update of its own
+            return
         if other.adapter == ours.adapter:
             both = f"{other.module.left_key} and {ours.module.left_key}"
             problem = PairingError(f"{group.name}: the adapter's {both} both belong to {group.aligned[0].tensor}")
