@@ -270,6 +270,26 @@ def test_full_fine_tuning_against_a_second_model():
         assert defended.metrics()["defense/kl"] > 0
 
 
+def test_a_second_model_that_is_sharded(tmp_path):
+    """FSDP2 gathers its embeddings only where the whole model is called."""
+    from torch.distributed.fsdp import fully_shard
+
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model()
+    with defend(model, defences()) as defended:
+        expected = defended.loss(batch).item()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        reference = tiny_model()
+        for block in reference.model.layers:
+            fully_shard(block)
+        with defend(model, defences(), reference=fully_shard(reference)) as defended:
+            assert [defended.loss(batch).item() for _ in range(2)] == pytest.approx([expected] * 2, rel=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_only_the_gradients_of_training_passes_are_recorded():
     """A pass without gradients in between (entropy, metrics) is ignored; two training passes are refused."""
     batch = collate(rows(LENGTHS))

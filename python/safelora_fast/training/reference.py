@@ -81,7 +81,7 @@ class ReferencePass:
                 stack.enter_context(adapter_active(self._layers, str(self._reference)))
             stack.enter_context(around())
             capture = stack.enter_context(self.tap.alone())
-            if whole is None or _handed_on(whole, decoder):
+            if whole is None or (_handed_on(whole, decoder) and not self._sharded()):
                 self.anatomy.decoder(*decoder.args, **decoder.kwargs)
             else:
                 self._run_whole(whole)
@@ -123,6 +123,10 @@ class ReferencePass:
                 f"{type(self._student).__name__} in training is given: give a frozen copy of the model before fine-tuning"
             )
         return arguments
+
+    def _sharded(self) -> bool:
+        """Whether FSDP2 gathers the embeddings of a second model, which it does where the whole model is called."""
+        return not self._own and any(hasattr(p, "full_tensor") for p in self.anatomy.decoder.parameters())
 
     def _device(self) -> torch.device:
         return next(self.anatomy.decoder.parameters()).device
