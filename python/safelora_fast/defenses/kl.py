@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class KL(BatchDefense):
     """λ · mean over tokens of KL(fine-tuned ‖ reference), full vocabulary (Kaczér et al., arXiv 2508.06249).
 
-    Computed from hidden states in chunks; logits of both models never exist at once for the whole batch.
+    Computed from hidden states in chunks; logits of both models never exist at once for the whole batch. The reference gets
+    neither dropout nor NEFTune's noise, so that with them the KL starts above zero.
 
     Args:
         weight: λ; the paper's is 0.1.
