@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +112,27 @@ def test_words_that_are_written_otherwise_are_there():
     template = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content | trim)")
     asked = [*turns(" hello\n", "let me see"), said]
     assert byte_tokenizer(template).decode(Chat(byte_tokenizer(template)).prompt(asked)).count('b\\n\\"}') == 1
+
+
+def test_templates_of_vision_models_get_content_in_parts():
+    """Some raise at text, some write nothing of it: the answer would be learned without its question."""
+    for loop in (
+        "{% for p in m.content %}{{ p.text }}{% endfor %}",
+        "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}",
+    ):
+        tokenizer = byte_tokenizer(CHATML.replace(" + m.content + ", " }}" + loop + "{{ "))
+        assert read(tokenizer, [SYSTEM, *TALK], 2, 4) == read(byte_tokenizer(), [SYSTEM, *TALK], 2, 4)
+
+
+def test_thoughts_that_a_prompt_opens_are_learned_from_there():
+    opening = CHATML.replace(
+        "'\n' + m.content",
+        "'\n' + ('' if m.role == 'user' else '<think>\n\n</think>' if '<think>' not in m.content else '') + m.content",
+    )
+    tokenizer = byte_tokenizer(opening.replace("assistant\n'", "assistant\n<think>\n'"))
+    thought = turns("hello", "<think>\nso it is</think>good day")
+    assert read(tokenizer, thought, 1)[1] == ["so it is</think>good day<|im_end|>\n"]
+    assert read(tokenizer, TALK[:2], 1)[1] == ["\n</think>good day<|im_end|>\n"]
 
 
 def test_thoughts_of_former_answers_may_go():
@@ -239,3 +262,28 @@ def test_roles_that_a_template_does_not_take():
     dropping = CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1)
     reasons = [Chat(byte_tokenizer(template)).unsupported_reason("system") for template in (CHATML, refusing, dropping)]
     assert reasons == [None, "takes no system turn: no system role", "leaves the system turn out"]
+
+
+def test_the_templates_that_trl_ships():
+    """Of some fifty models: prompts are the library's, an answer is what is learned, and nothing of the question."""
+    import trl
+
+    templates = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    if not templates:
+        pytest.skip("this version of TRL ships no chat templates")
+    for file in templates:
+        template = file.read_text()
+        more = set(re.findall(r"<\|[^|<>\s'\"]+\|>|<[a-z]+_of_turn>|<turn\|>|<｜[^｜]+｜>", template))
+        tokenizer = byte_tokenizer(template, more=sorted(more), bos="<s>", eos="</s>")
+        asked, (answer,) = read(tokenizer, TALK[:2], 1)
+        assert "good day" in answer, file
+        assert "hello" not in answer, file
+        assert "hello" in asked, file
+        marked = read(tokenizer, TALK[:2], 1, marks=True)[1]
+        assert "good day" in "".join(marked), file
+        assert "hello" not in "".join(marked), file
+        conversation = Chat(tokenizer)._given(TALK[:1])  # some want a content of parts
+        theirs = tokenizer.apply_chat_template(
+            conversation, tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+        assert Chat(tokenizer).prompt(TALK[:1]) == list(theirs["input_ids"]), file

@@ -6,9 +6,10 @@ import functools
 import json
 import logging
 import re
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.data.thoughts import answer_after_thoughts
+from safelora_fast.data.chat_text import common_prefix, lost, named, says, wrongly_marked
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Chat:
             raise DataError("the tokenizer has no chat template")
         self._tokenizer = tokenizer
         self._composes = False  # whether the text's tokens are the conversation's
+        self._parts = False  # whether the template wants a content of parts
         self._fault: str | None = None
         self.end: int | None = None
         self.warnings: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ class Chat:
         """
         text, ids = self._read(place, turns)
         if marks and self._marked:
+            self._refuse_lost(place, turns, text)
             spans = self._marks(place, turns, text, ids) if answers else []
         else:
             spans = [self._span(place, turns, number, ids) for number in answers]
@@ -103,7 +106,7 @@ class Chat:
             text, _ = self._read("", turns)
         except DataError as error:
             return f"takes no {role} turn: {str(error).partition(REFUSES)[2]}"
-        return None if _lost(turns, text) is None else f"leaves the {role} turn out"
+        return None if lost(turns, text) is None else f"leaves the {role} turn out"
 
     def _read(self, place: str, turns: Turns, *, generation: bool = False) -> tuple[str, list[int]]:
         try:
@@ -117,10 +120,16 @@ class Chat:
 
     def _apply(self, turns: Turns, *, tokenize: bool, generation: bool) -> Any:
         options = {"return_dict": True} if tokenize else {}
-        plain = [dict(turn) for turn in turns]
+        given = self._given(turns)
         return self._tokenizer.apply_chat_template(
-            plain, tokenize=tokenize, add_generation_prompt=generation, **options
+            given, tokenize=tokenize, add_generation_prompt=generation, **options
         )
+
+    def _given(self, turns: Turns) -> list[dict[str, Any]]:
+        """Turns as the template takes them."""
+        if not self._parts:
+            return [dict(turn) for turn in turns]
+        return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -136,9 +145,9 @@ class Chat:
             raise DataError(f"{place}: {self._fault}")
 
     def _refuse_lost(self, place: str, turns: Turns, text: str) -> None:
-        lost = _lost(turns, text)
-        if lost is not None:
-            raise DataError(f"{place}: the chat template leaves out what {_named(turns, lost)} says")
+        missing = lost(turns, text)
+        if missing is not None:
+            raise DataError(f"{place}: the chat template leaves out what {named(turns, missing)} says")
 
     def _span(self, place: str, turns: Turns, number: int, ids: list[int]) -> Span:
         """From where the prompt for an answer ends to where the turns up to it end."""
@@ -151,17 +160,19 @@ class Chat:
             )
         asked, before = self._read(place, turns[:number], generation=True)
         shared = asked if text.startswith(asked) else text[: common_prefix(asked, text)]
-        lost = _lost(turns[:number], shared)
-        if lost is not None:
+        missing = lost(turns[:number], shared)
+        if missing is not None:
             for written in (text, asked):
                 self._refuse_lost(place, turns[:number], written)
             raise DataError(
-                f"{place}: the chat template writes {_named(turns, lost)} differently before an answer than in a prompt for one, "
+                f"{place}: the chat template writes {named(turns, missing)} differently before an answer than in a prompt for one, "
                 "so the answer's tokens cannot be told: give another one"
             )
-        if not _says(text[len(shared) :], turns[number]["content"]):
+        former = turns[number - 1]["content"].strip()
+        begin = shared.rfind(former) + len(former)  # a prompt may open the thoughts that the answer begins with
+        if not says(text[begin:], turns[number]["content"]):
             raise DataError(
-                f"{place}: the chat template leaves out part of what {_named(turns, number)} says, which could not be learned: "
+                f"{place}: the chat template leaves out part of what {named(turns, number)} says, which could not be learned: "
                 "give another one"
             )
         return common_prefix(before, until), len(until)
@@ -172,7 +183,7 @@ class Chat:
 
         tokenizer = self._tokenizer
         (rendered,), (marks,) = render_jinja_template(
-            conversations=[[dict(turn) for turn in turns]],
+            conversations=[self._given(turns)],
             chat_template=tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
@@ -182,7 +193,7 @@ class Chat:
             raise DataError(
                 f"{place}: the chat template's marks cannot be told: give a template without {{% generation %}}"
             )
-        wrong = _wrongly_marked(turns, text, marks)
+        wrong = wrongly_marked(turns, text, marks)
         if wrong is not None:
             raise DataError(f"{place}: the chat template's {{% generation %}} marks are wrong: {wrong}")
         spans = []
@@ -195,12 +206,16 @@ class Chat:
 
     def _examine(self) -> None:
         """Try the template once: on a question, and on the question with each of two answers."""
-        for turns in ([_turn("user", QUESTION)], [_turn("system", SYSTEM), _turn("user", QUESTION)]):
+        user = _turn("user", QUESTION)
+        for parts, turns in product((False, True), ([user], [_turn("system", SYSTEM), user])):
+            self._parts = parts  # templates of vision models want a content of parts, and some drop any other
             try:
                 asked, prompt = self._read("", turns, generation=True)
-                self._composes = self._encode(asked) == prompt
             except DataError:
                 continue
+            if not says(asked, QUESTION):
+                continue
+            self._composes = self._encode(asked) == prompt
             try:
                 (text, one), (_, other) = (self._read("", [*turns, _turn("assistant", words)]) for words in ANSWERS)
             except (
@@ -208,8 +223,9 @@ class Chat:
             ):  # it writes no finished conversations: it can be asked, and says so where there is an answer
                 return
             self.warnings = tuple(self._doubts(asked, text, one))
-            self.end = self._end(one, other)
+            self.end = self._end(one, other) if ANSWERS[0] in text else None
             return
+        self._parts = False
 
     def _doubts(self, asked: str, text: str, ids: list[int]) -> Iterator[str]:
         between = text[len(asked) :].partition(ANSWERS[0])[0] if text.startswith(asked) else ""
@@ -287,61 +303,5 @@ def answer_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({int(token) for token in ends if token is not None})
 
 
-def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
-    """How many items (tokens, letters) two sequences share at their start."""
-    for number, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return number
-    return min(len(left), len(right))
-
-
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _named(turns: Turns, number: int) -> str:
-    role = turns[number]["role"]
-    return f"{'an' if role == 'assistant' else 'a'} {role} turn"
-
-
-def _lost(turns: Turns, text: str) -> int | None:
-    """The number of the first turn whose words are not in the text; former answers may lack their thoughts."""
-    for number, turn in enumerate(turns):
-        content = turn["content"]
-        if turn["role"] == "assistant" and number < len(turns) - 1:
-            content = answer_after_thoughts(content) or ""
-        if not _says(text, content):
-            return number
-    return None
-
-
-def _says(text: str, content: str) -> bool:
-    """Whether words are in a text, up to white space, or quoted as JSON (tools' results)."""
-    words = content.strip()
-    if words in text:
-        return True
-    dense = "".join(text.split())
-    return any(
-        "".join(form.split()) in dense
-        for form in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
-    )
-
-
-def _wrongly_marked(turns: Turns, text: str, marks: Sequence[Span]) -> str | None:
-    """What is wrong with marks of what the assistant says: an answer outside of them, or another's words within."""
-    cursor = 0
-    for number, turn in enumerate(turns):
-        words = turn["content"].strip()
-        if not words:
-            continue
-        found = text.find(words, cursor)
-        if turn["role"] == "assistant":
-            around = [end for first, end in marks if end > cursor and _says(text[max(first, cursor) : end], words)]
-            if not around:
-                return f"what {_named(turns, number)} says is not inside them"
-            cursor = around[0]
-        elif found >= 0:
-            if any(first < found + len(words) and found < end for first, end in marks):
-                return f"what {_named(turns, number)} says is inside them"
-            cursor = found + len(words)
-    return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from safelora_fast.data.chat import Chat, chat_of, common_prefix, has_template
+from safelora_fast.data.chat import Chat, chat_of, has_template
+from safelora_fast.data.chat_text import common_prefix
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
