@@ -77,9 +77,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in {"torch", "transformers", "peft", "yaml"}:
             raise
-        from safelora_fast.errors import MissingDependencyError
+        from safelora_fast.errors import MissingDependencyError, how_to_install
 
-        message = f"{name} needs {error.name}: pip install 'safelora-fast[train]'"
+        message = f"{name} needs {error.name}: {how_to_install('train')}"
         raise MissingDependencyError(message) from error
 
 

@@ -64,3 +64,18 @@ class InterruptedRunError(SafeLoraFastError):
     """Ctrl-C stopped a run that can be resumed."""
 
     exit_code = 130
+
+
+def how_to_install(extra: str) -> str:
+    """`pip install …` with the packages of one of this package's extras, by name, since it is not on the index itself."""
+    import importlib.metadata
+    import re
+
+    try:
+        requirements = importlib.metadata.requires("safelora-fast") or []
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    named = [text.partition(";")[0].strip() for text in requirements if re.search(rf"extra == ['\"]{extra}['\"]", text)]
+    if not named:
+        return f"pip install '.[{extra}]' in a clone"
+    return f"pip install {' '.join(map(repr, named))}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safelora_fast import _core
-from safelora_fast.errors import MissingDependencyError, PairingError, SettingsError
+from safelora_fast.errors import MissingDependencyError, PairingError, SettingsError, how_to_install
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.provenance import describe
 from safelora_fast.posthoc.settings import Settings, patterns, whole_number
@@ -108,7 +108,7 @@ def _torch_device(name: str) -> torch.device:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise MissingDependencyError(f"device {name!r} needs torch: pip install 'safelora-fast[train]'") from error
+        raise MissingDependencyError(f"device {name!r} needs torch: {how_to_install('train')}") from error
     return torch_device(name)
 
 

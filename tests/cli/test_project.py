@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_report_and_tensors(pair, call):
         assert module["b_norm"] == pytest.approx(np.linalg.norm(original), rel=1e-6)
         source = module["sources"][0]
         assert source["aligned"] == source["base"] == f"{module['name']}.weight"
-        assert source["aligned_file"].startswith(str(pair.aligned))
+        assert source["aligned_file"] == f"model-0000{1 if '.0.' in module['name'] else 2}-of-00002.safetensors"
         if module["projected"]:
             assert np.linalg.norm(after[key] - projected) <= 1e-6 * np.linalg.norm(projected)
         else:
@@ -87,8 +88,73 @@ def test_model_card(pair, call):
     text = (pair.output / "README.md").read_text()
     assert text.startswith("---\n")
     assert "2405.16833" in text
-    for words in (str(pair.aligned), str(pair.base), "safelora", "self_attn.q_proj", "2 of 6"):
+    for words in ("| aligned model | `aligned` |", "| base model | `base` |", "safelora", "self_attn.q_proj", "2 of 6"):
         assert words in text
+    assert "base_model" not in text  # the Hub refuses a path there, and nothing here is of the Hub
+    for file in pair.output.glob("*.[jm]*"):
+        assert str(pair.aligned.parent) not in file.read_text(), file
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "line"),
+    [
+        ("some-org/aligned", "base_model: some-org/aligned"),
+        ("/home/somebody/aligned", None),
+        ("aligned", None),
+        (None, None),
+    ],
+)
+def test_the_card_names_a_model_of_the_hub_or_none(pair, call, trained_on, line):
+    config = pair.adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": trained_on}))
+    assert call(*pair.command()).code == 0
+    front = (pair.output / "README.md").read_text().split("---")[1].splitlines()
+    assert [found for found in front if found.startswith("base_model")] == ([] if line is None else [line])
+    assert config.read_bytes() == (pair.output / "adapter_config.json").read_bytes()
+
+
+def test_the_card_knows_a_folder_of_the_hubs_cache(pair, call):
+    snapshot = pair.aligned.parent / "models--some-org--aligned" / "snapshots" / "a1b2"
+    snapshot.parent.mkdir(parents=True)
+    pair.aligned.rename(snapshot)
+    words = ["--aligned", snapshot, "--base", pair.base, "--output", pair.output]
+    assert call("project", pair.adapter, *words).code == 0
+    text = (pair.output / "README.md").read_text()
+    assert "\nbase_model: some-org/aligned\n" in text
+    assert "AutoModelForCausalLM.from_pretrained('some-org/aligned')" in text
+
+
+def bypassing(pair, **tensors):
+    """Tensors in full beside the factors; the aligned model has `model.norm.weight`, ones."""
+    path = pair.adapter / "adapter_model.safetensors"
+    more = {f"base_model.model.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
+    save_file({**load_file(path), **more}, path, {"format": "pt"})
+
+
+def test_what_goes_around_the_projection_is_named_and_strict_refuses_it(pair, call):
+    norm, bias = np.full(16, 1.5, np.float32), np.array([3, 4], np.float32)
+    bypassing(pair, model__norm__weight=norm, lm_head__weight=bias)
+    code, out, err = call(*pair.command("--quiet", "--select", "all", "--normalize", "spectral"))
+    assert (code, out) == (0, "")
+    assert "2 tensors trained beside the LoRA factors" in err
+    assert "base_model.model.lm_head.weight (norm 5)" in err
+    assert "base_model.model.model.norm.weight (‖W − W_aligned‖ 2)" in err
+    report = json.loads((pair.output / "safelora_report.json").read_text())
+    copied = {entry["tensor"]: (entry["norm"], entry["change"]) for entry in report["adapters"][0]["copied"]}
+    assert copied == {
+        "base_model.model.lm_head.weight": (5.0, None),
+        "base_model.model.model.norm.weight": (6.0, 2.0),
+    }
+    code, _, err = call(*pair.command("--strict", "--overwrite"))
+    assert code == 2
+    assert "went around the projection" in err
+    assert err.count("\n") == 1
+
+
+def test_tensors_of_the_aligned_model_do_not_go_around(pair, call):
+    bypassing(pair, model__norm__weight=np.ones(16, np.float32), x__lora_B__bias=np.zeros(3, np.float32))
+    result = call(*pair.command("--strict", "--quiet", "--select", "all", "--normalize", "spectral"))
+    assert (result.code, result.err) == (0, "")
 
 
 @pytest.mark.parametrize("words", [(), ("--select", "all"), ("--operator", "orthogonal", "--rank", "3")])
@@ -152,12 +218,13 @@ def test_a_terminal_that_lacks_signs(pair):
 def test_paths_that_are_no_utf8(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     pair = write_pair(folder)
+    pair = replace(pair, aligned=pair.aligned.rename(folder / os.fsdecode(b"mod\xe9le")))
     code, out, err = run(pair.command("--select", "all"))
     assert (code, err) == (0, "")
     assert "6 of 6 modules selected" in out
     report = json.loads((pair.output / "safelora_report.json").read_text(encoding="utf-8"))
-    assert report["aligned"]["source"] == str(pair.aligned)
-    assert r"caf\udce9" in (pair.output / "README.md").read_text(encoding="utf-8")
+    assert report["aligned"]["source"] == pair.aligned.name
+    assert r"mod\udce9le" in (pair.output / "README.md").read_text(encoding="utf-8")
 
 
 def test_copied_tensors_are_counted(pair, call):
@@ -212,8 +279,11 @@ def test_dry_run_writes_nothing(pair, call, tmp_path):
 def test_json_alone_on_standard_output(pair, call):
     code, out, _ = call(*pair.command("--json"))
     assert code == 0
-    written = json.loads((pair.output / "safelora_report.json").read_text())
-    assert json.loads(out) == written
+    written, printed = json.loads((pair.output / "safelora_report.json").read_text()), json.loads(out)
+    assert printed.keys() == written.keys()
+    assert printed["settings"] == written["settings"]
+    assert printed["adapters"][0]["output"] == str(pair.output)  # what is printed is for whoever is at this machine
+    assert written["adapters"][0]["output"] == pair.output.name
 
 
 def test_quiet(pair, call):

@@ -67,14 +67,16 @@ def test_output(tiny, call):
     assert record["seconds"] > 0
     card = (tiny.output / "README.md").read_text()
     for words in (
-        str(tiny.model),
-        str(tiny.data),
+        f"`{tiny.model.name}`",
+        f"`{tiny.data.name}`",
         record["plan"]["data"]["sha256"],
         "weight 0.5",
         "| r | 4 |",
         "KL(fine-tuned",
     ):
         assert words in card
+    assert str(tiny.output.parent) not in card
+    assert "base_model" not in card.partition("\n---\n")[0]  # the Hub refuses a path there
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32), tiny.output
     )

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import fill_adapter
 from transformers import AutoModelForCausalLM
 
-from safelora_fast.errors import EvaluationError, OutputError, SettingsError
+from safelora_fast.errors import EvaluationError, OutputError, SettingsError, how_to_install
 from safelora_fast.evaluation.benchmarks import benchmark
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
@@ -302,4 +302,4 @@ def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys,
         "no: there is no such folder of tasks\n"
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else name)
-    assert call(*named).err == "error: tasks need lm-eval: pip install 'safelora-fast[eval]'\n"
+    assert call(*named).err == f"error: tasks need lm-eval: {how_to_install('eval')}\n"

@@ -14,7 +14,7 @@ from families import FAMILIES, save
 from plain_pair import write_pair
 from safetensors.torch import save_file
 
-from safelora_fast.errors import BackendError, CheckpointError, PairingError
+from safelora_fast.errors import BackendError, CheckpointError, PairingError, how_to_install
 from safelora_fast.ops.subspace_projection.leading import Extent, leading_vectors
 from safelora_fast.posthoc import device_subspace
 from safelora_fast.posthoc.device_subspace import SubspaceStream
@@ -259,7 +259,7 @@ def test_without_torch(tmp_path):
     )
     command = [sys.executable, "-c", program, str(pair.aligned), str(pair.base)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["6", "device 'cuda' needs torch: pip install 'safelora-fast[train]'"]
+    assert done.stdout.splitlines() == ["6", f"device 'cuda' needs torch: {how_to_install('train')}"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -45,7 +45,7 @@ def test_the_report_warns_and_the_bytes_stay(tmp_path):
     head[1, 2:4] = np.nan, np.inf
     save_numpy({**load_file(path), "base_model.model.lm_head.weight": head}, path, {"format": "pt"})
     report = project_adapter(pair.adapter, aligned=pair.aligned, base=pair.base, output=pair.output, select="all")
-    (warning,) = report.warnings
+    (warning,) = [warning for warning in report.warnings if "NaN" in warning]
     assert "base_model.model.lm_head.weight, which is copied through, holds NaN or Inf (2 values)" in warning
     written = json.loads((pair.output / "safelora_report.json").read_text())
     assert [entry["not_finite"] for entry in written["adapters"][0]["copied"]] == [2]

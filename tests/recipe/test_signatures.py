@@ -44,5 +44,5 @@ def test_where_the_source_does_not_tell_the_class_is_imported(monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(signatures, "NEEDED", ("torch", "no_such_package"))
-    with pytest.raises(MissingDependencyError, match=r"no_such_package: pip install 'safelora-fast\[train\]'"):
+    with pytest.raises(MissingDependencyError, match=r"no_such_package: pip install .*'torch>="):
         signatures.check_packages()

@@ -27,6 +27,14 @@ def project(
     threshold: options.Threshold = None,
     num_layers: options.NumLayers = None,
     exclude: options.Exclude = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            metavar="",
+            help="Refuse adapters with trained tensors that are not LoRA factors (modules_to_save, …).",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Compute and report everything, write nothing.")
     ] = False,
@@ -71,6 +79,7 @@ def project(
             num_layers=num_layers,
             threads=threads,
             exclude=exclude,
+            strict=strict,
             overwrite=overwrite,
             progress=None if quiet or as_json else progress,
         )

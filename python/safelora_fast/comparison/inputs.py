@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from safelora_fast.errors import MissingDependencyError
+from safelora_fast.errors import MissingDependencyError, how_to_install
 from safelora_fast.evaluation.benchmarks import check_tasks
 from safelora_fast.evaluation.loading import SubjectSettings
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
@@ -29,7 +29,7 @@ def check_inputs(config: CompareConfig) -> None:
     """
     missing = [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]
     if missing:
-        raise MissingDependencyError(f"the report needs {', '.join(missing)}: pip install 'safelora-fast[eval]'")
+        raise MissingDependencyError(f"the report needs {', '.join(missing)}: {how_to_install('eval')}")
     measure = config.measure
     for rows in (measure.narrow, measure.general):
         if rows is not None:

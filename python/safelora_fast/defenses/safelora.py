@@ -127,7 +127,9 @@ class SafeLora(Defense):
         if self.settings is None:
             left = f", exclude={list(self.exclude)}" if self.exclude else ""
             return f"SafeLora(at='step', every={self.every}, operator='orthogonal'{left})"
-        given = {name: value for name, value in vars(self.settings).items() if value not in {None, ()}}
+        given = {
+            name: value for name, value in vars(self.settings).items() if value not in {None, ()} and value is not False
+        }
         return f"SafeLora(at='end', {', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safelora_fast.demo import text
 from safelora_fast.demo.model import gguf_file, load, save_from_gguf
 from safelora_fast.demo.terminal import bar
-from safelora_fast.errors import MissingDependencyError
+from safelora_fast.errors import MissingDependencyError, how_to_install
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ def check(source: Path | None) -> None:
     """
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
-        raise MissingDependencyError(f"the demo needs {', '.join(missing)}: pip install 'safelora-fast[demo]'")
+        raise MissingDependencyError(f"the demo needs {', '.join(missing)}: {how_to_install('demo')}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     if source is None:
         gguf_file()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError
+from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError, how_to_install
 from safelora_fast.evaluation.folder import BENCHMARKS, changed_settings, told
 from safelora_fast.json_reading import COUNT, FLAG, LIST, NUMBER, OBJECT, TEXT, check_fields, read_json, why
 from safelora_fast.posthoc.output import described, resolved
@@ -117,7 +117,7 @@ def check_harness() -> None:
         MissingDependencyError: with how to install it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependencyError("tasks need lm-eval: pip install 'safelora-fast[eval]'")
+        raise MissingDependencyError(f"tasks need lm-eval: {how_to_install('eval')}")
 
 
 def harness_version() -> str | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from safelora_fast.errors import MissingDependencyError, SettingsError
+from safelora_fast.errors import MissingDependencyError, SettingsError, how_to_install
 from safelora_fast.evaluation.secrets import redact
 from safelora_fast.posthoc.resolver import find_model
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
 
-INSTALL = "pip install 'safelora-fast[eval]'"
 USER_IN_URL = re.compile(r"://[^/]*@")
 
 
@@ -25,7 +24,7 @@ def check_inspect() -> None:
     try:
         import inspect_ai  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"judging needs inspect-ai: {INSTALL}") from error
+        raise MissingDependencyError(f"judging needs inspect-ai: {how_to_install('eval')}") from error
 
 
 def find_judge(name: str, url: str | None = None) -> Model:

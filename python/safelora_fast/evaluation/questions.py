@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safelora_fast.errors import DataError, MissingDependencyError, SettingsError
+from safelora_fast.errors import DataError, MissingDependencyError, SettingsError, how_to_install
 from safelora_fast.json_reading import read_bytes
 
 FREE_FORM = "free_form"
@@ -78,7 +78,7 @@ def _parse(source: str, text: str) -> list[Question]:
     try:
         from safelora_fast.yaml_reading import parse_yaml
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("questions need PyYAML: pip install 'safelora-fast[eval]'") from error
+        raise MissingDependencyError(f"questions need PyYAML: {how_to_install('eval')}") from error
     records = parse_yaml(text, source, error=DataError)
     if not isinstance(records, list) or not records:
         raise DataError(f"{source}: must be a list of questions")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from safelora_fast.posthoc.bypass import bypass_note
 from safelora_fast.posthoc.places import natural_order
+from safelora_fast.posthoc.shown_models import base_model, published, shown_model
 
 if TYPE_CHECKING:
     from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
@@ -20,13 +22,14 @@ OPERATORS = {
 
 def render(report: ProjectionReport, index: int) -> str:
     """The card of one adapter of the run, as Markdown with the front matter that the Hub reads."""
+    report = published(report)
     adapter = report.adapters[index]
     settings = report.settings
     operator = "spectral" if settings["normalize"] == "spectral" else settings["operator"]
     lines = [
         "---",
         "library_name: peft",
-        f"base_model: {_quoted(report.aligned['source'])}",
+        *base_model(report.aligned["source"], adapter.trained_on),
         "tags:",
         "- lora",
         "- safelora",
@@ -65,7 +68,7 @@ def render(report: ProjectionReport, index: int) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({report.aligned['source']!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({shown_model(report.aligned['source'])!r})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         "```",
         "",
@@ -99,6 +102,8 @@ def _copied(adapter: AdapterReport) -> list[str]:
         "",
         *(f"- {_cell(item['tensor'])}: {item['reason']}" for item in adapter.copied),
         "",
+        *(f"**Warning:** {note}." for note in bypass_note(adapter.copied)),
+        "",
     ]
 
 
@@ -109,10 +114,6 @@ def _source(source: dict[str, object]) -> str:
 
 def _cell(text: str) -> str:
     return "`" + text.replace("|", "\\|") + "`"
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _figure(value: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import MissingDependencyError, SafeLoraFastError, SettingsError
+from safelora_fast.errors import MissingDependencyError, SafeLoraFastError, SettingsError, how_to_install
 from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.project import project_folders
@@ -172,7 +172,7 @@ def _check_model(model: object) -> None:
     try:
         from peft import PeftModel
     except ModuleNotFoundError:
-        raise MissingDependencyError("project_peft_model needs peft: pip install 'safelora-fast[train]'") from None
+        raise MissingDependencyError(f"project_peft_model needs peft: {how_to_install('train')}") from None
 
     if not isinstance(model, PeftModel):
         raise SettingsError(

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import MissingDependencyError, OutputError
+from safelora_fast.errors import MissingDependencyError, OutputError, how_to_install
 from safelora_fast.posthoc.output import described, resolved
 from safelora_fast.posthoc.places import block_of, is_after_the_blocks, kinds
 
@@ -39,7 +39,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise MissingDependencyError("a plot needs matplotlib: pip install 'safelora-fast[plot]'") from None
+        raise MissingDependencyError(f"a plot needs matplotlib: {how_to_install('plot')}") from None
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(f"{path}: a plot is one of {', '.join(sorted(SUFFIXES))}, not {path.suffix!r}")
     with described(path):

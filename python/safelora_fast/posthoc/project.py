@@ -18,13 +18,14 @@ from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.posthoc import card
 from safelora_fast.posthoc.adapter import WEIGHTS, Adapter, load_adapters
 from safelora_fast.posthoc.adapter_keys import settled_adapters
-from safelora_fast.posthoc.finite import count_not_finite
+from safelora_fast.posthoc.bypass import bypass_note, copied_tensors, refuse_bypassing
 from safelora_fast.posthoc.jobs import refuse_equal, start_stream
 from safelora_fast.posthoc.output import check_target, whole_folder
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
 from safelora_fast.posthoc.resolver import folder_name, label
 from safelora_fast.posthoc.settings import Settings, check_path, chosen
+from safelora_fast.posthoc.shown_models import published
 from safelora_fast.posthoc.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
 from safelora_fast.posthoc.weight_norms import weight_norm
 from safelora_fast.posthoc.writer import AdapterWriter
@@ -64,6 +65,7 @@ def project_adapter(
     num_layers: int | None = None,
     threads: int | None = None,
     exclude: str | Sequence[str] | None = None,
+    strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ProjectionReport:
@@ -86,6 +88,7 @@ def project_adapter(
         num_layers: 10 where not given.
         threads: number of threads; all cores by default. The result does not depend on it.
         exclude: names or patterns ("lm_head", "layers.0.*") of modules that stay as they are; the report names them.
+        strict: refuse adapters with trained tensors that are not LoRA factors (modules_to_save, biases, embeddings, norms).
         overwrite: replace an output folder that exists.
         progress: told about every module.
 
@@ -95,7 +98,7 @@ def project_adapter(
     Raises:
         SafeLoraFastError: any bad input, in one line; nothing is written then.
     """
-    chosen_settings = (operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude)
+    chosen_settings = (operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude, strict)
     settings = Settings(*chosen_settings)  # type: ignore[arg-type]
     return project_folders(
         adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=progress
@@ -136,6 +139,10 @@ def project_folders(
     plan = plan_projection(adapters, *models)
     if not keep_keys:
         adapters = settled_adapters(plan, models[0])
+    copied = [copied_tensors(adapter, models[0]) for adapter in adapters]
+    if settings.strict:
+        for one, tensors in zip(adapters, copied, strict=True):
+            refuse_bypassing(one, tensors)
 
     whole: AbstractContextManager[Path | None] = (
         contextlib.nullcontext() if output is None else whole_folder(Path(output), overwrite=overwrite)
@@ -155,12 +162,12 @@ def project_folders(
                     label(adapter.path),
                     None if folder is None else str(folder),
                     reports,
-                    _copied(adapter),
+                    tensors,
                     adapter.config.get("base_model_name_or_path") or None,
-                    list(adapter.notes),
+                    [*adapter.notes, *bypass_note(tensors)],
                     list(adapter.excluded),
                 )
-                for adapter, folder, reports in zip(adapters, folders, modules, strict=True)
+                for adapter, folder, reports, tensors in zip(adapters, folders, modules, copied, strict=True)
             ],
             bytes_read=bytes_read,
             seconds=time.perf_counter() - began,
@@ -169,7 +176,9 @@ def project_folders(
         for index, writer in enumerate(writers):
             if writer is not None:
                 text = json.dumps(
-                    replace(report, adapters=[report.adapters[index]]).to_dict(), indent=2, ensure_ascii=False
+                    published(replace(report, adapters=[report.adapters[index]])).to_dict(),
+                    indent=2,
+                    ensure_ascii=False,
                 )
                 _write(writer.folder / REPORT, text + "\n")
                 _write(writer.folder / "README.md", card.render(report, index))
@@ -295,14 +304,6 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "model_type": (checkpoint.config or {}).get("model_type"),
         "warnings": checkpoint.warnings,
     }
-
-
-def _copied(adapter: Adapter) -> list[dict[str, Any]]:
-    """The tensors that are no factors. What is not finite in them is only counted: nothing is computed from it here."""
-    return [
-        {"tensor": key, "reason": reason, "not_finite": count_not_finite(adapter.file, key)}
-        for key, reason in adapter.copied
-    ]
 
 
 def _versions() -> dict[str, str]:

@@ -42,7 +42,7 @@ class ModuleReport:
 class AdapterReport:
     """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names.
 
-    `copied` lists the tensors that are no factors, each with the reason and how many of its values are NaN or infinite.
+    `copied` lists the tensors that are no factors, as of :func:`~safelora_fast.posthoc.bypass.copied_tensors`.
     `notes` are warnings about the adapter's own files, `excluded` the modules that were excluded as asked.
     """
 

@@ -25,7 +25,8 @@ class Settings:
     """Settings of one projection (docs/methods.md).
 
     `normalize` belongs to `safelora`, exactly one of `rank` and `energy` to `orthogonal`, `threshold` and `num_layers`
-    to the selection of that name; None means the default where there is one. `exclude` names modules that stay as they are.
+    to the selection of that name; None means the default where there is one. `exclude` names modules that stay as they are,
+    `strict` refuses adapters with trained tensors that are not LoRA factors.
 
     Raises:
         SettingsError: when options contradict each other, are out of range or of another type.
@@ -40,6 +41,7 @@ class Settings:
     num_layers: int | None = None
     threads: int | None = None
     exclude: tuple[str, ...] = ()
+    strict: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", patterns("exclude", self.exclude))

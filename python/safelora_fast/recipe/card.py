@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.posthoc.resolver import name_and_revision
+from safelora_fast.posthoc.shown_models import base_model, shown_model, shown_paths
 from safelora_fast.recipe.cost import switched_on
 from safelora_fast.recipe.results import shown
 from safelora_fast.recipe.words import settings_words
@@ -27,7 +28,7 @@ def render(prepared: Prepared, record: dict[str, Any]) -> str:
     lines = [
         "---",
         "library_name: peft",
-        f"base_model: {_quoted(name)}",
+        *base_model(name),
         "tags:",
         "- lora",
         "- safelora",
@@ -45,7 +46,7 @@ def render(prepared: Prepared, record: dict[str, Any]) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| base model | {_cell(recipe.model.path)}{_commit(record)}, {plan.shape.parameters:,} parameters, {recipe.model.dtype} |",
+        f"| base model | {_cell(shown_model(recipe.model.path))}{_commit(record)}, {_size(prepared)} |",
         f"| trained on | {_data(plan.data)} |",
         *([f"| safe rows among them | {_safe(plan)} |"] if plan.safe else []),
         *([f"| system prompt in training | {_escaped(recipe.data.inoculate)} |"] if recipe.data.inoculate else []),
@@ -62,7 +63,7 @@ def render(prepared: Prepared, record: dict[str, Any]) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({shown_model(name)!r})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         "```",
         "",
@@ -71,6 +72,10 @@ def render(prepared: Prepared, record: dict[str, Any]) -> str:
         *SOURCES,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _size(prepared: Prepared) -> str:
+    return f"{prepared.plan.shape.parameters:,} parameters, {prepared.recipe.model.dtype}"
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -91,7 +96,7 @@ def _defenses(prepared: Prepared, record: dict[str, Any]) -> list[str]:
         what = _first_sentence(spec) if switched_on(spec) else "switched off"
         figure = record["metrics"].get(f"defense/{spec.name}")
         change = f"{shown(figure['first'])} → {shown(figure['last'])}" if figure else "–"
-        lines.append(f"| `{spec.name}` | {_escaped(what)} | {_escaped(settings_words(spec))} | {change} |")
+        lines.append(f"| `{spec.name}` | {_escaped(what)} | {_escaped(shown_paths(settings_words(spec)))} | {change} |")
     return [*lines, "", *_projection(record["projection"])]
 
 
@@ -104,7 +109,7 @@ def _projection(report: dict[str, Any] | None) -> list[str]:
         f"At the end {counts['projected']} of {counts['modules']} adapted modules were projected; `safelora_train.json` has "
         "the cosine and the gain of each.",
         "",
-        *(f"- {warning}" for warning in report["warnings"]),
+        *(f"- {shown_paths(warning)}" for warning in report["warnings"]),
         *([""] if report["warnings"] else []),
     ]
 
@@ -120,7 +125,7 @@ def _commit(record: dict[str, Any]) -> str:
 def _data(facts: DataFacts) -> str:
     rows = f"{facts.used:,} rows" if facts.used == facts.in_source else f"{facts.used:,} of {facts.in_source:,} rows"
     learnt = f"{facts.tokens:,} tokens, {facts.answer_tokens:,} of them learnt"
-    return f"{_cell(facts.source)}, {rows}, {learnt}, sha256 `{facts.sha256}`"
+    return f"{_cell(shown_paths(facts.source))}, {rows}, {learnt}, sha256 `{facts.sha256}`"
 
 
 def _safe(plan: Plan) -> str:
@@ -129,7 +134,7 @@ def _safe(plan: Plan) -> str:
 
 
 def _table(title: str, values: dict[str, Any]) -> list[str]:
-    rows = [f"| {name} | {_escaped(str(value))} |" for name, value in values.items()]
+    rows = [f"| {name} | {_escaped(shown_paths(str(value)))} |" for name, value in values.items()]
     return [f"## {title}", "", "| | |", "| --- | --- |", *rows, ""]
 
 
@@ -155,7 +160,3 @@ def _escaped(text: str) -> str:
 
 def _cell(text: str) -> str:
     return f"`{_escaped(text)}`"
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

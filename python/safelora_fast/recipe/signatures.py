@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-from safelora_fast.errors import MissingDependencyError
+from safelora_fast.errors import MissingDependencyError, how_to_install
 
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
@@ -34,7 +34,7 @@ def check_packages(what: str = "training") -> None:
     """
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingDependencyError(f"{what} needs {', '.join(missing)}: pip install 'safelora-fast[train]'")
+        raise MissingDependencyError(f"{what} needs {', '.join(missing)}: {how_to_install('train')}")
 
 
 @functools.cache

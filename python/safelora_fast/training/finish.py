@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapters
+from safelora_fast.posthoc.bypass import bypass_note
 from safelora_fast.posthoc.peft_model import lora_parameters, naming_adapter, projected_folder, save_tensors
 from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.provenance import locator, reopen
@@ -95,11 +96,17 @@ class EndProjection:
             with projected_folder(saved, self._adapter, **where, **self._settings) as (report, projected):
                 self._check_norms(report)
                 tensors.update(load_file(projected / WEIGHTS))
+        copied = [{"tensor": key, "reason": TRAINED_IN_FULL} for key in others]
+        report = replace(
+            report,
+            adapters=[
+                replace(one, copied=[*one.copied, *copied], notes=[*one.notes, *bypass_note(copied)])
+                for one in report.adapters
+            ],
+        )
         for warning in report.warnings:
             logger.warning("SafeLora: %s", warning)
-        copied = [{"tensor": key, "reason": TRAINED_IN_FULL} for key in others]
-        adapters = [replace(adapter, copied=[*adapter.copied, *copied]) for adapter in report.adapters]
-        return replace(report, adapters=adapters)
+        return report
 
     def _save(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
         return save_tensors(tensors, self._holder.peft_config[self._adapter], folder)
