@@ -22,7 +22,8 @@ from safelora_fast.training.drift import Drift
 from safelora_fast.training.head_check import check_logits, check_same_head
 from safelora_fast.training.metrics import Meter, Stopwatch
 from safelora_fast.training.projections import Projections
-from safelora_fast.training.reference import Reference, ReferencePass, check_inputs
+from safelora_fast.training.reference import Reference, ReferencePass
+from safelora_fast.training.reference_checks import check_inputs
 from safelora_fast.training.safe_modules import SafeModules
 from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
 from safelora_fast.training.steered import TrainingPasses
