@@ -64,6 +64,34 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 0.93 <= hits / 600 <= 0.99
 
 
+def test_a_divergence_has_no_interval_below_zero():
+    """That of its logarithm: near the plain one where that is narrow, and never below zero."""
+    values = [0.001, 0.002, 0.03, 0.001]
+    plain_one = pool([plain(values)])
+    assert plain_one.interval.low < 0
+    pooled = pool([plain(values)], never_negative=True)
+    factor = math.exp(student_quantile(3) * statistics.stdev(values) / 2 / pooled.value)
+    assert pooled.value == plain_one.value
+    assert pooled.interval.low == pytest.approx(pooled.value / factor)
+    assert pooled.interval.high == pytest.approx(pooled.value * factor)
+    close = [1.0, 1.01, 0.99, 1.02]
+    narrow, usual = pool([plain(close)], never_negative=True).interval, pool([plain(close)]).interval
+    assert (narrow.low, narrow.high) == pytest.approx((usual.low, usual.high), abs=(usual.high - usual.low) ** 2)
+    assert pool([plain([0.0] * 4)], never_negative=True).interval.to_list() == [0.0, 0.0]
+    rounding = pool([plain([-1e-9, 1e-10, -1e-9, 1e-10])], never_negative=True)
+    assert (rounding.value, rounding.interval.low) == (0.0, 0.0)
+
+
+def test_the_interval_of_a_divergence_holds_the_truth():
+    """Squares of normal draws, whose mean is 1."""
+    generator = random.Random(7)
+    hits = 0
+    for _ in range(600):
+        pooled = pool([plain([generator.gauss(0, 1) ** 2 for _ in range(30)])], never_negative=True)
+        hits += pooled.interval.low <= 1 <= pooled.interval.high
+    assert 0.91 <= hits / 600 <= 0.99
+
+
 def test_shares_have_wilsons_interval():
     hits = [True] * 7 + [False] * 33
     pooled = pool([shares(hits, [str(number) for number in range(40)])], share=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -181,3 +182,21 @@ def test_an_adapter_of_another_class_is_measured_as_its_own(call, folder, tmp_pa
     assert result.code == 0, result.err
     subjects = json.loads(result.out)["subjects"]
     assert subjects[str(other)]["margin"] == subjects[str(adapter)]["margin"] != subjects["model"]["margin"]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "shown"),
+    [
+        (1.23456, 0.5, 2.0, "+1.2346 (+0.5000 to +2.0000)"),
+        (-0.0003, -0.00041, -0.00019, "-0.0003 (-0.0004 to -0.0002)"),
+        (-0.0003, -0.00034, -0.00026, "-0.00030 (-0.00034 to -0.00026)"),
+        (-3e-6, -4e-6, 1e-7, "-0.000003 (-0.000004 to +0.000000)"),
+        (-0.0, -0.0, 0.0, "+0.0000 (+0.0000 to +0.0000)"),
+        (0.5, math.nan, math.nan, "+0.5000"),
+    ],
+)
+def test_an_interval_has_the_digits_that_its_figure_needs(value, low, high, shown):
+    from safelora_fast.cli.margin import _signed
+    from safelora_fast.evaluation.intervals import Interval
+
+    assert _signed(value, Interval(low, high)) == shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
     from safelora_fast.evaluation.intervals import Interval
     from safelora_fast.evaluation.margin import MarginReport
+
+SMALLEST = 1e-12  # of sizes that are told from 0
 
 
 def margin(
@@ -57,6 +58,7 @@ def margin(
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.errors import SettingsError
     from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
+    from safelora_fast.recipe.folder import to_json
 
     if strings not in {"chat", "text"}:
         raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
@@ -99,7 +101,7 @@ def margin(
             "strings": strings,
         }
         source = "builtin" if pairs is None else str(pairs)
-        typer.echo(json.dumps({**given, "pairs": source, "subjects": _to_dict(reports)}, indent=2, ensure_ascii=False))
+        typer.echo(to_json({**given, "pairs": source, "subjects": _to_dict(reports)}))
     elif not quiet:
         _show(reports)
 
@@ -121,9 +123,9 @@ def _show(reports: dict[str, MarginReport]) -> None:
         share, count = report.share_interval, len(report.pairs)
         table.add_row(
             short(name),
-            f"{report.margin:+.4f}{_signed(report.margin_interval)}",
+            _signed(report.margin, report.margin_interval),
             f"{round(report.share * count)} of {count} ({100 * share.low:.0f}–{100 * share.high:.0f} %)",
-            "–" if name == "model" else f"{change:+.4f}{_signed(interval)}",
+            "–" if name == "model" else _signed(change, interval),
         )
     out.print(table)
     first = reports["model"]
@@ -141,5 +143,9 @@ def _themes(reports: dict[str, MarginReport]) -> Table:
     return table
 
 
-def _signed(interval: Interval) -> str:
-    return "" if math.isnan(interval.low) else f" ({interval.low:+.3f} to {interval.high:+.3f})"
+def _signed(value: float, interval: Interval) -> str:
+    """A figure and the ends of its interval with as many decimals as tell the figure and the interval's width from 0."""
+    sizes = [abs(value), interval.high - interval.low]
+    decimals = max([4, *(-math.floor(math.log10(size)) for size in sizes if size > SMALLEST)])
+    figure, *ends = (f"{round(end, decimals) + 0.0:+.{decimals}f}" for end in (value, interval.low, interval.high))
+    return figure if math.isnan(interval.low) else f"{figure} ({ends[0]} to {ends[1]})"

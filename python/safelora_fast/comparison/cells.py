@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from safelora_fast.comparison.columns import DIVERGENCE
 from safelora_fast.comparison.pooling import pool
 from safelora_fast.comparison.report import Cell, Column, SeedValue
 
@@ -18,12 +19,12 @@ def cell_of(column: Column, samples: Sequence[Outcome], values: Sequence[SeedVal
     """Mean and interval over seeds and items.
 
     Args:
-        column: a share's interval is another than that of a mean.
+        column: the intervals of a share and of a divergence are others than that of a mean.
         samples: of the seeds that have a figure.
         values: of all seeds.
         count: what the figure is a share of, in words.
     """
-    pooled = pool(samples, share=column.unit == "%")
+    pooled = pool(samples, share=column.unit == "%", never_negative=column.key == DIVERGENCE)
     low, high = pooled.interval.to_list()
     return Cell(None if math.isnan(pooled.value) else pooled.value, low, high, tuple(values), count)
 

@@ -96,12 +96,14 @@ def shares(hits: Sequence[bool], clusters: Sequence[str]) -> Sample:
     return Sample(tuple(map(float, hits)), (1.0,) * len(hits), tuple(clusters))
 
 
-def pool(samples: Sequence[Outcome], *, share: bool = False) -> Pooled:
+def pool(samples: Sequence[Outcome], *, share: bool = False, never_negative: bool = False) -> Pooled:
     """Mean and interval over seeds.
 
     Args:
         samples: one for each seed.
         share: the figure is a share, whose interval is Wilson's with as many answers as independent ones would have to be.
+        never_negative: the figure is never below zero, such as a divergence: the interval is that of its logarithm, by the
+            delta method, and as wide upwards as such figures are skewed.
     """
     measured = [sample for sample in samples if count_of(sample)]
     if not measured:
@@ -116,12 +118,20 @@ def pool(samples: Sequence[Outcome], *, share: bool = False) -> Pooled:
     variance = items + seeds
     if not share:
         half = quantile * math.sqrt(variance)
-        known = clusters > 1
-        return Pooled(mean, Interval(mean - half, mean + half) if known else NOTHING)
+        interval = _of_logarithm(mean, half) if never_negative else Interval(mean - half, mean + half)
+        return Pooled(max(mean, 0.0) if never_negative else mean, interval if clusters > 1 else NOTHING)
     count = sum(map(count_of, measured))
     alike = mean in {0.0, 1.0} or variance == 0  # nothing differs, so how alike the items are cannot be seen
     effective = count if alike else min(mean * (1 - mean) / variance, count)
     return Pooled(mean, wilson(mean * effective, effective) if alike else wilson(mean * effective, effective, quantile))
+
+
+def _of_logarithm(mean: float, half: float) -> Interval:
+    """The interval of a figure that is not negative, but for rounding, from half of the width that it would have otherwise."""
+    if mean <= 0:
+        return Interval(0.0, max(mean + half, 0.0))
+    factor = math.exp(min(half / mean, 500.0))
+    return Interval(mean / factor, mean * factor)
 
 
 def count_of(sample: Outcome) -> int:

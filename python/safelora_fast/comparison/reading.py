@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safelora_fast.comparison.report import Column
 
 NATS = "nats"
+CHANCE = 0.05
 UNITS = {"%": "points", NATS: "nats a token"}
 Verdict: TypeAlias = Literal["clear", "unclear", "unknown", "apart"]
 # Of all measures, and of some.
@@ -103,7 +104,7 @@ def _caveats(config: CompareConfig, count: int) -> list[str]:
         )
     if count > 1:
         said.append(
-            f"These are {count} comparisons at 95 %, so about {max(round(count * 0.05), 1)} would look clear by chance "
-            "alone if no defence did anything."
+            f"These are {count} comparisons at 95 %, of which {count * CHANCE:.2g} would look clear by chance alone, on "
+            "average, if no defense did anything."
         )
     return said
