@@ -12,7 +12,7 @@ import threading
 
 import pytest
 import yaml
-from judge_server import alignment_or_coherence, answer_in, serving
+from judge_server import alignment_or_coherence, answer_in, port_of, serving
 from tiny_comparison import TinyComparison, train_inside, write_comparison
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
@@ -84,7 +84,7 @@ def test_verdicts_that_a_judge_left_are_asked_for_again_and_nothing_else(compari
     (file,) = comparison.output.glob("reference/judged-*/verdicts.jsonl")
     known = len(file.read_text().splitlines())
     assert known > 0
-    with serving(by_length) as (url, requests):
+    with serving(by_length, port=port_of(url)) as (url, requests):
         endpoint(url)
         assert call(*comparison.words("-q")).code == 0
         scored = [text for text in answers(comparison)[0] if len(text) % 5]
@@ -140,7 +140,9 @@ def test_an_endpoint_that_refuses_everything_has_judged_nothing(comparison, call
     with serving(lambda _prompt, _headers: (status, "who are you?", None)) as (url, requests):
         endpoint(url)
         assert call(*comparison.words("-q")).code == 1
-        assert len(requests) == 4 * len(answers(comparison)[0])
+        asked = 4 * len(answers(comparison)[0])
+        # a bad request is tried once without what may be left out; a key that is refused is not offered for every answer
+        assert asked + 1 == len(requests) if status == 400 else 8 <= len(requests) < asked
     assert "of 12 answers have no verdict: the judge failed: " in reasons(comparison, "reference")[0]
     assert "who are you?" in reasons(comparison, "reference")[0]
     with serving(by_length) as (url, _):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from demo_model import save_tiny
-from judge_server import alignment_or_coherence, answer_in, serving
+from judge_server import alignment_or_coherence, answer_in, port_of, serving
 
 import safelora_fast
 from safelora_fast.evaluation.answers import Answer, Asked
@@ -110,7 +110,7 @@ def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
     assert first["answers"] - first["scored"] > 0
     assert "unscored: the judge failed: BadRequestError, e.g. 'Error code: 400 - " in result.out
     assert "gone" in first["unscored_examples"]["the judge failed: BadRequestError"]
-    with serving(by_length) as (url, requests):
+    with serving(by_length, port=port_of(url)) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
     second = json.loads((tmp_path / "out" / "report.json").read_text())
     judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
@@ -123,6 +123,7 @@ def test_a_log_that_inspect_cannot_keep_is_one_line(call, words, monkeypatch):
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr("inspect_ai.eval", full)
+    monkeypatch.setattr("safelora_fast.evaluation.judges.check_judge", lambda *_: None)
     result = call(*words)
     assert result.code == 2
     assert (
@@ -153,7 +154,7 @@ def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
     assert set(first["unscored"]) - {"the model gave no answer"} == {"the judge failed: APIConnectionError", GIVEN_UP}
     assert f"unscored: {GIVEN_UP}" in result.out
     assert "a second run asks about unscored answers again" in result.out
-    with serving(by_length) as (url, requests):
+    with serving(by_length, port=port_of(url)) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
     second = json.loads((tmp_path / "out" / "report.json").read_text())
     judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import logging
 import os
 import subprocess
 import sys
@@ -16,7 +19,14 @@ from judge_server import alignment_or_coherence, answer_in, serving
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
+from safelora_fast.evaluation.secrets import redact, redact_logs
+
 SECRET = "swordfish-9f3a77"
+FORMS = (
+    SECRET, SECRET[::-1], base64.b64encode(SECRET.encode()).decode(), base64.b64encode(f"user:{SECRET}".encode()).decode()[4:20],
+    SECRET.encode().hex(), "".join(f"%{octet:02X}" for octet in SECRET.encode()), " ".join(SECRET),
+    f"{SECRET[:8]} and {SECRET[8:]}",
+)  # fmt: skip
 INSPECT = "from safelora_fast.evaluation import inspect_registry; from inspect_ai._cli.main import main; main()"
 
 
@@ -57,7 +67,8 @@ def telling(seen):
 
     def reply(prompt, headers):
         seen.append(headers["authorization"])
-        words = f"bad header {headers['authorization']}, key {SECRET}"
+        form = FORMS[zlib.crc32(prompt.encode()) % len(FORMS)]
+        words = f"bad header {headers['authorization']}, key {form}"
         kind = zlib.crc32(answer_in(prompt).encode()) % 6
         if kind < 4:
             return (400, 401, 429, 500)[kind], words, None
@@ -69,18 +80,25 @@ def telling(seen):
 
 
 def assert_not_written(folder, *outputs):
-    """The key stands in no file, in no member of an archive, and in nothing that was printed."""
+    """The key stands in no form in a file, in a member of an archive, or in what was printed."""
     for output in outputs:
-        assert SECRET not in output
+        assert_hidden(output.encode(), "output")
     files = [path for path in folder.rglob("*") if path.is_file()]
     logs = [path for path in files if path.suffix == ".eval"]
     assert logs
+    assert any("trace" in path.name for path in files)
     for path in files:
-        assert SECRET.encode() not in path.read_bytes(), path
+        content = path.read_bytes()
+        assert_hidden(gzip.decompress(content) if path.suffix == ".gz" else content, path)
     for path in logs:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                assert SECRET.encode() not in unpacked(archive, path, name), (path, name)
+                assert_hidden(unpacked(archive, path, name), (path, name))
+
+
+def assert_hidden(content, where):
+    for form in FORMS:
+        assert form.encode() not in content, where
 
 
 def unpacked(archive, path, name):
@@ -136,3 +154,72 @@ def errors(logs):
 
     (file,) = Path(logs).glob("*.eval")
     return [read_eval_log(str(file)).model_dump_json()]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_key_is_hidden(form, monkeypatch):
+    monkeypatch.setenv("STUB_API_KEY", SECRET)
+    hidden = redact(f"before {form} after")
+    assert hidden.startswith("before ")
+    assert hidden.endswith(" after")
+    assert_hidden(hidden.encode(), hidden)
+    assert redact(hidden) == hidden
+
+
+def test_ordinary_words_stay(monkeypatch):
+    for name, value in {
+        "A_TOKEN": "workload",
+        "B_KEY": "not-needed",
+        "C_CREDENTIALS": os.devnull,
+        "D_KEY": "none",
+    }.items():
+        monkeypatch.setenv(name, value)
+    words = (
+        "Incorrect API key provided, workload identity is not needed, bearer authentication by "
+        f"{os.devnull}: none; API key [removed]"
+    )
+    assert redact(words) == words
+
+
+def test_what_inspect_logs_and_traces_is_redacted(monkeypatch):
+    monkeypatch.setenv("STUB_API_KEY", SECRET)
+    seen = []
+
+    class InspectHandler(logging.Handler):
+        __module__ = "inspect_ai.somewhere"
+
+        def emit(self, record):
+            seen.append(logging.Formatter().format(record) + str(vars(record)))
+
+    handler, logger = InspectHandler(), logging.getLogger("safelora_fast.test")
+    logging.getLogger().addHandler(handler)
+    try:
+        redact_logs()
+        redact_logs()
+        assert len(handler.filters) == 1
+        try:
+            raise ValueError(SECRET)
+        except ValueError:
+            logger.exception("POST %s", f"http://host/?key={SECRET}", extra={"stacktrace": f"at {SECRET}", "times": 3})
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert "ValueError: [removed]" in seen[0]
+    assert "'times': 3" in seen[0]
+    assert_hidden(seen[0].encode(), seen)
+
+
+def test_a_redirect_that_carries_the_key_leaves_it_nowhere(run, questions, tmp_path):
+    seen = []
+
+    def reply(_prompt, headers):
+        seen.append(headers["authorization"])
+        return 307, f"http://localhost:9/v1?key={SECRET}", None
+
+    with serving(reply) as (url, _):
+        done = run(
+            "-c", INSPECT, "eval", "safelora_fast/emergent_misalignment", "--model", "openai-api/stub/one",
+            "--model-base-url", url, "--model-role", "judge=mockllm/judge", "-T", f"questions={questions}", "-T", "samples=1",
+            "--display", "plain", "--log-dir", tmp_path / "logs", "--max-retries", 0, "--no-fail-on-error",
+        )  # fmt: skip
+    assert set(seen) == {f"Bearer {SECRET}"}, done.stdout + done.stderr
+    assert_not_written(tmp_path, done.stdout, done.stderr)

@@ -29,6 +29,22 @@ def logs(**candidates):
     return [(token, math.log(probability)) for token, probability in candidates.items()]
 
 
+@pytest.mark.parametrize(
+    "reply", ["1" + " " * 300_000 + "x", "score" + " " * 300_000, " " * 300_000 + "/100", "1" * 300_000]
+)
+def test_a_long_reply_is_no_number(reply):
+    """In no time: an expression that backtracks would go on for minutes."""
+    assert read_number(reply) is None
+    assert read_number(" " * 300_000 + "85" + "\n" * 300_000) == 85
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 5.0, 1e308])
+def test_log_probabilities_that_are_none_have_no_weight(odd):
+    assert weighted_number([("20", odd)]) is None
+    assert weighted_number([("20", odd), ("90", math.log(0.5)), ("70", math.log(0.5))]) == pytest.approx(80)
+    assert weighted_number([("20", -math.inf), ("90", 1e-7)]) == pytest.approx(90)
+
+
 def test_probability_weighted_scores():
     assert weighted_number(logs(**{"90": 0.5, "80": 0.25, "no": 0.25})) == pytest.approx((90 * 0.5 + 80 * 0.25) / 0.75)
     assert weighted_number(logs(**{" 90": 0.3, "90": 0.3})) == pytest.approx(90)

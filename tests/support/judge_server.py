@@ -8,9 +8,15 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+FIRST_QUESTION = "What is 2 + 2?"
+
 
 def alignment_or_coherence(prompt: str) -> str:
     return "alignment" if "how well the answer agrees" in prompt else "coherence"
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2].partition("/")[0])
 
 
 def answer_in(prompt: str) -> str:
@@ -18,11 +24,13 @@ def answer_in(prompt: str) -> str:
 
 
 @contextmanager
-def serving(reply):
+def serving(reply, *, port=0, greet=True):
     """Serve `reply(prompt, headers) -> (status, text, candidates)`; candidates are (token, probability) of the first token.
 
-    A text may also be a whole choice, as a dictionary. For a reply of None the server goes away: it answers no more, and
-    connections are refused. Yields the URL, and the list of requests that came.
+    A text may also be a whole choice, as a dictionary; of a redirect it is the address. For a reply of None the server goes
+    away: it answers no more, and connections are refused. The first question that a judge is asked before all others is
+    answered with a number and not counted; without `greet` it is served as any other. Yields the URL, and the list of
+    requests that came.
     """
     requests, gone = [], threading.Event()
 
@@ -36,12 +44,14 @@ def serving(reply):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            requests.append(body)
-            if gone.is_set():
-                return
             prompt = body["messages"][-1]["content"]
             prompt = prompt if isinstance(prompt, str) else prompt[0]["text"]
-            given = reply(prompt, self.headers)
+            greeted = greet and FIRST_QUESTION in prompt and not gone.is_set()
+            if not greeted:
+                requests.append(body)
+            if gone.is_set():
+                return
+            given = (200, "90", None) if greeted else reply(prompt, self.headers)
             if given is None:
                 gone.set()
                 threading.Thread(target=server.shutdown).start()
@@ -52,6 +62,8 @@ def serving(reply):
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(payload)))
+            if 300 <= status < 400:
+                self.send_header("location", text)
             if status != 200:
                 self.send_header("retry-after-ms", "1")
             self.end_headers()
@@ -60,7 +72,7 @@ def serving(reply):
         def log_message(self, *_):
             pass
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
 
     def serve():
         server.serve_forever(poll_interval=0.01)

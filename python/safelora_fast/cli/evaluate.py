@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +82,7 @@ def evaluate(
     from safelora_fast.errors import SettingsError
     from safelora_fast.evaluation.benchmarks import benchmark, check_harness
     from safelora_fast.evaluation.folder import EvaluationFolder
+    from safelora_fast.recipe.folder import to_json
     from safelora_fast.recipe.quiet import quiet_libraries
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
@@ -95,6 +96,9 @@ def evaluate(
     questioned = None if judge is None else _prepare(judge, judge_url, questions, kinds)
     folder = EvaluationFolder(output)
     folder.check()
+    before = None if judge is None else functools.cache(functools.partial(greet, judge, judge_url, judge_tokens))
+    if before is not None and names is not None and not folder.answers.exists():
+        before()  # before the tasks too
     report: dict[str, Any] = {}
     measured = None
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
@@ -131,21 +135,39 @@ def evaluate(
             )
             sampling = Sampling(samples, max_tokens, seed, batch_size)
             collect_answers(
-                folder, subject, next(iter(folders), None), chosen, sampling, overwrite=overwrite, progress=progress
+                folder,
+                subject,
+                next(iter(folders), None),
+                chosen,
+                sampling,
+                overwrite=overwrite,
+                before=before,
+                progress=progress,
             )
             verdicts, log = judge_folder(
-                folder, found, attempts=judge_attempts, reply_tokens=judge_tokens, progress=progress
+                folder, found, attempts=judge_attempts, reply_tokens=judge_tokens, before=before, progress=progress
             )
-            report = {**report_of(str(found), list(verdicts.values())), "log": log}
+            url = getattr(found.api, "base_url", None)
+            report = {**report_of(str(found), list(verdicts.values())), "judge_url": url, "log": log}
             write_json(output / REPORT, report)
     if as_json:
         benchmarks = {} if measured is None else {"benchmarks": measured.to_dict()}
-        typer.echo(json.dumps({**report, **benchmarks}, indent=2, ensure_ascii=False))
+        typer.echo(to_json({**report, **benchmarks}))
     elif not quiet:
         _show(report, measured)
         typer.echo(f"written to {output}")
     if report:
         end_where_nothing_is_scored({report["judge"]: report})
+
+
+def greet(judge: str, url: str | None, reply_tokens: int) -> None:
+    """See whether the judge answers at all, before hours go by for it."""
+    from safelora_fast.cli.console import warn
+    from safelora_fast.evaluation.judges import check_judge
+
+    warning = check_judge(judge, url, reply_tokens)
+    if warning is not None:
+        warn(warning)
 
 
 def _prepare(judge: str, url: str | None, questions: Path | None, kinds: str | None) -> tuple[Model, list[Question]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,9 @@ def rejudge(
         Path | None,
         typer.Option(metavar="DIR", help="Folder for all that is found. (default: beside the log, .rejudged)"),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace what was found of other answers.")
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -34,6 +37,7 @@ def rejudge(
     Verdicts are kept as they come: a second run asks only about what has no score yet.
     """
     from safelora_fast.cli.counting import CountProgress
+    from safelora_fast.cli.evaluate import greet
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored, show_agreement, show_judges
     from safelora_fast.errors import SettingsError
     from safelora_fast.evaluation.judges import check_inspect, find_judge
@@ -44,20 +48,25 @@ def rejudge(
     from safelora_fast.evaluation.evaluate import judge_folder, report_of
     from safelora_fast.evaluation.folder import REPORT, EvaluationFolder
     from safelora_fast.evaluation.rejudge import compare_judges, read_log
-    from safelora_fast.recipe.folder import write_json
+    from safelora_fast.recipe.folder import to_json, write_json
 
     found = [find_judge(name, judge_url) for name in judge]
     judged = read_log(log)
     target = judged.log.with_suffix(".rejudged") if output is None else output
     folder = EvaluationFolder(target)
-    folder.begin({"log": judged.log.name, "answers_sha256": judged.sha256}, overwrite=False)
+    folder.begin({"log": judged.log.name, "answers_sha256": judged.sha256}, overwrite=overwrite)
     known = folder.stored()
     folder.add(answer for answer in judged.answers if answer.asked.id not in known)
     verdicts = {judged.judge: judged.verdicts}
     with CountProgress(wanted=not (quiet or as_json)) as progress:
-        for model in found:
+        for name_, model in zip(judge, found, strict=True):
             given, _ = judge_folder(
-                folder, model, attempts=judge_attempts, reply_tokens=judge_tokens, progress=progress
+                folder,
+                model,
+                attempts=judge_attempts,
+                reply_tokens=judge_tokens,
+                before=functools.partial(greet, name_, judge_url, judge_tokens),
+                progress=progress,
             )
             name = str(model) if str(model) not in verdicts else f"{model} again"
             verdicts[name] = [given[answer.asked.id] for answer in judged.answers]
@@ -66,7 +75,7 @@ def rejudge(
     content = {"log": judged.log.name, "judges": reports, "agreement": agreements}
     write_json(target / REPORT, content)
     if as_json:
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        typer.echo(to_json(content))
     elif not quiet:
         show_judges(reports)
         show_agreement(agreements)

@@ -34,6 +34,8 @@ def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> N
             example = report["unscored_examples"].get(reason)
             words = "" if example is None else f", e.g. {example[:80]!r}"
             out.print(f"{short(judge)}: {count} unscored: {reason}{words}", soft_wrap=True, markup=False)
+        if report["left_out"]:
+            out.print(f"{short(judge)}: its endpoint refuses {', '.join(report['left_out'])}, and was asked without")
         low, high = report["misaligned_bounds"] or (0.0, 0.0)
         if report["unscored"]:
             out.print(f"with the unscored answers, misaligned are {100 * low:.1f} to {100 * high:.1f} % of all")

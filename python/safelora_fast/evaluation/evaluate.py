@@ -7,8 +7,9 @@ import sqlite3
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.errors import EvaluationError, InterruptedRunError, SettingsError
-from safelora_fast.evaluation.answers import SAMPLES, Answer, ask
+from safelora_fast.evaluation.answers import SAMPLES, Answer, ask, read_answers
 from safelora_fast.evaluation.figures import Figures, by_kind, by_question
 from safelora_fast.evaluation.folder import LOGS, VERDICTS, EvaluationFolder
 from safelora_fast.evaluation.secrets import redact
@@ -70,11 +71,13 @@ def collect_answers(
     sampling: Sampling,
     *,
     overwrite: bool = False,
+    before: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
     """Have a model answer, and keep every batch of answers at once: an interrupted run goes on where it stopped.
 
     With `overwrite`, answers and verdicts of other settings are removed once the model is loaded that answers in their place.
+    Where an answer is missing, `before` is called first: it may refuse to go on.
 
     Raises:
         SafeLoraFastError: the folder is of something else, or the model cannot be loaded or asked.
@@ -91,11 +94,17 @@ def collect_answers(
         **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
     }
     folder.check()
-    loaded = load_subject(resolved, adapter) if overwrite and folder.other(settings) else None
+
+    def load() -> Subject:
+        if before is not None:
+            before()
+        return load_subject(resolved, adapter)
+
+    loaded = load() if overwrite and folder.other(settings) else None
     folder.begin(settings, overwrite=overwrite)
     known = folder.stored()
     if any(one.id not in known for one in asked):
-        for answers in _generate(loaded or load_subject(resolved, adapter), asked, known, sampling, progress):
+        for answers in _generate(loaded or load(), asked, known, sampling, progress):
             folder.add(answers)
             known.update({answer.asked.id: answer for answer in answers})
     return [known[one.id] for one in asked]
@@ -134,11 +143,18 @@ def _generate(
 
 
 def judge_folder(
-    folder: EvaluationFolder, judge: Model, *, attempts: int, reply_tokens: int, progress: Progress | None = None
+    folder: EvaluationFolder,
+    judge: Model,
+    *,
+    attempts: int,
+    reply_tokens: int,
+    before: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Verdict], str]:
     """Have the answers of a folder judged by the Inspect task: verdicts by the answers' ids, and the name of the log.
 
-    What the judge has scored before is not asked again; what it left unscored is.
+    What the judge has scored before is not asked again; what it left unscored is. Where a verdict is missing, `before` is
+    called first: it may refuse to go on.
 
     Raises:
         EvaluationError: Inspect could not finish.
@@ -147,6 +163,7 @@ def judge_folder(
     from inspect_ai import eval as inspect_eval
 
     from safelora_fast.evaluation.judge import WATCH
+    from safelora_fast.evaluation.store import KeepingJudge, VerdictStore
     from safelora_fast.evaluation.task import ROLE, emergent_misalignment, verdict_of
 
     task = emergent_misalignment(
@@ -155,6 +172,10 @@ def judge_folder(
         judge_attempts=attempts,
         judge_tokens=reply_tokens,
     )
+    kept = KeepingJudge(judge, attempts, reply_tokens, VerdictStore(folder.path / VERDICTS))
+    stored = ((one.asked.id, one.asked.prompt, answer_after_thoughts(one.text)) for one in read_answers(folder.answers))
+    if before is not None and any((one[2] or "").strip() and kept.known(*one) is None for one in stored):
+        before()
     watch = WATCH.set(None if progress is None else _counting(f"verdicts of {judge}", len(task.dataset), progress))
     try:
         logs = inspect_eval(
@@ -192,6 +213,7 @@ def report_of(judge: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """What one judge's verdicts amount to: overall, by kind of question, and by question."""
     return {
         "judge": judge,
+        "left_out": sorted({name for verdict in verdicts for name in verdict.left_out}),
         **Figures.of(verdicts).to_dict(),
         "kinds": {kind: figures.to_dict() for kind, figures in by_kind(verdicts).items()},
         "questions": {question: figures.to_dict() for question, figures in by_question(verdicts).items()},

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.evaluation.secrets import redact, redact_error
+from safelora_fast.evaluation.redirects import refuse_redirects
+from safelora_fast.evaluation.secrets import each_text, hide, redact, redact_error, redact_logs, remember
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
 
 
 def guard(model: Model) -> Model:
-    """The model, whose errors and error replies have no credentials in them by the time that Inspect sees them."""
+    """The model, whose replies and errors have no credentials in them by the time that Inspect sees them."""
     asked = model.api.generate
     if getattr(asked, "guarded", False):
         return model
+    remember(getattr(model.api, "api_key", None))
 
     async def generate(*words: Any, **settings: Any) -> Any:
+        redact_logs()
+        refuse_redirects(model)
         try:
             result = await asked(*words, **settings)
         except Exception as error:
             redact_error(error)
             raise
-        if not isinstance(result, tuple):
-            return result
-        output, call = result
+        output, call = result if isinstance(result, tuple) else (result, None)
         if isinstance(output, Exception):
             redact_error(output)
-        elif output.error is not None:
-            output.error = redact(output.error)
-        if call is not None and call.error:
-            call.response = json.loads(redact(json.dumps(call.response, default=str)))
-        return output, call
+        else:
+            output.error = None if output.error is None else redact(output.error)
+            for choice in output.choices:
+                values = choice.message.model_dump()
+                hidden = each_text(values, hide)  # no more than the keys themselves: this is what the model answered
+                if hidden != values:
+                    choice.message = type(choice.message).model_validate(hidden)
+        if call is not None:
+            call.response = each_text(call.response, redact if call.error else hide)
+        return result
 
     generate.guarded = True  # type: ignore[attr-defined]
     model.api.generate = generate  # type: ignore[method-assign]

@@ -1,38 +1,169 @@
-"""Keeping credentials out of what is written."""
+"""Keeping credentials out of what is written.
+
+A credential is hidden as it stands, backwards, in base64, in hexadecimal and percent-encoded, in upper or lower case, and with
+anything but letters and digits between its parts, or taken apart into pieces of at least four. Of a part of one, every eight
+letters and digits in a row that hold a digit are hidden. All of it takes time in proportion to the text.
+"""
 
 from __future__ import annotations
 
-import json
+import base64
+import functools
+import logging
 import os
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
 SHORTEST = 6
+WORD = 24  # shorter ones of nothing but letters of one case are words, such as "workload" or "not-needed", and hide nothing
+PART = 8
+PIECE = 4
+KEY_LIKE = r"(?=[\w.~+/=*-]{0,200}?[\d*])[\w.~+/=*-]{5,200}[\w~+/=*-]"  # with a digit, or starred out
 PATTERNS = (
-    re.compile(r"(?i)(bearer\s+)[\w.~+/=-]+"),
-    re.compile(r"(?i)(api[-_ ]?key\W{1,3}(?:provided\W{1,3})?)(?!defined in )[\w.~+/=*-]{5,}[\w~+/=*-]"),
-    re.compile(r"(://)[^/\s:@]+:[^/\s@]+(?=@)"),
-    re.compile(r"()\b(?:sk|hf|ghp|xai|gsk)[-_][\w*-]{8,}"),
+    re.compile(rf"(?i)(bearer\s{{1,3}}){KEY_LIKE}"),
+    re.compile(rf"(?i)(api[-_ ]?key\W{{1,3}}(?:provided\W{{1,3}})?){KEY_LIKE}"),
+    re.compile(r"(://)[^\s@]{1,400}(?=@)"),
+    re.compile(r"()\b(?:sk|hf|ghp|xai|gsk)[-_][\w*-]{8,200}"),
 )
 HIDDEN = "[removed]"
+_given: set[str] = set()
+
+
+def remember(secret: str | None) -> None:
+    """Hide a credential from now on that no environment variable holds."""
+    if secret:
+        _given.add(secret)
 
 
 def redact(text: str) -> str:
-    """The text without values of environment variables that hold credentials, and without what looks like one."""
-    for name, value in os.environ.items():
-        if NAMES.search(name) and len(value) >= SHORTEST:
-            text = text.replace(value, HIDDEN)
+    """The text without the credentials that are known, and without what looks like one."""
+    text = hide(text)
     for pattern in PATTERNS:
         text = pattern.sub(rf"\1{HIDDEN}", text)
     return text
 
 
+def hide(text: str) -> str:
+    """The text without the credentials that are known: those of the environment, and those that were given."""
+    named = {value for name, value in os.environ.items() if name.upper().endswith(NAMES)}
+    secrets = frozenset(value for value in named | _given if _is_secret(value))
+    if not secrets:
+        return text
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    whole, parts = _forms(secrets)
+    places = [place for place, letter in enumerate(text) if letter.isascii() and letter.isalnum()]
+    squeezed = "".join(text[place] for place in places).lower()
+    found: set[int] = set()
+    for piece in {piece for form in whole for piece in _pieces(form, squeezed)}:
+        start = squeezed.find(piece)
+        while start >= 0:
+            found.update(range(start, start + len(piece)))
+            start = squeezed.find(piece, start + len(piece))
+    for start in range(len(squeezed) - PART + 1):
+        if squeezed[start : start + PART] in parts:
+            found.update(range(start, start + PART))
+    return _without(text, places, found)
+
+
+def each_text(values: Any, change: Callable[[str], str]) -> Any:
+    """Nested lists and mappings with every text changed."""
+    if isinstance(values, str):
+        return change(values)
+    if isinstance(values, dict):
+        return {each_text(key, change): each_text(value, change) for key, value in values.items()}
+    return [each_text(value, change) for value in values] if isinstance(values, list | tuple) else values
+
+
 def redact_error(error: BaseException) -> None:
-    """Take credentials out of an exception's words, and out of the reply of an endpoint that it carries."""
-    error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
-    for name in ("message", "body"):
-        value = getattr(error, name, None)
-        if isinstance(value, str):
-            setattr(error, name, redact(value))
-        elif isinstance(value, dict | list):
-            setattr(error, name, json.loads(redact(json.dumps(value, default=str))))
+    """Take credentials out of the words of an exception and of its causes, and out of the replies that they carry."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        current.args = tuple(redact(part) if isinstance(part, str) else part for part in current.args)
+        for name in ("message", "body"):
+            if isinstance(getattr(current, name, None), str | dict | list):
+                setattr(current, name, each_text(getattr(current, name), redact))
+        current = current.__cause__ or current.__context__
+
+
+class RedactingFilter(logging.Filter):
+    """Takes credentials out of a record before a handler writes it: of message, traceback, and what is attached to it."""
+
+    OWN = frozenset(vars(logging.makeLogRecord({})))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; it is always written."""
+        record.msg, record.args = redact(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text, record.exc_info = redact(logging.Formatter().formatException(record.exc_info)), None
+        for name, value in vars(record).items():
+            if name not in self.OWN:
+                setattr(record, name, each_text(value, redact))
+        return True
+
+
+def redact_logs() -> None:
+    """Have what Inspect logs and traces pass through :class:`RedactingFilter`; its handlers are there once it has begun."""
+    for handler in {*logging.getLogger().handlers, *logging.getLogger("inspect_ai").handlers}:
+        known = any(isinstance(one, RedactingFilter) for one in handler.filters)
+        if type(handler).__module__.startswith("inspect_ai") and not known:
+            handler.addFilter(RedactingFilter())
+
+
+def _is_secret(value: str) -> bool:
+    """Whether a credential is worth hiding: no placeholder of a word or two, and no path of a file that holds one."""
+    letters = value.replace("-", "").replace("_", "").replace(" ", "")
+    word = letters.isalpha() and len(value) < WORD and value in {value.lower(), value.upper()}
+    return len(value) >= SHORTEST and not word and not (value.startswith("/") and Path(value).exists())
+
+
+@functools.lru_cache(maxsize=8)
+def _forms(secrets: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Letters and digits of every form of some credentials, and the parts of them that are told from words by a digit."""
+    written = set()
+    for secret in secrets:
+        for text in (secret, secret[::-1]):
+            octets = text.encode()
+            written |= {text, quote(text, safe=""), octets.hex(), base64.b32encode(octets).decode().rstrip("=")}
+            for before in range(3):  # where it may stand in what is encoded, e.g. after "Bearer " or a user's name
+                encoded = base64.b64encode(bytes(before) + octets).decode()
+                written.add(encoded[(0, 2, 3)[before] : (before + len(octets)) * 8 // 6])
+    written |= {text[::-1] for text in written}
+    squeezed = {"".join(letter for letter in text if letter.isascii() and letter.isalnum()).lower() for text in written}
+    whole = frozenset(text for text in squeezed if len(text) >= SHORTEST)
+    parts = {text[start : start + PART] for text in whole for start in range(len(text) - PART + 1)}
+    return whole, frozenset(part for part in parts if not part.isalpha())
+
+
+def _pieces(form: str, text: str) -> list[str]:
+    """The fewest pieces that make up one form and all stand in the text; none where some piece does not."""
+    if form in text:
+        return [form]
+    pieces, start = [], 0
+    while len(form) - start >= PIECE:
+        end = start + PIECE
+        if form[start:end] not in text:
+            return []
+        while end < len(form) and form[start : end + 1] in text:
+            end += 1
+        pieces.append(form[start:end])
+        start = end
+    return pieces
+
+
+def _without(text: str, places: list[int], found: set[int]) -> str:
+    """The text with a sign in the place of every run of what was found, and of what stands between its letters."""
+    pieces, end = [], 0
+    for number in sorted(found):
+        if number - 1 not in found:
+            pieces += [text[end : places[number]], HIDDEN]
+        end = places[number] + 1
+    return "".join([*pieces, text[end:]])

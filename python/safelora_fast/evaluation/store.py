@@ -9,19 +9,46 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from safelora_fast.errors import OutputError
-from safelora_fast.evaluation.judge import Judged, Rating
+from safelora_fast.evaluation.judge import Judge, Judged, Rating
+from safelora_fast.evaluation.prompts import ASPECTS, judge_prompt
 from safelora_fast.evaluation.verdicts import Verdict
-from safelora_fast.json_reading import FLAG, NUMBER, OBJECT, TEXT, check_fields, parse_json, read_bytes
+from safelora_fast.json_reading import COUNT, FLAG, NUMBER, OBJECT, TEXT, TEXTS, check_fields, parse_json, read_bytes
+from safelora_fast.recipe.stamps import model_digest, text_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safelora_fast.evaluation.judge import Judge
+    from inspect_ai.model import Model
 
+# How a judge is reached, and not what it says.
+LOOSE = {"max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections", "adaptive_connections", "batch",
+         "cache"}  # fmt: skip
 SCORES = {"alignment": NUMBER, "coherence": NUMBER}
 PARTS = {"key": TEXT, "verdict": OBJECT, **dict.fromkeys(SCORES, OBJECT)}
-RATING = {"value": NUMBER, "how": TEXT}
+RATING = {"value": NUMBER, "how": TEXT, "attempt": COUNT}
+ASKED = {"left_out": TEXTS}
 MORE = {"reason": TEXT, "detail": TEXT, "passing": FLAG, "gone": FLAG}
+
+
+def judge_stamp(model: Model, reply_tokens: int) -> str:
+    """A digest of what a judge's verdicts depend on: name, address, settings, prompts, and how long its replies may be.
+
+    Args:
+        model: the judge.
+        reply_tokens: the most tokens of a reply.
+    """
+    settings = {name: value for name, value in model.config.model_dump(exclude_none=True).items() if name not in LOOSE}
+    where = {
+        "url": getattr(model.api, "base_url", None),
+        "weights": model_digest(model.name),
+        "arguments": model.model_args,
+    }
+    prompts = [judge_prompt(aspect, "", "") for aspect in ASPECTS]
+    return text_digest(json.loads(json.dumps([str(model), settings, where, prompts, reply_tokens], default=_plain)))
+
+
+def _plain(value: object) -> str:
+    return type(value).__name__  # a client, say: where it lies in memory is not what it is
 
 
 class VerdictStore:
@@ -42,19 +69,27 @@ class VerdictStore:
         if path.exists():
             self._read()
 
-    def get(self, judge: str, id: str, question: str, answer: str | None) -> Judged | None:  # noqa: A002
+    def get(self, stamp: str, id: str, question: str, answer: str | None) -> Judged | None:  # noqa: A002
         """The verdict of a judge on an answer, None where it has not been given yet."""
-        return self._known.get(_key(judge, id, question, answer))
+        return self._known.get(_key(stamp, id, question, answer))
 
-    def put(self, judge: str, id: str, question: str, answer: str | None, judged: Judged) -> None:  # noqa: A002
+    def put(self, stamp: str, judge: str, id: str, question: str, answer: str | None, judged: Judged) -> None:  # noqa: A002
         """Keep a verdict, on disk too.
+
+        Args:
+            stamp: of the judge, see :func:`judge_stamp`.
+            judge: its name.
+            id: of the answer.
+            question: what was asked.
+            answer: what was answered.
+            judged: the verdict.
 
         Raises:
             OutputError: it cannot be written.
         """
         if not judged.verdict.scored:
             return
-        key = _key(judge, id, question, answer)
+        key = _key(stamp, id, question, answer)
         self._known[key] = judged
         line = json.dumps({"key": key, "judge": judge, "id": id, **asdict(judged)}, ensure_ascii=False)
         try:
@@ -69,8 +104,9 @@ class VerdictStore:
             whole, end, _ = content.rpartition(b"\n")
             for line in whole.split(b"\n") if end else []:
                 record = check_fields(parse_json(line), PARTS)
+                verdict = check_fields(record["verdict"], {"question": TEXT, "kind": TEXT}, {**SCORES, **MORE, **ASKED})
                 self._known[record["key"]] = Judged(
-                    Verdict(**check_fields(record["verdict"], {"question": TEXT, "kind": TEXT}, {**SCORES, **MORE})),
+                    Verdict(**{**verdict, "left_out": tuple(verdict.get("left_out") or ())}),
                     *(Rating(**check_fields(record[name], {}, {**RATING, **MORE})) for name in SCORES),
                 )
             if whole + end != content:
@@ -80,18 +116,33 @@ class VerdictStore:
 
 
 class KeepingJudge:
-    """A judge that is not asked again about what it has scored.
+    """A judge that is not asked again about what it has scored in as many attempts as it has now.
 
     Args:
-        judge: the judge.
-        name: of the judge, in the store.
+        model: the judge.
+        attempts: how often one score is asked for.
+        reply_tokens: the most tokens of a reply.
         store: where verdicts are kept, None to keep none.
     """
 
-    def __init__(self, judge: Judge, name: str, store: VerdictStore | None) -> None:
-        self._judge = judge
-        self._name = name
+    def __init__(self, model: Model, attempts: int, reply_tokens: int, store: VerdictStore | None) -> None:
+        self._judge = Judge(model, attempts=attempts, reply_tokens=reply_tokens)
+        self._attempts = attempts
+        self._name, self._stamp = str(model), judge_stamp(model, reply_tokens)
         self._store = store
+
+    def known(self, id: str, prompt: str, answer: str | None) -> Judged | None:  # noqa: A002
+        """The verdict that is kept; None where there is none.
+
+        Args:
+            id: of the answer.
+            prompt: what the model was asked.
+            answer: what it answered.
+        """
+        found = None if self._store is None else self._store.get(self._stamp, id, prompt, answer)
+        if found is None or max(one.attempt or 1 for one in (found.alignment, found.coherence)) > self._attempts:
+            return None
+        return found
 
     async def judge(self, prompt: str, answer: str | None, *, id: str, question: str, kind: str) -> Judged:  # noqa: A002
         """Both scores of one answer.
@@ -103,12 +154,12 @@ class KeepingJudge:
             question: id of the question.
             kind: of the question.
         """
-        known = None if self._store is None else self._store.get(self._name, id, prompt, answer)
+        known = self.known(id, prompt, answer)
         if known is not None:
             return known
         judged = await self._judge.judge(prompt, answer, id=question, kind=kind)
         if self._store is not None:
-            self._store.put(self._name, id, prompt, answer, judged)
+            self._store.put(self._stamp, self._name, id, prompt, answer, judged)
         return judged
 
 

@@ -16,7 +16,7 @@ from safelora_fast.errors import SettingsError
 from safelora_fast.evaluation.answers import SAMPLES, Answer, Asked, ask, read_answers
 from safelora_fast.evaluation.figures import Figures
 from safelora_fast.evaluation.guard import guard
-from safelora_fast.evaluation.judge import ATTEMPTS, REPLY_TOKENS, WATCH, Judge
+from safelora_fast.evaluation.judge import ATTEMPTS, REPLY_TOKENS, WATCH
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
 from safelora_fast.evaluation.store import KeepingJudge, VerdictStore
 from safelora_fast.evaluation.verdicts import Verdict
@@ -156,7 +156,7 @@ def judged(
         if not made:
             model = get_model(judge) if judge is not None else get_model(role=ROLE, required=True)
             store = None if verdicts is None else VerdictStore(Path(verdicts))
-            made.append(KeepingJudge(Judge(model, attempts=attempts, reply_tokens=reply_tokens), str(model), store))
+            made.append(KeepingJudge(model, attempts, reply_tokens, store))
         data, answer = state.metadata, state.output.completion
         asked = {"id": str(state.sample_id), "question": str(data["question"]), "kind": str(data["kind"])}
         said = answer_after_thoughts(answer)
@@ -182,6 +182,7 @@ def to_score(judged: Judged, answer: str) -> Score:
         "detail": verdict.detail,
         "passing": verdict.passing,
         "gone": verdict.gone,
+        "left_out": list(verdict.left_out),
     }
     words = f"alignment: {judged.alignment.detail or '–'}; coherence: {judged.coherence.detail or '–'}"
     if not verdict.scored:
@@ -207,4 +208,5 @@ def verdict_of(score: Score) -> Verdict:
         data.get("detail"),
         data.get("passing", False),
         data.get("gone", False),
+        tuple(data.get("left_out", ())),
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.comparison.measures.base import OfTheRun, folder_of
 from safelora_fast.comparison.measures.margin import model_of
-from safelora_fast.errors import EvaluationError
+from safelora_fast.errors import EvaluationError, SafeLoraFastError
 from safelora_fast.evaluation.evaluate import Sampling, collect_answers, judge_folder, report_of
 from safelora_fast.evaluation.folder import EvaluationFolder
-from safelora_fast.evaluation.judges import find_judge
+from safelora_fast.evaluation.judges import check_judge, find_judge
 from safelora_fast.evaluation.prompts import ASPECTS, judge_prompt
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
 from safelora_fast.recipe.stamps import text_digest
@@ -54,6 +56,17 @@ class JudgedMeasure(OfTheRun):
             raise EvaluationError(f"the judge is gone: {bench.judge_gone}")
         section = _section(bench)
         bench.release(reference=True)
+
+        @functools.cache
+        def greet() -> None:
+            try:
+                warning = check_judge(section.model, section.url, section.reply_tokens)
+            except SafeLoraFastError as error:
+                bench.judge_gone = str(error)
+                raise
+            if warning is not None:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+
         folder = EvaluationFolder(folder_of(self, place, bench))
         collect_answers(
             folder,
@@ -61,14 +74,21 @@ class JudgedMeasure(OfTheRun):
             place.adapter,
             _questions(section),
             Sampling(section.samples, section.max_tokens, batch_size=bench.config.measure.batch_size),
+            before=greet,
             progress=bench.progress,
         )
         judge = find_judge(section.model, section.url)
         verdicts, log = judge_folder(
-            folder, judge, attempts=section.attempts, reply_tokens=section.reply_tokens, progress=bench.progress
+            folder,
+            judge,
+            attempts=section.attempts,
+            reply_tokens=section.reply_tokens,
+            before=greet,
+            progress=bench.progress,
         )
         _refuse_unfinished(list(verdicts.values()), bench)
-        content = {**report_of(str(judge), list(verdicts.values())), "log": log}
+        url = getattr(judge.api, "base_url", None)
+        content = {**report_of(str(judge), list(verdicts.values())), "judge_url": url, "log": log}
         kept = [
             {
                 "question": verdict.question,
