@@ -42,6 +42,10 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -52,6 +56,10 @@ COUNT = Kind("a whole number from 0", lambda value: _is_whole(value) and value >
 NUMBER = Kind("a finite number", _is_number)
 REAL = Kind("a number", lambda value: isinstance(value, float) or _is_whole(value))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+TOKENS = Kind(
+    "a token or a list of tokens", lambda value: all(map(_is_token, value if isinstance(value, list) else [value]))
+)
+NAMES = Kind("text or a list of texts", lambda value: isinstance(value, str) or _is_texts(value))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 TEXTS = Kind("a list of texts", _is_texts)
@@ -131,7 +139,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is no JSON, no UTF-8, or nested too deeply.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except UnicodeDecodeError as error:
@@ -162,7 +170,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return check_fields(read_json(path), {})
 
 
-def why(error: OSError | ValueError) -> str:
+def why(error: Exception) -> str:
     """What comes after the file's name in a message."""
     return f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 

@@ -242,7 +242,7 @@ def test_a_run_resumed_from_any_kill_gives_the_bytes_of_an_unbroken_one(choose, 
 
     whole = bytes_after_a_run()
     ends = [index + 1 for index, byte in enumerate(whole[1]) if byte == ord("\n")]
-    cuts = {*ends[::4], *random.Random(0).sample(range(len(whole[1])), 12)}
+    cuts = {*ends[::9], *random.Random(0).sample(range(len(whole[1])), 6)}
     for cut in sorted(cuts):
         choose.journal.write_bytes(whole[1][:cut])
         assert bytes_after_a_run() == whole, f"killed after {cut} bytes of the journal"

@@ -34,8 +34,8 @@ class HostileKind:
 
 def kinds(folder: Path) -> Iterator[HostileKind]:
     """All of them, each made when it is its turn."""
-    for make in (_projection, _vectors, _evaluation, _yaml, _records, _selection, _persona, _rows, _reports):
-        inside = folder / make.__name__
+    for name, make in GROUPS.items():
+        inside = folder / name
         inside.mkdir()
         yield from make(inside)
 
@@ -200,6 +200,24 @@ def _records(folder: Path) -> Iterator[HostileKind]:
     yield _json("seal", sealed / "safelora_checkpoint.json", lambda _: run.last_checkpoint(), seal)
 
 
+def _models(folder: Path) -> Iterator[HostileKind]:
+    from safelora_fast.evaluation.generation import generate
+    from safelora_fast.evaluation.loading import SubjectSettings, load_subject
+
+    made = setting(folder / "made", 2)
+    settings = SubjectSettings(str(made / "model"), "float32", "cpu")
+
+    def answer(adapter: Path | None) -> None:
+        subject = load_subject(settings, adapter)
+        turns = [[{"role": "user", "content": "why?"}]]
+        list(generate(subject.model, subject.tokenizer, turns, max_tokens=2, temperature=0))
+
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        yield _json(f"{name} of a model", made / "model" / name, lambda _: answer(None))
+    adapter = made / "security"
+    yield _json("adapter_config.json of a loaded model", adapter / "adapter_config.json", lambda _: answer(adapter))
+
+
 def _selection(folder: Path) -> Iterator[HostileKind]:
     made = setting(folder / "made", 6)
     model, words = load(made)
@@ -217,8 +235,6 @@ def _selection(folder: Path) -> Iterator[HostileKind]:
     select(journal)
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     yield HostileKind("select journal", journal, lambda chance: of_lines(lines, chance), select)
-    adapter = made / "security" / "adapter_config.json"
-    yield _json("adapter_config.json of select", adapter, lambda path: (journal.unlink(missing_ok=True), select(path)))
     rows = candidates(6)
     source = made / "candidates.jsonl"
     yield HostileKind("candidates", source, lambda chance: of_lines(rows, chance), _candidates)
@@ -270,3 +286,17 @@ def _reports(folder: Path) -> Iterator[HostileKind]:
 
     path = folder / "report.json"
     yield _json("comparison report", path, lambda path: read_report(path).to_dict(), usual().to_dict())
+
+
+GROUPS = {
+    "projection": _projection,
+    "vectors": _vectors,
+    "evaluation": _evaluation,
+    "yaml": _yaml,
+    "records": _records,
+    "models": _models,
+    "selection": _selection,
+    "persona": _persona,
+    "rows": _rows,
+    "reports": _reports,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,7 +127,7 @@ def generate(
             chosen = [number if seeds is None else seeds[number] for number in numbers]
             processors.append(SeededSampling(chosen, temperature, device))
         try:
-            with torch.no_grad(), evaluation_mode(model):
+            with torch.no_grad(), evaluation_mode(model), generation_settings(model, settings):
                 output = model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
@@ -139,6 +140,17 @@ def generate(
         watch.check()
         rows = output[:, ids.shape[1] :].tolist()
         yield {n: _text(tokenizer, prompts[n], row, ends) for n, row in zip(numbers, rows, strict=True)}
+
+
+@contextmanager
+def generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Put settings in the place of the model's own, from which whatever is left open would be taken."""
+    former = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = former
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, number: int, turns: list[Message]) -> list[int]:

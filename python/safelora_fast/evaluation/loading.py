@@ -9,7 +9,8 @@ from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.posthoc.resolver import adapter_folder, label
 from safelora_fast.recipe.adapter_loading import put_adapter
 from safelora_fast.recipe.foreign_errors import explained
-from safelora_fast.recipe.loading import LOADING_ERRORS, load_pretrained, load_tokenizer, place
+from safelora_fast.recipe.loading import load_pretrained, load_tokenizer, place
+from safelora_fast.recipe.model_files import refused_file
 from safelora_fast.recipe.sections import ModelSection
 from safelora_fast.recipe.templates import adapters_template
 
@@ -115,9 +116,11 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
 def _tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if (reason := refused_file(adapter)) is not None:
+        raise AdapterError(reason)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(adapter))
-    except LOADING_ERRORS as error:
+    except Exception as error:  # whatever the libraries run into
         raise AdapterError(f"{adapter}: the adapter's tokenizer cannot be loaded: {explained(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from safelora_fast.evaluation.generation import generation_settings
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     from transformers import PreTrainedModel
@@ -73,7 +74,7 @@ def generate(
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=draws.shape[1], eos_token_id=list(ends), pad_token_id=padding, use_cache=True
     )
-    with torch.no_grad(), _generation_settings(model, settings):
+    with torch.no_grad(), generation_settings(model, settings):
         output: Any = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -81,17 +82,6 @@ def generate(
             logits_processor=processors,
         )
     return [_until_end(row, set(ends)) for row in output[:, width:].tolist()]
-
-
-@contextmanager
-def _generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Put settings in the place of the model's own, from which whatever is left open would be taken."""
-    former = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = former
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> tuple[int, ...]:

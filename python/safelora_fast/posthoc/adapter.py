@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError, SettingsError
-from safelora_fast.json_reading import TEXT, TEXTS, check_fields, read_json, why
+from safelora_fast.json_reading import LIST, NAMES, NUMBER, OBJECT, TEXT, TEXTS, TOKENS, check_fields, read_json, why
+from safelora_fast.json_reading import Kind as JsonKind
 from safelora_fast.posthoc.adapter_keys import PREFIX, peft_keys
 from safelora_fast.posthoc.lora_config import CONFIG, VARIANTS, refuse_variants, unknown_keys_note
 from safelora_fast.posthoc.names import matching
@@ -32,11 +33,13 @@ NESTED = ".base_layer"
 TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
 
 TYPES = {
-    "peft_type": TEXT,
-    "peft_version": TEXT,
-    "base_model_name_or_path": TEXT,
-    "target_parameters": TEXTS,
-}  # of what is read here
+    **dict.fromkeys(("peft_type", "peft_version", "base_model_name_or_path", "task_type", "bias"), TEXT),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), TEXTS),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), NAMES),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), OBJECT),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), NUMBER),
+    "alora_invocation_tokens": JsonKind("a list of tokens", lambda value: LIST.fits(value) and TOKENS.fits(value)),
+}  # of what is read here, or by PEFT without a look
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,14 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """
     path = folder / CONFIG
     try:
-        return check_fields(read_json(path), {}, TYPES)
-    except (OSError, ValueError) as error:
+        config = check_fields(read_json(path), {}, TYPES)
+        indices = config.get("trainable_token_indices") or []
+        indices = indices if isinstance(indices, dict) else {"trainable_token_indices": indices}
+        check_fields(indices, dict.fromkeys(indices, TOKENS))
+        for name in config.get("modules_to_save") or []:
+            re.compile(name)  # PEFT takes it for a pattern
+        return config
+    except (OSError, ValueError, re.error) as error:
         raise AdapterError(f"{path}: {why(error)}") from error
 
 

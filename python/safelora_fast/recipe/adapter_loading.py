@@ -9,11 +9,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import AdapterError
+from safelora_fast.errors import AdapterError, SafeLoraFastError
 from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.recipe.adapter_fit import CONVERTED, fit_adapter
 from safelora_fast.recipe.foreign_errors import explained
-from safelora_fast.recipe.loading import LOADING_ERRORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +36,6 @@ def put_adapter(model: Any, folder: Path, *, name: str = "default", fit: Fit | N
         AdapterError: the adapter does not fit the model.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     fit = fit_adapter(folder, model) if fit is None else fit
     try:
@@ -55,7 +53,9 @@ def put_adapter(model: Any, folder: Path, *, name: str = "default", fit: Fit | N
         raise AdapterError(
             f"{folder}: lacks weights for modules of this model: was it trained on another one?"
         ) from error
-    except (*LOADING_ERRORS, TypeError, SafetensorError) as error:
+    except SafeLoraFastError:
+        raise
+    except Exception as error:  # a configuration that was edited by hand makes PEFT raise what it runs into
         raise AdapterError(f"{folder}: the adapter cannot be put on the model: {explained(error)}") from error
     return adapted
 

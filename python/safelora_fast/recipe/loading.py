@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import CheckpointError, SettingsError
+from safelora_fast.errors import CheckpointError, SafeLoraFastError, SettingsError
 from safelora_fast.posthoc.resolver import ModelSource, find_model, name_and_revision
 from safelora_fast.recipe.foreign_errors import explained
+from safelora_fast.recipe.model_files import refused_file
 from safelora_fast.recipe.templates import give_template
 
 if TYPE_CHECKING:
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
     from safelora_fast.recipe.recipe import Recipe
     from safelora_fast.recipe.sections import ModelSection
-
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError)
 
 
 def load_config(model: ModelSection) -> PretrainedConfig:
@@ -219,9 +219,12 @@ def _where(source: ModelSource, model: ModelSection) -> dict[str, Any]:
 
 
 def _loaded(source: ModelSource | str, what: str, load: Callable[[], Any]) -> Any:
-    from safetensors import SafetensorError
-
+    folder = Path(source.name if isinstance(source, ModelSource) else source)
+    if folder.is_dir() and (reason := refused_file(folder)) is not None:
+        raise CheckpointError(reason)
     try:
         return load()
-    except (*LOADING_ERRORS, SafetensorError) as error:
+    except SafeLoraFastError:
+        raise
+    except Exception as error:  # a configuration that was edited by hand makes libraries raise what they run into
         raise CheckpointError(f"{source}: the {what} cannot be loaded: {explained(error)}") from error
