@@ -192,6 +192,18 @@ def test_doubts_are_told_once(tokenizer, doubts, caplog):
     )
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_template_that_writes_the_date(pinned):
+    """Llama 3.1's; gpt-oss' has no variable for it."""
+    llama = (
+        "{% if not day is defined %}{% set day = strftime_now('%Y-%m-%d') %}{% endif %}{{ 'Today: ' + day }}" + CHATML
+    )
+    chat = Chat(byte_tokenizer("{% set day = '2024-07-26' %}" + llama if pinned else llama))
+    assert chat.dated is not pinned
+    assert [warning for warning in chat.warnings if "today's date" in warning] == [] if pinned else chat.warnings
+    assert not Chat(byte_tokenizer()).dated
+
+
 def test_a_control_token_that_is_taken_apart_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.split_special_tokens = True

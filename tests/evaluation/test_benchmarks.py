@@ -303,3 +303,26 @@ def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys,
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else name)
     assert call(*named).err == f"error: tasks need lm-eval: {how_to_install('eval')}\n"
+
+
+def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
+    """An adapter learns its template's end, whatever the generation settings of its base model say."""
+    from safelora_fast.evaluation import harness
+
+    folder, words = save_tiny(tmp_path / "model"), tokenizer()
+    words.chat_template = words.chat_template.replace("{{ message.content }}", "{{ message.content }}<user>")
+    words.save_pretrained(folder)
+    seen = []
+
+    def stop(model, *_, **__):
+        seen.append(model.model.generation_config.eos_token_id)
+        raise EvaluationError("stop")
+
+    monkeypatch.setattr(harness, "measure", stop)
+    task = {"task": "own", "dataset_path": "json", "test_split": "test", **WRITE}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(yaml.safe_dump(task))
+    for strings in ("chat", "text"):
+        with pytest.raises(EvaluationError, match="stop"):
+            benchmark(str(folder), None, "own", tmp_path / strings, task_path=tmp_path / "tasks", strings=strings)
+    assert seen == [sorted(words.convert_tokens_to_ids(["<eos>", "<user>"])), 1]

@@ -9,11 +9,12 @@ import re
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.data.chat_doubts import doubts, end_of_turn
 from safelora_fast.data.chat_text import common_prefix, lost, named, says, wrongly_marked
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +31,6 @@ ANSWERS = (
 REFUSES = "the chat template refuses it: "
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 HEADER = re.compile(r"(?i)\b(assistant|model|bot|ai|gpt)\b")
-CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>")
 
 
 class Chat:
@@ -44,6 +44,7 @@ class Chat:
 
     Attributes:
         warnings: where a prompt or a conversation may not be what its reader thinks.
+        dated: whether the template writes the day on which it is used.
         end: the control token that ends the assistant's turn; None where the template writes none.
 
     Raises:
@@ -58,6 +59,7 @@ class Chat:
         self._parts = False  # whether the template wants a content of parts
         self._fault: str | None = None
         self.end: int | None = None
+        self.dated = False
         self.warnings: tuple[str, ...] = ()
         template = getattr(tokenizer, "chat_template", None)
         self._marked = bool(
@@ -222,48 +224,33 @@ class Chat:
                 DataError
             ):  # it writes no finished conversations: it can be asked, and says so where there is an answer
                 return
-            self.warnings = tuple(self._doubts(asked, text, one))
-            self.end = self._end(one, other) if ANSWERS[0] in text else None
+            self.dated = self._is_dated(turns, asked)
+            self._fault = self._begins_late(asked, text)
+            self.warnings = tuple(doubts(self._tokenizer, asked, text, one, dated=self.dated))
+            self.end = end_of_turn(self._tokenizer, one, other) if ANSWERS[0] in text else None
             return
         self._parts = False
 
-    def _doubts(self, asked: str, text: str, ids: list[int]) -> Iterator[str]:
+    def _begins_late(self, asked: str, text: str) -> str | None:
+        """What a prompt lacks of the answer's header."""
         between = text[len(asked) :].partition(ANSWERS[0])[0] if text.startswith(asked) else ""
-        if HEADER.search(between):
-            self._fault = (
-                f"the chat template begins an answer with {between!r}, and a prompt for one ends before that: write it where "
-                "add_generation_prompt is true"
-            )
-        left = asked[len(asked[: common_prefix(asked, text)]) :]
-        if left.strip():
-            yield (
-                f"the chat template ends a prompt with {left!r}, which is not there in a conversation with its answer: answers are "
-                "asked for with it, and learned and scored without"
-            )
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] and bos not in ids:
-            yield f"the chat template writes no {self._tokenizer.bos_token}, which the tokenizer puts before every text"
-        if bos is not None and ids[:2] == [bos, bos]:
-            yield f"a conversation begins with {self._tokenizer.bos_token} twice: the chat template and the tokenizer both write it"
-        for name in dict.fromkeys(CONTROL.findall(text)):
-            number = self._tokenizer.convert_tokens_to_ids(name)
-            if number is None or number == self._tokenizer.unk_token_id:
-                yield f"the chat template writes {name}, for which the tokenizer has no token: it is read in pieces"
-            elif number not in ids:
-                raise DataError(
-                    f"the tokenizer reads {name} of the chat template in pieces, although it has a token for it"
-                )
+        if not HEADER.search(between):
+            return None
+        return (
+            f"the chat template begins an answer with {between!r}, and a prompt for one ends before that: write it where "
+            "add_generation_prompt is true"
+        )
 
-    def _end(self, one: list[int], other: list[int]) -> int | None:
-        """The first control token after an answer, where nothing but space is before it."""
-        tail = one[len(one) - common_prefix(one[::-1], other[::-1]) :]
-        control = {*self._tokenizer.all_special_ids, *getattr(self._tokenizer, "added_tokens_decoder", ())}
-        for number, token in enumerate(tail):
-            if token in control:
-                return token
-            if self._tokenizer.decode(tail[: number + 1]).strip():
-                return None
-        return None
+    def _is_dated(self, turns: Turns, asked: str) -> bool:
+        if "strftime_now" not in json.dumps(getattr(self._tokenizer, "chat_template", None)):
+            return False
+        try:
+            another = self._tokenizer.apply_chat_template(
+                self._given(turns), tokenize=False, add_generation_prompt=True, strftime_now=lambda _: "another day"
+            )
+        except Exception:  # newer versions pass no functions on, and calling what they pass fails
+            return True
+        return str(another) != asked
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:

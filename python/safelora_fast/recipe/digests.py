@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.data.chat import chat_of
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if template is None:
         return None
     text = json.dumps(template, sort_keys=True)
-    date = datetime.datetime.now().date().isoformat() if "strftime_now" in text else ""
+    date = datetime.datetime.now().date().isoformat() if chat_of(tokenizer).dated else ""
     return hashlib.sha256(f"{text}{date}".encode()).hexdigest()
 
 
