@@ -47,6 +47,19 @@ def test_model_and_reference_are_steered(training, second):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
+def test_a_coefficient_that_changes_while_training():
+    batch = collate(rows([7, 3]))
+
+    def loss(coefficients):
+        steering = Steering(VECTOR, 1, coefficient=coefficients[0])
+        with defend(tiny_peft_model(), [steering]) as defended:
+            for steering.coefficient in coefficients:
+                found = defended.loss(batch).item()
+        return found
+
+    assert loss([1.0, 20.0]) == loss([20.0]) != loss([1.0])
+
+
 def test_gone_in_evaluation_and_afterwards():
     batch = collate(rows([7, 4]))
     model = tiny_peft_model().eval()

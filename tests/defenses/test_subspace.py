@@ -224,3 +224,42 @@ def test_off_and_beside_other_defences():
     with defend(model, [KL(2.0), SubspacePenalty(subspace, 0.5)]) as defended:
         expected = alone + 0.5 * sum(outside(model, subspace).values())
         assert defended.loss(batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def with_bias():
+    """A model whose lora_B has biases, and float64 matrices [ΔW, s·b] of every module, from its parameters."""
+    model = tiny_peft_model(lora={"lora_bias": True})
+
+    def updates():
+        return {
+            module.name: module.scale
+            * torch.cat([module.left @ module.right, module.bias[:, None]], dim=1).detach().double()
+            for module in adapted_modules(model.get_base_model(), owner="test")
+        }
+
+    return model, updates
+
+
+def left_over(updates, subspace):
+    rest = {}
+    for name, update in updates.items():
+        vectors = torch.from_numpy(subspace.find(name).left_vectors).double()
+        rest[name] = ((update - vectors @ (vectors.T @ update)).norm() / update.norm()).item()
+    return rest
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_the_bias_of_lora_b_is_projected_and_penalized_like_a_column():
+    model, updates = with_bias()
+    subspace, optimizer = random_subspace(model), sgd(model)
+    before = updates()
+    norms = [(left_over(before, subspace)[name] * update.norm()).item() for name, update in before.items()]
+    with defend(model, [SubspacePenalty(subspace, 1.0)]) as defended:
+        defended.loss(collate(rows([7, 3])))
+        assert defended.metrics()["defense/subspace_penalty"] == pytest.approx(sum(n**2 for n in norms), rel=1e-5)
+    with defend(model, [SafeLora(subspace, at="step")], optimizer=optimizer) as defended:
+        defended.loss(collate(rows([7, 3]))).backward()
+        optimizer.step()
+        assert defended.metrics()["defense/modules_projected"] == 21
+    assert max(left_over(updates(), subspace).values()) < 10 * torch.finfo(torch.float32).eps
+    assert min(left_over(before, subspace).values()) > 0.1

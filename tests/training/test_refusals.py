@@ -7,13 +7,14 @@ import inspect
 import pytest
 import torch
 import transformers
-from tiny_models import random_subspace, tiny_model, tiny_peft_model
+from peft import AdaLoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from tiny_models import collate, random_subspace, rows, tiny_model, tiny_peft_model
 from train_runs import sgd
 from transformers import DynamicCache
 
 from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
 from safelora_fast.errors import SettingsError
-from safelora_fast.training import defend
+from safelora_fast.training import defend, placement
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
@@ -212,3 +213,97 @@ def test_settings():
         defend(tiny_peft_model(), [FeatureDistance(1.0)])
     with pytest.raises(SettingsError, match="block 3 does not exist"):
         defend(tiny_peft_model(), [FeatureDistance(1.0, layers=[0, 3])])
+
+
+def test_adalora_has_factors_of_its_own():
+    model = get_peft_model(tiny_model(), AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM"))
+    subspace = random_subspace(tiny_peft_model())
+    for defense in (SubspacePenalty(subspace), SafeLora(subspace, at="step")):
+        with pytest.raises(SettingsError, match=r"q_proj is adapted by adalora, whose update is not B·A"):
+            defend(model, [defense], optimizer=sgd(model))
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens(config):
+    model = get_peft_model(tiny_model(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(SettingsError, match=r"is of the kind P.*puts virtual tokens before the batch's"):
+        defend(model, [KL(1.0)])
+
+
+@pytest.mark.parametrize(
+    ("make", "switch_on"),
+    [
+        (lambda _: KL(0.0), lambda defense: setattr(defense, "weight", 0.1)),
+        (lambda _: Steering(torch.ones(32), 1, coefficient=0.0), lambda defense: setattr(defense, "coefficient", 2.0)),
+        (lambda model: SubspacePenalty(random_subspace(model), 0.0), lambda defense: setattr(defense, "weight", 1)),
+    ],
+    ids=["KL", "Steering", "SubspacePenalty"],
+)
+@pytest.mark.parametrize("beside", [[], [FeatureDistance(1.0, layers=2)]], ids=["alone", "beside another"])
+def test_what_is_switched_on_while_training(make, switch_on, beside):
+    """What it needs is not in the model: without a word it would do nothing."""
+    model = tiny_peft_model()
+    batch = collate(rows([5, 4]))
+    defense = make(model)
+    with defend(model, [defense, *beside]) as defended:
+        defended.loss(batch)
+        switch_on(defense)
+        with pytest.raises(
+            SettingsError, match=rf"{type(defense).__name__} was switched off \(0\) when it was attached"
+        ):
+            defended.loss(batch)
+
+
+def test_a_weight_that_is_changed_to_nonsense():
+    defense = KL(0.1)
+    for weight in (-1.0, float("nan"), "0.1", None):
+        with pytest.raises(SettingsError, match="KL: weight is"):
+            defense.weight = weight
+    defense.weight = 2
+    assert (defense.weight, defense.active) == (2.0, True)
+
+
+def test_a_weight_that_rises_while_training():
+    batch, defense = collate(rows([5, 4])), KL(1e-6)
+    with defend(tiny_peft_model(), [defense]) as defended:
+        small, divergence = defended.loss(batch).item(), defended.metrics()["defense/kl"]
+        defense.weight = 100.0
+        assert defended.loss(batch).item() == pytest.approx(small + 100 * divergence, rel=1e-5)
+
+
+def test_processes_that_share_no_gradients(monkeypatch):
+    model, batch = tiny_peft_model(), collate(rows([5, 4]))
+    with defend(model, [KL(1.0)]) as defended:
+        monkeypatch.setattr(placement, "world_size", lambda: 2)
+        with pytest.raises(
+            SettingsError, match=r"2 processes train.*first DistributedDataParallel, accelerator\.prepare"
+        ):
+            defended.loss(batch)
+        with defended.recording(batch):  # for those who average by themselves
+            model(**batch)
+        assert defended.regularizer(defended.totals([batch])).item() > 0
+
+
+def test_a_model_that_is_sharded_after_defend(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, mesh = tiny_peft_model(), torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        with defend(model, [KL(1.0)]) as defended:
+            torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+            with pytest.raises(SettingsError, match=r"is another parameter than when defend\(\) was called"):
+                defended.loss(collate(rows([5, 4])))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_wrappers_that_come_later_and_do_no_harm():
+    """One process, and the model itself is what runs."""
+    batch = collate(rows([5, 4]))
+    with defend(tiny_peft_model(), [KL(3.0)]) as defended:
+        expected = defended.loss(batch).item()
+    for wrap in (torch.nn.DataParallel, torch.compile):
+        model = tiny_peft_model()
+        with defend(model, [KL(3.0)]) as defended:
+            wrap(model)
+            assert defended.loss(batch).item() == expected

@@ -79,24 +79,57 @@ def check_subspace(subspace: object, *, owner: str) -> None:
         )
 
 
-class BatchDefense(Defense):
-    """A defence whose loss is a mean over units of the batch (tokens or sequences), relative to the reference.
+def check_still_off(off: Sequence[Defense]) -> None:
+    """Refuse a defense that was switched on after it was attached: what it needs is not in the model.
 
     Args:
-        weight: the factor λ of the mean in the loss.
+        off: the defenses that were switched off then.
+
+    Raises:
+        SettingsError: with the defense.
+    """
+    for defense in off:
+        if defense.active:
+            raise SettingsError(
+                f"{type(defense).__name__} was switched off (0) when it was attached, and has been switched on since: begin "
+                "with a small value such as 1e-6, which may be raised and lowered at any step"
+            )
+
+
+class Weighted(Defense):
+    """A defense that adds a term to the loss.
+
+    Args:
+        weight: the factor λ of the term; it may be changed between steps.
+
+    Raises:
+        SettingsError: it is no number, not finite or negative; also when it is changed.
     """
 
     def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    @property
+    def weight(self) -> float:
+        """The factor λ of the term in the loss."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
         if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
             raise SettingsError(
                 f"{type(self).__name__}: weight is {weight!r}, it must be a number, finite and not negative"
             )
-        self.weight = float(weight)
+        self._weight = float(weight)
 
     @property
     def active(self) -> bool:
         """Whether the weight is not zero."""
         return self.weight != 0
+
+
+class BatchDefense(Weighted):
+    """A defence whose loss is a mean over units of the batch (tokens or sequences), relative to the reference."""
 
     @abstractmethod
     def blocks(self, anatomy: Anatomy) -> list[int]:

@@ -30,7 +30,7 @@ class Steering(Defense):
             system prompts minus that under helpful ones, not normalised. Of a :class:`PersonaVector` or its file,
             `layer` picks the row.
         layer: index of the block; negative ones are counted from the end.
-        coefficient: the paper's α, 5.0.
+        coefficient: the paper's α, 5.0; it may be changed between steps, but not from 0.
 
     Raises:
         SettingsError: the vector cannot be read or is not one finite row, or the coefficient is not finite.
@@ -73,12 +73,12 @@ class Steering(Defense):
         from safelora_fast.training.capture import block_states
 
         block = anatomy.blocks[anatomy.block(self.layer, owner="Steering")]
-        shift = self.coefficient * self.vector
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             if not engaged():
                 return None
             block_states(output)  # a vector would be added to each of several states without a word
+            shift = self.coefficient * self.vector  # now, for the coefficient may change while training
             if isinstance(output, tuple):
                 return (output[0] + shift.to(output[0]), *output[1:])
             return output + shift.to(output)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
-from safelora_fast.defenses.base import Defense, check_subspace
-from safelora_fast.errors import SettingsError
+from safelora_fast.defenses.base import Weighted, check_subspace
 from safelora_fast.posthoc.settings import patterns
 
 if TYPE_CHECKING:
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
     from safelora_fast.training.anatomy import Anatomy
 
 
-class SubspacePenalty(Defense):
+class SubspacePenalty(Weighted):
     """λ · Σ over modules of ‖(I − P_k)ΔW‖²_F with P_k = U_k·U_kᵀ (AsFT, arXiv 2506.08473, with a true projector).
 
     With R = B − U(UᵀB) it is s²·tr(RᵀR·AAᵀ): no matrix of the weight's shape is made. Counted once an optimiser step.
@@ -31,20 +29,13 @@ class SubspacePenalty(Defense):
     name: ClassVar[str] = "subspace_penalty"
 
     def __init__(self, subspace: SafeSubspace, weight: float = 1.0, *, exclude: list[str] | None = None) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise SettingsError(f"SubspacePenalty: weight is {weight}, it must be finite and not negative")
+        super().__init__(weight)
         check_subspace(subspace, owner="SubspacePenalty")
         self.subspace = subspace
-        self.weight = float(weight)
         self.exclude = patterns("SubspacePenalty: exclude", exclude)
 
     def __repr__(self) -> str:
         return f"SubspacePenalty(weight={self.weight})"
-
-    @property
-    def active(self) -> bool:
-        """Whether the weight is not zero."""
-        return self.weight != 0
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse a model with a module that the subspace does not fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from safelora_fast.data.collate import TaggedCollator
 from safelora_fast.data.interleave import SAFE
-from safelora_fast.defenses.base import checked
-from safelora_fast.defenses.safelora import SafeLora
+from safelora_fast.defenses.base import check_still_off, checked
 from safelora_fast.errors import SettingsError
 from safelora_fast.integrations.sources import SourceLosses
 from safelora_fast.integrations.task_loss import label_weight, report, reports_figures, why_apart
@@ -39,8 +39,9 @@ class DefendedMixin:
     gives the plain task loss. Their figures go to the trainer's log.
 
     SafeLora at the end projects the adapter when training has ended well, after the best model has been loaded where that
-    was asked for and before other callbacks learn of the end: checkpoints saved while training hold the adapter as it was
-    trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()` saves the projected one.
+    was asked for and before other callbacks learn of the end: checkpoints saved while training, the best one among them,
+    hold the adapter as it was trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()`
+    saves the projected one. An optimizer with modes (schedule-free) is in evaluation mode then.
 
     Where the rows trained on carry the tag of :func:`~safelora_fast.interleave`, defences may look at safe rows only, and
     with TRL the log has the loss of both sources, `loss/task` and `loss/safe`.
@@ -76,6 +77,7 @@ class DefendedMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self.defenses = checked(defenses)
+        self._defenses_off = [defense for defense in defenses if not defense.active]
         self._defense_settings: dict[str, Any] = {
             "reference": reference,
             "on_nonfinite": on_nonfinite,
@@ -84,6 +86,7 @@ class DefendedMixin:
         }
         self._followed = bool(self.defenses or monitors)
         self._defended: Defended | None = None
+        self._finished: Defended | None = None
         self._window: Totals | None = None
         self._losses_defended = 0
         self.projection_report: ProjectionReport | None = None
@@ -91,8 +94,8 @@ class DefendedMixin:
         if _may_be_tagged(getattr(self, "train_dataset", None)):
             self.data_collator = TaggedCollator(self.data_collator)
             self._source_losses = SourceLosses()
-        if any(isinstance(defense, SafeLora) and defense.at == "end" for defense in self.defenses):
-            self.add_callback(_AtTheEnd(self))
+        if self._followed:
+            self.add_callback(_Follower(self))
             # First in line, so that trackers are still open and what they upload is the projected adapter.
             self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
         if self._followed:
@@ -103,9 +106,18 @@ class DefendedMixin:
     model: nn.Module
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train with the defences attached; they are taken off again at the end, also on an exception."""
+        """Train with the defences attached; they are taken off again at the end, also on an exception.
+
+        Raises:
+            TrainingError: a callback has changed a part of what SafeLora projected at the end.
+        """
+        self._finished = None
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            output = super().train(*args, **kwargs)  # type: ignore[misc]
+            if self._defended is not None:
+                self.projection_report = self._defended.finish()  # callbacks may have put other weights into the model
+                self._finished = self._defended
+            return output
         finally:
             if self._defended is not None:
                 self._defended.detach()
@@ -132,6 +144,7 @@ class DefendedMixin:
     ) -> Any:
         """The trainer's own loss, plus the defences while training."""
         items, kwargs = num_items_in_batch, {**kwargs, "num_items_in_batch": num_items_in_batch}
+        check_still_off(self._defenses_off)
         if not self._followed or not model.training:
             return self._task_loss(model, inputs, return_outputs, kwargs)
         if self._window is None:
@@ -204,9 +217,32 @@ class DefendedMixin:
                 f"{type(self).__name__}.compute_loss bypasses the defences: put the mixin before the trainer that "
                 "overrides it, or call super().compute_loss"
             )
-        if self._defended is not None and self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+        if self._defended is not None and self._defended.steps_in_backward:
             self._defended.engine_stepped()
         return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as the trainer does.
+
+        Raises:
+            TrainingError: the weights have changed since SafeLora projected them at the end.
+        """
+        self.check_projected()
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+    def check_projected(self) -> None:
+        """Refuse weights that are not what SafeLora projected when training ended; does nothing before.
+
+        Raises:
+            TrainingError: with the first factor that has changed since.
+        """
+        if self._finished is not None:
+            self._finished.check_projected()
+
+    def _load_best_model(self) -> None:
+        if self._defended is not None:
+            self._defended.optimizer_to_evaluation()  # or it would take the best weights for those that it trains
+        super()._load_best_model()  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the figures of the defences and of the sources beside the training loss."""
@@ -225,7 +261,13 @@ class DefendedMixin:
         """What the defences do when training ends; called then."""
         defended = self._attached()
         self.projection_report = defended.finish()
-        self.log(defended.metrics())
+        if self.projection_report is not None:
+            self.log(defended.metrics())
+
+    def step_ended(self) -> None:
+        """An optimizer step has been made, or left out; called then."""
+        if self._defended is not None and not self._defended.steps_in_backward:
+            self._defended.engine_stepped()
 
     def _attached(self) -> Defended:
         if self._defended is None:
@@ -251,7 +293,6 @@ class DefendedMixin:
     callback_handler: Any
     data_collator: Any
     _signature_columns: Any
-    is_deepspeed_enabled: bool
     optimizer: Any
     state: Any
     current_gradient_accumulation_steps: int
@@ -259,11 +300,15 @@ class DefendedMixin:
     compute_loss_func: Any
 
 
-class _AtTheEnd(TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer that training has ended well."""
+class _Follower(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer of steps, and that training has ended well."""
 
     def __init__(self, trainer: DefendedMixin) -> None:
-        self._trainer = trainer
+        self._trainer = weakref.proxy(trainer)  # or the trainer, with its open data loader, would outlive its last use
+
+    def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+        """Called after each optimizer step."""
+        self._trainer.step_ended()
 
     def on_train_end(self, *_args: Any, **_kwargs: Any) -> None:
         """Called when the last step has been made and the best model has been loaded."""

@@ -88,6 +88,7 @@ def _train(
         if prepared.held_out is not None:
             trainer.evaluate()
         state = trainer.accelerator.get_state_dict(trainer.model)
+        trainer.check_projected()
         _check_finite(state)
         record |= {
             "finished": True,

@@ -25,12 +25,14 @@ class AdaptedModule:
         left: lora_B's weight [m, r].
         right: lora_A's weight [r, n].
         scale: LoRA's scale s.
+        bias: lora_B's bias [m], which s multiplies too; None without one.
     """
 
     name: str
     left: torch.Tensor
     right: torch.Tensor
     scale: float
+    bias: torch.Tensor | None = None
 
 
 def adapted_modules(model: nn.Module, *, owner: str, exclude: Sequence[str] = ()) -> list[AdaptedModule]:
@@ -88,6 +90,23 @@ def adapter_holder(model: nn.Module, *, owner: str) -> Any:
     return model
 
 
+def check_no_prompt_learning(model: nn.Module) -> None:
+    """Refuse adapters that are virtual tokens: the model sees other positions than the batch and the reference have.
+
+    Raises:
+        SettingsError: with the kind of adapter.
+    """
+    while is_parallel(model):
+        model = model.module
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            raise SettingsError(
+                f"the adapter is of the kind {kind}, which puts virtual tokens before the batch's: defenses compare the "
+                "model with its reference token by token and need LoRA, or another adapter of the weights"
+            )
+
+
 def _holders(layer: nn.Module) -> set[str]:
     return set(layer.lora_B) | set(getattr(layer, "lora_embedding_B", {}))
 
@@ -101,7 +120,12 @@ def _one(name: str, layer: nn.Module, adapter: str, owner: str) -> AdaptedModule
         raise SettingsError(f"{owner}: {name} is adapted by a variant of LoRA that is not B·A: use plain LoRA")
     if adapter not in layer.lora_B or hasattr(layer, "parameter_name"):
         raise SettingsError(f"{owner}: {name} adapts embeddings or expert parameters: exclude it from the adapter")
-    left, right = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    left, right = (getattr(factors[adapter], "weight", None) for factors in (layer.lora_B, layer.lora_A))
+    if left is None or right is None:
+        raise SettingsError(
+            f"{owner}: {name} is adapted by {type(layer).__module__.split('.')[-2]}, whose update is not B·A: use plain LoRA"
+        )
     if left.dim() != 2:
         raise SettingsError(f"{owner}: {name} is a convolution: exclude it from the adapter")
-    return AdaptedModule(name, left, right, float(layer.scaling[adapter]))
+    bias = getattr(layer.lora_B[adapter], "bias", None)
+    return AdaptedModule(name, left, right, float(layer.scaling[adapter]), bias)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from safelora_fast.defenses.base import BatchDefense, Defense, Observation, checked
+from safelora_fast.defenses.base import BatchDefense, Defense, Observation, check_still_off, checked
 from safelora_fast.defenses.kl import KL
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.defenses.steering import Steering
 from safelora_fast.defenses.subspace_penalty import SubspacePenalty
 from safelora_fast.errors import SettingsError
+from safelora_fast.training.adapted import check_no_prompt_learning
 from safelora_fast.training.anatomy import dissect, entrances
 from safelora_fast.training.batch import Spans, read_spans
 from safelora_fast.training.capture import Call, Capture, StudentRecorder, Tap
@@ -21,6 +22,8 @@ from safelora_fast.training.distributed import world_size
 from safelora_fast.training.drift import Drift
 from safelora_fast.training.head_check import check_logits, check_same_head
 from safelora_fast.training.metrics import Meter, Stopwatch
+from safelora_fast.training.optimizers import has_modes
+from safelora_fast.training.placement import Placement, check_gradients_are_shared
 from safelora_fast.training.projections import Projections
 from safelora_fast.training.reference import Reference, ReferencePass
 from safelora_fast.training.reference_checks import check_inputs
@@ -126,10 +129,9 @@ class Defended:
             raise SettingsError(f"each defence may be given once, not {', '.join(names)}")
         self.model = model
         self.defenses = active
+        self._off = [defense for defense in defenses if not defense.active]
         self._batch_defenses = [defense for defense in self.defenses if isinstance(defense, BatchDefense)]
-        self._steps = Steps(
-            optimizer, made=first_step, on_nonfinite=on_nonfinite, afterwards=lambda: self._projections.after(self.step)
-        )
+        self._steps = Steps(optimizer, made=first_step, on_nonfinite=on_nonfinite, afterwards=self._after_step)
         self._handles: list[Any] = []
         self._attached = False
         self._recorder: StudentRecorder | None = None
@@ -141,7 +143,7 @@ class Defended:
         self._passes = TrainingPasses()
         self._meter = Meter()
         self._stopwatch = Stopwatch()
-        self._projections = Projections(self._meter, self._stopwatch)
+        self._projections = Projections(self._steps, self._meter, self._stopwatch)
         if self.defenses or monitors:
             self._prepare(reference, monitors)
             kl = next((defense for defense in self._batch_defenses if isinstance(defense, KL)), None)
@@ -166,11 +168,14 @@ class Defended:
 
     def _prepare(self, reference: Reference, monitors: Sequence[DriftMonitor]) -> None:
         self.anatomy = dissect(self.model)
+        self._placement = Placement(self.model)
         blocks = sorted({index for defense in self._batch_defenses for index in defense.blocks(self.anatomy)})
         watched = blocks
         if monitors:
             self._drift = Drift(monitors, self.anatomy)
             watched = [*blocks, *self._drift.blocks]
+        if self._batch_defenses or monitors:
+            check_no_prompt_learning(self.model)
         if self._batch_defenses:
             self._reference = ReferencePass(self.model, self.anatomy, reference, blocks)
         if self._batch_defenses or monitors:
@@ -185,6 +190,14 @@ class Defended:
                 )
             elif isinstance(defense, SafeLora):
                 self._projections.add(defense, self.model, self.anatomy)
+
+    def _after_step(self, made: bool) -> None:
+        """After an optimizer step, made or left out."""
+        self._meter.close(made=made)
+        if self._drift is not None:
+            self._drift.close(made=made)
+        if made:
+            self._projections.after(self.step)
 
     def _run_reference(self, whole: Call | None, decoder: Call) -> Capture:
         with self._stopwatch.running():
@@ -220,7 +233,7 @@ class Defended:
         """Install the hooks; does nothing when they are in, or when every defence is switched off and nothing is watched."""
         if self._attached or not (self.defenses or self._drift):
             return
-        acting = self._projections.acting(known=self._steps.known)
+        acting = self._projections.acting()
         if self._penalty is not None:
             acting.append(("SubspacePenalty", self._penalty[1]))
         self._steps.check(acting)
@@ -233,7 +246,11 @@ class Defended:
             self._recorder.attach()
         if self._batch_defenses:
             self._reference.tap.attach()
-        self._handles.extend(self._steps.attach())
+        self._projections.watch(begun=False)
+        through_loss = [type(given).__name__ for given in self.defenses if not isinstance(given, SafeLora | Steering)]
+        through_loss += ["the monitors"] if self._drift is not None else []
+        unasked = " and ".join(through_loss) or None
+        self._handles.extend(self._steps.attach(self.model.parameters(), unasked=unasked))
 
     def detach(self) -> None:
         """Take the hooks out; the model is as it was found."""
@@ -259,8 +276,9 @@ class Defended:
 
         Raises:
             TrainingError: a defence is NaN or infinite.
-            SettingsError: the model gives no loss.
+            SettingsError: the model gives no loss, or was wrapped for data-parallel training after it was given.
         """
+        check_gradients_are_shared(self.model)
         spans = read_spans(batch)
         if totals is None:
             totals = count_spans(self._batch_defenses, [spans])
@@ -326,6 +344,9 @@ class Defended:
         """
         if not self._attached and (self.defenses or self._drift):
             raise SettingsError("the defences are not attached to the model: use them inside `with defend(...)`")
+        check_still_off(self._off)
+        if self._attached:
+            self._placement.check()
         if self._head_to_check:
             self._head_to_check = False
             check_logits(self.model, self.anatomy, batch)
@@ -350,8 +371,9 @@ class Defended:
         return self._regularizer(totals, 1.0, None)
 
     def _regularizer(self, totals: Totals, factor: float, task: SharedTask | None) -> torch.Tensor:
-        self._meter.micro_batch(1.0 / totals.micro_batches)
         self._steps.micro_batch(totals.micro_batches)
+        self._meter.micro_batch(1.0 / totals.micro_batches)
+        self._projections.watch()
         with self._stopwatch.running():
             terms = torch.zeros(())
             if self._recorder is not None:
@@ -417,6 +439,24 @@ class Defended:
     def engine_stepped(self) -> None:
         """Say that an optimiser without step hooks has made a step: call it after the `step()` of a DeepSpeed engine.
 
-        Does nothing where the optimizer has hooks, which count the steps by themselves.
+        Likewise after LOMO's `fused_backward`. Does nothing where the optimizer has hooks, which count the steps.
         """
         self._steps.engine_stepped()
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether the optimizer makes its steps in backward (LOMO)."""
+        return hasattr(self._steps.optimizer, "fused_backward")
+
+    def optimizer_to_evaluation(self) -> None:
+        """Have an optimizer with modes (schedule-free) put the weights for evaluation into the model, if it has not."""
+        if has_modes(self._steps.optimizer):
+            self._steps.optimizer.eval()
+
+    def check_projected(self) -> None:
+        """Refuse weights that are not what SafeLora projected at the end; does nothing before.
+
+        Raises:
+            TrainingError: with the first factor that has changed since.
+        """
+        self._projections.check()

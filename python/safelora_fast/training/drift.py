@@ -38,6 +38,7 @@ class Drift:
         self._blocks = [anatomy.block(monitor.direction.layer, owner="DriftMonitor") for monitor in monitors]
         self._units = [monitor.unit for monitor in monitors]
         self._sums: torch.Tensor | None = None
+        self._pending: torch.Tensor | None = None  # of the step that is coming, which may be left out
 
     @property
     def blocks(self) -> list[int]:
@@ -57,10 +58,17 @@ class Drift:
                 along = projections(capture.blocks[block].detach(), unit)
                 found.append((along * weights.to(along.device)).sum().to(responses.device))
             sums = torch.stack([*found, responses])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._pending = sums if self._pending is None else self._pending + sums
+
+    def close(self, *, made: bool) -> None:
+        """A step has been made, and its micro-batches count; or it was left out, and they are forgotten."""
+        if made and self._pending is not None:
+            self._sums = self._pending if self._sums is None else self._sums + self._pending
+        self._pending = None
 
     def read(self) -> dict[str, float]:
         """Mean over the responses of all processes since the last call; empty where there were none. Collective."""
+        self.close(made=True)
         sums = torch.zeros(len(self._names) + 1) if self._sums is None else self._sums
         *totals, responses = sum_over_ranks(sums.tolist(), sums.device)
         self._sums = None

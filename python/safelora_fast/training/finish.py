@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError
+import torch
+
+from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError, TrainingError
 from safelora_fast.posthoc.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapters
 from safelora_fast.posthoc.bypass import bypass_note
 from safelora_fast.posthoc.peft_model import lora_parameters, naming_adapter, projected_folder, save_tensors
@@ -18,13 +21,13 @@ from safelora_fast.posthoc.plan import plan_projection
 from safelora_fast.posthoc.provenance import locator, reopen
 from safelora_fast.training.adapted import active_adapter, adapter_holder
 from safelora_fast.training.anatomy import gathered
-from safelora_fast.training.distributed import broadcast_from_first, on_first_rank
-from safelora_fast.training.held import matching_rows, write_rows
+from safelora_fast.training.distributed import broadcast_from_first, on_first_rank, sum_over_ranks
+from safelora_fast.training.held import local_rows, matching_rows, write_rows
+from safelora_fast.training.optimizers import has_modes, parameters_of, weight_copies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import torch
     from torch import nn
 
     from safelora_fast.defenses.safelora import SafeLora
@@ -34,6 +37,25 @@ ROLES = ("aligned", "base")
 SAME_NORM = 1e-6
 SAME_NORM_AS_ON_A_DEVICE = 2e-5  # there squares are added in another precision and order
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A factor that was projected, with digests of what this process held of it before and after."""
+
+    parameter: torch.Tensor
+    before: bytes
+    after: bytes
+
+    @property
+    def moved(self) -> bool:
+        return self.before != self.after
+
+
+def _digest(parameter: torch.Tensor) -> bytes:
+    """Of what this process holds of a parameter; -0 and 0 are the same weight."""
+    rows = (local_rows(parameter).detach().cpu() + 0.0).contiguous()
+    return hashlib.blake2b(rows.view(torch.uint8).numpy()).digest()
 
 
 class EndProjection:
@@ -58,21 +80,81 @@ class EndProjection:
                 "SafeLora: the adapter is merged into the model's weights: call unmerge_adapter() first"
             )
         tensors = self._gathered(lora_parameters(self._holder, self._adapter)[0])
+        self._written: dict[str, _Written] = {}
         on_first_rank(lambda: self._rehearse(tensors))
 
-    def run(self) -> ProjectionReport:
+    def run(self, optimizer: Any = None) -> ProjectionReport:
         """Project, write the result into the model, and return the report. Collective.
+
+        Args:
+            optimizer: of the training that ends. One with modes (schedule-free) is put into evaluation mode first: those are
+                the weights to save. Whatever it keeps of the weights is overwritten, so that it brings none of them back.
 
         Raises:
             SafeLoraFastError: the sources have changed meanwhile, or a factor is NaN or infinite; the model is as it was.
         """
+        if has_modes(optimizer):
+            optimizer.eval()
         parameters, others = lora_parameters(self._holder, self._adapter)
         tensors = self._gathered(parameters)
+        before = {key: _digest(parameter) for key, parameter in parameters.items()}
         report = on_first_rank(lambda: self._project(tensors, others))
-        for key, parameter in parameters.items():
-            whole = broadcast_from_first(tensors[key], parameter.device)
-            write_rows(parameter, matching_rows(parameter, whole, owner="SafeLora"))
+        wholes = {key: broadcast_from_first(tensors[key], parameter.device) for key, parameter in parameters.items()}
+        self._write(parameters, wholes)
+        for parameter in parameters_of(optimizer):
+            for copy in weight_copies(optimizer, parameter):
+                with torch.no_grad():
+                    copy.copy_(parameter)
+        self._written = {
+            key: _Written(parameter, before[key], _digest(parameter)) for key, parameter in parameters.items()
+        }
+        if has_modes(optimizer):
+            optimizer.train()
+            optimizer.eval()
+            if self.changed():
+                self._write(parameters, wholes)
+                logger.warning(
+                    "SafeLora: train() and eval() of %s rewrite the projected weights: they are written again; save the "
+                    "adapter before the optimizer is told of either",
+                    type(optimizer).__name__,
+                )
         return report
+
+    def changed(self) -> list[str]:
+        """Keys of the factors that are not what :meth:`run` wrote, on this process."""
+        return [key for key, written in self._written.items() if _digest(written.parameter) != written.after]
+
+    def replaced(self) -> bool:
+        """Whether other weights stand where :meth:`run` had projected some, in all of them. Collective.
+
+        Raises:
+            TrainingError: in some of them, so that a second projection would be one of what is projected already.
+        """
+        changed = set(self.changed())
+        kept = [key for key, written in self._written.items() if written.moved and key not in changed]
+        device = next(iter(self._written.values())).parameter.device
+        replaced, left = sum_over_ranks([float(len(changed)), float(len(kept))], device)
+        if replaced and left:
+            self.check()
+        return bool(replaced)
+
+    def check(self) -> None:
+        """Refuse weights that are not what the projection wrote.
+
+        Raises:
+            TrainingError: with the first factor.
+        """
+        changed = self.changed()
+        if changed:
+            raise TrainingError(
+                f"SafeLora: {changed[0]} and {len(changed) - 1} other factors have changed since they were projected (a "
+                "callback, or an optimizer that keeps weights of its own): save the adapter with model.save_pretrained() "
+                "and project it with `safelora-fast project`"
+            )
+
+    def _write(self, parameters: Mapping[str, torch.Tensor], wholes: Mapping[str, torch.Tensor]) -> None:
+        for key, parameter in parameters.items():
+            write_rows(parameter, matching_rows(parameter, wholes[key], owner="SafeLora"))
 
     def _gathered(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: gathered(parameter).detach().cpu().clone() for key, parameter in parameters.items()}

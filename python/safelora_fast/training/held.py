@@ -21,7 +21,7 @@ def held_rows(parameter: torch.Tensor) -> torch.Tensor:
     copy is gathered, whole on every process. Collective with DeepSpeed.
     """
     copy = _deepspeed_copy(parameter)
-    return _local(parameter).detach().float() if copy is None else copy.detach().float()
+    return local_rows(parameter).detach().float() if copy is None else copy.detach().float()
 
 
 def write_rows(parameter: torch.Tensor, rows: torch.Tensor) -> None:
@@ -31,7 +31,7 @@ def write_rows(parameter: torch.Tensor, rows: torch.Tensor) -> None:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, rows)
-        _local(parameter).copy_(rows)
+        local_rows(parameter).copy_(rows)
 
 
 def matching_rows(parameter: torch.Tensor, whole: torch.Tensor, *, owner: str) -> torch.Tensor:
@@ -91,7 +91,8 @@ def _shards(parameter: Any, *, owner: str) -> list[tuple[int, int, Any]]:
     return cuts
 
 
-def _local(parameter: Any) -> torch.Tensor:
+def local_rows(parameter: Any) -> torch.Tensor:
+    """What this process holds of a parameter, in its own dtype: the parameter itself where it is not sharded."""
     rows: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return rows
 

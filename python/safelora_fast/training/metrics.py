@@ -19,15 +19,16 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, torch.Tensor] = {}  # of the step that is coming, which may be left out
         self._latest: dict[str, float] = {}
-        self._steps = 0.0
+        self._steps = self._pending_steps = 0.0
         self._device = torch.device("cpu")
 
     def add(self, name: str, value: torch.Tensor) -> None:
         """Add this process's share of a defence's mean over one optimiser step."""
         value = value.detach().to(torch.float64)
         self._device = value.device
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._pending[name] = self._pending[name] + value if name in self._pending else value
 
     def set(self, name: str, value: float) -> None:
         """Set a figure that is the same on every process; the latest counts."""
@@ -35,10 +36,19 @@ class Meter:
 
     def micro_batch(self, share_of_step: float) -> None:
         """Count a micro-batch as a share of an optimiser step."""
-        self._steps += share_of_step
+        self._pending_steps += share_of_step
+
+    def close(self, *, made: bool) -> None:
+        """A step has been made, and its micro-batches count; or it was left out, and they are forgotten."""
+        for name, value in self._pending.items() if made else ():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += self._pending_steps if made else 0.0
+        self._pending.clear()
+        self._pending_steps = 0.0
 
     def read(self, names: list[str]) -> dict[str, float]:
         """Means per optimiser step since the last call, over all processes; then start anew. Collective."""
+        self.close(made=True)
         means: dict[str, float] = {}
         if self._steps:
             local = [float(self._sums.get(name, 0.0)) for name in names]

@@ -1,0 +1,65 @@
+"""That the model which defenses were attached to is still the one that trains: wrapped and sharded before, not after."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.training.anatomy import is_parallel
+from safelora_fast.training.distributed import world_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Placement:
+    """The parameters of a model at the time that defenses are attached to it.
+
+    FSDP2 exchanges the parameters of a sharded model with gathered ones at any time, so there nothing is compared.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+        self._checked = any(kind.__name__ == "FSDPModule" for part in model.modules() for kind in type(part).__mro__)
+
+    def check(self) -> None:
+        """Refuse, before the first pass, a model whose parameters are others by now.
+
+        Raises:
+            SettingsError: with the first of them.
+        """
+        if self._checked:
+            return
+        now = dict(self._model.named_parameters())
+        for name, parameter in self._parameters.items():
+            if name not in now or now[name] is not parameter():
+                raise SettingsError(
+                    f"{name} is another parameter than when defend() was called: shard or wrap the model (fully_shard, "
+                    "FullyShardedDataParallel, accelerator.prepare) and make the optimizer first, then call defend()"
+                )
+        self._checked = True
+
+
+def check_gradients_are_shared(model: nn.Module) -> None:
+    """Refuse a model that several processes run, each for itself, because it was wrapped after defend() or not at all.
+
+    Raises:
+        SettingsError: with the order in which to call.
+    """
+    if is_parallel(model) or (world_size() == 1 and "deepspeed" not in sys.modules):
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if world_size() > 1 and not any(hasattr(parameter, "placements") for parameter in parameters):
+        raise SettingsError(
+            f"{world_size()} processes train, but defend() was given a model that is not wrapped, so their gradients would "
+            "never be averaged: first DistributedDataParallel, accelerator.prepare or fully_shard, then defend() with the "
+            "model that it gives; where you average gradients yourself, use recording() and regularizer()"
+        )
+    if any(getattr(parameter, "_hp_mapping", None) is not None for parameter in parameters):
+        raise SettingsError(
+            "DeepSpeed was initialized after defend(), and its engine would not see these losses: first "
+            "deepspeed.initialize, then defend() with the engine"
+        )
