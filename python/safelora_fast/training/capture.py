@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
     from safelora_fast.training.anatomy import Anatomy
 
 
-_alone: list[Tap] = []  # the taps of running reference passes, the innermost last
+class _Alone(threading.local):
+    """The taps of the reference passes that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.taps: list[Tap] = []
+
+
+_alone = _Alone()
 
 
 @dataclass(frozen=True)
@@ -126,16 +134,16 @@ class Tap:
     @contextmanager
     def alone(self) -> Iterator[Capture]:
         """Open a capture during which no other tap records, so that a pass inside another one does not reach its taps."""
-        _alone.append(self)
+        _alone.taps.append(self)
         try:
             yield self.begin()
         finally:
-            _alone.pop()
+            _alone.taps.pop()
             self.close()
 
     @property
     def _recording(self) -> Capture | None:
-        return self._open if not _alone or _alone[-1] is self else None
+        return self._open if not _alone.taps or _alone.taps[-1] is self else None
 
     def close(self) -> None:
         """Drop an open capture, after a forward pass that failed."""
@@ -228,7 +236,7 @@ class StudentRecorder:
 
     @property
     def _training_pass(self) -> bool:
-        return self._armed and not _alone and torch.is_grad_enabled()
+        return self._armed and not _alone.taps and torch.is_grad_enabled()
 
     def _before_model(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._training_pass:
