@@ -145,10 +145,13 @@ def test_the_table_is_left_alone_where_it_says_nothing(tmp_path, monkeypatch, co
         names.weight("model.layers.7.self_attn.q_proj")
 
 
-def test_a_configuration_that_transformers_cannot_read(tmp_path):
+@pytest.mark.parametrize(
+    "setting", [{"hidden_size": "wide"}, {"num_hidden_layers": 10**7}, {"vocab_size": 10**12}], ids=str
+)
+def test_a_configuration_that_transformers_cannot_read(tmp_path, setting):
     save(made("exaone", 1), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **setting}))
     names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
     with pytest.raises(
         PairingError, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight; the nearest are"

@@ -76,6 +76,8 @@ def test_adapters_of_tied_weights(tmp_path, model_type, leaf):
     target = {"target_modules": rf".*\.q(_proj)?|(.*\.)?{leaf}"}
     models = small_model(model_type, class_name, 1), small_model(model_type, class_name, 2)
     folders = [save(model, tmp_path / f"{index}") for index, model in enumerate(models)]
+    if not any(name.endswith(leaf) for name, _ in models[0].named_modules()):
+        pytest.skip("in this transformers the embeddings are one module, of which PEFT sees the first name")
     base_weights, adapted = weights(adapt(models[1], **target)), adapt(models[0], **target)
     (result,) = project([save(adapted, tmp_path / "adapter")], *folders, tmp_path / "output")
     assert_projected(result, adapted, base_weights)

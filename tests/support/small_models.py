@@ -116,7 +116,7 @@ def read(matrix):
 
 def linears(model):
     """The weights of linear layers and embeddings, as an adapter's shapes would name them."""
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight.dim() == 2:
             weight = module.weight.detach()
             yield name, weight.T if isinstance(module, nn.Embedding) else weight, isinstance(module, nn.Embedding)

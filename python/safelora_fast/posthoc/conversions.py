@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.sources import Checkpoint
 
 TABLE = "conversion_mapping.py"
+COUNTS = re.compile("layers|num_.*experts|num_.*heads|num_.*blocks|depth")
+SIZES = re.compile("size|dim|length|position")
+MOST_MODULES = 4096
+MOST_SIZE = 10**8
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
     The model is that of the class that the checkpoint's config.json names, and is made without weights.
     """
     config: Any = checkpoint.config or {}
-    if not isinstance(config.get("model_type"), str) or not config.get("architectures"):
+    if not isinstance(config.get("model_type"), str) or not config.get("architectures") or _boundless(checkpoint):
         return {}
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -134,6 +139,15 @@ def _in_the_table(config: Mapping[str, Any]) -> bool:
     names = {part.get("model_type") for part in parts} | set(config.get("architectures") or [])
     text = table.read_text(encoding="utf-8")
     return any(f'"{name}"' in text for name in names if name)
+
+
+def _boundless(checkpoint: Checkpoint) -> bool:
+    """Whether config.json asks for more modules than the tensors can be of: making such a model would take for ever."""
+    config = checkpoint.config or {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    most = {COUNTS: max(MOST_MODULES, len(list(checkpoint.names))), SIZES: MOST_SIZE}
+    sizes = [(key, size) for part in parts for key, size in part.items() if isinstance(size, int)]
+    return any(size > limit and kind.search(key) for key, size in sizes for kind, limit in most.items())
 
 
 def _without_weights(config: Mapping[str, Any]) -> Any:
