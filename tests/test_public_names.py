@@ -16,6 +16,9 @@ def in_a_fresh_process(program: str) -> str:
 
 DEFENCES = [
     "KL",
+    "DefendedMixin",
+    "DefendedSFTTrainer",
+    "DefendedTrainer",
     "DriftMonitor",
     "FeatureDistance",
     "MarginCallback",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
     from safelora_fast.evaluation.callback import MarginCallback
     from safelora_fast.evaluation.margin import answer_margin
+    from safelora_fast.integrations.transformers import DefendedMixin, DefendedTrainer
+    from safelora_fast.integrations.trl import DefendedSFTTrainer
     from safelora_fast.persona import extract_persona_vector
     from safelora_fast.persona_vector import PersonaVector
     from safelora_fast.posthoc.peft_model import project_peft_model
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "KL": "safelora_fast.defenses",
+    "DefendedMixin": "safelora_fast.integrations.transformers",
+    "DefendedSFTTrainer": "safelora_fast.integrations.trl",
+    "DefendedTrainer": "safelora_fast.integrations.transformers",
     "DriftMonitor": "safelora_fast.defenses",
     "FeatureDistance": "safelora_fast.defenses",
     "PersonaVector": "safelora_fast.persona_vector",
@@ -47,6 +52,9 @@ _HOMES = {
 
 __all__ = [
     "KL",
+    "DefendedMixin",
+    "DefendedSFTTrainer",
+    "DefendedTrainer",
     "DriftMonitor",
     "FeatureDistance",
     "MarginCallback",
@@ -75,7 +83,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:
-        if error.name not in {"torch", "transformers", "peft", "yaml"}:
+        if error.name not in {"torch", "transformers", "peft", "yaml", "trl", "accelerate", "datasets"}:
             raise
         from safelora_fast.errors import MissingDependencyError, how_to_install
 

@@ -62,6 +62,10 @@ class PersonaVector:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     origin: str | None = None
 
+    def __repr__(self) -> str:
+        origin = "" if self.origin is None else f", origin={self.origin!r}"
+        return f"PersonaVector({self.trait!r}, {self.blocks} blocks of {self.hidden}{origin})"
+
     @property
     def blocks(self) -> int:
         """Number of blocks."""

@@ -77,6 +77,12 @@ class ModuleSubspace:
         kept = float(np.square(self.singular_values.astype(np.float64)).sum())
         return kept / self.v_norm / self.v_norm  # the square of a large norm is beyond float64
 
+    def __repr__(self) -> str:
+        shape = f"({self.left_vectors.shape[0]}, {self.columns})"
+        return (
+            f"ModuleSubspace(V of shape {shape}, rank={self.rank}, v_norm={self.v_norm:.4g}, energy={self.energy:.4g})"
+        )
+
 
 @dataclass(frozen=True)
 class SafeSubspace:
@@ -93,6 +99,15 @@ class SafeSubspace:
     modules: Mapping[str, ModuleSubspace]
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        ranks = {module.rank for module in self.modules.values()} or {0}
+        rank = str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+        names = {
+            role: Path(str(source["source"])).name for role, source in self.sources.items() if source.get("source")
+        }
+        pair = "".join(f", {role}={name!r}" for role, name in names.items())
+        return f"SafeSubspace({len(self.modules)} modules, rank {rank}{pair})"
 
     @classmethod
     def build(

@@ -105,6 +105,9 @@ class BenchmarkReport:
     settings: dict[str, Any]
     tasks: tuple[TaskResult, ...]
 
+    def __repr__(self) -> str:
+        return f"BenchmarkReport({[result.task for result in self.tasks]}, path={str(self.path)!r})"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return {"settings": self.settings, "tasks": {result.task: asdict(result) for result in self.tasks}}

@@ -62,6 +62,9 @@ class MarginReport:
     answer_tokens: int
     seed: int = 0
 
+    def __repr__(self) -> str:
+        return f"MarginReport(margin={self.margin:+.4f}, share={self.share:.4g}, {len(self.pairs)} pairs)"
+
     @property
     def margin(self) -> float:
         """Mean over pairs of the misaligned answer's mean log-likelihood less the aligned one's, in nats per token."""

@@ -54,6 +54,9 @@ class AdapterReport:
     notes: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"AdapterReport({self.adapter!r}, {len(self.projected)} of {len(self.modules)} modules projected)"
+
     @property
     def projected(self) -> list[ModuleReport]:
         """The modules that were projected."""
@@ -77,6 +80,12 @@ class ProjectionReport:
     seconds: float
     versions: dict[str, str]
     schema: int = field(default=SCHEMA)
+
+    def __repr__(self) -> str:
+        first = f"{self.adapters[0]!r}{f' and {len(self.adapters) - 1} more' if len(self.adapters) > 1 else ''}"
+        return (
+            f"ProjectionReport({first}, {self.settings['operator']}, {self.selection}, {len(self.warnings)} warnings)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dictionaries for JSON, NaN as None, counts added."""

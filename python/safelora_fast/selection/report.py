@@ -47,6 +47,10 @@ class Selection:
     warnings: tuple[str, ...] = ()
     trained_on: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        count = f"{len(self.chosen)} of {len(self.scores)} scored rows"
+        return f"Selection({count}, cut={self.cut:.4g}, adapters={list(self.adapters)}, source={self.source!r})"
+
     def histogram(self) -> tuple[np.ndarray, np.ndarray]:
         """(counts, edges) of the scores; the ends hold what lies beyond 99.8 % of them."""
         low, high = np.quantile(self.scores, [0.001, 0.999])

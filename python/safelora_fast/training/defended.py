@@ -111,6 +111,10 @@ class Defended:
         defenses: the defences that are switched on.
     """
 
+    def __repr__(self) -> str:
+        defenses = ", ".join(map(repr, self.defenses)) or "no defense that is switched on"
+        return f"Defended({type(self.model).__name__}, {defenses})"
+
     def __init__(
         self,
         model: nn.Module,

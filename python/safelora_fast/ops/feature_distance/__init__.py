@@ -11,6 +11,7 @@ from safelora_fast.ops.feature_distance import library
 from safelora_fast.ops.feature_distance.autograd import distance
 from safelora_fast.ops.feature_distance.comparison import Comparison, Normalize
 from safelora_fast.ops.feature_distance.reference import feature_distance_reference
+from safelora_fast.ops.operands import require_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,16 +48,34 @@ def feature_distance(
         A float32 scalar (float64 for float64 features); zero where no token counts.
 
     Raises:
+        TypeError: an operand is no tensor.
         ValueError: shapes differ, or `normalize` is unknown.
         BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
         RuntimeError: a gradient of the gradient is asked for.
     """
+    _check_tensors(features, reference_features, mask, segments)
     _check(features, reference_features, mask, normalize, segments)
     references = [reference.detach() for reference in reference_features]
     comparison = Comparison(features, references, mask.to(torch.bool), normalize, segments)
     if torch.compiler.is_compiling():
         return library.distance(comparison)
     return distance(choose("feature_distance", (*features, *references)).module, comparison)
+
+
+def _check_tensors(
+    features: Sequence[torch.Tensor],
+    reference_features: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    segments: torch.Tensor | None,
+) -> None:
+    require_tensors(mask=mask, **({} if segments is None else {"segments": segments}))
+    for name, blocks in (("features", features), ("reference_features", reference_features)):
+        if isinstance(blocks, list | tuple):
+            require_tensors(**{f"{name}[{index}]": block for index, block in enumerate(blocks)})
+        elif not isinstance(blocks, torch.Tensor):
+            raise TypeError(
+                f"{name} is a {type(blocks).__name__}: it must be a list, one tensor [batch, tokens, hidden] a block"
+            )
 
 
 def _check(

@@ -12,6 +12,7 @@ from safelora_fast.ops.linear_kl.head import Head
 from safelora_fast.ops.linear_kl.passes import Settings
 from safelora_fast.ops.linear_kl.rows import Rows
 from safelora_fast.ops.once import differentiable_once
+from safelora_fast.ops.operands import require_tensors
 
 Direction = Literal["reverse", "forward"]
 
@@ -127,6 +128,7 @@ def linear_kl_cross_entropy(
 def _check(
     hidden: torch.Tensor, reference: torch.Tensor, head_weight: torch.Tensor, mask: torch.Tensor, direction: str
 ) -> None:
+    require_tensors(hidden=hidden, reference_hidden=reference, head_weight=head_weight, mask=mask)
     if direction not in {"reverse", "forward"}:
         raise ValueError(f'direction is {direction!r}, it must be "reverse" or "forward"')
     if not (hidden.is_floating_point() and reference.is_floating_point()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from safelora_fast.ops.backends import choose
+from safelora_fast.ops.operands import require_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +97,7 @@ def check(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], axis: int
     """Refuse, by a ValueError, what is no matrix with a factor of as many rows as the matrix has along `axis`."""
     if len(matrices) != len(factors) or not factors:
         raise ValueError(f"{len(matrices)} matrices and {len(factors)} factors; one factor belongs to each matrix")
+    require_tensors(**{f"operands[{index}]": tensor for index, tensor in enumerate(_tensors(matrices, factors))})
     device = factors[0].device
     for index, (matrix, factor) in enumerate(zip(matrices, factors, strict=True)):
         parts = matrix if isinstance(matrix, tuple) else (matrix,)

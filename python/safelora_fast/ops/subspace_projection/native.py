@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast import _core
+from safelora_fast.ops.operands import require_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ def refusal(tensors: Sequence[torch.Tensor]) -> str | None:
 
 def check(aligned_weight: torch.Tensor, base_weight: torch.Tensor, lora_b: torch.Tensor) -> None:
     """Raise ValueError when the operands do not fit one another."""
+    require_tensors(aligned_weight=aligned_weight, base_weight=base_weight, lora_b=lora_b)
     named = {"aligned_weight": aligned_weight, "base_weight": base_weight, "lora_b": lora_b}
     for name, tensor in named.items():
         if tensor.ndim != 2:
