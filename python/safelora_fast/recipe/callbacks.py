@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
     from safelora_fast.recipe.folder import RunFolder
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -63,6 +68,18 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self._steps.append(time.perf_counter() - self._began)
 
 
+class _Bar(Progress):
+    """A bar with figures on lines of their own, which a narrow terminal wraps."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bar, and below it the figures."""
+        yield from super().get_renderables()
+        if self.figures:
+            yield Text(self.figures)
+
+
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """A context that shows a bar with rate and time left; lines where standard error is no terminal.
 
@@ -73,7 +90,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     def __init__(self, *, talk: bool) -> None:
         self._talk = talk
         self._console = Console(stderr=True, highlight=False)
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._printed = self._started = time.monotonic()
         self._first_step = 0
         self._figures = ""
@@ -89,9 +106,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar = _Bar(*columns, console=self._console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
 
@@ -105,13 +121,16 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
                 if name.startswith(("defense/", "monitor/")) and name != "defense/time_share"
             )
             self._figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            if self._bar is not None:
+                self._bar.figures = self._figures
+                self._bar.refresh()
 
     def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
         """Show how far the run is."""
         if not (self._talk and state.is_world_process_zero):
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, description=self._figures)
+            self._bar.update(self._task, completed=state.global_step)
             return
         now = time.monotonic()
         last = state.global_step >= state.max_steps

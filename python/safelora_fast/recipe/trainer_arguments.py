@@ -33,7 +33,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         raise recipe.document.problem(("model", "device"), "is cuda, but torch sees no GPU")
     on_cpu = section.device == "cpu" or not torch.cuda.is_available()
     values = {name: value for name, value in recipe.training.items() if name != "completion_only_loss"}
-    automatic: dict[str, Any] = {"prediction_loss_only": True}
+    automatic: dict[str, Any] = {"prediction_loss_only": True, "logging_first_step": True}
     if "bf16" not in values and "fp16" not in values:
         automatic.update(bf16=section.dtype == "bfloat16", fp16=section.dtype == "float16")
     if on_cpu:
