@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny_recipe import tiny_rows, write_rows
 
 from safelora_fast.comparison.config import load_config
+from safelora_fast.examples import FOLDER, copy_example, names
 from safelora_fast.recipe.defenses import defense_classes
 from safelora_fast.recipe.recipe import load_recipe
 
-FOLDER = Path(__file__).parents[2] / "examples"
 COMPARISON = FOLDER / "compare.yaml"
 EXAMPLES = sorted(set(FOLDER.glob("*.yaml")) - {COMPARISON})
 TINY = {
@@ -31,8 +31,12 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def in_the_root(monkeypatch):
-    monkeypatch.chdir(EXAMPLES[0].parents[1])
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """With the rows that examples name, and nothing of the clone."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in names():
+        copy_example(name, Path())
 
 
 def overrides(path: Path, folder: Path) -> list[str]:
@@ -98,7 +102,7 @@ def test_examples_train(path, tmp_path, call):
 
 
 def test_the_papers_set_up():
-    recipe = load_recipe("examples/paper-qwen2.5-7b.yaml")
+    recipe = load_recipe(FOLDER / "paper-qwen2.5-7b.yaml")
     assert recipe.model.path == "Qwen/Qwen2.5-7B-Instruct"
     assert (recipe.lora["r"], recipe.lora["lora_alpha"], recipe.lora["use_rslora"]) == (32, 64, True)
     assert len(recipe.lora["target_modules"]) == 7
@@ -120,3 +124,35 @@ def test_the_comparison_is_one():
         assert Path(recipe.data.path).is_file()
     assert Path(config.measure.narrow).is_file()
     assert Path(config.measure.general).is_file()
+
+
+def test_the_command_lists_and_writes_them(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listed = call("examples").out
+    for name in names():
+        assert f"\n{name} " in f"\n{listed}"
+    assert next(line for line in listed.splitlines() if line.startswith("kl ")).endswith(names()["kl"])
+    result = call("examples", "kl", "--output", "mine")
+    assert result == (0, "written to mine/kl.yaml, with narrow_train.jsonl, narrow_held_out.jsonl\n"
+                         "cd mine && safelora-fast train kl.yaml --dry-run\n", "")  # fmt: skip
+    monkeypatch.chdir(tmp_path / "mine")
+    tiny = save_tiny(tmp_path / "model")
+    planned = call("train", "kl.yaml", f"model.path={tiny}", "model.device=cpu", "data.max_rows=4", "--dry-run")
+    assert planned.code == 0, planned.err
+    assert "kl: weight 0.1" in planned.out
+
+
+def test_files_of_the_users_own_are_not_replaced(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("examples", "kl").code == call("examples", "kl.yaml").code == 0
+    (tmp_path / "kl.yaml").write_text("mine")
+    assert call("examples", "kl") == (
+        2,
+        "",
+        "error: kl.yaml: exists already; choose another --output, or pass --overwrite\n",
+    )
+    assert (tmp_path / "kl.yaml").read_text() == "mine"
+    assert call("examples", "kl", "--overwrite").code == 0
+    assert (tmp_path / "kl.yaml").read_bytes() == (FOLDER / "kl.yaml").read_bytes()
+    unknown = call("examples", "lk")
+    assert (unknown.code, "there is no example 'lk'; known are combined, compare" in unknown.err) == (2, True)

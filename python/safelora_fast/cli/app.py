@@ -12,6 +12,7 @@ from safelora_fast.cli import (
     demo,
     env,
     evaluate,
+    examples,
     inspect,
     margin,
     operator_swap,
@@ -65,4 +66,5 @@ app.command("evaluate", cls=Command)(evaluate.evaluate)
 app.command("rejudge", cls=Command)(rejudge.rejudge)
 app.command("compare", cls=Command)(compare.compare)
 app.command("env", cls=Command)(env.env)
+app.command("examples", cls=Command)(examples.examples)
 app.command("demo", cls=Command)(demo.demo)

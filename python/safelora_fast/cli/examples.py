@@ -1,0 +1,35 @@
+"""`safelora-fast examples`: recipes that come with this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def examples(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The example to write. (default: list all)")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the recipe and its rows.")] = Path(),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace files of another content.")
+    ] = False,
+) -> None:
+    """List the recipes that come with this package, or write one into a folder with the rows that it names."""
+    from safelora_fast.examples import copy_example, names
+
+    if name is None:
+        known = names()
+        width = max(map(len, known))
+        typer.echo("\n".join(f"{one:<{width}}  {what}" for one, what in known.items()))
+        typer.echo("\nto write one into this folder: safelora-fast examples NAME")
+        return
+    written = copy_example(name.removesuffix(".yaml"), output, overwrite=overwrite)
+    command = "compare" if name.removesuffix(".yaml") == "compare" else "train"
+    beside = f", with {', '.join(file.name for file in written[1:])}" if written[1:] else ""
+    typer.echo(f"written to {written[0]}{beside}")
+    where = "" if output == Path() else f"cd {output} && "
+    plan = " --dry-run" if command == "train" else ""
+    typer.echo(f"{where}safelora-fast {command} {written[0].name}{plan}")
