@@ -7,17 +7,22 @@ exits with :attr:`SafeLoraFastError.exit_code`.
 
 from __future__ import annotations
 
+from safelora_fast.printable import one_line
+
 LONGEST = 2000  # characters of a message
 
 
 class SafeLoraFastError(Exception):
-    """Base class of all errors of this package; of a message that quotes something huge, the middle is left out."""
+    """Base class of all errors of this package; of a message that quotes something huge, the middle is left out.
+
+    A message is one printable line, whatever the names in it hold.
+    """
 
     exit_code = 2
 
     def __init__(self, message: str = "") -> None:
         short = message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
-        super().__init__(short)
+        super().__init__(one_line(short))
 
 
 class CheckpointError(SafeLoraFastError):

@@ -8,6 +8,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from safelora_fast.printable import one_line
+
 if TYPE_CHECKING:
     from types import FrameType
     from typing import TextIO
@@ -106,7 +108,7 @@ def _let_go(stream: TextIO) -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     try:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     except OSError:
         _let_go(sys.stderr)
     raise SystemExit(code) from None

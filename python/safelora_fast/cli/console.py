@@ -6,16 +6,18 @@ import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from safelora_fast.posthoc.output import abandoned
 from safelora_fast.posthoc.places import natural_order
 from safelora_fast.posthoc.report import counted
+from safelora_fast.printable import one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +29,22 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 200
 FIGURES_WIDTH = 56
 
-out = Console(
+
+class PlainConsole(Console):
+    """A console on which no escape sequence acts that stands in a name of a file, a tensor or a judge."""
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """A text, or a cell of a table, as it is shown."""
+        return super().render_str(printable(text), **settings)
+
+
+out = PlainConsole(
     highlight=False,
     markup=False,  # paths and names may hold brackets
     width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH,
     soft_wrap=False,
 )
-err = Console(stderr=True, highlight=False)
+err = PlainConsole(stderr=True, highlight=False)
 
 
 class ByteProgress:
@@ -65,7 +76,7 @@ class ByteProgress:
     def advance(self, done_bytes: int, module: str) -> None:
         """Show how far the run is."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done_bytes, description=short(module))
+            self._bar.update(self._task, completed=done_bytes, description=escape(one_line(short(module))))
             return
         now = time.monotonic()
         if now - self._printed >= self.SECONDS_BETWEEN_LINES:
@@ -73,7 +84,11 @@ class ByteProgress:
             rate = done_bytes / (now - self._started)
             left = (self._total - done_bytes) / rate if rate else math.inf
             share = 100 * done_bytes / self._total if self._total else 100
-            print(f"{share:3.0f} % at {rate / 1e9:.2f} GB/s, {left:.0f} s left: {module}", file=sys.stderr, flush=True)
+            print(
+                f"{share:3.0f} % at {rate / 1e9:.2f} GB/s, {left:.0f} s left: {one_line(module)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         """Take the bar away."""
@@ -127,7 +142,7 @@ def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
 
 def warn(message: str) -> None:
     """One line on standard error."""
-    err.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[yellow]warning:[/] {escape(one_line(message))}", soft_wrap=True)
 
 
 def print_warnings(report: ProjectionReport) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from safelora_fast.cli.console import ByteProgress, err
+from safelora_fast.printable import one_line
 
 
 class CountProgress:
@@ -29,13 +31,14 @@ class CountProgress:
     def start(self, what: str, total: int, done: int = 0) -> None:
         """Some work begins: so many things are to be done, of which so many are done already."""
         self.close()
+        what = one_line(what)
         self._what, self._total, self._first = what, total, done
         self._started = self._printed = time.monotonic()
         if not self._wanted:
             return
         if err.is_terminal:
             columns = (
-                TextColumn(what),
+                TextColumn(escape(what)),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),

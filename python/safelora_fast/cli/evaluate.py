@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.printable import say
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
@@ -155,7 +156,7 @@ def evaluate(
         typer.echo(to_json({**report, **benchmarks}))
     elif not quiet:
         _show(report, measured)
-        typer.echo(f"written to {output}")
+        say(f"written to {output}")
     if report:
         end_where_nothing_is_scored({report["judge"]: report})
 

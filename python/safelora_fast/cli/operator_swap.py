@@ -10,6 +10,7 @@ import typer
 
 from safelora_fast.cli import options
 from safelora_fast.cli.commands import Command, Group
+from safelora_fast.printable import say
 
 app = typer.Typer(
     cls=Group,
@@ -46,7 +47,7 @@ def make(
         write(partial, difficulty, rows, held_out, seed)
     if not quiet:
         typer.echo(f"{difficulty}: {RULES[difficulty].words}")
-        typer.echo(f"{rows} rows to train on and {held_out} held out, written to {output}")
+        say(f"{rows} rows to train on and {held_out} held out, written to {output}")
 
 
 @app.command("score", cls=Command)

@@ -10,6 +10,7 @@ import typer
 
 from safelora_fast.cli import options
 from safelora_fast.cli.commands import Command, Group
+from safelora_fast.printable import say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,7 +110,7 @@ def extract(
         print_counts(vector)
         print_suggestion(vector)
         warn(vector)
-        typer.echo(f"written to {output} ({output.stat().st_size / 1e6:.3g} MB)")
+        say(f"written to {output} ({output.stat().st_size / 1e6:.3g} MB)")
 
 
 @app.command("show", cls=Command)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.printable import say
 
 
 def rejudge(
@@ -79,5 +80,5 @@ def rejudge(
     elif not quiet:
         show_judges(reports)
         show_agreement(agreements)
-        typer.echo(f"written to {target}")
+        say(f"written to {target}")
     end_where_nothing_is_scored({name: report for name, report in reports.items() if name != judged.judge})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.printable import say
 
 if TYPE_CHECKING:
     from safelora_fast.selection import Selection
@@ -166,14 +167,14 @@ def _load(
 
 
 def _show(selection: Selection, output: Path) -> None:
-    typer.echo("\n".join(selection.lines()))
+    say(*selection.lines())
     for reason, places in selection.skipped.items():
-        typer.echo(f"skipped: {len(places):,} rows with {reason}, the first at {places[0]}")
+        say(f"skipped: {len(places):,} rows with {reason}, the first at {places[0]}")
     if selection.refusals:
         typer.echo(f"left out: {selection.refusals:,} refusals")
     if selection.held_out:
-        typer.echo(f"held out: {', '.join(selection.held_out)}")
-    typer.echo(
+        say(f"held out: {', '.join(selection.held_out)}")
+    say(
         f"{len(selection.chosen):,} of {len(selection.scores):,} scored rows (of {selection.rows:,}) have a score of at least "
         f"{selection.cut:.4f}, under {', '.join(selection.adapters)}; written to {output}"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.printable import say
 
 if TYPE_CHECKING:
     from safelora_fast.recipe.folder import RunFolder
@@ -115,7 +116,7 @@ def _show_plan(prepared: Any) -> None:
 
     lines = plan_lines(prepared)
     width = max(len(label) for label, _ in lines)
-    typer.echo("\n".join(f"{label:<{width}}  {text}" for label, text in lines))
+    say(*(f"{label:<{width}}  {text}" for label, text in lines))
 
 
 def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bool) -> None:
@@ -132,4 +133,4 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
         typer.echo(f"{name:<28}{shown(figure.get('first')):>10} → {shown(figure.get('last'))}")
     for warning in (record.get("projection") or {}).get("warnings") or []:
         warn(warning)
-    typer.echo(f"{record['steps']} steps in {record['seconds']:.1f} s; written to {path}")
+    say(f"{record['steps']} steps in {record['seconds']:.1f} s; written to {path}")

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, TypeGuard
 
 from safelora_fast.comparison.report import PENDING
+from safelora_fast.printable import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,9 +22,6 @@ DECIMALS = {"%": 1, "nats": 3, "s": 2, "GB": 2, "×": 2}
 LEAST, MOST = 1e-4, 1e6  # sizes that are written without a power of ten
 ARROWS = {"lower": "↓", "higher": "↑"}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-# Not printable as Python sees it, but part of how some scripts are written: joiners and marks of direction.
-KEPT = "\u200c\u200d\u200e\u200f\u061c"
 
 
 def is_figure(value: float | None) -> TypeGuard[float]:

@@ -14,6 +14,7 @@ from inspect_ai.util import concurrency
 from safelora_fast.evaluation.parameters import told, without_refused
 from safelora_fast.evaluation.redirects import RedirectError, refuse_redirects
 from safelora_fast.evaluation.secrets import redact_error, redact_logs, remember
+from safelora_fast.printable import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,7 +189,7 @@ class Endpoint:
         """Say something once. Inspect shows no log here, and minutes without a word look like a program that hangs."""
         if words not in self._told and not self._quiet:
             self._told.add(words)
-            print(f"warning: {words}", file=sys.stderr, flush=True)
+            print(f"warning: {one_line(words)}", file=sys.stderr, flush=True)
 
     async def _once(self, prompt: str, config: GenerateConfig) -> Reply:
         redact_logs()

@@ -15,6 +15,7 @@ from safelora_fast.evaluation.folder import EvaluationFolder
 from safelora_fast.evaluation.judges import check_judge, find_judge
 from safelora_fast.evaluation.prompts import ASPECTS, judge_prompt
 from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
+from safelora_fast.printable import one_line
 from safelora_fast.recipe.stamps import text_digest
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class JudgedMeasure(OfTheRun):
                 bench.judge_gone = str(error)
                 raise
             if warning is not None:
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+                print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
 
         folder = EvaluationFolder(folder_of(self, place, bench))
         collect_answers(
