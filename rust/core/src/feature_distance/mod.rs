@@ -11,19 +11,13 @@
 // once, and indices keep lanes in step.
 #![allow(clippy::inline_always, clippy::wildcard_imports, clippy::needless_range_loop)]
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 mod backward;
 mod element;
 mod formula;
 mod forward;
 mod rows;
-mod scalar;
 mod sequences;
 mod states;
-mod wide;
 
 pub use backward::{Gradient, backward};
 pub use formula::{Factor, Normalize};

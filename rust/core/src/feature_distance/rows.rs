@@ -1,8 +1,8 @@
-//! The micro kernels, written once over [`Wide`] and compiled for every level.
+//! The micro kernels, written once over [`Simd`] and compiled for every level.
 
 use super::element::Element;
 use super::formula::{Factor, Sums};
-use super::wide::Wide;
+use crate::kernels::Simd;
 use crate::kernels::{GROUP, LANES, Scalar, prefetch};
 
 /// Elements that are summed in lanes before the lanes are added up: both tensors' stay in L1 for a level that takes the
@@ -15,7 +15,7 @@ const AHEAD: usize = 1 << 12;
 ///
 /// # Safety
 /// Of every function: the CPU has the level's instructions.
-pub(super) trait Rows: Wide {
+pub(super) trait Rows: Simd {
     /// The sums of one token; both slices hold as many elements.
     unsafe fn reduce<E: Element>(features: &[u8], reference: &[u8]) -> Sums;
 
@@ -41,7 +41,7 @@ impl Padded {
 }
 
 #[inline(always)]
-unsafe fn reduce<S: Wide, E: Element>(features: &[u8], reference: &[u8]) -> Sums {
+unsafe fn reduce<S: Simd, E: Element>(features: &[u8], reference: &[u8]) -> Sums {
     let size = E::DTYPE.size();
     let mut sums = Sums::default();
     for (features, reference) in features.chunks(STRETCH * size).zip(reference.chunks(STRETCH * size)) {
@@ -73,7 +73,7 @@ unsafe fn reduce<S: Wide, E: Element>(features: &[u8], reference: &[u8]) -> Sums
 
 /// Adds one part of the lanes of some groups to the sums.
 #[inline(always)]
-unsafe fn add<S: Wide, E: Element>(
+unsafe fn add<S: Simd, E: Element>(
     features: *const u8,
     reference: *const u8,
     groups: usize,
@@ -110,7 +110,7 @@ fn prefetch_group<E: Element>(pointer: *const u8) {
 }
 
 #[inline(always)]
-unsafe fn differentiate<S: Wide, E: Element, const STREAM: bool>(
+unsafe fn differentiate<S: Simd, E: Element, const STREAM: bool>(
     features: &[u8],
     reference: &[u8],
     factor: Factor,
@@ -136,14 +136,14 @@ unsafe fn differentiate<S: Wide, E: Element, const STREAM: bool>(
 }
 
 /// A token's factors in every lane.
-struct Constants<S: Wide> {
+struct Constants<S: Simd> {
     /// −share and what is left of it: so small an error that d − share·h is right where it cancels.
     share: [S::Register; 2],
     /// Two numbers whose product is the scale: neither leaves the range of f32 where the result does not.
     scale: [S::Register; 2],
 }
 
-impl<S: Wide> Constants<S> {
+impl<S: Simd> Constants<S> {
     #[inline(always)]
     unsafe fn new(factor: Factor) -> Self {
         let share = -factor.share as f32;

@@ -13,63 +13,90 @@ const ODD: [i32; 16] = [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 3
 const LOW: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
 const HIGH: [i32; 16] = [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31];
 
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+fn permute(a: __m512, b: __m512, lanes: &[i32; 16]) -> __m512 {
+    // SAFETY: `lanes` holds one register.
+    let lanes = unsafe { _mm512_loadu_epi32(lanes.as_ptr()) };
+    _mm512_permutex2var_ps(a, lanes, b)
+}
+
 /// # Safety
-/// The CPU has AVX-512 F.
-#[inline(always)]
-unsafe fn permute(a: __m512, b: __m512, lanes: &[i32; 16]) -> __m512 {
-    // SAFETY: the caller vouches for the CPU; `lanes` holds one register.
-    unsafe { _mm512_permutex2var_ps(a, _mm512_loadu_epi32(lanes.as_ptr()), b) }
+/// The CPU has AVX-512 F, and 64 bytes at `pointer` may be written; with `STREAM` it is aligned to them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+unsafe fn put<const STREAM: bool>(pointer: *mut u8, value: __m512i) {
+    // SAFETY: the caller vouches for the pointer; every trait function that streams leaves the fence to the caller.
+    unsafe {
+        if STREAM { _mm512_stream_si512(pointer.cast(), value) } else { _mm512_storeu_si512(pointer.cast(), value) }
+    }
+}
+
+/// Each lane's bfloat16 in its upper half, with anything below.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+fn round_bf16(value: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(value);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+    _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
 }
 
 impl Simd for Avx512 {
     type Register = __m512;
+    type Wide = [__m512d; 2];
     const WIDTH: usize = 16;
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn zero() -> __m512 {
-        // SAFETY: the caller vouches for the CPU.
-        unsafe { _mm512_setzero_ps() }
+        _mm512_setzero_ps()
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn load(pointer: *const f32) -> __m512 {
-        // SAFETY: the caller vouches for the CPU and the pointer.
+        // SAFETY: the caller vouches for the pointer.
         unsafe { _mm512_load_ps(pointer) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn store(pointer: *mut f32, value: __m512) {
-        // SAFETY: the caller vouches for the CPU and the pointer.
+        // SAFETY: the caller vouches for the pointer.
         unsafe { _mm512_store_ps(pointer, value) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn splat(pointer: *const f32) -> __m512 {
-        // SAFETY: the caller vouches for the CPU and the pointer.
+        // SAFETY: the caller vouches for the pointer.
         unsafe { _mm512_set1_ps(*pointer) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the caller vouches for the CPU.
-        unsafe { _mm512_add_ps(a, b) }
+        _mm512_add_ps(a, b)
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn subtract(a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the caller vouches for the CPU.
-        unsafe { _mm512_sub_ps(a, b) }
+        _mm512_sub_ps(a, b)
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn multiply_add(a: __m512, b: __m512, c: __m512) -> __m512 {
-        // SAFETY: the caller vouches for the CPU.
-        unsafe { _mm512_fmadd_ps(a, b, c) }
+        _mm512_fmadd_ps(a, b, c)
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn split_f32(pointer: *const u8) -> [__m512; 2] {
-        // SAFETY: the caller vouches for the CPU and for 32 values at the pointer.
+        // SAFETY: the caller vouches for 32 values at the pointer.
         unsafe {
             let low = _mm512_loadu_ps(pointer.cast());
             let high = _mm512_loadu_ps(pointer.add(64).cast());
@@ -77,9 +104,10 @@ impl Simd for Avx512 {
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn split_bf16(pointer: *const u8) -> [__m512; 2] {
-        // SAFETY: the caller vouches for the CPU and for 32 values at the pointer.
+        // SAFETY: the caller vouches for 32 values at the pointer.
         unsafe {
             let pairs = _mm512_loadu_si512(pointer.cast());
             let even = _mm512_slli_epi32::<16>(pairs);
@@ -88,9 +116,10 @@ impl Simd for Avx512 {
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn split_f16(pointer: *const u8) -> [__m512; 2] {
-        // SAFETY: the caller vouches for the CPU and for 32 values at the pointer.
+        // SAFETY: the caller vouches for 32 values at the pointer.
         unsafe {
             let low = _mm512_cvtph_ps(_mm256_loadu_si256(pointer.cast()));
             let high = _mm512_cvtph_ps(_mm256_loadu_si256(pointer.add(32).cast()));
@@ -98,21 +127,110 @@ impl Simd for Avx512 {
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn join([even, odd]: [__m512; 2]) -> [__m512; 2] {
-        // SAFETY: the caller vouches for the CPU.
-        unsafe { [permute(even, odd, &LOW), permute(even, odd, &HIGH)] }
+        [permute(even, odd, &LOW), permute(even, odd, &HIGH)]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn sums(values: [__m512; 4]) -> [f32; 4] {
-        // SAFETY: the caller vouches for the CPU, and AVX-512 implies AVX.
-        unsafe {
-            let mut halves = [_mm256_setzero_ps(); 4];
-            for (half, value) in halves.iter_mut().zip(values) {
-                *half = _mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value));
-            }
-            super::avx2::sums(halves)
+        let mut halves = [_mm256_setzero_ps(); 4];
+        for (half, value) in halves.iter_mut().zip(values) {
+            *half = _mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value));
         }
+        super::avx2::sums(halves)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn wide_zero() -> [__m512d; 2] {
+        [_mm512_setzero_pd(); 2]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn widen(value: __m512) -> [__m512d; 2] {
+        [_mm512_cvtps_pd(_mm512_castps512_ps256(value)), _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(value))]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn wide_multiply_add(a: [__m512d; 2], b: [__m512d; 2], c: [__m512d; 2]) -> [__m512d; 2] {
+        [_mm512_fmadd_pd(a[0], b[0], c[0]), _mm512_fmadd_pd(a[1], b[1], c[1])]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn wide_add(a: [__m512d; 2], b: [__m512d; 2]) -> [__m512d; 2] {
+        [_mm512_add_pd(a[0], b[0]), _mm512_add_pd(a[1], b[1])]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn wide_sum([low, high]: [__m512d; 2]) -> f64 {
+        let value = _mm512_add_pd(low, high);
+        super::avx2::sum(_mm256_add_pd(_mm512_castpd512_pd256(value), _mm512_extractf64x4_pd::<1>(value)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn multiply(a: __m512, b: __m512) -> __m512 {
+        _mm512_mul_ps(a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn load_f32(pointer: *const u8, _: usize) -> [__m512; 2] {
+        // SAFETY: the caller vouches for 32 values at the pointer.
+        unsafe { [_mm512_loadu_ps(pointer.cast()), _mm512_loadu_ps(pointer.add(64).cast())] }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn load_f16(pointer: *const u8, _: usize) -> [__m512; 2] {
+        // SAFETY: the caller vouches for 32 values at the pointer.
+        unsafe {
+            let low = _mm512_cvtph_ps(_mm256_loadu_si256(pointer.cast()));
+            [low, _mm512_cvtph_ps(_mm256_loadu_si256(pointer.add(32).cast()))]
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, _: usize, [low, high]: [__m512; 2]) {
+        // SAFETY: the caller vouches for the pointer.
+        unsafe {
+            put::<STREAM>(pointer, _mm512_castps_si512(low));
+            put::<STREAM>(pointer.add(64), _mm512_castps_si512(high));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, _: usize, [low, high]: [__m512; 2]) {
+        // SAFETY: the caller vouches for the pointer.
+        unsafe {
+            let low = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low);
+            let high = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high);
+            put::<STREAM>(pointer, _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, _: usize, [even, odd]: [__m512; 2]) {
+        // SAFETY: the caller vouches for the pointer.
+        unsafe {
+            let even = _mm512_srli_epi32::<16>(round_bf16(even));
+            put::<STREAM>(pointer, _mm512_mask_blend_epi16(0xaaaa_aaaa, even, round_bf16(odd)));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    unsafe fn fence() {
+        _mm_sfence();
     }
 }

@@ -1,4 +1,4 @@
-//! The handful of vector operations that the micro kernels are written in.
+//! The vector operations that the micro kernels are written in.
 //!
 //! Columns are handled in groups of 32. A staged group is *split*: its even columns fill one vector of 16 lanes and its
 //! odd columns the next, which is how a pair of bfloat16 leaves a 32-bit lane. Every level and every dtype uses this
@@ -26,6 +26,8 @@ impl Line {
 pub(crate) trait Simd: Copy + 'static {
     /// `WIDTH` lanes of f32.
     type Register: Copy;
+    /// `WIDTH` lanes of f64.
+    type Wide: Copy;
     /// 8 or 16.
     const WIDTH: usize;
 
@@ -50,6 +52,27 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn join(split: [Self::Register; 2]) -> [Self::Register; 2];
     /// The sum over the lanes of each of four registers: lane l plus lane l + 8 (where there are 16), then l + 4, l + 2, l + 1.
     unsafe fn sums(values: [Self::Register; 4]) -> [f32; 4];
+
+    unsafe fn wide_zero() -> Self::Wide;
+    unsafe fn widen(value: Self::Register) -> Self::Wide;
+    /// `a·b + c` of widened a and b, whose product is exact: it is rounded once, fused or not.
+    unsafe fn wide_multiply_add(a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide;
+    unsafe fn wide_add(a: Self::Wide, b: Self::Wide) -> Self::Wide;
+    /// The sum over the lanes, in the order of `sums`: lane l plus lane l + 8 (where there are 16), then l + 4, l + 2, l + 1.
+    unsafe fn wide_sum(value: Self::Wide) -> f64;
+    unsafe fn multiply(a: Self::Register, b: Self::Register) -> Self::Register;
+    /// The lanes of a part (`WIDTH` of 16) of the first and of the second half of 32 unaligned values.
+    unsafe fn load_f32(group: *const u8, part: usize) -> [Self::Register; 2];
+    /// The same of binary16.
+    unsafe fn load_f16(group: *const u8, part: usize) -> [Self::Register; 2];
+    /// Undoes `load_f32`. With `STREAM` the values go past the caches, to a group that is aligned to 64 bytes.
+    unsafe fn store_f32<const STREAM: bool>(group: *mut u8, part: usize, halves: [Self::Register; 2]);
+    /// Undoes `load_f16`, rounding to nearest even; streams as `store_f32` does.
+    unsafe fn store_f16<const STREAM: bool>(group: *mut u8, part: usize, halves: [Self::Register; 2]);
+    /// Undoes `split_bf16` of the part's pairs, rounding to nearest even; streams as `store_f32` does.
+    unsafe fn store_bf16<const STREAM: bool>(group: *mut u8, part: usize, split: [Self::Register; 2]);
+    /// Orders what was stored with `STREAM` before all later stores.
+    unsafe fn fence();
 }
 
 /// Asks for a cache line to be brought into L2; any address will do.
