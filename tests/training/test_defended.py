@@ -178,6 +178,21 @@ def test_dropout_stays_on_in_the_student_and_off_in_the_reference():
             assert defended.loss(batch).item() == pytest.approx(task, rel=tolerance)
 
 
+def test_noise_on_the_embeddings_is_the_students_alone():
+    """As NEFTune's, by the same kind of hook, but the same every time."""
+    batch = collate(rows(LENGTHS))
+    model = tiny_peft_model().train()
+    with defend(model, [KL(1.0)]) as defended:
+        defended.loss(batch)
+        quiet = defended.metrics()["defense/kl"]
+    model.get_input_embeddings().register_forward_hook(lambda m, _a, out: out + 0.2 if m.training else out)
+    _, divergence, _ = plain_loss(model, batch, kl=1.0, distance=0.0)
+    with defend(model, [KL(1.0)]) as defended:
+        defended.loss(batch)
+        assert defended.metrics()["defense/kl"] == pytest.approx(divergence.item(), rel=1e-4)
+    assert abs(divergence.item() - quiet) > 0.05 * quiet
+
+
 def state_of(model):
     return (
         {name: module.training for name, module in model.named_modules()},

@@ -100,7 +100,7 @@ class ReferencePass:
         Outputs that transformers 4.57 records by patching modules are not asked for: it would leave the patches there.
         """
         model = self.anatomy.model
-        args, kwargs = (call.args, call.kwargs) if self._own else ((), self._named(call))
+        args, kwargs = (call.args, call.kwargs) if type(model) is type(self._student) else ((), self._named(call))
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
         handle = self.anatomy.decoder.register_forward_hook(_leave)
         try:
@@ -138,7 +138,7 @@ class ReferencePass:
         return next(self.anatomy.decoder.parameters()).device
 
     def _cuda_devices(self) -> list[int]:
-        devices = {parameter.device for parameter in self.anatomy.decoder.parameters()}
+        devices = {parameter.device for parameter in self.anatomy.model.parameters()}
         return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
