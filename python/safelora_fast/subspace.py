@@ -29,6 +29,7 @@ from safelora_fast.json_reading import (
 from safelora_fast.posthoc.names import NameIndex
 from safelora_fast.posthoc.output import whole_file
 from safelora_fast.posthoc.provenance import check_source
+from safelora_fast.python_calls import bar_on_a_terminal
 
 if TYPE_CHECKING:
     import os
@@ -122,7 +123,7 @@ class SafeSubspace:
         seed: int = 0,
         threads: int | None = None,
         device: str | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> SafeSubspace:
         """Build from two checkpoints by a randomised block Krylov iteration (Halko et al. 2011, arXiv 0909.4061).
 
@@ -149,7 +150,7 @@ class SafeSubspace:
             threads: number of threads; all cores by default. With a device, of those that read.
             device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations by torch; None: the CPU, by
                 the extension.
-            progress: told about every module.
+            progress: told about every module; None shows a bar where standard error is a terminal, False nothing.
 
         Raises:
             CheckpointError: a checkpoint cannot be read, is quantised, or holds NaN or Inf.
@@ -160,18 +161,19 @@ class SafeSubspace:
         """
         from safelora_fast.subspace_build import build_subspace
 
-        return build_subspace(
-            aligned,
-            base,
-            modules=modules,
-            rank=rank,
-            energy=energy,
-            exclude=exclude,
-            seed=seed,
-            threads=threads,
-            device=device,
-            progress=progress,
-        )
+        with bar_on_a_terminal(progress) as told:
+            return build_subspace(
+                aligned,
+                base,
+                modules=modules,
+                rank=rank,
+                energy=energy,
+                exclude=exclude,
+                seed=seed,
+                threads=threads,
+                device=device,
+                progress=told,
+            )
 
     @classmethod
     def from_sources(cls, *, aligned: str | Path, base: str | Path) -> SafeSubspace:

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from safelora_fast.printable import one_line
+from safelora_fast.python_calls import reports
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -24,11 +25,14 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 def main() -> NoReturn:
     """Run the command line: one line and exit code 2 for bad input, 130 for Ctrl-C, 143 when told to end; no traceback."""
+    reports.disabled = True  # commands print warnings themselves
     try:
         _open_closed_streams()
         code = _run()
     except KeyboardInterrupt:  # while modules are still being imported, too
         code = INTERRUPTED
+    finally:
+        reports.disabled = False
     if code == INTERRUPTED:
         print("interrupted; no partial output is left", file=sys.stderr)
     raise SystemExit(code)

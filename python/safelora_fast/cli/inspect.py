@@ -62,7 +62,7 @@ def inspect(
             num_layers=num_layers,
             threads=threads,
             exclude=exclude,
-            progress=None if quiet or as_json else progress,
+            progress=False if quiet or as_json else progress,
         )
     if plot is not None:
         from safelora_fast.posthoc.plot import plot_report

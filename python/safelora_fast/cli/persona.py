@@ -102,7 +102,7 @@ def extract(
             template_args=read_arguments(template_args),
             overwrite=overwrite,
             regenerate=regenerate,
-            progress=None if quiet or as_json else progress,
+            progress=False if quiet or as_json else progress,
         )
     if as_json:
         typer.echo(json.dumps(vector.to_dict(), indent=2, ensure_ascii=False))

@@ -81,7 +81,7 @@ def project(
             exclude=exclude,
             strict=strict,
             overwrite=overwrite,
-            progress=None if quiet or as_json else progress,
+            progress=False if quiet or as_json else progress,
         )
     if plot is not None:
         from safelora_fast.posthoc.plot import plot_report

@@ -81,7 +81,7 @@ def build(
             seed=seed,
             threads=threads,
             device=device,
-            progress=None if quiet or as_json else progress,
+            progress=False if quiet or as_json else progress,
         )
     subspace.save(output)
     if as_json:

@@ -97,7 +97,7 @@ def _build_subspace(stages: Stages, aligned: Path, base: Path) -> Path:
         "train-subspace",
         "safe subspace: 64 directions of aligned − base in every module",
         {"rank": 64},
-        lambda folder: SafeSubspace.build(aligned=aligned, base=base, rank=64).save(folder / name),
+        lambda folder: SafeSubspace.build(aligned=aligned, base=base, rank=64, progress=False).save(folder / name),
     )
     return made / name
 

@@ -19,6 +19,7 @@ from safelora_fast.persona.separation import mean_difference, separations
 from safelora_fast.persona.trait import Trait, load_trait
 from safelora_fast.persona_vector import PersonaVector, Separation
 from safelora_fast.posthoc.output import check_file
+from safelora_fast.python_calls import bar_on_a_terminal
 from safelora_fast.recipe.results import versions
 from safelora_fast.recipe.sections import ModelSection
 
@@ -98,7 +99,7 @@ def extract_persona_vector(
     template_args: dict[str, Any] | None = None,
     overwrite: bool = False,
     regenerate: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> PersonaVector:
     """Extract the vector of a trait from a model's own answers (Chen et al. 2025, arXiv 2507.21509).
 
@@ -129,7 +130,7 @@ def extract_persona_vector(
         template_args: values of variables that the template reads, for a model that is loaded.
         overwrite: replace an output that exists.
         regenerate: forget responses of an earlier run.
-        progress: told how far it is.
+        progress: told how far it is; None shows a bar where standard error is a terminal, False nothing.
 
     Raises:
         SettingsError: trait, model and settings do not go together, e.g. a chat template without system turns.
@@ -155,7 +156,7 @@ def extract_persona_vector(
         )
     else:
         subject = Subject.of(model, tokenizer)
-    extraction = _Extraction(subject, trait, sampling, progress)
+    extraction = _Extraction(subject, trait, sampling)
     described = subject.describe()
     journal = None
     if target is not None:
@@ -163,7 +164,7 @@ def extract_persona_vector(
         journal = Journal.beside(target, {"model": subject.source, **decisive})
         if regenerate:
             journal.remove()
-    with _resumable(journal, extraction.requests):
+    with bar_on_a_terminal(progress) as extraction.progress, _resumable(journal, extraction.requests):
         kept, counts = keep(extraction.respond(journal), judge, threshold)
         vectors, separation = extraction.average(kept)
     provenance = {
@@ -210,11 +211,11 @@ def _resumable(journal: Journal | None, wanted: Sequence[Request]) -> Iterator[N
 class _Extraction:
     """The steps of one extraction."""
 
-    def __init__(self, subject: Subject, trait: Trait, sampling: Sampling, progress: Progress | None) -> None:
+    def __init__(self, subject: Subject, trait: Trait, sampling: Sampling) -> None:
         subject.anatomy.check_outputs(owner="persona vectors")
         self._subject = subject
         self._sampling = sampling
-        self._progress = progress
+        self.progress: Progress | None = None
         self.requests = requests(trait, sampling.samples)
         prompts = Prompts(subject.tokenizer, subject.source)
         self._prompts = {request.id: prompts.tokens(request) for request in self.requests}
@@ -253,8 +254,8 @@ class _Extraction:
                 if journal is not None:
                     journal.append(new)
                 known.update((response.request.id, response) for response in new)
-                if self._progress is not None:
-                    self._progress.advance(len(known))
+                if self.progress is not None:
+                    self.progress.advance(len(known))
 
     def _answer(self, batch: Sequence[Request]) -> list[Response]:
         from safelora_fast.persona.generation import generate
@@ -286,7 +287,7 @@ class _Extraction:
                 [response.tokens for response in responses],
                 batch_size=self._sampling.batch_size,
                 padding=self._subject.padding,
-                advance=lambda done: None if self._progress is None else self._progress.advance(done),
+                advance=lambda done: None if self.progress is None else self.progress.advance(done),
             )
         if not np.isfinite(means).all():
             block = int(np.flatnonzero(~np.isfinite(means).all(axis=(0, 2)))[0])
@@ -296,5 +297,5 @@ class _Extraction:
         return mean_difference(means, positive).astype(np.float32), separations(means, positive, halves)
 
     def _start(self, what: str, total: int, done: int) -> None:
-        if self._progress is not None:
-            self._progress.start(what, total, done)
+        if self.progress is not None:
+            self.progress.start(what, total, done)

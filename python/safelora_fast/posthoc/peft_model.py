@@ -13,6 +13,7 @@ from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.jobs import start_stream
 from safelora_fast.posthoc.project import project_folders
 from safelora_fast.posthoc.settings import Settings
+from safelora_fast.python_calls import bar_on_a_terminal, log_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -83,10 +84,12 @@ def project_peft_model(
         saved = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
         options = {"aligned": aligned, "base": base, **settings}
         with (
+            bar_on_a_terminal(settings.get("progress")) as options["progress"],
             naming_adapter(saved, adapter_name),
             projected_folder(saved, adapter_name, start=start, **options) as (report, projected),
         ):
             _load(model, projected, adapter_name, new_adapter_name)
+    log_warnings(report.warnings)
     return report
 
 

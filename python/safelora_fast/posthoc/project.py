@@ -29,6 +29,7 @@ from safelora_fast.posthoc.shown_models import published
 from safelora_fast.posthoc.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
 from safelora_fast.posthoc.weight_norms import weight_norm
 from safelora_fast.posthoc.writer import AdapterWriter
+from safelora_fast.python_calls import bar_on_a_terminal, log_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,7 @@ def project_adapter(
     exclude: str | Sequence[str] | None = None,
     strict: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> ProjectionReport:
     """Project one or several PEFT adapters with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) and write the results.
 
@@ -90,7 +91,7 @@ def project_adapter(
         exclude: names or patterns ("lm_head", "layers.0.*") of modules that stay as they are; the report names them.
         strict: refuse adapters with trained tensors that are not LoRA factors (modules_to_save, biases, embeddings, norms).
         overwrite: replace an output folder that exists.
-        progress: told about every module.
+        progress: told about every module; None shows a bar where standard error is a terminal, False nothing.
 
     Returns:
         What was done, as it is also written to `safelora_report.json`.
@@ -100,9 +101,12 @@ def project_adapter(
     """
     chosen_settings = (operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude, strict)
     settings = Settings(*chosen_settings)  # type: ignore[arg-type]
-    return project_folders(
-        adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=progress
-    )
+    with bar_on_a_terminal(progress) as told:
+        report = project_folders(
+            adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=told
+        )
+    log_warnings(report.warnings)
+    return report
 
 
 def project_folders(

@@ -105,7 +105,7 @@ class Subspaces:
             return SafeSubspace({}, {role: {"path": source[role]} for role in ("aligned", "base")})
         if not vectors:
             return SafeSubspace.from_sources(aligned=source["aligned"], base=source["base"])
-        return SafeSubspace.build(**source, progress=self._progress)
+        return SafeSubspace.build(**source, progress=self._progress or False)
 
 
 def defense_classes() -> dict[str, type[Defense]]:

@@ -16,6 +16,7 @@ from safelora_fast.data.chat import has_template
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.json_reading import OBJECT, TEXT, check_fields, read_json
 from safelora_fast.posthoc.output import alone, check_file, whole_file
+from safelora_fast.python_calls import bar_on_a_terminal, log_warnings
 from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
 from safelora_fast.recipe.tokens import Encoder, Example
@@ -54,7 +55,7 @@ def select_by_perplexity_gap(
     max_length: int = 2048,
     tokens_per_batch: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Selection:
     """Choose safe rows to interleave (Kaczér et al., arXiv 2508.06249, Interleaving+; without refusals, Interleaving++).
 
@@ -80,7 +81,7 @@ def select_by_perplexity_gap(
         max_length: rows of more tokens are skipped and counted.
         tokens_per_batch: the most tokens of a batch, padding included; in float32 the result depends on it by rounding only.
         overwrite: replace an output.
-        progress: told the rows that are done, and all.
+        progress: told the rows that are done, and all; None shows a bar where standard error is a terminal, False nothing.
 
     Raises:
         DataError: a candidate is not as it must be (with file and line), or no row has a score.
@@ -112,7 +113,8 @@ def select_by_perplexity_gap(
         _check_rows(journal, rows)
         if tokens_per_batch is None:
             tokens_per_batch = TOKENS_PER_BATCH["cpu" if next(model.parameters()).device.type == "cpu" else "other"]
-        work.score(journal, model, used, tokens_per_batch, progress)
+        with bar_on_a_terminal(progress) as told:
+            work.score(journal, model, used, tokens_per_batch, told)
         likelihoods = {index: entry.nll for index, entry in sorted(journal.entries.items()) if index in work.wanted}
         skipped = _skipped(journal, rows, work.wanted)
     scored = np.array([index for index, nll in likelihoods.items() if nll], dtype=np.int64)
@@ -137,6 +139,7 @@ def select_by_perplexity_gap(
         warnings=tuple(_warnings(adapters, hold_out, len(scored), top)),
     )
     _write(target, rows, selection, scores[best], nll[best])
+    log_warnings(selection.warnings)
     return selection
 
 
