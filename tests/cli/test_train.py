@@ -174,6 +174,22 @@ def test_resume_refuses_what_has_changed(tiny, call, interrupted):
     assert len(result.err.splitlines()) == 1
 
 
+def test_resume_refuses_other_bytes_under_the_same_names(tiny, call, interrupted):
+    """Half of a run on one model and half on another is a run on neither."""
+    interrupted(tiny)
+    file = tiny.model / "generation_config.json"
+    before = file.read_text()
+    file.write_text(before + " ")
+    try:
+        result = call(*tiny.words("--resume"))
+    finally:
+        file.write_text(before)
+    assert result.code == 2
+    assert "the input has changed: model.model_sha256 was" in result.err
+    assert len(result.err.splitlines()) == 1
+    assert call(*tiny.words("--resume")).code == 0
+
+
 @pytest.mark.parametrize("projected", [False, True])
 def test_resume_from_the_last_step_within_an_epoch(tiny, call, monkeypatch, tmp_path, projected):
     """All steps are made and only the output is missing: nothing more may be trained, and the end is not forgotten."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from safelora_fast.recipe import stamps
-from safelora_fast.recipe.stamps import model_commit, subject_stamp
+from safelora_fast.recipe.stamps import model_commit, recipe_stamp, subject_stamp
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,28 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
         (cache / "refs" / "main").write_text(commit)
         assert subject_stamp("org/name")["model_commit"] == commit
     assert model_commit("org/another") is None
+
+
+def test_what_a_training_reads_is_noticed(model, tmp_path):
+    """Files and checkpoints that defenses and monitors name, the pairs of the margin, the template, and the model."""
+    pair = {name: tmp_path / name for name in ("aligned", "base")}
+    for folder in pair.values():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+    for name in ("vector.safetensors", "pairs.jsonl", "t.jinja"):
+        (tmp_path / name).write_text(name)
+    safelora = {"subspace": {name: str(folder) for name, folder in pair.items()}, "select": "all"}
+    recipe = SimpleNamespace(
+        model=SimpleNamespace(path=str(model), chat_template=str(tmp_path / "t.jinja")),
+        margin=SimpleNamespace(pairs=str(tmp_path / "pairs.jsonl")),
+        defenses=(SimpleNamespace(name="safelora", settings=safelora),),
+        monitors=(SimpleNamespace(name="evil", settings={"vector": str(tmp_path / "vector.safetensors"), "layer": 1}),),
+    )
+    before = recipe_stamp(recipe)
+    keys = {"model", "margin.pairs", "monitors.evil.vector", *(f"defenses.safelora.subspace.{name}" for name in pair)}
+    assert before.keys() == keys
+    for name in ("vector.safetensors", "pairs.jsonl", "t.jinja", "base/model.safetensors", "aligned/model.safetensors"):
+        (tmp_path / name).write_text("WEIGHTS")
+        after = recipe_stamp(recipe)
+        assert sum(after[key] != before[key] for key in keys) == 1, name
+        before = after

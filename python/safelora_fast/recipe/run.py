@@ -27,6 +27,7 @@ from safelora_fast.recipe.memory import peak_bytes
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.plan import free_space
 from safelora_fast.recipe.results import summarise, versions
+from safelora_fast.recipe.stamps import recipe_stamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +72,7 @@ def _train(
         folder.check(resume=resume, overwrite=not resume, nbytes=prepared.plan.disk_bytes)
         if resume and folder.read_record():
             folder.compare(record["data"], "data")
+            folder.compare(record["input"], "input")
     from safelora_fast.recipe.callbacks import Reporter, Sealer, Stopwatch
     from safelora_fast.recipe.stopping import Stopper
 
@@ -122,6 +124,7 @@ def _record(prepared: Prepared) -> dict[str, Any]:
     return {
         "recipe": recipe.resolved(),
         "data": data,
+        "input": recipe_stamp(recipe),
         "commit": prepared.commit,
         "plan": plan.to_dict(),
         "defenses": {

@@ -26,6 +26,8 @@ from safelora_fast.recipe.digests import digest, remembered
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from safelora_fast.recipe.recipe import Recipe
+
 TOKENIZER = (
     "tokenizer*", "*chat_template*", "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json", "vocab*",
     "merges.txt", "*.model", "*.tiktoken", "tekken.json",
@@ -33,6 +35,7 @@ TOKENIZER = (
 MODEL = ("config.json", "generation_config.json", "*.py", *TOKENIZER)
 ADAPTER = (CONFIG, *TOKENIZER)
 KINDS = ("*.safetensors", "*.bin")  # of weights; transformers takes the first that there is
+CHECKPOINTS = (".aligned", ".base")  # settings that may name one of the Hub
 ADAPTER_WEIGHTS = (WEIGHTS, "adapter_model.bin")  # PEFT likewise
 
 
@@ -60,6 +63,32 @@ def subject_stamp(model: str, adapter: Path | None = None, chat_template: str | 
     }
 
 
+def recipe_stamp(recipe: Recipe) -> dict[str, Any]:
+    """Digests of what a training reads beside its rows: the model, the template, and the files and checkpoints of defenses.
+
+    Returns:
+        `model`, see :func:`subject_stamp`, and for every setting that names a file or a checkpoint its digest or commit.
+
+    Raises:
+        DataError: a small file cannot be read.
+        CheckpointError: a checkpoint cannot be read.
+    """
+    named: dict[str, Any] = {} if recipe.margin is None else {"margin.pairs": recipe.margin.pairs}
+    for section, specs in (("defenses", recipe.defenses), ("monitors", recipe.monitors)):
+        for spec in specs:
+            for key, value in spec.settings.items():
+                inner = value if isinstance(value, dict) else {"": value}
+                named |= {".".join(filter(None, (section, spec.name, key, name))): one for name, one in inner.items()}
+    found: dict[str, Any] = {}
+    for key, value in named.items():
+        if isinstance(value, str):
+            known = checkpoint_digest(value)
+            hub = known is None and key.endswith(CHECKPOINTS)
+            found[key] = model_commit(value) if hub else known
+    model = subject_stamp(recipe.model.path, None, recipe.model.chat_template)
+    return {"model": model, **{key: value for key, value in found.items() if value is not None}}
+
+
 def model_digest(model: str) -> str | None:
     """Of a model's weights, its code, and all that makes its tokens; None for a model of the Hub."""
     folder = model_folder(Path(model).expanduser())
@@ -85,7 +114,10 @@ def _commit(repository: str, revision: str | None) -> str | None:
 def checkpoint_digest(checkpoint: str) -> str | None:
     """Of the weights of a checkpoint: a folder, a file, or the index of several; None for one of the Hub."""
     path = Path(checkpoint).expanduser()
-    if not path.exists():
+    try:
+        if not path.exists():
+            return None
+    except OSError:  # no name of a file
         return None
     folder = path.parent if path.suffix == ".json" else path
     return _of(_weights(folder) if folder.is_dir() else [_weight(path)])
