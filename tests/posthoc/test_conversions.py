@@ -146,14 +146,24 @@ def test_the_table_is_left_alone_where_it_says_nothing(tmp_path, monkeypatch, co
 
 
 @pytest.mark.parametrize(
-    "setting", [{"hidden_size": "wide"}, {"num_hidden_layers": 10**7}, {"vocab_size": 10**12}], ids=str
+    "setting",
+    [{"hidden_size": "wide"}, {"num_hidden_layers": 10**7}, {"vocab_size": 10**12}, {"architectures": None}],
+    ids=str,
 )
-def test_a_configuration_that_transformers_cannot_read(tmp_path, setting):
-    save(made("exaone", 1), tmp_path / "model")
+@pytest.mark.parametrize("model_type", ["exaone", "mixtral"])
+def test_a_configuration_that_makes_no_model(tmp_path, model_type, setting):
+    """The table's entry for the type of model is enough for names."""
+    save(made(model_type, 1), tmp_path / "model")
+    model = type(made(model_type, 1)).from_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **setting}))
-    names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
-    with pytest.raises(
-        PairingError, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight; the nearest are"
-    ):
-        names.weight("model.layers.0.self_attn.q_proj")
+    checkpoint = open_checkpoint(tmp_path / "model", role="base")
+    assert conversions._without_weights(checkpoint) is None
+    names = TensorNames(checkpoint, "base")
+    for name, weight, embedding in linears(model):
+        assert torch.equal(
+            read(matrix_of(names, names.weight(name), name, tuple(weight.shape), embedding=embedding)), weight
+        )
+    table = conversions.conversions(checkpoint)
+    for name, key, stacked in experts(model):
+        assert len(table[f"{name}.{key}"].matrices) == len(stacked)

@@ -7,7 +7,6 @@ no such table (before version 5), there are no conversions.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import re
 import warnings
@@ -21,7 +20,7 @@ from safelora_fast.errors import PairingError
 from safelora_fast.posthoc.names import NameIndex, Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from safelora_fast.posthoc.sources import Checkpoint
 
@@ -89,37 +88,34 @@ class LoadedNames:
 def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
     """For tensors of the loaded model, where they lie on disk; empty where transformers does not tell.
 
-    The model is that of the class that the checkpoint's config.json names, and is made without weights.
+    The model is that of the class that the checkpoint's config.json names, and is made without weights. Where it cannot be
+    made, the entry of its type in the table serves alone.
     """
-    config: Any = checkpoint.config or {}
-    if not isinstance(config.get("model_type"), str) or not config.get("architectures") or _boundless(checkpoint):
+    model_type = (checkpoint.config or {}).get("model_type")
+    if not isinstance(model_type, str):
         return {}
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError:
         return {}
-    try:
-        with _quietly():
-            model = _without_weights(config)
-            transforms = get_model_conversion_mapping(model)
-    except Exception:  # whatever a configuration that does not fit the installed transformers provokes
-        return {}
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    model = _without_weights(checkpoint)
+    transforms = get_checkpoint_conversion_mapping(model_type) if model is None else get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms or [] if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms or [] if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
+    state, prefix = (None, None) if model is None else (model.state_dict(), model.base_model_prefix)
     found: dict[str, Converted] = {}
     gathered: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(checkpoint.names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if key not in state and name in state:
+        if state is not None and key not in state and name in state:
             key, pattern = name, None
-        if key in state and pattern is None:
+        if pattern is None:
             found[key] = Converted(((Piece(name),),))
-        elif key in state:
+        else:
             gathered[key][pattern].append(name)
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in (state or {}).items()}
     for key, sources in gathered.items():
         found.update(_converted(key, sources, by_pattern[next(iter(sources))], shapes))
     for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -150,25 +146,23 @@ def _boundless(checkpoint: Checkpoint) -> bool:
     return any(size > limit and kind.search(key) for key, size in sizes for kind, limit in most.items())
 
 
-def _without_weights(config: Mapping[str, Any]) -> Any:
+def _without_weights(checkpoint: Checkpoint) -> Any:
+    """The model of a checkpoint on the meta device; None where its configuration makes none."""
     import torch
     import transformers
 
-    settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    with torch.device("meta"):
-        return getattr(transformers, config["architectures"][0])(settings)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    import transformers
-
+    config: Any = checkpoint.config
+    if _boundless(checkpoint):
+        return None
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            yield
+            settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            return getattr(transformers, config["architectures"][0])(settings)
+    except Exception:  # whatever a configuration that does not fit the installed transformers provokes
+        return None
     finally:
         transformers.logging.set_verbosity(verbosity)
 
@@ -181,7 +175,7 @@ def _converted(
     names = [list(sources.get(pattern, [])) for pattern in converter.source_patterns]
     first, *others = converter.target_patterns
     targets = [key, *(key.replace(first, other, 1) for other in others)]
-    several = len(shapes[key]) == 3
+    several = len(shapes[key]) == 3 if key in shapes else operations[0][0] == "MergeModulelist"
     match operations:
         case [("MergeModulelist", 0)] | [("MergeModulelist", 0), ("Concatenate", 1)] if several:
             if len({len(each) for each in names}) == 1:
@@ -189,12 +183,12 @@ def _converted(
                 return {key: Converted(experts, of_experts=True)}
         case [("Concatenate", 0)] if not several and all(len(each) == 1 for each in names):
             return {key: Converted((tuple(Piece(each[0]) for each in names),))}
-        case [("Concatenate", 1)] if several and all(len(each) == 1 for each in names):
+        case [("Concatenate", 1)] if several and key in shapes and all(len(each) == 1 for each in names):
             experts = tuple(tuple(Piece(each[0], expert) for each in names) for expert in range(shapes[key][0]))
             return {key: Converted(experts, of_experts=True)}
-        case [("Chunk" | "Split", dim)] if dim == len(shapes[key]) - 2 and all(target in shapes for target in targets):
+        case [("Chunk" | "Split", dim)] if all(target in shapes for target in targets) and dim == len(shapes[key]) - 2:
             return _cut(names[0][0], targets, shapes)
-        case [("Transpose", None)] if not converter.operations[0].check_dims:
+        case [("Transpose", None)] if key in shapes and not converter.operations[0].check_dims:
             counts = range(shapes[key][0]) if several else [None]
             matrices = tuple((Piece(names[0][0], expert, transposed=True),) for expert in counts)
             return {key: Converted(matrices, of_experts=several)}
