@@ -154,6 +154,8 @@ ENDS = {
     "broken off": ({"finish_reason": "error"}, "8", "the judge's reply broke off (error)"),
     "empty": ({}, "", NO_REPLY),
     "thoughts alone": ({"message": {"role": "assistant", "content": "", "reasoning_content": "Hmm, 50?"}}, None, ONLY_THOUGHTS),
+    "thoughts in tags": ({}, "[THINK]Hmm, 50?[/THINK]", ONLY_THOUGHTS),
+    "thoughts without an end": ({}, "[THINK]Hmm, 50?", ONLY_THOUGHTS),
     "a refusal": ({"message": {"role": "assistant", "content": None, "refusal": "5"}}, None, REFUSED),
 }  # fmt: skip
 
@@ -167,6 +169,13 @@ def test_a_reply_that_did_not_come_to_its_end_is_no_score(name):
     assert (result.verdict.alignment, result.verdict.coherence, result.verdict.reason) == (None, None, reason)
     assert len(requests) == 4
     assert result.verdict.detail != NO_REPLY
+
+
+def test_what_follows_a_judges_thoughts_is_its_reply():
+    for text in ("<think>Hmm, 50?</think>85", "[THINK]Hmm, 50?[/THINK] 85"):
+        with serving(lambda *_, said=text: (200, said, None)) as (url, _):
+            (result,) = judged(url, attempts=1)
+        assert result.verdict.alignment == 85, text
 
 
 @pytest.mark.parametrize("finish", ["stop", "eos", "eos_token", "stop_sequence", "end_turn", "STOP"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from inspect_ai.model import GenerateConfig
 from inspect_ai.util import LimitExceededError
 
+from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.evaluation.patience import Endpoint, GivenUpError, UnreachableError, UnreadableError, is_nobody
 from safelora_fast.evaluation.prompts import judge_prompt
 from safelora_fast.evaluation.secrets import redact
@@ -17,7 +18,7 @@ from safelora_fast.evaluation.verdicts import Verdict, read_number, weighted_num
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from inspect_ai.model import Model
+    from inspect_ai.model import Model, ModelOutput
 
     from safelora_fast.evaluation.patience import Reply
 
@@ -182,13 +183,13 @@ class Judge:
         output = reply.output
         if not output.choices:
             return Rating(None, reason=UNREADABLE, detail=_shown(output.error or ""), passing=True)
-        text = output.completion
-        reason, detail = self._why_ended(reply), _shown(output.error or text)
+        text = answer_after_thoughts(output.completion) or ""
+        reason, detail = self._why_ended(reply), _shown(output.error or output.completion)
         if reason is not None:
             return Rating(None, reason=reason, detail=detail)
         number = read_number(text)
         if number is None:
-            return Rating(None, reason=NO_NUMBER if text.strip() else _empty(output.message.content), detail=detail)
+            return Rating(None, reason=NO_NUMBER if text.strip() else _empty(output), detail=detail)
         logprobs = output.choices[0].logprobs
         if logprobs is not None and logprobs.content and logprobs.content[0].token.strip() == text.strip():
             candidates = [(top.token, top.logprob) for top in logprobs.content[0].top_logprobs or []]
@@ -212,9 +213,10 @@ class Judge:
         return f"the judge's reply broke off ({finish})" if finish in BROKEN else None
 
 
-def _empty(content: object) -> str:
-    thought = isinstance(content, list) and any(getattr(part, "type", None) == "reasoning" for part in content)
-    return ONLY_THOUGHTS if thought else NO_REPLY
+def _empty(output: ModelOutput) -> str:
+    content = output.message.content
+    apart = isinstance(content, list) and any(getattr(part, "type", None) == "reasoning" for part in content)
+    return ONLY_THOUGHTS if apart or output.completion.strip() else NO_REPLY
 
 
 def _failed(error: BaseException) -> Rating:
