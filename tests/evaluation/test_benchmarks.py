@@ -10,11 +10,13 @@ import string
 import pytest
 import torch
 import yaml
+from byte_tokens import INST, byte_tokenizer
 from demo_model import save_tiny, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import fill_adapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from safelora_fast.data.chat import Chat
 from safelora_fast.errors import EvaluationError, OutputError, SettingsError, how_to_install
 from safelora_fast.evaluation.benchmarks import benchmark
 
@@ -326,3 +328,22 @@ def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
         with pytest.raises(EvaluationError, match="stop"):
             benchmark(str(folder), None, "own", tmp_path / strings, task_path=tmp_path / "tasks", strings=strings)
     assert seen == [sorted(words.convert_tokens_to_ids(["<eos>", "<user>"])), 1]
+
+
+@pytest.mark.parametrize(
+    "words", [byte_tokenizer(), byte_tokenizer(INST, bos="<s>", adds_bos=True), byte_tokenizer(bos="<s>", adds_bos=True)],
+    ids=["chatml", "inst and bos", "chatml and bos"],
+)  # fmt: skip
+def test_a_prompt_is_that_of_the_template(words):
+    """With no beginning of text before it that the template does not write, nor two."""
+    from safelora_fast.evaluation.harness import CountedModel
+    from safelora_fast.evaluation.loading import Subject
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **size))
+    turns = [{"role": "user", "content": "hello"}]
+    for chat in (True, False):
+        counted = CountedModel(Subject("model", model, words), 1, None, chat=chat)
+        text = counted.apply_chat_template(turns) if chat else "hello"
+        wanted = Chat(words).prompt(turns) if chat else words("hello")["input_ids"]
+        assert counted.tok_encode(text) == counted.tok_batch_encode([text])[0][0].tolist() == wanted

@@ -97,7 +97,7 @@ class Chat:
             self._refuse_lost(place, turns, text)
             spans = self._marks(place, turns, text, ids) if answers else []
         else:
-            spans = [self._span(place, turns, number, ids) for number in answers]
+            spans = [self._span(place, turns, number, text, ids) for number in answers]
         self._refuse_lost(place, turns, text)
         return ids, spans
 
@@ -151,10 +151,11 @@ class Chat:
         if missing is not None:
             raise DataError(f"{place}: the chat template leaves out what {named(turns, missing)} says")
 
-    def _span(self, place: str, turns: Turns, number: int, ids: list[int]) -> Span:
+    def _span(self, place: str, turns: Turns, number: int, text: str, ids: list[int]) -> Span:
         """From where the prompt for an answer ends to where the turns up to it end."""
         self._refuse_fault(place)
-        text, until = self._read(place, turns[: number + 1])
+        last = number == len(turns) - 1
+        text, until = (text, ids) if last else self._read(place, turns[: number + 1])
         if until != ids[: len(until)]:
             raise DataError(
                 f"{place}: the chat template writes answer {number + 1} differently once the conversation goes on, so its "

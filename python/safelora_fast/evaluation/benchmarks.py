@@ -247,7 +247,6 @@ def _run(
 ) -> BenchmarkReport:
     from torch import OutOfMemoryError
 
-    from safelora_fast.data.chat import answer_ends
     from safelora_fast.evaluation.harness import VERSION, CountedModel, Tasks, measure
     from safelora_fast.evaluation.loading import load_subject
 
@@ -260,9 +259,7 @@ def _run(
         if strings == "chat" and not has_template:
             raise SettingsError("the tokenizer has no chat template: run the tasks on text (--task-strings text)")
         chat = has_template if strings is None else strings == "chat"
-        if chat:  # the harness ends where these settings do
-            subject.model.generation_config.eos_token_id = answer_ends(subject.model, subject.tokenizer)
-        model = CountedModel(subject, run.batch_size, run.progress)
+        model = CountedModel(subject, run.batch_size, run.progress, chat=chat)
         failed = {} if failures is None else failures
         for name in missing:
             try:

@@ -18,6 +18,7 @@ from torch import OutOfMemoryError
 from tqdm import tqdm
 from transformers import LogitsProcessorList, set_seed
 
+from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import EvaluationError, SettingsError
 from safelora_fast.evaluation.benchmarks import TASK_FILES
 from safelora_fast.evaluation.generation import NAN_LOGITS, NanWatch
@@ -93,13 +94,19 @@ class CountedModel(HFLM):  # type: ignore[misc]
         subject: the model, with its adapter on it.
         batch_size: requests at a time.
         progress: what is told.
+        chat: whether prompts go through the chat template, which alone writes what stands before a text then. Answers end
+            where `evaluate` ends them.
     """
 
-    def __init__(self, subject: Subject, batch_size: int, progress: Progress | None) -> None:
+    def __init__(self, subject: Subject, batch_size: int, progress: Progress | None, *, chat: bool) -> None:
+        words = subject.tokenizer
+        if chat:
+            subject.model.generation_config.eos_token_id = answer_ends(subject.model, words)
         with silence():
             super().__init__(
-                pretrained=subject.model, tokenizer=subject.tokenizer, backend="causal", batch_size=batch_size
-            )
+                pretrained=subject.model, tokenizer=words, backend="causal", batch_size=batch_size,
+                add_bos_token=False if chat else None,
+            )  # fmt: skip
         self._progress = progress
         self._done = self._total = 0
         self.task = ""
