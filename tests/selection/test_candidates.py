@@ -69,7 +69,7 @@ def test_a_loop_looks_at_odd_rows_only(tmp_path, looked):
         '{"messages": [{"role": "user", "content": null}]}', '{"prompt": "a", "completion": null}',
         '{"prompt": [], "completion": []}', '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}',
         '{"messages": [{"role": "user", "content": "a"}], "prompt": "a", "completion": "b"}',
-        '{"messages": [{"role": "user", "content": "a"}], "prompt": null}',
+        '{"messages": [{"role": "user", "content": "a"}], "prompt": 5}',
         '{"messages": [{"role": "user", "content": "a"}], "tools": []}',
         '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}',
         '{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}',
