@@ -50,8 +50,10 @@ def configure(
         MissingDependencyError, OutputError: as :func:`safelora_fast.demo.run`.
     """
     from safelora_fast.comparison.config import load_config
+    from safelora_fast.recipe.signatures import check_packages
 
     check(source)
+    check_packages("demo --train")
     output = Path(output).absolute()
     console = Console(highlight=False)
     if configuration is None:
