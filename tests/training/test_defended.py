@@ -7,8 +7,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from closeness import assert_as_close_as_torch
 from plain_defences import feature_distance_sum, forward, kl_sum, reference_forward
-from tiny_models import adapter_weights, collate, furthest, pack, rows, tiny_model, tiny_peft_model
+from tiny_models import adapter_weights, collate, furthest, gradients, pack, rows, tiny_model, tiny_peft_model
 from train_runs import sgd
 
 from safelora_fast.defenses import KL, FeatureDistance
@@ -34,25 +35,20 @@ def plain_loss(model, batch, *, kl, distance, tokens="all"):
     return task, kl * kl_total / tokens_count, distance * distance_total / sequences
 
 
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize("make", [collate, pack], ids=["padded", "packed"])
 @pytest.mark.parametrize("tokens", ["all", "completion"])
 def test_loss_and_gradients_are_those_of_the_plain_formulas(make, tokens):
     batch = make(rows(LENGTHS))
     model = tiny_peft_model()
-    truth = tiny_peft_model().double()
-    parts = plain_loss(truth, batch, kl=3.0, distance=5.0, tokens=tokens)
-    sum(parts).backward()
+    exact, plain = tiny_peft_model().double(), tiny_peft_model()
+    losses = [sum(plain_loss(one, batch, kl=3.0, distance=5.0, tokens=tokens)) for one in (exact, plain)]
+    for plainly in losses:
+        plainly.backward()
     with defend(model, defences(tokens=tokens)) as defended:
         loss = defended.loss(batch)
         loss.backward()
-    assert loss.item() == pytest.approx(sum(parts).item(), rel=1e-5)
-    for name, gradient in gradients(model).items():
-        expected = dict(truth.named_parameters())[name].grad
-        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+    assert_as_close_as_torch(loss, *losses)
+    assert_as_close_as_torch(gradients(model), gradients(exact), gradients(plain))
 
 
 @pytest.mark.parametrize("defence", [KL(1.0), KL(1.0, direction="forward"), FeatureDistance(1.0, layers=3)], ids=repr)
