@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-FACTOR = 8  # chunks, fused kernels and scaled windows round a few times more often than one plain pass
+FACTOR = 4  # chunks, fused kernels and scaled windows round a few times more often than one plain pass
 LEAST = 4  # roundings of the dtype, where plain torch happens to be exact
 
 
