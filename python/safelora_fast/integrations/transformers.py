@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from safelora_fast.data.collate import TaggedCollator
 from safelora_fast.data.interleave import SAFE
 from safelora_fast.defenses.base import check_still_off, checked
 from safelora_fast.errors import SettingsError
+from safelora_fast.integrations.card import write_defenses
 from safelora_fast.integrations.sources import SourceLosses
 from safelora_fast.integrations.task_loss import label_weight, report, reports_figures, why_apart
 from safelora_fast.training.batch import read_spans, without_tags
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from safelora_fast.training.steps import OnNonFinite
     from safelora_fast.training.totals import Totals
 
+logger = logging.getLogger(__name__)
+
 
 class DefendedMixin:
     """Adds defences to a Trainer: put it first, `class MyDefendedTrainer(DefendedMixin, MyTrainer)`.
@@ -41,7 +45,8 @@ class DefendedMixin:
     SafeLora at the end projects the adapter when training has ended well, after the best model has been loaded where that
     was asked for and before other callbacks learn of the end: checkpoints saved while training, the best one among them,
     hold the adapter as it was trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()`
-    saves the projected one. An optimizer with modes (schedule-free) is in evaluation mode then.
+    saves the projected one. An optimizer with modes (schedule-free) is in evaluation mode then. The cards (README.md) of
+    saved folders name the defenses, and say whether the adapter beside them is projected.
 
     Where the rows trained on carry the tag of :func:`~safelora_fast.interleave`, defences may look at safe rows only, and
     with TRL the log has the loss of both sources, `loss/task` and `loss/safe`.
@@ -111,7 +116,7 @@ class DefendedMixin:
         Raises:
             TrainingError: a callback has changed a part of what SafeLora projected at the end.
         """
-        self._finished = None
+        self._finished = self.projection_report = None
         try:
             output = super().train(*args, **kwargs)  # type: ignore[misc]
             if self._defended is not None:
@@ -222,13 +227,23 @@ class DefendedMixin:
         return loss
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model as the trainer does.
+        """Save the model as the trainer does, and name the defenses in its card.
 
         Raises:
             TrainingError: the weights have changed since SafeLora projected them at the end.
         """
         self.check_projected()
         super().save_model(*args, **kwargs)  # type: ignore[misc]
+        self._write_defenses(args[0] if args else kwargs.get("output_dir"))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the trainer's own card, with the defenses."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        self._write_defenses(None)
+
+    def _write_defenses(self, folder: str | None) -> None:
+        if self.defenses and self.args.should_save:
+            write_defenses(folder or self.args.output_dir, self.defenses, self.projection_report)
 
     def check_projected(self) -> None:
         """Refuse weights that are not what SafeLora projected when training ended; does nothing before.
@@ -263,6 +278,18 @@ class DefendedMixin:
         self.projection_report = defended.finish()
         if self.projection_report is not None:
             self.log(defended.metrics())
+            if self.args.should_save and self.args.save_strategy != "no":
+                self.tell_of_checkpoints()
+
+    def tell_of_checkpoints(self) -> None:
+        """Log that checkpoints hold the adapter as it was trained; called when SafeLora has projected it at the end."""
+        best = self.state.best_model_checkpoint
+        logger.warning(
+            "SafeLora has projected the adapter of the model; the checkpoints in %s%s hold it as it was trained: "
+            "save_model() writes the projected one",
+            self.args.output_dir,
+            "" if best is None else f" (the best one, {best}, too)",
+        )
 
     def step_ended(self) -> None:
         """An optimizer step has been made, or left out; called then."""
@@ -289,6 +316,7 @@ class DefendedMixin:
         return not scaled
 
     accelerator: Any
+    args: Any
     add_callback: Any
     callback_handler: Any
     data_collator: Any

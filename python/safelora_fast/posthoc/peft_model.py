@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.jobs import Plan, Start, Stream
     from safelora_fast.posthoc.report import ProjectionReport
 
+logger = logging.getLogger(__name__)
+
 
 def project_peft_model(
     model: PeftModel,
@@ -38,8 +41,8 @@ def project_peft_model(
     """Add a projected copy of one of a PeftModel's adapters, and leave the model otherwise as it was.
 
     The adapter is saved to a temporary folder, projected as :func:`project_adapter` does, and loaded under the new name, on
-    the devices and in the dtypes of the original. The active adapter, gradients and the original adapter are not touched;
-    activate the new one with `model.set_adapter(new_adapter_name)`.
+    the devices and in the dtypes of the original. The active adapter, gradients and the original adapter are not touched:
+    the model goes on to use the unprojected one until `model.set_adapter(new_adapter_name)`, as the log says too.
 
     With a `device` the products with V run there, all modules of a batch in one launch a pass
     (:func:`safelora_fast.ops.subspace_projections`), while the next batch is read. The device needs 512 MiB for it, or both
@@ -90,6 +93,12 @@ def project_peft_model(
         ):
             _load(model, projected, adapter_name, new_adapter_name)
     log_warnings(report.warnings)
+    logger.warning(
+        "adapter %r holds the projection of %r, which is not active yet: call model.set_adapter(%r) before the model is used",
+        new_adapter_name,
+        adapter_name,
+        new_adapter_name,
+    )
     return report
 
 

@@ -26,6 +26,9 @@ class RecipeTrainer(DefendedSFTTrainer):
         self._epochs = epochs
         super().__init__(*args, **kwargs)
 
+    def tell_of_checkpoints(self) -> None:
+        """Nothing: the recipe's folder holds the projected adapter, and its card says so."""
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self._epochs is None:
             return super()._get_train_sampler(*args, **kwargs)
