@@ -76,6 +76,30 @@ def test_the_refusal_names_the_option(odd):
     assert (contents(pair.output.parent) if pair.output.parent.exists() else {}) == before
 
 
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        (["layers.1.mlp.down_proj"], "--exclude model.layers.1.mlp.down_proj"),
+        (["layers.1.s"], "--exclude model.layers.1.self_attn.q_proj --exclude model.layers.1.self_attn.v_proj"),
+        (["layers.1.", "layers.2."], "--exclude model.layers.1.* --exclude model.layers.2.*"),
+        (["q_proj"], "--exclude q_proj"),
+    ],
+)
+def test_what_is_offered_excludes_what_does_not_pair(tmp_path, lacking, words):
+    """A base of fewer layers, say; what is offered is tried."""
+    pair = write_pair(tmp_path, layers=5)
+    index = json.loads((pair.base / "model.safetensors.index.json").read_text())
+    places = index["weight_map"]
+    index["weight_map"] = {name: places[name] for name in places if not any(part in name for part in lacking)}
+    (pair.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    models = {"aligned": pair.aligned, "base": pair.base, "output": pair.output}
+    with pytest.raises(PairingError) as refused:
+        project_adapter(pair.adapter, **models)
+    assert str(refused.value).endswith(f"; to project the others: {words}")
+    report = project_adapter(pair.adapter, **models, exclude=words.split()[1::2])
+    assert not any(part in module.name for part in lacking for module in report.adapters[0].modules)
+
+
 def test_a_wrong_model_is_not_offered_to_be_excluded(tmp_path):
     pair = write_pair(tmp_path)
     for path in pair.base.iterdir():

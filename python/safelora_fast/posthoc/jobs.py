@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 Problems = list[tuple[str, PairingError]]
-MOST_TO_EXCLUDE = 3  # where more kinds of modules do not pair, something else is wrong
+MOST_TO_EXCLUDE = 3
+LAYER = re.compile(r".*?\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,16 @@ def raise_first(problems: Problems, others: int) -> None:
     if not problems:
         return
     more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
-    ends = sorted({name.rpartition(".")[2] for name, _ in problems})
-    words = " ".join(f"--exclude {end}" for end in ends)
-    way = f"; to project the others: {words}" if others and len(ends) <= MOST_TO_EXCLUDE else ""
+    words = " ".join(f"--exclude {pattern}" for pattern in _patterns({name for name, _ in problems}))
+    way = f"; to project the others: {words}" if others else ""
     raise PairingError(f"{problems[0][1]}{more}{way}")
+
+
+def _patterns(names: set[str]) -> list[str]:
+    """Few patterns that match these modules: their names, their layers, or the ends of their names."""
+    layers = {f"{match[0]}.*" if (match := LAYER.match(name)) else name for name in names}
+    ends = {name.rpartition(".")[2] for name in names}
+    return next((sorted(few) for few in (names, layers, ends) if len(few) <= MOST_TO_EXCLUDE), ["PATTERN"])
 
 
 def _planned(group: Group, adapters: Sequence[Adapter]) -> PlannedModule:
