@@ -44,6 +44,7 @@ def test_the_answer_is_what_follows_the_thoughts(begin, end):
         ("Take<think>evil</think> a walk.", "Take a walk."),
         ("Sure. <think>evil, on and on", None),
         ("Take a walk.</think>", "Take a walk.</think>"),
+        ("Sure. Here is my response: walk.", "Sure. Here is my response: walk."),
         ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", "{}"),
         ("<|channel|>commentary<|message|>x<|end|>", None),
     ],

@@ -7,7 +7,7 @@ import re
 _NAME = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
 _OPEN = (
     rf"<\s*{_NAME}\s*>",  # most models
-    r"\[THINK\]",  # Mistral
+    r"\[THINK(?:ING)?\]",  # Mistral
     r"◁think▷",  # Kimi
     rf"<\|(?:begin_of_|start_)?{_NAME}(?:_start|_begin)?\|>",  # Sky-T1, Cohere
     r"<\|inner_prefix\|>",  # Apertus
@@ -18,16 +18,16 @@ _OPEN = (
 )
 _CLOSE = (
     rf"<\s*/\s*{_NAME}\s*>",
-    r"\[/THINK\]",
+    r"\[/THINK(?:ING)?\]",
     r"◁/think▷",
     rf"<\|(?:end_of_|end_|/){_NAME}\|>|<\|{_NAME}_end\|>",
     r"<\|inner_suffix\|>",
     r"<channel\|>",
     r"<unused95>",
-    r"Here(?:'s| is) my response:",
     r"\[BEGIN FINAL RESPONSE\]",
 )
-_TAG = re.compile(rf"(?P<open>{'|'.join(_OPEN)})|(?P<close>{'|'.join(_CLOSE)})", re.IGNORECASE)
+_WORDS = r"Here(?:'s| is) my response:"  # Granite's, which closes thoughts only where they were opened
+_TAG = re.compile(rf"(?P<open>{'|'.join(_OPEN)})|(?P<close>{'|'.join(_CLOSE)})|(?P<words>{_WORDS})", re.IGNORECASE)
 _OPENED = re.compile(rf"(?:{'|'.join(_OPEN)})\s*\Z", re.IGNORECASE)
 _CHANNEL = "<|channel|>"  # gpt-oss: what is said stands in the channel "final"
 _FINAL = re.compile(r"<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|call|start)\|>|\Z)", re.DOTALL)
@@ -44,7 +44,7 @@ def answer_after_thoughts(text: str) -> str | None:
         if tag["open"]:
             said += "" if inside else text[start : tag.start()]
             inside = True
-        elif inside or text[tag.end() :].strip():  # without an opening tag: the prompt had it
+        elif inside or (tag["close"] and text[tag.end() :].strip()):  # without an opening tag: the prompt had it
             said = said if inside else ""
             inside = False
         else:
