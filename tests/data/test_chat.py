@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from safelora_fast.data.chat import Chat, answer_ends, chat_of
 from safelora_fast.errors import DataError
+from safelora_fast.recipe.tokens import Encoder
 
 
 def turns(*words):
@@ -86,6 +87,9 @@ def test_a_tokenizer_that_writes_no_finished_conversations():
         DataError, match=r"row: the chat template refuses it: Expected last role User .*the tokenizer is Coded"
     ):
         Chat(byte_tokenizer(None, cls=Coded)).conversation(TALK[:2], [1], "row")
+    with pytest.raises(DataError, match=r"no row can be taken: the chat template refuses it: .*the tokenizer is Coded"):
+        Encoder(byte_tokenizer(None, cls=Coded)).check()
+    Encoder(byte_tokenizer()).check()
 
 
 @pytest.mark.parametrize(

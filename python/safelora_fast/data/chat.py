@@ -44,6 +44,7 @@ class Chat:
 
     Attributes:
         warnings: where a prompt or a conversation may not be what its reader thinks.
+        unanswered_reason: why it writes no conversation that ends with an answer; None where it does.
         dated: whether the template writes the day on which it is used.
         end: the control token that ends the assistant's turn; None where the template writes none.
 
@@ -58,6 +59,7 @@ class Chat:
         self._composes = False  # whether the text's tokens are the conversation's
         self._parts = False  # whether the template wants a content of parts
         self._fault: str | None = None
+        self.unanswered_reason: str | None = None
         self.end: int | None = None
         self.dated = False
         self.warnings: tuple[str, ...] = ()
@@ -221,9 +223,8 @@ class Chat:
             self._composes = self._encode(asked) == prompt
             try:
                 (text, one), (_, other) = (self._read("", [*turns, _turn("assistant", words)]) for words in ANSWERS)
-            except (
-                DataError
-            ):  # it writes no finished conversations: it can be asked, and says so where there is an answer
+            except DataError as error:  # it can be asked, and that is all
+                self.unanswered_reason = str(error).removeprefix(": ")
                 return
             self.dated = self._is_dated(turns, asked)
             self._fault = self._begins_late(asked, text)

@@ -161,9 +161,11 @@ class Encoder:
         """Refuse a chat template that cannot be used, before the first row.
 
         Raises:
-            DataError: there is none, or prompts and answers do not make conversations.
+            DataError: there is none, or it writes no answers.
         """
-        self._chat("the rows")
+        reason = self._chat("the rows").unanswered_reason
+        if reason is not None:
+            raise DataError(f"no row can be taken: {reason}")
 
     def _chat(self, place: str) -> Chat:
         if not has_template(self.tokenizer):
