@@ -177,6 +177,9 @@ def test_names_of_two_towers():
     assert NameIndex(llama4).find(f"model.{query}", "text") == [llama4[1]]
     assert NameIndex(llama4).find(f"model.{query}", "vision") == [llama4[0]]
     assert NameIndex(llama4).find(f"model.language_model.{query}", "vision") == [llama4[1]]
+    both = [f"encoder.encoder.{query}", f"decoder.bert.encoder.{query}"]
+    assert sorted(NameIndex(both).find(f"encoder.{query}")) == sorted(both)
+    assert NameIndex([f"model.{query}", f"mtp.{query}"]).find(query) == [f"model.{query}"]
     assert NameIndex([f"text_model.encoder.{query}"]).find(f"encoder.{query}", "vision") == []
 
 

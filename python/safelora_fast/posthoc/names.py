@@ -26,6 +26,8 @@ SPELLINGS = (
     (re.compile(r"^embed_out\."), "lm_head."),
 )
 
+NEVER_LOADED = {"mtp"}  # the layers that predict further tokens, which no class of transformers has
+
 # Words of towers in the names of modules and of classes.
 TOWERS = {
     "vision": ("vision", "visual", "image"),
@@ -88,7 +90,7 @@ class NameIndex:
             self.by_canonical[canonical(name)].append(name)
             parts = name.split(".")
             for length in range(1, len(parts)):
-                if parts[length - 1].isdigit():
+                if parts[length - 1].isdigit() or parts[0] in NEVER_LOADED:
                     break
                 if not WRAPPERS.issuperset(parts[:length]):
                     self._roots.add(".".join(parts[:length]))
