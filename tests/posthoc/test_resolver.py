@@ -175,6 +175,15 @@ def test_folders_that_hold_no_adapter(tmp_path, change, message):
         adapter_folder(folder)
 
 
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_what_is_no_name_at_all(name):
+    """An empty word is not the folder that the command runs in."""
+    with pytest.raises(CheckpointError, match="the model is '.*'; give its path or its Hub id"):
+        find_model(name)
+    with pytest.raises(AdapterError, match="the adapter is '.*'; give its path or its Hub id"):
+        adapter_folder(name)
+
+
 def test_the_hint_names_what_exists(tmp_path, monkeypatch):
     (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

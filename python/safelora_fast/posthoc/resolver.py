@@ -66,6 +66,8 @@ def locate(source: str | Path, what: str) -> Path | Repository:
     Raises:
         CheckpointError: there is no such path, and it cannot be a Hub id.
     """
+    if not str(source) or "\0" in str(source):
+        raise CheckpointError(f"{what} is {str(source)!r}; give its path or its Hub id")
     path = Path(source).expanduser()
     with readable(source, CheckpointError):
         if path.exists():
