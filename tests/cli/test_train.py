@@ -94,23 +94,26 @@ def test_the_card_says_when_there_is_no_defence(tiny, call):
     assert "\nNone.\n" in card
 
 
+SHORT = ("-q", "training.max_steps=2", "training.save_strategy=no")
+
+
 def test_a_switched_off_defence_changes_nothing(tiny, call, tmp_path):
     """And both equal the plain trainer, which knows nothing of defences."""
-    call(*tiny.words("-q", "defenses.kl=false"))
+    call(*tiny.words(*SHORT, "defenses.kl=false"))
     plain = tiny.weights()
-    call(*tiny.words("-q", "defenses.kl.weight=0", f"output.folder={tmp_path / 'off'}"))
+    call(*tiny.words(*SHORT, "defenses.kl.weight=0", f"output.folder={tmp_path / 'off'}"))
     assert difference(plain, tiny.weights(tmp_path / "off")) == 0
-    call(*tiny.words("-q", f"output.folder={tmp_path / 'on'}"))
+    call(*tiny.words(*SHORT, f"output.folder={tmp_path / 'on'}"))
     assert difference(plain, tiny.weights(tmp_path / "on")) > 1e-4
 
 
 def test_the_same_recipe_gives_the_same_bytes(tiny, call, tmp_path):
-    call(*tiny.words("-q"))
+    call(*tiny.words(*SHORT))
     names = ("adapter_model.safetensors", "adapter_config.json", "README.md")
     before = {name: (tiny.output / name).read_bytes() for name in names}
-    assert call(*tiny.words("-q", "--overwrite")).code == 0
+    assert call(*tiny.words(*SHORT, "--overwrite")).code == 0
     assert {name: (tiny.output / name).read_bytes() for name in names} == before
-    call(*tiny.words("-q", "training.seed=1", f"output.folder={tmp_path / 'other'}"))
+    call(*tiny.words(*SHORT, "training.seed=1", f"output.folder={tmp_path / 'other'}"))
     assert difference(tiny.weights(), tiny.weights(tmp_path / "other")) > 1e-4
 
 
@@ -193,7 +196,7 @@ def test_resume_refuses_other_bytes_under_the_same_names(tiny, call, interrupted
 @pytest.mark.parametrize("projected", [False, True])
 def test_resume_from_the_last_step_within_an_epoch(tiny, call, monkeypatch, tmp_path, projected):
     """All steps are made and only the output is missing: nothing more may be trained, and the end is not forgotten."""
-    words = ("-q", "training.max_steps=4")
+    words = ("-q", "training.max_steps=2")
     if projected:
         pair = {"aligned": str(tiny.model), "base": str(save_tiny(tmp_path / "base", seed=1))}
         tiny.edit(defenses={"safelora": {"subspace": pair, "select": "all"}})
@@ -205,10 +208,10 @@ def test_resume_from_the_last_step_within_an_epoch(tiny, call, monkeypatch, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_write", stop)
         assert call(*tiny.words(*words)).code == 130
-    assert tiny.checkpoints() == [2, 4]
+    assert tiny.checkpoints() == [2]
     assert call(*tiny.words(*words, "--resume")).code == 0
     record = tiny.record()
-    assert record["steps"] == 4
+    assert record["steps"] == 2
     if projected:
         assert record["projection"]["adapters"][0]["counts"]["projected"] == 14
         assert record["metrics"]["defense/modules_projected"]["last"] == 14

@@ -178,9 +178,9 @@ def test_folders_that_hold_no_adapter(tmp_path, change, message):
 @pytest.mark.parametrize("name", ["", "a\0b"])
 def test_what_is_no_name_at_all(name):
     """An empty word is not the folder that the command runs in."""
-    with pytest.raises(CheckpointError, match="the model is '.*'; give its path or its Hub id"):
+    with pytest.raises(CheckpointError, match=r"the model is '.*'; give its path or its Hub id"):
         find_model(name)
-    with pytest.raises(AdapterError, match="the adapter is '.*'; give its path or its Hub id"):
+    with pytest.raises(AdapterError, match=r"the adapter is '.*'; give its path or its Hub id"):
         adapter_folder(name)
 
 
