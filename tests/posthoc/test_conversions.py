@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 import transformers
-from families import adapt, assert_projected, project, save, weights
+from families import adapt, assert_projected, project, rewrite, save, weights
 from safetensors.torch import load_file
 from small_models import experts, linears, read, small_model
 
@@ -123,6 +123,24 @@ def test_rows_that_transformers_rearranges_are_refused(tmp_path):
     for ours, theirs in (("fc1", "fc0"), ("fc2", "fc1")):
         (piece,) = names.weight(f"model.vision_tower.layers.0.mlp.{ours}")
         assert piece.tensor.endswith(f"blocks.0.mlp.{theirs}.weight")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_keys_without_the_decoder_do_not_get_its_name_on_disk(tmp_path):
+    """The loaded Nemotron-H has no `backbone`, under which PEFT would find nothing."""
+    folders = [save(made("nemotron_h", seed), tmp_path / f"{seed}") for seed in (1, 2)]
+    adapter = save(
+        adapt(made("nemotron_h", 1), target_modules=["in_proj"], task_type="CAUSAL_LM"), tmp_path / "adapter"
+    )
+    cut = rewrite(
+        adapter,
+        tmp_path / "cut",
+        lambda tensors: {key.replace("model.model.model.", "model.model."): tensors[key] for key in tensors},
+        file="adapter_model.safetensors",
+    )
+    report = project_adapter(cut, aligned=folders[0], base=folders[1], output=tmp_path / "out", select="all")
+    assert not any("backbone" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    assert report.adapters[0].notes
 
 
 def test_backbone_without_transformers(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import AdapterError
+from safelora_fast.posthoc.conversions import in_the_table
 from safelora_fast.posthoc.names import WRAPPERS
 from safelora_fast.posthoc.report import counted
 
@@ -103,7 +104,8 @@ def _with_decoder(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned:
     firsts = {
         name.removeprefix(ours).partition(".")[0] for name, tensor in pairs if _fronts(name, tensor) == (ours, theirs)
     }
-    cut = not ours and bool(theirs) and not firsts & WRAPPERS
+    renamed = theirs == "backbone." and in_the_table(aligned.config or {})  # to `model.`, while transformers loads it
+    cut = not ours and bool(theirs) and not renamed and not firsts & WRAPPERS
     doubled = not theirs and {f"{first}." for first in firsts} == {ours}
     if not (cut or doubled):
         return adapter.keys

@@ -74,7 +74,7 @@ class LoadedNames:
 
     @cached_property
     def _named(self) -> bool:
-        return _in_the_table(self._checkpoint.config or {})
+        return in_the_table(self._checkpoint.config or {})
 
     @cached_property
     def _table(self) -> Mapping[str, Converted]:
@@ -124,7 +124,7 @@ def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
     return found
 
 
-def _in_the_table(config: Mapping[str, Any]) -> bool:
+def in_the_table(config: Mapping[str, Any]) -> bool:
     """Whether the installed table names this type of model, or one of its parts: its source tells, without an import."""
     specification = importlib.util.find_spec("transformers")
     places = (specification and specification.submodule_search_locations) or []
