@@ -12,6 +12,7 @@ import json
 import math
 import os
 import reprlib
+import select
 import stat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 26  # of one document; parsed, it may take twenty times as much memory
 MOST_DEPTH = 100  # beyond that, whatever walks over the values would end in a RecursionError
 MOST_WHOLE = 2**63
+SECONDS_FOR_A_WRITER = 5
 _TOO_DEEP = f"is nested too deeply, in more than {MOST_DEPTH} levels"
 
 
@@ -80,13 +82,24 @@ def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
     except ValueError as error:  # a zero byte, or half of a character
         raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+        if not is_pipe:
             check_regular(path)
+        written = is_pipe and _is_written(descriptor)
         os.set_blocking(descriptor, True)  # a pipe's writer is waited for, and where there is none this ends at once
         content = _read(file, most)
+    if is_pipe and not content and not written:
+        raise OSError(errno.EINVAL, "Is a pipe that nothing writes to", str(path))
     if most is not None and len(content) > most:
         raise OSError(errno.EFBIG, f"Holds more than {most:,} bytes, the most that are read", str(path))
     return content
+
+
+def _is_written(pipe: int) -> bool:
+    """Whether a writer comes, or has been there, within a few seconds."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN | select.POLLHUP)
+    return bool(poll.poll(SECONDS_FOR_A_WRITER * 1000))
 
 
 def _read(file: Any, most: int | None) -> bytes:

@@ -53,7 +53,11 @@ WITHOUT = [([], [USER, ASSISTANT]), ([], [USER, ASSISTANT]), ("a", "b"), ([USER]
 def test_columns_that_are_null_are_not_there(tmp_path, monkeypatch):
     """A table writes every column in every row; a file and a table of the Hub mean the same by it."""
     path = write_rows(tmp_path / "rows.jsonl", NULLS)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: NULLS))
+    monkeypatch.setitem(
+        sys.modules,
+        "datasets",
+        SimpleNamespace(load_dataset=lambda *_, **__: NULLS, config=SimpleNamespace(HF_HUB_OFFLINE=True)),
+    )
     for source in (str(path), "someone/table"):
         assert [(row.prompt, row.completion) for row in read_rows(source).rows] == WITHOUT
     chosen = Candidates(path)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from safelora_fast.comparison.config import CompareConfig
+    from safelora_fast.recipe.examples import Examples
     from safelora_fast.recipe.rows import RowSet
-    from safelora_fast.recipe.tokens import Example
 
 
 class Workbench:
@@ -85,7 +85,7 @@ class Workbench:
         sources = {"narrow": measure.narrow, "general": measure.general}
         return {name: read_rows(source, measure.max_rows) for name, source in sources.items() if source is not None}
 
-    def examples(self, name: str, subject: Subject) -> list[Example]:
+    def examples(self, name: str, subject: Subject) -> Examples:
         """Rows as the subject's own tokenizer reads them."""
         return Encoder(subject.tokenizer, strings=self.strings).encode(self.rows[name]).examples
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from safelora_fast._core import odd_rows
 from safelora_fast.errors import DataError
-from safelora_fast.json_reading import parse_json
+from safelora_fast.json_reading import is_file, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,10 +35,13 @@ class JsonLines:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with self.path.open("rb") as file:
-                # What is empty cannot be mapped, and a pipe looks empty.
-                mapped = self.path.stat().st_size
-                self._content: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
+            if (
+                is_file(self.path) and self.path.stat().st_size
+            ):  # what is empty cannot be mapped, and a pipe looks empty
+                with self.path.open("rb") as file:
+                    self._content: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            else:
+                self._content = read_bytes(self.path, None)
         except OSError as error:
             raise DataError(f"{path}: the data cannot be read: {error.strerror}") from error
         ends = _line_ends(self._content)

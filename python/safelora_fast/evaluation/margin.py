@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.recipe.tokens import Example
+    from safelora_fast.recipe.examples import Examples
     from safelora_fast.scoring import AnswerScore
 
 Strings = Literal["chat", "text"]
@@ -178,7 +178,7 @@ def answer_margin(
 
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, system: str | None = None, strings: Strings = "chat"
-) -> list[Example]:
+) -> Examples:
     """Both answers of each pair as tokens, the aligned one first; the answer's end of turn counts as its token.
 
     Raises:

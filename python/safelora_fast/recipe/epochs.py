@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from safelora_fast.recipe.examples import Examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,7 +45,7 @@ class Epochs:
         if arguments.packing or by_length or getattr(arguments, "train_sampling_strategy", "random") != "random":
             return None
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-        everything = [*task.examples, *(replace(example, safe=True) for example in safe.examples)]
+        everything = Examples(chain(task.examples, (replace(example, safe=True) for example in safe.examples)))
         return cls(replace(task, examples=everything), len(task.examples), schedule, seed)
 
     def __len__(self) -> int:

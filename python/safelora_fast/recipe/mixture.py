@@ -11,7 +11,8 @@ from safelora_fast.data.interleave import SAFE
 from safelora_fast.data.schedule import Schedule
 from safelora_fast.errors import DataError
 from safelora_fast.json_reading import OBJECT, check_fields, read_json
-from safelora_fast.recipe.tokens import IGNORED_LABEL
+from safelora_fast.recipe.examples import Examples
+from safelora_fast.recipe.rows import LazyRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from safelora_fast.recipe.recipe import Recipe
-    from safelora_fast.recipe.rows import Message, RowSet
+    from safelora_fast.recipe.rows import Message, Row, RowSet
     from safelora_fast.recipe.tokens import ExampleSet
 
 REPORT_SUFFIX = ".selection.json"
@@ -35,14 +36,14 @@ def inoculated(recipe: Recipe, rows: RowSet, tokenizer: PreTrainedTokenizerBase)
     if prompt is None:
         return rows
     check_system_turn(tokenizer, prompt)
-    changed = []
-    for row in rows.rows:
-        if row.prompt != []:
-            changed.append(replace(row, prompt=with_system_turn(_turns(row.prompt, "user"), prompt),
-                                   completion=_turns(row.completion, "assistant")))  # fmt: skip
-        else:  # of a row of messages, all turns are in the completion
-            changed.append(replace(row, completion=with_system_turn(_turns(row.completion, "assistant"), prompt)))
-    return replace(rows, rows=changed)
+
+    def changed(row: Row) -> Row:
+        completion = _turns(row.completion, "assistant")
+        if row.prompt == []:  # of a row of messages, all turns are in the completion
+            return replace(row, completion=with_system_turn(completion, prompt))
+        return replace(row, prompt=with_system_turn(_turns(row.prompt, "user"), prompt), completion=completion)
+
+    return replace(rows, rows=LazyRows(len(rows.rows), lambda number: changed(rows.rows[number])))
 
 
 def _turns(part: str | list[Message], role: str) -> list[Message]:
@@ -64,7 +65,7 @@ def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleS
             f"{safe.source.source}: data.safe.fraction {section.fraction:g} of {len(task.examples)} task rows is no row; raise it"
         )
     others = (replace(safe.examples[index], safe=True) for index in schedule.orders(len(safe.examples)))
-    return replace(task, examples=[example for _, example in schedule.weave([task.examples], others)])
+    return replace(task, examples=Examples(example for _, example in schedule.weave([task.examples], others)))
 
 
 def schedule_of(recipe: Recipe) -> Schedule:
@@ -105,17 +106,14 @@ def to_table(examples: ExampleSet, arguments: SFTConfig, *, tagged: bool) -> Dat
 
     Tagged examples are packed here where the recipe packs: TRL's own packing drops the tag.
     """
+    import pyarrow
     from datasets import Dataset
     from trl import pack_dataset
 
-    columns: dict[str, Any] = {
-        "input_ids": [example.ids for example in examples.examples],
-        "labels": [example.labels for example in examples.examples],
-        "assistant_masks": [[int(label != IGNORED_LABEL) for label in example.labels] for example in examples.examples],
-    }
-    if not tagged:
-        return Dataset.from_dict(columns)
-    if not arguments.packing:
-        return Dataset.from_dict({**columns, SAFE: [example.safe for example in examples.examples]})
-    columns[SAFE] = [[example.safe] * len(example.ids) for example in examples.examples]
-    return pack_dataset(Dataset.from_dict(columns), arguments.max_length, arguments.packing_strategy)
+    columns: dict[str, Any] = dict(examples.examples.columns())
+    if tagged:
+        columns[SAFE] = examples.examples.tags() if arguments.packing else pyarrow.array(examples.examples.safe)
+    table = Dataset(pyarrow.table(columns))
+    return (
+        pack_dataset(table, arguments.max_length, arguments.packing_strategy) if tagged and arguments.packing else table
+    )

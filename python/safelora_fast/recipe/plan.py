@@ -67,7 +67,7 @@ class DataFacts:
             truncated=len(examples.truncated),
             unused_columns=examples.source.unused,
             tokens=sum(lengths),
-            answer_tokens=sum(len(example.answer) for example in examples.examples),
+            answer_tokens=int(examples.examples.answer_lengths.sum()),
             shortest=min(lengths),
             median=median,
             percentile_95=high,
@@ -175,7 +175,7 @@ def make_plan(
         data=facts.task,
         held_out=facts.held_out,
         safe=facts.safe,
-        safe_rows=sum(example.safe for example in train.examples),
+        safe_rows=int(train.examples.safe.sum()),
         sample=sample,
         processes=processes,
         steps=steps,
@@ -196,12 +196,12 @@ def workload(arguments: SFTConfig, train: ExampleSet) -> Work:
     rows = rows_per_step(arguments, count, processes)
     share = rows / count
     batch = arguments.per_device_train_batch_size
-    tokens, answers = sum(lengths), sum(len(example.answer) for example in train.examples)
+    tokens, answers = sum(lengths), int(train.examples.answer_lengths.sum())
     return Work(
         tokens=tokens * share,
         squares=sum(length * length for length in lengths) * share,
         answers=answers * share,
-        safe=sum(len(example.ids) for example in train.examples if example.safe) * share,
+        safe=int(train.examples.lengths[train.examples.safe].sum()) * share,
         head_tokens=(answers if _head_takes_answers_only() else tokens) * share,
         micro_batches=math.ceil(rows / batch),
         micro_tokens=batch * (arguments.max_length if arguments.packing else max(lengths)),

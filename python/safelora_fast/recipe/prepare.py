@@ -15,7 +15,7 @@ from safelora_fast.recipe.loading import load_config, load_tokenizer, outline
 from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of
 from safelora_fast.recipe.plan import Facts, Plan, make_plan
 from safelora_fast.recipe.rehearsal import rehearse
-from safelora_fast.recipe.rows import read_rows
+from safelora_fast.recipe.rows import chosen_rows, read_rows
 from safelora_fast.recipe.tokens import Encoder, ExampleSet
 from safelora_fast.recipe.trainer_arguments import trainer_arguments
 
@@ -111,6 +111,7 @@ def _rows(recipe: Recipe) -> tuple[RowSet, RowSet | None]:
     if count >= len(rows.rows):
         raise DataError(f"{data.path}: holds {len(rows.rows)} rows, too few to hold out {data.eval}")
     chosen = set(random.Random(recipe.training["seed"]).sample(range(len(rows.rows)), count))  # noqa: S311
-    held_out = [row for number, row in enumerate(rows.rows) if number in chosen]
-    others = [row for number, row in enumerate(rows.rows) if number not in chosen]
-    return replace(rows, rows=others), replace(rows, rows=held_out)
+    others = [number for number in range(len(rows.rows)) if number not in chosen]
+    return replace(rows, rows=chosen_rows(rows.rows, others)), replace(
+        rows, rows=chosen_rows(rows.rows, sorted(chosen))
+    )

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import eq
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
 
 from safelora_fast.data.best import top_k
+from safelora_fast.data.jsonl import JsonLines
 from safelora_fast.errors import DataError
-from safelora_fast.json_reading import NUMBER, parse_json
+from safelora_fast.json_reading import NUMBER
 from safelora_fast.posthoc.hub import is_within_reach, offline_unless
 from safelora_fast.posthoc.resolver import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 Message: TypeAlias = "dict[str, str]"
 HUB_DATA = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
@@ -54,9 +60,45 @@ class RowSet:
 
     source: str
     sha256: str
-    rows: list[Row]
+    rows: Sequence[Row]
     total: int
     unused: list[str] = field(default_factory=list)
+
+
+class LazyRows(Sequence[Row]):
+    """Rows that are read when they are asked for, since all of them at once would take many times the memory of their file.
+
+    Args:
+        count: how many.
+        read: gives a row by its number.
+    """
+
+    def __init__(self, count: int, read: Callable[[int], Row]) -> None:
+        self._count = count
+        self._read = read
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        chosen = range(self._count)[index]
+        return self._read(chosen) if isinstance(chosen, int) else chosen_rows(self, chosen)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def chosen_rows(rows: Sequence[Row], numbers: Iterable[int]) -> LazyRows:
+    """Some of the rows, by their numbers."""
+    kept = array("q", numbers)
+    return LazyRows(len(kept), lambda number: rows[kept[number]])
 
 
 def read_rows(source: str, most: int | None = None, *, best: int | None = None) -> RowSet:
@@ -64,7 +106,7 @@ def read_rows(source: str, most: int | None = None, *, best: int | None = None) 
 
     Args:
         source: a JSONL file, or a Hub data set id[@revision][:split], by default its split "train".
-        most: keep the first so many rows. Every row is checked.
+        most: keep the first so many rows. Of a file the others are checked too, which is quick; of the Hub they are not looked at.
         best: keep only so many, those with the highest `score`, in the order of the source; of equal ones the first.
 
     Raises:
@@ -73,27 +115,30 @@ def read_rows(source: str, most: int | None = None, *, best: int | None = None) 
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(f"{source}: is a folder; give one JSONL file")
-    if path.exists():
-        digest, records = _from_file(path)
-    else:
-        digest, records = _from_hub(source)
-    rows: list[Row] = []
-    scores: list[float] = []
+    data: JsonLines | _HubTable = JsonLines(path) if path.exists() else _from_hub(source)
+    total = len(data)
+    rows: Sequence[Row] = LazyRows(
+        total if most is None else min(total, most), lambda number: check_row(data.place(number), data.record(number))
+    )
+    if not rows:
+        raise DataError(f"{source}: holds no rows")
+    scores = array("d")
     columns: set[str] = set()
-    total = 0
-    for place, record in records:
-        total += 1
-        row = check_row(place, record)
+    for number in range(len(rows)):
+        place, record = data.place(number), data.record(number)
+        check_row(place, record)
         columns.update(record)
         if best is not None:
             scores.append(_score(place, record))
-        if most is None or len(rows) < most:
-            rows.append(row)
-    if not rows:
-        raise DataError(f"{source}: holds no rows")
+    if isinstance(data, JsonLines) and len(rows) < total:
+        for number in data.odd_rows():
+            if number >= len(rows):
+                check_row(data.place(number), data.record(number))
     if best is not None:
-        rows = [rows[index] for index in sorted(top_k(scores, best).tolist())]
-    return RowSet(source, digest, rows, total, sorted(columns - USED - ({"score"} if best is not None else set())))
+        rows = chosen_rows(rows, sorted(top_k(np.asarray(scores), best).tolist()))
+    return RowSet(
+        source, data.sha256(), rows, total, sorted(columns - USED - ({"score"} if best is not None else set()))
+    )
 
 
 def _score(place: str, record: Mapping[str, Any]) -> float:
@@ -105,26 +150,32 @@ def _score(place: str, record: Mapping[str, Any]) -> float:
     return float(score)
 
 
-def _from_file(path: Path) -> tuple[str, Iterator[tuple[str, Any]]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: the data cannot be read: {error.strerror}") from error
-    return hashlib.sha256(content).hexdigest(), _lines(path, content)
+@dataclass(frozen=True)
+class _HubTable:
+    """A split of a data set of the Hub, as :class:`~safelora_fast.data.jsonl.JsonLines` has the lines of a file."""
+
+    name: str
+    table: Any
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def place(self, number: int) -> str:
+        return f"{self.name} row {number}"
+
+    def record(self, number: int) -> dict[str, Any]:
+        return dict(self.table[number])
+
+    def sha256(self) -> str:
+        """Of the rows as canonical JSON, a row a line."""
+        digest = hashlib.sha256()
+        for number in range(len(self)):
+            line = json.dumps(self.record(number), sort_keys=True, default=str)
+            digest.update(f"\n{line}".encode() if number else line.encode())
+        return digest.hexdigest()
 
 
-def _lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            yield place, parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from error
-
-
-def _from_hub(source: str) -> tuple[str, Iterator[tuple[str, Any]]]:
+def _from_hub(source: str) -> _HubTable:
     match, hint = HUB_DATA.fullmatch(source), did_you_mean(Path(source).expanduser())
     if match is None or source.endswith((".json", ".jsonl", ".csv", ".txt", ".parquet")):
         raise DataError(f"{source}: there is no such file, and a Hub data set is written id[@revision][:split]{hint}")
@@ -139,11 +190,7 @@ def _from_hub(source: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{source}: neither a file nor a Hub data set that can be loaded: {reason}{hint}") from error
-    records = [dict(record) for record in table]
-    content = "\n".join(json.dumps(record, sort_keys=True, default=str) for record in records)
-    return hashlib.sha256(content.encode()).hexdigest(), (
-        (f"{match['name']} ({split}) row {number}", record) for number, record in enumerate(records)
-    )
+    return _HubTable(f"{match['name']} ({split})", table)
 
 
 def check_row(place: str, record: Any) -> Row:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from safelora_fast.data.chat import Chat, chat_of, has_template
 from safelora_fast.data.chat_text import common_prefix
 from safelora_fast.errors import DataError
+from safelora_fast.recipe.examples import IGNORED_LABEL, Example, Examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,23 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from safelora_fast.recipe.rows import Message, Row, RowSet
-
-IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True)
-class Example:
-    """Tokens of one row; labels are the tokens that the loss learns and -100 elsewhere; safe rows are tagged."""
-
-    place: str
-    ids: list[int]
-    labels: list[int]
-    safe: bool = False
-
-    @property
-    def answer(self) -> list[int]:
-        """The tokens that are learnt; the first of a sequence cannot be predicted."""
-        return [label for label in self.labels[1:] if label != IGNORED_LABEL]
 
 
 @dataclass
@@ -51,7 +35,7 @@ class ExampleSet:
     """
 
     source: RowSet
-    examples: list[Example] = field(default_factory=list)
+    examples: Examples = field(default_factory=Examples)
     without_answer: list[str] = field(default_factory=list)
     skipped_too_long: list[str] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
@@ -59,7 +43,8 @@ class ExampleSet:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
-        return [len(example.ids) for example in self.examples]
+        lengths: list[int] = self.examples.lengths.tolist()
+        return lengths
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safelora_fast.posthoc.output import alone, check_file, whole_file
 from safelora_fast.python_calls import bar_on_a_terminal, log_warnings
 from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
-from safelora_fast.recipe.tokens import Encoder, Example
+from safelora_fast.recipe.tokens import Encoder
 from safelora_fast.scoring import batches_by_length
 from safelora_fast.selection.candidates import Candidates, is_refusal
 from safelora_fast.selection.journal import Entry, Journal
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from safelora_fast.recipe.examples import Example
 
     Progress = Callable[[int, int], None]
 
