@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 from demo_model import save_tiny, tokenizer
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from safelora_fast.errors import DataError, EvaluationError, SettingsError
 from safelora_fast.evaluation.generation import SeededSampling, generate
+from safelora_fast.evaluation.loading import SubjectSettings, load_subject
 
 TURNS = [[{"role": "user", "content": text}] for text in ("why?", "a much longer question than the first", "no", "so")]
 
@@ -78,3 +80,20 @@ def test_what_is_refused(model):
         list(generate(model, words, TURNS, max_tokens=2))
     with pytest.raises(SettingsError, match="at least 1"):
         list(generate(model, tokenizer(), TURNS, max_tokens=0))
+
+
+def test_a_padding_token_that_only_the_adapters_tokenizer_has(tmp_path):
+    """Added for training on padded rows, and never saved with the embeddings, since nothing looks at it."""
+    folder = save_tiny(tmp_path / "model")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    words = tokenizer()
+    words.add_special_tokens({"pad_token": "<padding>"})
+    assert words.pad_token_id >= len(tokenizer())
+    words.save_pretrained(tmp_path / "adapter")
+    subject = load_subject(SubjectSettings(str(folder), device="cpu"), tmp_path / "adapter")
+    found = {}
+    for batch in generate(subject.model, subject.tokenizer, TURNS, max_tokens=8, temperature=0, batch_size=4):
+        found.update(batch)
+    plain = AutoModelForCausalLM.from_pretrained(folder)  # what the new adapter leaves as it is
+    assert [found[number] for number in range(len(TURNS))] == answers(plain, temperature=0)

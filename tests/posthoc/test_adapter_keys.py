@@ -61,6 +61,7 @@ CHANGES = {
     ".weight of embeddings": lambda key: f"{key}.weight" if "lora_embedding" in key else key,
     "adapter's name": lambda key: key.replace("_A.weight", "_A.other.weight").replace("_B.weight", "_B.other.weight"),
     "adapter's name of embeddings": lambda key: f"{key}.other" if "lora_embedding" in key else key,
+    "adapter's name of a whole module": lambda key: key.replace("norm.weight", "norm.modules_to_save.other.weight"),
     "compiled": lambda key: f"_orig_mod.{key}",
     "compiled inside": lambda key: key.replace(f"{PREFIX}model.", f"{PREFIX}_orig_mod.model."),
     "FSDP": lambda key: key.replace(".self_attn", "._fsdp_wrapped_module.self_attn"),

@@ -57,7 +57,9 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, PATTERNS, {"use_rslora": True}, {"modules_to_save": ["norm"]}], ids=lambda lora: str([*lora])
+    "lora",
+    [{}, PATTERNS, {"use_rslora": True}, {"modules_to_save": ["norm"]}, {"use_dora": True}],
+    ids=lambda lora: str([*lora]),
 )
 @pytest.mark.parametrize(
     "change",
@@ -230,6 +232,11 @@ def test_another_adapter_on_a_peft_model(tmp_path):
     for name, truth in (("first", first), ("second", second)):
         adapted.set_adapter(name)
         assert torch.equal(logits(adapted), truth)
+
+
+def test_what_belongs_to_the_adapter_alone_does_not_stand_for_the_models_own_weights(tmp_path):
+    trained(tmp_path, tiny_model(layers=2), use_dora=True, trainable_token_indices=[3])
+    assert fit_adapter(tmp_path, tiny_model(layers=2)).full == {}
 
 
 def test_the_adapters_own_folder_is_left_alone(tmp_path):

@@ -6,6 +6,7 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.posthoc.shown_models import shown_model, shown_paths
 from safelora_fast.recipe.results import versions
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ PATHS = ("path", "subspace", "vector", "without_answer", "too_long")  # the reci
 
 
 def facts_of(config: CompareConfig, bench: Workbench, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By label, in the order in which they are shown.
+    """By label, in the order in which they are shown; of paths of this machine the last part.
 
     Args:
         config: the comparison.
@@ -30,7 +31,7 @@ def facts_of(config: CompareConfig, bench: Workbench, records: Sequence[Mapping[
     steps = sorted({record["steps"] for record in records if "steps" in record})
     measure = config.measure
     facts = {
-        "model": bench.settings.model,
+        "model": shown_model(bench.settings.model),
         "task": str(config.recipe.get("data", {}).get("path", "")),
         "seeds": ", ".join(map(str, config.seeds)),
         "optimiser steps": " to ".join(dict.fromkeys(map(str, (steps[0], steps[-1])))) if steps else "",
@@ -38,12 +39,12 @@ def facts_of(config: CompareConfig, bench: Workbench, records: Sequence[Mapping[
         "general rows": _rows(bench, "general"),
         "operator swap": "" if measure.operator_swap is None else _swap(config),
         "judge": "" if measure.judge is None else measure.judge.model,
-        "SafeLoRA's base": "" if measure.sweep is None else measure.sweep.base,
+        "SafeLoRA's base": "" if measure.sweep is None else shown_model(measure.sweep.base),
         "measured in": f"{bench.settings.dtype} on the {bench.settings.device}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    return {label: text for label, text in facts.items() if text}
+    return {label: shown_paths(text) for label, text in facts.items() if text}
 
 
 def setting_of(run: RunSpec) -> str:

@@ -109,11 +109,12 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
     if folder is not None:
         model = put_adapter(model, folder)
         if dressed:
-            tokenizer = adapters_template(_tokenizer_of(folder), tokenizer, section, label(folder))
+            tokenizer = adapters_template(_tokenizer_of(folder, model), tokenizer, section, label(folder))
     return Subject("model" if folder is None else label(folder), place(model, chosen.device), tokenizer)
 
 
-def _tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
+def _tokenizer_of(adapter: Path, model: Any) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer, with a padding token that the model has: many add one that is never trained or saved."""
     from transformers import AutoTokenizer
 
     if (reason := refused_file(adapter)) is not None:
@@ -122,6 +123,7 @@ def _tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(adapter))
     except Exception as error:  # whatever the libraries run into
         raise AdapterError(f"{adapter}: the adapter's tokenizer cannot be loaded: {explained(error)}") from error
-    if tokenizer.pad_token is None:
+    known = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

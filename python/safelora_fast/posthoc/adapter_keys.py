@@ -29,6 +29,8 @@ TRAINING_WRAPPERS = re.compile(
 )
 NAMED_FACTOR = re.compile(r"(.+\.lora_(?:embedding_)?[AB])\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?")
 FACTOR = re.compile(r"(.+\.lora_(embedding_)?[AB])(\.weight)?")
+# What modules_to_save and trainable_token_indices train, with the adapter's name that PEFT takes out when it saves.
+NAMED_COPY = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)|(.+\.trainable_tokens_delta)\.([^.]+)")
 SEVERAL_PARTS = re.compile(r"(text|vision|audio|language|llm|thinker|talker)_config")
 
 
@@ -51,6 +53,9 @@ def peft_keys(folder: object, keys: Iterable[str]) -> dict[str, str]:
         if named := NAMED_FACTOR.fullmatch(name):
             adapters.add(named[2])
             name = named[1] + (named[3] or "")
+        elif kept := NAMED_COPY.fullmatch(name):
+            adapters.add(kept[2] or kept[5])
+            name = f"{kept[1]}.{kept[3]}" if kept[2] else kept[4]
         if factor := FACTOR.fullmatch(name):
             name = factor[1] if factor[2] else f"{factor[1]}.weight"
         found[key] = PREFIX + name

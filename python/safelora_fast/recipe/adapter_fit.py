@@ -103,7 +103,7 @@ class _Pairing:
             keys[key] = f"{PREFIX}{found}{ending}"
             if ending in FACTORS:
                 modules[found] = name, self.shapes[key][-(FACTORS.index(ending) % 2)]  # A is (r, n), B is (m, r)
-            elif ending not in OWN:
+            elif ending not in OWN and not ending.startswith(".lora_"):
                 full[key] = f"{found}.{ending.rpartition('.')[2]}"
             if height := self._check_shape(key, found, ending):
                 heights.setdefault(height, key)
