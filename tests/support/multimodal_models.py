@@ -148,14 +148,39 @@ def blip2():
     return config, {**text_rows(4, start=0), "pixel_values": seen(2, 3, 16, 16)}
 
 
-MAKERS = {maker.__name__: maker for maker in (llava, qwen2_vl, gemma3, idefics3, mllama, qwen2_audio, blip2)}
+def granite_speech():
+    """Training moves running statistics in the tower, though its weights are frozen."""
+    encoder = {"input_dim": 8, "hidden_dim": 32, "num_layers": 2, "num_heads": 4, "dim_head": 8, "feedforward_mult": 2}
+    convolution = {"output_dim": 12, "context_size": 8, "conv_kernel_size": 3, "max_pos_emb": 8, "dropout": 0.0}
+    query = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    undropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.GraniteSpeechConfig(
+        text_config={**TEXT, "model_type": "granite"},
+        encoder_config={**encoder, **convolution},
+        projector_config={"model_type": "blip_2_qformer", **query, **undropped, "encoder_hidden_size": 32},
+        audio_token_index=PLACE,
+        has_lora_adapter=False,
+        window_size=8,
+        downsample_rate=4,
+    )
+    heard = {"input_features": seen(2, 16, 8), "input_features_mask": torch.ones(2, 4, dtype=torch.bool)}
+    return config, {**text_rows(4), **heard}
+
+
+MAKERS = {
+    maker.__name__: maker for maker in (llava, qwen2_vl, gemma3, idefics3, mllama, qwen2_audio, blip2, granite_speech)
+}
 
 
 def make(name):
     """(model, batch): weights large enough for every part to show in the logits; no gate is closed."""
     config, batch = MAKERS[name]()
     torch.manual_seed(0)
-    kinds = transformers.AutoModelForImageTextToText, transformers.AutoModelForSeq2SeqLM
+    kinds = [
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForSeq2SeqLM,
+        transformers.AutoModelForSpeechSeq2Seq,
+    ]
     model = next(kind for kind in kinds if type(config) in kind._model_mapping).from_config(config)
     generator = torch.Generator().manual_seed(3)
     for parameter_name, parameter in model.named_parameters():

@@ -81,8 +81,9 @@ def defences():
 
 def check(model, before, batch, *, share=True, **settings):
     """The loss beside the task's, both figures, and the gradients are those of the plain formulas."""
-    (divergence, distance), expected = plain(model, before, batch)
-    task = model(**batch, use_cache=False).loss
+    other = copy.deepcopy(model)
+    (divergence, distance), expected = plain(other, before, batch)
+    task = other(**batch, use_cache=False).loss
     with defend(model, defences(), share_logits=share, **settings) as defended:
         loss = defended.loss(batch)
         figures = defended.metrics()

@@ -34,7 +34,8 @@ class ReferencePass:
     decoder is handed these inputs as they came, as in models of text alone, only the decoder is run. Where tensors were
     made on the way (embeddings of images and text, position ids), the reference makes its own, up to the decoder's end.
 
-    It runs in evaluation mode: neither dropout nor the noise of NEFTune reaches it. The modules that contain the decoder
+    It runs in evaluation mode, with the running statistics that it had at first: neither dropout, nor the noise of NEFTune,
+    nor what training does to a BatchNorm reaches it. The modules that contain the decoder
     keep the student's mode, because some models choose their attention mask by it (PaliGemma, Gemma 3).
 
     Args:
@@ -59,6 +60,12 @@ class ReferencePass:
             self.anatomy = check_second_model(anatomy, reference)
         self._reference = reference
         self._above = above(self.anatomy.model, self.anatomy.decoder)
+        self._statistics = [
+            (module, name, getattr(module, name).detach().clone())
+            for module in self.anatomy.model.modules()
+            for name in ("running_mean", "running_var")
+            if isinstance(getattr(module, name, None), torch.Tensor)
+        ]
         self.tap = Tap(self.anatomy, blocks)
 
     def run(self, whole: Call | None, decoder: Call, *, around: Callable[[], Any]) -> Capture:
@@ -85,6 +92,7 @@ class ReferencePass:
                 stack.enter_context(adapters_disabled(self._layers))
             elif self._own:
                 stack.enter_context(adapter_active(self._layers, str(self._reference)))
+            stack.enter_context(_buffers_as(self._statistics))
             stack.enter_context(around())
             capture = stack.enter_context(self.tap.alone())
             if whole is None or (_handed_on(whole, decoder) and not self._sharded()):
@@ -140,6 +148,19 @@ class ReferencePass:
     def _cuda_devices(self) -> list[int]:
         devices = {parameter.device for parameter in self.anatomy.model.parameters()}
         return sorted({device.index or 0 for device in devices if device.type == "cuda"})
+
+
+@contextmanager
+def _buffers_as(values: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
+    """Give buffers the values that they had: training moves the running statistics of a BatchNorm, frozen or not."""
+    now = [(module, name, getattr(module, name)) for module, name, _ in values]
+    try:
+        for (module, name, value), (*_, current) in zip(values, now, strict=True):
+            setattr(module, name, value.to(current))
+        yield
+    finally:
+        for module, name, current in now:
+            setattr(module, name, current)
 
 
 class _DecoderDone(BaseException):
