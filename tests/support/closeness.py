@@ -7,10 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 
 FACTOR = 4  # chunks, fused kernels and scaled windows round a few times more often than one plain pass
 LEAST = 4  # roundings of the dtype, where plain torch happens to be exact
+ROUNDINGS = 64  # of float32, in a sum over tokens after a few layers; a wrong formula is off by far more
+
+
+def rounded(value, *, size=None):
+    """What a float32 number may be that is computed in another order.
+
+    Args:
+        value: the number.
+        size: of the largest terms that it is the sum of, where they cancel; by default its own.
+    """
+    return pytest.approx(value, rel=0.0, abs=ROUNDINGS * 2**-24 * (abs(value) if size is None else size))
 
 
 def losses(found, exact):
