@@ -70,7 +70,8 @@ def test_the_refusal_names_the_option(odd):
     pair, _, _ = odd
     before = contents(pair.output.parent) if pair.output.parent.exists() else {}
     with pytest.raises(
-        PairingError, match=r"lm_head: the vocabulary was resized.*; to project the others: --exclude lm_head$"
+        PairingError,
+        match=r"lm_head: the vocabulary was resized.*; to project the others: --exclude lm_head .in Python.*lm_head",
     ):
         project_adapter(pair.adapter, aligned=pair.aligned, base=pair.base, output=pair.output)
     assert (contents(pair.output.parent) if pair.output.parent.exists() else {}) == before
@@ -95,8 +96,9 @@ def test_what_is_offered_excludes_what_does_not_pair(tmp_path, lacking, words):
     models = {"aligned": pair.aligned, "base": pair.base, "output": pair.output}
     with pytest.raises(PairingError) as refused:
         project_adapter(pair.adapter, **models)
-    assert str(refused.value).endswith(f"; to project the others: {words}")
-    report = project_adapter(pair.adapter, **models, exclude=words.split()[1::2])
+    patterns = words.split()[1::2]
+    assert str(refused.value).endswith(f"; to project the others: {words} (in Python, exclude={patterns})")
+    report = project_adapter(pair.adapter, **models, exclude=patterns)
     assert not any(part in module.name for part in lacking for module in report.adapters[0].modules)
 
 

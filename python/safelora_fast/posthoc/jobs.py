@@ -235,8 +235,9 @@ def raise_first(problems: Problems, others: int) -> None:
     if not problems:
         return
     more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
-    words = " ".join(f"--exclude {pattern}" for pattern in _patterns({name for name, _ in problems}))
-    way = f"; to project the others: {words}" if others else ""
+    few = _patterns({name for name, _ in problems})
+    words = " ".join(f"--exclude {pattern}" for pattern in few)
+    way = f"; to project the others: {words} (in Python, exclude={few})" if others else ""
     raise PairingError(f"{problems[0][1]}{more}{way}")
 
 
