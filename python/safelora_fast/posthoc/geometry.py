@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from safelora_fast.json_reading import COUNT
 from safelora_fast.posthoc.adapter import FLOATS
 from safelora_fast.posthoc.experts import stored_in_out
 from safelora_fast.posthoc.names import Piece, canonical
+from safelora_fast.posthoc.orientation import kept_in_out
 from safelora_fast.posthoc.pairing import INPUT_EMBEDDINGS, TensorNames
 
 if TYPE_CHECKING:
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from safelora_fast.posthoc.adapter import LoraModule
     from safelora_fast.posthoc.sources import TensorEntry
 
-# Models whose transformers code keeps these modules as Conv1D, that is (in, out).
-CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
-# Names that say (out, in) where shapes do not tell: of nn.Linear, as far as anybody has called a Conv1D so.
-LINEAR = re.compile(
-    r"lin(ear)?\d*|\w*(proj|dense|fc|query|key|value|qkv|head)\d*|[wW]\w*|score|classifier|(gate|up|down|out|in)\d*"
-)
 VOCABULARY = {*INPUT_EMBEDDINGS, "lm_head"}
 
 
@@ -225,34 +218,20 @@ def _is_count(value: object) -> bool:
 def _is_conv1d(
     names: TensorNames, piece: Piece, module: str, shape: tuple[int, int] | None, *, fan_in_fan_out: bool
 ) -> bool:
-    """Whether a linear weight is kept as (in, out): told by the kind of model or by shapes, for a square by its name too.
-
-    PEFT's `fan_in_fan_out` is that of the module that it adapted last, so it tells of no module by itself.
+    """Whether a linear weight is kept as (in, out).
 
     Raises:
         PairingError: for a square weight of which nothing tells.
     """
+    stored, model_type = _entry(names, piece.tensor).shape, names.setting("model_type")
     leaf = module.rpartition(".")[2]
-    named_so, model_type = leaf in CONV1D_MODULES, names.setting("model_type")
-    if model_type in CONV1D_MODELS:
-        return named_so
-    stored = _entry(names, piece.tensor).shape
-    square = len(stored) == 2 and stored[0] == stored[1]
-    called_so = "conv1d" in leaf.lower()
-    if shape is not None and not square:
-        return stored == shape[::-1] and (fan_in_fan_out or model_type is None)
-    if shape is None and not called_so:
-        return False
-    if fan_in_fan_out and (named_so or called_so):
-        return True
-    of_linear = LINEAR.fullmatch(leaf) is not None and not named_so
-    of_transformers = model_type is not None and not called_so
-    if (of_linear and not fan_in_fan_out) or (of_transformers and (of_linear or not fan_in_fan_out)):
-        return False
-    raise PairingError(
-        f"{module}: neither its name nor config.json of the {names.role} model {names.checkpoint.description} tells whether "
-        f"{piece.tensor} {list(stored)} is kept (out, in), as by Linear, or (in, out), as by Conv1D"
-    )
+    told = kept_in_out(leaf, stored, shape, model_type, fan_in_fan_out=fan_in_fan_out)
+    if told is None:
+        raise PairingError(
+            f"{module}: neither its name nor config.json of the {names.role} model {names.checkpoint.description} tells "
+            f"whether {piece.tensor} {list(stored)} is kept (out, in), as by Linear, or (in, out), as by Conv1D"
+        )
+    return told
 
 
 def _stored_in_out(names: TensorNames, tensor: str, parameter: str, shape: tuple[int, int]) -> bool:
