@@ -65,14 +65,14 @@ lint: develop ## formatting, lints, types, and the stub against the binary
 .PHONY: test
 test: lint wheel ## everything that CI runs: lints, Rust tests, Python tests, the wheel alone in an empty environment
 	PROPTEST_RNG_SEED=0 cargo test --workspace --quiet
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope
 
 .PHONY: test-matrix
 test-matrix: develop $(OLDEST)/.packages ## the training tests with the newest and the oldest transformers, TRL and PEFT
 	@for python in $(BIN)/python $(OLDEST)/bin/python; do \
 		$$python -c 'from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in \
 			("torch", "transformers", "trl", "peft", "accelerate", "datasets")), sep=", ")'; \
-		$$python -m pytest -q $(TRAINING_TESTS); \
+		OMP_NUM_THREADS=1 $$python -m pytest -q --numprocesses=auto --dist=loadscope $(TRAINING_TESTS); \
 	done
 
 .PHONY: bench
