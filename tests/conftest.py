@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -16,3 +17,14 @@ def precision_of_its_own():
     """Trainers of transformers before 5 leave their precision to whatever asks accelerate next."""
     yield
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+def pytest_collection_finish():
+    """Leave what the tests have imported out of later collections: trainers collect often, and all of torch is looked at."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """What was left out is freed as usual when Python ends."""
+    gc.unfreeze()
