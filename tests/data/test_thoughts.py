@@ -62,3 +62,24 @@ def test_prompts_that_open_the_thoughts():
 def test_control_tokens_that_are_tags():
     assert all(map(is_tag, ("<think>", "</think>", "[THINK]", "<|channel|>", "<|message|>", "<|END_THINKING|>")))
     assert not any(map(is_tag, ("<|im_end|>", "</s>", "[INST]", "<pad>")))
+
+
+LONG = 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<|channel|>final" * LONG, None),
+        ("<|channel|>final x" * LONG + "<|message|>85", "85"),
+        ("<|channel|>final<|message|>a<|end|>" * LONG + "<|channel|>final<|message|>b<|return|>", "b"),
+        ("</think>a" * LONG, "a"),
+        ("<think>" + " " * LONG + "</think>" * LONG + "a", "a"),
+        ("<" + " " * LONG + "think" * LONG, "<" + " " * LONG + "think" * LONG),
+        ("[THINK]" * LONG, None),
+    ],
+    ids=range(7),
+)
+def test_long_texts_take_no_time_to_speak_of(text, said):
+    """In seconds at most: what goes over the rest of the text at every tag would take an hour."""
+    assert answer_after_thoughts(text) == said

@@ -30,21 +30,22 @@ _WORDS = r"Here(?:'s| is) my response:"  # Granite's, which closes thoughts only
 _TAG = re.compile(rf"(?P<open>{'|'.join(_OPEN)})|(?P<close>{'|'.join(_CLOSE)})|(?P<words>{_WORDS})", re.IGNORECASE)
 _OPENED = re.compile(rf"(?:{'|'.join(_OPEN)})\s*\Z", re.IGNORECASE)
 _CHANNEL = "<|channel|>"  # gpt-oss: what is said stands in the channel "final"
-_FINAL = re.compile(r"<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|call|start)\|>|\Z)", re.DOTALL)
+_FINAL = re.compile(r"\s*final\b")
+_ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>")
 _CHANNEL_TOKENS = {_CHANNEL, "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>"}
 
 
 def answer_after_thoughts(text: str) -> str | None:
     """What a model said apart from its thoughts; the text itself where there are none, None where they do not end."""
     if _CHANNEL in text:
-        finals = _FINAL.findall(text)
-        return finals[-1].strip() if finals else None
+        return _last_final(text)
     said, start, inside, found = "", 0, False, False
+    end = len(text.rstrip())
     for tag in _TAG.finditer(text):
         if tag["open"]:
             said += "" if inside else text[start : tag.start()]
             inside = True
-        elif inside or (tag["close"] and text[tag.end() :].strip()):  # without an opening tag: the prompt had it
+        elif inside or (tag["close"] and tag.end() < end):  # without an opening tag: the prompt had it
             said = said if inside else ""
             inside = False
         else:
@@ -53,6 +54,17 @@ def answer_after_thoughts(text: str) -> str | None:
     if inside:
         return None
     return (said + text[start:]).strip() if found else text
+
+
+def _last_final(text: str) -> str | None:
+    """What stands in the last channel "final", in time in proportion to the text."""
+    for part in reversed(text.split(_CHANNEL)[1:]):
+        name, message, said = part.partition("<|message|>")
+        if message and _FINAL.match(name):
+            for end in _ENDS:
+                said = said.partition(end)[0]
+            return said.strip()
+    return None
 
 
 def opening_tag(prompt: str) -> str | None:
