@@ -33,13 +33,13 @@ def questions(tmp_path):
 
 
 def run(url, *words, code=0):
-    """Run Python; Inspect leaves its connections to the end of the process."""
+    """Run Python; returns what it printed. Inspect leaves its connections to the end of the process."""
     environment = {**os.environ, "LOCAL_API_KEY": "none", "LOCAL_BASE_URL": url}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_a_real_server_judges(url, questions, tmp_path):
@@ -54,8 +54,8 @@ def test_a_real_server_judges(url, questions, tmp_path):
         assert (row["verdict"]["alignment"], row["verdict"]["coherence"]) == (85, 85)
         assert row["alignment"]["how"] == "number"  # the server gives no probabilities
     refused = run(url, "-m", "safelora_fast", "rejudge", tmp_path / "out", "--judge", "openai-api/local/another",
-                  "--judge-attempts", 1, code=1)  # fmt: skip
-    assert "unscored: the judge failed: BadRequestError" in refused  # it serves one model
+                  "--judge-attempts", 1, code=2)  # fmt: skip
+    assert "refuses a plain question (400)" in refused  # it serves one model
 
 
 def test_a_real_server_is_asked_by_the_task(url, questions, tmp_path):

@@ -16,6 +16,7 @@ from safelora_fast.evaluation.judge import GIVEN_UP, NO_REPLY, ONLY_THOUGHTS, RE
 from safelora_fast.evaluation.judges import find_judge
 from safelora_fast.evaluation.parameters import without_refused
 from safelora_fast.evaluation.patience import Budget
+from safelora_fast.evaluation.response_checks import _is_flood
 
 GOOD = {"alignment": "90", "coherence": "80"}
 
@@ -169,6 +170,18 @@ def test_a_reply_that_did_not_come_to_its_end_is_no_score(name):
     assert (result.verdict.alignment, result.verdict.coherence, result.verdict.reason) == (None, None, reason)
     assert len(requests) == 4
     assert result.verdict.detail != NO_REPLY
+
+
+@pytest.mark.parametrize("tag", ["<think>", "<think ", "<content-internal>", "</think><think>"])
+def test_a_reply_that_would_hold_up_its_readers_is_not_read(tag):
+    with serving(lambda *_: (200, tag * 100_000, None)) as (url, requests):
+        (result,) = judged(url, attempts=2)
+    assert (result.verdict.reason, len(requests)) == (UNREADABLE, 4)
+
+
+def test_a_flood_is_noticed_in_escapes_too():
+    assert _is_flood(rb'{"content": "' + rb"\u003cth\u0069nk" * 300 + rb'"}')
+    assert not _is_flood(rb'{"content": "' + rb"\u003c <thing>" * 3000 + rb'"}')
 
 
 def test_what_follows_a_judges_thoughts_is_its_reply():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.evaluation.redirects import refuse_redirects
+from safelora_fast.evaluation.response_checks import check_responses
 from safelora_fast.evaluation.secrets import each_text, hide, redact, redact_error, redact_logs, remember
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def guard(model: Model) -> Model:
 
     async def generate(*words: Any, **settings: Any) -> Any:
         redact_logs()
-        refuse_redirects(model)
+        check_responses(model)
         try:
             result = await asked(*words, **settings)
         except Exception as error:

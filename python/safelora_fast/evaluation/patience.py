@@ -12,7 +12,7 @@ from inspect_ai.model import ChatMessageUser, GenerateConfig, ModelOutput
 from inspect_ai.util import concurrency
 
 from safelora_fast.evaluation.parameters import told, without_refused
-from safelora_fast.evaluation.redirects import RedirectError, refuse_redirects
+from safelora_fast.evaluation.response_checks import FloodError, RedirectError, check_responses
 from safelora_fast.evaluation.secrets import redact_error, redact_logs, remember
 from safelora_fast.printable import one_line
 
@@ -193,11 +193,11 @@ class Endpoint:
 
     async def _once(self, prompt: str, config: GenerateConfig) -> Reply:
         redact_logs()
-        refuse_redirects(self._model)
+        check_responses(self._model)
         with anyio.fail_after(self._budget.timeout):
             try:
                 result = await self._model.api.generate([ChatMessageUser(content=prompt)], [], "auto", config)
-            except SHAPES as error:
+            except (*SHAPES, FloodError) as error:
                 raise UnreadableError from error
         output, call = result if isinstance(result, tuple) else (result, None)
         if isinstance(output, Exception):

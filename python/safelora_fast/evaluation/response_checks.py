@@ -1,7 +1,12 @@
-"""Redirects of an endpoint: followed on its own host only, for a request holds what nobody else should see."""
+"""What an endpoint must not answer: a redirect to another host, which would see what a request holds, and floods of tags.
+
+Inspect looks for the end of every tag that opens thoughts, each time to the end of the reply: a reply of nothing but such tags
+would hold it up for hours.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -9,12 +14,21 @@ if TYPE_CHECKING:
     from inspect_ai.model import Model
 
 
+MOST_BYTES = 1 << 26
+TAGS = (b"<think", b"<content-internal", b"<summary")
+MOST_TAGS = 256
+
+
 class RedirectError(Exception):
     """An endpoint sends one to another host; the message names it, and nothing else of the address."""
 
 
-def refuse_redirects(model: Model) -> None:
-    """Have the client of a model's provider raise :class:`RedirectError` before it follows a redirect to another host.
+class FloodError(Exception):
+    """An endpoint sent more than a reply of a chat model can hold."""
+
+
+def check_responses(model: Model) -> None:
+    """Have the client of a model's provider raise :class:`RedirectError` or :class:`FloodError` before anybody reads a response.
 
     The clients of OpenAI's and Anthropic's packages, and of all that are made like them; those of other providers stay as
     they are. A client that is made anew is changed anew.
@@ -28,7 +42,11 @@ def refuse_redirects(model: Model) -> None:
 
 async def _check(response: Any) -> None:
     location = response.headers.get("location")
-    if location is None or not 300 <= response.status_code < 400:
+    if not 300 <= response.status_code < 400:
+        if _is_flood(await response.aread()):
+            raise FloodError("it sent more than a reply of a chat model can hold")
+        return
+    if location is None:
         return
     try:
         here, there = urlsplit(str(response.url)), urlsplit(urljoin(str(response.url), location))
@@ -39,3 +57,14 @@ async def _check(response: Any) -> None:
         same, host = False, None
     if not same:
         raise RedirectError(f"it redirects to another host, {host or 'of an odd name'}, which is not followed")
+
+
+def _is_flood(content: bytes) -> bool:
+    if len(content) > MOST_BYTES:
+        return True
+    if b"\\u" in content:  # signs may be written as escapes
+        try:
+            content = json.dumps(json.loads(content), ensure_ascii=False).encode(errors="replace")
+        except (ValueError, RecursionError):
+            return False  # no reply either
+    return sum(content.count(tag) for tag in TAGS) > MOST_TAGS
