@@ -185,7 +185,7 @@ def _from_hub(source: str) -> _HubTable:
     split = match["split"] or "train"
     try:
         reached = is_within_reach(hf_hub_url(match["name"], "README.md", repo_type="dataset"))
-        with offline_unless(reached, constants, datasets.config):
+        with offline_unless(reached, constants):
             table = datasets.load_dataset(match["name"], revision=match["revision"], split=split)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
