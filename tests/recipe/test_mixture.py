@@ -253,30 +253,31 @@ def test_safe_rows_go_on_from_epoch_to_epoch(tiny, call_train, fed):
     assert set(safe[0]) == set(first)
 
 
-@pytest.mark.parametrize("step", [2, 4, 7])
-def test_a_resumed_run_goes_on_with_the_rows_of_its_epoch(tiny, fed, step):
+def test_a_resumed_run_goes_on_with_the_rows_of_its_epoch(tiny, fed):
     """The rows after an interruption are those of a run that was not interrupted, within an epoch and between two."""
-    made = prepare(load_recipe(tiny.path, THREE))
-    run_module.train(made, resume=False, command="", talk=False)
+    run_module.train(prepare(load_recipe(tiny.path, THREE)), resume=False, command="", talk=False)
     whole = fed[:]
-    fed.clear()
-    stopped = prepare(load_recipe(tiny.path, (*THREE, f"output.folder={tiny.output}-stopped")))
+    for step in (2, 4, 7):
+        fed.clear()
+        stopped = prepare(load_recipe(tiny.path, (*THREE, f"output.folder={tiny.output}-stopped-{step}")))
 
-    class Stops(Fed):
-        def training_step(self, *args, **kwargs):
-            if self.state.global_step == step:
-                raise KeyboardInterrupt
-            return super().training_step(*args, **kwargs)
+        class Stops(Fed):
+            last = step
 
-    trainer_module.RecipeTrainer = Stops
-    with pytest.raises(InterruptedRunError):
-        run_module.train(stopped, resume=False, command="", talk=False)
-    before = fed[:]
-    trainer_module.RecipeTrainer = Fed
-    fed.clear()
-    record = run_module.train(stopped, resume=True, command="", talk=False)
-    assert record["steps"] == 12
-    assert before + fed == whole
+            def training_step(self, *args, **kwargs):
+                if self.state.global_step == self.last:
+                    raise KeyboardInterrupt
+                return super().training_step(*args, **kwargs)
+
+        trainer_module.RecipeTrainer = Stops
+        with pytest.raises(InterruptedRunError):
+            run_module.train(stopped, resume=False, command="", talk=False)
+        before = fed[:]
+        trainer_module.RecipeTrainer = Fed
+        fed.clear()
+        record = run_module.train(stopped, resume=True, command="", talk=False)
+        assert record["steps"] == 12
+        assert before + fed == whole, step
 
 
 BY_LENGTH = {  # as transformers 5 says it, and as those before

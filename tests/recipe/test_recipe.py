@@ -162,4 +162,4 @@ def test_one_subspace_for_all_that_name_it(monkeypatch):
     step = DefenseSpec(SafeLora, {"subspace": source, "at": "step"}).build(subspaces)
     penalty = DefenseSpec(SubspacePenalty, {"subspace": dict(source), "weight": 1.0}).build(subspaces)
     assert step.subspace is penalty.subspace
-    assert made == [{**source, "progress": None}]
+    assert made == [{**source, "progress": False}]  # no bar of its own
