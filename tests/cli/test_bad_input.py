@@ -304,3 +304,10 @@ def test_a_base_of_another_size(pair, call, tmp_path):
     assert "base [32, 80]" in err
     assert "(and 5 more modules)" in err
     assert not pair.output.exists()
+
+
+@pytest.mark.parametrize("words", [("project", "a", "--output"), ("operator-swap", "score", "x", "--model")])
+def test_an_option_without_its_value_names_the_command(call, words):
+    code, _, err = call(*words)
+    command = " ".join(words[: 2 if words[0] == "operator-swap" else 1])
+    assert (code, err) == (2, f"error: Option '{words[-1]}' requires an argument; see safelora-fast {command} --help\n")

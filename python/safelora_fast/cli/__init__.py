@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from safelora_fast.printable import one_line
 from safelora_fast.python_calls import reports
@@ -14,6 +14,8 @@ from safelora_fast.python_calls import reports
 if TYPE_CHECKING:
     from types import FrameType
     from typing import TextIO
+
+    import typer
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -63,7 +65,7 @@ def _run() -> int:
         if not message:  # no arguments: the help has been shown
             raise SystemExit(BAD_INPUT) from None
         context = error.ctx  # type: ignore[attr-defined]
-        command = context.command_path if context else "safelora-fast"
+        command = context.command_path if context else _command_path(app)
         _fail(f"{message.rstrip('. ')}; see {command} --help", BAD_INPUT)
     except typer.Abort:
         return INTERRUPTED
@@ -108,6 +110,20 @@ def _words_of(error: OSError) -> str:
 def _let_go(stream: TextIO) -> None:
     """Have Python end without a word about what it could not write."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _command_path(app: typer.Typer) -> str:
+    """The command that was typed, for an error that comes before it is known."""
+    from typer.main import get_command
+
+    command: Any = get_command(app)
+    path = ["safelora-fast"]
+    for word in sys.argv[1:]:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return " ".join(path)
 
 
 def _fail(message: str, code: int) -> NoReturn:
