@@ -199,6 +199,16 @@ def test_a_measurement_that_is_cut_off_is_taken_again(copied, trained, call, con
     assert trained == []
 
 
+@pytest.mark.parametrize("damage", [{"pairs": None}, {"pairs": [3]}, {"pairs": [{"aligned": "x"}]}])
+def test_a_measurement_that_was_edited_by_hand_is_refused_by_name(copied, call, damage):
+    file = copied.output / "kl" / "seed-1" / "margin.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    result = call(*copied.words("--report-only", "-q"))
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert f"{file}, " in result.err
+    assert "what was measured is damaged" in result.err
+
+
 def by_name(comparison, *names):
     """The reasons of the reference's and the first run's margin, or of other measures of the run."""
     return [reasons(comparison, "none", name)[0] for name in names]

@@ -42,6 +42,12 @@ def test_only_sealed_checkpoints_count(folder):
             (broken / SEAL).write_text(content)
         last = folder.last_checkpoint()
         assert (last.step, last.seconds, last.path.name) == (10, 15.0, "checkpoint-10")
+    folder.seal(12, 18.0)
+    for content in ("{", '{"global_step": "12", "log_history": []}', "[" * 10_000):
+        (broken / "trainer_state.json").write_text(content)
+        assert folder.last_checkpoint().step == 10
+    (broken / "trainer_state.json").write_text('{"global_step": 12, "log_history": []}')
+    assert folder.last_checkpoint().step == 12
     (broken / SEAL).unlink()
     begin(folder, anew=False)
     assert not broken.exists()

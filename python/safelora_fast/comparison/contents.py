@@ -12,6 +12,7 @@ from safelora_fast.comparison.places import reference_of
 from safelora_fast.comparison.pooling import count_of
 from safelora_fast.comparison.report import NOT_MEASURED
 from safelora_fast.comparison.runs import Runs
+from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +81,13 @@ class Contents:
         reference = self.of(one.measure, self.reference)
         if FAILURE in found or (FAILURE in reference and not one.of_reference):
             return None
-        sample = one.sample(found, reference)
+        try:
+            sample = one.sample(found, reference)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+            files = ", ".join(str(where.file(one.measure)) for where in (place, self.reference))
+            raise DataError(
+                f"{files}: what was measured is damaged ({error!r}); delete it, to have it measured again"
+            ) from error
         return sample if sample is not None and count_of(sample) else None
 
     def samples(self, one: Measured, places: Sequence[Place]) -> dict[int, Outcome]:

@@ -23,11 +23,13 @@ from safelora_fast.errors import OutputError, SettingsError
 from safelora_fast.json_reading import (
     COUNT,
     FLAG,
+    LIST,
     NUMBER,
     OBJECT,
     TEXT,
     TEXTS,
     check_fields,
+    is_file,
     read_json,
     read_object,
     why,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 RECORD = "safelora_train.json"
 SEAL = "safelora_checkpoint.json"
+TRAINER_STATE = "trainer_state.json"
 FORMAT = 1
 PARTIAL = ".partial"
 AT_THE_END = {"steps": COUNT, "seconds": NUMBER, "metrics": OBJECT}
@@ -195,6 +198,8 @@ class RunFolder:
         for folder in self._checkpoints():
             try:
                 seal = check_fields(read_json(folder / SEAL), {"step": COUNT, "seconds": NUMBER})
+                if is_file(folder / TRAINER_STATE):  # the trainer reads it without a look
+                    check_fields(read_json(folder / TRAINER_STATE), {"global_step": COUNT, "log_history": LIST})
                 whole.append(Checkpoint(folder, seal["step"], float(seal["seconds"])))
             except (OSError, ValueError):
                 continue
