@@ -116,7 +116,7 @@ def test_show(call, tmp_path):
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--samples", "0"], "samples is 0"),
         (["--trait", "evil"], "evil: there is no such trait file"),
-        (["--model", "absent/"], "absent/: the model is neither a folder nor a Hub id"),
+        (["--model", "absent/"], "absent/: the model is neither a file, nor a folder, nor a Hub id"),
         (["--output", "vector.pt"], "vector.pt: a persona vector is a .safetensors file"),
         (["--scores", "absent.jsonl"], "absent.jsonl: the scores cannot be read"),
     ],

@@ -312,7 +312,7 @@ def test_settings_out_of_range(model, settings, message):
 def test_what_cannot_be_read_or_written(model, tmp_path):
     with pytest.raises(SettingsError, match=r"a persona vector is a \.safetensors file"):
         extract(model, tmp_path / "vector.pt")
-    with pytest.raises(CheckpointError, match="neither a folder nor a Hub id"):
+    with pytest.raises(CheckpointError, match="neither a file, nor a folder, nor a Hub id"):
         extract(tmp_path / "absent", tmp_path / "vector.safetensors")
     with pytest.raises(DataError, match="no negative response is left"):
         extract(model, judge=lambda _: 99)
