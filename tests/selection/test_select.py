@@ -299,6 +299,29 @@ def test_a_file_that_is_no_journal_is_refused(choose, content):
     assert choose.journal.read_text() == content
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"row": -1}, "row must be a whole number from 0, not -1"),
+        ({"row": 0.0}, "row must be a whole number from 0, not 0.0"),
+        ({"of": None}, "of must be text, not None"),
+        ({"nll": None}, r"nll must be 3 numbers of nats from 0, not \[\]"),
+        ({"nll": [1.0, 2.0]}, r"nll must be 3 numbers of nats from 0, not \[1.0, 2.0\]"),
+        ({"nll": [1.0, 2.0, float("nan")]}, "nll must be 3 numbers of nats"),
+        ({"nll": [-1.0, 2.0, 3.0]}, "nll must be 3 numbers of nats"),
+        ({"nll": "abc"}, "nll must be a list, not 'abc'"),
+        ({"skipped": ["x"]}, r"skipped must be text, not \['x'\]"),
+    ],
+)
+def test_a_line_that_was_edited_by_hand_is_refused(choose, changes, words):
+    choose(candidates(3))
+    lines = choose.journal.read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), **changes})
+    choose.journal.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=rf"journal.jsonl:3: is no line of a selection's journal \({words}"):
+        choose(candidates(3))
+
+
 def test_a_header_that_was_cut_short_is_written_anew(choose):
     choose.journal.write_text('{"format": 1, "sett')
     assert len(choose().scores) == 12

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 FORMAT = 1
+LEAST, MOST = (
+    -0.001,
+    1e6,
+)  # nats of a token: less than 0 by rounding alone, and beyond float32's range of logits nothing
 HEADER_START = b'{"format": '
 
 
@@ -92,8 +96,8 @@ class Journal:
         values = check_fields(line, {"row": COUNT, "of": TEXT}, {"nll": LIST, "skipped": TEXT})
         nll, skipped = values.get("nll") or [], values.get("skipped")
         models = 0 if skipped else 1 + len(self._settings["adapters"])
-        if len(nll) != models or not all(map(NUMBER.fits, nll)):
-            raise ValueError(f"nll must be {models} finite numbers, not {reprlib.repr(nll)}")
+        if len(nll) != models or not all(NUMBER.fits(value) and LEAST < value < MOST for value in nll):
+            raise ValueError(f"nll must be {models} numbers of nats from 0, not {reprlib.repr(nll)}")
         return Entry(values["row"], values["of"], tuple(map(float, nll)), skipped)
 
     def _check(self, header: Any, *, begun: bool) -> None:
