@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.data.chat import has_template
 from safelora_fast.errors import CheckpointError, SettingsError
+from safelora_fast.json_reading import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ def give_template(tokenizer: PreTrainedTokenizerBase, model: ModelSection) -> bo
     """
     if model.chat_template is not None:
         try:
-            template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
+            template = read_bytes(Path(model.chat_template).expanduser()).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{model.chat_template}: the chat template cannot be read: {error}") from error
         if not _takes_template(tokenizer):
