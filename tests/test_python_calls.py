@@ -73,6 +73,12 @@ def test_no_bar_where_none_is_wanted_or_nobody_looks(pair, bars, monkeypatch):
     assert bars == []
 
 
+def test_a_bar_where_one_is_wanted_although_nobody_looks(pair, bars, monkeypatch):
+    monkeypatch.setattr(python_calls, "sys", SimpleNamespace(stderr=io.StringIO()))
+    project(pair, progress=True)
+    assert len(bars) == 1
+
+
 def test_what_was_given_is_told(bars):
     given = object()
     with bar_on_a_terminal(given) as told:

@@ -59,9 +59,12 @@ class TerminalBar:
 
 @contextlib.contextmanager
 def bar_on_a_terminal(progress: Given | bool | None) -> Iterator[Given | Any | None]:
-    """What a call tells its progress to: what was given, else a bar where there is a terminal; with False nothing."""
-    if progress is not None or not sys.stderr.isatty():
-        yield progress or None
+    """What a call tells its progress to: what was given; None makes a bar where there is a terminal, True anywhere, False none."""
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield None
+        return
+    if progress is not None and progress is not True:
+        yield progress
         return
     with contextlib.closing(TerminalBar()) as bar:
         yield bar

@@ -66,6 +66,13 @@ def test_the_others_are_projected_as_ever(odd, tmp_path, exclude):
     assert "## Excluded" in (tmp_path / "left" / "README.md").read_text()
 
 
+def test_factors_that_are_excluded_do_not_count_as_trained_beside_them(odd):
+    pair, _, _ = odd
+    models = {"aligned": pair.aligned, "base": pair.base, "output": pair.output}
+    report = project_adapter(pair.adapter, **models, exclude="lm_head", strict=True)
+    assert not any("trained beside the LoRA factors" in warning for warning in report.warnings)
+
+
 def test_the_refusal_names_the_option(odd):
     pair, _, _ = odd
     before = contents(pair.output.parent) if pair.output.parent.exists() else {}

@@ -201,6 +201,16 @@ def test_a_misfit_is_found_without_weights(tmp_path, model, message):
         fit_adapter(tmp_path, other)
 
 
+def test_a_weight_of_packed_bytes_tells_nothing_of_shapes(tmp_path):
+    """Bitsandbytes keeps a weight of 4 bits as one column of bytes."""
+    model = tiny_model(layers=2)
+    trained(tmp_path, tiny_model(layers=2))
+    for layer in model.model.layers:
+        packed = torch.zeros(layer.mlp.down_proj.weight.numel() // 2, 1, dtype=torch.uint8)
+        layer.mlp.down_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert len(fit_adapter(tmp_path, model).modules) == 4
+
+
 def test_a_tensor_of_no_factors_that_does_not_fit_is_refused(tmp_path):
     trained(tmp_path, tiny_model(layers=2), modules_to_save=["norm"])
     tensors = load_file(tmp_path / WEIGHTS)

@@ -43,6 +43,14 @@ def test_what_is_refused(tmp_path, name, changes, words):
         assert "\n" not in str(refused.value)
 
 
+def test_padding_that_the_first_llamas_name_is_taken(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "pad_token_id": -1}))
+    assert load_pretrained(ModelSection(str(folder), "float32", "cpu")).config.pad_token_id == -1
+
+
 def test_what_is_loaded(tmp_path):
     section = ModelSection(str(save_tiny(tmp_path / "model")), "float32", "cpu")
     assert load_pretrained(section).config.hidden_size == load_config(section).hidden_size == 32

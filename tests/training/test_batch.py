@@ -89,7 +89,7 @@ def test_positions_that_jump_ahead_stay_in_their_document():
 def test_positions_that_jump_without_a_mask(positions):
     """transformers lets a document begin there, in some attention implementations and not in others."""
     batch = {"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": torch.tensor([positions])}
-    with pytest.raises(SettingsError, match="position_ids jump or stand still without an attention_mask"):
+    with pytest.raises(SettingsError, match="position_ids jump or repeat, and there is no attention_mask"):
         read_spans(batch)
     assert read_spans({**batch, "attention_mask": torch.ones(1, 5)}).sequences(torch.ones(1, 5) != 0) == 1
 

@@ -36,7 +36,10 @@ def doubts(tokenizer: PreTrainedTokenizerBase, asked: str, text: str, ids: list[
             "asked for with it, and learned and scored without"
         )
     if dated:
-        yield "the chat template writes today's date, so prompts of another day are others: pin it where it reads a variable"
+        yield (
+            "the chat template writes today's date, so prompts change from day to day: fix the date with --template-args if the "
+            "template reads it from a variable"
+        )
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] and bos not in ids:
         yield f"the chat template writes no {tokenizer.bos_token}, which the tokenizer puts before every text"

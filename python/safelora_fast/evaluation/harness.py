@@ -22,6 +22,7 @@ from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import EvaluationError, SettingsError
 from safelora_fast.evaluation.benchmarks import TASK_FILES
 from safelora_fast.evaluation.generation import NAN_LOGITS, NanWatch
+from safelora_fast.json_reading import is_file
 from safelora_fast.recipe.loading import first_line
 from safelora_fast.recipe.stamps import file_digest, files_digest, text_digest
 
@@ -75,8 +76,8 @@ class Tasks:
             text = text if root is None else text.replace(str(root), "")
         of_others = () if entry.kind.name == GROUP else (".yaml", ".yml")  # a group is made of what they define
         own = files_digest(self._folder, [suffix for suffix in TASK_FILES if suffix not in of_others])
-        named = [Path(word) for word in _words((entry.cfg or {}).get("dataset_kwargs"))]
-        return text_digest([text, own, [file_digest(str(file)) for file in named if file.is_file()]])
+        named = [word for word in _words((entry.cfg or {}).get("dataset_kwargs")) if is_file(word)]
+        return text_digest([text, own, [file_digest(word) for word in named]])
 
 
 def _words(value: Any) -> Iterator[str]:

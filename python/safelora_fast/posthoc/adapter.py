@@ -30,6 +30,7 @@ HEADS = ("lm_head", "embed_out")
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
 BIAS = re.compile(r".+\.lora_B\.bias")
 NESTED = ".base_layer"
+EXCLUDED = "excluded by "  # what the reason begins with
 TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
 
 TYPES = {
@@ -175,7 +176,7 @@ def _account(
             ours = [
                 key for (owner, factor), key in factors.items() if (owner, "embedding" in factor) == (name, embedding)
             ]
-            copied += [(key, f"excluded by {pattern!r}: not projected") for key in ours]
+            copied += [(key, f"{EXCLUDED}{pattern!r}: not projected") for key in ours]
             continue
         b, a = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")
         left_key, right_key = factors.get((name, b)), factors.get((name, a))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safelora_fast.errors import AdapterError
+from safelora_fast.posthoc.adapter import EXCLUDED
 from safelora_fast.posthoc.adapter_keys import PREFIX
 from safelora_fast.posthoc.finite import PIECE, count_not_finite
 from safelora_fast.posthoc.names import NameIndex, tower_of
@@ -43,9 +44,16 @@ def copied_tensors(adapter: Adapter, aligned: Checkpoint) -> list[dict[str, Any]
 
 
 def bypassing(copied: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those that change the model: all but the ones that are the aligned model's own, or zero where they are added."""
+    """Those that change the model and are not LoRA factors that were excluded as asked.
+
+    A tensor changes nothing where it equals the aligned model's, or where the aligned model has none and it is zero.
+    """
     return [
-        item for item in copied if item.get("change") != 0 and (item.get("change") is not None or item.get("norm") != 0)
+        item
+        for item in copied
+        if not str(item["reason"]).startswith(EXCLUDED)
+        and item.get("change") != 0
+        and (item.get("change") is not None or item.get("norm") != 0)
     ]
 
 

@@ -71,7 +71,7 @@ def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(BASE_CHANGING):
         raise AdapterError(
-            f"{folder}: was initialised with {init}, which also changes the base weights, so B·A is not the update of "
+            f"{folder}: was initialized with {init}, which also changes the base weights, so B·A is not the update of "
             "the original model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) first, in "
             "float32: the converted factors nearly cancel"
         )

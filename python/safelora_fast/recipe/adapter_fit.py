@@ -141,6 +141,8 @@ class _Pairing:
         weight = getattr(module, "weight" if ending in FACTORS else ending.rpartition(".")[2], None)
         if ending in OWN or weight is None or (ending in FACTORS and weight.dim() != 2):
             return None  # of a kind that PEFT knows, or refuses
+        if not weight.is_floating_point():
+            return None  # quantized: of 4 bits, its shape is that of packed bytes
         expected, tokens = dict(enumerate(weight.shape)), 0
         if ending in FACTORS:
             out, inner = tuple(weight.shape)[:: -1 if type(module).__name__ == "Conv1D" else 1]

@@ -31,7 +31,7 @@ class Example:
 
     @property
     def answer(self) -> list[int]:
-        """The tokens that are learnt; the first of a sequence cannot be predicted."""
+        """The tokens that are learned; the first of a sequence cannot be predicted."""
         return [label for label in self.labels[1:] if label != IGNORED_LABEL]
 
 
@@ -92,13 +92,13 @@ class Examples(Sequence[Example]):
 
     @property
     def answer_lengths(self) -> np.ndarray:
-        """Tokens of each that are learnt, int64 [examples]; the first of a sequence cannot be."""
+        """Tokens of each that are learned, int64 [examples]; the first of a sequence cannot be."""
         if not len(self):
             return np.zeros(0, dtype=np.int64)
         starts = np.asarray(self._ends)[:-1]
-        learnt = np.asarray(self._labels) != IGNORED_LABEL
-        learnt[starts] = False
-        counts: np.ndarray = np.add.reduceat(learnt, starts, dtype=np.int64)
+        learned = np.asarray(self._labels) != IGNORED_LABEL
+        learned[starts] = False
+        counts: np.ndarray = np.add.reduceat(learned, starts, dtype=np.int64)
         return counts
 
     @property
@@ -107,7 +107,7 @@ class Examples(Sequence[Example]):
         return np.frombuffer(self._safe, dtype=bool)
 
     def columns(self) -> dict[str, pyarrow.ChunkedArray]:
-        """`input_ids`, `labels` (int32) and `assistant_masks` (int8, 1 where a token is learnt): a list for each example."""
+        """`input_ids`, `labels` (int32) and `assistant_masks` (int8, 1 where a token is learned): a list for each example."""
         ids, labels = np.asarray(self._ids), np.asarray(self._labels)
         masks = (labels != IGNORED_LABEL).astype(np.int8)
         return {

@@ -7,14 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.json_reading import COUNT, FLAG, NUMBER, OBJECT, TOKENS, check_fields, is_file, read_object, why
+from safelora_fast.json_reading import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    TOKENS,
+    Kind,
+    check_fields,
+    is_file,
+    read_object,
+    why,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 CONFIG = "config.json"
 FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKENS)
+PADDING = Kind("a token, or -1 for none", lambda value: value == -1 or TOKENS.fits(value))  # -1: of the first Llamas
+IDS = {**dict.fromkeys(("bos_token_id", "eos_token_id"), TOKENS), "pad_token_id": PADDING}
 GENERATION = {
     **IDS,
     **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), NUMBER),

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import CheckpointError
-from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.hub import Repository
 from safelora_fast.posthoc.lora_config import CONFIG
 from safelora_fast.posthoc.provenance import sampled
-from safelora_fast.posthoc.resolver import HUB_ID, model_folder
+from safelora_fast.posthoc.resolver import ADAPTER_WEIGHTS, HUB_ID, model_folder
 from safelora_fast.recipe.digests import digest, remembered
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ MODEL = ("config.json", "generation_config.json", "*.py", *TOKENIZER)
 ADAPTER = (CONFIG, *TOKENIZER)
 KINDS = ("*.safetensors", "*.bin")  # of weights; transformers takes the first that there is
 CHECKPOINTS = (".aligned", ".base")  # settings that may name one of the Hub
-ADAPTER_WEIGHTS = (WEIGHTS, "adapter_model.bin")  # PEFT likewise
 
 
 def subject_stamp(model: str, adapter: Path | None = None, chat_template: str | None = None) -> dict[str, str | None]:
@@ -127,7 +125,7 @@ def adapter_digest(adapter: Path | None) -> str | None:
     """Of an adapter's weights, how they are put on the model, and its tokenizer; None where there is none."""
     if adapter is None:
         return None
-    weights = [adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()][:1]
+    weights = [adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()][:1]  # PEFT takes the first
     found = [(file.name, digest(file)) for file in weights] + _small(adapter, ADAPTER)
     return _of(found) if found else None
 

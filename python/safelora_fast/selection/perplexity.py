@@ -12,7 +12,8 @@ import torch
 
 from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.json_reading import read_object, why
-from safelora_fast.posthoc.resolver import named_adapter
+from safelora_fast.posthoc.lora_config import BASE_CHANGING, CONFIG
+from safelora_fast.posthoc.resolver import ADAPTER_WEIGHTS, named_adapter
 from safelora_fast.scoring import AnswerScorer
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
 
     from safelora_fast.recipe.adapter_fit import Fit
     from safelora_fast.scoring import Labelled
-
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# These make new weights of the base model's when they are loaded: without the adapter it would not be the aligned model.
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def read_adapters(given: Sequence[str | Path]) -> dict[str, Path]:
@@ -55,9 +51,9 @@ def fingerprint(adapter: Path) -> str:
         AdapterError: it has no weights, or they cannot be read.
     """
     digest = hashlib.sha256()
-    weights = [adapter / name for name in WEIGHTS if (adapter / name).is_file()]
+    weights = [adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()]
     if not weights:
-        raise AdapterError(f"{adapter}: holds no {WEIGHTS[0]}")
+        raise AdapterError(f"{adapter}: holds no {ADAPTER_WEIGHTS[0]}")
     try:
         for file in (adapter / CONFIG, weights[0]):
             digest.update(file.read_bytes())
@@ -168,7 +164,7 @@ def _changes_model(fit: Fit, model: PreTrainedModel) -> bool:
     if not own:
         return False
     weights = model.state_dict()
-    with safe_open(fit.folder / WEIGHTS[0], framework="pt") as file:
+    with safe_open(fit.folder / ADAPTER_WEIGHTS[0], framework="pt") as file:
         return any(not torch.equal(file.get_tensor(key).to(weights[name]), weights[name]) for name, key in own.items())
 
 
@@ -178,7 +174,7 @@ def _check_kind(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG}: {why(error)}") from error
     start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(CHANGES_BASE):
+    if start.startswith(BASE_CHANGING):
         raise AdapterError(
             f"{folder}: init_lora_weights {start} changes the model's own weights, so that it cannot be had without the "
             "adapter: convert the adapter first"

@@ -137,8 +137,8 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | Non
     restarts = (steps < 0) | (positions[:, 1:] == 0)
     if batch.get("attention_mask") is None and bool(((steps != 1) & ~restarts).any()):
         raise SettingsError(
-            "position_ids jump or stand still without an attention_mask: models take that for the start of a document, or "
-            "not; give an attention_mask if each row is one document, or seq_idx, or positions that start again at 0"
+            "position_ids jump or repeat, and there is no attention_mask, so it is unclear where documents begin: give an "
+            "attention_mask if each row is one document, else seq_idx, or positions that restart at 0"
         )
     return torch.nn.functional.pad(restarts.long().cumsum(dim=1), (1, 0))
 

@@ -93,7 +93,7 @@ def block_states(output: Any) -> torch.Tensor:
     states = first_tensor(output)
     if states.dim() != 3:
         raise SettingsError(
-            f"a block gave hidden states of shape {tuple(states.shape)}, not [batch, tokens, hidden]: defences, monitors "
+            f"a block gave hidden states of shape {tuple(states.shape)}, not [batch, tokens, hidden]: defenses, monitors "
             "and persona vectors that look at blocks are not defined for this model"
         )
     return states

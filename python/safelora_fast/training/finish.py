@@ -146,10 +146,10 @@ class EndProjection:
         """
         changed = self.changed()
         if changed:
+            more = f" and {len(changed) - 1} other factors have" if len(changed) > 1 else " has"
             raise TrainingError(
-                f"SafeLora: {changed[0]} and {len(changed) - 1} other factors have changed since they were projected (a "
-                "callback, or an optimizer that keeps weights of its own): save the adapter with model.save_pretrained() "
-                "and project it with `safelora-fast project`"
+                f"SafeLora: {changed[0]}{more} changed since the projection (a callback, or an optimizer that keeps weights "
+                "of its own): save the adapter with model.save_pretrained() and project it with `safelora-fast project`"
             )
 
     def _write(self, parameters: Mapping[str, torch.Tensor], wholes: Mapping[str, torch.Tensor]) -> None:

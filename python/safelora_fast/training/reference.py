@@ -36,7 +36,7 @@ class ReferencePass:
 
     It runs in evaluation mode, with the running statistics that it had at first: neither dropout, nor the noise of NEFTune,
     nor what training does to a BatchNorm reaches it. The modules that contain the decoder
-    keep the student's mode, because some models choose their attention mask by it (PaliGemma, Gemma 3).
+    get the student's mode, because some models choose their attention mask by it (PaliGemma, Gemma 3).
 
     Args:
         model: the model in training, with its PEFT wrapper.
@@ -87,7 +87,8 @@ class ReferencePass:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_uncached_autocast(self._device()))
             stack.enter_context(torch.random.fork_rng(devices=self._cuda_devices()))
-            stack.enter_context(evaluation_mode(self.anatomy.model, besides=self._above))
+            mode = self._student.training  # a second model is in evaluation mode, mostly
+            stack.enter_context(evaluation_mode(self.anatomy.model, besides=self._above, training=mode))
             if self._reference == "base":
                 stack.enter_context(adapters_disabled(self._layers))
             elif self._own:
@@ -182,13 +183,12 @@ def _handed_on(whole: Call, decoder: Call) -> bool:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module, *, besides: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Put a module in evaluation mode, and every submodule back in the mode it had; those in `besides` keep theirs."""
+def evaluation_mode(module: nn.Module, *, besides: Collection[nn.Module] = (), training: bool = True) -> Iterator[None]:
+    """Put a module in evaluation mode, those in `besides` in that of `training`, and then all back in the mode they had."""
     modes = [(part, part.training) for part in module.modules()]
-    kept = [(part, part.training) for part in besides]
     module.eval()
-    for part, mode in kept:
-        part.training = mode
+    for part in besides:
+        part.training = training
     try:
         yield
     finally:

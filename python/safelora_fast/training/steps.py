@@ -97,7 +97,7 @@ class Steps:
                     raise SettingsError(
                         f"{name}: lora_B of {module.name} is not among the optimizer's parameters: shard the model "
                         "(fully_shard) and make the optimizer before defend(); layer-wise optimizers, which step in "
-                        "backward, do not serve"
+                        "backward, are not supported"
                     )
 
     def attach(self, parameters: Iterable[torch.Tensor] = (), *, unasked: str | None = None) -> list[RemovableHandle]:
