@@ -239,21 +239,24 @@ def test_the_student_keeps_noise_and_dropout_to_itself():
     assert abs(divergence - without) > 1e-3
 
 
-def test_a_mask_that_depends_on_the_mode():
-    """PaliGemma before transformers 5 lets a text see its own end in evaluation: the reference must not."""
-    model, _, batch = adapted("llava")
+@pytest.mark.parametrize("second", [False, True])
+def test_a_mask_that_depends_on_the_mode(second):
+    """PaliGemma before transformers 5 lets a text see its own end in evaluation: the reference must not, though it is a copy."""
+    model, before, batch = adapted("llava")
     modes = []
 
-    class Masked(type(model.get_base_model())):
+    class Masked(type(before)):
         def forward(self, *args, **kwargs):
             modes.append([self.training, self.model.training, self.model.vision_tower.training])
             return super().forward(*args, **kwargs)
 
-    model.get_base_model().__class__ = Masked
-    with defend(model, [FeatureDistance(1.0, layers=3)]) as defended, defended.recording(batch):
+    model.get_base_model().__class__ = before.__class__ = Masked
+    settings = {"reference": before} if second else {}
+    with defend(model, [FeatureDistance(1.0, layers=3)], **settings) as defended, defended.recording(batch):
         model(**batch)
     assert modes == [[True, True, True], [True, True, False]]  # the student, then the reference
     assert all(module.training for module in model.modules())
+    assert not any(module.training for module in before.modules())
 
 
 def test_models_of_text_run_their_decoder_only():

@@ -260,7 +260,7 @@ def test_averages_that_a_callback_puts_in_at_the_end_are_projected(sources, at_e
 
 def test_averages_of_a_part_are_refused(at_end, tmp_path):
     """A second projection would be one of what has been projected already."""
-    with pytest.raises(TrainingError, match=r"layers\.1\..* have changed since they were projected"):
+    with pytest.raises(TrainingError, match=r"layers\.1\..* have changed since the projection"):
         run_transformers(SPEC, tmp_path, defenses=[at_end], callbacks=[SwapsAtTheEnd(only="layers.1.")])
 
 
