@@ -272,12 +272,16 @@ def test_what_is_missing_is_said_before_the_first_step(tmp_path, trained, call):
         ({"measure": {**measure, "narrow": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"measure": {**measure, "sweep": {"base": "nowhere/base"}}}, "nowhere/base"),
         ({"measure": measure, "runs": {"none": {"defenses": {"kl": {"weigth": 1}}}}}, "weigth"),
-        ({"runs": {"none": {}, "odd": {"lora": {"target_modules": ["nothing"]}}}}, "odd, seed 0: lora: Target modules"),
+        (
+            {"runs": {"none": {}, "odd": {"lora": {"target_modules": ["nothing"]}}}},
+            "lora.target_modules: Target modules",
+        ),
     ):
         comparison.edit(**section)
         result = call(*comparison.words())
         assert result.code == 2
         assert words in result.err
+        assert ("error: odd, seed 0: " in result.err) == ("runs" in section and "measure" not in section)
         assert not list(comparison.output.rglob("seed-*"))
     assert trained == []
 
