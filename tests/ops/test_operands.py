@@ -43,7 +43,6 @@ MATRIX = torch.ones(4, 3)
             r"mask is a numpy\.ndarray",
         ),
     ],
-    ids=str,
 )
 def test_an_array_where_a_tensor_belongs(call, message):
     with pytest.raises(TypeError, match=message) as raised:
