@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -23,6 +24,15 @@ OPTIMIZERS = {
     "adamw_anyprecision": "torchdistx",
 }
 TRACKERS = ["wandb", "tensorboard"]
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own():
+    """Older versions of transformers say FSDP and compilation by variables of the whole process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -73,8 +83,7 @@ def test_a_tracker_whose_package_is_missing(tiny, call, capsys, tracker):
     ],
     ids=str,
 )
-def test_what_does_not_go_together(tiny, call, capsys, monkeypatch, words, key):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # older versions set it, for the whole process
+def test_what_does_not_go_together(tiny, call, capsys, words, key):
     if "flash" in words[0] and find_spec("flash_attn") is not None:
         pytest.skip("flash attention is installed")
     assert key in refusal(call, capsys, tiny, *words)
