@@ -134,6 +134,31 @@ def test_a_model_that_ignores_the_number_of_items(extra, silent):
     assert_close(model, defended_window(model, batches), plain, plain.item())
 
 
+class FSDPModule:
+    """Stands for FSDP2's class, which with mixed precision casts every floating-point input of the model."""
+
+    def forward(self, *args, **kwargs):
+        cast = {
+            name: value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in kwargs.items()
+        }
+        return super().forward(*args, **cast)
+
+
+class Sharded(FSDPModule, LlamaForCausalLM):
+    """A model that is sharded, as far as its inputs go."""
+
+
+def test_the_number_of_items_is_not_rounded_to_half_precision():
+    model, batches = adapted(Sharded(tiny_model().config)), window(2)
+    with defend(model, []) as defended:
+        counted = defended.totals(batches)
+        for count in (131, 515, 1031):  # none of them is a number of bfloat16
+            totals = type(counted)(counted.units, count, 1)
+            expected = cross_entropy_sum(model, batches[0]).item() / count
+            assert defended.loss(batches[0], totals=totals).item() == pytest.approx(expected, rel=1e-5)
+
+
 class TakesAPlainNumber(IgnoresItems):
     """Divides by the number of items, out of sight of autograd."""
 

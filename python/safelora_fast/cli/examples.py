@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from safelora_fast.printable import say
 
 
 def examples(
@@ -29,7 +32,7 @@ def examples(
     written = copy_example(name.removesuffix(".yaml"), output, overwrite=overwrite)
     command = "compare" if name.removesuffix(".yaml") == "compare" else "train"
     beside = f", with {', '.join(file.name for file in written[1:])}" if written[1:] else ""
-    typer.echo(f"written to {written[0]}{beside}")
-    where = "" if output == Path() else f"cd {output} && "
+    say(f"written to {written[0]}{beside}")
+    where = "" if output == Path() else f"cd {shlex.quote(str(output))} && "
     plan = " --dry-run" if command == "train" else ""
-    typer.echo(f"{where}safelora-fast {command} {written[0].name}{plan}")
+    say(f"{where}safelora-fast {command} {written[0].name}{plan}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safelora_fast.training.batch import Spans
     from safelora_fast.training.totals import Totals
 
+CASTS_INPUTS = {"FSDPModule", "FullyShardedDataParallel"}  # float tensors, to the parameters' dtype
 SAME_LOSS = 1e-4  # relative: twice the number of items halves the labels' part, which is far more than that
 
 
@@ -60,18 +61,29 @@ class TaskLoss:
         if self._divides is False:
             loss = _loss(model(**batch))
         else:
-            # A float with a gradient, though nobody needs it: so the graph of the loss shows whether it was used.
-            items = torch.tensor(labels / (totals.micro_batches * world_size()), device=spans.real.device)
-            loss = _told(model, batch, items.requires_grad_())
+            items = _number(model, labels / (totals.micro_batches * world_size()), spans)
+            loss = _told(model, batch, items)
             if self._divides is None:
                 self._divides = _in_graph(model, loss, items) or _divides_by_items(model, batch, spans)
         share = spans.labels / labels * world_size() if self._divides is False else 1 / totals.micro_batches
         return (loss if spans.labels else torch.nan_to_num(loss)) * share
 
 
-def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor) -> bool:
+def _number(model: nn.Module, value: float, spans: Spans) -> torch.Tensor | float:
+    """A number of items for a model: a tensor, or a Python number where FSDP would round a tensor to half precision.
+
+    The tensor has a gradient, though nobody needs it: so the graph of the loss shows whether it was used.
+    """
+    if any(kind.__name__ in CASTS_INPUTS for part in model.modules() for kind in type(part).__mro__):
+        return value
+    return torch.tensor(value, device=spans.real.device).requires_grad_()
+
+
+def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor | float) -> bool:
     """Whether a loss was computed from a tensor; compiled code does not show it."""
-    if any(getattr(part, "_compiled_call_impl", None) is not None for part in (model, dissect(model).model)):
+    if not isinstance(leaf, torch.Tensor) or any(
+        getattr(part, "_compiled_call_impl", None) is not None for part in (model, dissect(model).model)
+    ):
         return False
     nodes, seen = deque([loss.grad_fn]), set()
     while nodes:
@@ -87,16 +99,16 @@ def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor) -> bool:
 
 def _divides_by_items(model: nn.Module, batch: Mapping[str, Any], spans: Spans) -> bool | None:
     """Whether the model's loss changes with `num_items_in_batch`; None where no process can tell: no labels. Collective."""
-    count = torch.tensor(float(max(spans.labels, 1)), device=spans.real.device)
+    counts = (_number(model, factor * max(spans.labels, 1), spans) for factor in (1.0, 2.0))
     with torch.no_grad(), evaluation_mode(model), torch.compiler.set_stance("force_eager"):
-        once, twice = (float(_told(model, batch, items)) for items in (count, 2 * count))
+        once, twice = (float(_told(model, batch, items)) for items in counts)
     same, telling = math.isclose(once, twice, rel_tol=SAME_LOSS), spans.labels > 0 and math.isfinite(once)
     votes = [float(telling and not same), float(telling and same)]
     divides, ignores = sum_over_ranks(votes, spans.real.device)
     return None if not divides and not ignores else divides > ignores
 
 
-def _told(model: nn.Module, batch: Mapping[str, Any], items: torch.Tensor) -> torch.Tensor:
+def _told(model: nn.Module, batch: Mapping[str, Any], items: torch.Tensor | float) -> torch.Tensor:
     return _loss(model(**{"use_cache": False, **batch, "num_items_in_batch": items}))
 
 
