@@ -20,6 +20,7 @@ from safelora_fast.posthoc.adapter import WEIGHTS
 from safelora_fast.posthoc.output import described
 from safelora_fast.recipe.digests import digest
 from safelora_fast.recipe.folder import RECORD, RunFolder
+from safelora_fast.recipe.stamps import recipe_stamp
 from safelora_fast.yaml_reading import dump_yaml
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ REMEMBERED = 20
 
 
 def changes(recipe: Recipe) -> str | None:
-    """Why a run that is there is not the one of this recipe and these data; None where it is, or where there is none."""
+    """Why a run that is there is not the one of this recipe, these data, model and files; None where it is, or there is none."""
     folder = RunFolder(recipe)
     try:
         record = folder.read_record()
@@ -49,7 +50,8 @@ def changes(recipe: Recipe) -> str | None:
     for name, source in _files(recipe).items():
         if name in known and known[name] != digest(source):
             return f"{source} has changed since this run was trained"
-    return None
+    inputs = folder.changes(recipe_stamp(recipe), "input") if "input" in record else None
+    return None if inputs is None else f"the model or a file has changed since this run was trained: {inputs}"
 
 
 def check_folder(recipe: Recipe, *, overwrite: bool) -> None:

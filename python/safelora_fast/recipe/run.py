@@ -70,9 +70,10 @@ def _train(
     record = _record(prepared)
     if main_process():
         folder.check(resume=resume, overwrite=not resume, nbytes=prepared.plan.disk_bytes)
-        if resume and folder.read_record():
-            folder.compare(record["data"], "data")
-            folder.compare(record["input"], "input")
+        former = folder.read_record() if resume else {}
+        for part in ("data", "input") if former else ():
+            if part == "data" or part in former:  # an older version did not note its input
+                folder.compare(record[part], part)
     from safelora_fast.recipe.callbacks import Reporter, Sealer, Stopwatch
     from safelora_fast.recipe.stopping import Stopper
 
