@@ -40,7 +40,7 @@ def compare(
 
     Args:
         config: the comparison.
-        overwrite: train runs anew whose recipe has changed, instead of refusing.
+        overwrite: train runs anew whose recipe, data, model or files have changed, instead of refusing.
         talk: show on standard error how far each training is.
         progress: told how far each measurement is; None tells nobody.
         announce: told what begins.
