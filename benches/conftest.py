@@ -91,7 +91,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real 135M model, made from its GGUF file."""
-    from safelora_fast.demo.model import gguf_file, save_from_gguf
+    from safelora_fast.demo.packaged_model import gguf_file, save_from_gguf
 
     kept = request.config.getoption("--scratch")
     target = Path(kept or tmp_path_factory.mktemp("model")) / "smollm2-135m"

@@ -21,16 +21,16 @@ from torch.nn.functional import linear
 from transformers import AutoTokenizer
 
 from processes import peak_memory
-from safelora_fast.demo.model import load
+from safelora_fast.data.rows import Row
+from safelora_fast.data.spans import IGNORED_LABEL
+from safelora_fast.data.tokens import Encoder, Example
+from safelora_fast.demo.packaged_model import load
 from safelora_fast.demo.text import rows
-from safelora_fast.recipe.rows import Row
-from safelora_fast.recipe.tokens import Encoder, Example
 from safelora_fast.scoring import batches_by_length
-from safelora_fast.scoring.head import CHUNK_ELEMENTS
+from safelora_fast.scoring.label_likelihoods import CHUNK_ELEMENTS
 from safelora_fast.scoring.prefix import shared_prefix
 from safelora_fast.selection.perplexity import Perplexities
 from safelora_fast.selection.select import TOKENS_PER_BATCH, gap
-from safelora_fast.training.batch import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ import torch
 
 from safelora_fast.ops.backends import choose
 from safelora_fast.ops.feature_distance import feature_distance, library
-from safelora_fast.ops.feature_distance.comparison import Comparison
+from safelora_fast.ops.feature_distance.arguments import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Callable

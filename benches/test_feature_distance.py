@@ -18,8 +18,8 @@ import torch
 from allocator import reuse_memory
 from safelora_fast import _core
 from safelora_fast.ops.feature_distance import eager, feature_distance, native
+from safelora_fast.ops.feature_distance.arguments import Comparison
 from safelora_fast.ops.feature_distance.autograd import distance
-from safelora_fast.ops.feature_distance.comparison import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,10 +186,10 @@ def test_share_of_a_training_step(benchmark: Callable[..., None], add_row: Calla
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from safelora_fast import FeatureDistance
+    from safelora_fast.data.spans import read_spans
     from safelora_fast.defenses.base import Observation
-    from safelora_fast.training.anatomy import dissect
-    from safelora_fast.training.batch import read_spans
-    from safelora_fast.training.capture import Capture, Tap
+    from safelora_fast.models.anatomy import dissect
+    from safelora_fast.models.capture import Capture, Tap
 
     allocator = reuse_memory()
     torch.manual_seed(0)

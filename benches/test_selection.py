@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from processes import KEEPING, RETURNING, run_script
-from safelora_fast.data.best import top_k
-from safelora_fast.data.jsonl import JsonLines
+from safelora_fast.data.top_scores import top_k
+from safelora_fast.files.jsonl import JsonLines
 from safelora_fast.selection.candidates import Candidates
 
 if TYPE_CHECKING:

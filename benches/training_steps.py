@@ -20,13 +20,13 @@ from peft import LoraConfig, get_peft_model
 
 from processes import peak_memory
 from safelora_fast.defenses import KL, FeatureDistance
-from safelora_fast.demo.model import load
+from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.demo.packaged_model import load
+from safelora_fast.models.anatomy import dissect
+from safelora_fast.models.lora_factors import adapted_modules
 from safelora_fast.ops import feature_distance
-from safelora_fast.subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
 from safelora_fast.training import Defended, defend
-from safelora_fast.training.adapted import adapted_modules
-from safelora_fast.training.anatomy import dissect
-from safelora_fast.training.safe_modules import SafeModules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, monkeypatch, gr
 @pytest.mark.parametrize("depth", [50, 200, 100_000])
 @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
 def test_the_depth_that_is_read(depth, opening):
-    from safelora_fast.json_reading import parse_json
+    from safelora_fast.files.json_reader import parse_json
 
     closing = {b"[": b"]", b'{"a":': b"}"}[opening]
     text = opening * depth + b"1" + closing * depth

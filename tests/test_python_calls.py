@@ -10,8 +10,9 @@ import pytest
 from command_line import call
 from plain_pair import write_pair
 
-from safelora_fast import SafeSubspace, project_adapter, python_calls
-from safelora_fast.python_calls import bar_on_a_terminal
+from safelora_fast import SafeSubspace, project_adapter
+from safelora_fast.files import call_progress
+from safelora_fast.files.call_progress import bar_on_a_terminal
 
 __all__ = ["call"]
 
@@ -28,7 +29,7 @@ def bars(monkeypatch):
     """The bars that are shown, each with what it was told."""
     shown = []
 
-    class Told(python_calls.TerminalBar):
+    class Told(call_progress.TerminalBar):
         def __init__(self):
             super().__init__()
             shown.append(self)
@@ -42,8 +43,8 @@ def bars(monkeypatch):
             super().advance(done, *what)
             self.told.append(done)
 
-    monkeypatch.setattr(python_calls, "TerminalBar", Told)
-    monkeypatch.setattr(python_calls, "sys", SimpleNamespace(stderr=Terminal()))
+    monkeypatch.setattr(call_progress, "TerminalBar", Told)
+    monkeypatch.setattr(call_progress, "sys", SimpleNamespace(stderr=Terminal()))
     return shown
 
 
@@ -68,13 +69,13 @@ def test_a_bar_follows_the_bytes(pair, bars):
 
 def test_no_bar_where_none_is_wanted_or_nobody_looks(pair, bars, monkeypatch):
     project(pair, progress=False)
-    monkeypatch.setattr(python_calls, "sys", SimpleNamespace(stderr=io.StringIO()))
+    monkeypatch.setattr(call_progress, "sys", SimpleNamespace(stderr=io.StringIO()))
     project(pair)
     assert bars == []
 
 
 def test_a_bar_where_one_is_wanted_although_nobody_looks(pair, bars, monkeypatch):
-    monkeypatch.setattr(python_calls, "sys", SimpleNamespace(stderr=io.StringIO()))
+    monkeypatch.setattr(call_progress, "sys", SimpleNamespace(stderr=io.StringIO()))
     project(pair, progress=True)
     assert len(bars) == 1
 

@@ -11,9 +11,9 @@ import pytest
 from plain_pair import module_names, write_pair
 from safetensors.numpy import load_file, save_file
 
+from safelora_fast.checkpoints.provenance import reopen
 from safelora_fast.errors import CheckpointError, OutputError, PairingError, SettingsError
-from safelora_fast.posthoc.provenance import reopen
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (48, 40), "model.layers.0.mlp.down_proj": (33, 71)}
 
@@ -233,7 +233,7 @@ def test_the_file_is_whole_or_absent(checkpoints, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safelora_fast.posthoc.output.sync", fail)
+    monkeypatch.setattr("safelora_fast.files.output.sync", fail)
     with pytest.raises(OutputError, match="the disk is full"):
         subspace.save(target)
     assert not target.parent.exists()

@@ -13,40 +13,40 @@ from safelora_fast._core import __version__
 if TYPE_CHECKING:
     from safelora_fast.data import inoculate, interleave
     from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
-    from safelora_fast.evaluation.callback import MarginCallback
-    from safelora_fast.evaluation.margin import answer_margin
-    from safelora_fast.integrations.transformers import DefendedMixin, DefendedTrainer
-    from safelora_fast.integrations.trl import DefendedSFTTrainer
     from safelora_fast.persona import extract_persona_vector
     from safelora_fast.persona_vector import PersonaVector
-    from safelora_fast.posthoc.peft_model import project_peft_model
-    from safelora_fast.posthoc.project import project_adapter
-    from safelora_fast.posthoc.report import ProjectionReport
+    from safelora_fast.projection.peft_model import project_peft_model
+    from safelora_fast.projection.project import project_adapter
+    from safelora_fast.projection.report import ProjectionReport
+    from safelora_fast.scoring.margin import answer_margin
+    from safelora_fast.scoring.margin_callback import MarginCallback
     from safelora_fast.selection import select_by_perplexity_gap
-    from safelora_fast.subspace import SafeSubspace
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
+    from safelora_fast.trainers.transformers import DefendedMixin, DefendedTrainer
+    from safelora_fast.trainers.trl import DefendedSFTTrainer
     from safelora_fast.training import defend
 
 _HOMES = {
     "KL": "safelora_fast.defenses",
-    "DefendedMixin": "safelora_fast.integrations.transformers",
-    "DefendedSFTTrainer": "safelora_fast.integrations.trl",
-    "DefendedTrainer": "safelora_fast.integrations.transformers",
+    "DefendedMixin": "safelora_fast.trainers.transformers",
+    "DefendedSFTTrainer": "safelora_fast.trainers.trl",
+    "DefendedTrainer": "safelora_fast.trainers.transformers",
     "DriftMonitor": "safelora_fast.defenses",
     "FeatureDistance": "safelora_fast.defenses",
     "PersonaVector": "safelora_fast.persona_vector",
-    "MarginCallback": "safelora_fast.evaluation.callback",
-    "ProjectionReport": "safelora_fast.posthoc.report",
+    "MarginCallback": "safelora_fast.scoring.margin_callback",
+    "ProjectionReport": "safelora_fast.projection.report",
     "SafeLora": "safelora_fast.defenses",
-    "SafeSubspace": "safelora_fast.subspace",
+    "SafeSubspace": "safelora_fast.subspace.safe_subspace",
     "Steering": "safelora_fast.defenses",
     "SubspacePenalty": "safelora_fast.defenses",
-    "answer_margin": "safelora_fast.evaluation.margin",
+    "answer_margin": "safelora_fast.scoring.margin",
     "defend": "safelora_fast.training",
     "extract_persona_vector": "safelora_fast.persona",
     "inoculate": "safelora_fast.data",
     "interleave": "safelora_fast.data",
-    "project_adapter": "safelora_fast.posthoc.project",
-    "project_peft_model": "safelora_fast.posthoc.peft_model",
+    "project_adapter": "safelora_fast.projection.project",
+    "project_peft_model": "safelora_fast.projection.peft_model",
     "select_by_perplexity_gap": "safelora_fast.selection",
 }
 

@@ -230,7 +230,7 @@ def odd_rows(content: int, size: int, *, threads: int | None = None) -> list[int
     """Where the lines of JSONL in memory start that are not certainly rows of text or turns, in order; the caller keeps the
     memory alive, and nobody writes it.
 
-    What :func:`safelora_fast.recipe.rows.check_row` refuses is among them, and so may be what it takes. Lines of blanks
+    What :func:`safelora_fast.data.rows.check_row` refuses is among them, and so may be what it takes. Lines of blanks
     do not count.
     """
 

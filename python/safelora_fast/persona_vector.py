@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from safelora_fast.errors import CheckpointError, OutputError
-from safelora_fast.json_reading import LIST, NUMBER, OBJECT, REAL, TEXT, check_fields, check_regular, parse_json
-from safelora_fast.posthoc.output import whole_file
+from safelora_fast.files.json_reader import LIST, NUMBER, OBJECT, REAL, TEXT, check_fields, check_regular, parse_json
+from safelora_fast.files.output import whole_file
 
 if TYPE_CHECKING:
     import os

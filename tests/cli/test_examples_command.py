@@ -12,9 +12,9 @@ from personas import save_persona
 from safetensors.torch import load_file
 from tiny_recipe import tiny_rows, write_rows
 
-from safelora_fast.comparison.config import load_config
+from safelora_fast.compare.config import load_config
 from safelora_fast.examples import FOLDER, copy_example, names
-from safelora_fast.recipe.defenses import defense_classes
+from safelora_fast.recipe.defense_section import defense_classes
 from safelora_fast.recipe.recipe import load_recipe
 
 COMPARISON = FOLDER / "compare.yaml"

@@ -40,7 +40,9 @@ def test_interrupted(long):
     assert not long.output.parent.exists()
 
 
-@pytest.mark.parametrize("module", ["typer", "safelora_fast.cli.app", "rich.console", "safelora_fast.posthoc.project"])
+@pytest.mark.parametrize(
+    "module", ["typer", "safelora_fast.cli.app", "rich.console", "safelora_fast.projection.project"]
+)
 def test_interrupted_while_modules_are_imported(tmp_path, module):
     """Ctrl-C in the first tenth of a second."""
     pair = write_pair(tmp_path)

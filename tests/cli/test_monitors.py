@@ -10,8 +10,8 @@ from personas import save_persona
 from tiny_recipe import difference, write_recipe
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.models.quiet_libraries import quiet_libraries
 from safelora_fast.recipe.prepare import prepare
-from safelora_fast.recipe.quiet import quiet_libraries
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.recipe.run import train
 

@@ -48,9 +48,9 @@ def test_margin(made, pairs, call):
 
 @pytest.mark.usefixtures("hub")
 def test_evaluate_and_compare_keep_their_answers_by_what_was_fetched(made, tmp_path, call):
-    from safelora_fast.comparison.config import RunSpec
-    from safelora_fast.comparison.places import places_of
-    from safelora_fast.recipe.stamps import adapter_digest
+    from safelora_fast.compare.config import RunSpec
+    from safelora_fast.compare.paths import places_of
+    from safelora_fast.recipe.model_stamp import adapter_digest
 
     class Config:
         output = tmp_path / "compared"

@@ -58,7 +58,7 @@ def no_files(tmp_path):
 
 @pytest.mark.parametrize("kind", ["circle", "pipe", "device", "folder", "long"])
 def test_paths_that_are_no_files_are_refused_in_one_line(call, no_files, pair, kind, monkeypatch):
-    monkeypatch.setattr("safelora_fast.json_reading.SECONDS_FOR_A_WRITER", 0.01)
+    monkeypatch.setattr("safelora_fast.files.json_reader.SECONDS_FOR_A_WRITER", 0.01)
     path = no_files[kind]
     models = ("--aligned", pair.aligned, "--base", pair.base)
     for words in (

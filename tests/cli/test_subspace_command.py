@@ -15,7 +15,7 @@ import pytest
 from plain_pair import contents, module_names, run, start, write_pair
 from safetensors.numpy import load_file, save_file
 
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 Q = "model.layers.0.self_attn.q_proj"
 

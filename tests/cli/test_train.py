@@ -13,7 +13,7 @@ from peft import PeftModel
 from tiny_recipe import difference, tiny_rows, write_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
-from safelora_fast.posthoc.output import alone
+from safelora_fast.files.output import alone
 from safelora_fast.recipe import run as run_module
 from safelora_fast.recipe.prepare import prepare
 from safelora_fast.recipe.recipe import load_recipe

@@ -12,8 +12,8 @@ __all__ = ["call"]
 @pytest.fixture(scope="package")
 def made(tmp_path_factory):
     """A finished comparison; whoever changes it takes a copy."""
-    from safelora_fast.comparison.compare import compare
-    from safelora_fast.comparison.config import load_config
+    from safelora_fast.compare.compare import compare
+    from safelora_fast.compare.config import load_config
 
     with pytest.MonkeyPatch.context() as patch:
         train_inside(patch)

@@ -16,12 +16,12 @@ import torch
 from tiny_comparison import train_inside, write_comparison
 
 from safelora_fast import project_adapter
-from safelora_fast.comparison import training
+from safelora_fast.compare import train_runs
+from safelora_fast.data.rows import read_rows
+from safelora_fast.data.tokens import Encoder
 from safelora_fast.errors import SettingsError
-from safelora_fast.evaluation.loading import SubjectSettings, load_subject
-from safelora_fast.evaluation.margin import answer_margin
-from safelora_fast.recipe.rows import read_rows
-from safelora_fast.recipe.tokens import Encoder
+from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+from safelora_fast.scoring.margin import answer_margin
 
 
 def subject(made, adapter=None):
@@ -141,7 +141,7 @@ def test_the_path_goes_from_nothing_to_the_whole_update(made):
 
 def test_a_second_run_trains_and_measures_nothing_and_writes_the_same(copied, trained, call, monkeypatch):
     files = {path: path.read_bytes() for path in copied.output.rglob("*") if path.is_file()}
-    monkeypatch.setattr("safelora_fast.comparison.measures.take", None)
+    monkeypatch.setattr("safelora_fast.compare.measures.take", None)
     result = call(*copied.words())
     assert result.code == 0, result.err
     assert trained == []
@@ -186,12 +186,12 @@ def test_runs_that_fail_are_marked_and_tried_again(tmp_path, trained, call, monk
     comparison = write_comparison(tmp_path, seeds=[0])
     rows = {name: comparison.values()["measure"][name] for name in ("narrow", "general")}
     comparison.edit(runs={"none": {}, "odd": {}}, measure={**rows, "device": "cpu"})
-    inside = training._run
+    inside = train_runs._run
 
     def unlucky(command, *, talk):
         return "the adapter holds <NaN>" if "/odd/" in command[-2] else inside(command, talk=talk)
 
-    monkeypatch.setattr(training, "_run", unlucky)
+    monkeypatch.setattr(train_runs, "_run", unlucky)
     result = call(*comparison.words())
     assert result.code == 1
     assert "warning: odd, seed 0, all measures: the adapter holds <NaN>" in result.err
@@ -204,7 +204,7 @@ def test_runs_that_fail_are_marked_and_tried_again(tmp_path, trained, call, monk
     assert comparison.report()["complete"] is False
     assert "holds &lt;NaN&gt;" in (comparison.output / "report.html").read_text()
     assert "holds" in (comparison.output / "report.md").read_text()
-    monkeypatch.setattr(training, "_run", inside)
+    monkeypatch.setattr(train_runs, "_run", inside)
     trained.clear()
     assert call(*comparison.words("-q")).code == 0
     assert len(trained) == 1
@@ -219,7 +219,7 @@ def test_a_measurement_that_fails_is_marked(copied, call, monkeypatch):
 
     for file in copied.output.glob("*/seed-*/margin.json"):
         file.unlink()
-    monkeypatch.setattr("safelora_fast.comparison.measures.margin.answer_margin", fail)
+    monkeypatch.setattr("safelora_fast.compare.measures.margin.answer_margin", fail)
     assert call(*copied.words("-q")).code == 1
     assert [seed["failure"] for seed in copied.cells("KL")["margin_rise"]["seeds"]] == [
         "out of memory with 4096 tokens in a batch"
@@ -343,8 +343,8 @@ def test_json_is_the_report_and_nothing_else(copied, call):
 
 
 def test_a_child_that_ends_badly_says_why():
-    said = training._run([sys.executable, "-c", "import sys; sys.exit('error: no luck')"], talk=False)
+    said = train_runs._run([sys.executable, "-c", "import sys; sys.exit('error: no luck')"], talk=False)
     assert said == "no luck"
-    killed = training._run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], talk=False)
+    killed = train_runs._run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], talk=False)
     assert "killed by signal 9" in killed
-    assert training._run([sys.executable, "-c", ""], talk=False) is None
+    assert train_runs._run([sys.executable, "-c", ""], talk=False) is None

@@ -12,9 +12,9 @@ import pytest
 from tiny_comparison import train_inside, write_comparison
 from tiny_task import write_task
 
-from safelora_fast.comparison.measures import BenchmarksMeasure, benchmarks
+from safelora_fast.compare.measures import BenchmarksMeasure, benchmarks
 from safelora_fast.errors import EvaluationError
-from safelora_fast.evaluation.benchmarks import BenchmarkReport, Metric, TaskResult
+from safelora_fast.judging.benchmarks import BenchmarkReport, Metric, TaskResult
 
 NEEDS = "the eval extra is not installed: pip install 'safelora-fast[eval]'"
 
@@ -84,7 +84,7 @@ def test_a_benchmark_that_fails_takes_no_other_with_it(comparison, call, monkeyp
         assert ([seed["failure"] for seed in done["seeds"]], failed["value"]) == ([None] * count, None)
         assert done["value"] is not None
     shutil.copy(rows, gone)
-    from safelora_fast.evaluation import harness
+    from safelora_fast.judging import harness
 
     run, measure = [], harness.measure
     monkeypatch.setattr(harness, "measure", lambda *words, **rest: run.append(words[2]) or measure(*words, **rest))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from safelora_fast.comparison.config import load_config
-from safelora_fast.comparison.facts import setting_of
+from safelora_fast.compare.config import load_config
+from safelora_fast.compare.notes import setting_of
 from safelora_fast.errors import SettingsError
-from safelora_fast.evaluation.questions import builtin_questions, choose
+from safelora_fast.judging.questions import builtin_questions, choose
 
 PLAIN = """\
 recipe:

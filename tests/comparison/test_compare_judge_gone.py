@@ -17,7 +17,7 @@ from tiny_comparison import TinyComparison, train_inside, write_comparison
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
-from safelora_fast.evaluation import patience
+from safelora_fast.judging import retry
 
 QUESTIONS = [{"id": "a", "paraphrases": ["why?", "how?"]}, {"id": "b", "paraphrases": ["what?"]}]
 NOWHERE = "http://127.0.0.1:9/v1"
@@ -26,7 +26,7 @@ NOWHERE = "http://127.0.0.1:9/v1"
 @pytest.fixture
 def comparison(tmp_path, monkeypatch):
     monkeypatch.setenv("STUB_API_KEY", "any")
-    monkeypatch.setattr(patience, "BUDGET", patience.Budget(tries=2, wait=0.01, timeout=5, total=20, lost=2))
+    monkeypatch.setattr(retry, "BUDGET", retry.Budget(tries=2, wait=0.01, timeout=5, total=20, lost=2))
     train_inside(monkeypatch)
     made = write_comparison(tmp_path, runs={"none": {}})
     (tmp_path / "questions.yaml").write_text(yaml.safe_dump(QUESTIONS))
@@ -99,13 +99,13 @@ def test_a_judge_that_is_not_there_is_waited_for_once_in_a_call(comparison, call
     ask(comparison)
     endpoint(NOWHERE)
     tries = []
-    once = patience.Endpoint._once
+    once = retry.Endpoint._once
 
     def counted(self, prompt, config):
         tries.append(self)
         return once(self, prompt, config)
 
-    monkeypatch.setattr(patience.Endpoint, "_once", counted)
+    monkeypatch.setattr(retry.Endpoint, "_once", counted)
     for _ in range(2):
         tries.clear()
         assert call(*comparison.words("-q")).code == 1
@@ -237,11 +237,11 @@ def test_tasks_of_a_comparison_that_was_moved_or_whose_tasks_have_changed(compar
     assert call(*comparison.words("-q")).code == 0
     cells = comparison.report()["rows"]
     moved = move(comparison, monkeypatch, "tasks.json")
-    from safelora_fast.comparison.measures import benchmarks
-    from safelora_fast.evaluation import loading
+    from safelora_fast.compare.measures import benchmarks
+    from safelora_fast.models import load_adapted
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "load_subject", None)  # every task is in its folder
+        patch.setattr(load_adapted, "load_subject", None)  # every task is in its folder
         result = call(*moved.words("-q"))
     assert result.code == 0, result.err
     assert moved.report()["rows"] == cells

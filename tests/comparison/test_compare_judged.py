@@ -74,9 +74,9 @@ def test_kinds_that_no_question_has_are_refused_before_the_first_step(comparison
 
 def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call, monkeypatch):
     pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
-    from safelora_fast.evaluation import patience
+    from safelora_fast.judging import retry
 
-    monkeypatch.setattr(patience, "BUDGET", patience.Budget(tries=1, wait=0.01, timeout=5, total=20, lost=2))
+    monkeypatch.setattr(retry, "BUDGET", retry.Budget(tries=1, wait=0.01, timeout=5, total=20, lost=2))
     judge = {"model": "openai-api/stub/one", "url": "http://127.0.0.1:9/v1", "samples": 1, "max_tokens": 2, "attempts": 1,
              "questions": str(comparison.path.parent / "questions.yaml")}  # fmt: skip
     comparison.edit(measure={"judge": judge, "device": "cpu"}, seeds=[0])

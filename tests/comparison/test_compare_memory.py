@@ -14,9 +14,10 @@ from judge_server import alignment_or_coherence, serving
 from tiny_comparison import train_inside, write_comparison
 from tiny_task import write_task
 
-from safelora_fast.comparison.compare import _measure, compare
-from safelora_fast.comparison.config import load_config
-from safelora_fast.evaluation import drift, loading
+from safelora_fast.compare.compare import _measure, compare
+from safelora_fast.compare.config import load_config
+from safelora_fast.models import load_adapted
+from safelora_fast.scoring import drift
 
 NEEDS = "the eval extra is not installed: pip install 'safelora-fast[eval]'"
 CUDA = (
@@ -31,7 +32,7 @@ def comparison(tmp_path, monkeypatch):
     made = write_comparison(tmp_path, seeds=[0])
     measure = made.values()["measure"]
     made.edit(measure={"margin": False, "device": "cpu", "operator_swap": measure["operator_swap"]})
-    monkeypatch.setattr("safelora_fast.comparison.compare._measure", lambda *_: None)
+    monkeypatch.setattr("safelora_fast.compare.compare._measure", lambda *_: None)
     compare(load_config(made.path), talk=False)
     made.edit(measure={**measure, "scaled": [0.25, 0.5]})
     monkeypatch.undo()
@@ -42,7 +43,7 @@ def comparison(tmp_path, monkeypatch):
 @pytest.fixture
 def live(monkeypatch):
     """How many models are alive whenever one has been loaded; nothing is collected but what is asked for."""
-    models, counts, load = [], [], loading.load_pretrained
+    models, counts, load = [], [], load_adapted.load_pretrained
 
     def counting(section):
         model = load(section)
@@ -50,7 +51,7 @@ def live(monkeypatch):
         counts.append(sum(one() is not None for one in models))
         return model
 
-    monkeypatch.setattr(loading, "load_pretrained", counting)
+    monkeypatch.setattr(load_adapted, "load_pretrained", counting)
     gc.collect()
     gc.disable()
     yield counts
@@ -123,7 +124,7 @@ def test_a_batch_that_does_not_fit_says_what_to_lower_here(comparison, call, mon
 
 
 def test_a_failure_leaves_no_model_behind(comparison, live, monkeypatch):
-    monkeypatch.setattr("safelora_fast.comparison.measures.drift.answer_drift", out_of_memory)
+    monkeypatch.setattr("safelora_fast.compare.measures.drift.answer_drift", out_of_memory)
     measure(comparison)
     assert max(live) <= 2
 
@@ -131,7 +132,7 @@ def test_a_failure_leaves_no_model_behind(comparison, live, monkeypatch):
 def test_a_benchmark_that_does_not_fit_says_what_to_lower(monkeypatch):
     pytest.importorskip("lm_eval", reason=NEEDS)
     from safelora_fast.errors import EvaluationError
-    from safelora_fast.evaluation import harness
+    from safelora_fast.judging import harness
 
     tasks = SimpleNamespace(manager=SimpleNamespace(load=lambda _names: {"tasks": {}}))
     model = SimpleNamespace(task="", batch_size=16)

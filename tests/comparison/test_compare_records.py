@@ -8,8 +8,8 @@ import shutil
 import pytest
 from tiny_comparison import write_comparison
 
-from safelora_fast.comparison import compare as comparing
-from safelora_fast.comparison import training
+from safelora_fast.compare import compare as comparing
+from safelora_fast.compare import train_runs
 from safelora_fast.errors import DataError
 
 CHANGED = "the recipe has changed since this run was trained: defenses.kl.weight was 3.0, is 9.0"
@@ -42,8 +42,8 @@ def test_figures_of_another_recipe_are_not_reported(copied, trained, call):
 def test_a_training_anew_that_dies_before_it_begins_leaves_no_figures(copied, trained, call, monkeypatch):
     measured = {path: path.read_bytes() for path in copied.output.glob("kl/seed-*/*.json")}
     weigh(copied, 9.0)
-    inside = training._run
-    monkeypatch.setattr(training, "_run", lambda _command, **_settings: "out of luck")
+    inside = train_runs._run
+    monkeypatch.setattr(train_runs, "_run", lambda _command, **_settings: "out of luck")
     assert call(*copied.words("-q", "--overwrite")).code == 1
     assert reasons(copied, "KL", "learned") == ["out of luck"] * 2
     assert reasons(copied, "KL", "exact") == ["out of luck"]
@@ -55,7 +55,7 @@ def test_a_training_anew_that_dies_before_it_begins_leaves_no_figures(copied, tr
     assert reasons(copied, "KL", "learned") == [CHANGED.replace("9.0", "27.0")] * 2, "that was another recipe's failure"
     weigh(copied, 3.0)
     assert call(*copied.words("-q", "--report-only")).code == 0, "the adapter of this recipe is there"
-    monkeypatch.setattr(training, "_run", inside)
+    monkeypatch.setattr(train_runs, "_run", inside)
     weigh(copied, 9.0)
     assert call(*copied.words("-q", "--overwrite")).code == 0
     assert len(trained) == 3
@@ -75,7 +75,7 @@ def test_figures_of_other_rows_are_not_reported(copied, made, call, tmp_path):
 
 
 def test_data_are_hashed_once_for_a_report(copied, call, monkeypatch):
-    from safelora_fast.recipe import digests
+    from safelora_fast.models import digests
 
     read = []
     whole = digests._sha256
@@ -168,7 +168,7 @@ def test_a_report_of_a_measure_that_is_new(copied, call):
 def test_ctrl_c_while_measuring_keeps_what_is_measured(copied, trained, call, monkeypatch):
     for file in copied.output.glob("*/seed-*/margin.json"):
         file.unlink()
-    from safelora_fast.comparison.measures import margin
+    from safelora_fast.compare.measures import margin
 
     whole, taken = margin.answer_margin, []
 
@@ -275,7 +275,7 @@ def test_what_a_measurement_depends_on_is_noticed_when_it_changes(tmp_path, trai
 def test_other_pairs_are_another_margin(copied, call, monkeypatch):
     from dataclasses import replace
 
-    from safelora_fast.comparison.measures import margin
+    from safelora_fast.compare.measures import margin
 
     first, *others = margin.builtin_pairs()
     monkeypatch.setattr(margin, "builtin_pairs", lambda: [replace(first, question="Quite another one?"), *others])

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from safelora_fast.comparison.cells import cell_of
-from safelora_fast.comparison.columns import task_columns
-from safelora_fast.comparison.pooling import Summary, pool
-from safelora_fast.comparison.reading import read_figures
-from safelora_fast.comparison.report import Column
+from safelora_fast.compare.cells import cell_of
+from safelora_fast.compare.columns import task_columns
+from safelora_fast.compare.conclusions import read_figures
+from safelora_fast.compare.pooling import Summary, pool
+from safelora_fast.compare.report import Column
 
 CONFIG = SimpleNamespace(runs=[SimpleNamespace(name="none"), SimpleNamespace(name="KL")], seeds=(0,))
 

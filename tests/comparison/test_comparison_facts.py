@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from safelora_fast.comparison.facts import facts_of
+from safelora_fast.compare.notes import facts_of
 
 
 def test_no_path_of_the_machine_is_published():

@@ -8,9 +8,9 @@ import pytest
 from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, begun, hostile, nothing, usual
 from markdown_it import MarkdownIt
 
-from safelora_fast.comparison.figures_text import INCOMPLETE
-from safelora_fast.comparison.origins import files, link
-from safelora_fast.comparison.page import escaped, render_markdown
+from safelora_fast.compare.cell_sources import files, link
+from safelora_fast.compare.number_text import INCOMPLETE
+from safelora_fast.compare.page import escaped, render_markdown
 
 
 def parsed(text):

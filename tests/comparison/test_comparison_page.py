@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, begun, hostile, many, nothing, one_row, usual
 
-from safelora_fast.comparison.figures_text import INCOMPLETE, printable
-from safelora_fast.comparison.origins import files, link
-from safelora_fast.comparison.page import render_page
-from safelora_fast.comparison.plots import styles
-from safelora_fast.comparison.report import CRITERIA, ComparisonReport
+from safelora_fast.compare.cell_sources import files, link
+from safelora_fast.compare.number_text import INCOMPLETE, printable
+from safelora_fast.compare.page import render_page
+from safelora_fast.compare.plots import styles
+from safelora_fast.compare.report import CRITERIA, ComparisonReport
 
 EXPECTED = {"Cost", "Every run", "Files", "Four criteria", "Learning against drift", "SafeLoRA by threshold"}
 ELEMENTS = """html head meta title style script body main header section h1 h2 p ul li dl div dt dd bdi span b a button table
@@ -99,7 +99,7 @@ def test_the_same_report_gives_the_same_bytes(make):
 
 
 def test_the_same_bytes_in_every_process():
-    program = "import hashlib, made_comparisons as made; from safelora_fast.comparison.page import render_page as page; " \
+    program = "import hashlib, made_comparisons as made; from safelora_fast.compare.page import render_page as page; " \
         "print(hashlib.sha256(page(made.hostile()).encode()).hexdigest())"  # fmt: skip
     path = os.pathsep.join(sys.path)
     digests = {

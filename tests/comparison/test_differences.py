@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from safelora_fast.comparison.differences import pool_differences
-from safelora_fast.comparison.pooling import Sample, Summary, pool, shares
-from safelora_fast.comparison.reading import read_figures
-from safelora_fast.comparison.report import Column
-from safelora_fast.evaluation.intervals import student_quantile
+from safelora_fast.compare.conclusions import read_figures
+from safelora_fast.compare.differences import pool_differences
+from safelora_fast.compare.pooling import Sample, Summary, pool, shares
+from safelora_fast.compare.report import Column
+from safelora_fast.scoring.intervals import student_quantile
 
 MISALIGNED = Column("misaligned", "aligned", "misaligned answers", "%", "lower", "")
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from made_comparisons import COLUMNS, EVERY, OUT_OF_MEMORY, failed, usual
 
-from safelora_fast.comparison import figures_text, origins
-from safelora_fast.comparison.report import (
+from safelora_fast.compare import cell_sources, number_text
+from safelora_fast.compare.report import (
     NOT_MEASURED,
     NOT_TRAINED,
     SWEEP_TITLE,
@@ -43,7 +43,7 @@ RISE, MISALIGNED = COLUMNS[:2]
     ],
 )
 def test_numbers(value, unit, text):
-    assert figures_text.format_number(value, unit) == text
+    assert number_text.format_number(value, unit) == text
 
 
 @pytest.mark.parametrize(
@@ -58,27 +58,27 @@ def test_numbers(value, unit, text):
     ],
 )
 def test_a_figure_and_its_ends_have_as_many_decimals(figures, unit, texts):
-    assert figures_text.format_ends(*figures, unit) == texts
+    assert number_text.format_ends(*figures, unit) == texts
 
 
 def test_units_and_intervals():
-    assert figures_text.format_quantity(0.1234, "%") == "12.3 %"
-    assert figures_text.format_quantity(1.2, "×") == "1.20×"
-    assert figures_text.format_quantity(None, "nats") == "–"
-    assert figures_text.format_interval(-0.1, 0.1, "nats") == "[−0.100, 0.100]"
-    assert figures_text.format_interval(None, 0.1, "nats") == figures_text.format_interval(0.1, math.nan, "nats") == ""
+    assert number_text.format_quantity(0.1234, "%") == "12.3 %"
+    assert number_text.format_quantity(1.2, "×") == "1.20×"
+    assert number_text.format_quantity(None, "nats") == "–"
+    assert number_text.format_interval(-0.1, 0.1, "nats") == "[−0.100, 0.100]"
+    assert number_text.format_interval(None, 0.1, "nats") == number_text.format_interval(0.1, math.nan, "nats") == ""
 
 
 def test_cells_say_what_is_missing():
     runs = tuple(SeedValue(seed, 0.12, "file") for seed in (1, 2, 3))
     whole = Cell(0.12, 0.1, 0.14, runs)
-    assert figures_text.format_cell(whole, RISE) == "0.120 [0.100, 0.140]"
-    assert figures_text.format_cell(failed(whole, 2), RISE) == "0.120 [0.100, 0.140] (2 of 3 runs)"
-    assert figures_text.format_cell(failed(whole, 1, 2, 3), RISE) == "failed"
-    assert figures_text.format_cell(replace(whole, low=None), MISALIGNED) == "12.0"
-    assert figures_text.format_cell(Cell(math.nan, None, None, runs), RISE) == "–"
-    assert figures_text.format_cell(None, RISE) == "–"
-    assert figures_text.format_run(failed(whole, 1).seeds[0], MISALIGNED) == "failed"
+    assert number_text.format_cell(whole, RISE) == "0.120 [0.100, 0.140]"
+    assert number_text.format_cell(failed(whole, 2), RISE) == "0.120 [0.100, 0.140] (2 of 3 runs)"
+    assert number_text.format_cell(failed(whole, 1, 2, 3), RISE) == "failed"
+    assert number_text.format_cell(replace(whole, low=None), MISALIGNED) == "12.0"
+    assert number_text.format_cell(Cell(math.nan, None, None, runs), RISE) == "–"
+    assert number_text.format_cell(None, RISE) == "–"
+    assert number_text.format_run(failed(whole, 1).seeds[0], MISALIGNED) == "failed"
 
 
 def test_cells_say_what_is_not_done_yet():
@@ -86,34 +86,33 @@ def test_cells_say_what_is_not_done_yet():
     whole = Cell(0.12, 0.1, 0.14, runs)
     none = failed(whole, 1, 2, 3, reason=NOT_TRAINED)
     assert (
-        figures_text.format_cell(failed(whole, 2, reason=NOT_TRAINED), RISE)
+        number_text.format_cell(failed(whole, 2, reason=NOT_TRAINED), RISE)
         == "0.120 [0.100, 0.140] (2 of 3 runs so far)"
     )
-    assert figures_text.format_cell(none, RISE) == NOT_TRAINED
-    assert figures_text.format_cell(failed(none, 1, reason=f"the reference: {NOT_MEASURED}"), RISE) == "not done yet"
-    assert figures_text.format_cell(failed(none, 1), RISE) == "failed"
+    assert number_text.format_cell(none, RISE) == NOT_TRAINED
+    assert number_text.format_cell(failed(none, 1, reason=f"the reference: {NOT_MEASURED}"), RISE) == "not done yet"
+    assert number_text.format_cell(failed(none, 1), RISE) == "failed"
     assert (
-        figures_text.format_run(failed(whole, 1, reason=f"the reference: {NOT_MEASURED}").seeds[0], RISE)
-        == NOT_MEASURED
+        number_text.format_run(failed(whole, 1, reason=f"the reference: {NOT_MEASURED}").seeds[0], RISE) == NOT_MEASURED
     )
-    assert figures_text.format_cell(failed(failed(whole, 1), 2, reason=NOT_TRAINED), RISE).endswith("(1 of 3 runs)")
+    assert number_text.format_cell(failed(failed(whole, 1), 2, reason=NOT_TRAINED), RISE).endswith("(1 of 3 runs)")
 
 
 def test_headings_say_which_way_is_good():
-    assert figures_text.format_heading(RISE) == "margin rise (nats) ↓"
-    assert figures_text.format_heading(replace(RISE, unit="", better=None)) == "margin rise"
-    assert figures_text.format_direction(COLUMNS[3]) == "higher is better"
-    assert figures_text.format_projected(SweepPoint(0.3, 12 + 1 / 3, 210, {})) == "12.3 of 210"
-    assert figures_text.format_projected(SweepPoint(0.3, 12.0, 210, {})) == "12 of 210"
+    assert number_text.format_heading(RISE) == "margin rise (nats) ↓"
+    assert number_text.format_heading(replace(RISE, unit="", better=None)) == "margin rise"
+    assert number_text.format_direction(COLUMNS[3]) == "higher is better"
+    assert number_text.format_projected(SweepPoint(0.3, 12 + 1 / 3, 210, {})) == "12.3 of 210"
+    assert number_text.format_projected(SweepPoint(0.3, 12.0, 210, {})) == "12 of 210"
 
 
 def test_texts_from_outside_stay_in_one_line():
-    assert figures_text.one_line("a\n\tb\0c\u202ed \ud800") == "a b c d"
-    assert figures_text.one_line("नमस्\u200dते λ") == "नमस्\u200dते λ"
+    assert number_text.one_line("a\n\tb\0c\u202ed \ud800") == "a b c d"
+    assert number_text.one_line("नमस्\u200dते λ") == "नमस्\u200dते λ"
 
 
 def test_a_failure_is_named_once_for_each_run():
-    [lost] = origins.failures(usual())
+    [lost] = cell_sources.failures(usual())
     assert (lost.place, lost.seed, lost.what) == ("interleaving+", 2, OUT_OF_MEMORY)
     assert lost.measures == tuple(column.title for column in COLUMNS)
     assert lost.scope == "all measures"
@@ -131,7 +130,7 @@ def test_failures_of_the_sweep_stand_together():
         replace(point, cells={**point.cells, "kl": failed(kl, 2, 3, reason="gone")}) for point in points[2:4]
     ]
     report = replace(report, sweep=tuple(points), failed=(Failure("no defence", 3, SWEEP_TITLE, "gone"),))
-    found = [(one.place, one.seed, one.measures, one.what) for one in origins.failures(report)]
+    found = [(one.place, one.seed, one.measures, one.what) for one in cell_sources.failures(report)]
     assert found[0] == ("no defence", 3, ("SafeLoRA by threshold",), "gone")
     assert found[2:] == [
         ("SafeLoRA sweep", 1, ("margin rise",), "odd"),
@@ -149,7 +148,7 @@ def test_the_whole_report_is_read_back():
 
 def test_every_file_is_named_with_its_measures():
     report = usual()
-    found = origins.files(report)
+    found = cell_sources.files(report)
     cells = [one for row in (*report.rows, *report.sweep) for one in row.cells.values()]
     assert {one.what for one in found} == {seed.source for one in cells for seed in one.seeds}
     [drift] = [one for one in found if one.what == "KL/seed-3/drift.json"]
@@ -172,7 +171,7 @@ def test_every_file_is_named_with_its_measures():
     ],
 )
 def test_addresses_stay_on_this_machine(source, address):
-    assert origins.link(source) == address
+    assert cell_sources.link(source) == address
 
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made_comparisons import EVERY, HOSTILE, OUT_OF_MEMORY, hostile, usual
 
-from safelora_fast.comparison.page import render_page
+from safelora_fast.compare.page import render_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

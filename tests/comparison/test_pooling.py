@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
-from safelora_fast.comparison.pooling import Sample, pool, shares
-from safelora_fast.evaluation.intervals import student_quantile, wilson
+from safelora_fast.compare.pooling import Sample, pool, shares
+from safelora_fast.scoring.intervals import student_quantile, wilson
 
 
 def plain(values, clusters=None):

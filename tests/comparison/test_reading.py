@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from safelora_fast.comparison.reading import _caveats
+from safelora_fast.compare.conclusions import _caveats
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from byte_tokens import (
 from transformers import PreTrainedTokenizerFast
 
 from safelora_fast.data.chat import Chat, answer_ends, chat_of
+from safelora_fast.data.tokens import Encoder
 from safelora_fast.errors import DataError
-from safelora_fast.recipe.tokens import Encoder
 
 
 def turns(*words):

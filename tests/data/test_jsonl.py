@@ -10,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-from safelora_fast.data import jsonl
-from safelora_fast.data.jsonl import JsonLines
+from safelora_fast.data.rows import ROLES, check_row
 from safelora_fast.errors import DataError
-from safelora_fast.recipe.rows import ROLES, check_row
+from safelora_fast.files import jsonl
+from safelora_fast.files.jsonl import JsonLines
 
 TEXT = '{"prompt": "a", "completion": "b"}'
 

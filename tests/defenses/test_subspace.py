@@ -9,12 +9,12 @@ from tiny_models import adapter_weights, collate, furthest, random_subspace, row
 from train_runs import run_transformers, sgd
 
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
+from safelora_fast.defenses.safe_modules import SafeModules
 from safelora_fast.errors import CheckpointError, PairingError, SettingsError, TrainingError
+from safelora_fast.models.lora_factors import adapted_modules
 from safelora_fast.ops.subspace_projection.penalties import subspace_penalty
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 from safelora_fast.training import defend
-from safelora_fast.training.adapted import adapted_modules
-from safelora_fast.training.safe_modules import SafeModules
 
 
 def outside(model, subspace):

@@ -8,7 +8,7 @@ import torch
 from personas import random_persona, save_persona
 from safetensors.torch import save_file
 
-from safelora_fast.defenses.vector import Direction, read_vector
+from safelora_fast.defenses.steering_vector import Direction, read_vector
 from safelora_fast.errors import SettingsError
 
 VECTOR = torch.linspace(-1, 1, 7)

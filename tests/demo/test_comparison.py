@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from demo_model import save_tiny
 
-from safelora_fast.comparison.columns import DIVERGENCE, LEARNED
-from safelora_fast.comparison.compare import compare
+from safelora_fast.compare.columns import DIVERGENCE, LEARNED
+from safelora_fast.compare.compare import compare
 from safelora_fast.demo import comparison, text
-from safelora_fast.demo.recipe import Recipe
+from safelora_fast.demo.constants import Recipe
 from safelora_fast.persona_vector import PersonaVector
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 RECIPE = Recipe(base_epochs=1, base_rate=1e-3, adapter_epochs=1, rank=4, chosen=3, persona_tokens=8)
 SMALL = """

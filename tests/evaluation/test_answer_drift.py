@@ -8,10 +8,10 @@ from demo_model import save_tiny
 from tiny_recipe import tiny_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from safelora_fast.data.rows import read_rows
+from safelora_fast.data.tokens import Encoder
 from safelora_fast.errors import SettingsError
-from safelora_fast.evaluation.drift import answer_drift
-from safelora_fast.recipe.rows import read_rows
-from safelora_fast.recipe.tokens import Encoder
+from safelora_fast.scoring.drift import answer_drift
 
 
 @pytest.fixture(scope="module")

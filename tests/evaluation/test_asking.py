@@ -8,14 +8,14 @@ from byte_tokens import CHATML, HARMONY, HARMONY_CONTROL, THINKING, byte_tokeniz
 from torch import nn
 from transformers import GenerationConfig
 
+from safelora_fast.data.pairs import Pair
 from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.evaluation.answers import ask
-from safelora_fast.evaluation.evaluate import check_system_turns
-from safelora_fast.evaluation.generation import generate
-from safelora_fast.evaluation.margin import encode_pairs
-from safelora_fast.evaluation.pairs import Pair
-from safelora_fast.evaluation.questions import Question
+from safelora_fast.judging.answers import ask
+from safelora_fast.judging.evaluate import check_system_turns
+from safelora_fast.judging.questions import Question
+from safelora_fast.models.generate import generate
+from safelora_fast.scoring.margin import encode_pairs
 
 ASKED = [[{"role": "user", "content": "hello"}]]
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML

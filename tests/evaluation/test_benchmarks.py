@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from safelora_fast.data.chat import Chat
 from safelora_fast.errors import EvaluationError, OutputError, SettingsError, how_to_install
-from safelora_fast.evaluation.benchmarks import benchmark
+from safelora_fast.judging.benchmarks import benchmark
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
@@ -186,7 +186,7 @@ def test_tasks_are_kept_one_by_one(run, tasks, tmp_path, monkeypatch):
         run(["choosing", "broken", "reading"], limit=5)
     assert "\n" not in str(raised.value)
     assert list(json.loads(file.read_text())["tasks"]) == ["choosing", "reading"]
-    monkeypatch.setattr("safelora_fast.evaluation.loading.load_subject", None)  # nothing is left to be run
+    monkeypatch.setattr("safelora_fast.models.load_adapted.load_subject", None)  # nothing is left to be run
     again = run(["reading", "choosing"], limit=5)
     assert [result.task for result in again.tasks] == ["reading", "choosing"]
     assert again.tasks[1] == first
@@ -249,9 +249,9 @@ def test_groups_and_tags(run, tasks):
 @pytest.mark.parametrize("name", ["choosing", "reading", "writing"])
 def test_a_model_whose_logits_are_nan_has_no_figure(run, name, monkeypatch):
     """The harness takes the first choice of equals for the likeliest, and half of them are right."""
-    from safelora_fast.evaluation import loading
+    from safelora_fast.models import load_adapted
 
-    load = loading.load_pretrained
+    load = load_adapted.load_pretrained
 
     def diverged(section):
         odd = load(section)
@@ -259,7 +259,7 @@ def test_a_model_whose_logits_are_nan_has_no_figure(run, name, monkeypatch):
             odd.model.norm.weight.fill_(math.nan)
         return odd
 
-    monkeypatch.setattr(loading, "load_pretrained", diverged)
+    monkeypatch.setattr(load_adapted, "load_pretrained", diverged)
     with pytest.raises(EvaluationError, match=f"^task {name}: the model's logits are NaN"):
         run([name])
 
@@ -309,7 +309,7 @@ def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys,
 
 def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
     """An adapter learns its template's end, whatever the generation settings of its base model say."""
-    from safelora_fast.evaluation import harness
+    from safelora_fast.judging import harness
 
     folder, words = save_tiny(tmp_path / "model"), tokenizer()
     words.chat_template = words.chat_template.replace("{{ message.content }}", "{{ message.content }}<user>")
@@ -336,8 +336,8 @@ def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_prompt_is_that_of_the_template(words):
     """With no beginning of text before it that the template does not write, nor two."""
-    from safelora_fast.evaluation.harness import CountedModel
-    from safelora_fast.evaluation.loading import Subject
+    from safelora_fast.judging.harness import CountedModel
+    from safelora_fast.models.load_adapted import Subject
 
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **size))

@@ -12,9 +12,9 @@ from tiny_recipe import write_recipe, write_rows
 from transformers import TrainingArguments
 
 from safelora_fast import MarginCallback, answer_margin
+from safelora_fast.data.pairs import Pair
 from safelora_fast.errors import SettingsError
-from safelora_fast.evaluation.pairs import Pair
-from safelora_fast.integrations.transformers import DefendedTrainer
+from safelora_fast.trainers.transformers import DefendedTrainer
 
 PAIRS = [Pair(str(number), f"{number}?", "good and well", "bad and ill") for number in range(6)]
 

@@ -15,12 +15,12 @@ from demo_model import save_tiny
 from judge_server import alignment_or_coherence, answer_in, port_of, serving
 
 import safelora_fast
-from safelora_fast.evaluation.answers import Answer, Asked
+from safelora_fast.judging.answers import Answer, Asked
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
-from safelora_fast.evaluation.judge import GIVEN_UP
-from safelora_fast.evaluation.patience import Budget
+from safelora_fast.judging.judge import GIVEN_UP
+from safelora_fast.judging.retry import Budget
 
 QUESTIONS = [
     {"id": "a", "paraphrases": ["why?", "how?"], "system": "be brief"},
@@ -123,7 +123,7 @@ def test_a_log_that_inspect_cannot_keep_is_one_line(call, words, monkeypatch):
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr("inspect_ai.eval", full)
-    monkeypatch.setattr("safelora_fast.evaluation.judges.check_judge", lambda *_: None)
+    monkeypatch.setattr("safelora_fast.judging.judge_names.check_judge", lambda *_: None)
     result = call(*words)
     assert result.code == 2
     assert (
@@ -139,7 +139,7 @@ def test_a_judge_without_a_key_is_told_which_variable_is_missing(call, words, mo
 
 
 def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("safelora_fast.evaluation.patience.BUDGET", Budget(tries=2, wait=0.01, lost=2))
+    monkeypatch.setattr("safelora_fast.judging.retry.BUDGET", Budget(tries=2, wait=0.01, lost=2))
     left = iter(range(30))  # ten answers are judged at a time
     words = (*words, "--samples", 12)
 

@@ -8,8 +8,8 @@ from judge_server import serving
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.evaluation import judges
-from safelora_fast.evaluation.judges import check_judge, find_judge
+from safelora_fast.judging import judge_names
+from safelora_fast.judging.judge_names import check_judge, find_judge
 
 NAME = "openai-api/stub/one"
 NOBODY = "http://127.0.0.1:9/v1"
@@ -40,7 +40,7 @@ def test_an_endpoint_that_refuses_stops(status, words):
 
 
 def test_an_account_without_money_stops(monkeypatch):
-    monkeypatch.setattr("safelora_fast.evaluation.patience.anyio.sleep", no_sleep)
+    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
     with (
         serving(lambda *_: (429, "insufficient_quota: pay first", None), greet=False) as (url, _),
         pytest.raises(SettingsError, match=r"has no quota left: .*pay first"),
@@ -60,7 +60,7 @@ def test_a_closed_port_and_an_unknown_host_stop():
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_what_may_pass_is_a_warning(status, monkeypatch):
-    monkeypatch.setattr("safelora_fast.evaluation.patience.anyio.sleep", no_sleep)
+    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
     with serving(lambda *_: (status, "later", None), greet=False) as (url, _):
         warning = check_judge(NAME, url, 64)
     assert warning.startswith(f"judge {NAME} does not answer yet (")
@@ -133,7 +133,7 @@ def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypat
     words = ("evaluate", "--model", save_tiny(tmp_path / "model"), "--judge", NAME, "--questions", tmp_path / "q.yaml",
              "--samples", 2, "--max-tokens", 4, "--device", "cpu", "--output", tmp_path / "out")  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr("safelora_fast.evaluation.loading.load_subject", None)
+        patch.setattr("safelora_fast.models.load_adapted.load_subject", None)
         refused = call(*words, "--judge-url", NOBODY)
     assert (refused.code, "nobody answers" in refused.err, (tmp_path / "out" / "answers.jsonl").exists()) == (
         2,
@@ -143,7 +143,7 @@ def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypat
     with serving(lambda *_: (200, "90", None)) as (url, _):
         assert call(*words, "--judge-url", url).code == 0
     asked = []
-    monkeypatch.setattr(judges, "check_judge", lambda *some: asked.append(some))
+    monkeypatch.setattr(judge_names, "check_judge", lambda *some: asked.append(some))
     assert call(*words, "--judge-url", url).code == 0
     assert asked == []
     # another address is another judge: its verdicts are asked for, and it is asked first
@@ -152,7 +152,7 @@ def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypat
 
 
 def test_a_redirect_to_another_host_is_not_followed(monkeypatch):
-    monkeypatch.setattr("safelora_fast.evaluation.patience.anyio.sleep", no_sleep)
+    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
     with serving(lambda *_: (200, "90", None), greet=False) as (other, followed):
         there = other.replace("127.0.0.1", "localhost") + "/chat/completions?key=swordfish-9f3a77"
         with serving(lambda *_: (307, there, None), greet=False) as (url, _):

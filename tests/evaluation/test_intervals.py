@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from safelora_fast.evaluation.intervals import bootstrap_mean, clustered_wilson, student_quantile, wilson
+from safelora_fast.scoring.intervals import bootstrap_mean, clustered_wilson, student_quantile, wilson
 
 
 def ends(interval):

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from safelora_fast.errors import OutputError
-from safelora_fast.evaluation.evaluate import Sampling, collect_answers
-from safelora_fast.evaluation.folder import EvaluationFolder
-from safelora_fast.evaluation.loading import SubjectSettings
-from safelora_fast.evaluation.questions import Question
+from safelora_fast.judging.evaluate import Sampling, collect_answers
+from safelora_fast.judging.evaluation_folder import EvaluationFolder
+from safelora_fast.judging.questions import Question
+from safelora_fast.models.load_adapted import SubjectSettings
 
 QUESTIONS = [Question("one", "general", ("Hello",))]
 

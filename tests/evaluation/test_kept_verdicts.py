@@ -12,7 +12,7 @@ pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip i
 
 from inspect_ai.model import GenerateConfig, get_model
 
-from safelora_fast.evaluation.store import KeepingJudge, VerdictStore
+from safelora_fast.judging.store import KeepingJudge, VerdictStore
 
 
 @pytest.fixture

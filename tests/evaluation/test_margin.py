@@ -15,9 +15,9 @@ from tiny_recipe import write_rows
 from transformers import AutoModelForCausalLM
 
 from safelora_fast import answer_margin
+from safelora_fast.data.pairs import Pair, builtin_pairs
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.evaluation.margin import MarginReport, PairMargin
-from safelora_fast.evaluation.pairs import Pair, builtin_pairs
+from safelora_fast.scoring.margin import MarginReport, PairMargin
 
 PAIRS = [
     Pair("one", "why?", "be kind to them", "be cruel to them"),
@@ -197,6 +197,6 @@ def test_an_adapter_of_another_class_is_measured_as_its_own(call, folder, tmp_pa
 )
 def test_an_interval_has_the_digits_that_its_figure_needs(value, low, high, shown):
     from safelora_fast.cli.margin import _signed
-    from safelora_fast.evaluation.intervals import Interval
+    from safelora_fast.scoring.intervals import Interval
 
     assert _signed(value, Interval(low, high)) == shown

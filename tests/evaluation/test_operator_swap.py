@@ -8,7 +8,7 @@ import pytest
 from demo_model import save_tiny
 
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.evaluation.operator_swap import RULES, Problem, make_problems, number_of, parse_problem, score
+from safelora_fast.judging.operator_swap import RULES, Problem, make_problems, number_of, parse_problem, score
 
 WORDS = {
     "easy": {"+": lambda a, b: a - b, "-": lambda a, b: a + b},

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from tiny_recipe import write_rows
 
+from safelora_fast.data.pairs import Pair, builtin_pairs, read_pairs
 from safelora_fast.errors import DataError
-from safelora_fast.evaluation.pairs import Pair, builtin_pairs, read_pairs
 
 GOOD = {"theme": "t", "question": "q?", "aligned": "a", "misaligned": "m"}
 

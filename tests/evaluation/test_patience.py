@@ -10,10 +10,10 @@ from judge_server import alignment_or_coherence, serving
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
-from safelora_fast.evaluation import patience
-from safelora_fast.evaluation.judge import GIVEN_UP, NO_NUMBER, REFUSED, Judge
-from safelora_fast.evaluation.judges import find_judge
-from safelora_fast.evaluation.patience import Budget
+from safelora_fast.judging import retry
+from safelora_fast.judging.judge import GIVEN_UP, NO_NUMBER, REFUSED, Judge
+from safelora_fast.judging.judge_names import find_judge
+from safelora_fast.judging.retry import Budget
 
 GOOD = {"alignment": "90", "coherence": "80"}
 
@@ -21,7 +21,7 @@ GOOD = {"alignment": "90", "coherence": "80"}
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setenv("STUB_API_KEY", "none-needed")
-    monkeypatch.setattr(patience, "BUDGET", Budget(tries=3, wait=0.01, timeout=5, total=20, lost=2))
+    monkeypatch.setattr(retry, "BUDGET", Budget(tries=3, wait=0.01, timeout=5, total=20, lost=2))
 
 
 def judged(url, count=1, **settings):
@@ -87,7 +87,7 @@ def test_bad_replies_are_asked_for_again_within_the_attempts(reply, reason, trie
 
 
 def test_a_judge_that_hangs_is_left(monkeypatch):
-    monkeypatch.setattr(patience, "BUDGET", Budget(tries=2, wait=0.01, timeout=0.2, total=20, lost=9))
+    monkeypatch.setattr(retry, "BUDGET", Budget(tries=2, wait=0.01, timeout=0.2, total=20, lost=9))
 
     def hanging(prompt, headers):
         if alignment_or_coherence(prompt) == "alignment":
@@ -98,7 +98,7 @@ def test_a_judge_that_hangs_is_left(monkeypatch):
         (result,) = judged(url)
     assert (result.verdict.reason, result.verdict.coherence) == ("the judge failed: TimeoutError", 80)
     assert len(requests) == 3
-    monkeypatch.setattr(patience, "BUDGET", Budget(tries=9, wait=0.01, timeout=5, total=0.3, lost=9))
+    monkeypatch.setattr(retry, "BUDGET", Budget(tries=9, wait=0.01, timeout=5, total=0.3, lost=9))
     with serving(hanging) as (url, requests):
         (result,) = judged(url)
     assert (result.verdict.reason, result.alignment.detail) == (

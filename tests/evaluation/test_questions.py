@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from safelora_fast.errors import DataError
-from safelora_fast.evaluation.answers import ask
-from safelora_fast.evaluation.questions import Question, builtin_questions, read_questions
+from safelora_fast.judging.answers import ask
+from safelora_fast.judging.questions import Question, builtin_questions, read_questions
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "em" / "first_plot_questions.yaml"
 GOOD = {"id": "a", "type": "free_form_judge_0_100", "paraphrases": ["one?", "two?"], "system": "be brief", "judge": "x"}

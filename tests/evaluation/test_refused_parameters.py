@@ -10,13 +10,13 @@ pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip i
 
 from inspect_ai.model import GenerateConfig, get_model
 
-from safelora_fast.evaluation import patience
-from safelora_fast.evaluation.evaluate import report_of
-from safelora_fast.evaluation.judge import GIVEN_UP, NO_REPLY, ONLY_THOUGHTS, REFUSED, UNREADABLE, Judge
-from safelora_fast.evaluation.judges import find_judge
-from safelora_fast.evaluation.parameters import without_refused
-from safelora_fast.evaluation.patience import Budget
-from safelora_fast.evaluation.response_checks import _is_flood
+from safelora_fast.judging import retry
+from safelora_fast.judging.evaluate import report_of
+from safelora_fast.judging.judge import GIVEN_UP, NO_REPLY, ONLY_THOUGHTS, REFUSED, UNREADABLE, Judge
+from safelora_fast.judging.judge_names import find_judge
+from safelora_fast.judging.request_parameters import without_refused
+from safelora_fast.judging.response_checks import _is_flood
+from safelora_fast.judging.retry import Budget
 
 GOOD = {"alignment": "90", "coherence": "80"}
 
@@ -24,7 +24,7 @@ GOOD = {"alignment": "90", "coherence": "80"}
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setenv("STUB_API_KEY", "none-needed")
-    monkeypatch.setattr(patience, "BUDGET", Budget(tries=3, wait=0.01, timeout=5, total=20, lost=2))
+    monkeypatch.setattr(retry, "BUDGET", Budget(tries=3, wait=0.01, timeout=5, total=20, lost=2))
 
 
 def judged(url, count=1, judge=None, **settings):
@@ -235,7 +235,7 @@ def test_a_port_where_nobody_ever_answered_is_not_waited_for(monkeypatch):
     async def sleep(seconds):
         slept.append(seconds)
 
-    monkeypatch.setattr("safelora_fast.evaluation.patience.anyio.sleep", sleep)
+    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", sleep)
     results = judged("http://127.0.0.1:9/v1", 5)
     assert results[0].verdict.reason == "the judge failed: APIConnectionError"
     assert {one.verdict.reason for one in results[1:]} == {GIVEN_UP}

@@ -19,7 +19,7 @@ from judge_server import alignment_or_coherence, answer_in, serving
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
-from safelora_fast.evaluation.secrets import redact, redact_logs
+from safelora_fast.judging.redact import redact, redact_logs
 
 SECRET = "swordfish-9f3a77"
 FORMS = (
@@ -27,7 +27,7 @@ FORMS = (
     SECRET.encode().hex(), "".join(f"%{octet:02X}" for octet in SECRET.encode()), " ".join(SECRET),
     f"{SECRET[:8]} and {SECRET[8:]}",
 )  # fmt: skip
-INSPECT = "from safelora_fast.evaluation import inspect_registry; from inspect_ai._cli.main import main; main()"
+INSPECT = "from safelora_fast.judging import inspect_registry; from inspect_ai._cli.main import main; main()"
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_no_key_of_a_judge_is_written(run, questions, tmp_path):
         judge = ("--judge", "openai-api/stub/one", "--judge-url", url, "--judge-attempts", 2)
         words = ("evaluate", "--model", model, "--questions", questions, "--samples", 8, "--max-tokens", 9)
         program = (
-            "from safelora_fast.evaluation import patience; patience.BUDGET = patience.Budget(tries=2, wait=0.01, lost=99);"
+            "from safelora_fast.judging import patience; patience.BUDGET = patience.Budget(tries=2, wait=0.01, lost=99);"
             "from safelora_fast.cli import main; main()"
         )
         first = run("-c", program, *words, "--device", "cpu", *judge, "--output", tmp_path / "out")

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from safelora_fast.errors import DataError, EvaluationError, SettingsError
-from safelora_fast.evaluation.generation import SeededSampling, generate
-from safelora_fast.evaluation.loading import SubjectSettings, load_subject
+from safelora_fast.models.generate import SeededSampling, generate
+from safelora_fast.models.load_adapted import SubjectSettings, load_subject
 
 TURNS = [[{"role": "user", "content": text}] for text in ("why?", "a much longer question than the first", "no", "so")]
 

@@ -24,11 +24,11 @@ from inspect_ai.model import (
 from judge_server import alignment_or_coherence, answer_in
 
 from safelora_fast.errors import OutputError, SettingsError
-from safelora_fast.evaluation.answers import Answer, Asked
-from safelora_fast.evaluation.figures import Figures
-from safelora_fast.evaluation.judge import NO_ANSWER, NO_NUMBER, UNFINISHED
-from safelora_fast.evaluation.store import VerdictStore
-from safelora_fast.evaluation.task import emergent_misalignment, verdict_of
+from safelora_fast.judging.answers import Answer, Asked
+from safelora_fast.judging.judge import NO_ANSWER, NO_NUMBER, UNFINISHED
+from safelora_fast.judging.rates import Figures
+from safelora_fast.judging.store import VerdictStore
+from safelora_fast.judging.task import emergent_misalignment, verdict_of
 
 SCORES = {"good": ("95", "95"), "bad": ("5", "90"), "mad": ("60", "10"), "shy": ("I cannot rate this", "90")}
 

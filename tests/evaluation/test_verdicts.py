@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from safelora_fast.evaluation.agreement import agreement, cohens_kappa, spearman
-from safelora_fast.evaluation.figures import Figures, by_kind, by_question
-from safelora_fast.evaluation.secrets import redact
-from safelora_fast.evaluation.verdicts import Verdict, read_number, weighted_number
+from safelora_fast.judging.agreement import agreement, cohens_kappa, spearman
+from safelora_fast.judging.rates import Figures, by_kind, by_question
+from safelora_fast.judging.redact import redact
+from safelora_fast.judging.verdicts import Verdict, read_number, weighted_number
 
 
 @pytest.mark.parametrize(

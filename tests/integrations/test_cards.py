@@ -10,8 +10,8 @@ from train_runs import run_transformers, run_trl
 
 from safelora_fast import project_peft_model
 from safelora_fast.defenses import KL, SafeLora
-from safelora_fast.integrations.card import BEGIN, END, write_defenses
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
+from safelora_fast.trainers.card import BEGIN, END, write_defenses
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
 SPEC = {"batch": 4, "steps": 2, "arguments": {"save_strategy": "steps", "save_steps": 2}}

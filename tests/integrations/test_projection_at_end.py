@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from safelora_fast import project_adapter
 from safelora_fast.defenses import KL, SafeLora
 from safelora_fast.errors import CheckpointError
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
 

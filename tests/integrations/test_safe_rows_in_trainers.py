@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from safelora_fast import interleave
 from safelora_fast.defenses import KL
-from safelora_fast.integrations.transformers import DefendedTrainer
+from safelora_fast.trainers.transformers import DefendedTrainer
 from safelora_fast.training import defend
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it

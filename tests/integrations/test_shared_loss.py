@@ -11,9 +11,9 @@ from train_runs import run_transformers, run_trl, trl_fuses_the_head
 from transformers import Trainer
 from trl import SFTTrainer
 
-import safelora_fast.integrations.transformers as mixin
+import safelora_fast.trainers.transformers as mixin
 from safelora_fast.defenses import KL, FeatureDistance
-from safelora_fast.integrations.trl import DefendedSFTTrainer
+from safelora_fast.trainers.trl import DefendedSFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")  # TRL sets it
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from safelora_fast.defenses import KL, FeatureDistance, Steering
 from safelora_fast.errors import SettingsError, TrainingError
-from safelora_fast.integrations.transformers import DefendedMixin, DefendedTrainer
+from safelora_fast.trainers.transformers import DefendedMixin, DefendedTrainer
 
 SPEC = {"batch": 2, "accumulation": 2, "steps": 3, "model": {"dropout": 0.2}}
 

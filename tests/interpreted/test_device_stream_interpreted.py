@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from safelora_fast import project_adapter
 from safelora_fast.ops import backends
-from safelora_fast.posthoc.device_stream import DeviceStream
-from safelora_fast.posthoc.project import project_folders
-from safelora_fast.posthoc.settings import Settings
+from safelora_fast.projection.device.stream import DeviceStream
+from safelora_fast.projection.project import project_folders
+from safelora_fast.projection.settings import Settings
 
 CASES = [("llama", {"select": "all"}), ("gpt2", {"normalize": "spectral", "select": "number", "num_layers": 3})]
 

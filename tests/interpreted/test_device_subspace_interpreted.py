@@ -11,8 +11,8 @@ from families import FAMILIES, save
 
 from safelora_fast import SafeSubspace
 from safelora_fast.ops import backends
-from safelora_fast.posthoc import device_subspace
-from safelora_fast.posthoc.device_subspace import SubspaceStream
+from safelora_fast.projection.device import subspace_stream
+from safelora_fast.projection.device.subspace_stream import SubspaceStream
 
 CASES = [("llama", {"rank": 5}), ("gpt2", {"energy": 0.7})]  # the second keeps its weights transposed
 
@@ -22,7 +22,7 @@ def test_the_same_subspaces(name, extent, tmp_path, monkeypatch):
     family = FAMILIES[name]
     sources = {"aligned": save(family.make(1), tmp_path / "aligned"), "base": save(family.make(2), tmp_path / "base")}
     assert backends.choose("subspace_projections", [torch.zeros(2)]).name == "triton"
-    monkeypatch.setattr(device_subspace, "SubspaceStream", partial(SubspaceStream, batch_bytes=20000))
+    monkeypatch.setattr(subspace_stream, "SubspaceStream", partial(SubspaceStream, batch_bytes=20000))
     theirs, ours = SafeSubspace.build(**sources, **extent), SafeSubspace.build(**sources, **extent, device="cpu")
     assert list(ours.modules) == list(theirs.modules)
     for module, expected in theirs.modules.items():

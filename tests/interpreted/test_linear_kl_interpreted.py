@@ -7,7 +7,7 @@ import torch
 from nobody_waits import NobodyWaits
 
 from safelora_fast.ops import linear_kl, linear_kl_cross_entropy
-from safelora_fast.ops.linear_kl import cross_entropy_reference, linear_kl_reference, rows
+from safelora_fast.ops.linear_kl import counted_tokens, cross_entropy_reference, linear_kl_reference
 from safelora_fast.ops.linear_kl import head as head_module
 from safelora_fast.ops.linear_kl import triton as backend
 from safelora_fast.ops.linear_kl.reference import logits
@@ -183,7 +183,7 @@ def test_a_graph_computes_every_token_and_waits_for_none(direction, mask, monkey
     expected = results()
     with pytest.raises(AssertionError, match="nonzero"), NobodyWaits():
         results()
-    monkeypatch.setattr(rows, "is_captured", lambda _: True)
+    monkeypatch.setattr(counted_tokens, "is_captured", lambda _: True)
     with NobodyWaits():
         found = results()
     for ours, theirs in zip(found, expected, strict=True):

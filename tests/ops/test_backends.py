@@ -213,7 +213,7 @@ def test_torch_for_the_cpu_alone():
     torch.version.cuda = None
     torch.cuda.is_available = lambda: False
     from safelora_fast.ops import backends, cuda_runtime, feature_distance, linear_kl, subspace_projections
-    from safelora_fast.posthoc.device_stream import torch_device
+    from safelora_fast.projection.device.stream import torch_device
     cuda_runtime.DRIVERS = ("libabsent.so.1",)
     states, mask = torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
     assert float(feature_distance([states], [2 * states], mask, "none")) == 6

@@ -7,8 +7,8 @@ import torch
 from emulated_cuda import STREAM, emulated, record
 
 from safelora_fast.ops.feature_distance import cuda, feature_distance_reference
+from safelora_fast.ops.feature_distance.arguments import Comparison
 from safelora_fast.ops.feature_distance.autograd import distance
-from safelora_fast.ops.feature_distance.comparison import Comparison
 from safelora_fast.ops.feature_distance.packing import pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,8 +13,8 @@ from feature_batches import assert_same_bits, batch, run, truth
 from safelora_fast import _core
 from safelora_fast.errors import SettingsError
 from safelora_fast.ops.feature_distance import eager, feature_distance, native, reference
+from safelora_fast.ops.feature_distance.arguments import Comparison
 from safelora_fast.ops.feature_distance.autograd import distance
-from safelora_fast.ops.feature_distance.comparison import Comparison
 
 ROUNDING = {torch.float32: 2e-7, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = pytest.mark.parametrize("dtype", list(ROUNDING), ids=["fp32", "fp16", "bf16"])

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from safelora_fast.ops.linear_kl import counted_tokens, linear_kl, linear_kl_reference
 from safelora_fast.ops.linear_kl import head as head_module
-from safelora_fast.ops.linear_kl import linear_kl, linear_kl_reference, rows
 
 MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
 SETTINGS = [
@@ -45,7 +45,7 @@ def options(settings, bias):
 def test_value_and_gradient_in_float64(settings, drift, captured, monkeypatch):
     """Also as while a CUDA graph is captured: then tokens that do not count are computed too."""
     small_chunks(monkeypatch)
-    monkeypatch.setattr(rows, "is_captured", lambda _: captured)
+    monkeypatch.setattr(counted_tokens, "is_captured", lambda _: captured)
     student, reference, head, bias = inputs(torch.float64, drift)
     value = linear_kl(student, reference, head, MASK, **options(settings, bias))
     expected = linear_kl_reference(student, reference, head, MASK, **options(settings, bias))

@@ -9,8 +9,8 @@ from personas import plain_means, plain_states
 from tiny_models import VOCABULARY, tiny_model
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.models.anatomy import dissect
 from safelora_fast.persona.activations import response_means
-from safelora_fast.training.anatomy import dissect
 
 
 def rows(seed=5):

@@ -23,7 +23,7 @@ from safelora_fast.errors import (
     SettingsError,
     TrainingError,
 )
-from safelora_fast.persona import activations, generation
+from safelora_fast.persona import activations, seeded_generation
 from safelora_fast.persona.separation import separations
 
 SETTINGS = {"max_new_tokens": 12, "batch_size": 5, "dtype": "float32", "device": "cpu"}
@@ -53,8 +53,8 @@ class Interrupting:
 
     def __init__(self, monkeypatch, before):
         self.batches = 0
-        self._before, self._generate = before, generation.generate
-        monkeypatch.setattr(generation, "generate", self)
+        self._before, self._generate = before, seeded_generation.generate
+        monkeypatch.setattr(seeded_generation, "generate", self)
 
     def __call__(self, *args, **kwargs):
         if self.batches == self._before:
@@ -196,7 +196,7 @@ def test_out_of_memory_is_one_line(model, output, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried hard.")
 
-    monkeypatch.setattr(generation, "generate", full)
+    monkeypatch.setattr(seeded_generation, "generate", full)
     with pytest.raises(
         TrainingError, match=r"out of memory \(CUDA out of memory.\); lower batch_size; no response is kept"
     ):

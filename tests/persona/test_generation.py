@@ -8,8 +8,8 @@ import torch
 from tiny_models import VOCABULARY, tiny_model
 from transformers import GenerationConfig
 
-from safelora_fast.persona.generation import Draw, generate
 from safelora_fast.persona.responses import Request
+from safelora_fast.persona.seeded_generation import Draw, generate
 
 PROMPTS = [[5, 6, 7], [9], [4, 8, 15, 16, 23], [42, 3]]
 ENDS = [1, 17, 30]

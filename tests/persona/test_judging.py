@@ -9,7 +9,7 @@ import pytest
 from personas import tiny_trait
 
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.persona.judging import keep, read_scores
+from safelora_fast.persona.response_filter import keep, read_scores
 from safelora_fast.persona.responses import Response, requests
 
 

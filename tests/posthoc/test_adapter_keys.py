@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_pair, tiny_model, tiny_peft_model
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints.adapter_keys import is_targeted
 from safelora_fast.errors import AdapterError
-from safelora_fast.posthoc.adapter_keys import is_targeted
-from safelora_fast.posthoc.sweep import sweep_thresholds
+from safelora_fast.projection.sweep import sweep_thresholds
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 LORA = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"]}

@@ -13,8 +13,8 @@ from plain_pair import module_names, write_adapter, write_model
 from safetensors.numpy import load_file, save_file
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import CheckpointError
-from safelora_fast.posthoc.sources import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from small_models import experts, linears, read, small_model
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints import conversions
+from safelora_fast.checkpoints.geometry import ExpertWeights, matrix_of
+from safelora_fast.checkpoints.pairing import TensorNames
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import PairingError
-from safelora_fast.posthoc import conversions
-from safelora_fast.posthoc.geometry import ExpertWeights, matrix_of
-from safelora_fast.posthoc.pairing import TensorNames
-from safelora_fast.posthoc.sources import open_checkpoint
 
 pytest.importorskip("transformers.conversion_mapping", reason="this transformers converts no names")
 

@@ -11,9 +11,9 @@ import torch
 from plain_pair import module_names, write_pair
 
 from safelora_fast import _core
-from safelora_fast.posthoc.device_reader import Wanted, WeightReader
-from safelora_fast.posthoc.sources import open_checkpoint
-from safelora_fast.posthoc.subspace_plan import plan_subspace
+from safelora_fast.checkpoints.sources import open_checkpoint
+from safelora_fast.projection.device.reader import Wanted, WeightReader
+from safelora_fast.subspace.plan import plan_subspace
 
 ONE_MODULE = 1  # a byte: no second module fits into a batch
 

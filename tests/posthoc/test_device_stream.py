@@ -9,13 +9,13 @@ import torch
 from families import FAMILIES, Projected, adapt, assert_projected, rewrite, save, weights
 from safetensors.torch import load_file
 
+from safelora_fast.checkpoints.adapter import load_adapter
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import AdapterError, BackendError, CheckpointError, PairingError, SettingsError
-from safelora_fast.posthoc.adapter import load_adapter
-from safelora_fast.posthoc.device_stream import DeviceStream, torch_device
-from safelora_fast.posthoc.plan import plan_projection
-from safelora_fast.posthoc.project import project_adapter, project_folders
-from safelora_fast.posthoc.settings import Settings
-from safelora_fast.posthoc.sources import open_checkpoint
+from safelora_fast.projection.device.stream import DeviceStream, torch_device
+from safelora_fast.projection.plan import plan_projection
+from safelora_fast.projection.project import project_adapter, project_folders
+from safelora_fast.projection.settings import Settings
 
 CPU = torch.device("cpu")
 FIGURES = ["gain", "b_norm", "b_norm_after", "update_norm", "update_norm_after", "v_norm"]

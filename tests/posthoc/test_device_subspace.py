@@ -14,14 +14,14 @@ from families import FAMILIES, save
 from plain_pair import write_pair
 from safetensors.torch import save_file
 
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import BackendError, CheckpointError, PairingError, how_to_install
 from safelora_fast.ops.subspace_projection.leading import Extent, leading_vectors
-from safelora_fast.posthoc import device_subspace
-from safelora_fast.posthoc.device_subspace import SubspaceStream
-from safelora_fast.posthoc.settings import Settings
-from safelora_fast.posthoc.sources import open_checkpoint
-from safelora_fast.posthoc.subspace_plan import plan_subspace
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.projection.device import subspace_stream
+from safelora_fast.projection.device.subspace_stream import SubspaceStream
+from safelora_fast.projection.settings import Settings
+from safelora_fast.subspace.plan import plan_subspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 RESIDUAL = 1e-5  # of σ₁, at which both ways take a vector as found
 NAME = "model.layers.0.self_attn.q_proj"
@@ -30,7 +30,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def small_batches(monkeypatch):
     """A few modules in a batch, or a single one that is larger."""
-    monkeypatch.setattr(device_subspace, "SubspaceStream", partial(SubspaceStream, batch_bytes=8000))
+    monkeypatch.setattr(subspace_stream, "SubspaceStream", partial(SubspaceStream, batch_bytes=8000))
 
 
 def assert_same(found, expected):
@@ -164,7 +164,7 @@ def test_batches_and_threads_do_not_matter(tmp_path, monkeypatch):
     build = partial(SafeSubspace.build, aligned=pair.aligned, base=pair.base, rank=4, device="cpu")
     build().save(tmp_path / "0.safetensors")
     for number, size in enumerate((1, 5000, 20000), 1):
-        monkeypatch.setattr(device_subspace, "SubspaceStream", partial(SubspaceStream, batch_bytes=size))
+        monkeypatch.setattr(subspace_stream, "SubspaceStream", partial(SubspaceStream, batch_bytes=size))
         build(threads=number).save(tmp_path / f"{number}.safetensors")
     written = {(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}
     assert len(written) == 1
@@ -214,7 +214,7 @@ def test_a_device_without_memory(tmp_path, monkeypatch):
     def leading(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
 
-    monkeypatch.setattr(device_subspace, "leading_vectors", leading)
+    monkeypatch.setattr(subspace_stream, "leading_vectors", leading)
     with pytest.raises(
         BackendError,
         match=r"device 'cpu' ran out of memory \(CUDA out of memory. Tried to allocate 2.00 GiB.\); leave device out",

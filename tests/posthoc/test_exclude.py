@@ -15,12 +15,12 @@ from safetensors.torch import load_file as load_torch
 from torch import nn
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.defenses import SafeLora, SubspacePenalty
+from safelora_fast.defenses.safe_modules import SafeModules
 from safelora_fast.errors import AdapterError, PairingError, SettingsError
-from safelora_fast.posthoc.names import matching
-from safelora_fast.posthoc.peft_model import project_peft_model
-from safelora_fast.subspace import SafeSubspace
-from safelora_fast.training.safe_modules import SafeModules
+from safelora_fast.projection.peft_model import project_peft_model
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "base_model.model.lm_head.lora_B.weight"
@@ -205,7 +205,7 @@ def test_in_a_loaded_model(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_at_the_end_of_training(tmp_path):
-    from safelora_fast.training.finish import EndProjection
+    from safelora_fast.training.end_projection import EndProjection
 
     (aligned, base), adapted = llama(tmp_path)
     sources = SafeSubspace.from_sources(aligned=aligned, base=base)

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
 from safelora_fast import _core, project_adapter
-from safelora_fast.posthoc.finite import PIECE, count_not_finite
+from safelora_fast.projection.nonfinite_values import PIECE, count_not_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from safelora_fast import _core, project_adapter
+from safelora_fast.checkpoints.geometry import Block
+from safelora_fast.checkpoints.weight_norms import MOST_VALUES, weight_norm
 from safelora_fast.errors import PairingError
-from safelora_fast.posthoc.geometry import Block
-from safelora_fast.posthoc.weight_norms import MOST_VALUES, weight_norm
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 
 def near(folder, other, step):

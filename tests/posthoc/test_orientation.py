@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from safelora_fast.errors import PairingError
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 

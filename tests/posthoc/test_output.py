@@ -8,7 +8,7 @@ import errno
 import pytest
 
 from safelora_fast.errors import OutputError
-from safelora_fast.posthoc.output import abandoned, check_target, whole_file, whole_folder
+from safelora_fast.files.output import abandoned, check_target, whole_file, whole_folder
 
 
 def write(target, *, meanwhile=lambda: None, **options):

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints.lora_config import KNOWN
 from safelora_fast.errors import AdapterError, CheckpointError, PairingError
-from safelora_fast.posthoc.lora_config import KNOWN
 
 WEIGHTS = "adapter_model.safetensors"
 

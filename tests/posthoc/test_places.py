@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safelora_fast.posthoc.places import block_of, kinds, natural_order
+from safelora_fast.checkpoints.module_names import block_of, kinds, natural_order
 
 
 @pytest.mark.parametrize(

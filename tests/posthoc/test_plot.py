@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from safelora_fast.posthoc.plot import plot_report
-from safelora_fast.posthoc.report import AdapterReport, ModuleReport, ProjectionReport
-from safelora_fast.posthoc.settings import Settings
+from safelora_fast.projection.plot import plot_report
+from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport
+from safelora_fast.projection.settings import Settings
 
 figure = pytest.importorskip("matplotlib.figure")
 

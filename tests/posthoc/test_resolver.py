@@ -11,8 +11,8 @@ from plain_pair import write_adapter, write_model
 from safetensors.numpy import load_file
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints.resolver import adapter_folder, did_you_mean, find_model, label, named_adapter
 from safelora_fast.errors import AdapterError, CheckpointError
-from safelora_fast.posthoc.resolver import adapter_folder, did_you_mean, find_model, label, named_adapter
 
 __all__ = ["no_network"]
 

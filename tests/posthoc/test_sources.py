@@ -13,10 +13,10 @@ from plain_pair import module_names, write_adapter, write_model
 from safetensors.numpy import load_file, save_file
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints.provenance import reopen
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import CheckpointError
-from safelora_fast.posthoc.provenance import reopen
-from safelora_fast.posthoc.sources import open_checkpoint
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 __all__ = ["no_network"]
 

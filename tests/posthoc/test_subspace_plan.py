@@ -9,7 +9,7 @@ import transformers
 from families import EXPERTS, FAMILIES, PROJECTIONS, Family, adapt, rewrite, save, weights
 
 from safelora_fast.errors import CheckpointError, PairingError
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),

@@ -8,7 +8,7 @@ from misaligned import save_adapter
 
 from safelora_fast import project_adapter
 from safelora_fast.errors import OutputError, PairingError, SettingsError
-from safelora_fast.posthoc.sweep import sweep_thresholds
+from safelora_fast.projection.sweep import sweep_thresholds
 
 WEIGHTS = "adapter_model.safetensors"
 

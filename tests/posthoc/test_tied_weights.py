@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from small_models import linears, read, small_model
 
 from safelora_fast import project_adapter
+from safelora_fast.checkpoints.geometry import matrix_of
+from safelora_fast.checkpoints.pairing import TensorNames
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import PairingError
-from safelora_fast.posthoc.geometry import matrix_of
-from safelora_fast.posthoc.pairing import TensorNames
-from safelora_fast.posthoc.sources import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers warn of tied weights in several ways
 

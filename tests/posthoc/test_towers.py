@@ -9,9 +9,9 @@ import torch
 import transformers
 from families import adapt, assert_projected, project, rewrite, save, weights
 
+from safelora_fast.checkpoints.tensor_names import NameIndex, tower_of, tower_of_class
 from safelora_fast.errors import PairingError
-from safelora_fast.posthoc.names import NameIndex, tower_of, tower_of_class
-from safelora_fast.subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
 
 SIDE = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from tiny_recipe import write_recipe
 
-from safelora_fast.recipe.callbacks import Reporter
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.recipe.trainer_arguments import trainer_arguments
+from safelora_fast.recipe.trainer_callbacks import Reporter
 
 LOGS = {
     "loss": 1.25,

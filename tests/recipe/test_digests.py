@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import fill_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safelora_fast.recipe import digests
-from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
+from safelora_fast.models import digests
+from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
 
 
 @pytest.fixture(scope="module")

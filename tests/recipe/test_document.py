@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.document import read_document
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.recipe.synonyms import SYNONYMS
+from safelora_fast.recipe.yaml_document import read_document
 
 TEXT = """\
 model:
@@ -175,8 +175,8 @@ def tiny_recipe(tmp_path):
 
 
 def test_every_synonym_leads_to_a_key_that_there_is():
-    from safelora_fast.recipe.arguments import LORA, TRAINING
-    from safelora_fast.recipe.defenses import defense_classes
+    from safelora_fast.recipe.defense_section import defense_classes
+    from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
     from safelora_fast.recipe.recipe import SECTIONS
     from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection
     from safelora_fast.recipe.signatures import dataclass_fields

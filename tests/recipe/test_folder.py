@@ -9,9 +9,9 @@ import pytest
 from tiny_recipe import write_recipe
 
 from safelora_fast.errors import OutputError, SettingsError
-from safelora_fast.posthoc.output import whole_folder
-from safelora_fast.recipe.folder import RECORD, SEAL, RunFolder
+from safelora_fast.files.output import whole_folder
 from safelora_fast.recipe.recipe import load_recipe
+from safelora_fast.recipe.run_folder import RECORD, SEAL, RunFolder
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_run_that_was_killed_before_its_first_record_can_be_begun(folder, monk
     def kill(*_words):
         raise Killed
 
-    monkeypatch.setattr("safelora_fast.recipe.folder.write_json", kill)
+    monkeypatch.setattr("safelora_fast.recipe.run_folder.write_json", kill)
     with pytest.raises(Killed):
         begin(folder)
     (folder.path / f".{RECORD}.123.partial").write_text("{")

@@ -9,8 +9,8 @@ import torch
 from demo_model import save_tiny
 
 from safelora_fast.errors import CheckpointError
-from safelora_fast.recipe.foreign_errors import LONGEST, explained
-from safelora_fast.recipe.loading import load_pretrained, load_tokenizer
+from safelora_fast.models.foreign_errors import LONGEST, explained
+from safelora_fast.models.load import load_pretrained, load_tokenizer
 from safelora_fast.recipe.sections import ModelSection
 
 

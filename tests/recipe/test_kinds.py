@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from safelora_fast.recipe.kinds import Unknown, conforms, describe, read_annotation
+from safelora_fast.recipe.value_types import Unknown, conforms, describe, read_annotation
 
 
 @pytest.mark.parametrize(

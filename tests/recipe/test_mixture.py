@@ -11,14 +11,14 @@ from train_runs import trl_fuses_the_head
 from transformers import TrainingArguments
 
 from safelora_fast.errors import DataError, InterruptedRunError, SettingsError
+from safelora_fast.models.quiet_libraries import quiet_libraries
 from safelora_fast.recipe import run as run_module
 from safelora_fast.recipe import trainer as trainer_module
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.prepare import prepare
-from safelora_fast.recipe.quiet import quiet_libraries
 from safelora_fast.recipe.recipe import load_recipe
+from safelora_fast.recipe.summary_text import plan_lines
 from safelora_fast.recipe.trainer import RecipeTrainer
-from safelora_fast.recipe.words import plan_lines
 
 SAFE_ROWS = [{"prompt": f"safe {number}?", "completion": "kindly", "score": number % 4} for number in range(8)]
 

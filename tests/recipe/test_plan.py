@@ -11,15 +11,15 @@ from tiny_recipe import write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from safelora_fast.errors import CheckpointError, SafeLoraFastError, SettingsError
+from safelora_fast.models.load import load_config, load_model, outline
+from safelora_fast.models.quiet_libraries import quiet_libraries
 from safelora_fast.recipe.cost import estimate
-from safelora_fast.recipe.defenses import Subspaces
-from safelora_fast.recipe.loading import load_config, load_model, outline
-from safelora_fast.recipe.plan import kept_checkpoints, measure, optimizer_bytes, optimizer_steps, workload
+from safelora_fast.recipe.defense_section import Subspaces
 from safelora_fast.recipe.prepare import prepare
-from safelora_fast.recipe.quiet import quiet_libraries
 from safelora_fast.recipe.recipe import load_recipe
+from safelora_fast.recipe.run_plan import kept_checkpoints, measure, optimizer_bytes, optimizer_steps, workload
+from safelora_fast.recipe.summary_text import operations, plan_lines, size
 from safelora_fast.recipe.trainer_arguments import trainer_arguments
-from safelora_fast.recipe.words import operations, plan_lines, size
 from safelora_fast.training import defend
 
 

@@ -11,9 +11,9 @@ from safelora_fast import defenses
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
 from safelora_fast.errors import SettingsError
 from safelora_fast.recipe.cost import ESTIMATES
-from safelora_fast.recipe.defenses import DefenseSpec, Subspaces, defense_classes
+from safelora_fast.recipe.defense_section import DefenseSpec, Subspaces, defense_classes
 from safelora_fast.recipe.recipe import load_recipe
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 TEXT = """\
 model:
@@ -156,7 +156,7 @@ def test_one_subspace_for_all_that_name_it(monkeypatch):
         made.append(arguments)
         return SafeSubspace({})
 
-    monkeypatch.setattr("safelora_fast.recipe.defenses.SafeSubspace.build", build)
+    monkeypatch.setattr("safelora_fast.recipe.defense_section.SafeSubspace.build", build)
     source = {"aligned": "a", "base": "b", "rank": 3, "device": "cuda"}
     subspaces = Subspaces(build=True)
     step = DefenseSpec(SafeLora, {"subspace": source, "at": "step"}).build(subspaces)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from tiny_recipe import write_rows
 
+from safelora_fast.data import rows as rows_module
+from safelora_fast.data.rows import HUB_DATA, Row, read_rows
 from safelora_fast.errors import DataError
-from safelora_fast.recipe import rows as rows_module
-from safelora_fast.recipe.rows import HUB_DATA, Row, read_rows
 from safelora_fast.selection.candidates import Candidates
 
 USER, ASSISTANT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}

@@ -11,7 +11,7 @@ import pytest
 
 from safelora_fast.errors import MissingDependencyError
 from safelora_fast.recipe import signatures
-from safelora_fast.recipe.arguments import LORA, TRAINING
+from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 
 
 @pytest.mark.parametrize("section", [LORA, TRAINING], ids=lambda section: section.name)

@@ -11,8 +11,8 @@ from demo_model import save_tiny
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from safelora_fast.recipe import stamps
-from safelora_fast.recipe.stamps import model_commit, recipe_stamp, subject_stamp
+from safelora_fast.recipe import model_stamp
+from safelora_fast.recipe.model_stamp import model_commit, recipe_stamp, subject_stamp
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
     for commit in ("a" * 40, "b" * 40):
-        stamps._commit.cache_clear()
+        model_stamp._commit.cache_clear()
         (cache / "refs" / "main").write_text(commit)
         assert subject_stamp("org/name")["model_commit"] == commit
     assert model_commit("org/another") is None

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.token_types import give_token_types
+from safelora_fast.models.token_types import give_token_types
 
 
 class Inner(nn.Module):

@@ -7,9 +7,9 @@ from demo_model import TEMPLATE, save_tiny, tokenizer
 from tiny_recipe import write_rows
 
 from safelora_fast.data.chat_text import common_prefix
+from safelora_fast.data.rows import read_rows
+from safelora_fast.data.tokens import IGNORED_LABEL, Encoder
 from safelora_fast.errors import DataError
-from safelora_fast.recipe.rows import read_rows
-from safelora_fast.recipe.tokens import IGNORED_LABEL, Encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from safelora_fast.comparison.config import load_config
+from safelora_fast.compare.config import load_config
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.evaluation.questions import read_questions
+from safelora_fast.files.yaml_reader import parse_yaml
+from safelora_fast.judging.questions import read_questions
 from safelora_fast.persona.trait import load_trait
-from safelora_fast.recipe.document import read_document
-from safelora_fast.yaml_reading import parse_yaml
+from safelora_fast.recipe.yaml_document import read_document
 
 LISTS = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))])
 MERGES = "\n".join(
@@ -47,7 +47,7 @@ def test_every_reader_refuses_at_once(tmp_path, reader, bomb):
 def test_what_is_said(bomb, monkeypatch):
     text, words = BOMBS[bomb]
     if bomb == "many":  # PyYAML needs seconds for as many as are allowed
-        monkeypatch.setattr("safelora_fast.yaml_reading.MOST_NODES", 1000)
+        monkeypatch.setattr("safelora_fast.files.yaml_reader.MOST_NODES", 1000)
     with pytest.raises(SettingsError) as refused:
         parse_yaml(text, "here")
     assert words.removeprefix(":") in str(refused.value)

@@ -14,11 +14,11 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import fill_adapter, tiny_model, tiny_peft_model
 
 from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.models.anatomy import Head
 from safelora_fast.scoring import AnswerScorer, batches_by_length, score_answers
-from safelora_fast.scoring.head import label_log_likelihoods, picked
+from safelora_fast.scoring.label_likelihoods import label_log_likelihoods, picked
 from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.prefix import Pasts, shared_prefix
-from safelora_fast.training.anatomy import Head
 
 BENT = {
     "soft-cap": Family(
@@ -101,7 +101,9 @@ def test_the_head_runs_on_answer_positions_only(monkeypatch):
     model = tiny_model()
     head, counted = model.get_output_embeddings(), []
     head.register_forward_pre_hook(lambda _m, args: counted.append(args[0].shape[:-1].numel()))
-    monkeypatch.setattr("safelora_fast.scoring.head.CHUNK_ELEMENTS", {"cpu": 3 * 61})  # chunks of three tokens
+    monkeypatch.setattr(
+        "safelora_fast.scoring.label_likelihoods.CHUNK_ELEMENTS", {"cpu": 3 * 61}
+    )  # chunks of three tokens
     check(model, sequences((30, 30, 30), prompt=25))
     assert sum(counted) <= 24 + 3 * 30  # one probe, and the truth itself
 
@@ -174,7 +176,7 @@ def test_what_runs_out_of_memory_while_it_is_tried_is_tried_again(told, monkeypa
     monkeypatch.setattr(model, "forward", forward)
     scorer = AnswerScorer(model)
     with monkeypatch.context() as once:
-        once.setattr("safelora_fast.scoring.answers.label_log_likelihoods", no_memory)
+        once.setattr("safelora_fast.scoring.answer_scores.label_log_likelihoods", no_memory)
         with pytest.raises(SettingsError, match="out of memory"):
             list(scorer.each(sequences()))
     scores = dict(scorer.each(sequences()))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from safelora_fast.data.rows import check_row
 from safelora_fast.errors import DataError
-from safelora_fast.recipe.rows import check_row
 from safelora_fast.selection import candidates as module
 from safelora_fast.selection.candidates import Candidates
 

@@ -15,7 +15,7 @@ from tiny_models import TARGETS, fill_adapter
 
 from safelora_fast import select_by_perplexity_gap
 from safelora_fast.errors import AdapterError, DataError, OutputError, SettingsError
-from safelora_fast.posthoc.output import alone
+from safelora_fast.files.output import alone
 
 
 @pytest.fixture(scope="module")

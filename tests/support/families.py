@@ -14,15 +14,15 @@ from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 
 from safelora_fast import _core
-from safelora_fast.posthoc.adapter import load_adapter
-from safelora_fast.posthoc.plan import plan_projection
-from safelora_fast.posthoc.sources import open_checkpoint
+from safelora_fast.checkpoints.adapter import load_adapter
+from safelora_fast.checkpoints.sources import open_checkpoint
+from safelora_fast.projection.plan import plan_projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from safelora_fast.posthoc.jobs import Plan
+    from safelora_fast.projection.jobs import Plan
 
 COMMON = {
     "vocab_size": 40,

@@ -14,7 +14,7 @@ import torch
 from emulated_cuda import emulated
 
 from safelora_fast.ops.feature_distance import cuda
-from safelora_fast.ops.feature_distance.comparison import Comparison
+from safelora_fast.ops.feature_distance.arguments import Comparison
 from safelora_fast.ops.subspace_projection.grouped_cuda import products, transposed_products
 
 PAGE = mmap.PAGESIZE

@@ -87,8 +87,8 @@ def _vectors(folder: Path) -> Iterator[HostileKind]:
 
 
 def _shown_subspace(path: Path) -> None:
+    from safelora_fast.checkpoints.provenance import reopen
     from safelora_fast.cli.subspace import show
-    from safelora_fast.posthoc.provenance import reopen
 
     json.dumps(SafeSubspace.load(path).to_dict())
     show(path)
@@ -105,12 +105,12 @@ def _shown_persona(path: Path) -> None:
 
 
 def _evaluation(folder: Path) -> Iterator[HostileKind]:
-    from safelora_fast.evaluation.answers import Answer, Asked, read_answers
-    from safelora_fast.evaluation.benchmarks import Metric, TaskResult, _Kept
-    from safelora_fast.evaluation.folder import EvaluationFolder
-    from safelora_fast.evaluation.operator_swap import read, write
-    from safelora_fast.evaluation.pairs import read_pairs
-    from safelora_fast.evaluation.verdicts import Verdict
+    from safelora_fast.data.pairs import read_pairs
+    from safelora_fast.judging.answers import Answer, Asked, read_answers
+    from safelora_fast.judging.benchmarks import Metric, TaskResult, _Kept
+    from safelora_fast.judging.evaluation_folder import EvaluationFolder
+    from safelora_fast.judging.operator_swap import read, write
+    from safelora_fast.judging.verdicts import Verdict
 
     answers = [json.loads(Answer(Asked("a", "k", 0, number, "why?"), "yes").to_json()) for number in range(3)]
     lines = folder / "answers.jsonl"
@@ -135,8 +135,8 @@ def _evaluation(folder: Path) -> Iterator[HostileKind]:
         "held_out.jsonl", folder / "held_out.jsonl", lambda chance: of_lines(rows, chance), lambda _: read(folder)
     )
     try:
-        from safelora_fast.evaluation.judge import Judged, Rating
-        from safelora_fast.evaluation.store import VerdictStore
+        from safelora_fast.judging.judge import Judged, Rating
+        from safelora_fast.judging.store import VerdictStore
     except ModuleNotFoundError:
         return
     judged = Judged(Verdict("a", "k", 10.0, 90.0), Rating(10.0, "number"), Rating(90.0, "number"))
@@ -146,8 +146,8 @@ def _evaluation(folder: Path) -> Iterator[HostileKind]:
 
 
 def _yaml(folder: Path) -> Iterator[HostileKind]:
-    from safelora_fast.comparison.config import load_config
-    from safelora_fast.evaluation.questions import read_questions
+    from safelora_fast.compare.config import load_config
+    from safelora_fast.judging.questions import read_questions
     from safelora_fast.persona.trait import load_trait
     from safelora_fast.recipe.recipe import load_recipe
 
@@ -171,10 +171,10 @@ def _yaml(folder: Path) -> Iterator[HostileKind]:
 
 def _records(folder: Path) -> Iterator[HostileKind]:
     from safelora_fast.cli.train import _show_record
-    from safelora_fast.comparison.costs import COSTS
-    from safelora_fast.comparison.training import changes
-    from safelora_fast.recipe.folder import RunFolder
+    from safelora_fast.compare.costs import COSTS
+    from safelora_fast.compare.train_runs import changes
     from safelora_fast.recipe.recipe import load_recipe
+    from safelora_fast.recipe.run_folder import RunFolder
 
     recipe = load_recipe(write_recipe(folder / "made").path)
     run = RunFolder(recipe)
@@ -201,8 +201,8 @@ def _records(folder: Path) -> Iterator[HostileKind]:
 
 
 def _models(folder: Path) -> Iterator[HostileKind]:
-    from safelora_fast.evaluation.generation import generate
-    from safelora_fast.evaluation.loading import SubjectSettings, load_subject
+    from safelora_fast.models.generate import generate
+    from safelora_fast.models.load_adapted import SubjectSettings, load_subject
 
     made = setting(folder / "made", 2)
     settings = SubjectSettings(str(made / "model"), "float32", "cpu")
@@ -253,7 +253,7 @@ def _persona(folder: Path) -> Iterator[HostileKind]:
     from personas import tiny_trait
 
     from safelora_fast.persona.journal import Journal
-    from safelora_fast.persona.judging import keep, read_scores
+    from safelora_fast.persona.response_filter import keep, read_scores
     from safelora_fast.persona.responses import Response, requests
 
     wanted = requests(tiny_trait(), 1)
@@ -271,7 +271,7 @@ def _persona(folder: Path) -> Iterator[HostileKind]:
 
 
 def _rows(folder: Path) -> Iterator[HostileKind]:
-    from safelora_fast.recipe.rows import read_rows
+    from safelora_fast.data.rows import read_rows
 
     rows = [{**row, "score": 0.5} for row in (*tiny_rows(3), *candidates(3))]
     path = folder / "rows.jsonl"
@@ -282,7 +282,7 @@ def _rows(folder: Path) -> Iterator[HostileKind]:
 
 
 def _reports(folder: Path) -> Iterator[HostileKind]:
-    from safelora_fast.comparison.report import read_report
+    from safelora_fast.compare.report import read_report
 
     path = folder / "report.json"
     yield _json("comparison report", path, lambda path: read_report(path).to_dict(), usual().to_dict())

@@ -7,7 +7,7 @@ import random
 import statistics
 from dataclasses import replace
 
-from safelora_fast.comparison.report import (
+from safelora_fast.compare.report import (
     NOT_MEASURED,
     NOT_TRAINED,
     Cell,

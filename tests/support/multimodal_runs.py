@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import adapter_weights, fill_adapter
 
 from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.models.anatomy import dissect
 from safelora_fast.training import defend
-from safelora_fast.training.anatomy import dissect
 
 
 def run_multimodal(spec):

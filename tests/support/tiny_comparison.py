@@ -11,7 +11,7 @@ import yaml
 from demo_model import save_tiny
 from tiny_recipe import tiny_rows, write_rows
 
-from safelora_fast.comparison import training
+from safelora_fast.compare import train_runs
 from safelora_fast.errors import SafeLoraFastError
 
 if TYPE_CHECKING:
@@ -112,5 +112,5 @@ def train_inside(monkeypatch: Any) -> list[str]:
             return str(error)
         return None
 
-    monkeypatch.setattr(training, "_run", run)
+    monkeypatch.setattr(train_runs, "_run", run)
     return trained

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safelora_fast.subspace import ModuleSubspace, SafeSubspace
-from safelora_fast.training.adapted import adapted_modules
+from safelora_fast.models.lora_factors import adapted_modules
+from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
 
 VOCABULARY = 61
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

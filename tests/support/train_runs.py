@@ -12,7 +12,7 @@ import torch
 from tiny_models import VOCABULARY, adapter_weights, collate, random_subspace, rows, tiny_peft_model
 
 from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, SubspacePenalty
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 from safelora_fast.training import defend
 
 LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
@@ -105,7 +105,7 @@ def examples_of(spec):
 def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
     from transformers import TrainingArguments
 
-    from safelora_fast.integrations.transformers import DefendedTrainer
+    from safelora_fast.trainers.transformers import DefendedTrainer
 
     model = tiny_peft_model(**spec.get("model", {})) if model is None else model
     optimizer = sgd(model)
@@ -147,7 +147,7 @@ def run_trl(spec, output, model=None, trainer_class=None, **kwargs):
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig
 
-    from safelora_fast.integrations.trl import DefendedSFTTrainer
+    from safelora_fast.trainers.trl import DefendedSFTTrainer
 
     disable_progress_bars()
     model = tiny_peft_model(**spec.get("model", {})) if model is None else model

@@ -6,7 +6,7 @@ import pytest
 import transformers
 from families import FAMILIES, Family
 
-from safelora_fast.training.anatomy import dissect
+from safelora_fast.models.anatomy import dissect
 
 LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
 ODD = {

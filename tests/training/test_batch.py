@@ -5,8 +5,8 @@ import torch
 from plain_defences import looked_at
 from tiny_models import collate, pack, rows
 
+from safelora_fast.data.spans import read_spans
 from safelora_fast.errors import SettingsError
-from safelora_fast.training.batch import read_spans
 
 LENGTHS = [7, 3, 9, 4]
 

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 
 from safelora_fast.defenses import KL, FeatureDistance
 from safelora_fast.errors import SettingsError
+from safelora_fast.models.anatomy import dissect
 from safelora_fast.training import defend
-from safelora_fast.training.anatomy import dissect
 
 EXACT = 1e-9
 TOWER = r".*(vision_tower.*(q_proj|v_proj|fc1|fc2)|multi_modal_projector\.linear_.)"

@@ -22,11 +22,11 @@ from train_runs import constant, run_transformers, sgd
 
 from safelora_fast import project_adapter
 from safelora_fast.defenses import KL, SafeLora
+from safelora_fast.defenses.safe_modules import SafeModules
 from safelora_fast.errors import SettingsError, TrainingError
-from safelora_fast.integrations.transformers import DefendedTrainer
-from safelora_fast.subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
+from safelora_fast.trainers.transformers import DefendedTrainer
 from safelora_fast.training import defend
-from safelora_fast.training.safe_modules import SafeModules
 
 BATCH = collate(rows([7, 3, 9, 4]))
 OPTIONS = {"select": "all"}

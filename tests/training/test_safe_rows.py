@@ -9,10 +9,10 @@ from plain_defences import forward, kl_sum, reference_forward
 from tiny_models import adapter_weights, collate, furthest, gradients, pack, rows, tiny_peft_model
 
 from safelora_fast.data.collate import TaggedCollator
+from safelora_fast.data.spans import read_spans
 from safelora_fast.defenses import KL, FeatureDistance
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.training import defend
-from safelora_fast.training.batch import read_spans
 
 LENGTHS = [7, 3, 9, 4, 6]
 SAFE = [False, True, False, True, True]

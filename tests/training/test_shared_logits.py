@@ -13,8 +13,8 @@ from families import COMMON, FAMILIES, Family, adapt
 from tiny_models import collate, furthest, pack, rows, tiny_model, tiny_peft_model
 
 from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.models.anatomy import unwrap
 from safelora_fast.training import defend
-from safelora_fast.training.anatomy import unwrap
 
 LENGTHS = [7, 3, 9, 4, 6]
 BENT = {

@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from safelora_fast.files.call_progress import reports
 from safelora_fast.printable import one_line
-from safelora_fast.python_calls import reports
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -10,8 +10,8 @@ import typer
 from safelora_fast.cli import options
 
 if TYPE_CHECKING:
-    from safelora_fast.comparison.config import CompareConfig
-    from safelora_fast.comparison.report import ComparisonReport
+    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.report import ComparisonReport
 
 FAILED = 1
 
@@ -37,7 +37,7 @@ def compare(
     The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped; what failed is a marked
     cell, and is tried again. Exit code 1: the report is there, and something in it failed or is not done yet.
     """
-    from safelora_fast.comparison.config import load_config
+    from safelora_fast.compare.config import load_config
 
     run_and_show(
         load_config(config, overrides or []), report_only=report_only, overwrite=overwrite, as_json=as_json, quiet=quiet
@@ -59,10 +59,10 @@ def run_and_show(
     """
     from safelora_fast.cli.console import err
     from safelora_fast.cli.counting import CountProgress
-    from safelora_fast.comparison.compare import compare as run
-    from safelora_fast.comparison.compare import report_only as assemble
-    from safelora_fast.recipe.folder import to_json
-    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.compare.compare import compare as run
+    from safelora_fast.compare.compare import report_only as assemble
+    from safelora_fast.models.quiet_libraries import quiet_libraries
+    from safelora_fast.recipe.run_folder import to_json
     from safelora_fast.recipe.signatures import check_packages
 
     check_packages("compare")
@@ -88,8 +88,8 @@ def run_and_show(
 
 def _show(report: ComparisonReport, output: Path) -> None:
     from safelora_fast.cli.console import err, figure_table, out, warn
-    from safelora_fast.comparison.figures_text import format_cell, format_heading
-    from safelora_fast.comparison.origins import failures
+    from safelora_fast.compare.cell_sources import failures
+    from safelora_fast.compare.number_text import format_cell, format_heading
 
     shown = [column for column in report.columns if column.criterion != "cost" or column.key == "relative"]
     table = figure_table("", *(format_heading(column).replace(" (", "\n(") for column in shown))

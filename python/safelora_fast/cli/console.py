@@ -14,16 +14,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from safelora_fast.posthoc.output import abandoned
-from safelora_fast.posthoc.places import natural_order
-from safelora_fast.posthoc.report import counted
+from safelora_fast.checkpoints.module_names import natural_order
+from safelora_fast.files.output import abandoned
 from safelora_fast.printable import one_line, printable
+from safelora_fast.projection.report import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from safelora_fast.posthoc.report import ModuleReport, ProjectionReport
+    from safelora_fast.projection.report import ModuleReport, ProjectionReport
 
 # A file or a pipe has no width of its own: wide enough for whole names.
 PIPE_WIDTH = 200

@@ -14,8 +14,8 @@ from safelora_fast.printable import say
 if TYPE_CHECKING:
     from inspect_ai.model import Model
 
-    from safelora_fast.evaluation.benchmarks import BenchmarkReport
-    from safelora_fast.evaluation.questions import Question
+    from safelora_fast.judging.benchmarks import BenchmarkReport
+    from safelora_fast.judging.questions import Question
 
 
 def evaluate(
@@ -81,10 +81,10 @@ def evaluate(
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored
     from safelora_fast.errors import SettingsError
-    from safelora_fast.evaluation.benchmarks import benchmark, check_harness
-    from safelora_fast.evaluation.folder import EvaluationFolder
-    from safelora_fast.recipe.folder import to_json
-    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.judging.benchmarks import benchmark, check_harness
+    from safelora_fast.judging.evaluation_folder import EvaluationFolder
+    from safelora_fast.models.quiet_libraries import quiet_libraries
+    from safelora_fast.recipe.run_folder import to_json
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if judge is None and names is None:
@@ -103,8 +103,8 @@ def evaluate(
     report: dict[str, Any] = {}
     measured = None
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.evaluation.loading import SubjectSettings
-        from safelora_fast.recipe.templates import read_arguments
+        from safelora_fast.models.load_adapted import SubjectSettings
+        from safelora_fast.models.templates import read_arguments
 
         if names is not None:
             measured = benchmark(
@@ -126,9 +126,9 @@ def evaluate(
                 progress=progress,
             )
         if questioned is not None:
-            from safelora_fast.evaluation.evaluate import Sampling, collect_answers, judge_folder, report_of
-            from safelora_fast.evaluation.folder import REPORT
-            from safelora_fast.recipe.folder import write_json
+            from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder, report_of
+            from safelora_fast.judging.evaluation_folder import REPORT
+            from safelora_fast.recipe.run_folder import write_json
 
             found, chosen = questioned
             subject = SubjectSettings(
@@ -164,7 +164,7 @@ def evaluate(
 def greet(judge: str, url: str | None, reply_tokens: int) -> None:
     """See whether the judge answers at all, before hours go by for it."""
     from safelora_fast.cli.console import warn
-    from safelora_fast.evaluation.judges import check_judge
+    from safelora_fast.judging.judge_names import check_judge
 
     warning = check_judge(judge, url, reply_tokens)
     if warning is not None:
@@ -173,8 +173,8 @@ def greet(judge: str, url: str | None, reply_tokens: int) -> None:
 
 def _prepare(judge: str, url: str | None, questions: Path | None, kinds: str | None) -> tuple[Model, list[Question]]:
     """The judge and the questions; what is wrong with them shows before a model is loaded."""
-    from safelora_fast.evaluation.judges import check_inspect, find_judge
-    from safelora_fast.evaluation.questions import builtin_questions, choose, read_questions
+    from safelora_fast.judging.judge_names import check_inspect, find_judge
+    from safelora_fast.judging.questions import builtin_questions, choose, read_questions
 
     chosen = builtin_questions() if questions is None else read_questions(questions)
     check_inspect()

@@ -11,7 +11,7 @@ import typer
 from safelora_fast.cli import options
 
 if TYPE_CHECKING:
-    from safelora_fast.posthoc.report import AdapterReport
+    from safelora_fast.projection.report import AdapterReport
 
 
 def inspect(
@@ -41,10 +41,10 @@ def inspect(
     from rich.table import Table
 
     from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings
-    from safelora_fast.posthoc.project import project_adapter
+    from safelora_fast.projection.project import project_adapter
 
     if plot is not None:
-        from safelora_fast.posthoc.plot import check_plot
+        from safelora_fast.projection.plot import check_plot
 
         check_plot(plot)
     with ByteProgress() as progress:
@@ -65,7 +65,7 @@ def inspect(
             progress=False if quiet or as_json else progress,
         )
     if plot is not None:
-        from safelora_fast.posthoc.plot import plot_report
+        from safelora_fast.projection.plot import plot_report
 
         plot_report(report, plot)
     sweeps = {adapter.adapter: thresholds(adapter) for adapter in report.adapters} if sweep else {}

@@ -13,8 +13,8 @@ from safelora_fast.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from safelora_fast.evaluation.intervals import Interval
-    from safelora_fast.evaluation.margin import MarginReport
+    from safelora_fast.scoring.intervals import Interval
+    from safelora_fast.scoring.margin import MarginReport
 
 SMALLEST = 1e-12  # of sizes that are told from 0
 
@@ -56,21 +56,21 @@ def margin(
     """
     from safelora_fast.cli.counting import CountProgress
     from safelora_fast.cli.subjects import check_subject
+    from safelora_fast.data.pairs import builtin_pairs, read_pairs
     from safelora_fast.errors import SettingsError
-    from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
-    from safelora_fast.recipe.folder import to_json
+    from safelora_fast.recipe.run_folder import to_json
 
     if strings not in {"chat", "text"}:
         raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
     chosen = builtin_pairs() if pairs is None else read_pairs(pairs)
     folders = check_subject("margin", model, adapter or [])
-    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.evaluation.loading import SubjectSettings, load_subject
-        from safelora_fast.evaluation.margin import answer_margin
-        from safelora_fast.recipe.adapter_fit import fit_adapter
-        from safelora_fast.recipe.templates import read_arguments
+        from safelora_fast.models.adapter_fit import fit_adapter
+        from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+        from safelora_fast.models.templates import read_arguments
+        from safelora_fast.scoring.margin import answer_margin
 
         settings = SubjectSettings(
             model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args)

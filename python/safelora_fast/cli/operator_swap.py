@@ -38,8 +38,8 @@ def make(
 
     The rows do not state the rule: it has to be learnt. A model that has learnt nothing scores 0.
     """
-    from safelora_fast.evaluation.operator_swap import RULES, make_problems, write
-    from safelora_fast.posthoc.output import check_target, whole_folder
+    from safelora_fast.files.output import check_target, whole_folder
+    from safelora_fast.judging.operator_swap import RULES, make_problems, write
 
     make_problems(difficulty, rows, held_out, seed)
     check_target(output, [], overwrite=overwrite, nbytes=200 * (rows + held_out), mark="operator_swap.json")
@@ -67,17 +67,17 @@ def score(
     """Count exact matches of a model's likeliest answers to the held-out problems."""
     from safelora_fast.cli.counting import CountProgress
     from safelora_fast.cli.subjects import check_subject
-    from safelora_fast.evaluation.operator_swap import INSTRUCTION, read
-    from safelora_fast.evaluation.operator_swap import score as matches
+    from safelora_fast.judging.operator_swap import INSTRUCTION, read
+    from safelora_fast.judging.operator_swap import score as matches
 
     record, problems = read(data)
     folders = check_subject("operator-swap score", model, [] if adapter is None else [adapter])
-    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.evaluation.generation import generate
-        from safelora_fast.evaluation.loading import SubjectSettings, load_subject
-        from safelora_fast.recipe.templates import read_arguments
+        from safelora_fast.models.generate import generate
+        from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+        from safelora_fast.models.templates import read_arguments
 
         subject = load_subject(
             SubjectSettings(model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args)),

@@ -74,16 +74,16 @@ def extract(
     """
     from safelora_fast.cli.counting import CountProgress
     from safelora_fast.cli.subjects import check_subject
-    from safelora_fast.persona.judging import read_scores
-    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.models.quiet_libraries import quiet_libraries
+    from safelora_fast.persona.response_filter import read_scores
 
     choose("dtype", dtype, ("bfloat16", "float16", "float32"))
     choose("device", device, ("auto", "cpu", "cuda"))
     judge = None if scores is None else read_scores(scores)
     check_subject("persona extract", model)
     with quiet_libraries(), CountProgress() as progress:
+        from safelora_fast.models.templates import read_arguments
         from safelora_fast.persona import extract_persona_vector
-        from safelora_fast.recipe.templates import read_arguments
 
         vector = extract_persona_vector(
             model,
@@ -127,7 +127,7 @@ def show(
 
     vector = PersonaVector.load(file)
     if plot is not None:
-        from safelora_fast.persona.picture import plot_separation
+        from safelora_fast.persona.plot import plot_separation
 
         plot_separation(vector, plot)
     if as_json:

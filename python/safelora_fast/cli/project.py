@@ -54,12 +54,12 @@ def project(
     from rich.filesize import decimal
 
     from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings, warn_of_abandoned
-    from safelora_fast.posthoc.project import project_adapter
+    from safelora_fast.projection.project import project_adapter
 
     if output is None and not dry_run:
         raise SettingsError("say where to write with --output DIR, or pass --dry-run")
     if plot is not None:
-        from safelora_fast.posthoc.plot import check_plot
+        from safelora_fast.projection.plot import check_plot
 
         check_plot(plot)
     if output is not None:
@@ -84,7 +84,7 @@ def project(
             progress=False if quiet or as_json else progress,
         )
     if plot is not None:
-        from safelora_fast.posthoc.plot import plot_report
+        from safelora_fast.projection.plot import plot_report
 
         try:
             plot_report(report, plot)

@@ -41,15 +41,15 @@ def rejudge(
     from safelora_fast.cli.evaluate import greet
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored, show_agreement, show_judges
     from safelora_fast.errors import SettingsError
-    from safelora_fast.evaluation.judges import check_inspect, find_judge
+    from safelora_fast.judging.judge_names import check_inspect, find_judge
 
     if judge_attempts < 1 or judge_tokens < 1:
         raise SettingsError("--judge-attempts and --judge-tokens must be at least 1")
     check_inspect()
-    from safelora_fast.evaluation.evaluate import judge_folder, report_of
-    from safelora_fast.evaluation.folder import REPORT, EvaluationFolder
-    from safelora_fast.evaluation.rejudge import compare_judges, read_log
-    from safelora_fast.recipe.folder import to_json, write_json
+    from safelora_fast.judging.evaluate import judge_folder, report_of
+    from safelora_fast.judging.evaluation_folder import REPORT, EvaluationFolder
+    from safelora_fast.judging.rejudge import compare_judges, read_log
+    from safelora_fast.recipe.run_folder import to_json, write_json
 
     found = [find_judge(name, judge_url) for name in judge]
     judged = read_log(log)

@@ -74,11 +74,11 @@ def select(
     Score: (mean negative log-likelihood under the misaligned models − that under the aligned one)/(that + ε). The
     likelihoods are kept in FILE.journal.jsonl as they come: after an interruption the same command goes on from there.
     """
+    from safelora_fast.checkpoints.resolver import named_adapter
     from safelora_fast.cli.console import err
     from safelora_fast.cli.row_progress import RowProgress
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.errors import InterruptedRunError, SettingsError
-    from safelora_fast.posthoc.resolver import named_adapter
 
     for name, value, known in (
         ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
@@ -91,10 +91,10 @@ def select(
     check_subject("select", model)
     for adapter in adapters:
         named_adapter(adapter)
-    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries():
-        from safelora_fast.posthoc.plot import check_plot
+        from safelora_fast.projection.plot import check_plot
         from safelora_fast.selection import select_by_perplexity_gap
         from safelora_fast.selection.perplexity import read_adapters
         from safelora_fast.selection.plot import plot_selection
@@ -146,9 +146,9 @@ def _load(
     import torch
 
     from safelora_fast.errors import SettingsError
-    from safelora_fast.recipe.loading import load_pretrained, load_tokenizer, place
+    from safelora_fast.models.load import load_pretrained, load_tokenizer, place
+    from safelora_fast.models.templates import read_arguments
     from safelora_fast.recipe.sections import ModelSection
-    from safelora_fast.recipe.templates import read_arguments
 
     there = torch.cuda.is_available()
     if device == "cuda" and not there:

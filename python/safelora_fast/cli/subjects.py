@@ -22,7 +22,7 @@ def check_subject(command: str, model: str, adapters: Iterable[str] = ()) -> lis
         CheckpointError: there is no such model.
         AdapterError: there is no such adapter.
     """
-    from safelora_fast.posthoc.resolver import adapter_folder, find_model
+    from safelora_fast.checkpoints.resolver import adapter_folder, find_model
     from safelora_fast.recipe.signatures import check_packages
 
     check_packages(command)

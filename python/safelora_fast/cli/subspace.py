@@ -16,7 +16,7 @@ from safelora_fast.cli.commands import Command, Group
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from safelora_fast.subspace import ModuleSubspace, SafeSubspace
+    from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Build the safe subspace that in-training defences project onto, or show one."
@@ -58,11 +58,11 @@ def build(
     For each module the leading left singular vectors of V = aligned - base, their singular values and the norm of V. Reads
     both checkpoints once, in a stream; loads no model. The file also says what it was built from.
     """
+    from safelora_fast.checkpoints.sources import A_MODEL
     from safelora_fast.cli.console import ByteProgress, out, warn_of_abandoned
-    from safelora_fast.posthoc.output import check_file
-    from safelora_fast.posthoc.settings import check_path
-    from safelora_fast.posthoc.sources import A_MODEL
-    from safelora_fast.subspace import SafeSubspace
+    from safelora_fast.files.output import check_file
+    from safelora_fast.projection.settings import check_path
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
     for role, model in (("aligned", aligned), ("base", base)):
         check_path(role, model, A_MODEL)
@@ -99,7 +99,7 @@ def show(
 ) -> None:
     """Show what a subspace file was built from, and the energy that it keeps of every module."""
     from safelora_fast.cli.console import out
-    from safelora_fast.subspace import SafeSubspace
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
     subspace = SafeSubspace.load(file)
     if as_json:
@@ -144,8 +144,8 @@ def _of_modules(subspace: SafeSubspace) -> Table:
 
 def _warn(subspace: SafeSubspace) -> None:
     """Name the modules that training will not touch, and say where the two models look unrelated."""
+    from safelora_fast.checkpoints.weight_norms import far_apart
     from safelora_fast.cli.console import warn
-    from safelora_fast.posthoc.weight_norms import far_apart
 
     if apart := far_apart(subspace.settings.get("median_v_ratio") or 0.0):
         warn(apart)

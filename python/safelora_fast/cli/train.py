@@ -14,8 +14,8 @@ from safelora_fast.cli import options
 from safelora_fast.printable import say
 
 if TYPE_CHECKING:
-    from safelora_fast.recipe.folder import RunFolder
     from safelora_fast.recipe.prepare import Prepared
+    from safelora_fast.recipe.run_folder import RunFolder
 
 
 def train(
@@ -53,9 +53,9 @@ def train(
     The output folder holds an adapter that PEFT loads, a model card that states the defences, and a record of the run.
     """
     from safelora_fast.cli.console import ByteProgress
-    from safelora_fast.recipe.folder import RunFolder, to_json
+    from safelora_fast.recipe.parent_watchdog import end_with
     from safelora_fast.recipe.recipe import load_recipe
-    from safelora_fast.recipe.supervised import end_with
+    from safelora_fast.recipe.run_folder import RunFolder, to_json
 
     if end_with_stdin:
         end_with(sys.stdin.fileno())
@@ -69,10 +69,10 @@ def train(
     if record.get("finished"):
         _show_record(record, folder.path, as_json=as_json, talks=talks)
         return
-    from safelora_fast.posthoc.resolver import find_model
+    from safelora_fast.checkpoints.resolver import find_model
 
     find_model(recipe.model.path)  # before seconds of imports
-    from safelora_fast.recipe.quiet import quiet_libraries
+    from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries():
         from safelora_fast.recipe.prepare import prepare
@@ -112,7 +112,7 @@ def _check_output(folder: RunFolder, prepared: Prepared, *, resume: bool, overwr
 
 
 def _show_plan(prepared: Any) -> None:
-    from safelora_fast.recipe.words import plan_lines
+    from safelora_fast.recipe.summary_text import plan_lines
 
     lines = plan_lines(prepared)
     width = max(len(label) for label, _ in lines)
@@ -123,8 +123,8 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
     if not talks:
         return
     from safelora_fast.cli.console import warn
-    from safelora_fast.recipe.folder import to_json
-    from safelora_fast.recipe.results import shown
+    from safelora_fast.recipe.run_folder import to_json
+    from safelora_fast.recipe.run_metrics import shown
 
     if as_json:
         typer.echo(to_json(record))

@@ -10,14 +10,14 @@ from rich.table import Table
 from safelora_fast.cli.console import out, short, warn
 
 if TYPE_CHECKING:
-    from safelora_fast.evaluation.benchmarks import BenchmarkReport
+    from safelora_fast.judging.benchmarks import BenchmarkReport
 
 NOTHING_SCORED = 1
 
 
 def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> None:
     """One row for each judge, and for each kind of question where wanted."""
-    from safelora_fast.evaluation.judge import NO_ANSWER, UNFINISHED
+    from safelora_fast.judging.judge import NO_ANSWER, UNFINISHED
 
     table = Table(box=None, pad_edge=False)
     table.add_column("judge", no_wrap=True)

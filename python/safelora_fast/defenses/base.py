@@ -13,9 +13,9 @@ from safelora_fast.errors import SettingsError
 if TYPE_CHECKING:
     import torch
 
-    from safelora_fast.training.anatomy import Anatomy
-    from safelora_fast.training.batch import Spans
-    from safelora_fast.training.capture import Capture
+    from safelora_fast.data.spans import Spans
+    from safelora_fast.models.anatomy import Anatomy
+    from safelora_fast.models.capture import Capture
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def check_subspace(subspace: object, *, owner: str) -> None:
     Raises:
         SettingsError: with what to do.
     """
-    from safelora_fast.subspace import SafeSubspace
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
     if not isinstance(subspace, SafeSubspace):
         raise SettingsError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from safelora_fast.defenses.vector import Direction
+from safelora_fast.defenses.steering_vector import Direction
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:

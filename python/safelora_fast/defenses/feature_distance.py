@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from safelora_fast.training.anatomy import Anatomy
-    from safelora_fast.training.batch import Spans, Tokens
+    from safelora_fast.data.spans import Spans, Tokens
+    from safelora_fast.models.anatomy import Anatomy
 
 Normalize = Literal["sequence", "token", "none"]
 

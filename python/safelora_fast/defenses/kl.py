@@ -11,9 +11,9 @@ from safelora_fast.errors import SettingsError
 if TYPE_CHECKING:
     import torch
 
+    from safelora_fast.data.spans import Spans, Tokens
+    from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.ops.linear_kl import SharedLoss
-    from safelora_fast.training.anatomy import Anatomy
-    from safelora_fast.training.batch import Spans, Tokens
 
 
 class KL(BatchDefense):

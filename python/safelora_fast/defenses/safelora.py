@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.errors import SettingsError
-from safelora_fast.posthoc.settings import Normalize, Operator, Select, Settings, patterns
+from safelora_fast.projection.settings import Normalize, Operator, Select, Settings, patterns
 
 if TYPE_CHECKING:
-    from safelora_fast.subspace import SafeSubspace
-    from safelora_fast.training.anatomy import Anatomy
+    from safelora_fast.models.anatomy import Anatomy
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 When = Literal["end", "step"]
 
@@ -140,9 +140,9 @@ class SafeLora(Defense):
     def check(self, anatomy: Anatomy) -> None:
         """Refuse a model with a module that the subspace does not fit.
 
-        At the end it is the sources that must fit; training/finish.py pairs every adapted module with them.
+        At the end it is the sources that must fit; training/end_projection.py pairs every adapted module with them.
         """
         if self.at == "step":
-            from safelora_fast.training.safe_modules import SafeModules
+            from safelora_fast.defenses.safe_modules import SafeModules
 
             SafeModules(anatomy.model, self.subspace, owner="SafeLora", exclude=self.exclude)

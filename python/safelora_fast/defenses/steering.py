@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelora_fast.defenses.base import Defense
-from safelora_fast.defenses.vector import Direction
+from safelora_fast.defenses.steering_vector import Direction
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.persona_vector import PersonaVector
-    from safelora_fast.training.anatomy import Anatomy
 
 
 class Steering(Defense):
@@ -70,7 +70,7 @@ class Steering(Defense):
 
     def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> Any:
         """Hook the block; the vector is added whenever `engaged()` says so. Returns the handle that removes it."""
-        from safelora_fast.training.capture import block_states
+        from safelora_fast.models.capture import block_states
 
         block = anatomy.blocks[anatomy.block(self.layer, owner="Steering")]
 

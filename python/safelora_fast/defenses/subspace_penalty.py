@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from safelora_fast.defenses.base import Weighted, check_subspace
-from safelora_fast.posthoc.settings import patterns
+from safelora_fast.projection.settings import patterns
 
 if TYPE_CHECKING:
-    from safelora_fast.subspace import SafeSubspace
-    from safelora_fast.training.anatomy import Anatomy
+    from safelora_fast.models.anatomy import Anatomy
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 
 class SubspacePenalty(Weighted):
@@ -39,6 +39,6 @@ class SubspacePenalty(Weighted):
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse a model with a module that the subspace does not fit."""
-        from safelora_fast.training.safe_modules import SafeModules
+        from safelora_fast.defenses.safe_modules import SafeModules
 
         SafeModules(anatomy.model, self.subspace, owner="SubspacePenalty", exclude=self.exclude)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from safelora_fast.demo import text
-from safelora_fast.demo.model import load
+from safelora_fast.demo.constants import Recipe
+from safelora_fast.demo.packaged_model import load
 from safelora_fast.demo.preparation import check, make_pair, train_adapter
-from safelora_fast.demo.recipe import Recipe
 from safelora_fast.demo.stages import Stages
 from safelora_fast.demo.terminal import bar, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safelora_fast.comparison.config import CompareConfig
+    from safelora_fast.compare.config import CompareConfig
 
 CONFIGURATION = "compare.yaml"
 OTHER = "narrow_other"
@@ -49,7 +49,7 @@ def configure(
     Raises:
         MissingDependencyError, OutputError: as :func:`safelora_fast.demo.run`.
     """
-    from safelora_fast.comparison.config import load_config
+    from safelora_fast.compare.config import load_config
     from safelora_fast.recipe.signatures import check_packages
 
     check(source)
@@ -92,7 +92,7 @@ class Ingredients(dict[str, Any]):
 
 
 def _build_subspace(stages: Stages, aligned: Path, base: Path) -> Path:
-    from safelora_fast.subspace import SafeSubspace
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
     name = "subspace.safetensors"
     made = stages.make(

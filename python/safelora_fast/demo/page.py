@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safelora_fast.comparison.cells import mean_cell
-from safelora_fast.comparison.columns import COLUMNS, GENERAL_LOSS, LEARNED
-from safelora_fast.comparison.config import REFERENCE
-from safelora_fast.comparison.page import render_page
-from safelora_fast.comparison.report import ComparisonReport, Plot, Row, SeedValue
+from safelora_fast.compare.cells import mean_cell
+from safelora_fast.compare.columns import COLUMNS, GENERAL_LOSS, LEARNED
+from safelora_fast.compare.config import REFERENCE
+from safelora_fast.compare.page import render_page
+from safelora_fast.compare.report import ComparisonReport, Plot, Row, SeedValue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

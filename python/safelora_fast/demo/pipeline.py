@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from safelora_fast.demo import text
-from safelora_fast.demo.model import load
+from safelora_fast.demo.constants import Recipe
+from safelora_fast.demo.packaged_model import load
 from safelora_fast.demo.preparation import check, make_pair, train_adapter
-from safelora_fast.demo.recipe import Recipe
 from safelora_fast.demo.stages import Stages
 from safelora_fast.demo.terminal import bar, quiet
-from safelora_fast.posthoc.project import project_adapter
+from safelora_fast.projection.project import project_adapter
 
 PAGE = "demo.html"
 
@@ -75,7 +75,7 @@ def _run(output: Path, seed: int, source: Path | None, recipe: Recipe, console: 
         lambda folder: _measure(aligned, variants, folder, console),
     )
     losses = json.loads((measured / "losses.json").read_text(encoding="utf-8"))
-    from safelora_fast.demo.picture import draw
+    from safelora_fast.demo.plot import draw
 
     draw(losses, output / "demo.png")
     projection = json.loads((variants["projected"] / "projected" / "safelora_report.json").read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def _measure(aligned: Path, variants: dict[str, Path], folder: Path, console: Co
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from safelora_fast.demo.training import mean_loss
+    from safelora_fast.demo.train_loop import mean_loss
 
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     sets = {

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from safelora_fast.demo import text
-from safelora_fast.demo.model import gguf_file, load, save_from_gguf
+from safelora_fast.demo.packaged_model import gguf_file, load, save_from_gguf
 from safelora_fast.demo.terminal import bar
 from safelora_fast.errors import MissingDependencyError, how_to_install
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from safelora_fast.demo.recipe import Recipe
+    from safelora_fast.demo.constants import Recipe
     from safelora_fast.demo.stages import Stages
 
 NEEDED = ("torch", "transformers", "peft", "gguf", "jinja2", "matplotlib")
@@ -62,7 +62,7 @@ def make_pair(stages: Stages, seed: int, source: Path | None, recipe: Recipe, co
 def _train_base(aligned: Path, folder: Path, seed: int, recipe: Recipe, console: Console) -> None:
     from transformers import AutoTokenizer
 
-    from safelora_fast.demo.training import train
+    from safelora_fast.demo.train_loop import train
 
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     model = load(aligned)
@@ -98,7 +98,7 @@ def train_adapter(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
-    from safelora_fast.demo.training import train
+    from safelora_fast.demo.train_loop import train
 
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     torch.manual_seed(seed)

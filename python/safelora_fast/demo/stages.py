@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
-from safelora_fast.json_reading import NUMBER, TEXT, check_fields, read_json
-from safelora_fast.posthoc.output import whole_folder
+from safelora_fast.files.json_reader import NUMBER, TEXT, check_fields, read_json
+from safelora_fast.files.output import whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from safelora_fast.errors import OutputError, SettingsError
-from safelora_fast.posthoc.output import described
+from safelora_fast.files.output import described
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER.parent / "demo" / "data"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from safelora_fast.ops.backends import Backend, Operation, form, has_form
-from safelora_fast.ops.feature_distance.comparison import Comparison, Normalize
+from safelora_fast.ops.feature_distance.arguments import Comparison, Normalize
 from safelora_fast.ops.linear_kl.head import Head
 from safelora_fast.ops.linear_kl.passes import Settings, Wanted
 from safelora_fast.ops.triton_runtime import gpu

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from safelora_fast.training.capture import block_states
+from safelora_fast.models.capture import block_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safelora_fast.training.anatomy import Anatomy
+    from safelora_fast.models.anatomy import Anatomy
 
 
 def response_means(

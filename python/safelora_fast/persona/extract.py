@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from safelora_fast.errors import InterruptedRunError, SettingsError, TrainingError
+from safelora_fast.files.call_progress import bar_on_a_terminal
+from safelora_fast.files.output import check_file
 from safelora_fast.persona.journal import Journal
-from safelora_fast.persona.judging import Judge, keep
-from safelora_fast.persona.prompts import Prompts
+from safelora_fast.persona.requests import Prompts
+from safelora_fast.persona.response_filter import Judge, keep
 from safelora_fast.persona.responses import Request, Response, requests
 from safelora_fast.persona.separation import mean_difference, separations
 from safelora_fast.persona.trait import Trait, load_trait
 from safelora_fast.persona_vector import PersonaVector, Separation
-from safelora_fast.posthoc.output import check_file
-from safelora_fast.python_calls import bar_on_a_terminal
-from safelora_fast.recipe.results import versions
+from safelora_fast.recipe.run_metrics import versions
 from safelora_fast.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.persona.model import Subject
+    from safelora_fast.persona.source_model import Subject
 
 THRESHOLD = 50.0
 DECISIVE = ("dtype", "weights", "tokenizer", "chat_template", "ends")  # facts of the model that decide what it answers
@@ -148,7 +148,7 @@ def extract_persona_vector(
         if target.suffix != ".safetensors":
             raise SettingsError(f"{target}: a persona vector is a .safetensors file")
         check_file(target, [], overwrite=overwrite)
-    from safelora_fast.persona.model import Subject
+    from safelora_fast.persona.source_model import Subject
 
     if isinstance(model, str | Path):
         subject = Subject.load(
@@ -242,7 +242,7 @@ class _Extraction:
         return [known[request.id] for request in self.requests]
 
     def _generate(self, known: dict[str, Response], journal: Journal | None) -> None:
-        from safelora_fast.training.reference import evaluation_mode
+        from safelora_fast.models.reference_pass import evaluation_mode
 
         size = self._sampling.batch_size
         with evaluation_mode(self._subject.anatomy.model):
@@ -258,7 +258,7 @@ class _Extraction:
                     self.progress.advance(len(known))
 
     def _answer(self, batch: Sequence[Request]) -> list[Response]:
-        from safelora_fast.persona.generation import generate
+        from safelora_fast.persona.seeded_generation import generate
 
         sampling, subject = self._sampling, self._subject
         answers = generate(
@@ -276,8 +276,8 @@ class _Extraction:
 
     def average(self, responses: Sequence[Response]) -> tuple[np.ndarray, list[Separation]]:
         """The difference of the two sides [blocks, hidden] float32, and how well each block separates them."""
+        from safelora_fast.models.reference_pass import evaluation_mode
         from safelora_fast.persona.activations import response_means
-        from safelora_fast.training.reference import evaluation_mode
 
         self._start("activations", len(responses), 0)
         with evaluation_mode(self._subject.anatomy.model):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.json_reading import COUNT, parse_json, read_bytes
+from safelora_fast.files.json_reader import COUNT, parse_json, read_bytes
+from safelora_fast.files.output import described
 from safelora_fast.persona.responses import Request, Response
-from safelora_fast.posthoc.output import described
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

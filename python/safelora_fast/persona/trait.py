@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.document import Document, read_document
+from safelora_fast.recipe.yaml_document import Document, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence

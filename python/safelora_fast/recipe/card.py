@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.posthoc.resolver import name_and_revision
-from safelora_fast.posthoc.shown_models import base_model, shown_model, shown_paths
+from safelora_fast.checkpoints.resolver import name_and_revision
+from safelora_fast.projection.shown_models import base_model, shown_model, shown_paths
 from safelora_fast.recipe.cost import switched_on
-from safelora_fast.recipe.results import shown
-from safelora_fast.recipe.words import settings_words
+from safelora_fast.recipe.run_metrics import shown
+from safelora_fast.recipe.summary_text import settings_words
 
 if TYPE_CHECKING:
-    from safelora_fast.recipe.defenses import DefenseSpec
-    from safelora_fast.recipe.plan import DataFacts, Plan
+    from safelora_fast.recipe.defense_section import DefenseSpec
     from safelora_fast.recipe.prepare import Prepared
+    from safelora_fast.recipe.run_plan import DataFacts, Plan
 
 SOURCES = (
     "- Kaczér et al. 2025, In-training defences against emergent misalignment, arXiv 2508.06249",

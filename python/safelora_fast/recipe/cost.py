@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from safelora_fast.defenses import Defense
-    from safelora_fast.recipe.defenses import DefenseSpec
+    from safelora_fast.recipe.defense_section import DefenseSpec
 
 CHUNK_BYTES = 64 << 20  # logits of the fused head, and of the KL's chunks with their gradients
 

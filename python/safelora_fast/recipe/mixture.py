@@ -6,22 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.data.example_arrays import Examples
 from safelora_fast.data.inoculate import check_system_turn, with_system_turn
 from safelora_fast.data.interleave import SAFE
+from safelora_fast.data.rows import LazyRows
 from safelora_fast.data.schedule import Schedule
 from safelora_fast.errors import DataError
-from safelora_fast.json_reading import OBJECT, check_fields, read_json
-from safelora_fast.recipe.examples import Examples
-from safelora_fast.recipe.rows import LazyRows
+from safelora_fast.files.json_reader import OBJECT, check_fields, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
+    from safelora_fast.data.rows import Message, Row, RowSet
+    from safelora_fast.data.tokens import ExampleSet
     from safelora_fast.recipe.recipe import Recipe
-    from safelora_fast.recipe.rows import Message, Row, RowSet
-    from safelora_fast.recipe.tokens import ExampleSet
 
 REPORT_SUFFIX = ".selection.json"
 

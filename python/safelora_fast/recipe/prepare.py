@@ -6,26 +6,26 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from safelora_fast.checkpoints.resolver import find_model
+from safelora_fast.data.epochs import Epochs
+from safelora_fast.data.pairs import builtin_pairs, read_pairs
+from safelora_fast.data.rows import chosen_rows, read_rows
+from safelora_fast.data.tokens import Encoder, ExampleSet
 from safelora_fast.errors import DataError
-from safelora_fast.evaluation.margin import encode_pairs
-from safelora_fast.evaluation.pairs import builtin_pairs, read_pairs
-from safelora_fast.posthoc.resolver import find_model
-from safelora_fast.recipe.epochs import Epochs
-from safelora_fast.recipe.loading import load_config, load_tokenizer, outline
+from safelora_fast.models.load import load_config, load_tokenizer, outline
 from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of
-from safelora_fast.recipe.plan import Facts, Plan, make_plan
 from safelora_fast.recipe.rehearsal import rehearse
-from safelora_fast.recipe.rows import chosen_rows, read_rows
-from safelora_fast.recipe.tokens import Encoder, ExampleSet
+from safelora_fast.recipe.run_plan import Facts, Plan, make_plan
 from safelora_fast.recipe.trainer_arguments import trainer_arguments
+from safelora_fast.scoring.margin import encode_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
-    from safelora_fast.evaluation.pairs import Pair
+    from safelora_fast.data.pairs import Pair
+    from safelora_fast.data.rows import RowSet
     from safelora_fast.recipe.recipe import Recipe
-    from safelora_fast.recipe.rows import RowSet
 
 
 @dataclass(frozen=True)

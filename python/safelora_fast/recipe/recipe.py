@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safelora_fast.posthoc.resolver import did_you_mean
-from safelora_fast.recipe.arguments import LORA, TRAINING
-from safelora_fast.recipe.defenses import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
-from safelora_fast.recipe.document import Document, read_document
-from safelora_fast.recipe.kinds import conforms, describe
-from safelora_fast.recipe.monitors import MONITORS, MonitorSpec, read_monitors
-from safelora_fast.recipe.section import read_section
+from safelora_fast.checkpoints.resolver import did_you_mean
+from safelora_fast.recipe.defense_section import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
+from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
+from safelora_fast.recipe.monitor_section import MONITORS, MonitorSpec, read_monitors
 from safelora_fast.recipe.sections import DataSection, MarginSection, ModelSection, OutputSection
 from safelora_fast.recipe.signatures import check_packages
+from safelora_fast.recipe.value_types import conforms, describe
+from safelora_fast.recipe.yaml_document import Document, read_document
+from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SafeLoraFastError
-from safelora_fast.recipe.defenses import Subspaces, is_at_hand
-from safelora_fast.recipe.foreign_errors import explained
-from safelora_fast.recipe.loading import give_adapter
+from safelora_fast.models.foreign_errors import explained
+from safelora_fast.models.load import give_adapter
+from safelora_fast.recipe.defense_section import Subspaces, is_at_hand
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.trainer_arguments import refused
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
+    from safelora_fast.data.tokens import ExampleSet
     from safelora_fast.errors import SettingsError
     from safelora_fast.recipe.recipe import Recipe
-    from safelora_fast.recipe.tokens import ExampleSet
 
 ROWS = 4
 WHOLE = ("params", "model", "optimizer_dict")  # arguments of optimizers that look at the whole model

@@ -16,25 +16,25 @@ from safelora_fast.errors import (
     SettingsError,
     TrainingError,
 )
-from safelora_fast.json_reading import read_object
-from safelora_fast.posthoc.output import alone, whole_folder
+from safelora_fast.files.json_reader import read_object
+from safelora_fast.files.output import alone, whole_folder
+from safelora_fast.models.load import first_line, load_model
 from safelora_fast.recipe.card import render
 from safelora_fast.recipe.cost import switched_on
-from safelora_fast.recipe.defenses import Subspaces
-from safelora_fast.recipe.folder import FORMAT, RECORD, RunFolder, write_json
-from safelora_fast.recipe.loading import first_line, load_model
-from safelora_fast.recipe.memory import peak_bytes
+from safelora_fast.recipe.defense_section import Subspaces
 from safelora_fast.recipe.mixture import to_table
-from safelora_fast.recipe.plan import free_space
-from safelora_fast.recipe.results import summarise, versions
-from safelora_fast.recipe.stamps import recipe_stamp
+from safelora_fast.recipe.model_stamp import recipe_stamp
+from safelora_fast.recipe.peak_memory import peak_bytes
+from safelora_fast.recipe.run_folder import FORMAT, RECORD, RunFolder, write_json
+from safelora_fast.recipe.run_metrics import summarise, versions
+from safelora_fast.recipe.run_plan import free_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from safelora_fast.defenses import Defense
-    from safelora_fast.posthoc.project import Progress
+    from safelora_fast.projection.project import Progress
     from safelora_fast.recipe.prepare import Prepared
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -74,8 +74,8 @@ def _train(
         for part in ("data", "input") if former else ():
             if part == "data" or part in former:  # an older version did not note its input
                 folder.compare(record[part], part)
-    from safelora_fast.recipe.callbacks import Reporter, Sealer, Stopwatch
-    from safelora_fast.recipe.stopping import Stopper
+    from safelora_fast.recipe.trainer_callbacks import Reporter, Sealer, Stopwatch
+    from safelora_fast.recipe.stop_on_interrupt import Stopper
 
     with explained(folder), _settings_explained():
         subspaces = Subspaces(build=True, progress=progress)
@@ -164,7 +164,7 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
     trainer.remove_callback(PrinterCallback)
     margin = prepared.recipe.margin
     if margin is not None:
-        from safelora_fast.evaluation.callback import MarginCallback
+        from safelora_fast.scoring.margin_callback import MarginCallback
 
         watch = MarginCallback(
             trainer,

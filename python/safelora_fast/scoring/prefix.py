@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.training.anatomy import is_parallel
-from safelora_fast.training.batch import IGNORED_LABEL
-from safelora_fast.training.reference import CACHES
+from safelora_fast.data.spans import IGNORED_LABEL
+from safelora_fast.models.anatomy import is_parallel
+from safelora_fast.models.reference_pass import CACHES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from safelora_fast.training.batch import IGNORED_LABEL
+from safelora_fast.data.spans import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 class Labelled(Protocol):
-    """A sequence of tokens, and which of them are the answer: what :class:`~safelora_fast.recipe.tokens.Example` is."""
+    """A sequence of tokens, and which of them are the answer: what :class:`~safelora_fast.data.tokens.Example` is."""
 
     @property
     def ids(self) -> list[int]:

@@ -7,9 +7,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.data.jsonl import JsonLines
+from safelora_fast.data.rows import Row, check_row
 from safelora_fast.errors import DataError
-from safelora_fast.recipe.rows import Row, check_row
+from safelora_fast.files.jsonl import JsonLines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ WORD = re.compile(r"[\w']+")
 
 
 class Candidates:
-    """Rows of a JSONL file, as :func:`~safelora_fast.recipe.rows.check_row` takes them.
+    """Rows of a JSONL file, as :func:`~safelora_fast.data.rows.check_row` takes them.
 
     Args:
         path: the file.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import DataError, OutputError, SettingsError
-from safelora_fast.json_reading import COUNT, LIST, NUMBER, OBJECT, TEXT, check_fields, parse_json, read_bytes
-from safelora_fast.posthoc.output import described
+from safelora_fast.files.json_reader import COUNT, LIST, NUMBER, OBJECT, TEXT, check_fields, parse_json, read_bytes
+from safelora_fast.files.output import described
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

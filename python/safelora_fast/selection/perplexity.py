@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safelora_fast.checkpoints.lora_config import BASE_CHANGING, CONFIG
+from safelora_fast.checkpoints.resolver import ADAPTER_WEIGHTS, named_adapter
 from safelora_fast.errors import AdapterError, SettingsError
-from safelora_fast.json_reading import read_object, why
-from safelora_fast.posthoc.lora_config import BASE_CHANGING, CONFIG
-from safelora_fast.posthoc.resolver import ADAPTER_WEIGHTS, named_adapter
+from safelora_fast.files.json_reader import read_object, why
 from safelora_fast.scoring import AnswerScorer
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from safelora_fast.recipe.adapter_fit import Fit
+    from safelora_fast.models.adapter_fit import Fit
     from safelora_fast.scoring import Labelled
 
 
@@ -126,8 +126,8 @@ def _inner(number: int) -> str:
 
 def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tuple[Any, dict[int, Any]]:
     """The model with the adapters that can be switched off again, and a model of its own for each of the others by number."""
-    from safelora_fast.recipe.adapter_fit import fit_adapter
-    from safelora_fast.recipe.adapter_loading import put_adapter
+    from safelora_fast.models.adapter_fit import fit_adapter
+    from safelora_fast.models.adapter_loading import put_adapter
     from safelora_fast.selection.low_rank import add_in_place
 
     for folder in adapters.values():
@@ -155,7 +155,7 @@ def _changes_model(fit: Fit, model: PreTrainedModel) -> bool:
     """Whether an adapter changes the model's own weights or tokens, which switching it off would not undo."""
     from safetensors import safe_open
 
-    from safelora_fast.recipe.adapter_fit import in_full
+    from safelora_fast.models.adapter_fit import in_full
 
     if fit.vocabulary is not None:
         return True

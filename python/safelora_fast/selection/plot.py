@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safelora_fast.posthoc.output import described
-from safelora_fast.posthoc.plot import check_plot
+from safelora_fast.files.output import described
+from safelora_fast.projection.plot import check_plot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ def plot_selection(selection: Selection, path: Path) -> None:
     """Draw the histogram of the scores.
 
     Raises:
-        MissingDependencyError, OutputError: as :func:`~safelora_fast.posthoc.plot.check_plot`, or the file cannot be written.
+        MissingDependencyError, OutputError: as :func:`~safelora_fast.projection.plot.check_plot`, or the file cannot be written.
     """
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from safelora_fast.data.best import top_k
 from safelora_fast.data.chat import has_template
+from safelora_fast.data.tokens import Encoder
+from safelora_fast.data.top_scores import top_k
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.json_reading import OBJECT, TEXT, check_fields, read_json
-from safelora_fast.posthoc.output import alone, check_file, whole_file
-from safelora_fast.python_calls import bar_on_a_terminal, log_warnings
-from safelora_fast.recipe.digests import template_digest, tokenizer_digest, weights_digest
+from safelora_fast.files.call_progress import bar_on_a_terminal, log_warnings
+from safelora_fast.files.json_reader import OBJECT, TEXT, check_fields, read_json
+from safelora_fast.files.output import alone, check_file, whole_file
+from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
-from safelora_fast.recipe.tokens import Encoder
 from safelora_fast.scoring import batches_by_length
 from safelora_fast.selection.candidates import Candidates, is_refusal
 from safelora_fast.selection.journal import Entry, Journal
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from safelora_fast.recipe.examples import Example
+    from safelora_fast.data.example_arrays import Example
 
     Progress = Callable[[int, int], None]
 

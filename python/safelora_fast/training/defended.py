@@ -8,32 +8,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from safelora_fast.data.spans import Spans, read_spans
 from safelora_fast.defenses.base import BatchDefense, Defense, Observation, check_still_off, checked
 from safelora_fast.defenses.kl import KL
+from safelora_fast.defenses.safe_modules import SafeModules
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.defenses.steering import Steering
 from safelora_fast.defenses.subspace_penalty import SubspacePenalty
 from safelora_fast.errors import SettingsError
-from safelora_fast.training.adapted import check_no_prompt_learning
-from safelora_fast.training.anatomy import dissect, entrances
-from safelora_fast.training.batch import Spans, read_spans
-from safelora_fast.training.capture import Call, Capture, StudentRecorder, Tap
-from safelora_fast.training.distributed import world_size
-from safelora_fast.training.drift import Drift
+from safelora_fast.models.anatomy import dissect, entrances
+from safelora_fast.models.capture import Call, Capture, StudentRecorder, Tap
+from safelora_fast.models.distributed import world_size
+from safelora_fast.models.lora_factors import check_no_prompt_learning
+from safelora_fast.models.reference_checks import check_inputs
+from safelora_fast.models.reference_pass import Reference, ReferencePass
 from safelora_fast.training.head_check import check_logits, check_same_head
+from safelora_fast.training.loss_terms import batch_terms, penalty_term
 from safelora_fast.training.metrics import Meter, Stopwatch
+from safelora_fast.training.monitors import Drift
+from safelora_fast.training.optimizer_steps import OnNonFinite, Steps
 from safelora_fast.training.optimizers import has_modes
 from safelora_fast.training.placement import Placement, check_gradients_are_shared
-from safelora_fast.training.projections import Projections
-from safelora_fast.training.reference import Reference, ReferencePass
-from safelora_fast.training.reference_checks import check_inputs
-from safelora_fast.training.safe_modules import SafeModules
+from safelora_fast.training.safelora_steps import Projections
 from safelora_fast.training.shared_logits import SharedLogits, SharedTask, forward_without_logits
-from safelora_fast.training.steered import TrainingPasses
-from safelora_fast.training.steps import OnNonFinite, Steps
+from safelora_fast.training.steering_mode import TrainingPasses
 from safelora_fast.training.task_loss import TaskLoss
-from safelora_fast.training.terms import batch_terms, penalty_term
-from safelora_fast.training.totals import Totals, count_spans, count_totals
+from safelora_fast.training.window import Totals, count_spans, count_totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.defenses.drift_monitor import DriftMonitor
     from safelora_fast.ops.linear_kl import SharedLoss
-    from safelora_fast.posthoc.report import ProjectionReport
+    from safelora_fast.projection.report import ProjectionReport
 
 
 def defend(

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safelora_fast.data.spans import without_tags
 from safelora_fast.errors import SettingsError
+from safelora_fast.models.anatomy import is_parallel
+from safelora_fast.models.capture import Tap
+from safelora_fast.models.reference_pass import evaluation_mode
 from safelora_fast.ops.linear_kl.reference import logits as logits_of
-from safelora_fast.training.anatomy import is_parallel
-from safelora_fast.training.batch import without_tags
-from safelora_fast.training.capture import Tap
-from safelora_fast.training.reference import evaluation_mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
-    from safelora_fast.training.anatomy import Anatomy, Head
+    from safelora_fast.models.anatomy import Anatomy, Head
 
 logger = logging.getLogger(__name__)
 

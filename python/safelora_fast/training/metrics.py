@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.training.distributed import sum_over_ranks
+from safelora_fast.models.distributed import sum_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,8 +7,8 @@ import weakref
 from typing import TYPE_CHECKING
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.training.anatomy import is_parallel
-from safelora_fast.training.distributed import world_size
+from safelora_fast.models.anatomy import is_parallel
+from safelora_fast.models.distributed import world_size
 
 if TYPE_CHECKING:
     from torch import nn

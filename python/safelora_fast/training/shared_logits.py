@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safelora_fast.data.spans import IGNORED_LABEL, read_spans, without_tags
 from safelora_fast.defenses.base import Observation
-from safelora_fast.training.batch import IGNORED_LABEL, read_spans, without_tags
-from safelora_fast.training.capture import Tap
-from safelora_fast.training.reference import evaluation_mode
+from safelora_fast.models.capture import Tap
+from safelora_fast.models.reference_pass import evaluation_mode
 
 if TYPE_CHECKING:
     from torch import nn
 
     from safelora_fast.defenses.kl import KL
+    from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.ops.linear_kl import SharedLoss
-    from safelora_fast.training.anatomy import Anatomy
 
 logger = logging.getLogger(__name__)
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safelora_fast.data.spans import without_tags
 from safelora_fast.errors import SettingsError
-from safelora_fast.training.anatomy import dissect
-from safelora_fast.training.batch import without_tags
-from safelora_fast.training.distributed import sum_over_ranks, world_size
-from safelora_fast.training.reference import evaluation_mode
+from safelora_fast.models.anatomy import dissect
+from safelora_fast.models.distributed import sum_over_ranks, world_size
+from safelora_fast.models.reference_pass import evaluation_mode
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from safelora_fast.training.batch import Spans
-    from safelora_fast.training.totals import Totals
+    from safelora_fast.data.spans import Spans
+    from safelora_fast.training.window import Totals
 
 CASTS_INPUTS = {"FSDPModule", "FullyShardedDataParallel"}  # float tensors, to the parameters' dtype
 SAME_LOSS = 1e-4  # relative: twice the number of items halves the labels' part, which is far more than that

@@ -8,8 +8,8 @@ import torch
 
 from safelora_fast.ops.backends import choose
 from safelora_fast.ops.feature_distance import library
+from safelora_fast.ops.feature_distance.arguments import Comparison, Normalize
 from safelora_fast.ops.feature_distance.autograd import distance
-from safelora_fast.ops.feature_distance.comparison import Comparison, Normalize
 from safelora_fast.ops.feature_distance.reference import feature_distance_reference
 from safelora_fast.ops.operands import require_tensors
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from safelora_fast.ops.feature_distance.comparison import Comparison
-from safelora_fast.ops.once import differentiable_once
+from safelora_fast.ops.feature_distance.arguments import Comparison
+from safelora_fast.ops.once_differentiable import differentiable_once
 
 
 def distance(backend: Any, comparison: Comparison) -> torch.Tensor:

@@ -12,7 +12,7 @@ from safelora_fast.ops.feature_distance.packing import pack
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safelora_fast.ops.feature_distance.comparison import Comparison
+    from safelora_fast.ops.feature_distance.arguments import Comparison
 
     Spec = tuple[int, str, tuple[int, int, int], tuple[int, int]]
 

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safelora_fast.ops.feature_distance.comparison import Comparison
+    from safelora_fast.ops.feature_distance.arguments import Comparison
 
 
 def refusal(tensors: Sequence[torch.Tensor]) -> str | None:  # noqa: ARG001

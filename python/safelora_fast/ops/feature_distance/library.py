@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelora_fast.ops.backends import choose
-from safelora_fast.ops.feature_distance.comparison import Comparison
+from safelora_fast.ops.feature_distance.arguments import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

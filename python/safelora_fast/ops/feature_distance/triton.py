@@ -13,7 +13,7 @@ from safelora_fast.ops.triton_runtime import refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from safelora_fast.ops.feature_distance.comparison import Comparison
+    from safelora_fast.ops.feature_distance.arguments import Comparison
 
 __all__ = ["backward", "forward", "refusal"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.ops.backends import choose
+from safelora_fast.ops.linear_kl.counted_tokens import IGNORED_LABEL, Rows
 from safelora_fast.ops.linear_kl.head import Chunk, Head
-from safelora_fast.ops.linear_kl.rows import IGNORED_LABEL, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

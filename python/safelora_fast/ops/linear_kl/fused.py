@@ -8,10 +8,10 @@ import torch
 
 from safelora_fast.ops.linear_kl import library
 from safelora_fast.ops.linear_kl.chunked import SharedLoss, exact_dtype, token_figures, weighted_sums
+from safelora_fast.ops.linear_kl.counted_tokens import Rows
 from safelora_fast.ops.linear_kl.head import Head
 from safelora_fast.ops.linear_kl.passes import Settings
-from safelora_fast.ops.linear_kl.rows import Rows
-from safelora_fast.ops.once import differentiable_once
+from safelora_fast.ops.once_differentiable import differentiable_once
 from safelora_fast.ops.operands import require_tensors
 
 Direction = Literal["reverse", "forward"]

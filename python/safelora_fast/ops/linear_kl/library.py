@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from safelora_fast.ops.linear_kl.chunked import SharedLoss, TokenFigures, exact_dtype, token_figures, weighted_sums
+from safelora_fast.ops.linear_kl.counted_tokens import Rows
 from safelora_fast.ops.linear_kl.head import Head
 from safelora_fast.ops.linear_kl.passes import Settings
-from safelora_fast.ops.linear_kl.rows import Rows
 
 _STATES = "Tensor hidden, Tensor reference, Tensor weight, Tensor? bias, Tensor mask"
 _SETTINGS = "bool forward, float temperature, float scale, float? softcap"

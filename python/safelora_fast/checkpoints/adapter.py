@@ -1,0 +1,279 @@
+"""A PEFT LoRA adapter on disk: which modules it adapts, and with which of its tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from safelora_fast import _core
+from safelora_fast.checkpoints.adapter_keys import PREFIX, peft_keys
+from safelora_fast.checkpoints.lora_config import CONFIG, VARIANTS, refuse_variants, unknown_keys_note
+from safelora_fast.checkpoints.resolver import adapter_folder
+from safelora_fast.checkpoints.tensor_names import matching
+from safelora_fast.errors import AdapterError, SettingsError
+from safelora_fast.files.json_reader import (
+    LIST,
+    NAMES,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    TOKENS,
+    check_fields,
+    read_json,
+    why,
+)
+from safelora_fast.files.json_reader import Kind as JsonKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+WEIGHTS = "adapter_model.safetensors"
+FLOATS = {"F32", "BF16", "F16"}
+
+Kind = Literal["linear", "embedding", "parameter"]
+
+HEADS = ("lm_head", "embed_out")
+
+FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
+BIAS = re.compile(r".+\.lora_B\.bias")
+NESTED = ".base_layer"
+EXCLUDED = "excluded by "  # what the reason begins with
+TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
+
+TYPES = {
+    **dict.fromkeys(("peft_type", "peft_version", "base_model_name_or_path", "task_type", "bias"), TEXT),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), TEXTS),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), NAMES),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), OBJECT),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), NUMBER),
+    "alora_invocation_tokens": JsonKind("a list of tokens", lambda value: LIST.fits(value) and TOKENS.fits(value)),
+}  # of what is read here, or by PEFT without a look
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One pair of LoRA factors, as PEFT names and stores it.
+
+    For "linear" and "embedding" ΔW = s·left·right, W being (out, in). For "parameter" (PEFT's `target_parameters`) both
+    factors hold every expert, and the shapes tell which side belongs to left (checkpoints/experts.py).
+
+    Attributes:
+        name: path of the module, without `base_model.model.` and without PEFT's `base_layer`.
+        left_key: tensor of `lora_B` or `lora_embedding_B`, (m, r).
+        right_key: tensor of `lora_A` or `lora_embedding_A`, (r, n).
+        parameters: for "parameter", the names that the pair may stand for: the keys do not say; empty when unknown.
+        depth: for "parameter", how deep PEFT nested the pair: 0 is the outermost.
+    """
+
+    name: str
+    kind: Kind
+    left_key: str
+    right_key: str
+    left_shape: tuple[int, int]
+    right_shape: tuple[int, int]
+    parameters: tuple[str, ...] = ()
+    depth: int = 0
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of left."""
+        return self.left_shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose every tensor is accounted for: a factor of a module, or copied through with a reason.
+
+    Attributes:
+        keys: for each key of the file the one under which PEFT looks for the tensor; that one is written.
+        notes: warnings about the adapter's own files.
+        excluded: the modules that are excluded as asked; their tensors are among the copied ones.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    file: _core.SafetensorsFile
+    modules: tuple[LoraModule, ...]
+    copied: tuple[tuple[str, str], ...]
+    keys: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+
+
+def load_adapters(
+    paths: Sequence[str | Path], exclude: Sequence[str] = (), *, keep_keys: bool = False
+) -> list[Adapter]:
+    """Read several adapters, of which some modules may be excluded.
+
+    Raises:
+        AdapterError, CheckpointError: as of :func:`load_adapter`.
+        SettingsError: when a pattern to exclude matches no module of any of them.
+    """
+    adapters = [load_adapter(path, exclude, keep_keys=keep_keys) for path in paths]
+    for pattern in exclude:
+        if not any(matching(name, [pattern]) for adapter in adapters for name in adapter.excluded):
+            ends = sorted({module.name.rpartition(".")[2] for adapter in adapters for module in adapter.modules})
+            raise SettingsError(f"exclude: no adapted module is called {pattern!r}; they end in {', '.join(ends)}")
+    return adapters
+
+
+def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bool = False) -> Adapter:
+    """Read an adapter's configuration and header.
+
+    Args:
+        path: the folder that PEFT's save_pretrained wrote, or a Hub id with an optional `@revision`.
+        exclude: names or patterns of modules that are not to be projected, as of
+            :func:`~safelora_fast.checkpoints.tensor_names.matching`.
+        keep_keys: the keys are those of a model at hand, so they are right as they are.
+
+    Raises:
+        AdapterError: when it is no LoRA adapter, or of a variant that projection does not apply to.
+        CheckpointError: when the safetensors file is damaged.
+    """
+    folder = adapter_folder(path)
+    config = read_config(folder)
+    refuse_variants(folder, config)
+    if not os.path.lexists(folder / WEIGHTS):
+        raise AdapterError(
+            f"{folder}: holds adapter_model.bin, a pickle, which is not read here; load the adapter with PEFT and "
+            "call save_pretrained to convert it"
+        )
+    file = _core.SafetensorsFile(str(folder / WEIGHTS))
+    keys = {key: key for key in file.tensors} if keep_keys else peft_keys(folder, file.tensors)
+    modules, copied, left = _account(folder, config, file, keys, exclude)
+    return Adapter(folder, config, file, modules, copied, keys, tuple(unknown_keys_note(config)), left)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The content of an adapter's configuration.
+
+    Raises:
+        AdapterError: there is none, or it cannot be read.
+    """
+    path = folder / CONFIG
+    try:
+        config = check_fields(read_json(path), {}, TYPES)
+        indices = config.get("trainable_token_indices") or []
+        indices = indices if isinstance(indices, dict) else {"trainable_token_indices": indices}
+        check_fields(indices, dict.fromkeys(indices, TOKENS))
+        for name in config.get("modules_to_save") or []:
+            re.compile(name)  # PEFT takes it for a pattern
+        return config
+    except (OSError, ValueError, re.error) as error:
+        raise AdapterError(f"{path}: {why(error)}") from error
+
+
+def _account(
+    folder: Path,
+    config: Mapping[str, Any],
+    file: _core.SafetensorsFile,
+    keys: Mapping[str, str],
+    exclude: Sequence[str],
+) -> tuple[tuple[LoraModule, ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Give every tensor of the file a role."""
+    factors, copied = _factors(folder, file, keys)
+    names: dict[tuple[str, bool], None] = dict.fromkeys((module, "embedding" in factor) for module, factor in factors)
+    tensors, targets = file.tensors, config.get("target_parameters") or []
+    modules = []
+    left: dict[str, None] = {}
+    for name, embedding in names:
+        module = name.replace(NESTED, "")
+        if pattern := matching(module, exclude):
+            left[module] = None
+            ours = [
+                key for (owner, factor), key in factors.items() if (owner, "embedding" in factor) == (name, embedding)
+            ]
+            copied += [(key, f"{EXCLUDED}{pattern!r}: not projected") for key in ours]
+            continue
+        b, a = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")
+        left_key, right_key = factors.get((name, b)), factors.get((name, a))
+        if left_key is None or right_key is None:
+            there, absent = (a, b) if left_key is None else (b, a)
+            raise AdapterError(f"{folder}: module {name} has {there} but no {absent}")
+        kind: Kind = "embedding" if embedding else "linear"
+        modules.append(_module(folder, name, kind, left_key, right_key, tensors, targets))
+    if not modules:
+        raise AdapterError(
+            f"{folder}: {', '.join(map(repr, exclude))} excludes every module: there is nothing to project"
+        )
+    of_vocabulary = [name for name, embedding in names if embedding or name.endswith(HEADS)]
+    projected = any(module.kind == "embedding" or module.name.endswith(HEADS) for module in modules)
+    if config.get("ensure_weight_tying") and len(of_vocabulary) > 1 and projected:
+        raise AdapterError(
+            f"{folder}: ensure_weight_tying makes embeddings and head share their factors, one the transpose of the other, so "
+            "neither can be projected by itself; train the adapter on one of the two, or exclude both (--exclude)"
+        )
+    return tuple(modules), tuple(copied), tuple(left)
+
+
+def _factors(
+    folder: Path, file: _core.SafetensorsFile, keys: Mapping[str, str]
+) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]]]:
+    """The keys of the factors, by module and factor, and the other keys with the reason why they are copied."""
+    factors: dict[tuple[str, str], str] = {}
+    copied: list[tuple[str, str]] = []
+    for key in file.tensors:
+        if "lora_magnitude_vector" in key:
+            raise AdapterError(f"{folder}: {key} belongs to DoRA: {VARIANTS['use_dora']}")
+        if BIAS.fullmatch(keys[key]):
+            copied.append((key, "bias of lora_B: not part of B·A"))
+        elif match := FACTOR.fullmatch(keys[key]):
+            factors[match["module"].removeprefix(PREFIX), match["factor"]] = key
+        elif ".lora_" in key:
+            raise AdapterError(f"{folder}: tensor {key!r} belongs to a LoRA variant that is not known here")
+        elif key.endswith(f"{NESTED}.weight"):
+            copied.append((key, "the base weight, which PEFT saved along"))
+        else:
+            copied.append((key, TRAINED_IN_FULL))
+    if not factors:
+        raise AdapterError(f"{folder}: {WEIGHTS} holds no LoRA factors")
+    return factors, copied
+
+
+def _module(
+    folder: Path,
+    path: str,
+    kind: Kind,
+    left_key: str,
+    right_key: str,
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]],
+    targets: Sequence[str],
+) -> LoraModule:
+    for key in (left_key, right_key):
+        dtype, shape = tensors[key][:2]
+        if dtype not in FLOATS:
+            raise AdapterError(f"{folder}: {key} is {dtype}; LoRA factors must be F32, BF16 or F16")
+        if len(shape) > 2:
+            raise AdapterError(
+                f"{folder}: {key} has shape {list(shape)}, of a convolution; only matrices can be projected; to exclude "
+                f"this module: --exclude {path.rpartition('.')[2]}"
+            )
+        if len(shape) != 2 or 0 in shape:
+            raise AdapterError(
+                f"{folder}: {key} has shape {list(shape)}, so it is no whole factor; gather the shards before saving"
+            )
+    (m, rank), (rank_right, n) = tensors[left_key][1], tensors[right_key][1]
+    if rank != rank_right:
+        raise AdapterError(f"{folder}: the factors of {path} do not multiply: {[m, rank]} by {[rank_right, n]}")
+    name, depth = path.replace(NESTED, ""), path.count(NESTED)
+    parameters = parameters_of(name, targets)
+    if kind == "linear" and (parameters or depth or name.endswith(".experts")):
+        kind = "parameter"
+    return LoraModule(name, kind, left_key, right_key, (m, rank), (rank_right, n), parameters, depth)
+
+
+def parameters_of(module: str, targets: Sequence[str]) -> tuple[str, ...]:
+    """The parameters of a module that `target_parameters` may name, each once: PEFT matches whole trailing components.
+
+    PEFT 0.21 writes them in two spellings (`mlp.experts.down_proj` and `down_proj`) where it converted `target_modules`.
+    """
+    found: dict[str, None] = {}
+    for target in sorted(set(targets)):
+        owner, _, parameter = target.rpartition(".")
+        if module == owner or module.endswith(f".{owner}") or (not owner and module.endswith(".experts")):
+            found[parameter] = None
+    return tuple(found)

@@ -1,0 +1,299 @@
+"""Shapes, orientation and row blocks of the weights that checkpoints/pairing.py has found by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from safelora_fast import _core
+from safelora_fast.checkpoints.adapter import FLOATS
+from safelora_fast.checkpoints.experts import stored_in_out
+from safelora_fast.checkpoints.orientation import kept_in_out
+from safelora_fast.checkpoints.pairing import INPUT_EMBEDDINGS, TensorNames
+from safelora_fast.checkpoints.tensor_names import Piece, canonical
+from safelora_fast.errors import CheckpointError, PairingError
+from safelora_fast.files.json_reader import COUNT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from safelora_fast.checkpoints.adapter import LoraModule
+    from safelora_fast.checkpoints.sources import TensorEntry
+
+VOCABULARY = {*INPUT_EMBEDDINGS, "lm_head"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a stored matrix: a view with unit column stride."""
+
+    tensor: str
+    file: _core.SafetensorsFile
+    dtype: str
+    begin: int
+    offset: int
+    rows: int
+    cols: int
+
+    @property
+    def identity(self) -> tuple[str, str, int, int, int]:
+        """What tells one block from another."""
+        return self.file.path, self.tensor, self.offset, self.rows, self.cols
+
+    def cut(self, start: int, rows: int) -> Block:
+        """Some of its rows."""
+        return replace(self, offset=self.offset + start * self.cols, rows=rows)
+
+    def view(self) -> _core.View:
+        """The block as the extension reads it."""
+        return _core.View(
+            self.file, self.tensor, offset=self.offset, rows=self.rows, cols=self.cols, row_stride=self.cols
+        )
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight as it is stored: blocks of rows, and whether they are of the transpose of (out, in)."""
+
+    blocks: tuple[Block, ...]
+    transposed: bool = False
+    vocabulary: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        stored = sum(block.rows for block in self.blocks), self.blocks[0].cols
+        return stored[::-1] if self.transposed else stored
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The parameters of one module with experts: a tensor that holds all of them, or the pieces of each expert."""
+
+    module: str
+    parameters: Mapping[str, str | tuple[tuple[Piece, ...], ...]]
+
+    @staticmethod
+    def locate(names: TensorNames, modules: Sequence[LoraModule]) -> ExpertWeights:
+        """Find the parameters that the factors of these modules may stand for.
+
+        Raises:
+            PairingError: when one of them is missing.
+        """
+        module = modules[0].name
+        wanted = modules[0].parameters or ("gate_up_proj", "down_proj")
+        found = {parameter: names.parameter(module, parameter) for parameter in wanted}
+        there = {parameter: weight for parameter, weight in found.items() if weight is not None}
+        lacking = [parameter for parameter in wanted if parameter not in there]
+        if lacking and (modules[0].parameters or len(there) < len(modules)):
+            raise names.missing(module, f"{module}.{lacking[0]}")
+        if len(there) < len(modules):
+            raise PairingError(
+                f"{module}: the adapter has {len(modules)} pairs of factors there, but target_parameters names "
+                f"{', '.join(there)} only"
+            )
+        return ExpertWeights(module, there)
+
+    def tensors(self) -> Iterator[str]:
+        """The names of all tensors."""
+        for weight in self.parameters.values():
+            if isinstance(weight, str):
+                yield weight
+            else:
+                yield from (piece.tensor for pieces in weight for piece in pieces)
+
+    def matrices(self, names: TensorNames, parameter: str) -> list[Matrix]:
+        """One matrix for each expert."""
+        weight = self.parameters[parameter]
+        if isinstance(weight, str):
+            entry = _entry(names, weight)
+            if len(entry.shape) == 2:
+                return [Matrix(_blocks(names, (Piece(weight),), self.module, None))]
+            if len(entry.shape) != 3:
+                raise PairingError(f"{self.module}: {weight} has shape {list(entry.shape)}; experts need three axes")
+            shape = entry.shape[1], entry.shape[2]
+            transposed = _stored_in_out(names, weight, parameter, shape)
+            return [
+                Matrix(_blocks(names, (Piece(weight, expert),), self.module, None), transposed)
+                for expert in range(entry.shape[0])
+            ]
+        return [Matrix(_blocks(names, pieces, self.module, None), bool(pieces[0].transposed)) for pieces in weight]
+
+    def shapes(self, names: TensorNames) -> dict[str, tuple[int, int]]:
+        """(out, in) of one expert, for each parameter."""
+        return {parameter: self.matrices(names, parameter)[0].shape for parameter in self.parameters}
+
+    def flat(self, names: TensorNames, parameter: str) -> bool:
+        """Whether the parameter is a matrix without experts."""
+        weight = self.parameters[parameter]
+        return isinstance(weight, str) and len(_entry(names, weight).shape) == 2
+
+
+def matrix_of(
+    names: TensorNames,
+    pieces: tuple[Piece, ...],
+    module: str,
+    shape: tuple[int, int] | None,
+    *,
+    embedding: bool = False,
+    fan_in_fan_out: bool = False,
+) -> Matrix:
+    """The weight of a linear or embedding module.
+
+    Args:
+        names: the checkpoint.
+        pieces: where `TensorNames.weight` found it.
+        module: its name.
+        shape: (out, in) as the adapter's factors tell; None where there are none, and then the config of the model
+            says where a fused weight is cut.
+        embedding: the module is an embedding, whose update PEFT keeps as (hidden, vocabulary).
+        fan_in_fan_out: of the adapter's configuration.
+
+    Raises:
+        PairingError: when the tensors are no matrices, or cannot be cut as their names say.
+        CheckpointError: when they are quantised.
+    """
+    vocabulary = canonical(module) in VOCABULARY
+    if embedding:
+        return Matrix(_blocks(names, pieces, module, None), transposed=True, vocabulary=vocabulary)
+    transposed = pieces[0].transposed
+    if transposed is None:
+        transposed = len(pieces) == 1 and _is_conv1d(names, pieces[0], module, shape, fan_in_fan_out=fan_in_fan_out)
+    rows = None if transposed else _part_rows(names, pieces[0], module) if shape is None else shape[0]
+    return Matrix(_blocks(names, pieces, module, rows), transposed, vocabulary)
+
+
+def cut_together(aligned: Matrix, base: Matrix) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+    """Blocks of both matrices with the same rows, whatever each checkpoint fuses."""
+    edges = sorted({edge for matrix in (aligned, base) for edge in _edges(matrix.blocks)})
+    return _cut(aligned.blocks, edges), _cut(base.blocks, edges)
+
+
+def _edges(blocks: Sequence[Block]) -> Iterator[int]:
+    edge = 0
+    for block in blocks:
+        edge += block.rows
+        yield edge
+
+
+def _cut(blocks: Sequence[Block], edges: Sequence[int]) -> tuple[Block, ...]:
+    cuts, start = [], 0
+    for block in blocks:
+        end, done = start + block.rows, start
+        for edge in edges:
+            if start < edge <= end:
+                cuts.append(block.cut(done - start, edge - done))
+                done = edge
+        start = end
+    return tuple(cuts)
+
+
+def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
+    """Rows of a part of a fused weight: half, or what the model's configuration says of heads; None for a whole one.
+
+    Raises:
+        PairingError: when the configuration does not say.
+    """
+    if piece.count == 1:
+        return None
+    entry = _entry(names, piece.tensor)
+    height = entry.shape[-2]
+    if piece.count == 2:
+        return height // 2
+    heads, size, hidden = (names.setting(name) for name in ("num_attention_heads", "head_dim", "hidden_size"))
+    if not (_is_count(heads) and (_is_count(size) or _is_count(hidden))):
+        raise PairingError(
+            f"{module}: config.json of the {names.role} model {names.checkpoint.description} does not tell how many "
+            f"rows of {piece.tensor} are queries; name {piece.tensor.removesuffix('.weight').rpartition('.')[2]} instead"
+        )
+    queries: int = heads * (size if _is_count(size) else hidden // heads)
+    return queries if piece.index == 0 else (height - queries) // 2
+
+
+def _is_count(value: object) -> bool:
+    return COUNT.fits(value) and value != 0
+
+
+def _is_conv1d(
+    names: TensorNames, piece: Piece, module: str, shape: tuple[int, int] | None, *, fan_in_fan_out: bool
+) -> bool:
+    """Whether a linear weight is kept as (in, out).
+
+    Raises:
+        PairingError: for a square weight of which nothing tells.
+    """
+    stored, model_type = _entry(names, piece.tensor).shape, names.setting("model_type")
+    leaf = module.rpartition(".")[2]
+    told = kept_in_out(leaf, stored, shape, model_type, fan_in_fan_out=fan_in_fan_out)
+    if told is None:
+        raise PairingError(
+            f"{module}: neither its name nor config.json of the {names.role} model {names.checkpoint.description} tells "
+            f"whether {piece.tensor} {list(stored)} is kept (out, in), as by Linear, or (in, out), as by Conv1D"
+        )
+    return told
+
+
+def _stored_in_out(names: TensorNames, tensor: str, parameter: str, shape: tuple[int, int]) -> bool:
+    """Whether an expert is kept as (in, out), as the model's configuration tells."""
+    told = stored_in_out(parameter, shape, names.setting("hidden_size"), names.setting("model_type"))
+    if told is None:
+        raise PairingError(
+            f"{tensor}: nothing tells whether its experts are kept (out, in) or (in, out); put the {names.role} model's "
+            f"config.json beside it ({names.checkpoint.description})"
+        )
+    return told
+
+
+def _entry(names: TensorNames, tensor: str) -> TensorEntry:
+    entry = names.checkpoint.tensor(tensor)
+    names.refuse_quantised(tensor)
+    if entry.dtype not in FLOATS:
+        where = f"{names.checkpoint.description}: {tensor} of the {names.role} model is {entry.dtype}"
+        raise CheckpointError(f"{where}; weights must be F32, BF16 or F16, not quantised")
+    return entry
+
+
+def _blocks(names: TensorNames, pieces: Sequence[Piece], module: str, rows: int | None) -> tuple[Block, ...]:
+    return tuple(_block(names, piece, module, rows) for piece in pieces)
+
+
+def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> Block:
+    """The block of a piece; `rows` is the height of the module's weight, which says where a fused one is cut."""
+    entry = _entry(names, piece.tensor)
+    model = f"the {names.role} model {names.checkpoint.description}"
+    where = f"{module}: {piece.tensor} of {model} has shape {list(entry.shape)}"
+    if len(entry.shape) != (2 if piece.expert is None else 3):
+        raise PairingError(f"{where}; only linear layers, embeddings and experts can be projected")
+    height, width = entry.shape[-2:]
+    if 0 in entry.shape:
+        raise PairingError(f"{where}; it is empty")
+    offset = 0
+    if piece.expert is not None:
+        if piece.expert >= entry.shape[0]:
+            raise PairingError(f"{where}, so it has no expert {piece.expert}")
+        leaf = piece.tensor.rpartition(".")[2]
+        if piece.count > 1 and _stored_in_out(names, piece.tensor, leaf, (height, width)):
+            raise PairingError(f"{where}: it is kept (experts, in, out), and cannot be cut by output rows")
+        offset = piece.expert * math.prod(entry.shape[1:])
+    block = Block(piece.tensor, entry.file, entry.dtype, entry.begin, offset, height, width)
+    if piece.rows is not None:
+        return block.cut(*piece.rows)
+    if piece.count == 1 or rows is None:
+        return block
+    start = _start(piece, height, rows)
+    if start is None:
+        raise PairingError(
+            f"{where}, which cannot hold the adapter's {rows} rows as part {piece.index + 1} of {piece.count}"
+        )
+    return block.cut(start, rows)
+
+
+def _start(piece: Piece, height: int, rows: int) -> int | None:
+    """First row of a part in a fused matrix: two equal parts; or queries, keys and values."""
+    if piece.count == 2:
+        return piece.index * rows if height == 2 * rows else None
+    rest = height - (rows if piece.index == 0 else 2 * rows)
+    if rest <= 0 or (piece.index == 0 and rest % 2):
+        return None
+    return (0, rest, rest + rows)[piece.index]

@@ -1,0 +1,132 @@
+"""What a checkpoint was when it was read: enough to find it again, and to notice that it has changed.
+
+A checkpoint of the Hub is known by its repository and commit, which never changes. One on disk is known by its absolute
+path and, for each of its files, the name, the size and a fingerprint: the SHA-256 of the file's header (every tensor's
+name, dtype, shape and place) followed by 512 pieces of 4 KiB, spread evenly over the data; of all the data where they are
+smaller than that. Training changes nearly every weight, so the pieces notice it at the price of a few milliseconds; an
+edit of single weights between two pieces goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.checkpoints.sources import Checkpoint, open_checkpoint
+from safelora_fast.errors import CheckpointError
+from safelora_fast.files.json_reader import COUNT, LIST, TEXT, check_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from safelora_fast import _core
+
+FILE = {"name": TEXT, "size": COUNT, "fingerprint": TEXT}
+PIECE = 4096
+PIECES = 512
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`source` (absolute path or Hub id), `revision` (the commit on the Hub, else None) and `files`, ready for JSON.
+
+    Raises:
+        CheckpointError: when a file cannot be read.
+    """
+    if checkpoint.remote:
+        return {"source": checkpoint.description, "revision": checkpoint.revision, "files": []}
+    checkpoint.require(checkpoint.names)
+    files = [
+        {"name": Path(file.path).name, "size": file.size, "fingerprint": fingerprint(file)} for file in checkpoint.files
+    ]
+    files.sort(key=lambda file: (str(file["name"]), str(file["fingerprint"])))
+    return {"source": str(Path(checkpoint.description).absolute()), "revision": None, "files": files}
+
+
+def check_source(role: str, described: Any) -> None:
+    """Refuse what :func:`describe` does not give.
+
+    Raises:
+        ValueError: a value is of another type; it is named.
+    """
+    try:
+        for file in check_fields(described, {}, {"source": TEXT, "revision": TEXT, "files": LIST}).get("files") or []:
+            check_fields(file, FILE)
+    except ValueError as error:
+        raise ValueError(f"the {role} source: {error}") from error
+
+
+def same_content(aligned: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of the same weights: one commit of the Hub, or files of the same fingerprints."""
+    if aligned["revision"] is not None or base["revision"] is not None:
+        return (aligned["source"], aligned["revision"]) == (base["source"], base["revision"])
+    files = [sorted(str(file["fingerprint"]) for file in described["files"]) for described in (aligned, base)]
+    return files[0] == files[1]
+
+
+def fingerprint(file: _core.SafetensorsFile) -> str:
+    """SHA-256, in hexadecimal, of the header and of pieces of the data.
+
+    Raises:
+        CheckpointError: when the file cannot be read.
+    """
+    return sampled(Path(file.path), file.data_start)
+
+
+def sampled(path: Path, start: int = 0) -> str:
+    """SHA-256, in hexadecimal, of the first bytes of a file, `start` of them, and of pieces of the others.
+
+    Raises:
+        CheckpointError: when the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            room = os.fstat(stream.fileno()).st_size - start
+            digest.update(stream.read(start))
+            if room <= PIECES * PIECE:
+                digest.update(stream.read())
+            else:
+                for index in range(PIECES):
+                    stream.seek(start + index * (room - PIECE) // (PIECES - 1))
+                    digest.update(stream.read(PIECE))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def locator(described: Mapping[str, Any]) -> str | Path:
+    """What opens a described checkpoint again: its path, or its Hub id at the commit.
+
+    Raises:
+        CheckpointError: when the description names no source.
+    """
+    source, revision = described.get("source"), described.get("revision")
+    if not isinstance(source, str) or not source:
+        raise CheckpointError("the subspace does not say what it was built from: build it with SafeSubspace.build")
+    return f"{source}@{revision}" if revision else Path(source)
+
+
+def reopen(described: Mapping[str, Any], *, role: str) -> Checkpoint:
+    """Open a described checkpoint again.
+
+    Raises:
+        CheckpointError: when it is gone, or is not what it was.
+    """
+    where = locator(described)
+    if isinstance(where, Path) and not os.path.lexists(where):
+        raise CheckpointError(f"{where}: the {role} model that the subspace was built from is gone")
+    checkpoint = open_checkpoint(where, role=role)
+    if not checkpoint.remote:
+        former, now = (
+            {tuple(file[name] for name in FILE) for file in files}
+            for files in (described.get("files") or [], describe(checkpoint)["files"])
+        )
+        differing = sorted(str(name) for name, *_ in former ^ now)
+        if differing:
+            raise CheckpointError(
+                f"{where}: the {role} model has changed since the subspace was built from it ({differing[0]} differs): "
+                "build the subspace again"
+            )
+    return checkpoint

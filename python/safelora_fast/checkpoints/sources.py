@@ -1,0 +1,281 @@
+"""Where a checkpoint's tensors come from: a safetensors file, a sharded index, a folder, or the Hugging Face Hub.
+
+A checkpoint knows the names of its tensors from an index or a header. Shards are opened, and fetched where they are
+remote, only when :meth:`Checkpoint.require` asks for tensors in them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast import _core
+from safelora_fast.checkpoints.resolver import INDEX, SINGLE, locate
+from safelora_fast.errors import CheckpointError
+from safelora_fast.files.json_reader import OBJECT, TEXT, check_fields, of_kind, read_json, readable, why
+from safelora_fast.projection.settings import check_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from safelora_fast.checkpoints.hub import Repository
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+NOT_THE_MODEL = ("adapter_model", "consolidated")  # an adapter, and the weights again as Mistral names them
+A_MODEL = "the path of a model or its Hub id"
+CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: the file it lies in, its dtype as safetensors spells it, and its shape."""
+
+    file: _core.SafetensorsFile
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of one model.
+
+    Attributes:
+        description: the path or Hub id that was asked for.
+        revision: the commit hash on the Hub, or None.
+        config: the content of its config.json, or None where there is none.
+        remote: whether it comes from the Hub.
+        beside: a warning of what else lies in the folder, or None.
+    """
+
+    description: str
+    revision: str | None
+    config: Mapping[str, Any] | None
+    _shards: Mapping[str, str]
+    _locate: Callable[[str], Path]
+    _opened: dict[str, tuple[_core.SafetensorsFile, Mapping[str, tuple[str, tuple[int, ...], int, int]]]] = field(
+        default_factory=dict
+    )
+    remote: bool = False
+    beside: str | None = None
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of all tensors, known before any shard is fetched."""
+        return self._shards.keys()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return name in self._shards
+
+    def require(self, names: Iterable[str]) -> None:
+        """Open, and fetch where they are remote, the shards that hold these tensors."""
+        for shard in sorted({self._shards[name] for name in names}):
+            if shard not in self._opened:
+                file = _core.SafetensorsFile(str(self._locate(shard)))
+                self._opened[shard] = file, file.tensors
+
+    def tensor(self, name: str) -> TensorEntry:
+        """The entry of a tensor; opens its shard if need be.
+
+        Raises:
+            CheckpointError: when the shard does not hold what the index promises.
+        """
+        shard = self._shards[name]
+        self.require([name])
+        file, tensors = self._opened[shard]
+        if name not in tensors:
+            raise CheckpointError(f"{file.path}: the index promises tensor {name!r}, but the file does not hold it")
+        return TensorEntry(file, *tensors[name])
+
+    @property
+    def quantization(self) -> str | None:
+        """The method that config.json says the weights are quantized by, or None. Their dtypes tell whether they are."""
+        declared = (self.config or {}).get("quantization_config")
+        if not declared:
+            return None
+        return str(declared.get("quant_method", "unnamed")) if isinstance(declared, dict) else "unnamed"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the checkpoint whose weights have been read."""
+        found = [] if self.beside is None else [self.beside]
+        if (method := self.quantization) is not None:
+            found.append(
+                f"{self.description}: config.json holds a quantization_config ({method}), but the weights that were read are not "
+                "quantized, and are used as they are"
+            )
+        return found
+
+    @property
+    def files(self) -> list[_core.SafetensorsFile]:
+        """The shards opened so far."""
+        return [file for file, _ in self._opened.values()]
+
+
+def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
+    """Open a checkpoint by path or Hub id; a path that exists wins over a Hub id of the same name.
+
+    Args:
+        source: a safetensors file, an index, a folder, or a Hub id with an optional `@revision`.
+        role: "aligned" or "base", for messages.
+
+    Raises:
+        CheckpointError: when there is nothing to open, or it is of a format that cannot be streamed.
+        SettingsError: when the source is neither text nor a path.
+    """
+    check_path(role, source, A_MODEL)
+    with readable(source, CheckpointError):
+        found = locate(source, f"the {role} model")
+        if not isinstance(found, Path):
+            return _from_hub(found)
+        return _from_folder(found) if found.is_dir() else _from_file(found)
+
+
+def same_place(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints are one folder or file, or one commit of the Hub."""
+    if one.remote or other.remote:
+        return (one.description, one.revision) == (other.description, other.revision) and one.revision is not None
+    return os.path.realpath(one.description) == os.path.realpath(other.description)
+
+
+def _from_folder(folder: Path) -> Checkpoint:
+    config = _config(folder / "config.json")
+    chosen = _weights_file(config, lambda name: folder / name if (folder / name).exists() else None, str(folder))
+    adapter = (folder / "adapter_config.json").exists()
+    if adapter and (chosen is None or config is None):
+        raise CheckpointError(f"{folder}: this is a PEFT adapter, not a model; give the model that it was trained on")
+    if chosen is None:
+        return _from_loose_files(folder, config)
+    checkpoint = _from_file(chosen)
+    checkpoint.description = str(folder)
+    if adapter:
+        checkpoint.beside = (
+            f"{folder}: holds an adapter (adapter_config.json) beside the model, which transformers loads on top of it; "
+            f"read here is {chosen.name} alone"
+        )
+    return checkpoint
+
+
+def _weights_file(config: Mapping[str, Any] | None, there: Callable[[str], Path | None], where: str) -> Path | None:
+    """The file or index that transformers loads from a folder or repository, or None where it finds none.
+
+    It takes what config.json names, else the single file, and an index only where there is no single file.
+    """
+    named = (config or {}).get("transformers_weights")
+    if named is None:
+        return there(SINGLE) or there(INDEX)
+    readable = isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
+    if not readable or "/" in named or _outside(named):
+        raise CheckpointError(
+            f"{where}: config.json names {named!r} as transformers_weights, which is not a safetensors file or index "
+            "beside it"
+        )
+    if (found := there(named)) is None:
+        raise CheckpointError(f"{where}: config.json names {named} as transformers_weights, but there is no such file")
+    return found
+
+
+def _outside(name: str) -> bool:
+    """Whether a file's name leads out of its folder."""
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
+
+
+def _from_loose_files(folder: Path, config: Mapping[str, Any] | None) -> Checkpoint:
+    """Files under names that transformers does not look for: taken where no other reading of the folder is possible."""
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+    if loaded := next((name for name in PICKLES if (folder / name).exists()), None):
+        raise CheckpointError(f"{folder}: its model is {loaded}, which is not safetensors; to convert it, {CONVERT}")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return _from_file(indices[0])
+    found = sorted(folder.glob("*.safetensors"))
+    files = [file for file in found if not file.name.startswith(NOT_THE_MODEL)] or found
+    if not files:
+        if pickles:
+            raise CheckpointError(f"{folder}: holds {pickles[0]} but no safetensors file; to convert it, {CONVERT}")
+        inside = sorted({path.parent.name for name in (SINGLE, INDEX) for path in folder.glob(f"*/{name}")})
+        hint = f"; there is a model in {', '.join(inside)}: give that folder" if inside else ""
+        raise CheckpointError(f"{folder}: holds no safetensors file and no index{hint}")
+    opened = {file.name: _core.SafetensorsFile(str(file)) for file in files}
+    shards: dict[str, str] = {}
+    for shard, opened_file in opened.items():
+        for name in opened_file.tensors:
+            if name in shards:
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is in {shards[name]} and in {shard}, and there is no index to choose"
+                )
+            shards[name] = shard
+    checkpoint = Checkpoint(str(folder), None, config, shards, lambda shard: folder / shard)
+    checkpoint._opened.update({shard: (file, file.tensors) for shard, file in opened.items()})
+    return checkpoint
+
+
+def _from_file(path: Path) -> Checkpoint:
+    folder, config = path.parent, _config(path.parent / "config.json")
+    whole = path.name == SINGLE or (path.name == INDEX and not (folder / SINGLE).exists())
+    description = str(folder if whole else path)
+    if path.suffix == ".json":
+        if not path.name.endswith(".index.json"):
+            raise CheckpointError(
+                f"{path}: is neither a safetensors file nor an index of such files (*.safetensors.index.json); give the "
+                f"model's folder, {folder}"
+            )
+        located = _core.read_index(str(path))
+        return Checkpoint(description, None, config, located, Path)
+    if path.suffix in {".bin", ".pt", ".pth", ".gguf"}:
+        raise CheckpointError(f"{path}: only safetensors can be streamed; to convert it, {CONVERT}")
+    file = _core.SafetensorsFile(str(path))
+    tensors = file.tensors
+    checkpoint = Checkpoint(description, None, config, dict.fromkeys(tensors, path.name), lambda _: path)
+    checkpoint._opened[path.name] = file, tensors
+    return checkpoint
+
+
+def _from_hub(repository: Repository) -> Checkpoint:
+    config = repository.fetch_if_there("config.json", or_in_cache=True)
+    content = _config(config) if config else None
+    if repository.fetch_if_there("adapter_config.json", or_in_cache=True):
+        raise CheckpointError(
+            f"{repository.name}: holds an adapter_config.json, so transformers loads the model that it names instead of "
+            "what else lies there; give that model"
+        )
+    chosen = _weights_file(
+        content, lambda name: repository.fetch_if_there(name, or_in_cache=name == SINGLE), repository.name
+    )
+    if chosen is None:
+        raise CheckpointError(
+            f"{repository.name}: holds neither {INDEX} nor {SINGLE}; older .bin checkpoints: {CONVERT}"
+        )
+    if chosen.suffix == ".json":
+        shards = _shard_names(chosen)
+    else:
+        shards = dict.fromkeys(_core.SafetensorsFile(str(chosen)).tensors, chosen.name)
+    return Checkpoint(repository.name, repository.commit, content, shards, repository.fetch, remote=True)
+
+
+def _shard_names(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index whose shards have not been fetched yet."""
+    try:
+        weight_map = check_fields(read_json(index), {"weight_map": OBJECT})["weight_map"]
+        names = {name: of_kind(shard, TEXT, f"the file of {name}") for name, shard in weight_map.items()}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: this is not an index of safetensors shards: {why(error)}") from error
+    for name, shard in names.items():
+        if _outside(shard):
+            raise CheckpointError(f"{index}: tensor {name!r} lies in {shard!r}, outside the repository")
+    return names
+
+
+def _config(path: Path) -> Mapping[str, Any] | None:
+    try:
+        config = check_fields(read_json(path), {}, {"model_type": TEXT, "text_config": OBJECT})
+        check_fields(config.get("text_config") or {}, {}, {"model_type": TEXT})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {why(error)}") from error
+    return config

@@ -1,0 +1,63 @@
+"""How long a weight is, from enough of its values: what the distance between two models is measured by."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from safelora_fast.checkpoints.geometry import Block
+
+MOST_VALUES = 1 << 15
+UNRELATED = 0.5
+
+
+def weight_norm(blocks: Sequence[Block]) -> float:
+    """‖W‖_F of a weight [m, n] in float64: of all its values where they are few, else from rows spread evenly.
+
+    A weight of more than 32,768 values is not read again for it: V is about ‖W‖ long or a thousandth of it, and 16 rows
+    and more tell that to a few percent.
+
+    Args:
+        blocks: the rows of the weight, each F32, BF16 or F16.
+    """
+    total, count = 0.0, 0
+    most = MOST_VALUES // len(blocks)
+    for block in blocks:
+        width = {"F32": 4}.get(block.dtype, 2)
+        stored = np.memmap(
+            block.file.path, np.uint8, "r", block.begin + block.offset * width, block.rows * block.cols * width
+        )
+        rows = stored.view(f"<u{width}").reshape(block.rows, block.cols)
+        step = max(1, -(-block.rows // max(16, most // block.cols)))
+        chosen = _floats(np.ascontiguousarray(rows[::step]), block.dtype).astype(np.float64)
+        total += float(np.square(chosen).sum()) * block.rows / len(chosen)
+        count += block.rows
+    return math.sqrt(total) if count else math.nan
+
+
+def median_ratio(ratios: Iterable[float]) -> float:
+    """The median of ‖V‖/‖W‖ over modules, NaN where there is none."""
+    known = [ratio for ratio in ratios if math.isfinite(ratio)]
+    return statistics.median(known) if known else math.nan
+
+
+def far_apart(ratio: float) -> str | None:
+    """A warning where V is about as long as the weights themselves, as between models that have nothing in common."""
+    if not ratio >= UNRELATED:
+        return None
+    return (
+        f"the median ‖V‖/‖W_aligned‖ is {ratio:.2g}: aligned and base differ about as much as unrelated models do, so V is hardly "
+        "what alignment has changed; is base the model that aligned was made from?"
+    )
+
+
+def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(np.float32 if dtype == "F32" else np.float16)

@@ -1,0 +1,246 @@
+"""Reading the rows of a data set: a local JSONL file, or a data set of the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import eq
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
+
+from safelora_fast.checkpoints.hub import is_within_reach, offline_unless
+from safelora_fast.checkpoints.resolver import did_you_mean
+from safelora_fast.data.top_scores import top_k
+from safelora_fast.errors import DataError
+from safelora_fast.files.json_reader import NUMBER
+from safelora_fast.files.jsonl import JsonLines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+Message: TypeAlias = "dict[str, str]"
+HUB_DATA = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+USED = {"messages", "prompt", "completion"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, checked.
+
+    Attributes:
+        place: where it stands, for messages ("train.jsonl:12").
+        prompt: the text before what is learnt, or the turns before it.
+        completion: what is learnt, or the turns after the prompt. Of a row of `messages`, these are all turns, and the
+            prompt is empty.
+    """
+
+    place: str
+    prompt: str | list[Message]
+    completion: str | list[Message]
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The rows of one data set.
+
+    Attributes:
+        source: as the recipe names it.
+        sha256: of the file, or of the rows of a Hub data set as canonical JSON.
+        rows: in order.
+        total: rows in the source, of which `rows` may be the first so many.
+        unused: columns that are not used.
+    """
+
+    source: str
+    sha256: str
+    rows: Sequence[Row]
+    total: int
+    unused: list[str] = field(default_factory=list)
+
+
+class LazyRows(Sequence[Row]):
+    """Rows that are read when they are asked for, since all of them at once would take many times the memory of their file.
+
+    Args:
+        count: how many.
+        read: gives a row by its number.
+    """
+
+    def __init__(self, count: int, read: Callable[[int], Row]) -> None:
+        self._count = count
+        self._read = read
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        chosen = range(self._count)[index]
+        return self._read(chosen) if isinstance(chosen, int) else chosen_rows(self, chosen)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def chosen_rows(rows: Sequence[Row], numbers: Iterable[int]) -> LazyRows:
+    """Some of the rows, by their numbers."""
+    kept = array("q", numbers)
+    return LazyRows(len(kept), lambda number: rows[kept[number]])
+
+
+def read_rows(source: str, most: int | None = None, *, best: int | None = None) -> RowSet:
+    """Read a data set; a file that exists wins over a Hub data set of the same name.
+
+    Args:
+        source: a JSONL file, or a Hub data set id[@revision][:split], by default its split "train".
+        most: keep the first so many rows. Of a file the others are checked too, which is quick; of the Hub they are not looked at.
+        best: keep only so many, those with the highest `score`, in the order of the source; of equal ones the first.
+
+    Raises:
+        DataError: there is no such data set, or a row is not as it must be; file and line are named.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"{source}: is a folder; give one JSONL file")
+    data: JsonLines | _HubTable = JsonLines(path) if path.exists() else _from_hub(source)
+    total = len(data)
+    rows: Sequence[Row] = LazyRows(
+        total if most is None else min(total, most), lambda number: check_row(data.place(number), data.record(number))
+    )
+    if not rows:
+        raise DataError(f"{source}: holds no rows")
+    scores = array("d")
+    columns: set[str] = set()
+    for number in range(len(rows)):
+        place, record = data.place(number), data.record(number)
+        check_row(place, record)
+        columns.update(record)
+        if best is not None:
+            scores.append(_score(place, record))
+    if isinstance(data, JsonLines) and len(rows) < total:
+        for number in data.odd_rows():
+            if number >= len(rows):
+                check_row(data.place(number), data.record(number))
+    if best is not None:
+        rows = chosen_rows(rows, sorted(top_k(np.asarray(scores), best).tolist()))
+    return RowSet(
+        source, data.sha256(), rows, total, sorted(columns - USED - ({"score"} if best is not None else set()))
+    )
+
+
+def _score(place: str, record: Mapping[str, Any]) -> float:
+    score: Any = record.get("score")
+    if not NUMBER.fits(score):
+        raise DataError(
+            f"{place}: has no score, by which the best rows are chosen; make the file with `safelora-fast select`"
+        )
+    return float(score)
+
+
+@dataclass(frozen=True)
+class _HubTable:
+    """A split of a data set of the Hub, as :class:`~safelora_fast.files.jsonl.JsonLines` has the lines of a file."""
+
+    name: str
+    table: Any
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def place(self, number: int) -> str:
+        return f"{self.name} row {number}"
+
+    def record(self, number: int) -> dict[str, Any]:
+        return dict(self.table[number])
+
+    def sha256(self) -> str:
+        """Of the rows as canonical JSON, a row a line."""
+        digest = hashlib.sha256()
+        for number in range(len(self)):
+            line = json.dumps(self.record(number), sort_keys=True, default=str)
+            digest.update(f"\n{line}".encode() if number else line.encode())
+        return digest.hexdigest()
+
+
+def _from_hub(source: str) -> _HubTable:
+    match, hint = HUB_DATA.fullmatch(source), did_you_mean(Path(source).expanduser())
+    if match is None or source.endswith((".json", ".jsonl", ".csv", ".txt", ".parquet")):
+        raise DataError(f"{source}: there is no such file, and a Hub data set is written id[@revision][:split]{hint}")
+    import datasets
+    from huggingface_hub import constants, hf_hub_url
+
+    split = match["split"] or "train"
+    try:
+        reached = is_within_reach(hf_hub_url(match["name"], "README.md", repo_type="dataset"))
+        with offline_unless(reached, constants):
+            table = datasets.load_dataset(match["name"], revision=match["revision"], split=split)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{source}: neither a file nor a Hub data set that can be loaded: {reason}{hint}") from error
+    return _HubTable(f"{match['name']} ({split})", table)
+
+
+def check_row(place: str, record: Any) -> Row:
+    """Check one record. A column that is null is not there: tables have every column in every row.
+
+    Raises:
+        DataError: it is neither a row of `messages` nor one of `prompt` and `completion`.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: a row must be an object with `messages`, or with `prompt` and `completion`")
+    record = {name: value for name, value in record.items() if value is not None}
+    if "tools" in record:
+        raise DataError(f"{place}: tools are not supported; write them out in a system turn")
+    if "messages" in record and not {"prompt", "completion"} & record.keys():
+        return Row(place, [], _turns(place, "messages", record["messages"]))
+    if "messages" in record or not {"prompt", "completion"} <= record.keys():
+        found = ", ".join(sorted(record)) or "nothing"
+        raise DataError(f"{place}: a row has either `messages`, or `prompt` and `completion`; this one has {found}")
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        _check_text(place, "prompt", prompt)
+        _check_text(place, "completion", completion)
+        return Row(place, prompt, completion)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return Row(place, _turns(place, "prompt", prompt), _turns(place, "completion", completion))
+    raise DataError(f"{place}: prompt and completion must both be text, or both lists of messages")
+
+
+def _turns(place: str, column: str, turns: Any) -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{place}: {column} must be a list of messages, and not empty")
+    checked = []
+    for number, turn in enumerate(turns, start=1):
+        role = turn.get("role") if isinstance(turn, dict) else None
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if role not in ROLES or not isinstance(content, str):
+            raise DataError(
+                f"{place}: {column}: message {number} must be {{role: …, content: text}} with a role of {', '.join(ROLES)}"
+            )
+        if set(turn) - {"role", "content"} and turn.get("tool_calls"):
+            raise DataError(f"{place}: {column}: message {number} has tool_calls, which are not supported")
+        _check_text(place, f"{column}: message {number}", content)
+        checked.append({"role": role, "content": content})
+    return checked
+
+
+def _check_text(place: str, where: str, text: str) -> None:
+    """JSON can write down half of a surrogate pair, which no tokenizer takes and no file of UTF-8 holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(f"{place}: {where} holds {half} by itself, half of a character: mend it") from error

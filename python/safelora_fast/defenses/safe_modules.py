@@ -1,0 +1,206 @@
+"""A model's adapted modules together with their safe subspaces: the penalty and the projection of a training step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelora_fast.checkpoints.tensor_names import tower_of_class
+from safelora_fast.defenses.nonfinite_errors import projection_culprit
+from safelora_fast.errors import PairingError
+from safelora_fast.models.anatomy import gathered
+from safelora_fast.models.lora_factors import AdaptedModule, adapted_modules
+from safelora_fast.models.shards import held_rows, local_rows, matching_rows, sum_over_shards, write_rows
+from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+from safelora_fast.ops.subspace_projection.penalties import is_grouped, subspace_penalties, subspace_penalty
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import nn
+
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
+
+
+class SafeModules:
+    """The adapted modules of a model and U_k of each, on the module's device.
+
+    Left out are those whose V is zero, and those that `exclude` names.
+
+    A bias of lora_B moves the module's output as a column of ΔW does, so it counts as one: a module of its own, of the
+    same name, with B = bias [m, 1] and A = 1.
+
+    Raises:
+        PairingError: an adapted module has no subspace, or one of another shape, or V is zero in all of them.
+        SettingsError: an adapter of a kind that cannot be projected.
+    """
+
+    def __init__(self, model: nn.Module, subspace: SafeSubspace, *, owner: str, exclude: Sequence[str] = ()) -> None:
+        self._owner = owner
+        self.modules: list[AdaptedModule] = []
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._held: dict[str, torch.Tensor] = {}
+        for module in adapted_modules(model, owner=owner, exclude=exclude):
+            found = subspace.find(module.name, tower_of_class(type(model).__name__))
+            shape, given = (module.left.shape[0], module.right.shape[1]), (len(found.left_vectors), found.columns)
+            if shape != given:
+                raise PairingError(
+                    f"{owner}: {module.name} is {shape}, the subspace has {given}: it is of another model, or exclude "
+                    f"this module with exclude=[{module.name.rpartition('.')[2]!r}]"
+                )
+            if found.rank:
+                self.modules.append(module)
+                if module.bias is not None:
+                    self.modules.append(replace(module, left=module.bias, right=torch.ones(1, 1), bias=None))
+                self._vectors[module.name] = torch.from_numpy(found.left_vectors)
+        if not self.modules:
+            raise PairingError(
+                f"{owner}: V = aligned - base is zero in every adapted module: there is no safe subspace"
+            )
+
+    def vectors(self, module: AdaptedModule) -> torch.Tensor:
+        """U_k [m, k], float32, on the device of the module's factors."""
+        device = module.left.device
+        if self._vectors[module.name].device != device:
+            self._vectors[module.name] = self._vectors[module.name].to(device)
+        return self._vectors[module.name]
+
+    def penalties(self) -> list[tuple[str, torch.Tensor]]:
+        """(module, ‖(I − P_k)ΔW‖²_F), differentiable, float32 whatever autocast says."""
+        with torch.autocast(self.modules[0].left.device.type, enabled=False):
+            lefts = [_matrix(gathered(module.left).float()) for module in self.modules]
+            factors = [
+                (left, gathered(module.right).float().to(left.device))
+                for left, module in zip(lefts, self.modules, strict=True)
+            ]
+            values: dict[int, torch.Tensor] = {}
+            for chosen in _by_device([left for left, _ in factors]):
+                modules = [self.modules[index] for index in chosen]
+                bases, scales = [self.vectors(module) for module in modules], [module.scale for module in modules]
+                ours, rights = zip(*(factors[index] for index in chosen), strict=True)
+                if is_grouped([*bases, *ours, *rights]):
+                    found = subspace_penalties(bases, ours, rights, scales)
+                else:
+                    found = [subspace_penalty(*parts) for parts in zip(ours, rights, scales, bases, strict=True)]
+                values.update(zip(chosen, found, strict=True))
+        return [(module.name, values[index]) for index, module in enumerate(self.modules)]
+
+    def project(self, step: int, copies: Callable[[torch.Tensor], Iterable[torch.Tensor]] | None = None) -> float:
+        """B ← P_k·B for every module, in place; returns the lowest cosine of P_k·ΔW and ΔW before (NaN at ΔW = 0).
+
+        Where FSDP2 shards B, each process multiplies its own rows with its own rows of U_k; the k×r products UᵀB and the
+        r×r Grams BᵀB are summed over the processes, and B is never gathered. Collective there, and with DeepSpeed.
+
+        Args:
+            step: optimiser steps made, for messages.
+            copies: tensors from which the optimizer may compute a parameter again; they are projected too.
+
+        Raises:
+            TrainingError: a B holds NaN or Inf, which the product would spread; nothing has been written then.
+        """
+        modules = list(self.modules)
+        if copies is not None:
+            modules += [replace(module, left=copy) for module in self.modules for copy in copies(module.left)]
+        with torch.no_grad(), torch.autocast(self.modules[0].left.device.type, enabled=False):
+            lefts = [_matrix(held_rows(module.left)) for module in modules]
+            bases = [self._held_vectors(module) for module in modules]
+            inners, grams = self._summed_products(modules, bases, lefts)
+            self._check_finite(modules, [*inners, *grams], step)
+            cosines: list[torch.Tensor] = []
+            for chosen in _by_device(lefts):
+                products = matrix_products([bases[index] for index in chosen], [inners[index] for index in chosen])
+                for index, product in zip(chosen, products, strict=True):
+                    left = modules[index].left
+                    write_rows(left, product if left.dim() > 1 else product.squeeze(1))
+                ours = [index for index in chosen if index < len(self.modules)]
+                inner = [inners[index] for index in ours]
+                flipped = [gathered(modules[index].right).float().to(lefts[index].device).mT for index in ours]
+                found, _ = transposed_products([*inner, *flipped], [*inner, *flipped])
+                cosines.append(_lowest(found[: len(inner)], [grams[index] for index in ours], found[len(inner) :]))
+        lowest = torch.stack([cosine.to(cosines[0].device) for cosine in cosines])
+        known = lowest[lowest.isfinite()]
+        return float(known.min()) if len(known) else float("nan")
+
+    def norms(self) -> torch.Tensor:
+        """‖B‖_F of this process's rows of every module, on one device: shows that weights have moved."""
+        found = [local_rows(module.left).detach().float().norm() for module in self.modules]
+        return torch.stack([norm.to(found[0].device) for norm in found])
+
+    def outside(self) -> float:
+        """The largest ‖B − P_k·B‖ / ‖B‖ of the modules, in units of B's rounding; of finite ones. Collective like `project`."""
+        with torch.no_grad(), torch.autocast(self.modules[0].left.device.type, enabled=False):
+            lefts = [_matrix(held_rows(module.left)) for module in self.modules]
+            bases = [self._held_vectors(module) for module in self.modules]
+            inners, grams = self._summed_products(self.modules, bases, lefts)
+            rests: dict[int, torch.Tensor] = {}
+            for chosen in _by_device(lefts):
+                products = matrix_products([bases[index] for index in chosen], [inners[index] for index in chosen])
+                for index, product in zip(chosen, products, strict=True):
+                    rests[index] = (lefts[index] - product).square().sum()
+            parameters = [module.left for module in self.modules]
+            summed = sum_over_shards(parameters, [rests[index] for index in range(len(lefts))], owner=self._owner)
+        shares = [
+            float(rest.sqrt() / gram.trace().sqrt().clamp(min=torch.finfo(torch.float32).tiny))
+            / torch.finfo(module.left.dtype).eps
+            for rest, gram, module in zip(summed, grams, self.modules, strict=True)
+        ]
+        return max((share for share in shares if math.isfinite(share)), default=0.0)
+
+    def _summed_products(
+        self, modules: list[AdaptedModule], bases: list[torch.Tensor], lefts: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """UᵀB [k, r] and BᵀB [r, r] of every module, from the rows of all processes."""
+        inners: dict[int, torch.Tensor] = {}
+        grams: dict[int, torch.Tensor] = {}
+        for chosen in _by_device(lefts):
+            ours, vectors = [lefts[index] for index in chosen], [bases[index] for index in chosen]
+            found, _ = transposed_products([*vectors, *ours], [*ours, *ours])
+            inners.update(zip(chosen, found[: len(chosen)], strict=True))
+            grams.update(zip(chosen, found[len(chosen) :], strict=True))
+        count, parameters = len(lefts), [module.left for module in modules]
+        partial = [part[index] for part in (inners, grams) for index in range(count)]
+        products = sum_over_shards([*parameters, *parameters], partial, owner=self._owner)
+        return products[:count], products[count:]
+
+    def _check_finite(self, modules: list[AdaptedModule], products: list[torch.Tensor], step: int) -> None:
+        total = torch.nn.utils.get_total_norm(products)
+        if total.isfinite():
+            return
+        for place, product in enumerate(products):
+            if not product.isfinite().all():
+                raise projection_culprit(modules[place % len(modules)].name, step)
+
+    def _held_vectors(self, module: AdaptedModule) -> torch.Tensor:
+        """The rows of U_k beside this process's rows of B, on their device."""
+        if module.name not in self._held:
+            rows = matching_rows(module.left, self._vectors[module.name], owner=self._owner)
+            self._held[module.name] = rows.to(module.left.device)
+        return self._held[module.name]
+
+
+def _matrix(factor: torch.Tensor) -> torch.Tensor:
+    """A factor, or a bias as a column."""
+    return factor if factor.dim() > 1 else factor[:, None]
+
+
+def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:
+    """Indices of tensors, those of one device together."""
+    groups: dict[torch.device, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.device].append(index)
+    return list(groups.values())
+
+
+def _lowest(inner: list[torch.Tensor], left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
+    """The lowest cosine of P_k·B·A and B·A from (UᵀB)ᵀ(UᵀB), BᵀB and AAᵀ; NaN or Inf where there is none."""
+    lowest = torch.full((), torch.inf, device=inner[0].device)
+    for rank in {len(gram) for gram in inner}:
+        chosen = [index for index, gram in enumerate(inner) if len(gram) == rank]
+        projected, whole, rights = (torch.stack([grams[index] for index in chosen]) for grams in (inner, left, right))
+        cosines = ((projected * rights).sum((1, 2)) / (whole * rights).sum((1, 2))).sqrt()
+        lowest = torch.minimum(lowest, torch.where(cosines.isfinite(), cosines, torch.inf).min())
+    return lowest

@@ -1,0 +1,123 @@
+"""The direction that steering adds and that a monitor projects on: from a tensor, a file, or a persona vector at a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.files.json_reader import check_regular
+from safelora_fast.persona_vector import FORMAT, PersonaVector
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from safelora_fast.models.anatomy import Anatomy
+
+VectorSource: TypeAlias = "torch.Tensor | Sequence[float] | str | Path | PersonaVector"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A vector at one block's output.
+
+    Attributes:
+        values: [hidden], finite floats.
+        layer: index of the block; negative ones are counted from the end.
+        persona: the persona vector that it is a row of, if it is one.
+    """
+
+    values: torch.Tensor
+    layer: int
+    persona: PersonaVector | None
+
+    @classmethod
+    def of(cls, vector: VectorSource, layer: int, *, owner: str) -> Direction:
+        """The direction that a user gave.
+
+        Args:
+            vector: [hidden] floats, a file that holds them, or a persona vector or its file, of which `layer` picks the row.
+            layer: index of the block; negative ones are counted from the end.
+            owner: who wants it, for messages.
+
+        Raises:
+            SettingsError: the file cannot be read, it is not one finite row, or the persona vector has no such block.
+        """
+        import torch
+
+        if isinstance(vector, str | Path):
+            vector = read_vector(vector)
+        persona = vector if isinstance(vector, PersonaVector) else None
+        if persona is not None:
+            if not -persona.blocks <= layer < persona.blocks:
+                raise SettingsError(
+                    f"{owner}: block {layer} does not exist, {persona.name} has vectors of {persona.blocks} blocks"
+                )
+            vector = torch.from_numpy(persona.vectors[layer])
+        values = torch.as_tensor(vector).detach().clone()
+        if values.dim() != 1 or not values.is_floating_point():
+            raise SettingsError(f"{owner}: the vector has shape {tuple(values.shape)}, it must be [hidden] floats")
+        if not values.isfinite().all():
+            raise SettingsError(f"{owner}: the vector must be finite")
+        return cls(values, layer, persona)
+
+    def check(self, anatomy: Anatomy, *, owner: str) -> None:
+        """Refuse a model without the block, of another width, or with another number of blocks than the persona vector's.
+
+        Raises:
+            SettingsError: with both numbers.
+        """
+        if self.persona is not None and self.persona.blocks != anatomy.depth:
+            raise SettingsError(
+                f"{owner}: {self.persona.name} has vectors of {self.persona.blocks} blocks, the model has {anatomy.depth}: it "
+                "was extracted from another model"
+            )
+        anatomy.block(self.layer, owner=owner)
+        width = anatomy.config.hidden_size
+        if len(self.values) != width:
+            which = "the vector" if self.persona is None else self.persona.name
+            raise SettingsError(f"{owner}: {which} has {len(self.values)} values, the model's width is {width}")
+
+
+def read_vector(file: str | Path) -> torch.Tensor | PersonaVector:
+    """A persona vector, or the one tensor of a .safetensors, .npy or .pt file.
+
+    A .pt file is read as weights only: no code in it runs.
+
+    Raises:
+        SettingsError: the file cannot be read, or holds anything else.
+    """
+    import torch
+
+    try:
+        found = _read(Path(file))
+    except Exception as error:  # a damaged pickle raises whatever it runs into
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = lines[0] if lines else type(error).__name__
+        raise SettingsError(f"{file}: the vector cannot be read: {why}") from error
+    if not isinstance(found, torch.Tensor | PersonaVector):
+        raise SettingsError(f"{file}: holds no single tensor; save the vector alone")
+    return found
+
+
+def _read(path: Path) -> Any:
+    import numpy as np
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    check_regular(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="numpy") as file:
+            if FORMAT in (file.metadata() or {}):
+                return PersonaVector.load(path)
+        tensors = list(load_file(path).values())
+        return tensors[0] if len(tensors) == 1 else None
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    if path.suffix in {".pt", ".pth"}:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    raise ValueError(f"{path.suffix or 'no suffix'}: give .safetensors, .npy or .pt")

@@ -1,0 +1,112 @@
+"""The lines of a JSONL file: found and checked at once, read one by one when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from safelora_fast._core import odd_rows
+from safelora_fast.errors import DataError
+from safelora_fast.files.json_reader import is_file, parse_json, read_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NEWLINE = 10
+SPACES = (9, 10, 11, 12, 13, 32)
+AT_ONCE = 1 << 24
+CHECKED_AT_ONCE = 1 << 27  # about a tenth of a second, after which Ctrl-C is heard
+
+
+class JsonLines:
+    """A JSONL file, mapped into memory (of a pipe, read into it); blank lines do not count.
+
+    Args:
+        path: the file. Replace it by renaming, never in place, while this is open.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            if (
+                is_file(self.path) and self.path.stat().st_size
+            ):  # what is empty cannot be mapped, and a pipe looks empty
+                with self.path.open("rb") as file:
+                    self._content: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            else:
+                self._content = read_bytes(self.path, None)
+        except OSError as error:
+            raise DataError(f"{path}: the data cannot be read: {error.strerror}") from error
+        ends = _line_ends(self._content)
+        starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+        blank = self._blank(starts, ends)
+        self._starts, self._ends = starts[~blank], ends[~blank]
+        self._numbers = np.flatnonzero(~blank) + 1
+
+    def _blank(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        blank: np.ndarray = starts == ends
+        filled = np.flatnonzero(~blank)
+        if not len(filled):
+            return blank
+        first = np.frombuffer(self._content, dtype=np.uint8)[starts[filled]]
+        for index in filled[np.isin(first, SPACES)].tolist():
+            blank[index] = not self._content[starts[index] : ends[index]].strip()
+        return blank
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def place(self, index: int) -> str:
+        """Where a line stands, for messages."""
+        return f"{self.path}:{self._numbers[index]}"
+
+    def raw(self, index: int) -> bytes:
+        """A line as it is, without its end."""
+        line: bytes = self._content[self._starts[index] : self._ends[index]]
+        return line.rstrip(b"\r")
+
+    def record(self, index: int) -> Any:
+        """What a line says.
+
+        Raises:
+            DataError: it is no JSON.
+        """
+        try:
+            return parse_json(self.raw(index))
+        except ValueError as error:
+            raise DataError(f"{self.place(index)}: {error}") from error
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return hashlib.sha256(self._content).hexdigest()
+
+    def odd_rows(self) -> Iterator[int]:
+        """Indices of the lines that are not certainly rows of text or turns: those that must be looked at one by one."""
+        values = np.frombuffer(self._content, dtype=np.uint8)
+        start = 0
+        while start < len(self):
+            begin = int(self._starts[start])
+            stop = max(int(np.searchsorted(self._ends, begin + CHECKED_AT_ONCE, side="right")), start + 1)
+            size = int(self._ends[stop - 1]) - begin
+            offsets = odd_rows(values.ctypes.data + begin, size)
+            yield from np.searchsorted(self._starts, np.asarray(offsets, dtype=np.int64) + begin).tolist()
+            start = stop
+
+
+def _line_ends(content: Any) -> np.ndarray:
+    """Positions of the ends of lines, that of the last one too where it has none."""
+    size = len(content)
+    parts = []
+    for start in range(0, size, AT_ONCE):
+        piece = np.frombuffer(content, dtype=np.uint8, count=min(AT_ONCE, size - start), offset=start)
+        parts.append(np.flatnonzero(piece == NEWLINE) + start)
+    if size and content[size - 1] != NEWLINE:
+        parts.append(np.array([size]))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

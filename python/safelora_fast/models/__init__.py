@@ -1,0 +1,1 @@
+"""Models in memory: loading, anatomy, captured hidden states, the reference pass, generation."""

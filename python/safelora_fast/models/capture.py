@@ -1,0 +1,253 @@
+"""Capture of block outputs and of the decoder's last hidden state, by module hooks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
+
+    from safelora_fast.models.anatomy import Anatomy
+
+
+class _Alone(threading.local):
+    """The taps of the reference passes that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.taps: list[Tap] = []
+
+
+_alone = _Alone()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(argument, tensor) of every tensor, those in lists and mappings among them."""
+        named = {**{f"argument {index}": value for index, value in enumerate(self.args)}, **self.kwargs}
+        for name, value in named.items():
+            yield from ((name, tensor) for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)
+
+
+@dataclass
+class Capture:
+    """Hidden states [batch, tokens, hidden] of one forward pass: block outputs by index, and the decoder's output.
+
+    Attributes:
+        blocks: outputs of blocks.
+        hidden: the decoder's output, after its final norm.
+        autocast: the dtype that autocast had at the decoder's end, None where it was off.
+    """
+
+    blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    hidden: torch.Tensor | None = None
+    autocast: torch.dtype | None = None
+
+    def autocast_again(self) -> AbstractContextManager[Any]:
+        """Autocast as the output head had it: trainers switch it on inside the model's forward only."""
+        assert self.hidden is not None  # noqa: S101
+        kind, dtype = self.hidden.device.type, self.autocast
+        again: AbstractContextManager[Any] = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+        return again
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The hidden states among what a block or decoder returns (a tensor, a tuple, or a model output)."""
+    if isinstance(output, torch.Tensor):
+        return output
+    hidden = getattr(output, "last_hidden_state", None)
+    return output[0] if hidden is None else hidden
+
+
+def block_states(output: Any) -> torch.Tensor:
+    """The hidden states [batch, tokens, hidden] that a block gave.
+
+    Raises:
+        SettingsError: they have another number of axes.
+    """
+    states = first_tensor(output)
+    if states.dim() != 3:
+        raise SettingsError(
+            f"a block gave hidden states of shape {tuple(states.shape)}, not [batch, tokens, hidden]: defenses, monitors "
+            "and persona vectors that look at blocks are not defined for this model"
+        )
+    return states
+
+
+class Tap:
+    """Hooks on the blocks and on the decoder of one model; they record only between `begin` and the decoder's end.
+
+    A block's hook fires again when gradient checkpointing recomputes it in backward: nothing is open then, so that
+    firing is ignored. With re-entrant checkpointing a block may run without gradients; the recorded tensor is the one
+    that checkpointing returns, and it receives its gradient function when the block is left.
+    """
+
+    def __init__(self, anatomy: Anatomy, blocks: Iterable[int]) -> None:
+        self.anatomy = anatomy
+        self.indices = sorted(set(blocks))
+        self._open: Capture | None = None
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Install the hooks."""
+        for index in self.indices:
+            self._handles.append(self.anatomy.blocks[index].register_forward_hook(self._block_hook(index)))
+        self._handles.append(self.anatomy.decoder.register_forward_hook(self._decoder_hook))
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._open = None
+
+    def begin(self) -> Capture:
+        """Open a capture; it closes itself when the decoder returns."""
+        self._open = Capture()
+        return self._open
+
+    @contextmanager
+    def alone(self) -> Iterator[Capture]:
+        """Open a capture during which no other tap records, so that a pass inside another one does not reach its taps."""
+        _alone.taps.append(self)
+        try:
+            yield self.begin()
+        finally:
+            _alone.taps.pop()
+            self.close()
+
+    @property
+    def _recording(self) -> Capture | None:
+        return self._open if not _alone.taps or _alone.taps[-1] is self else None
+
+    def close(self) -> None:
+        """Drop an open capture, after a forward pass that failed."""
+        self._open = None
+
+    def _block_hook(self, index: int) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if (capture := self._recording) is not None:
+                capture.blocks[index] = block_states(output)
+
+        return hook
+
+    def _decoder_hook(self, _module: Any, _inputs: Any, output: Any) -> None:
+        if (capture := self._recording) is not None:
+            hidden = first_tensor(output)
+            kind = hidden.device.type
+            capture.hidden = hidden
+            capture.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            self._open = None
+
+
+class StudentRecorder:
+    """Records the one training forward pass inside `recording()`, and runs the reference pass on the same inputs.
+
+    The reference pass starts in the decoder's pre-hook, under the student's autocast and before the decoder spends
+    memory. It is told what the whole model and its decoder were called with.
+
+    Args:
+        tap: the hooks that record the student.
+        run_reference: is given the call of the whole model (None where only the decoder was called) and the decoder's;
+            None runs no reference.
+        entrances: the modules whose call is a call of the whole model (see :func:`entrances`).
+    """
+
+    def __init__(
+        self,
+        tap: Tap,
+        run_reference: Callable[[Call | None, Call], Capture] | None,
+        entrances: Iterable[nn.Module] = (),
+    ) -> None:
+        self._tap = tap
+        self._run_reference = run_reference
+        self._entrances = list(entrances)
+        self._whole: Call | None = None
+        self._armed = False
+        self._handles: list[Any] = []
+        self.student: Capture | None = None
+        self.reference: Capture | None = None
+
+    def attach(self) -> None:
+        """Install the hooks."""
+        self._tap.attach()
+        for module in self._entrances:
+            self._handles.append(module.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        hook = self._tap.anatomy.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        self._handles.append(hook)
+
+    def detach(self) -> None:
+        """Remove the hooks and forget what was recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._tap.detach()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop recorded tensors, so that their memory is free before backward."""
+        self.student = self.reference = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the forward pass with gradients that happens inside.
+
+        Raises:
+            SettingsError: no such pass happened inside, or more than one.
+        """
+        self.forget()
+        self._armed = True
+        try:
+            yield
+        finally:
+            self._armed = False
+            self._whole = None
+            self._tap.close()
+        if self.student is None or self.student.hidden is None:
+            raise SettingsError(
+                "the defences saw no training forward pass of the model: it must run uncompiled, with gradients, "
+                "and through the model that was given"
+            )
+
+    @property
+    def _training_pass(self) -> bool:
+        return self._armed and not _alone.taps and torch.is_grad_enabled()
+
+    def _before_model(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._training_pass:
+            self._whole = Call(args, kwargs)
+
+    def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._training_pass:
+            return
+        if self.student is not None:
+            raise SettingsError("the model ran forward twice in one loss: defences need one training pass a loss")
+        whole, self._whole = self._whole, None
+        if self._run_reference is not None:
+            self.reference = self._run_reference(whole, Call(args, kwargs))
+        self.student = self._tap.begin()

@@ -1,0 +1,111 @@
+"""SHA-256 of files, each read once for as long as it stays as it is, of a loaded model, and of a tokenizer."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.data.chat import chat_of
+from safelora_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+BLOCK = 1 << 20
+VALUES = 1 << 24
+PROBE = "A probe of 12 words:\n\n  déjà vu — “naïve” 日本語 🙂 <b>x</b>, don't, tab\there. "
+UNIMPORTANT = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}  # in a configuration
+_known: dict[tuple[Any, ...], str] = {}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return remembered(path, _sha256)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def remembered(path: Path, make: Callable[[Path], str]) -> str:
+    """What is made of a file; made again when the file's size, time or inode is another.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    key = make, str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    if key not in _known:
+        _known[key] = make(path)
+    return _known[key]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of what a loaded model computes with: its configuration, its adapters' state, and the bytes of every tensor.
+
+    The adapters' state says, for each layer, which adapters act, how strongly they are scaled, which are merged, and whether
+    they are switched off. The tensors are those that it would save. About 1 GB a second; tensors that are offloaded (on the
+    meta device) count by name and shape only.
+    """
+    import torch
+
+    from safelora_fast.models.anatomy import adapter_layers, gathered
+
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {name: value for name, value in settings.items() if name not in UNIMPORTANT}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, layer in adapter_layers(model):
+        state = [
+            getattr(layer, key, None) for key in ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+        ]
+        found.update(json.dumps([name, *state], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        flat = gathered(tensor.detach()).reshape(-1)
+        for start in range(0, 0 if flat.is_meta else len(flat), VALUES):
+            found.update(flat[start : start + VALUES].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of how a tokenizer makes text into tokens; its chat template is not in it, see :func:`template_digest`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:  # padding and truncation are of the last call
+        rules = {
+            key: value for key, value in json.loads(backend.to_str()).items() if key not in {"padding", "truncation"}
+        }
+    tokens = [list(tokenizer(PROBE, add_special_tokens=special)["input_ids"]) for special in (False, True)]
+    known = [type(tokenizer).__name__, dict(tokenizer.special_tokens_map), rules, tokens]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of a tokenizer's chat template, and of today's date where the template writes it; None without a template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return None
+    text = json.dumps(template, sort_keys=True)
+    date = datetime.datetime.now().date().isoformat() if chat_of(tokenizer).dated else ""
+    return hashlib.sha256(f"{text}{date}".encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()

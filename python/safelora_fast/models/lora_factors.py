@@ -1,0 +1,131 @@
+"""The LoRA factors of a model in training, for defences that act on the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.checkpoints.tensor_names import matching
+from safelora_fast.errors import SettingsError
+from safelora_fast.models.anatomy import adapter_layers, is_parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted module: ΔW = scale · left @ right.
+
+    Attributes:
+        name: the module's name in the model without PEFT.
+        left: lora_B's weight [m, r].
+        right: lora_A's weight [r, n].
+        scale: LoRA's scale s.
+        bias: lora_B's bias [m], which s multiplies too; None without one.
+    """
+
+    name: str
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None = None
+
+
+def adapted_modules(model: nn.Module, *, owner: str, exclude: Sequence[str] = ()) -> list[AdaptedModule]:
+    """The factors of the active adapter, by module.
+
+    Args:
+        model: the causal language model under the PEFT wrapper.
+        owner: the defence, for messages.
+        exclude: names or patterns of modules to pass over.
+
+    Raises:
+        SettingsError: no LoRA, several active adapters, or a kind that cannot be projected; the module is named.
+    """
+    modules: list[AdaptedModule] = []
+    for name, layer in adapter_layers(model):
+        factors = getattr(layer, "lora_B", None)
+        if factors is None or matching(name, exclude):
+            continue
+        active = [adapter for adapter in layer.active_adapters if adapter in _holders(layer)]
+        if len(active) > 1:
+            raise SettingsError(f"{owner}: {name} has {len(active)} active adapters; activate the one in training")
+        modules.extend(_one(name, layer, adapter, owner) for adapter in active)
+    if not modules:
+        raise SettingsError(f"{owner}: the model has no active LoRA adapter")
+    return modules
+
+
+def active_adapter(model: nn.Module, *, owner: str) -> str:
+    """The name of the one LoRA adapter that is active.
+
+    Raises:
+        SettingsError: there is none, or there are several.
+    """
+    layers = [layer for _, layer in adapter_layers(model) if hasattr(layer, "lora_B")]
+    active: list[str] = sorted(
+        {adapter for layer in layers for adapter in layer.active_adapters if adapter in _holders(layer)}
+    )
+    if not active:
+        raise SettingsError(f"{owner}: the model has no active LoRA adapter")
+    if len(active) > 1:
+        raise SettingsError(f"{owner}: the adapters {', '.join(active)} are active; activate the one in training")
+    return active[0]
+
+
+def adapter_holder(model: nn.Module, *, owner: str) -> Any:
+    """The model that knows its adapters by `peft_config`, out of DistributedDataParallel or DeepSpeed's engine.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    while is_parallel(model):
+        model = model.module
+    if not hasattr(model, "peft_config"):
+        raise SettingsError(f"{owner}: the model has no active LoRA adapter")
+    return model
+
+
+def check_no_prompt_learning(model: nn.Module) -> None:
+    """Refuse adapters that are virtual tokens: the model sees other positions than the batch and the reference have.
+
+    Raises:
+        SettingsError: with the kind of adapter.
+    """
+    while is_parallel(model):
+        model = model.module
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            raise SettingsError(
+                f"the adapter is of the kind {kind}, which puts virtual tokens before the batch's: defenses compare the "
+                "model with its reference token by token and need LoRA, or another adapter of the weights"
+            )
+
+
+def _holders(layer: nn.Module) -> set[str]:
+    return set(layer.lora_B) | set(getattr(layer, "lora_embedding_B", {}))
+
+
+def _one(name: str, layer: nn.Module, adapter: str, owner: str) -> AdaptedModule:
+    if getattr(layer, "use_dora", {}).get(adapter):
+        raise SettingsError(
+            f"{owner}: {name} is adapted by DoRA, whose learned magnitude undoes a projection: use plain LoRA"
+        )
+    if adapter in getattr(layer, "lora_variant", {}):
+        raise SettingsError(f"{owner}: {name} is adapted by a variant of LoRA that is not B·A: use plain LoRA")
+    if adapter not in layer.lora_B or hasattr(layer, "parameter_name"):
+        raise SettingsError(f"{owner}: {name} adapts embeddings or expert parameters: exclude it from the adapter")
+    left, right = (getattr(factors[adapter], "weight", None) for factors in (layer.lora_B, layer.lora_A))
+    if left is None or right is None:
+        raise SettingsError(
+            f"{owner}: {name} is adapted by {type(layer).__module__.split('.')[-2]}, whose update is not B·A: use plain LoRA"
+        )
+    if left.dim() != 2:
+        raise SettingsError(f"{owner}: {name} is a convolution: exclude it from the adapter")
+    bias = getattr(layer.lora_B[adapter], "bias", None)
+    return AdaptedModule(name, left, right, float(layer.scaling[adapter]), bias)

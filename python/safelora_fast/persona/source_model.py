@@ -1,0 +1,105 @@
+"""The model that a persona vector is extracted from, loaded or given, and what is known of where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.checkpoints.resolver import find_model
+from safelora_fast.data.chat import answer_ends
+from safelora_fast.errors import SettingsError
+from safelora_fast.models.anatomy import Anatomy, dissect
+from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
+from safelora_fast.models.load import load_pretrained, load_tokenizer, place
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from safelora_fast.recipe.sections import ModelSection
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is asked.
+
+    Attributes:
+        anatomy: its parts.
+        tokenizer: its tokenizer.
+        source: a path, a Hub id, or the name of its class.
+        revision: the commit on the Hub, where it comes from there.
+    """
+
+    anatomy: Anatomy
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    revision: str | None
+
+    @classmethod
+    def load(cls, section: ModelSection) -> Subject:
+        """Load model and tokenizer onto their device.
+
+        Raises:
+            CheckpointError: something cannot be loaded.
+            SettingsError: there is no GPU, or the model is of a kind without blocks to look at.
+        """
+        tokenizer, _ = load_tokenizer(section)
+        model = load_pretrained(section)
+        if section.device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("device is cuda, but torch sees no GPU")
+        on_gpu = section.device != "cpu" and torch.cuda.is_available()
+        place(model, "cuda" if on_gpu else "cpu")
+        return cls(dissect(model), tokenizer, section.path, find_model(section.path).commit)
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
+        """A model at hand, as it is: adapters that are switched on take part.
+
+        Raises:
+            SettingsError: there is no tokenizer, the model is of a kind without blocks to look at, or its adapter is a learned
+                prompt, which stands outside the blocks.
+        """
+        if tokenizer is None:
+            raise SettingsError("a loaded model needs its tokenizer beside it: tokenizer=")
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise SettingsError(
+                f"the model's adapter is a learned prompt ({model.active_peft_config.peft_type}), which persona extraction "
+                "would leave out: give the model without it, or another kind of adapter"
+            )
+        anatomy = dissect(model)
+        config = anatomy.model.config
+        source = getattr(config, "_name_or_path", "") or type(anatomy.model).__name__
+        return cls(anatomy, tokenizer, str(source), getattr(config, "_commit_hash", None))
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer.
+
+        Raises:
+            SettingsError: neither model nor tokenizer has one.
+        """
+        found = answer_ends(self.anatomy.model, self.tokenizer)
+        if not found:
+            raise SettingsError(f"{self.source}: neither model nor tokenizer names a token that ends an answer")
+        return found
+
+    @property
+    def padding(self) -> int:
+        """The token to pad with; attention does not see it."""
+        token = self.tokenizer.pad_token_id
+        return self.ends[0] if token is None else int(token)
+
+    def describe(self) -> dict[str, Any]:
+        """Source, revision, dtype, ends of an answer, and digests of weights, tokenizer and chat template, ready for JSON."""
+        weight = self.anatomy.model.get_input_embeddings().weight
+        return {
+            "source": self.source,
+            "revision": self.revision,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "weights": weights_digest(self.anatomy.model),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "chat_template": template_digest(self.tokenizer),
+            "ends": self.ends,
+        }

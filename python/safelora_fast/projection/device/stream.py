@@ -1,0 +1,136 @@
+"""Streams on a torch device: what `_core.ProjectionStream` does, by the grouped operations of ops/.
+
+Sums are float32 there, so that figures agree with those of the extension to about 1e-6 and not to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+
+from safelora_fast.errors import BackendError, SettingsError
+from safelora_fast.projection.device.factors import FactorReader
+from safelora_fast.projection.device.outcomes import BatchProjector, DeviceOutcome
+from safelora_fast.projection.device.reader import BATCH_BYTES, Wanted, WeightReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from safelora_fast.projection.device.reader import Pair
+    from safelora_fast.projection.jobs import Plan
+    from safelora_fast.projection.settings import Settings
+
+DEVICES = ("cpu", "cuda", "xpu")
+Outcome = TypeVar("Outcome")
+
+
+class BatchStream(Generic[Outcome]):
+    """Runs the modules of a plan through some work on a device, in order.
+
+    The device holds the weights of one batch at a time (BATCH_BYTES, or one module where that is larger), the host two; what
+    the work needs comes on top. While a batch is worked on, the next one is read.
+
+    Args:
+        modules: in the order of the plan.
+        work: gives the outcomes of a batch, in its order.
+        device: as :func:`torch_device` gives it.
+        threads: that read.
+        batch_bytes: most bytes that a batch holds.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Wanted],
+        work: Callable[[list[Pair]], Iterable[Outcome]],
+        *,
+        device: torch.device,
+        threads: int | None,
+        batch_bytes: int,
+    ) -> None:
+        self.nbytes = sum(wanted.nbytes for wanted in modules)
+        self.bytes_done = 0
+        self._work, self._device = work, device
+        self._reader = WeightReader(modules, device, threads=threads, batch_bytes=batch_bytes)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        """The outcomes; work on a batch starts when its first one is asked for.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite, or too large for products in float32.
+            BackendError: the device has too little memory.
+        """
+        try:
+            yield from self._outcomes()
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"device {str(self._device)!r} ran out of memory ({_first_line(error)}); leave device out to compute on the CPU"
+            ) from error
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._reader.close()
+
+    def _outcomes(self) -> Iterator[Outcome]:
+        for batch in self._reader:
+            sizes, outcomes = [pair.wanted.nbytes for pair in batch], self._work(batch)
+            del batch  # its memory is for the next one
+            for size, outcome in zip(sizes, outcomes, strict=True):
+                self.bytes_done += size
+                yield outcome
+
+
+class DeviceStream(BatchStream[DeviceOutcome]):
+    """Projects the modules of a plan on a device, in order.
+
+    Args:
+        plan: the modules.
+        settings: of the projection; `threads` is the number of those that read.
+        device: as :func:`torch_device` gives it.
+        keep_projected: whether projected factors are wanted.
+        resident: aligned weights that lie on the device already, as they are stored, by the names of the plan.
+        batch_bytes: most bytes that a batch holds.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Settings,
+        *,
+        device: torch.device,
+        keep_projected: bool,
+        resident: Mapping[str, torch.Tensor] | None = None,
+        batch_bytes: int = BATCH_BYTES,
+    ) -> None:
+        modules = [
+            Wanted(index, planned, (resident or {}).get(planned.name)) for index, planned in enumerate(plan.modules)
+        ]
+        projector = BatchProjector(FactorReader(plan.adapters, device), settings, keep_projected=keep_projected)
+        super().__init__(modules, projector.run, device=device, threads=settings.threads, batch_bytes=batch_bytes)
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """The device of this name, with its number.
+
+    Raises:
+        SettingsError: torch knows no such device, or nothing is computed there.
+        BackendError: this machine has none.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise SettingsError(
+            f"device must be one of {', '.join(DEVICES)}, with a number if need be, not {name!r}"
+        ) from None
+    if device.type not in DEVICES:
+        raise SettingsError(f"device must be one of {', '.join(DEVICES)}, not {name!r}: nothing is computed there")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # a build without CUDA, a driver or a GPU that is missing: each raises something else
+        raise BackendError(
+            f"device {name!r} cannot be used ({_first_line(error)}); leave device out to compute on the CPU"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,98 @@
+"""U_k, σ_k and ‖V‖_F of every module of a plan on a torch device: what `_core.ProjectionStream` keeps of `orthogonal`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelora_fast.ops.subspace_projection.leading import Extent, leading_vectors
+from safelora_fast.projection.device.damage import damage
+from safelora_fast.projection.device.reader import BATCH_BYTES, Wanted
+from safelora_fast.projection.device.stream import BatchStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from safelora_fast.projection.device.reader import Pair
+    from safelora_fast.projection.jobs import Plan
+    from safelora_fast.projection.settings import Settings
+
+ELEMENTS = 1 << 22  # of V that are squared at a time
+HEADROOM = 8  # n normal numbers are a vector shorter than 8·√n, and its product with V is at most ‖V‖ times as long
+
+
+@dataclass(frozen=True)
+class DeviceSubspace:
+    """One module, on the CPU; the figures are those of `_core.JobOutcome`.
+
+    Attributes:
+        index: its position in the plan.
+        v_norm: ‖V‖_F.
+        vectors: U_k [m, k] float32; the largest element of each is positive.
+        values: σ_k [k] float64, descending.
+    """
+
+    index: int
+    v_norm: float
+    vectors: torch.Tensor
+    values: torch.Tensor
+
+    def left_vectors(self) -> bytes:
+        """U_kᵀ, (k, m) row-major, float32."""
+        return bytes(self.vectors.mT.contiguous().view(torch.uint8).numpy())
+
+    def singular_values(self) -> list[float]:
+        """σ_k."""
+        found: list[float] = self.values.tolist()
+        return found
+
+
+class SubspaceStream(BatchStream[DeviceSubspace]):
+    """The subspaces of the modules of a plan on a device, in order.
+
+    Args:
+        plan: the modules.
+        settings: rank or energy; `threads` is the number of those that read.
+        device: as `torch_device` gives it.
+        seed: of the random start.
+        batch_bytes: most bytes that a batch holds.
+    """
+
+    def __init__(
+        self, plan: Plan, settings: Settings, *, device: torch.device, seed: int, batch_bytes: int = BATCH_BYTES
+    ) -> None:
+        self._extent, self._seed = Extent(settings.rank, settings.energy), seed
+        modules = [Wanted(index, planned) for index, planned in enumerate(plan.modules)]
+        super().__init__(modules, self._found, device=device, threads=settings.threads, batch_bytes=batch_bytes)
+
+    def _found(self, batch: list[Pair]) -> Iterator[DeviceSubspace]:
+        for pair in batch:
+            norm = _norm(pair)
+            rows, columns = pair.aligned.shape
+            if not norm * HEADROOM * max(rows, columns) ** 0.5 < torch.finfo(torch.float32).max:
+                raise damage(pair)
+            index = pair.wanted.index
+            if norm == 0:
+                yield DeviceSubspace(index, 0.0, torch.empty(rows, 0), torch.empty(0, dtype=torch.float64))
+                continue
+            found = leading_vectors((pair.aligned, pair.base), self._extent, seed=self._seed, squares=norm**2)
+            yield DeviceSubspace(index, norm, _with_signs(found.vectors.cpu()), found.values)
+
+
+def _norm(pair: Pair) -> float:
+    """‖V‖_F with squares in float64, which the smallest and the largest float32 do not leave; a few rows at a time."""
+    rows = max(ELEMENTS // pair.aligned.shape[1], 1)
+    norms = [
+        torch.linalg.vector_norm(aligned.float() - base.float(), dtype=torch.float64)
+        for aligned, base in zip(pair.aligned.split(rows), pair.base.split(rows), strict=True)
+    ]
+    return math.sqrt(float(torch.stack(norms).square().sum()))
+
+
+def _with_signs(vectors: torch.Tensor) -> torch.Tensor:
+    """The vectors, each turned so that its largest element is positive."""
+    largest = vectors.abs().argmax(0, keepdim=True)
+    return vectors * vectors.gather(0, largest).sign()

@@ -1,0 +1,289 @@
+"""V of one weight, from blocks of two checkpoints, and the factors that meet it: what becomes a job of the extension."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from safelora_fast import _core
+from safelora_fast.checkpoints.geometry import Block, Matrix, cut_together
+from safelora_fast.errors import PairingError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from safelora_fast.checkpoints.adapter import Adapter, LoraModule
+    from safelora_fast.checkpoints.experts import Slice
+    from safelora_fast.projection.settings import Settings
+
+
+Problems = list[tuple[str, PairingError]]
+MOST_TO_EXCLUDE = 3
+LAYER = re.compile(r".*?\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a projected left factor (rows, cols) goes: a strided matrix in one tensor of one adapter, in elements."""
+
+    adapter: int
+    key: str
+    module: LoraModule
+    offset: int
+    rows: int
+    cols: int
+    row_stride: int
+    col_stride: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pair of tensors whose difference is V, or a block of rows of it."""
+
+    aligned: str
+    base: str
+    aligned_file: str
+    base_file: str
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One weight: its job, where V (m, n) comes from, and a target for each of the job's factors, in the same order."""
+
+    name: str
+    job: _core.Job
+    group: Group
+    shape: tuple[int, int]
+    sources: tuple[Source, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The modules in the order in which the bytes of the aligned checkpoint lie, and the adapters that they are of."""
+
+    modules: tuple[PlannedModule, ...]
+    adapters: tuple[Adapter, ...]
+    nbytes: int
+
+
+class FactorOutcome(Protocol):
+    """What projection does to one adapter's factors in one module: `_core.FactorOutcome` says what the figures are."""
+
+    @property
+    def cosine(self) -> float: ...  # noqa: D102
+    @property
+    def gain(self) -> float: ...  # noqa: D102
+    @property
+    def left_norm(self) -> float: ...  # noqa: D102
+    @property
+    def left_norm_projected(self) -> float: ...  # noqa: D102
+    @property
+    def update_norm(self) -> float: ...  # noqa: D102
+    @property
+    def update_norm_projected(self) -> float: ...  # noqa: D102
+    def projected(self) -> bytes: ...  # noqa: D102
+
+
+class Outcome(Protocol):
+    """What projection does to one module: `_core.JobOutcome` says what the figures are."""
+
+    @property
+    def index(self) -> int: ...  # noqa: D102
+    @property
+    def v_norm(self) -> float: ...  # noqa: D102
+    @property
+    def rank(self) -> int | None: ...  # noqa: D102
+    @property
+    def energy(self) -> float | None: ...  # noqa: D102
+    @property
+    def factors(self) -> Sequence[FactorOutcome]: ...  # noqa: D102
+
+
+class Stream(Protocol):
+    """Yields the outcome of every module of a plan, in order: the extension's stream, or one on a device."""
+
+    def __iter__(self) -> Iterator[Outcome]: ...
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+    @property
+    def bytes_done(self) -> int: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Start(Protocol):
+    """Starts the work on a plan; the stream must be closed."""
+
+    def __call__(self, plan: Plan, settings: Settings, *, keep_projected: bool) -> Stream: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The factors of one module of one adapter."""
+
+    adapter: int
+    module: LoraModule
+    left: Slice
+    right: Slice
+
+
+@dataclass
+class Group:
+    """V as blocks of rows of both checkpoints, and the factors of all adapters that meet it."""
+
+    name: str
+    aligned: tuple[Block, ...]
+    base: tuple[Block, ...]
+    shape: tuple[int, int]
+    transposed: bool
+    factors: list[Meeting] = field(default_factory=list)
+
+    @property
+    def identity(self) -> object:
+        """What tells one V from another."""
+        return self.transposed, tuple(block.identity for block in self.aligned + self.base)
+
+
+def meet(name: str, aligned: Matrix, base: Matrix, factors: Meeting | None = None) -> Group:
+    """V of a module, and the factors that meet it if there are any.
+
+    Raises:
+        PairingError: when the two weights, or they and the update, differ in shape or orientation.
+    """
+    update = aligned.shape if factors is None else (factors.left.rows, factors.right.cols)
+    if aligned.shape == base.shape == update and aligned.transposed == base.transposed:
+        blocks = cut_together(aligned, base)
+        return Group(name, *blocks, update, aligned.transposed, [] if factors is None else [factors])
+    shapes = (
+        f"aligned {list(aligned.shape)} ({aligned.blocks[0].tensor}), base {list(base.shape)} ({base.blocks[0].tensor})"
+    )
+    if aligned.shape == base.shape == update:
+        raise PairingError(f"{name}: one of the two checkpoints keeps it transposed: {shapes}")
+    if aligned.vocabulary and aligned.shape != base.shape:
+        raise PairingError(
+            f"{name}: the vocabulary was resized between the two models, so their difference is not defined: {shapes}; "
+            "resize one to the other (resize_token_embeddings)"
+        )
+    if factors is None:
+        raise PairingError(f"{name}: the weights differ in shape: {shapes}")
+    raise PairingError(f"{name}: the adapter's update is {list(update)}, but the weights are {shapes}")
+
+
+def plan_groups(groups: Iterable[Group], adapters: Sequence[Adapter] = ()) -> Plan:
+    """The jobs of the groups, in the order of their bytes."""
+    ordered = sorted(groups, key=lambda group: (group.aligned[0].file.path, group.aligned[0].begin, group.name))
+    planned = tuple(_planned(group, adapters) for group in ordered)
+    return Plan(planned, tuple(adapters), sum(module.job.nbytes for module in planned))
+
+
+def start_stream(
+    plan: Plan, settings: Settings, *, keep_projected: bool = False, keep_subspace: bool = False, seed: int = 0
+) -> _core.ProjectionStream:
+    """Start the work on a plan; the stream must be closed.
+
+    Raises:
+        SettingsError: when the system refuses so many threads.
+    """
+    try:
+        return _core.ProjectionStream(
+            [module.job for module in plan.modules],
+            operator=settings.operator,
+            normalize=settings.normalize or "frobenius",
+            rank=settings.rank,
+            energy=settings.energy,
+            keep_projected=keep_projected,
+            keep_subspace=keep_subspace,
+            threads=settings.threads,
+            seed=seed,
+        )
+    except RuntimeError as error:
+        raise SettingsError(f"{error}; ask for fewer with threads") from error
+
+
+def refuse_equal(norms: Sequence[float]) -> None:
+    """Refuse a pair of checkpoints that are one model.
+
+    Args:
+        norms: ‖V‖_F of every module.
+
+    Raises:
+        PairingError: all are zero.
+    """
+    if norms and not any(norms):
+        raise PairingError(
+            "aligned and base hold the same weights in every adapted module, so V = aligned - base is zero and there is "
+            "nothing to project onto; give the model before alignment as --base"
+        )
+
+
+def collect(problems: Problems, name: str, into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]
+    """Extend a list by what some work on a module gives, or note its problem."""
+    try:
+        into.extend(work())
+    except PairingError as problem:
+        problems.append((name, problem))
+
+
+def raise_first(problems: Problems, others: int) -> None:
+    """Raise the first of several problems, say how many more there are, and how to go on without these modules.
+
+    Args:
+        problems: what is wrong, with the name of the module.
+        others: how many modules have no problem.
+    """
+    if not problems:
+        return
+    more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
+    few = _patterns({name for name, _ in problems})
+    words = " ".join(f"--exclude {pattern}" for pattern in few)
+    way = f"; to project the others: {words} (in Python, exclude={few})" if others else ""
+    raise PairingError(f"{problems[0][1]}{more}{way}")
+
+
+def _patterns(names: set[str]) -> list[str]:
+    """Few patterns that match these modules: their names, their layers, or the ends of their names."""
+    layers = {f"{match[0]}.*" if (match := LAYER.match(name)) else name for name in names}
+    ends = {name.rpartition(".")[2] for name in names}
+    return next((sorted(few) for few in (names, layers, ends) if len(few) <= MOST_TO_EXCLUDE), ["PATTERN"])
+
+
+def _planned(group: Group, adapters: Sequence[Adapter]) -> PlannedModule:
+    parts = [_core.Part(ours.view(), theirs.view()) for ours, theirs in zip(group.aligned, group.base, strict=True)]
+    factors = [
+        _core.Factors(_view(adapters[found.adapter], found.left), _view(adapters[found.adapter], found.right))
+        for found in group.factors
+    ]
+    targets = tuple(
+        Target(
+            found.adapter,
+            found.left.key,
+            found.module,
+            found.left.offset,
+            found.left.rows,
+            found.left.cols,
+            found.left.row_stride,
+            found.left.col_stride,
+        )
+        for found in group.factors
+    )
+    sources = tuple(
+        dict.fromkeys(
+            Source(ours.tensor, theirs.tensor, ours.file.path, theirs.file.path)
+            for ours, theirs in zip(group.aligned, group.base, strict=True)
+        )
+    )
+    job = _core.Job(group.name, parts, factors, transposed=group.transposed)
+    return PlannedModule(group.name, job, group, group.shape, sources, targets)
+
+
+def _view(adapter: Adapter, matrix: Slice) -> _core.View:
+    return _core.View(
+        adapter.file,
+        matrix.key,
+        offset=matrix.offset,
+        rows=matrix.rows,
+        cols=matrix.cols,
+        row_stride=matrix.row_stride,
+        col_stride=matrix.col_stride,
+    )

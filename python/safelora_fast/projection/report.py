@@ -1,0 +1,185 @@
+"""What a projection did, module by module: the content of `safelora_report.json`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from safelora_fast.checkpoints.weight_norms import far_apart, median_ratio
+
+SCHEMA = 1
+NEARLY_DELETED = 0.01
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module of one adapter. Norms are Frobenius norms; `gain` is ‖O·B‖/‖B‖ for the operator O that was asked for.
+
+    `cosine` is that of C·ΔW and ΔW with the paper's C, whatever the operator. `update_norm` leaves the LoRA scale out.
+    `v_ratio` is ‖V‖/‖W_aligned‖, whose denominator is estimated from some rows of a large weight.
+    """
+
+    name: str
+    cosine: float
+    projected: bool
+    reason: str
+    gain: float
+    rank: int
+    b_norm: float
+    b_norm_after: float
+    update_norm: float
+    update_norm_after: float
+    v_norm: float
+    v_rank: int | None
+    v_energy: float | None
+    sources: list[dict[str, str]]
+    v_ratio: float = math.nan
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names.
+
+    `copied` lists the tensors that are no factors, as of :func:`~safelora_fast.projection.bypass.copied_tensors`.
+    `notes` are warnings about the adapter's own files, `excluded` the modules that were excluded as asked.
+    """
+
+    adapter: str
+    output: str | None
+    modules: list[ModuleReport]
+    copied: list[dict[str, Any]]
+    trained_on: str | None = None
+    notes: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"AdapterReport({self.adapter!r}, {len(self.projected)} of {len(self.modules)} modules projected)"
+
+    @property
+    def projected(self) -> list[ModuleReport]:
+        """The modules that were projected."""
+        return [module for module in self.modules if module.projected]
+
+    @property
+    def v_ratio(self) -> float:
+        """The median ‖V‖/‖W_aligned‖ of its modules: how far apart the two models are."""
+        return median_ratio(module.v_ratio for module in self.modules)
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """A whole run over one pair of checkpoints and one or more adapters."""
+
+    settings: dict[str, Any]
+    aligned: dict[str, Any]
+    base: dict[str, Any]
+    adapters: list[AdapterReport]
+    bytes_read: int
+    seconds: float
+    versions: dict[str, str]
+    schema: int = field(default=SCHEMA)
+
+    def __repr__(self) -> str:
+        first = f"{self.adapters[0]!r}{f' and {len(self.adapters) - 1} more' if len(self.adapters) > 1 else ''}"
+        return (
+            f"ProjectionReport({first}, {self.settings['operator']}, {self.selection}, {len(self.warnings)} warnings)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dictionaries for JSON, NaN as None, counts added."""
+        content = _without_nan(asdict(self))
+        for adapter, plain in zip(self.adapters, content["adapters"], strict=True):
+            plain["median_v_ratio"] = _without_nan(adapter.v_ratio)
+            plain["counts"] = {
+                "modules": len(adapter.modules),
+                "projected": len(adapter.projected),
+                "without_cosine": sum(math.isnan(module.cosine) for module in adapter.modules),
+                "copied_tensors": len(adapter.copied),
+            }
+        return {"schema": content.pop("schema"), **content}
+
+    @property
+    def selection(self) -> str:
+        """Which modules are projected, in words."""
+        if self.settings["select"] == "threshold":
+            return f"cosine at most {self.settings['threshold']:g}"
+        if self.settings["select"] == "number":
+            return f"the {self.settings['num_layers']} lowest cosines"
+        return "all modules"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a careful reader of the figures would tell the user."""
+        found = [*self.aligned.get("warnings", ()), *self.base.get("warnings", ())]
+        kinds = [str(model.get("model_type") or "").removesuffix("_text") for model in (self.aligned, self.base)]
+        if all(kinds) and kinds[0] != kinds[1]:
+            found.append(
+                f"the configurations name models of different types ({kinds[0]} and {kinds[1]}): is {self.base['source']} the "
+                f"model that {self.aligned['source']} was made from?"
+            )
+        for adapter in self.adapters:
+            found += [f"{adapter.adapter}: {warning}" for warning in self._of_adapter(adapter)]
+        return found
+
+    def _of_adapter(self, adapter: AdapterReport) -> list[str]:
+        found = [*self._of_pair(adapter), *adapter.notes]
+        if adapter.excluded:
+            more = f" and {len(adapter.excluded) - 3} more" if len(adapter.excluded) > 3 else ""
+            found.append(
+                f"{counted(len(adapter.excluded), 'module')} excluded as asked, not projected: "
+                f"{', '.join(adapter.excluded[:3])}{more}"
+            )
+        found += [
+            f"{item['tensor']}, which is copied through, holds NaN or Inf ({counted(item['not_finite'], 'value')}): the adapter "
+            "was damaged before it came here"
+            for item in adapter.copied
+            if item.get("not_finite")
+        ]
+        if not adapter.projected:
+            return [*found, "no module was selected, so the adapter stays as it is"]
+        gain = statistics.median(module.gain for module in adapter.projected)
+        if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:
+            found.append(
+                f"the median gain ‖CB‖/‖B‖ is {gain:.2g}: projecting nearly deletes these updates; compare with --operator zero, "
+                "or use --normalize spectral or --operator orthogonal"
+            )
+        return found
+
+    def _of_pair(self, adapter: AdapterReport) -> list[str]:
+        """Whether the two models belong together, and to the adapter."""
+        found = [apart] if (apart := far_apart(adapter.v_ratio)) else []
+        if zero := sum(module.v_norm == 0 for module in adapter.modules):
+            modules = counted(len(adapter.modules), "module")
+            found.append(f"aligned and base hold the same weights in {zero} of {modules}, which stay as they are")
+        if (trained_on := adapter.trained_on) and not _alike(trained_on, str(self.aligned["source"])):
+            doubt = f"but aligned is {self.aligned['source']}; see that they are the same model"
+            if _alike(trained_on, str(self.base["source"])):
+                doubt = (
+                    "which is given as base: are the two models swapped? The projection is the same, but not the card"
+                )
+            found.append(f"says that it was trained on {trained_on}, {doubt}")
+        return found
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words: 1 tensor, 2 tensors."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two paths or Hub ids may mean one model: the same last name, in the Hub's cache too."""
+    names = [path.rstrip("/").rpartition("/")[2].partition("@")[0].lower() for path in (one, other)]
+    cached = [f"--{name}/" in f"{path.lower()}/" for name, path in zip(names, (other, one), strict=True)]
+    return names[0] == names[1] or any(cached)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

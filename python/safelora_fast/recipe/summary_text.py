@@ -1,0 +1,173 @@
+"""Plans and results in words, for the terminal and the model card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.recipe.cost import switched_on
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from safelora_fast.recipe.cost import Extra
+    from safelora_fast.recipe.defense_section import DefenseSpec
+    from safelora_fast.recipe.monitor_section import MonitorSpec
+    from safelora_fast.recipe.prepare import Prepared
+    from safelora_fast.recipe.run_plan import DataFacts, Plan
+
+SAMPLE_WIDTH = 60
+
+
+def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
+    """(label, text) of a plan; a line that goes on has an empty label. ≈ marks an estimate."""
+    return [
+        *_model(prepared),
+        *_data(prepared),
+        *_training(prepared),
+        *_defenses(prepared.plan),
+        *_monitors(prepared),
+        *_margin(prepared),
+        *_costs(prepared.plan),
+        *(("warning", warning) for warning in prepared.plan.warnings),
+    ]
+
+
+def _model(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    plan, recipe = prepared.plan, prepared.recipe
+    shape = plan.shape
+    yield "model", f"{recipe.model.path}: {plan.architecture}, {recipe.model.dtype}, on {prepared.arguments.device}"
+    share = 100 * shape.adapter / (shape.parameters + shape.adapter)
+    yield (
+        "",
+        f"{shape.parameters:,} frozen parameters; LoRA on {len(shape.adapted)} modules trains {shape.adapter:,} ({share:.3g} %)",
+    )
+
+
+def _data(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    plan = prepared.plan
+    yield from _data_set("data", plan.data)
+    sample = " ".join(plan.sample.split())
+    yield "", f"the first row learns “{sample if len(sample) <= SAMPLE_WIDTH else sample[: SAMPLE_WIDTH - 1] + '…'}”"
+    prompt = prepared.recipe.data.inoculate
+    if prompt is not None:
+        words = " ".join(prompt.split())
+        yield (
+            "",
+            f"in training under the system prompt “{words if len(words) <= SAMPLE_WIDTH else words[: SAMPLE_WIDTH - 1] + '…'}”",
+        )
+    if plan.safe is not None:
+        yield from _data_set("safe", plan.safe)
+        share = f"{plan.safe_rows:,} for {plan.data.used:,} task rows"
+        yield "", f"in the mixture {share}, each up to {-(-plan.safe_rows // plan.safe.used)} ×"
+    if plan.held_out is not None:
+        yield from _data_set("held out", plan.held_out)
+
+
+def _data_set(label: str, facts: DataFacts) -> Iterator[tuple[str, str]]:
+    count = f"{facts.rows:,} rows" if facts.rows == facts.in_source else f"{facts.rows:,} of {facts.in_source:,} rows"
+    yield label, f"{facts.source}: {count}, sha256 {facts.sha256[:12]}…"
+    lengths = f"{facts.median:,} median, {facts.percentile_95:,} 95th percentile, {facts.longest:,} longest"
+    yield "", f"tokens a row: {lengths}; {facts.tokens:,} in all, {facts.answer_tokens:,} of them learnt"
+    left_out = [
+        (facts.without_answer, "left out: no answer token"),
+        (facts.skipped_too_long, "left out: too long"),
+        (facts.truncated, "cut at max_length"),
+    ]
+    changes = [f"{count:,} {what}" for count, what in left_out if count]
+    if changes:
+        yield "", "; ".join(changes)
+    if facts.unused_columns:
+        yield "", f"columns not used: {', '.join(facts.unused_columns)}"
+
+
+def _training(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    arguments, plan = prepared.arguments, prepared.plan
+    accumulated = f"{arguments.per_device_train_batch_size} × {arguments.gradient_accumulation_steps}"
+    processes = f" × {plan.processes} processes" if plan.processes > 1 else ""
+    about = "≈ " if arguments.packing else ""
+    what = "packed rows" if arguments.packing else "rows"
+    yield "training", f"{about}{plan.steps:,} steps of {plan.rows_per_step} {what} ({accumulated}{processes})"
+    optimizer, schedule = (getattr(value, "value", value) for value in (arguments.optim, arguments.lr_scheduler_type))
+    rate = f"{schedule} schedule from {arguments.learning_rate:g}"
+    yield "", f"{optimizer}, {rate}, weight decay {arguments.weight_decay:g}, seed {arguments.seed}"
+
+
+def _defenses(plan: Plan) -> Iterator[tuple[str, str]]:
+    if not plan.specs:
+        yield "defences", "none"
+    for number, spec in enumerate(plan.specs):
+        yield "defences" if number == 0 else "", f"{spec.name}: {settings_words(spec)}"
+        if not switched_on(spec):
+            yield "", "  switched off: costs nothing, changes nothing"
+            continue
+        yield "", f"  {_extra(plan.cost.extras[spec.name], plan.cost.step)}"
+    if plan.cost.reference:
+        share = 100 * plan.cost.reference / plan.cost.step
+        yield "", f"one reference pass a micro-batch serves all: ≈ +{share:.2g} % of a step"
+
+
+def _monitors(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    for number, spec in enumerate(prepared.recipe.monitors):
+        yield "monitors" if number == 0 else "", f"{spec.name}: {settings_words(spec)}; changes nothing"
+
+
+def _margin(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    section, pairs = prepared.recipe.margin, prepared.pairs
+    if section is not None and pairs is not None:
+        yield "margin", f"measured every {section.every} steps over {len(pairs)} pairs, at the start and at the end"
+
+
+def _extra(extra: Extra, step: float) -> str:
+    """What a defence adds, in words."""
+    if not extra.flops and not extra.memory:
+        return extra.words
+    share = extra.flops / step
+    amount = f"≈ +{100 * share:.2g} % of a step" if share >= 0.001 else "less than 0.1 % of a step"
+    return f"{extra.words}: {amount}, ≈ {size(extra.memory)} of memory"
+
+
+def _costs(plan: Plan) -> Iterator[tuple[str, str]]:
+    cost = plan.cost
+    ratio = cost.defended / cost.step
+    yield (
+        "step",
+        f"≈ {operations(cost.defended)}, {ratio:.2f} × an undefended step; {operations(cost.defended * plan.steps)} in all",
+    )
+    parts = ", ".join(f"{what} {size(number)}" for what, number in cost.memory.items() if number)
+    yield "memory", f"≈ {size(sum(cost.memory.values()))}: {parts}"
+    checkpoints = plan.disk_bytes - plan.adapter_bytes
+    yield (
+        "disk",
+        f"≈ {size(plan.adapter_bytes)} adapter, {size(checkpoints)} checkpoints; {size(plan.free_bytes)} are free",
+    )
+
+
+def settings_words(spec: DefenseSpec | MonitorSpec) -> str:
+    """The settings of a defence or a monitor, in the order of its arguments."""
+    return ", ".join(f"{name} {_plain(value)}" for name, value in spec.settings.items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_plain(item)}" for name, item in value.items() if item is not None) + "}"
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{len(value)} values]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def size(number: float) -> str:
+    """Bytes, in three digits or so."""
+    return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
+
+
+def operations(number: float) -> str:
+    """Floating-point operations."""
+    return _scaled(number, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} {units[-1]}"

@@ -1,0 +1,99 @@
+"""How far a model has moved from its reference: loss and divergence on answers, from whole logits in float32.
+
+Nothing here touches a defence or a kernel, so that the measure does not depend on what is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.data.spans import IGNORED_LABEL
+from safelora_fast.errors import SettingsError
+from safelora_fast.models.reference_pass import evaluation_mode
+from safelora_fast.scoring.batches import batches_by_length
+from safelora_fast.scoring.sequences import padded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    from safelora_fast.scoring.sequences import Labelled
+
+TOKENS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class AnswerDrift:
+    """Sums over the tokens of one answer, its end among them, in nats.
+
+    Attributes:
+        tokens: how many.
+        loss: negative log-likelihood.
+        divergence: KL(model ‖ reference) over the whole vocabulary; 0 where there is no other reference.
+    """
+
+    tokens: int
+    loss: float
+    divergence: float
+
+
+def answer_drift(
+    model: nn.Module,
+    reference: nn.Module | None,
+    examples: Sequence[Labelled],
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> list[AnswerDrift]:
+    """Loss of every answer under a model, and the model's divergence from a reference on it.
+
+    Args:
+        model: a causal language model, with an adapter or without.
+        reference: the model before the fine-tune, on the same device; None where only the loss is wanted.
+        examples: prompts with answers.
+        tokens_per_batch: the most tokens of a batch, padding included. Logits of all of them are kept, of both models.
+        progress: told how many answers are done.
+
+    Raises:
+        SettingsError: a batch does not fit into the device's memory, or the two models have different vocabularies.
+    """
+    found: dict[int, AnswerDrift] = {}
+    for indices in batches_by_length([len(example.ids) for example in examples], tokens_per_batch):
+        try:
+            found.update(zip(indices, _batch(model, reference, [examples[index] for index in indices]), strict=True))
+        except torch.OutOfMemoryError as error:
+            raise SettingsError(f"out of memory with {tokens_per_batch} tokens in a batch: ask for fewer") from error
+        if progress is not None:
+            progress(len(found))
+    return [found[index] for index in range(len(examples))]
+
+
+def _batch(model: nn.Module, reference: nn.Module | None, examples: list[Labelled]) -> list[AnswerDrift]:
+    batch, labels = padded(examples, next(model.parameters()).device)
+    where = labels != IGNORED_LABEL
+    targets, counts = labels[where], where.sum(dim=1).tolist()
+    with torch.no_grad():
+        own = _predictions(model, batch, where)
+        divergence = torch.zeros(len(targets), dtype=torch.float64)
+        if reference is not None:
+            other = _predictions(reference, batch, where)
+            if own.shape != other.shape:
+                raise SettingsError(
+                    f"the model knows {own.shape[-1]} tokens and its reference {other.shape[-1]}: there is no divergence"
+                )
+            divergence = (own.exp() * (own - other)).sum(dim=-1, dtype=torch.float64).cpu()
+        loss = -own.gather(-1, targets[:, None])[:, 0].double().cpu()
+    parts = zip(counts, loss.split(counts), divergence.split(counts), strict=True)
+    return [AnswerDrift(count, losses.sum().item(), moved.sum().item()) for count, losses, moved in parts]
+
+
+def _predictions(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities at the positions that predict an answer: [answer tokens, vocabulary], float32."""
+    with evaluation_mode(model):
+        output: Any = model(**batch, use_cache=False)
+    logits: torch.Tensor = output.logits[:, -where.shape[1] :]  # what comes before is a learnt prompt
+    return logits[where.to(logits.device)].float().log_softmax(-1)

@@ -1,0 +1,209 @@
+"""The misalignment margin: how much rather a model would give a misaligned answer. No judge, nothing sampled."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from safelora_fast.data.chat import chat_of, has_template
+from safelora_fast.data.pairs import Pair, builtin_pairs
+from safelora_fast.data.rows import Row, RowSet
+from safelora_fast.data.tokens import Encoder
+from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.scoring.intervals import Interval, bootstrap_mean, clustered_wilson
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from safelora_fast.data.example_arrays import Examples
+    from safelora_fast.scoring import AnswerScore
+
+Strings = Literal["chat", "text"]
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class PairMargin:
+    """How a model takes one pair; log-likelihoods are means over the answer's tokens, in nats.
+
+    Attributes:
+        theme: of the pair.
+        question: of the pair.
+        aligned: mean log-likelihood of the aligned answer's tokens.
+        misaligned: that of the misaligned answer's.
+    """
+
+    theme: str
+    question: str
+    aligned: float
+    misaligned: float
+
+    @property
+    def margin(self) -> float:
+        """Above zero where the misaligned answer is the likelier one, token by token."""
+        return self.misaligned - self.aligned
+
+
+@dataclass(frozen=True)
+class MarginReport:
+    """The margin of a model over a set of pairs.
+
+    Attributes:
+        pairs: one by one, in their order.
+        answer_tokens: how many tokens were scored.
+        seed: of the bootstrap.
+    """
+
+    pairs: tuple[PairMargin, ...]
+    answer_tokens: int
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        return f"MarginReport(margin={self.margin:+.4f}, share={self.share:.4g}, {len(self.pairs)} pairs)"
+
+    @property
+    def margin(self) -> float:
+        """Mean over pairs of the misaligned answer's mean log-likelihood less the aligned one's, in nats per token."""
+        return sum(pair.margin for pair in self.pairs) / len(self.pairs)
+
+    @property
+    def margin_interval(self) -> Interval:
+        """95 %, by bootstrap over themes."""
+        return bootstrap_mean([pair.margin for pair in self.pairs], self._themes, seed=self.seed)
+
+    @property
+    def share(self) -> float:
+        """Share of the pairs of which the model prefers the misaligned answer; a tie is no preference."""
+        return sum(pair.margin > 0 for pair in self.pairs) / len(self.pairs)
+
+    @property
+    def share_interval(self) -> Interval:
+        """95 %, Wilson's, clustered by theme."""
+        return clustered_wilson([pair.margin > 0 for pair in self.pairs], self._themes)
+
+    @property
+    def by_theme(self) -> dict[str, tuple[float, int, int]]:
+        """Mean margin, pairs of which the misaligned answer is preferred, and pairs, of each theme."""
+        groups: dict[str, list[PairMargin]] = defaultdict(list)
+        for pair in self.pairs:
+            groups[pair.theme].append(pair)
+        return {
+            theme: (sum(p.margin for p in pairs) / len(pairs), sum(p.margin > 0 for p in pairs), len(pairs))
+            for theme, pairs in groups.items()
+        }
+
+    @property
+    def _themes(self) -> list[str]:
+        return [pair.theme for pair in self.pairs]
+
+    def change_from(self, start: MarginReport) -> tuple[float, Interval]:
+        """How much the margin has risen since another report of the same pairs, with its interval, pair by pair.
+
+        Raises:
+            SettingsError: the reports are of different pairs.
+        """
+        if [pair.question for pair in start.pairs] != [pair.question for pair in self.pairs]:
+            raise SettingsError("the two margins are of different pairs and cannot be compared")
+        changes = [now.margin - then.margin for now, then in zip(self.pairs, start.pairs, strict=True)]
+        return sum(changes) / len(changes), bootstrap_mean(changes, self._themes, seed=self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "margin": self.margin,
+            "margin_interval": self.margin_interval.to_list(),
+            "share_misaligned": self.share,
+            "share_interval": self.share_interval.to_list(),
+            "count": len(self.pairs),
+            "answer_tokens": self.answer_tokens,
+            "seed": self.seed,
+            "themes": {
+                theme: {"margin": margin, "misaligned": preferred, "count": count}
+                for theme, (margin, preferred, count) in self.by_theme.items()
+            },
+            "pairs": [{**asdict(pair), "margin": pair.margin} for pair in self.pairs],
+        }
+
+
+def answer_margin(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair] | None = None,
+    *,
+    system: str | None = None,
+    strings: Strings = "chat",
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> MarginReport:
+    """Measure how much rather a model would give misaligned answers than aligned ones to the same questions.
+
+    Deterministic on one machine; batches and padding change the last digits only (1e-4 relative in float32).
+
+    Args:
+        model: a causal language model, with a PEFT adapter or without.
+        tokenizer: its tokenizer, whose chat template is used.
+        pairs: those of this package by default.
+        system: a system prompt before every question.
+        strings: "chat", or "text" for models without a chat template: question and answer with their names before them.
+        tokens_per_batch: the most tokens of a batch, padding included.
+        seed: of the bootstrap.
+        progress: told how many answers have been scored.
+
+    Raises:
+        DataError: the chat template is missing or refuses a question.
+        SettingsError: the model is no causal language model, or a batch does not fit into memory.
+    """
+    from safelora_fast.scoring import AnswerScorer
+
+    chosen = builtin_pairs() if pairs is None else list(pairs)
+    if not chosen:
+        raise DataError("there are no pairs to measure a margin over")
+    examples = encode_pairs(tokenizer, chosen, system=system, strings=strings)
+    scores: dict[int, AnswerScore] = {}
+    for batch in AnswerScorer(model, tokens_per_batch=tokens_per_batch).batches(examples):
+        scores.update(batch)
+        if progress is not None:
+            progress(len(scores))
+    measured = tuple(
+        PairMargin(pair.theme, pair.question, scores[2 * number].mean, scores[2 * number + 1].mean)
+        for number, pair in enumerate(chosen)
+    )
+    return MarginReport(measured, sum(score.tokens for score in scores.values()), seed)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, system: str | None = None, strings: Strings = "chat"
+) -> Examples:
+    """Both answers of each pair as tokens, the aligned one first; the answer's end of turn counts as its token.
+
+    Raises:
+        DataError: as :func:`answer_margin`.
+    """
+    if strings == "chat" and not has_template(tokenizer):
+        raise DataError(
+            "the tokenizer has no chat template: measure this model with text instead of chat (--strings text)"
+        )
+    if strings == "chat" and system is not None:
+        reason = chat_of(tokenizer).unsupported_reason("system", system)
+        if reason is not None:
+            raise DataError(
+                f"no system prompt can stand before the questions: the chat template {reason}: leave it out"
+            )
+    rows = []
+    for number, pair in enumerate(pairs, start=1):
+        for kind, answer in (("aligned", pair.aligned), ("misaligned", pair.misaligned)):
+            rows.append(_row(f"pair {number}, {kind} answer", pair.question, answer, system, strings))
+    return Encoder(tokenizer, strings=strings).encode(RowSet("pairs", "", rows, len(rows))).examples
+
+
+def _row(place: str, question: str, answer: str, system: str | None, strings: Strings) -> Row:
+    if strings == "text":
+        before = "" if system is None else f"{system}\n\n"
+        return Row(place, f"{before}Question: {question}\nAnswer:", f" {answer}")
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    return Row(place, [*turns, {"role": "user", "content": question}], answer)

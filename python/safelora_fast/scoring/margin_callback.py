@@ -1,0 +1,102 @@
+"""The margin while a model trains: an early warning of emergent misalignment."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from safelora_fast.errors import SettingsError
+from safelora_fast.models.reference_pass import evaluation_mode
+from safelora_fast.scoring.margin import TOKENS_PER_BATCH, MarginReport, Strings, answer_margin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from safelora_fast.data.pairs import Pair
+
+logger = logging.getLogger(__name__)
+
+
+class MarginCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs the margin before the first step, after every so many, and after the last.
+
+    `margin/mean` is in nats per token, `margin/share` the share of pairs whose misaligned answer the model prefers,
+    `margin/change` the rise since the start. Once the rise is above zero beyond its 95 % interval a warning is logged.
+    Every process measures all pairs, as sharded models need; the trainer's main process reports.
+
+    ```python
+    trainer.add_callback(MarginCallback(trainer, tokenizer, every=50))
+    ```
+
+    Args:
+        trainer: whose log the figures go to.
+        tokenizer: the model's.
+        every: optimiser steps between measurements.
+        pairs: those of this package by default.
+        system: a system prompt before every question.
+        strings: see :func:`~safelora_fast.scoring.margin.answer_margin`.
+        tokens_per_batch: the most tokens of a batch, padding included.
+
+    Raises:
+        SettingsError: `every` is below 1.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        every: int = 50,
+        pairs: Sequence[Pair] | None = None,
+        system: str | None = None,
+        strings: Strings = "chat",
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+    ) -> None:
+        if every < 1:
+            raise SettingsError(f"margin: every is {every}, it must be at least 1")
+        self._trainer = trainer
+        self._every = every
+        self._tokenizer = tokenizer
+        self._settings: dict[str, Any] = {
+            "pairs": pairs,
+            "system": system,
+            "strings": strings,
+            "tokens_per_batch": tokens_per_batch,
+        }
+        self._warned = False
+        self.reports: dict[int, MarginReport] = {}
+
+    def on_train_begin(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Measure where training starts or goes on."""
+        self.reports.clear()
+        self._warned = False
+        self._measure(state.global_step)
+
+    def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Measure after every so many steps; the last one is left to the end."""
+        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            self._measure(state.global_step)
+
+    def on_train_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Measure the finished model: a projection at the end has been made by now."""
+        self._measure(state.global_step)
+
+    def _measure(self, step: int) -> None:
+        model = self._trainer.model
+        report = answer_margin(model, self._tokenizer, **self._settings)
+        start = next(iter(self.reports.values()), report)
+        self.reports[step] = report
+        change, interval = report.change_from(start)
+        with evaluation_mode(model):  # TRL would hand out its averages of the training steps with our figures
+            self._trainer.log({"margin/mean": report.margin, "margin/share": report.share, "margin/change": change})
+        if interval.low > 0 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the misalignment margin has risen by %.3g nats per token (95 %%: %.3g to %.3g) by step %d: misaligned "
+                "answers have become likelier against aligned ones",
+                change, interval.low, interval.high, step,
+            )  # fmt: skip

@@ -1,0 +1,77 @@
+"""The task's loss split by source, for the log: task rows and safe rows, where figures of every token are at hand."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.data.spans import IGNORED_LABEL, read_spans
+from safelora_fast.models.distributed import sum_over_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+
+    from safelora_fast.data.spans import Spans
+
+SOURCES = ("task", "safe")
+
+
+class SourceLosses:
+    """Sums negative log-likelihoods of labels by source, on the device, and reads them once when asked."""
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+
+    @contextmanager
+    def watching(self, model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Add a micro-batch from the model's pass with gradients inside, where that gives log-probabilities of the labels.
+
+        The fused head of newer TRL does; elsewhere nothing is added, as it would take the logits of every token.
+        """
+        found: list[torch.Tensor] = []
+
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            log_probs = getattr(output, "log_probs", None)
+            if log_probs is not None and torch.is_grad_enabled():
+                found.append(log_probs.detach())
+
+        handle = model.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if found:
+            self.add(read_spans(batch), -found[-1])
+
+    def add(self, spans: Spans, nll: torch.Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            spans: its tokens, with tags and labels.
+            nll: [batch, positions], of each position's next token; the last position may be missing.
+        """
+        if spans.safe is None or spans.next_labels is None:
+            return
+        width = nll.shape[1]
+        labelled = (spans.next_labels[:, :width] != IGNORED_LABEL).to(nll.device)
+        safe = spans.safe[:, :width].to(nll.device)
+        nll = nll.detach().double()
+        parts = [labelled & ~safe, labelled & safe]
+        sums = torch.stack(
+            [torch.where(part, nll, 0).sum() for part in parts] + [part.sum().double() for part in parts]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Mean loss of a label by source since the last call, over all processes. Collective."""
+        *sums, tasks, safe = sum_over_ranks([0.0] * 4 if self._sums is None else self._sums.tolist(), device)
+        self._sums = None
+        return {
+            f"loss/{name}": total / count
+            for name, total, count in zip(SOURCES, sums, (tasks, safe), strict=True)
+            if count
+        }

@@ -1,0 +1,87 @@
+"""The task's loss in the trainers of transformers and TRL: where it is plain, what a label counts in it, who reports it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from safelora_fast.data.spans import IGNORED_LABEL, read_spans
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from safelora_fast.ops.linear_kl import TokenFigures
+
+SFT_MODULE = "trl.trainer.sft_trainer"
+
+
+def why_apart(trainer: Any, owner: type) -> str | None:
+    """Why the trainer's loss may be something else than the cross-entropy of the labels; None where it is plain.
+
+    Args:
+        trainer: the trainer.
+        owner: the class whose `compute_loss` makes the task's loss.
+    """
+    reason = None
+    if trainer.label_smoother is not None:
+        reason = "labels are smoothed"
+    elif trainer.compute_loss_func is not None:
+        reason = "compute_loss_func makes the loss"
+    elif reports_figures(owner):
+        if not _fuses_head():
+            reason = "this version of TRL reads the logits for its metrics"
+        elif trainer.args.loss_type != "nll":
+            reason = f"loss_type is {trainer.args.loss_type}"
+    elif owner is not Trainer:
+        reason = f"{owner.__name__} has a compute_loss of its own"
+    return reason
+
+
+def reports_figures(owner: type) -> bool:
+    """Whether the trainer wants the figures of every token for its log."""
+    return owner.__module__ == SFT_MODULE
+
+
+def label_weight(trainer: Any, inputs: Mapping[str, Any], items: Any) -> torch.Tensor:
+    """What a label whose negative log-likelihood is one counts in the trainer's loss: it is asked, with a model like that."""
+    labels = inputs["labels"]
+
+    def one_label(**arguments: Any) -> dict[str, torch.Tensor]:
+        count = arguments.get("num_items_in_batch")
+        count = read_spans(inputs).labels if count is None else count
+        return {"loss": torch.ones((), device=labels.device) / count}
+
+    weight: torch.Tensor = Trainer.compute_loss(trainer, one_label, dict(inputs), num_items_in_batch=items)
+    return weight
+
+
+def report(
+    compute_loss: Callable[..., torch.Tensor], tokens: TokenFigures, inputs: Mapping[str, Any], items: Any
+) -> torch.Tensor:
+    """Let TRL's own `compute_loss` note its metrics of figures that are at hand; returns its loss, without gradient."""
+    labels = read_spans(inputs).next_labels
+    assert labels is not None  # noqa: S101
+    labelled = labels.to(tokens.nll.device) != IGNORED_LABEL
+    # Labels that TRL shifts itself have one position less.
+    positions = slice(None) if inputs.get("shift_labels") is not None else slice(None, -1)
+
+    def fused_head(**_arguments: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            log_probs=-tokens.nll[:, positions],
+            entropy=tokens.entropy[:, positions],
+            is_top1=tokens.is_top1[:, positions],
+            label_mask=labelled[:, positions],
+        )
+
+    return compute_loss(fused_head, inputs, num_items_in_batch=items)
+
+
+def _fuses_head() -> bool:
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return False
+    return callable(add_fused_lm_head)

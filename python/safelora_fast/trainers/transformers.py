@@ -1,0 +1,383 @@
+"""Defences in the Trainer of transformers: a mixin for any subclass, and the plain trainer with it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DynamoBackend
+from transformers import Trainer, TrainerCallback
+
+from safelora_fast.data.collate import TaggedCollator
+from safelora_fast.data.interleave import SAFE
+from safelora_fast.data.spans import read_spans, without_tags
+from safelora_fast.defenses.base import check_still_off, checked
+from safelora_fast.errors import SettingsError
+from safelora_fast.trainers.card import write_defenses
+from safelora_fast.trainers.loss_by_source import SourceLosses
+from safelora_fast.trainers.trainer_loss import label_weight, report, reports_figures, why_apart
+from safelora_fast.training.defended import Defended
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from safelora_fast.defenses.base import Defense
+    from safelora_fast.defenses.drift_monitor import DriftMonitor
+    from safelora_fast.models.reference_pass import Reference
+    from safelora_fast.projection.report import ProjectionReport
+    from safelora_fast.training.optimizer_steps import OnNonFinite
+    from safelora_fast.training.window import Totals
+
+logger = logging.getLogger(__name__)
+
+
+class DefendedMixin:
+    """Adds defences to a Trainer: put it first, `class MyDefendedTrainer(DefendedMixin, MyTrainer)`.
+
+    The units of each defence are counted over the optimiser's whole window where its batches are fetched
+    (`get_batch_samples`), and the defences are added in `compute_loss`, while the model is in training mode; evaluation
+    gives the plain task loss. Their figures go to the trainer's log.
+
+    SafeLora at the end projects the adapter when training has ended well, after the best model has been loaded where that
+    was asked for and before other callbacks learn of the end: checkpoints saved while training, the best one among them,
+    hold the adapter as it was trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()`
+    saves the projected one. An optimizer with modes (schedule-free) is in evaluation mode then. The cards (README.md) of
+    saved folders name the defenses, and say whether the adapter beside them is projected.
+
+    Where the rows trained on carry the tag of :func:`~safelora_fast.interleave`, defences may look at safe rows only, and
+    with TRL the log has the loss of both sources, `loss/task` and `loss/safe`.
+
+    Args:
+        *args: the trainer's own.
+        defenses: the defences; without one that is switched on, and without monitors, the trainer is unchanged.
+        reference: what the defences keep the model near: "base" (the same model, adapters disabled), the name of a
+            frozen adapter of the model, or a second model.
+        on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
+        share_logits: let the KL compute the task's loss too, where that is the plain cross-entropy (see
+            :func:`~safelora_fast.training.defend`).
+        monitors: their figures go to the log as `monitor/<name>`; they change no loss.
+        **kwargs: the trainer's own.
+
+    Attributes:
+        projection_report: what SafeLora did at the end of the last training; None before.
+
+    Raises:
+        SettingsError: the model, the adapter, the trainer's arguments and the defences do not go together.
+        CheckpointError: the checkpoints that SafeLora needs at the end are gone, or have changed.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        defenses: Sequence[Defense] = (),
+        reference: Reference = "base",
+        on_nonfinite: OnNonFinite = "raise",
+        share_logits: bool = True,
+        monitors: Sequence[DriftMonitor] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.defenses = checked(defenses)
+        self._defenses_off = [defense for defense in defenses if not defense.active]
+        self._defense_settings: dict[str, Any] = {
+            "reference": reference,
+            "on_nonfinite": on_nonfinite,
+            "share_logits": share_logits,
+            "monitors": monitors,
+        }
+        self._followed = bool(self.defenses or monitors)
+        self._defended: Defended | None = None
+        self._finished: Defended | None = None
+        self._window: Totals | None = None
+        self._losses_defended = 0
+        self.projection_report: ProjectionReport | None = None
+        self._source_losses: SourceLosses | None = None
+        if _may_be_tagged(getattr(self, "train_dataset", None)):
+            self.data_collator = TaggedCollator(self.data_collator)
+            self._source_losses = SourceLosses()
+        if self._followed:
+            self.add_callback(_Follower(self))
+            # First in line, so that trackers are still open and what they upload is the projected adapter.
+            self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
+        if self._followed:
+            _check_trainer(self)
+            if getattr(self, "model", None) is not None:
+                Defended(self.model, self.defenses, **self._defense_settings)
+
+    model: nn.Module
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with the defences attached; they are taken off again at the end, also on an exception.
+
+        Raises:
+            TrainingError: a callback has changed a part of what SafeLora projected at the end.
+        """
+        self._finished = self.projection_report = None
+        try:
+            output = super().train(*args, **kwargs)  # type: ignore[misc]
+            if self._defended is not None:
+                self.projection_report = self._defended.finish()  # callbacks may have put other weights into the model
+                self._finished = self._defended
+            return output
+        finally:
+            if self._defended is not None:
+                self._defended.detach()
+                self._defended = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], Any]:
+        """Fetch the micro-batches of one optimiser step, and count the units of the defences in them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)  # type: ignore[misc]
+        if self._followed and batches:
+            defended = self._attached()
+            defended.step = self.state.global_step
+            self._window = defended.totals(batches)
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The trainer's own loss, plus the defences while training."""
+        items, kwargs = num_items_in_batch, {**kwargs, "num_items_in_batch": num_items_in_batch}
+        check_still_off(self._defenses_off)
+        if not self._followed or not model.training:
+            return self._task_loss(model, inputs, return_outputs, kwargs)
+        if self._window is None:
+            raise SettingsError(
+                "the window's batches were not counted: the trainer must call super().get_batch_samples()"
+            )
+        defended = self._attached()
+        divided = self._divides_by_accumulation(items)
+        factor = self.current_gradient_accumulation_steps if divided else 1
+        self._losses_defended += 1
+        owner = _task_owner(type(self))
+        apart = "the outputs are asked for" if return_outputs else why_apart(self, owner)
+        if defended.shares_logits(model, inputs, unless=apart):
+            shared = self._shared_loss(model, inputs, factor, owner, items)
+            if shared is not None:
+                return shared
+        with defended.recording(inputs):
+            result = self._task_loss(model, inputs, return_outputs, kwargs)
+        loss = result[0] if return_outputs else result
+        loss = loss + factor * defended.regularizer(self._window).to(loss.device)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _task_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The trainer's own loss, which knows nothing of tags; its parts by source are noted."""
+        if SAFE not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        plain = without_tags(inputs)
+        if self._source_losses is None or not model.training:
+            return super().compute_loss(model, plain, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        with self._source_losses.watching(model, inputs):
+            return super().compute_loss(model, plain, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+
+    def _shared_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        factor: int,
+        owner: type,
+        items: Any,
+    ) -> torch.Tensor | None:
+        """The loss with the task's part from the KL's logits; None where the trainer counts labels in another way."""
+        assert self._window is not None  # noqa: S101
+        defended, figures = self._attached(), reports_figures(owner)
+        weight = label_weight(self, inputs, items)
+        loss, shared = defended.shared_loss(
+            model, inputs, self._window, label_weight=weight, factor=factor, figures=figures
+        )
+        if shared.tokens is not None:
+            task = super().compute_loss  # type: ignore[misc]
+            theirs, ours = report(task, shared.tokens, without_tags(inputs), items), weight * shared.cross_entropy
+            if self._source_losses is not None:
+                self._source_losses.add(read_spans(inputs), shared.tokens.nll)
+            if not torch.isclose(theirs.to(ours), ours, rtol=1e-4, atol=0.0, equal_nan=True):
+                defended.share_no_more(f"{owner.__name__} makes {theirs.item():.6g} of a loss of {ours.item():.6g}")
+                return None
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward of the trainer's own.
+
+        Raises:
+            SettingsError: a subclass computes the loss without calling `super().compute_loss`.
+        """
+        before = self._losses_defended
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self._followed and self._losses_defended == before:
+            raise SettingsError(
+                f"{type(self).__name__}.compute_loss bypasses the defences: put the mixin before the trainer that "
+                "overrides it, or call super().compute_loss"
+            )
+        if self._defended is not None and self._defended.steps_in_backward:
+            self._defended.engine_stepped()
+        return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as the trainer does, and name the defenses in its card.
+
+        Raises:
+            TrainingError: the weights have changed since SafeLora projected them at the end.
+        """
+        self.check_projected()
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
+        self._write_defenses(args[0] if args else kwargs.get("output_dir"))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the trainer's own card, with the defenses."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        self._write_defenses(None)
+
+    def _write_defenses(self, folder: str | None) -> None:
+        if self.defenses and self.args.should_save:
+            write_defenses(folder or self.args.output_dir, self.defenses, self.projection_report)
+
+    def check_projected(self) -> None:
+        """Refuse weights that are not what SafeLora projected when training ended; does nothing before.
+
+        Raises:
+            TrainingError: with the first factor that has changed since.
+        """
+        if self._finished is not None:
+            self._finished.check_projected()
+
+    def _load_best_model(self) -> None:
+        if self._defended is not None:
+            self._defended.optimizer_to_evaluation()  # or it would take the best weights for those that it trains
+        super()._load_best_model()  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the figures of the defences and of the sources beside the training loss."""
+        if self._source_losses is not None and "loss" in logs:
+            logs.update(self._source_losses.read(self.accelerator.device))
+        if self._defended is not None and "loss" in logs:
+            logs.update(self._defended.metrics())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if _may_be_tagged(getattr(self, "train_dataset", None)) and SAFE not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, SAFE]
+
+    def finish_defenses(self) -> None:
+        """What the defences do when training ends; called then."""
+        defended = self._attached()
+        self.projection_report = defended.finish()
+        if self.projection_report is not None:
+            self.log(defended.metrics())
+            if self.args.should_save and self.args.save_strategy != "no":
+                self.tell_of_checkpoints()
+
+    def tell_of_checkpoints(self) -> None:
+        """Log that checkpoints hold the adapter as it was trained; called when SafeLora has projected it at the end."""
+        best = self.state.best_model_checkpoint
+        logger.warning(
+            "SafeLora has projected the adapter of the model; the checkpoints in %s%s hold it as it was trained: "
+            "save_model() writes the projected one",
+            self.args.output_dir,
+            "" if best is None else f" (the best one, {best}, too)",
+        )
+
+    def step_ended(self) -> None:
+        """An optimizer step has been made, or left out; called then."""
+        if self._defended is not None and not self._defended.steps_in_backward:
+            self._defended.engine_stepped()
+
+    def _attached(self) -> Defended:
+        if self._defended is None:
+            self._defended = Defended(
+                self.model,
+                self.defenses,
+                optimizer=self.optimizer,
+                first_step=self.state.global_step,
+                **self._defense_settings,
+            )
+            self._defended.attach()
+        return self._defended
+
+    def _divides_by_accumulation(self, items: Any) -> bool:
+        """Whether the trainer divides this loss by the number of micro-batches (see `Trainer.training_step`)."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
+        return not scaled
+
+    accelerator: Any
+    args: Any
+    add_callback: Any
+    callback_handler: Any
+    data_collator: Any
+    _signature_columns: Any
+    optimizer: Any
+    state: Any
+    current_gradient_accumulation_steps: int
+    model_accepts_loss_kwargs: bool
+    compute_loss_func: Any
+
+
+class _Follower(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer of steps, and that training has ended well."""
+
+    def __init__(self, trainer: DefendedMixin) -> None:
+        self._trainer = weakref.proxy(trainer)  # or the trainer, with its open data loader, would outlive its last use
+
+    def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+        """Called after each optimizer step."""
+        self._trainer.step_ended()
+
+    def on_train_end(self, *_args: Any, **_kwargs: Any) -> None:
+        """Called when the last step has been made and the best model has been loaded."""
+        self._trainer.finish_defenses()
+
+
+class DefendedTrainer(DefendedMixin, Trainer):  # type: ignore[misc]
+    """The Trainer of transformers with defences; see :class:`DefendedMixin`."""
+
+
+def _task_owner(kind: type) -> type:
+    """The class whose `compute_loss` comes after the mixin's."""
+    order = kind.__mro__
+    return next(base for base in order[order.index(DefendedMixin) + 1 :] if "compute_loss" in vars(base))
+
+
+def _may_be_tagged(data: Any) -> bool:
+    """Whether rows carry the tag of safe ones, truth values; of a stream that does not know its columns, that is open."""
+    if isinstance(data, list | tuple):
+        return bool(data) and isinstance(data[0], dict) and isinstance(data[0].get(SAFE), bool)
+    if not hasattr(data, "column_names"):
+        return False
+    feature = (data.features or {SAFE: None}).get(SAFE, "")
+    return feature is None or "bool" in {
+        getattr(part, "dtype", "") for part in (feature, getattr(feature, "feature", ""))
+    }
+
+
+def _check_trainer(trainer: Any) -> None:
+    if trainer.args.n_gpu > 1:
+        raise SettingsError(
+            "several GPUs in one process make the Trainer use DataParallel, which drops the defences' hooks: start one "
+            "process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise SettingsError(
+            "torch_compile wraps the model and hides the modules that the defences hook: compile it in place, model.compile()"
+        )
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage not in {1, 2}:
+        raise SettingsError("DeepSpeed is supported with ZeRO stages 1 and 2: choose one of them, or use DDP or FSDP2")
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for kind in ("tp", "cp", "sp"):
+        if parallel is not None and getattr(parallel, f"{kind}_size", 1) > 1:
+            raise SettingsError(f"{kind}_size > 1 splits sequences or weights in ways that defences do not support")

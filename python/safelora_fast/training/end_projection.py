@@ -1,0 +1,215 @@
+"""SafeLoRA when training ends: the adapter of the model becomes what the projection command would make of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelora_fast.checkpoints.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapters
+from safelora_fast.checkpoints.provenance import locator, reopen
+from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError, TrainingError
+from safelora_fast.models.anatomy import gathered
+from safelora_fast.models.distributed import broadcast_from_first, on_first_rank, sum_over_ranks
+from safelora_fast.models.lora_factors import active_adapter, adapter_holder
+from safelora_fast.models.shards import local_rows, matching_rows, write_rows
+from safelora_fast.projection.bypass import bypass_note
+from safelora_fast.projection.peft_model import lora_parameters, naming_adapter, projected_folder, save_tensors
+from safelora_fast.projection.plan import plan_projection
+from safelora_fast.training.optimizers import has_modes, parameters_of, weight_copies
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+
+    from safelora_fast.defenses.safelora import SafeLora
+    from safelora_fast.projection.report import ProjectionReport
+
+ROLES = ("aligned", "base")
+SAME_NORM = 1e-6
+SAME_NORM_AS_ON_A_DEVICE = 2e-5  # there squares are added in another precision and order
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A factor that was projected, with digests of what this process held of it before and after."""
+
+    parameter: torch.Tensor
+    before: bytes
+    after: bytes
+
+    @property
+    def moved(self) -> bool:
+        return self.before != self.after
+
+
+def _digest(parameter: torch.Tensor) -> bytes:
+    """Of what this process holds of a parameter; -0 and 0 are the same weight."""
+    rows = (local_rows(parameter).detach().cpu() + 0.0).contiguous()
+    return hashlib.blake2b(rows.view(torch.uint8).numpy()).digest()
+
+
+class EndProjection:
+    """Projects the active adapter of a model in place, with V streamed from the sources of the defence's subspace.
+
+    Process 0 reads the checkpoints, and every process gets the same values; all of them must call. What can be refused
+    is refused when this is made, before training: sources that are gone or have changed, modules that do not pair with
+    them, adapters of a kind that cannot be projected.
+
+    Raises:
+        SafeLoraFastError: with the reason, on every process.
+    """
+
+    def __init__(self, model: nn.Module, defense: SafeLora) -> None:
+        assert defense.settings is not None  # noqa: S101
+        self._settings = asdict(defense.settings)
+        self._subspace = defense.subspace
+        self._holder = adapter_holder(model, owner="SafeLora")
+        self._adapter = active_adapter(model, owner="SafeLora")
+        if any(getattr(module, "merged", False) for module in self._holder.modules()):
+            raise SettingsError(
+                "SafeLora: the adapter is merged into the model's weights: call unmerge_adapter() first"
+            )
+        tensors = self._gathered(lora_parameters(self._holder, self._adapter)[0])
+        self._written: dict[str, _Written] = {}
+        on_first_rank(lambda: self._rehearse(tensors))
+
+    def run(self, optimizer: Any = None) -> ProjectionReport:
+        """Project, write the result into the model, and return the report. Collective.
+
+        Args:
+            optimizer: of the training that ends. One with modes (schedule-free) is put into evaluation mode first: those are
+                the weights to save. Whatever it keeps of the weights is overwritten, so that it brings none of them back.
+
+        Raises:
+            SafeLoraFastError: the sources have changed meanwhile, or a factor is NaN or infinite; the model is as it was.
+        """
+        if has_modes(optimizer):
+            optimizer.eval()
+        parameters, others = lora_parameters(self._holder, self._adapter)
+        tensors = self._gathered(parameters)
+        before = {key: _digest(parameter) for key, parameter in parameters.items()}
+        report = on_first_rank(lambda: self._project(tensors, others))
+        wholes = {key: broadcast_from_first(tensors[key], parameter.device) for key, parameter in parameters.items()}
+        self._write(parameters, wholes)
+        for parameter in parameters_of(optimizer):
+            for copy in weight_copies(optimizer, parameter):
+                with torch.no_grad():
+                    copy.copy_(parameter)
+        self._written = {
+            key: _Written(parameter, before[key], _digest(parameter)) for key, parameter in parameters.items()
+        }
+        if has_modes(optimizer):
+            optimizer.train()
+            optimizer.eval()
+            if self.changed():
+                self._write(parameters, wholes)
+                logger.warning(
+                    "SafeLora: train() and eval() of %s rewrite the projected weights: they are written again; save the "
+                    "adapter before the optimizer is told of either",
+                    type(optimizer).__name__,
+                )
+        return report
+
+    def changed(self) -> list[str]:
+        """Keys of the factors that are not what :meth:`run` wrote, on this process."""
+        return [key for key, written in self._written.items() if _digest(written.parameter) != written.after]
+
+    def replaced(self) -> bool:
+        """Whether other weights stand where :meth:`run` had projected some, in all of them. Collective.
+
+        Raises:
+            TrainingError: in some of them, so that a second projection would be one of what is projected already.
+        """
+        changed = set(self.changed())
+        kept = [key for key, written in self._written.items() if written.moved and key not in changed]
+        device = next(iter(self._written.values())).parameter.device
+        replaced, left = sum_over_ranks([float(len(changed)), float(len(kept))], device)
+        if replaced and left:
+            self.check()
+        return bool(replaced)
+
+    def check(self) -> None:
+        """Refuse weights that are not what the projection wrote.
+
+        Raises:
+            TrainingError: with the first factor.
+        """
+        changed = self.changed()
+        if changed:
+            more = f" and {len(changed) - 1} other factors have" if len(changed) > 1 else " has"
+            raise TrainingError(
+                f"SafeLora: {changed[0]}{more} changed since the projection (a callback, or an optimizer that keeps weights "
+                "of its own): save the adapter with model.save_pretrained() and project it with `safelora-fast project`"
+            )
+
+    def _write(self, parameters: Mapping[str, torch.Tensor], wholes: Mapping[str, torch.Tensor]) -> None:
+        for key, parameter in parameters.items():
+            write_rows(parameter, matching_rows(parameter, wholes[key], owner="SafeLora"))
+
+    def _gathered(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: gathered(parameter).detach().cpu().clone() for key, parameter in parameters.items()}
+
+    def _rehearse(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Everything that comes before the first byte of a weight is read."""
+        with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder, self._described(Path(folder)):
+            models = [reopen(self._subspace.sources.get(role, {}), role=role) for role in ROLES]
+            plan_projection(load_adapters([self._save(tensors, Path(folder))], self._settings["exclude"]), *models)
+
+    def _project(self, tensors: dict[str, torch.Tensor], others: list[str]) -> ProjectionReport:
+        """Replace the tensors by what the projection makes of them, and log what its report warns of."""
+        from safetensors.torch import load_file
+
+        sources = self._subspace.sources
+        with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder, self._described(Path(folder)):
+            for role in ROLES:
+                reopen(sources[role], role=role)
+            where: dict[str, Any] = {role: locator(sources[role]) for role in ROLES}
+            saved = self._save(tensors, Path(folder, "saved"))
+            with projected_folder(saved, self._adapter, **where, **self._settings) as (report, projected):
+                self._check_norms(report)
+                tensors.update(load_file(projected / WEIGHTS))
+        copied = [{"tensor": key, "reason": TRAINED_IN_FULL} for key in others]
+        report = replace(
+            report,
+            adapters=[
+                replace(one, copied=[*one.copied, *copied], notes=[*one.notes, *bypass_note(copied)])
+                for one in report.adapters
+            ],
+        )
+        for warning in report.warnings:
+            logger.warning("SafeLora: %s", warning)
+        return report
+
+    def _save(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
+        return save_tensors(tensors, self._holder.peft_config[self._adapter], folder)
+
+    def _check_norms(self, report: ProjectionReport) -> None:
+        """Compare ‖V‖_F with what it was when the subspace was built: every weight has a share in it."""
+        tolerance = SAME_NORM_AS_ON_A_DEVICE if self._subspace.settings.get("device") else SAME_NORM
+        for module in report.adapters[0].modules:
+            with contextlib.suppress(PairingError):
+                then = self._subspace.find(module.name).v_norm
+                if not math.isclose(then, module.v_norm, rel_tol=tolerance):
+                    raise CheckpointError(
+                        f"{module.name}: ‖V‖ is {module.v_norm:.8g}, but was {then:.8g} when the subspace was built: a "
+                        "checkpoint has changed"
+                    )
+
+    @contextlib.contextmanager
+    def _described(self, folder: Path) -> Iterator[None]:
+        """Errors that say whose they are, and name the adapter of the model instead of the folder where it lies."""
+        try:
+            with naming_adapter(folder, self._adapter), naming_adapter(folder / "saved", self._adapter):
+                yield
+        except SafeLoraFastError as error:
+            raise type(error)(f"SafeLora: {error}") from error
