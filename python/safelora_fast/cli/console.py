@@ -16,8 +16,7 @@ from rich.text import Text
 
 from safelora_fast.checkpoints.module_names import natural_order
 from safelora_fast.files.output import abandoned
-from safelora_fast.printable import one_line, printable
-from safelora_fast.projection.report import counted
+from safelora_fast.printable import counted, one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

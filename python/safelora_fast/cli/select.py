@@ -147,8 +147,8 @@ def _load(
 
     from safelora_fast.errors import SettingsError
     from safelora_fast.models.load import load_pretrained, load_tokenizer, place
+    from safelora_fast.models.section import ModelSection
     from safelora_fast.models.templates import read_arguments
-    from safelora_fast.recipe.sections import ModelSection
 
     there = torch.cuda.is_available()
     if device == "cuda" and not there:

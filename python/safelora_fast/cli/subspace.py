@@ -60,8 +60,8 @@ def build(
     """
     from safelora_fast.checkpoints.sources import A_MODEL
     from safelora_fast.cli.console import ByteProgress, out, warn_of_abandoned
+    from safelora_fast.files.argument_checks import check_path
     from safelora_fast.files.output import check_file
-    from safelora_fast.projection.settings import check_path
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
     for role, model in (("aligned", aligned), ("base", base)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,12 +55,11 @@ def train(
     The output folder holds an adapter that PEFT loads, a model card that states the defences, and a record of the run.
     """
     from safelora_fast.cli.console import ByteProgress
-    from safelora_fast.recipe.parent_watchdog import end_with
     from safelora_fast.recipe.recipe import load_recipe
     from safelora_fast.recipe.run_folder import RunFolder, to_json
 
     if end_with_stdin:
-        end_with(sys.stdin.fileno())
+        _end_with(sys.stdin.fileno())
     recipe = load_recipe(config, overrides or [])
     folder = RunFolder(recipe)
     main = os.environ.get("RANK", "0") == "0"
@@ -134,3 +135,14 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
     for warning in (record.get("projection") or {}).get("warnings") or []:
         warn(warning)
     say(f"{record['steps']} steps in {record['seconds']:.1f} s; written to {path}")
+
+
+def _end_with(descriptor: int) -> None:
+    """Send this process SIGTERM once the descriptor ends: a pipe that the process which started this one holds open as it lives."""
+
+    def wait() -> None:
+        while os.read(descriptor, 1):  # a reader of Python's would hold a lock when the interpreter ends
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="end with stdin", daemon=True).start()

@@ -14,7 +14,7 @@ from safelora_fast.judging.questions import builtin_questions, choose, read_ques
 from safelora_fast.models.adapter_fit import fit_adapter
 from safelora_fast.models.load import bare_outline, load_config
 from safelora_fast.models.load_adapted import SubjectSettings
-from safelora_fast.recipe.sections import ModelSection
+from safelora_fast.models.section import ModelSection
 from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:

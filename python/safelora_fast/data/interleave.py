@@ -14,7 +14,7 @@ import numpy as np
 from safelora_fast.data.formats import like_task
 from safelora_fast.data.schedule import Schedule
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.projection.settings import whole_number
+from safelora_fast.files.argument_checks import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

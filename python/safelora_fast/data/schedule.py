@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.projection.settings import number, whole_number
+from safelora_fast.files.argument_checks import number, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

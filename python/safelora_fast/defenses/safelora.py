@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.errors import SettingsError
-from safelora_fast.projection.settings import Normalize, Operator, Select, Settings, patterns
+from safelora_fast.files.argument_checks import patterns
+from safelora_fast.projection.settings import Normalize, Operator, Select, Settings
 
 if TYPE_CHECKING:
     from safelora_fast.models.anatomy import Anatomy

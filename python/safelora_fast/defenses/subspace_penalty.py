@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from safelora_fast.defenses.base import Weighted, check_subspace
-from safelora_fast.projection.settings import patterns
+from safelora_fast.files.argument_checks import patterns
 
 if TYPE_CHECKING:
     from safelora_fast.models.anatomy import Anatomy

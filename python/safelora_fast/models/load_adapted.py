@@ -11,8 +11,8 @@ from safelora_fast.models.adapter_loading import put_adapter
 from safelora_fast.models.foreign_errors import explained
 from safelora_fast.models.load import load_pretrained, load_tokenizer, place
 from safelora_fast.models.model_files import refused_file
+from safelora_fast.models.section import ModelSection
 from safelora_fast.models.templates import adapters_template
-from safelora_fast.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
     from pathlib import Path

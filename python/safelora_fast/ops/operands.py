@@ -8,6 +8,9 @@ import torch
 def require_tensors(**named: object) -> None:
     """Refuse an array, a list or another thing where a tensor belongs.
 
+    Args:
+        named: operands by the names that the caller knows them by, e.g. `hidden` or `operands[1]`.
+
     Raises:
         TypeError: naming the operand, what it is, and how to make a tensor of it.
     """

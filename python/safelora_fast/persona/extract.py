@@ -13,6 +13,7 @@ import numpy as np
 from safelora_fast.errors import InterruptedRunError, SettingsError, TrainingError
 from safelora_fast.files.call_progress import bar_on_a_terminal
 from safelora_fast.files.output import check_file
+from safelora_fast.models.section import ModelSection
 from safelora_fast.persona.journal import Journal
 from safelora_fast.persona.requests import Prompts
 from safelora_fast.persona.response_filter import Judge, keep
@@ -21,7 +22,6 @@ from safelora_fast.persona.separation import mean_difference, separations
 from safelora_fast.persona.trait import Trait, load_trait
 from safelora_fast.persona_vector import PersonaVector, Separation
 from safelora_fast.recipe.run_metrics import versions
-from safelora_fast.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,8 +11,8 @@ from safelora_fast.checkpoints.adapter import EXCLUDED
 from safelora_fast.checkpoints.adapter_keys import PREFIX
 from safelora_fast.checkpoints.tensor_names import NameIndex, tower_of
 from safelora_fast.errors import AdapterError
+from safelora_fast.printable import counted
 from safelora_fast.projection.nonfinite_values import PIECE, count_not_finite
-from safelora_fast.projection.report import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

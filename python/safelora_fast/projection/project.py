@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safelora_fast import _core
 from safelora_fast.checkpoints.adapter import WEIGHTS, Adapter, load_adapters
-from safelora_fast.checkpoints.adapter_keys import settled_adapters
 from safelora_fast.checkpoints.resolver import folder_name, label
 from safelora_fast.checkpoints.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
 from safelora_fast.checkpoints.weight_norms import weight_norm
 from safelora_fast.errors import AdapterError, SettingsError
+from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.call_progress import bar_on_a_terminal, log_warnings
 from safelora_fast.files.output import check_target, whole_folder
 from safelora_fast.projection import card
@@ -27,9 +27,10 @@ from safelora_fast.projection.bypass import bypass_note, copied_tensors, refuse_
 from safelora_fast.projection.jobs import refuse_equal, start_stream
 from safelora_fast.projection.plan import plan_projection
 from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport
-from safelora_fast.projection.settings import Settings, check_path, chosen
+from safelora_fast.projection.settings import Settings, chosen
 from safelora_fast.projection.shown_models import published
 from safelora_fast.projection.writer import AdapterWriter
+from safelora_fast.projection.written_keys import settled_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from safelora_fast.checkpoints.weight_norms import far_apart, median_ratio
+from safelora_fast.printable import counted
 
 SCHEMA = 1
 NEARLY_DELETED = 0.01
@@ -161,11 +162,6 @@ class ProjectionReport:
                 )
             found.append(f"says that it was trained on {trained_on}, {doubt}")
         return found
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things, in words: 1 tensor, 2 tensors."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _alike(one: str, other: str) -> bool:

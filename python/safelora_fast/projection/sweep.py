@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_fast.checkpoints.adapter import load_adapter
-from safelora_fast.checkpoints.adapter_keys import settled_adapters
 from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.files.output import check_target, whole_folder
 from safelora_fast.projection.jobs import refuse_equal, start_stream
 from safelora_fast.projection.plan import plan_projection
 from safelora_fast.projection.settings import Settings, chosen
 from safelora_fast.projection.writer import AdapterWriter
+from safelora_fast.projection.written_keys import settled_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,8 @@ from safelora_fast.data.pairs import builtin_pairs, read_pairs
 from safelora_fast.data.rows import chosen_rows, read_rows
 from safelora_fast.data.tokens import Encoder, ExampleSet
 from safelora_fast.errors import DataError
-from safelora_fast.models.load import load_config, load_tokenizer, outline
+from safelora_fast.models.load import load_config, load_tokenizer
+from safelora_fast.recipe.adapted_model import outline
 from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of
 from safelora_fast.recipe.rehearsal import rehearse
 from safelora_fast.recipe.run_plan import Facts, Plan, make_plan

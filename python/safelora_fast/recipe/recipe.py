@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.checkpoints.resolver import did_you_mean
+from safelora_fast.models.section import ModelSection
 from safelora_fast.recipe.defense_section import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 from safelora_fast.recipe.monitor_section import MONITORS, MonitorSpec, read_monitors
-from safelora_fast.recipe.sections import DataSection, MarginSection, ModelSection, OutputSection
+from safelora_fast.recipe.sections import DataSection, MarginSection, OutputSection
 from safelora_fast.recipe.signatures import check_packages
 from safelora_fast.recipe.value_types import conforms, describe
 from safelora_fast.recipe.yaml_document import Document, read_document

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SafeLoraFastError
 from safelora_fast.models.foreign_errors import explained
-from safelora_fast.models.load import give_adapter
+from safelora_fast.recipe.adapted_model import give_adapter
 from safelora_fast.recipe.defense_section import Subspaces, is_at_hand
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.trainer_arguments import refused

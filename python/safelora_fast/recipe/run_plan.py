@@ -260,7 +260,7 @@ def optimizer_bytes(name: str) -> int:
 def measure(model: PeftModel) -> Shape:
     """The sizes of an adapted model."""
     from safelora_fast.models.anatomy import dissect
-    from safelora_fast.models.load import adapted_names
+    from safelora_fast.recipe.adapted_model import adapted_names
 
     anatomy = dissect(model)
     config = anatomy.config

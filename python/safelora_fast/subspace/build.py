@@ -16,8 +16,9 @@ from safelora_fast.checkpoints.provenance import describe
 from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.checkpoints.weight_norms import median_ratio, weight_norm
 from safelora_fast.errors import MissingDependencyError, PairingError, SettingsError, how_to_install
+from safelora_fast.files.argument_checks import patterns, whole_number
 from safelora_fast.projection.jobs import start_stream
-from safelora_fast.projection.settings import Settings, patterns, whole_number
+from safelora_fast.projection.settings import Settings
 from safelora_fast.subspace.plan import plan_subspace
 from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
 

@@ -8,7 +8,14 @@ from safelora_fast.trainers.transformers import DefendedMixin
 
 
 class DefendedSFTTrainer(DefendedMixin, SFTTrainer):  # type: ignore[misc]
-    """TRL's SFTTrainer with defences; see :class:`~safelora_fast.trainers.transformers.DefendedMixin`.
+    """TRL's SFTTrainer with defenses; see :class:`~safelora_fast.trainers.transformers.DefendedMixin`.
 
-    TRL builds no logits: the defences work from hidden states. In packed rows each document is a sequence.
+    ```python
+    trainer = DefendedSFTTrainer(
+        model, args=args, train_dataset=data, peft_config=peft_config, defenses=[KL(0.1)]
+    )
+    trainer.train()
+    ```
+
+    TRL builds no logits: the defenses work from hidden states. In packed examples each document is a sequence.
     """

@@ -11,7 +11,7 @@ from demo_model import save_tiny
 from safelora_fast.errors import CheckpointError
 from safelora_fast.models.foreign_errors import LONGEST, explained
 from safelora_fast.models.load import load_pretrained, load_tokenizer
-from safelora_fast.recipe.sections import ModelSection
+from safelora_fast.models.section import ModelSection
 
 
 def caused(error, cause):

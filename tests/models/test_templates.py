@@ -15,8 +15,8 @@ from safelora_fast.data.chat import chat_of
 from safelora_fast.errors import CheckpointError, SettingsError
 from safelora_fast.models.load import load_tokenizer
 from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+from safelora_fast.models.section import ModelSection
 from safelora_fast.models.templates import give_arguments, read_arguments
-from safelora_fast.recipe.sections import ModelSection
 
 QWEN = CHATML.replace(
     "{{ '<|im_start|>assistant\n' }}",

@@ -15,7 +15,7 @@ from transformers_server import transformers_server
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
-INSPECT = "from safelora_fast.judging import inspect_registry; from inspect_ai._cli.main import main; main()"
+INSPECT = "from safelora_fast.judging import task; from inspect_ai._cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from demo_model import save_tiny
 
 from safelora_fast.errors import CheckpointError
 from safelora_fast.models.load import load_config, load_pretrained, load_tokenizer
-from safelora_fast.recipe.sections import ModelSection
+from safelora_fast.models.section import ModelSection
 
 
 @pytest.mark.parametrize(

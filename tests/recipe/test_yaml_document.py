@@ -175,10 +175,11 @@ def tiny_recipe(tmp_path):
 
 
 def test_every_synonym_leads_to_a_key_that_there_is():
+    from safelora_fast.models.section import ModelSection
     from safelora_fast.recipe.defense_section import defense_classes
     from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
     from safelora_fast.recipe.recipe import SECTIONS
-    from safelora_fast.recipe.sections import DataSection, ModelSection, OutputSection
+    from safelora_fast.recipe.sections import DataSection, OutputSection
     from safelora_fast.recipe.signatures import dataclass_fields
 
     known = {

@@ -27,7 +27,7 @@ FORMS = (
     SECRET.encode().hex(), "".join(f"%{octet:02X}" for octet in SECRET.encode()), " ".join(SECRET),
     f"{SECRET[:8]} and {SECRET[8:]}",
 )  # fmt: skip
-INSPECT = "from safelora_fast.judging import inspect_registry; from inspect_ai._cli.main import main; main()"
+INSPECT = "from safelora_fast.judging import task; from inspect_ai._cli.main import main; main()"
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from tiny_recipe import write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from safelora_fast.errors import CheckpointError, SafeLoraFastError, SettingsError
-from safelora_fast.models.load import load_config, load_model, outline
+from safelora_fast.models.load import load_config
 from safelora_fast.models.quiet_libraries import quiet_libraries
+from safelora_fast.recipe.adapted_model import load_model, outline
 from safelora_fast.recipe.cost import estimate
 from safelora_fast.recipe.defense_section import Subspaces
 from safelora_fast.recipe.prepare import prepare

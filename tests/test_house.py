@@ -1,0 +1,75 @@
+"""The plan of the house: imports go down only, a file's name means one thing, and no file is a fragment."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import safelora_fast
+
+ROOT = Path(safelora_fast.__file__).parent
+# From the ground up: a room imports from the rooms before it only.
+ROOMS = [
+    "printable",
+    "errors",
+    "files",
+    "examples",
+    "ops",
+    "checkpoints",
+    "projection",
+    "subspace",
+    "persona_vector",
+    "data",
+    "models",
+    "defenses",
+    "training",
+    "scoring",
+    "trainers",
+    "recipe",
+    "selection",
+    "persona",
+    "judging",
+    "compare",
+    "demo",
+    "cli",
+]
+# The same idea in each room that has it; cli/ and compare/measures/ name their files after the command and the measure.
+SHARED_NAMES = {"base", "card", "journal", "page", "plan", "plot", "report", "sweep"}
+# A backend is a file, and these serve one module by the kernels that serve many.
+BACKENDS = {"ops/subspace_projection/cuda.py", "ops/subspace_projection/triton.py"}
+FILES = {file: file.relative_to(ROOT).with_suffix("").parts for file in sorted(ROOT.rglob("*.py"))}
+
+
+def imported_modules(file: Path):
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: import by the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_go_down_only():
+    wrong = []
+    for file, (room, *_) in FILES.items():
+        if room in ROOMS:
+            targets = {name.split(".")[1] for name in imported_modules(file) if name.startswith("safelora_fast.")}
+            above = targets.intersection(ROOMS[ROOMS.index(room) + 1 :])
+            wrong += [f"{file.relative_to(ROOT)} imports from {name}/" for name in sorted(above)]
+    assert wrong == []
+    assert {room for room, *_ in FILES.values()} - set(ROOMS) == {"__init__", "__main__"}
+
+
+def test_a_file_name_means_one_thing():
+    rooms = defaultdict(set)
+    for parts in FILES.values():
+        if not parts[-1].startswith("__") and parts[0] != "cli" and parts[:2] != ("compare", "measures"):
+            rooms[parts[-1]].add(parts[0])
+    assert {name: found for name, found in rooms.items() if len(found) > 1 and name not in SHARED_NAMES} == {}
+
+
+def test_no_file_is_a_fragment():
+    lines = {file: len(file.read_text("utf-8").splitlines()) for file in FILES}
+    short = [str(file.relative_to(ROOT)) for file in FILES if lines[file] < 20 and not file.name.startswith("__")]
+    assert set(short) == BACKENDS
