@@ -20,8 +20,8 @@ from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputErr
 from safelora_fast.files.output import described
 from safelora_fast.files.yaml_reader import dump_yaml
 from safelora_fast.models.digests import digest
-from safelora_fast.recipe.run_folder import RECORD, RunFolder
 from safelora_fast.recipe.model_stamp import recipe_stamp
+from safelora_fast.recipe.run_folder import RECORD, RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

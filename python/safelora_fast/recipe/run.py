@@ -75,8 +75,8 @@ def _train(
         for part in ("data", "input") if former else ():
             if part == "data" or part in former:  # an older version did not note its input
                 folder.compare(record[part], part)
-    from safelora_fast.recipe.trainer_callbacks import Reporter, Sealer, Stopwatch
     from safelora_fast.recipe.stop_on_interrupt import Stopper
+    from safelora_fast.recipe.trainer_callbacks import Reporter, Sealer, Stopwatch
 
     with explained(folder), _settings_explained():
         subspaces = Subspaces(build=True, progress=progress)
