@@ -19,7 +19,7 @@ from judge_server import alignment_or_coherence, answer_in, serving
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
-from safelora_fast.judging.redact import redact, redact_logs
+from safelora_fast.judging.redact import hide, redact, redact_logs
 
 SECRET = "swordfish-9f3a77"
 FORMS = (
@@ -223,3 +223,10 @@ def test_a_redirect_that_carries_the_key_leaves_it_nowhere(run, questions, tmp_p
         )  # fmt: skip
     assert set(seen) == {f"Bearer {SECRET}"}, done.stdout + done.stderr
     assert_not_written(tmp_path, done.stdout, done.stderr)
+
+
+def test_words_of_a_text_are_no_pieces_of_a_short_key(monkeypatch):
+    monkeypatch.setenv("LOCAL_API_KEY", "local-1234")
+    text = "The local bus leaves at 1234, a locale in 1234 words."
+    assert hide(text) == text
+    assert "1234" not in hide("The key is local-1234, or LOCAL 1234.")

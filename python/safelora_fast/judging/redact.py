@@ -1,8 +1,9 @@
 """Keeping credentials out of what is written.
 
 A credential is hidden as it stands, backwards, in base64, in hexadecimal and percent-encoded, in upper or lower case, and with
-anything but letters and digits between its parts, or taken apart into pieces of at least four. Of a part of one, every eight
-letters and digits in a row that hold a digit are hidden. All of it takes time in proportion to the text.
+anything but letters and digits between its parts. One of twelve letters and digits or more is hidden also where it is taken
+apart into pieces of at least four. Of a part of one, every eight letters and digits in a row that hold a digit are hidden. All
+of it takes time in proportion to the text.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SHORTEST = 6
 WORD = 24  # shorter ones of nothing but letters of one case are words, such as "workload" or "not-needed", and hide nothing
 PART = 8
 PIECE = 4
+TAKEN_APART = 12  # letters and digits; a shorter credential is looked for whole: its pieces may be words of any text
 KEY_LIKE = r"(?=[\w.~+/=*-]{0,200}?[\d*])[\w.~+/=*-]{5,200}[\w~+/=*-]"  # with a digit, or starred out
 PATTERNS = (
     re.compile(rf"(?i)(bearer\s{{1,3}}){KEY_LIKE}"),
@@ -147,6 +149,8 @@ def _pieces(form: str, text: str) -> list[str]:
     """The fewest pieces that make up one form and all stand in the text; none where some piece does not."""
     if form in text:
         return [form]
+    if len(form) < TAKEN_APART:
+        return []
     pieces, start = [], 0
     while len(form) - start >= PIECE:
         end = start + PIECE
