@@ -42,6 +42,7 @@ KNOWN = VARIANTS.keys() | {
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
     *("qalora_group_size", "megatron_core", "merge_weights", "unsloth_fixed"),
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # of ms-swift: the factors' dtype and learning rates
 }
 # What the name of a key that changes the update would look like.
 LIKE_A_VARIANT = re.compile(r"use_.*|.*(config|lora|dora|alpha|scal|magnitude|rotat|gate|block_diag|variant).*", re.I)
