@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-PLAIN_STARTS = {"true", "false", "none", "", "gaussian", "eva", "orthogonal", "mica"}
+# Named initializations of PEFT that set lora_A and lora_B only: the base weights stay as they are.
+KEEPS_BASE_WEIGHTS = {"gaussian", "eva", "orthogonal", "mica"}
+PLAIN_STARTS = {"true", "false", "none", "", *KEEPS_BASE_WEIGHTS}
 VARIANTS = {
     "use_dora": "DoRA rescales the whole weight by a learned magnitude, so projecting B does not project the update",
     "use_qalora": "QALoRA pools the input, so its factors do not multiply to an update of the weight",

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from safelora_fast.checkpoints.lora_config import KEEPS_BASE_WEIGHTS
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import Anatomy, adapter_layers, dissect
 
 if TYPE_CHECKING:
     from safelora_fast.models.capture import Call
-
-KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal", "mica")
 
 
 def check_base_reference(model: nn.Module) -> None:
@@ -108,8 +107,8 @@ def _check_config(name: str, config: Any) -> None:
     init = getattr(config, "init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in KEEPS_BASE_WEIGHTS:
         raise SettingsError(
-            f"adapter {name!r} was initialised by {init!r}, which rewrites or depends on the base weights: with the "
-            "adapter disabled the model is not the original; use a plain initialisation, or give a frozen copy of the "
+            f"adapter {name!r} was initialized by {init!r}, which may rewrite the base weights: with the "
+            "adapter disabled the model is not the original; use a plain initialization, or give a frozen copy of the "
             "adapter as reference="
         )
     _check_bias(name, config)
