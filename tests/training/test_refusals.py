@@ -36,7 +36,7 @@ def test_initialisations_that_need_data_or_other_libraries(init):
         defend(model, [FeatureDistance(1.0, layers=1)])
 
 
-@pytest.mark.filterwarnings("ignore:.*`eva_config` is not specified")
+@pytest.mark.filterwarnings("ignore:.*`eva_config` is not specified", "ignore:lora with eva initialization")
 @pytest.mark.parametrize("init", sorted(KEEPS_BASE_WEIGHTS))
 def test_initializations_that_keep_the_base_weights(init):
     plain = tiny_model().state_dict()
