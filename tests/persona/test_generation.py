@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, tiny_model
+from tiny_models import VOCABULARY, tiny_model, tiny_peft_model
 from transformers import GenerationConfig
 
 from safelora_fast.persona.responses import Request
@@ -67,6 +67,18 @@ def test_the_models_own_generation_settings_do_not_matter_and_stay():
     before = torch.random.get_rng_state()
     generate(model, PROMPTS, draws(), temperature=1.0, ends=ENDS, padding=0)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_the_model_inside_a_wrapper_keeps_its_generation_settings(task):
+    model = tiny_peft_model(initializer_range=0.3, lora={"task_type": task}).eval()
+    inside = model.get_base_model()
+    expected = generate(model, PROMPTS, draws(), temperature=1.0, ends=ENDS, padding=0)
+    theirs = GenerationConfig(repetition_penalty=9.0, suppress_tokens=[5, 6, 7, 8])
+    inside.generation_config = theirs
+    assert generate(model, PROMPTS, draws(), temperature=1.0, ends=ENDS, padding=0) == expected
+    assert inside.generation_config is theirs
+    assert "generation_config" not in vars(model)
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probability():

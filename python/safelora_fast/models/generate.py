@@ -144,13 +144,23 @@ def generate(
 
 @contextmanager
 def generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Put settings in the place of the model's own, from which whatever is left open would be taken."""
-    former = model.generation_config
-    model.generation_config = settings
+    """Put settings in the place of the model's own, from which whatever is left open would be taken.
+
+    PEFT's wrapper for causal language models copies its own settings into the model inside, and other wrappers do not: both
+    are replaced, and both get theirs back.
+    """
+    parts = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    former = [vars(part).get("generation_config", ...) for part in parts]
+    for part in parts:
+        part.generation_config = settings
     try:
         yield
     finally:
-        model.generation_config = former
+        for part, own in zip(parts, former, strict=True):
+            if own is ...:
+                del part.generation_config  # a wrapper that shows that of the model inside
+            else:
+                part.generation_config = own
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, number: int, turns: list[Message]) -> list[int]:
