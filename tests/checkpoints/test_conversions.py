@@ -6,6 +6,7 @@ Every matrix that would be read for V is compared, bit by bit, with the paramete
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import PairingError
 
 pytest.importorskip("transformers.conversion_mapping", reason="this transformers converts no names")
+core_model_loading = pytest.importorskip(
+    "transformers.core_model_loading", reason="this transformers converts no names"
+)
 
 # Families of the table that can be made small, each with the class that is saved and how many matrices are read.
 FAMILIES = {
@@ -150,6 +154,17 @@ def test_backbone_without_transformers(tmp_path, monkeypatch):
     names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
     (piece,) = names.weight("model.layers.0.mixer.in_proj")
     assert piece.tensor == "backbone.layers.0.mixer.in_proj.weight"
+
+
+def test_a_table_that_is_asked_in_another_way_is_one_line(tmp_path, monkeypatch):
+    """It is private to transformers: a later version may change a function's parameters."""
+    save(made("exaone", 1), tmp_path / "model")
+    monkeypatch.setattr(core_model_loading, "rename_source_key", lambda name: name)
+    names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
+    words = rf"transformers {re.escape(transformers.__version__)} gives .* cannot be found out \(TypeError: .*another version"
+    with pytest.raises(PairingError, match=words) as refused:
+        names.weight("model.layers.0.self_attn.q_proj")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"model_type": "no_such", "architectures": ["No"]}])

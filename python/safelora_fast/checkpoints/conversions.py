@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.tensor_names import NameIndex, Piece
 from safelora_fast.errors import PairingError
+from safelora_fast.printable import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ class LoadedNames:
         """Where a tensor of the loaded model lies on disk; None where that is not known.
 
         Raises:
-            PairingError: it cannot be read from there, or several tensors may be meant.
+            PairingError: it cannot be read from there, several tensors may be meant, or the table cannot be asked.
         """
         if not self._named and any(part.isdigit() for part in name.split(".")):
             return None  # outside of the numbered layers it may still be tied to another
@@ -78,7 +79,15 @@ class LoadedNames:
 
     @cached_property
     def _table(self) -> Mapping[str, Converted]:
-        return conversions(self._checkpoint)
+        try:
+            return conversions(self._checkpoint)
+        except Exception as error:  # the table is not part of transformers' public interface: any call may fail
+            from transformers import __version__
+
+            raise PairingError(
+                f"{self._checkpoint.description}: the names that transformers {__version__} gives this model's tensors cannot be "
+                f"found out ({type(error).__name__}: {one_line(str(error))}): use another version of transformers"
+            ) from error
 
     @cached_property
     def _index(self) -> NameIndex:
