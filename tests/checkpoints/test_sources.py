@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from safelora_fast import project_adapter
 from safelora_fast.checkpoints.provenance import reopen
 from safelora_fast.checkpoints.sources import open_checkpoint
-from safelora_fast.errors import CheckpointError
+from safelora_fast.errors import AdapterError, CheckpointError
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 __all__ = ["no_network"]
@@ -43,6 +43,26 @@ def test_only_shards_that_hold_needed_tensors_are_fetched(hub, tmp_path):
     project(tmp_path, "some/aligned", "some/base", "out", layers=1)
     shards = {name for _, _, name in hub.fetched if name.endswith(".safetensors")}
     assert shards == {"model-00001-of-00002.safetensors"}
+
+
+def test_tensors_that_equal_those_of_a_model_on_the_hub_do_not_bypass(hub, tmp_path):
+    """The norm lies in the last shard, of which the adapter's factors need nothing."""
+    last = hub.folders["some/aligned"] / "model-00002-of-00002.safetensors"
+    save_file({**load_file(last), "model.norm.weight": np.ones(16, np.float32)}, last, {"format": "pt"})
+    index = last.parent / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = last.name
+    index.write_text(json.dumps(content))
+    adapter = write_adapter(tmp_path / "adapter", 3, layers=1)
+    path, key = adapter / "adapter_model.safetensors", "base_model.model.model.norm.weight"
+    save_file({**load_file(path), key: np.ones(16, np.float32)}, path, {"format": "pt"})
+    settings = {"base": "some/base", "select": "all", "strict": True}
+    report = project_adapter(adapter, aligned="some/aligned", output=tmp_path / "out", **settings)
+    assert [(entry["tensor"], entry["change"]) for entry in report.adapters[0].copied] == [(key, 0.0)]
+    last.unlink()
+    settings["aligned"] = "some/aligned@v1"
+    with pytest.raises(AdapterError, match=r"norm\.weight \(‖W − W_aligned‖ is not known: .*does not hold model-00002"):
+        project_adapter(adapter, output=tmp_path / "unknown", **settings)
 
 
 def test_a_second_run_takes_everything_from_the_cache(hub, tmp_path, monkeypatch):

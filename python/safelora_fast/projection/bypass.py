@@ -10,7 +10,7 @@ import numpy as np
 from safelora_fast.checkpoints.adapter import EXCLUDED
 from safelora_fast.checkpoints.adapter_keys import PREFIX
 from safelora_fast.checkpoints.tensor_names import NameIndex, tower_of
-from safelora_fast.errors import AdapterError
+from safelora_fast.errors import AdapterError, CheckpointError
 from safelora_fast.printable import counted
 from safelora_fast.projection.nonfinite_values import PIECE, count_not_finite
 
@@ -31,29 +31,36 @@ def copied_tensors(adapter: Adapter, aligned: Checkpoint) -> list[dict[str, Any]
     - `not_finite`: how many of its values are NaN or infinite; nothing is computed from them;
     - `norm`: its Frobenius norm in float64, None for a dtype that is no float;
     - `change`: the norm of its difference from the aligned model's tensor of that name, None where there is none of its
-      shape, or where its shard of the Hub was not fetched.
+      shape;
+    - `change_unknown`: only where the file of a model on the Hub that holds the aligned model's tensor cannot be had: why.
     """
     names = NameIndex(aligned.names)
     found = []
     for key, reason in adapter.copied:
         entry: dict[str, Any] = {"tensor": key, "reason": reason, "not_finite": count_not_finite(adapter.file, key)}
         name = adapter.keys[key].removeprefix(PREFIX).replace(".base_layer.", ".")
-        same = names.find(name, tower_of(adapter.config)) if not aligned.remote else []
-        found.append({**entry, **_norms(adapter.file, key, aligned, same)})
+        same = names.find(name, tower_of(adapter.config))
+        try:
+            found.append({**entry, **_norms(adapter.file, key, aligned, same)})
+        except CheckpointError as error:
+            if not aligned.remote:
+                raise
+            found.append({**entry, **_norms(adapter.file, key, aligned, []), "change_unknown": str(error)})
     return found
 
 
 def bypassing(copied: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Those that change the model and are not LoRA factors that were excluded as asked.
 
-    A tensor changes nothing where it equals the aligned model's, or where the aligned model has none and it is zero.
+    A tensor changes nothing where it equals the aligned model's, or where the aligned model has none and it is zero. One
+    whose change is not known counts as changing it.
     """
     return [
         item
         for item in copied
         if not str(item["reason"]).startswith(EXCLUDED)
         and item.get("change") != 0
-        and (item.get("change") is not None or item.get("norm") != 0)
+        and (item.get("change") is not None or "change_unknown" in item or item.get("norm") != 0)
     ]
 
 
@@ -84,6 +91,8 @@ def refuse_bypassing(adapter: Adapter, copied: Sequence[Mapping[str, Any]]) -> N
 def _in_words(item: Mapping[str, Any]) -> str:
     if item.get("change") is not None:
         return f"{item['tensor']} (‖W − W_aligned‖ {item['change']:.3g})"
+    if item.get("change_unknown"):
+        return f"{item['tensor']} (‖W − W_aligned‖ is not known: {item['change_unknown']})"
     return f"{item['tensor']} (norm {item['norm']:.3g})" if item.get("norm") is not None else str(item["tensor"])
 
 
