@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import fill_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from safelora_fast.errors import DataError
 from safelora_fast.models import digests
 from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
 
@@ -104,3 +105,23 @@ def test_a_templates_digest_knows_the_day_where_the_template_does(monkeypatch):
     assert template_digest(tokenizer()) == plain
     words.chat_template = None
     assert template_digest(words) is None
+
+
+@pytest.mark.parametrize(
+    "template", ["", "{{ raise_exception('no') }}", "{{ strftime_now('%Y') }}{{ raise_exception('no') }}"]
+)
+def test_a_template_that_cannot_be_used_has_a_digest(template):
+    """Text alone needs no template."""
+    words = tokenizer()
+    plain, words.chat_template = template_digest(words), template
+    assert template_digest(words) not in {plain, None}
+
+
+def test_a_template_that_is_refused_outright_has_a_digest(monkeypatch):
+    def refuse(_):
+        raise DataError("no")
+
+    words = tokenizer()
+    words.chat_template = "{{ strftime_now('%Y') }}"
+    monkeypatch.setattr(digests, "chat_of", refuse)
+    assert template_digest(words) is not None

@@ -99,8 +99,16 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if template is None:
         return None
     text = json.dumps(template, sort_keys=True)
-    date = datetime.datetime.now().date().isoformat() if chat_of(tokenizer).dated else ""
+    date = datetime.datetime.now().date().isoformat() if "strftime_now" in text and _is_dated(tokenizer) else ""
     return hashlib.sha256(f"{text}{date}".encode()).hexdigest()
+
+
+def _is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the date; one that cannot be used is left to whoever uses it."""
+    try:
+        return chat_of(tokenizer).dated
+    except DataError:
+        return False
 
 
 def _sha256(path: Path) -> str:
