@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from safelora_fast import project_adapter
-from safelora_fast.checkpoints.lora_config import KNOWN
+from safelora_fast.checkpoints.lora_config import KNOWN, refuse_variants, unknown_keys_note
 from safelora_fast.errors import AdapterError, CheckpointError, PairingError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -279,6 +279,36 @@ def test_other_unknown_settings_are_named(llama, tmp_path):
     (warning,) = [warning for warning in report.warnings if "not known here" in warning]
     assert "(shiny = True, tags = ['a'])" in warning
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (truth / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"lora_name": "helpful"},
+        {"lora_plus_ratio": 16},
+        {"config_file": "train.yaml"},
+        {"alpha_schedule": "cosine"},
+        {"gate_checks": True},
+        {"upscaled_from": "x"},
+        {"tool_config": "train.yaml"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_of_other_tools_are_warned_of(llama, setting):
+    (key,) = setting
+    config = {**json.loads((llama[1] / "adapter_config.json").read_text()), **setting}
+    refuse_variants(llama[1], config)
+    (note,) = unknown_keys_note(config)
+    assert f"({key} = " in note
+
+
+@pytest.mark.parametrize(
+    "setting", [{"lora_gate": [0.5]}, {"scaling": 2.0}, {"lora_variant": "x"}, {"x_multiplier": 3}], ids=str
+)
+def test_settings_that_look_like_a_variant_are_refused(llama, setting):
+    config = {**json.loads((llama[1] / "adapter_config.json").read_text()), **setting}
+    with pytest.raises(AdapterError, match="is set, which is not known here"):
+        refuse_variants(llama[1], config)
 
 
 def test_every_setting_of_the_installed_peft_is_known():

@@ -46,8 +46,15 @@ KNOWN = VARIANTS.keys() | {
     *("qalora_group_size", "megatron_core", "merge_weights", "unsloth_fixed"),
     *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # of ms-swift: the factors' dtype and learning rates
 }
-# What the name of a key that changes the update would look like.
-LIKE_A_VARIANT = re.compile(r"use_.*|.*(config|lora|dora|alpha|scal|magnitude|rotat|gate|block_diag|variant).*", re.I)
+# Keys by which a variant of LoRA would be switched on, in the way PEFT names them, with the kind of value they hold. Another
+# tool's bookkeeping ("lora_name", "alpha_schedule", "config_file") is none of them.
+SWITCHES: tuple[tuple[re.Pattern[str], type | tuple[type, ...]], ...] = (
+    (re.compile(r"use_.*"), object),
+    (re.compile(r".*_config"), dict),
+    (re.compile(r"lora_.*"), bool),
+    (re.compile(r"(.*_)?(alpha|scale|scaling|multiplier|magnitude|gate)"), (int, float, list, dict)),
+    (re.compile(r"(scale|scaling)_.*|(.*_)?variant"), object),
+)
 
 
 def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
@@ -66,7 +73,7 @@ def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
         if config.get(key):
             raise AdapterError(f"{folder}: {key} is set: {reason}; this adapter cannot be projected")
     for key in _unknown(config):
-        if LIKE_A_VARIANT.fullmatch(key):
+        if any(name.fullmatch(key) and isinstance(config[key], kind) for name, kind in SWITCHES):
             raise AdapterError(
                 f"{folder}: {key} is set, which is not known here: it may belong to a variant of LoRA that is not B·A; "
                 "a newer safelora-fast may know it"
