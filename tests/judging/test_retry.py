@@ -12,7 +12,7 @@ pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip i
 
 from safelora_fast.judging import retry
 from safelora_fast.judging.judge import GIVEN_UP, NO_NUMBER, REFUSED, Judge
-from safelora_fast.judging.judge_names import find_judge
+from safelora_fast.judging.judge_names import check_judge, find_judge
 from safelora_fast.judging.retry import Budget
 
 GOOD = {"alignment": "90", "coherence": "80"}
@@ -118,3 +118,21 @@ def test_a_judge_that_goes_away_is_given_up_and_one_that_comes_back_is_not():
     assert (first.verdict.scored, first.verdict.coherence) == (False, 80)
     assert (second.verdict.scored, second.verdict.coherence) == (False, 80)
     assert third.verdict.scored
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+def test_a_judge_that_answered_the_first_question_is_waited_for(greeted, monkeypatch):
+    """Its first real question may meet an outage; where nothing ever answered, the address is wrong."""
+
+    async def no_sleep(_seconds):
+        pass
+
+    with serving(good) as (url, _):
+        if greeted:
+            assert check_judge("openai-api/stub/one", url, 64) is None
+    monkeypatch.setattr(retry, "BUDGET", Budget(tries=2, wait=0.01, timeout=5, total=20, lost=9))
+    monkeypatch.setattr(retry, "_heard", set(retry._heard) if greeted else set())
+    monkeypatch.setattr(retry.anyio, "sleep", no_sleep)
+    (result,) = judged(url)
+    failed = "the judge failed: APIConnectionError"
+    assert (result.alignment.reason, result.coherence.reason) == (failed, failed if greeted else GIVEN_UP)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NOBODY = ("ConnectError", "ConnectTimeout", "gaierror", "InvalidURL", "UnsupportedProtocol")  # by whichever library
 SHAPES = (TypeError, AttributeError, KeyError, IndexError)
+_heard: set[str] = set()  # addresses that anything has come from in this process, by whichever Endpoint
 
 
 class UnreachableError(Exception):
@@ -92,6 +93,7 @@ class Endpoint:
         self._changes: dict[str, Any] = {}
         self._told: set[str] = set()
         self._quiet = quiet
+        self._address = str(getattr(model.api, "base_url", None) or model)
         remember(getattr(model.api, "api_key", None))
 
     def turn(self) -> AbstractAsyncContextManager[object]:
@@ -162,12 +164,12 @@ class Endpoint:
                 raise
             except Exception as error:  # whatever a provider raises
                 redact_error(error)
+                if getattr(error, "status_code", None) is not None and not is_nobody(error):
+                    _heard.add(self._address)
                 decision = self._model.api.should_retry(error)
                 if not decision and not isinstance(error, TimeoutError | ConnectionError):
                     raise
-                if (
-                    is_nobody(error) and not self._answered
-                ):  # waiting helps with a server that went away, not with a wrong URL
+                if is_nobody(error) and self._address not in _heard:  # a wrong URL: waiting does not help
                     self._lost = self._budget.lost
                     raise UnreachableError from error
                 if not left:
@@ -182,6 +184,7 @@ class Endpoint:
                 wait *= 2
             else:
                 self._lost = 0
+                _heard.add(self._address)
                 return reply
         raise UnreachableError
 
