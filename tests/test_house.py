@@ -11,6 +11,7 @@ import safelora_fast
 ROOT = Path(safelora_fast.__file__).parent
 # From the ground up: a room imports from the rooms before it only.
 ROOMS = [
+    "former_modules",
     "printable",
     "errors",
     "files",

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import feature_distance
 import linear_kl
-import projection
 import torch
 import triton
 from timing import Timer
 
+import projection
 from safelora_fast.ops import backends
 from safelora_fast.ops.triton_runtime import gpu
 

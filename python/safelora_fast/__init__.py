@@ -6,9 +6,11 @@ Importing this package imports neither torch nor transformers; public names are 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast._core import __version__
+from safelora_fast.former_modules import FormerModules
 
 if TYPE_CHECKING:
     from safelora_fast.data import inoculate, interleave
@@ -74,6 +76,9 @@ __all__ = [
     "project_peft_model",
     "select_by_perplexity_gap",
 ]
+
+
+sys.meta_path.append(FormerModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,13 @@
-"""The sections of a recipe with keys of our own, beside `model`: data, margin and output."""
+"""The sections of a recipe with keys of our own: model, data, margin and output."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from safelora_fast.models.section import ModelSection
+
+__all__ = ["DataSection", "MarginSection", "ModelSection", "OutputSection", "SafeSection"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Modules under the names that they had in 0.1.0: they can still be imported, with a DeprecationWarning, until 0.3."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+PACKAGE = "safelora_fast."
+ROOMS = {"posthoc": "projection", "evaluation": "judging", "comparison": "compare", "integrations": "trainers"}
+# Former name = new name, or names where a module was split; modules of a renamed room that kept their own name follow the room.
+MOVED_TEXT = """
+comparison.contents=compare.measurement_files comparison.facts=compare.notes comparison.figures_text=compare.number_text
+comparison.flaws=compare.failed_measurements comparison.gaps=compare.missing_reasons comparison.inputs=compare.input_checks
+comparison.origins=compare.cell_sources comparison.places=compare.paths comparison.reading=compare.conclusions
+comparison.sections=compare.measure_sections comparison.training=compare.train_runs
+comparison.workbench=compare.shared_models data.best=data.top_scores data.jsonl=files.jsonl
+defenses.vector=defenses.steering_vector demo.model=demo.packaged_model demo.picture=demo.plot demo.recipe=demo.constants
+demo.training=demo.train_loop evaluation.callback=scoring.margin_callback evaluation.drift=scoring.drift
+evaluation.figures=judging.rates evaluation.folder=judging.evaluation_folder evaluation.generation=models.generate
+evaluation.guard=judging.inspect_redaction evaluation.inspect_registry=judging.task evaluation.intervals=scoring.intervals
+evaluation.judges=judging.judge_names evaluation.loading=models.load_adapted evaluation.margin=scoring.margin
+evaluation.pairs=data.pairs evaluation.patience=judging.retry evaluation.prompts=judging.judge_prompts
+evaluation.secrets=judging.redact integrations.sources=trainers.loss_by_source integrations.task_loss=trainers.trainer_loss
+ops.feature_distance.comparison=ops.feature_distance.arguments ops.linear_kl.rows=ops.linear_kl.counted_tokens
+ops.once=ops.once_differentiable persona.generation=persona.seeded_generation persona.judging=persona.response_filter
+persona.model=persona.source_model persona.picture=persona.plot persona.prompts=persona.requests
+posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.damage
+posthoc.device_factors=projection.device.factors posthoc.device_figures=projection.device.outcomes
+posthoc.device_reader=projection.device.reader posthoc.device_stream=projection.device.stream
+posthoc.device_subspace=projection.device.subspace_stream posthoc.experts=checkpoints.experts
+posthoc.finite=projection.nonfinite_values posthoc.geometry=checkpoints.geometry posthoc.hub=checkpoints.hub
+posthoc.output=files.output posthoc.pairing=checkpoints.pairing posthoc.places=checkpoints.module_names
+posthoc.provenance=checkpoints.provenance posthoc.resident=projection.device.resident
+posthoc.settings=projection.settings,files.argument_checks posthoc.sources=checkpoints.sources
+posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections
+recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests
+recipe.document=recipe.yaml_document recipe.epochs=data.epochs recipe.folder=recipe.run_folder
+recipe.kinds=recipe.value_types recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.peak_memory
+recipe.monitors=recipe.monitor_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries
+recipe.results=recipe.run_metrics recipe.rows=data.rows recipe.section=recipe.yaml_section
+recipe.stopping=recipe.stop_on_interrupt recipe.tokens=data.tokens recipe.words=recipe.summary_text
+scoring.answers=scoring.answer_scores scoring.head=scoring.label_likelihoods scoring.precision=scoring.float32_residual
+subspace_build=subspace.build training.adapted=models.lora_factors training.anatomy=models.anatomy training.batch=data.spans
+training.capture=models.capture training.distributed=models.distributed training.drift=training.monitors
+training.finish=training.end_projection training.guard=defenses.nonfinite_errors training.held=models.shards
+training.projections=training.safelora_steps training.reference=models.reference_pass
+training.safe_modules=defenses.safe_modules training.steered=training.steering_mode training.steps=training.optimizer_steps
+training.terms=training.loss_terms training.totals=training.window
+"""
+MOVED = {former: new for former, _, new in (pair.partition("=") for pair in MOVED_TEXT.split())}
+
+
+def new_names(name: str) -> list[str]:
+    """The modules that a former module became; none where there was no such module."""
+    former = name.removeprefix(PACKAGE)
+    if former in MOVED:
+        return [PACKAGE + new for new in MOVED[former].split(",")]
+    room, dot, rest = former.partition(".")
+    if room not in ROOMS:
+        return []
+    new = f"{PACKAGE}{ROOMS[room]}{dot}{rest}"
+    return [new] if importlib.util.find_spec(new) is not None else []
+
+
+class FormerModules(MetaPathFinder, Loader):
+    """Finds former modules; what is asked of one is looked up in those that it became."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a former module, None of any other."""
+        del path, target
+        if not name.startswith(PACKAGE) or not new_names(name):
+            return None
+        return importlib.util.spec_from_loader(name, self, is_package=name.removeprefix(PACKAGE) in ROOMS)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let the module ask those that it became."""
+        names = new_names(module.__name__)
+        if module.__name__.removeprefix(PACKAGE) not in ROOMS:  # the module in it says so
+            warnings.warn(f"{module.__name__} is {' and '.join(names)} now", DeprecationWarning, stacklevel=2)
+        became = [importlib.import_module(name) for name in names]
+
+        def look_up(attribute: str) -> Any:
+            for one in became:
+                if hasattr(one, attribute):
+                    return getattr(one, attribute)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {attribute!r}")
+
+        module.__getattr__ = look_up  # type: ignore[method-assign]
