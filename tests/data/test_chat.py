@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -303,3 +305,23 @@ def test_the_templates_that_trl_ships():
             conversation, tokenize=True, add_generation_prompt=True, return_dict=True
         )
         assert Chat(tokenizer).prompt(TALK[:1]) == list(theirs["input_ids"]), file
+
+
+def test_a_tokenizer_is_tried_out_again_when_its_tokens_change_and_is_not_kept(monkeypatch):
+    tried = []
+    examine = Chat._examine
+    monkeypatch.setattr(Chat, "_examine", lambda chat: (tried.append(chat), examine(chat)))
+    tokenizer = byte_tokenizer()
+    first, second = chat_of(tokenizer), chat_of(tokenizer)
+    assert len(tried) == 1
+    assert vars(first) == vars(second)
+    tokenizer.add_tokens(["<new>"])
+    chat_of(tokenizer)
+    tokenizer.chat_template = INST
+    chat_of(tokenizer)
+    assert len(tried) == 3
+    alive = weakref.ref(tokenizer)
+    del tokenizer, first, second
+    tried.clear()
+    gc.collect()
+    assert alive() is None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
 from itertools import product
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from safelora_fast.data.chat_doubts import doubts, end_of_turn
 from safelora_fast.data.chat_text import common_prefix, lost, named, says, wrongly_marked
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Span = tuple[int, int]
 
 logger = logging.getLogger(__name__)
+# What each tokenizer that is still alive was found to do, and the rules under which it was; nothing here keeps it alive.
+_tried_out: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
 
 SYSTEM, QUESTION = "Seven silver swans swim here.", "Which five words came first?"
 ANSWERS = (
@@ -256,19 +258,29 @@ class Chat:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The chat template of a tokenizer, tried out once; doubts are logged then.
+    """The chat template of a tokenizer, tried out once, and again after its template or tokens change; doubts are logged then.
 
     Raises:
         DataError: as :class:`Chat`.
     """
-    return _chat_of(tokenizer, json.dumps(getattr(tokenizer, "chat_template", None)))
-
-
-@functools.lru_cache(maxsize=4)
-def _chat_of(tokenizer: PreTrainedTokenizerBase, _template: str) -> Chat:
+    rules = json.dumps(
+        [
+            getattr(tokenizer, "chat_template", None),
+            getattr(tokenizer, "special_tokens_map", None),
+            len(tokenizer),  # tokens may be added
+        ],
+        default=str,
+    )
+    former, found = _tried_out.get(tokenizer, (None, {}))
+    if former == rules:
+        chat = Chat.__new__(Chat)
+        vars(chat).update(found, _tokenizer=tokenizer)
+        return chat
     chat = Chat(tokenizer)
     for warning in chat.warnings:
         logger.warning("%s", warning)
+    found = {name: value for name, value in vars(chat).items() if name != "_tokenizer"}
+    _tried_out[tokenizer] = rules, found
     return chat
 
 
