@@ -118,7 +118,7 @@ def test_no_key_of_a_judge_is_written(run, questions, tmp_path):
         judge = ("--judge", "openai-api/stub/one", "--judge-url", url, "--judge-attempts", 2)
         words = ("evaluate", "--model", model, "--questions", questions, "--samples", 8, "--max-tokens", 9)
         program = (
-            "from safelora_fast.judging import patience; patience.BUDGET = patience.Budget(tries=2, wait=0.01, lost=99);"
+            "from safelora_fast.judging import retry; retry.BUDGET = retry.Budget(tries=2, wait=0.01, lost=99);"
             "from safelora_fast.cli import main; main()"
         )
         first = run("-c", program, *words, "--device", "cpu", *judge, "--output", tmp_path / "out")
