@@ -147,6 +147,8 @@ def format_projected(point: SweepPoint) -> str:
     return f"{projected} of {point.modules}"
 
 
+# Not those of safelora_fast.printable, whose escapes (\x1b, \u202e) tell a terminal's reader what a name hides: a report is read
+# by others, to whom an escape would look like part of a name, and the pieces of a page keep the spaces around them.
 def printable(text: str) -> str:
     """A text from outside with spaces for control characters and for what no file can hold."""
     return "".join(character if character.isprintable() or character in KEPT else " " for character in text)
