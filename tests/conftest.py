@@ -13,6 +13,7 @@ __all__ = ["call", "hub"]
 
 # A suite started in the background ignores Ctrl-C, and so would the commands that it starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("COLUMNS", None)  # processes that share the tests get the terminal's width, which tables would keep to
 
 
 @pytest.fixture(autouse=True)

@@ -92,6 +92,7 @@ def test_a_folder_that_may_not_be_read(pair):
     from safelora_fast import project_adapter
     from safelora_fast.errors import AdapterError, CheckpointError
 
+    b"".decode("utf-8-sig")  # the other user may not read where Python has its codecs
     made = [parent for parent in pair.adapter.parents if Path(tempfile.gettempdir()) in parent.parents]
     for path in (*made, *pair.adapter.parent.rglob("*")):
         path.chmod(0o755)
