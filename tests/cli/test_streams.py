@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -89,19 +90,25 @@ def test_paths_that_are_no_files_are_refused_in_one_line(call, no_files, pair, k
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read")
 def test_a_folder_that_may_not_be_read(pair):
-    from safelora_fast import project_adapter
-    from safelora_fast.errors import AdapterError, CheckpointError
-
-    b"".decode("utf-8-sig")  # the other user may not read where Python has its codecs
+    """A process of its own: as another user it may look for modules in vain, and Python remembers that."""
     made = [parent for parent in pair.adapter.parents if Path(tempfile.gettempdir()) in parent.parents]
     for path in (*made, *pair.adapter.parent.rglob("*")):
         path.chmod(0o755)
-    for locked, error in ((pair.aligned, CheckpointError), (pair.adapter, AdapterError)):
-        locked.chmod(0)
-        os.seteuid(65534)
-        try:
-            with pytest.raises(error, match=r"cannot be read: Permission denied$"):
-                project_adapter(pair.adapter, aligned=pair.aligned, base=pair.base, output=pair.output)
-        finally:
-            os.seteuid(0)
-            locked.chmod(0o755)
+    program = """
+import os, sys
+from safelora_fast import project_adapter
+from safelora_fast.errors import SafeLoraFastError
+adapter, aligned, base, locked, output = sys.argv[1:]
+project_adapter(adapter, aligned=aligned, base=base, output=output)  # all that it imports is there
+os.chmod(locked, 0)
+os.seteuid(65534)
+try:
+    project_adapter(adapter, aligned=aligned, base=base, output=output)
+except SafeLoraFastError as error:
+    print(type(error).__name__, error)
+"""
+    for locked, error in ((pair.aligned, "CheckpointError"), (pair.adapter, "AdapterError")):
+        words = [*map(str, (pair.adapter, pair.aligned, pair.base, locked)), f"{pair.output}-{error}"]
+        done = subprocess.run([sys.executable, "-c", program, *words], check=False, capture_output=True, text=True)
+        locked.chmod(0o755)
+        assert re.fullmatch(rf"{error} .*cannot be read: Permission denied\n", done.stdout), done.stderr
