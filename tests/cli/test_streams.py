@@ -103,7 +103,7 @@ project_adapter(adapter, aligned=aligned, base=base, output=output)  # all that 
 os.chmod(locked, 0)
 os.seteuid(65534)
 try:
-    project_adapter(adapter, aligned=aligned, base=base, output=output)
+    project_adapter(adapter, aligned=aligned, base=base, output=output, overwrite=True)
 except SafeLoraFastError as error:
     print(type(error).__name__, error)
 """
