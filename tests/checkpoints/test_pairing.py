@@ -311,6 +311,24 @@ def test_settings_that_look_like_a_variant_are_refused(llama, setting):
         refuse_variants(llama[1], config)
 
 
+@pytest.mark.parametrize(
+    ("config", "odd"),
+    [({"r": 160}, True), ({"rank_pattern": {"q_proj": 2}}, False), ({"r": 160, "rank_pattern": {".*": None}}, False)],
+    ids=str,
+)
+def test_a_rank_that_no_setting_gives_is_named(llama, tmp_path, config, odd):
+    """PEFT makes factors of the configuration's rank and refuses those of another."""
+    folders, adapter, truth, _, _ = llama
+    if "r" in config and "rank_pattern" in config:
+        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+        config = {**config, "rank_pattern": {".*": rank}}
+    same = rewrite(adapter, tmp_path / "same", config=config, file=WEIGHTS)
+    report = project_adapter(same, aligned=folders[0], base=folders[1], output=tmp_path / "out", select="all")
+    warnings = [warning for warning in report.warnings if "gives no module that rank" in warning]
+    assert len(warnings) == odd
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (truth / WEIGHTS).read_bytes()
+
+
 def test_every_setting_of_the_installed_peft_is_known():
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= KNOWN
 

@@ -396,6 +396,12 @@ def test_help(call, command):
     assert "<bool>" not in out
 
 
+def test_help_says_how_a_revision_of_an_adapter_is_named(call):
+    """Words in brackets are taken for markup and vanish."""
+    assert "ID or ID@REV" in " ".join(call("project", "--help").out.replace("│", " ").split())
+    assert "HUB_ID@REV" in " ".join(call("select", "--help").out.replace("│", " ").split())
+
+
 def test_neither_torch_nor_transformers_is_imported(tmp_path):
     pair = write_pair(tmp_path / "in")
     program = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from judge_server import serving
 
@@ -26,6 +28,7 @@ def key(monkeypatch):
         (400, r"refuses a plain question \(400\): .*why not\?"),
         (401, r"refuses the key that it is given \(401\): .*the key comes from STUB_API_KEY"),
         (403, r"refuses the key that it is given \(403\)"),
+        (402, r"has no quota left: .*why not\?"),
         (404, r"refuses a plain question \(404\): .*why not\?; correct the model's name, or --judge-url"),
     ],
 )
@@ -44,6 +47,48 @@ def test_an_account_without_money_stops(monkeypatch):
     with (
         serving(lambda *_: (429, "insufficient_quota: pay first", None), greet=False) as (url, _),
         pytest.raises(SettingsError, match=r"has no quota left: .*pay first"),
+    ):
+        check_judge(NAME, url, 64)
+
+
+def test_a_web_page_stops(monkeypatch):
+    """A page comes where the address lacks its /v1, or a gateway wants a login: waiting for a reply would not help."""
+    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
+    for page in ("<html>log in</html>", "\n<!DOCTYPE html><title>log in</title>"):
+        with (
+            serving(lambda *_, page=page: (200, page.encode(), None), greet=False) as (url, _),
+            pytest.raises(SettingsError, match=r"it sends a web page; .*correct --judge-url"),
+        ):
+            check_judge(NAME, url, 64)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"error": "no such thing"}, {"detail": "no such thing"}, {"detail": [{"msg": "no such thing"}]}, "no such thing"],
+    ids=str,
+)
+def test_what_an_endpoint_says_in_a_form_of_its_own_is_told(body):
+    payload = json.dumps(body).encode()
+    with (
+        serving(lambda *_: (404, payload, None), greet=False) as (url, _),
+        pytest.raises(SettingsError, match=r"refuses a plain question \(404\): .*no such thing"),
+    ):
+        check_judge(NAME, url, 64)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("Unexpected endpoint", r"refuses a plain question \(400\): .*Unexpected endpoint"),
+        ({"message": "who is that?", "code": "model_not_found"}, r"refuses a plain question \(400\): .*who is that"),
+        ({"message": "who are you?", "code": 401}, r"refuses the key that it is given \(401\): .*who are you"),
+    ],
+)
+def test_an_error_that_comes_as_a_success_is_one(error, words):
+    body = json.dumps({"error": error}).encode()
+    with (
+        serving(lambda *_: (200, body, None), greet=False) as (url, _),
+        pytest.raises(SettingsError, match=words),
     ):
         check_judge(NAME, url, 64)
 

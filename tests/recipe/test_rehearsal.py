@@ -77,6 +77,10 @@ def test_a_tracker_whose_package_is_missing(tiny, call, capsys, tracker):
         (("training.fsdp=full_shard",), "training"),
         (("training.packing=true", "training.packing_strategy=odd"), "packing"),
         (("model.attention=flash_attention_2",), "the model cannot be loaded: "),
+        (
+            ("model.attention=flex_attention", "model.device=cpu"),
+            "flex_attention has no gradients on the CPU: choose sdpa",
+        ),
         (("training.adam_beta1=2.0",), "training.optim: Invalid beta parameter"),
         (("lora.modules_to_save=[lm_head]",), "KL: the output head is adapted or trained"),
         (("output.folder=/dev/null/out",), "/dev/null is not a folder"),

@@ -27,9 +27,10 @@ def answer_in(prompt: str) -> str:
 def serving(reply, *, port=0, greet=True):
     """Serve `reply(prompt, headers) -> (status, text, candidates)`; candidates are (token, probability) of the first token.
 
-    A text may also be a whole choice, as a dictionary; of a redirect it is the address. For a reply of None the server goes
-    away: it answers no more, and connections are refused. The first question that a judge is asked before all others is
-    answered with a number and not counted; without `greet` it is served as any other. Yields the URL, and the list of
+    A text may also be a whole choice, as a dictionary, or a whole reply, as bytes; of a redirect it is the address. For a
+    reply of None the server goes away: it answers no more, and connections are refused. The first question that a judge is
+    asked before all others is answered with a number and not counted; without `greet` it is served as any other.
+    Yields the URL, and the list of
     requests that came.
     """
     requests, gone = [], threading.Event()
@@ -57,8 +58,12 @@ def serving(reply, *, port=0, greet=True):
                 threading.Thread(target=server.shutdown).start()
                 return
             status, text, candidates = given
-            content = {"error": {"message": text, "type": "stub"}} if status != 200 else _completion(text, candidates)
-            payload = json.dumps(content).encode()
+            if isinstance(text, bytes):
+                payload = text
+            elif status != 200:
+                payload = json.dumps({"error": {"message": text, "type": "stub"}}).encode()
+            else:
+                payload = json.dumps(_completion(text, candidates)).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(payload)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast import _core
 from safelora_fast.checkpoints.adapter_keys import PREFIX, peft_keys
-from safelora_fast.checkpoints.lora_config import CONFIG, VARIANTS, refuse_variants, unknown_keys_note
+from safelora_fast.checkpoints.lora_config import CONFIG, VARIANTS, other_ranks_note, refuse_variants, unknown_keys_note
 from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.errors import AdapterError, SettingsError
@@ -145,7 +145,9 @@ def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bo
     file = _core.SafetensorsFile(str(folder / WEIGHTS))
     keys = {key: key for key in file.tensors} if keep_keys else peft_keys(folder, file.tensors)
     modules, copied, left = _account(folder, config, file, keys, exclude)
-    return Adapter(folder, config, file, modules, copied, keys, tuple(unknown_keys_note(config)), left)
+    ranks = {one.name: one.rank for one in modules if one.kind != "parameter"}
+    notes = (*unknown_keys_note(config), *other_ranks_note(config, ranks))
+    return Adapter(folder, config, file, modules, copied, keys, notes, left)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:

@@ -103,6 +103,19 @@ def unknown_keys_note(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def other_ranks_note(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
+    """A warning about modules whose factors have a rank that the configuration gives to none: PEFT does not load these."""
+    pattern = config.get("rank_pattern")
+    said = {config["r"], *(pattern.values() if isinstance(pattern, dict) else ())}
+    odd = sorted(name for name, rank in ranks.items() if rank not in said)
+    if not odd:
+        return []
+    return [
+        f"the factors of {odd[0]} have rank {ranks[odd[0]]}, and {CONFIG} gives no module that rank "
+        f"({len(odd)} such modules): PEFT will not load the adapter before r or rank_pattern is corrected"
+    ]
+
+
 def _unknown(config: Mapping[str, Any]) -> list[str]:
     """Keys that are not known and hold something else than a neutral value: null, false, 0 or nothing."""
     return [key for key, value in config.items() if value and key not in KNOWN]

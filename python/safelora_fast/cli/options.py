@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids, ID[@REV].")
+    list[str], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids, ID or ID@REV.")
 ]
 OneAdapter = Annotated[
     str | None, typer.Option("--adapter", metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to put on the model.")

@@ -29,7 +29,8 @@ def select(
     misaligned: Annotated[
         list[str],
         typer.Option(
-            metavar="[NAME=]ADAPTER", help="A PEFT adapter that makes it misaligned, DIR|HUB_ID[@REV]; one or more."
+            metavar="[NAME=]ADAPTER",
+            help="A PEFT adapter that makes it misaligned, DIR, HUB_ID or HUB_ID@REV; one or more.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The chosen rows, with their scores.")],

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to ask, this machine
 NO_KEY = "none"
 HERE = {"hf", "mockllm", "none", "nnterp", "transformer_lens"}  # providers whose models run in this process
+PAYMENT_REQUIRED = 402
 QUOTA = "insufficient_quota"
 
 
@@ -112,7 +113,7 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
         elif status in {401, 403}:
             keys = " or ".join(getattr(model.api, "api_key_vars", None) or ["the environment"])
             hopeless = f"the endpoint refuses the key that it is given ({status}): {said}; the key comes from {keys}"
-        elif QUOTA in said:
+        elif QUOTA in said or status == PAYMENT_REQUIRED:
             hopeless = f"the account has no quota left: {said}"
         elif status is not None and 400 <= status < 500 and not isinstance(error, UnreachableError):
             hopeless = f"{where} refuses a plain question ({status}): {said}; correct the model's name, or --judge-url"

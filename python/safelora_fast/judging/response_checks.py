@@ -7,6 +7,8 @@ would hold it up for hours.
 from __future__ import annotations
 
 import json
+import re
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 
 MOST_BYTES = 1 << 26
+PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+MOST_WORDS = 1500
+ERRORS = range(400, 600)
 TAGS = (b"<think", b"<content-internal", b"<summary")
 MOST_TAGS = 256
 
@@ -23,12 +28,18 @@ class RedirectError(Exception):
     """An endpoint sends one to another host; the message names it, and nothing else of the address."""
 
 
+class PageError(Exception):
+    """A web page came where a reply should be: the address is another one's, or wants somebody to log in."""
+
+
 class FloodError(Exception):
     """An endpoint sent more than a reply of a chat model can hold."""
 
 
 def check_responses(model: Model) -> None:
-    """Have the client of a model's provider raise :class:`RedirectError` or :class:`FloodError` before anybody reads a response.
+    """Have the client of a model's provider raise an error of this module before anybody reads a response.
+
+    An error that came with a status of success gets one of failure.
 
     The clients of OpenAI's and Anthropic's packages, and of all that are made like them; those of other providers stay as
     they are. A client that is made anew is changed anew.
@@ -43,8 +54,13 @@ def check_responses(model: Model) -> None:
 async def _check(response: Any) -> None:
     location = response.headers.get("location")
     if not 300 <= response.status_code < 400:
-        if _is_flood(await response.aread()):
+        content = await response.aread()
+        if _is_flood(content):
             raise FloodError("it sent more than a reply of a chat model can hold")
+        if response.is_success and PAGE.match(content):
+            raise PageError("it sends a web page; the address of an API often ends in /v1")
+        if response.is_success and (status := _status_of_error(content)) is not None:
+            response.status_code = status
         return
     if location is None:
         return
@@ -57,6 +73,33 @@ async def _check(response: Any) -> None:
         same, host = False, None
     if not same:
         raise RedirectError(f"it redirects to another host, {host or 'of an odd name'}, which is not followed")
+
+
+def tell_body(error: Exception) -> None:
+    """Put what an endpoint sent into the words of a provider's error that leaves it out.
+
+    OpenAI's client takes nothing but a message in OpenAI's own form; others say {"error": "…"} or {"detail": […]}.
+    """
+    body: Any = getattr(error, "body", None)
+    if not body or not isinstance(body, str | dict | list) or (isinstance(body, dict) and "message" in body):
+        return
+    words, said = str(error), body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str)
+    if said[:MOST_WORDS] not in words:
+        error.args = (f"{words} - {said[:MOST_WORDS]}",)
+
+
+def _status_of_error(content: bytes) -> int | None:
+    """The status that an error should have had which came as if all were well: LM Studio and gateways send such replies."""
+    if b'"error"' not in content:
+        return None
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or not said.get("error") or said.get("choices"):
+        return None
+    code = said["error"].get("code") if isinstance(said["error"], dict) else None
+    return code if type(code) is int and code in ERRORS else HTTPStatus.BAD_REQUEST
 
 
 def _is_flood(content: bytes) -> bool:

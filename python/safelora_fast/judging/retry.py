@@ -13,7 +13,7 @@ from inspect_ai.util import concurrency
 
 from safelora_fast.judging.redact import redact_error, redact_logs, remember
 from safelora_fast.judging.request_parameters import told, without_refused
-from safelora_fast.judging.response_checks import FloodError, RedirectError, check_responses
+from safelora_fast.judging.response_checks import FloodError, PageError, RedirectError, check_responses, tell_body
 from safelora_fast.printable import one_line
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class Endpoint:
             except UnreadableError:
                 raise
             except Exception as error:  # whatever a provider raises
+                tell_body(error)
                 redact_error(error)
                 if getattr(error, "status_code", None) is not None and not is_nobody(error):
                     _heard.add(self._address)
@@ -219,8 +220,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_nobody(error: BaseException) -> bool:
-    """Whether there is nobody at an endpoint's address: nothing listens, the host is not known, or it sends one elsewhere."""
-    return any(type(one).__name__ in NOBODY or isinstance(one, RedirectError) for one in causes(error))
+    """Whether no judge is at an address: nothing listens, the host is not known, it sends one elsewhere or sends a page."""
+    return any(type(one).__name__ in NOBODY or isinstance(one, RedirectError | PageError) for one in causes(error))
 
 
 def _finish(output: ModelOutput, call: Any) -> str:

@@ -57,10 +57,13 @@ def bare_outline(section: ModelSection, config: PretrainedConfig) -> PreTrainedM
 
     Raises:
         CheckpointError: there is no such model of transformers.
+        SettingsError: its attention cannot be trained on the device.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    if section.attention == "flex_attention" and not _on_gpu(section.device):
+        raise SettingsError("attention: flex_attention has no gradients on the CPU: choose sdpa or eager")
     with torch.device("meta"):
         model: PreTrainedModel = _loaded(
             section.path,
@@ -122,6 +125,12 @@ def place(model: PreTrainedModel, device: str) -> PreTrainedModel:
     except torch.OutOfMemoryError as error:
         raise SettingsError(f"device {device}: {explained(error)}") from error
     return model.eval()
+
+
+def _on_gpu(device: str) -> bool:
+    import torch
+
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def first_line(error: BaseException) -> str:
