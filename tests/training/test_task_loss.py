@@ -126,26 +126,6 @@ def test_what_the_model_adds_counts_once_for_all_processes(processes, monkeypatc
     assert together == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("here", [False, True])
-def test_processes_that_see_different_graphs_decide_alike(here, monkeypatch):
-    """Another process sees what this one may not: neither goes on to ask, which would wait for the other for ever."""
-    votes = []
-
-    def with_another(values, _device):
-        votes.append(list(values))
-        return [value + (1 - here) for value in values]
-
-    monkeypatch.setattr(task_loss, "_in_graph", lambda *_: here)
-    monkeypatch.setattr(task_loss, "sum_over_ranks", with_another)
-    monkeypatch.setattr(task_loss, "_divides_by_items", lambda *_: pytest.fail("asked alone"))
-    model, batches = mixtral(), window(2)
-    with defend(model, []) as defended:
-        totals = defended.totals(batches)
-        for batch in batches:
-            defended.loss(batch, totals=totals)
-    assert votes == [[float(here)]]
-
-
 @pytest.mark.parametrize("extra", [0.0, 1.0])
 @pytest.mark.parametrize("silent", [(), (2, 3), (0, 1)])
 def test_a_model_that_ignores_the_number_of_items(extra, silent):

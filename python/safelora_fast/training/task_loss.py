@@ -43,7 +43,7 @@ class TaskLoss:
         self._divides: bool | None = None
 
     def of(self, model: nn.Module, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
-        """The loss of one micro-batch. Collective until it is known which kind the model is.
+        """The loss of one micro-batch.
 
         Args:
             model: the model with its wrappers.
@@ -64,9 +64,7 @@ class TaskLoss:
             items = _number(model, labels / (totals.micro_batches * world_size()), spans)
             loss = _told(model, batch, items)
             if self._divides is None:
-                # One process that sees it in its graph is enough, and all must agree on who asks further: that is collective.
-                (seen,) = sum_over_ranks([float(_in_graph(model, loss, items))], spans.real.device)
-                self._divides = seen > 0 or _divides_by_items(model, batch, spans)
+                self._divides = _in_graph(model, loss, items) or _divides_by_items(model, batch, spans)
         share = spans.labels / labels * world_size() if self._divides is False else 1 / totals.micro_batches
         return (loss if spans.labels else torch.nan_to_num(loss)) * share
 
