@@ -116,7 +116,9 @@ def test_a_benchmark_that_is_not_finite_takes_no_other_with_it(monkeypatch):
     monkeypatch.setattr(benchmarks, "benchmark", lambda *_, **__: BenchmarkReport(Path("file"), {}, tasks))
     monkeypatch.setattr(benchmarks, "folder_of", lambda *_: Path("folder"))
     section = SimpleNamespace(names=["good", "bad"], path=None, limit=None)
-    settings = SimpleNamespace(model="m", dtype="float32", device="cpu", chat_template=None, trust_remote_code=False)
+    settings = SimpleNamespace(
+        model="m", dtype="float32", device="cpu", chat_template=None, trust_remote_code=False, template_args=None
+    )
     config = SimpleNamespace(measure=SimpleNamespace(tasks=section, batch_size=1))
     bench = SimpleNamespace(config=config, settings=settings, strings="chat", progress=None, release=lambda **_: None)
     found = BenchmarksMeasure().take(SimpleNamespace(adapter=None), bench)["tasks"]

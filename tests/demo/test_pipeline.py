@@ -52,9 +52,9 @@ def test_losses_are_those_of_the_saved_adapters(finished):
     zero = load_file(output / "zero-control" / "projected" / "adapter_model.safetensors")
     assert all(not tensor.any() for key, tensor in zero.items() if "lora_B" in key)
     projected = load_file(output / "projected" / "projected" / "adapter_model.safetensors")
-    weights = [load_file(folder / "packaged_model.safetensors") for folder in (finished[0], output / "base")]
+    weights = [load_file(folder / "model.safetensors") for folder in (finished[0], output / "base")]
     original = load_file(output / "adapter" / "adapter_model.safetensors")
-    name = "packaged_model.layers.1.mlp.up_proj"
+    name = "model.layers.1.mlp.up_proj"
     v = weights[0][f"{name}.weight"].double() - weights[1][f"{name}.weight"].double()
     key = f"base_model.model.{name}.lora_B.weight"
     torch.testing.assert_close(
