@@ -313,10 +313,10 @@ def test_settings_that_look_like_a_variant_are_refused(llama, setting):
 
 @pytest.mark.parametrize(
     ("config", "odd"),
-    [({"r": 160}, True), ({"rank_pattern": {"q_proj": 2}}, False), ({"r": 160, "rank_pattern": {".*": None}}, False)],
+    [({"r": 160}, True), ({"rank_pattern": {"q_proj": 2}}, True), ({"r": 160, "rank_pattern": {".*": None}}, False)],
     ids=str,
 )
-def test_a_rank_that_no_setting_gives_is_named(llama, tmp_path, config, odd):
+def test_a_rank_that_the_settings_do_not_give_is_named(llama, tmp_path, config, odd):
     """PEFT makes factors of the configuration's rank and refuses those of another."""
     folders, adapter, truth, _, _ = llama
     if "r" in config and "rank_pattern" in config:
@@ -324,7 +324,7 @@ def test_a_rank_that_no_setting_gives_is_named(llama, tmp_path, config, odd):
         config = {**config, "rank_pattern": {".*": rank}}
     same = rewrite(adapter, tmp_path / "same", config=config, file=WEIGHTS)
     report = project_adapter(same, aligned=folders[0], base=folders[1], output=tmp_path / "out", select="all")
-    warnings = [warning for warning in report.warnings if "gives no module that rank" in warning]
+    warnings = [warning for warning in report.warnings if "have rank" in warning]
     assert len(warnings) == odd
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (truth / WEIGHTS).read_bytes()
 
@@ -435,3 +435,11 @@ def test_modules_to_save_and_biases_are_copied_through_and_reported(tmp_path):
     assert copied == {key for key in before if key.endswith(("lora_B.bias", "lm_head.weight"))} != set()
     assert all(torch.equal(before[key], after[key]) for key in copied)
     assert all(entry["reason"] for entry in report.adapters[0].copied)
+
+
+@pytest.mark.parametrize("alpha", [None, "8", True], ids=str)
+def test_an_alpha_that_is_no_number_is_refused(llama, tmp_path, alpha):
+    folders, adapter, *_ = llama
+    odd = rewrite(adapter, tmp_path / "odd", config={"lora_alpha": alpha}, file=WEIGHTS)
+    with pytest.raises(AdapterError, match=r"lora_alpha must be a finite number, not (null|.8.|True)$"):
+        project_adapter(odd, aligned=folders[0], base=folders[1], output=tmp_path / "out")

@@ -69,6 +69,8 @@ def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
     rank = config.get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterError(f"{folder}: {CONFIG} says that r is {rank!r}; it must be a positive number")
+    if config.get("lora_alpha", rank) is None:
+        raise AdapterError(f"{folder / CONFIG}: lora_alpha must be a finite number, not null")
     for key, reason in VARIANTS.items():
         if config.get(key):
             raise AdapterError(f"{folder}: {key} is set: {reason}; this adapter cannot be projected")
@@ -104,16 +106,26 @@ def unknown_keys_note(config: Mapping[str, Any]) -> list[str]:
 
 
 def other_ranks_note(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
-    """A warning about modules whose factors have a rank that the configuration gives to none: PEFT does not load these."""
-    pattern = config.get("rank_pattern")
-    said = {config["r"], *(pattern.values() if isinstance(pattern, dict) else ())}
-    odd = sorted(name for name, rank in ranks.items() if rank not in said)
+    """A warning about modules whose factors have another rank than the configuration gives them: PEFT does not load these."""
+    odd = sorted(name for name, rank in ranks.items() if rank != _rank_of(name, config))
     if not odd:
         return []
     return [
-        f"the factors of {odd[0]} have rank {ranks[odd[0]]}, and {CONFIG} gives no module that rank "
+        f"the factors of {odd[0]} have rank {ranks[odd[0]]}, and {CONFIG} gives it {_rank_of(odd[0], config)} "
         f"({len(odd)} such modules): PEFT will not load the adapter before r or rank_pattern is corrected"
     ]
+
+
+def _rank_of(name: str, config: Mapping[str, Any]) -> Any:
+    """The rank that PEFT gives a module: of the first key of rank_pattern that is its name or matches the end of it, else r."""
+    pattern = config.get("rank_pattern") or {}
+    for key, rank in pattern.items():
+        try:
+            if key == name or re.match(rf"(?:.*\.)?({key})$", name):
+                return rank
+        except re.error:
+            continue
+    return config["r"]
 
 
 def _unknown(config: Mapping[str, Any]) -> list[str]:
