@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import warnings
-from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,11 +64,13 @@ def new_names(name: str) -> list[str]:
     room, dot, rest = former.partition(".")
     if room not in ROOMS:
         return []
+    from importlib.util import find_spec  # not before it is needed: it takes a tenth of the command line's start
+
     new = f"{PACKAGE}{ROOMS[room]}{dot}{rest}"
-    return [new] if importlib.util.find_spec(new) is not None else []
+    return [new] if find_spec(new) is not None else []
 
 
-class FormerModules(MetaPathFinder, Loader):
+class FormerModules:
     """Finds former modules; what is asked of one is looked up in those that it became."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -78,7 +78,12 @@ class FormerModules(MetaPathFinder, Loader):
         del path, target
         if not name.startswith(PACKAGE) or not new_names(name):
             return None
-        return importlib.util.spec_from_loader(name, self, is_package=name.removeprefix(PACKAGE) in ROOMS)
+        from importlib.util import spec_from_loader
+
+        return spec_from_loader(name, self, is_package=name.removeprefix(PACKAGE) in ROOMS)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave it to Python to make the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Let the module ask those that it became."""
