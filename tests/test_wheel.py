@@ -84,7 +84,7 @@ def test_files_that_are_no_code_come_along(wheel: Path) -> None:
     source = Path(__file__).parent.parent / "python"
     kinds = ("*.yaml", "*.jsonl", "*.txt", "*.css", "*.js", "*.j2", "py.typed")
     wanted = {path.relative_to(source).as_posix() for kind in kinds for path in source.rglob(kind)}
-    assert {"safelora_fast/persona/traits/malicious.yaml", "safelora_fast/comparison/templates/page.css"} <= wanted
+    assert {"safelora_fast/persona/traits/malicious.yaml", "safelora_fast/compare/templates/page.css"} <= wanted
     with zipfile.ZipFile(wheel) as archive:
         assert wanted <= set(archive.namelist())
 
