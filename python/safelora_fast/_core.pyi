@@ -23,7 +23,6 @@ __all__ = [
     "feature_distance_gradient",
     "fma_peak",
     "kernel_level",
-    "odd_rows",
     "read_index",
     "read_seconds",
     "subspace_projection",
@@ -224,14 +223,6 @@ def subspace_projection(
 
     A weight is (address, dtype, rows, cols, row_stride); left and output are (address, dtype, rows, cols, row_stride,
     col_stride); strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16").
-    """
-
-def odd_rows(content: int, size: int, *, threads: int | None = None) -> list[int]:
-    """Where the lines of JSONL in memory start that are not certainly rows of text or turns, in order; the caller keeps the
-    memory alive, and nobody writes it.
-
-    What :func:`safelora_fast.data.rows.check_row` refuses is among them, and so may be what it takes. Lines of blanks
-    do not count.
     """
 
 def feature_distance(

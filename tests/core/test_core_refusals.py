@@ -114,12 +114,3 @@ def test_views_stay_in_their_tensor(tmp_path: Path, layout: dict, fits: bool) ->
 def test_settings_that_contradict_are_refused(options: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         _core.ProjectionStream([], **options)
-
-
-def test_odd_rows_of_memory_that_cannot_be() -> None:
-    assert _core.odd_rows(0, 0) == []
-    for address, size in ((0, 1), (1, 1 << 63), ((1 << 64) - 1, 2)):
-        with pytest.raises(ValueError, match=f"no memory of {size} bytes"):
-            _core.odd_rows(address, size)
-    with pytest.raises(SettingsError, match="threads is 0"):
-        _core.odd_rows(0, 0, threads=0)

@@ -1,4 +1,4 @@
-"""Candidates: the same rows are taken and refused whether a loop has looked at them or not."""
+"""Candidates: which rows are taken and refused, and what is written back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 
 from safelora_fast.data.rows import check_row
 from safelora_fast.errors import DataError
-from safelora_fast.selection import candidates as module
 from safelora_fast.selection.candidates import Candidates
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -19,45 +18,19 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def looked(monkeypatch):
-    """The rows that a loop has looked at."""
-    seen = []
-
-    def watched(place, record):
-        seen.append(place)
-        return check_row(place, record)
-
-    monkeypatch.setattr(module, "check_row", watched)
-    return seen
-
-
 def write(folder, rows):
     path = folder / "rows.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_one_kind_need_no_loop(kind, tmp_path, looked):
-    path = write(tmp_path, [KINDS[kind]] * 3)
+def test_rows_of_several_kinds_are_taken(tmp_path):
+    rows = [*KINDS.values(), {"messages": [USER, {**ASSISTANT, "tool_calls": []}]}]
+    path = write(tmp_path, rows)
     found = Candidates(path)
-    assert looked == []
     assert [found.row(index) for index in range(len(found))] == [
-        check_row(f"{path}:{number}", KINDS[kind]) for number in (1, 2, 3)
+        check_row(f"{path}:{number}", row) for number, row in enumerate(rows, start=1)
     ]
-
-
-def test_rows_of_several_kinds_are_fine(tmp_path, looked):
-    assert len(Candidates(write(tmp_path, KINDS.values()))) == 3
-    assert looked == []
-
-
-def test_a_loop_looks_at_odd_rows_only(tmp_path, looked):
-    called = {"messages": [USER, {**ASSISTANT, "tool_calls": []}]}
-    path = write(tmp_path, [KINDS["text"], called, KINDS["turns"]])
-    assert len(Candidates(path)) == 3
-    assert looked == [f"{path}:2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

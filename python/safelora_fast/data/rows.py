@@ -130,10 +130,9 @@ def read_rows(source: str, most: int | None = None, *, best: int | None = None) 
         columns.update(record)
         if best is not None:
             scores.append(_score(place, record))
-    if isinstance(data, JsonLines) and len(rows) < total:
-        for number in data.odd_rows():
-            if number >= len(rows):
-                check_row(data.place(number), data.record(number))
+    if isinstance(data, JsonLines):
+        for number in range(len(rows), total):
+            check_row(data.place(number), data.record(number))
     if best is not None:
         rows = chosen_rows(rows, sorted(top_k(np.asarray(scores), best).tolist()))
     return RowSet(

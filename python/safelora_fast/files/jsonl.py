@@ -1,25 +1,20 @@
-"""The lines of a JSONL file: found and checked at once, read one by one when they are asked for."""
+"""The lines of a JSONL file: all are found at once, and each is read when it is asked for."""
 
 from __future__ import annotations
 
 import hashlib
 import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from safelora_fast._core import odd_rows
 from safelora_fast.errors import DataError
 from safelora_fast.files.json_reader import is_file, parse_json, read_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 NEWLINE = 10
 SPACES = (9, 10, 11, 12, 13, 32)
 AT_ONCE = 1 << 24
-CHECKED_AT_ONCE = 1 << 27  # about a tenth of a second, after which Ctrl-C is heard
 
 
 class JsonLines:
@@ -86,18 +81,6 @@ class JsonLines:
     def sha256(self) -> str:
         """Of the whole file."""
         return hashlib.sha256(self._content).hexdigest()
-
-    def odd_rows(self) -> Iterator[int]:
-        """Indices of the lines that are not certainly rows of text or turns: those that must be looked at one by one."""
-        values = np.frombuffer(self._content, dtype=np.uint8)
-        start = 0
-        while start < len(self):
-            begin = int(self._starts[start])
-            stop = max(int(np.searchsorted(self._ends, begin + CHECKED_AT_ONCE, side="right")), start + 1)
-            size = int(self._ends[stop - 1]) - begin
-            offsets = odd_rows(values.ctypes.data + begin, size)
-            yield from np.searchsorted(self._starts, np.asarray(offsets, dtype=np.int64) + begin).tolist()
-            start = stop
 
 
 def _line_ends(content: Any) -> np.ndarray:

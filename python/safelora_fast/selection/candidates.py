@@ -35,7 +35,7 @@ class Candidates:
         self.source = str(path)
         if not len(self._lines):
             raise DataError(f"{path}: holds no rows")
-        for index in self._lines.odd_rows():
+        for index in range(len(self)):
             self.row(index)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-//! Checkpoint reading, SIMD kernels and row checks of safelora-fast. No Python, no CUDA.
+//! Checkpoint reading, SIMD kernels and projection of safelora-fast. No Python, no CUDA.
 
 pub mod checkpoint;
 pub mod feature_distance;
@@ -6,5 +6,4 @@ pub mod kernels;
 pub mod limits;
 pub mod linalg;
 pub mod projection;
-pub mod rows;
 pub mod stream;

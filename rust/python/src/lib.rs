@@ -10,7 +10,6 @@ mod feature_distance;
 mod job;
 mod limits;
 mod operation;
-mod rows;
 mod settings;
 mod stream;
 
@@ -38,8 +37,6 @@ mod _core {
     use crate::limits::{fma_peak, read_seconds, update_seconds};
     #[pymodule_export]
     use crate::operation::subspace_projection;
-    #[pymodule_export]
-    use crate::rows::odd_rows;
     #[pymodule_export]
     use crate::stream::{FactorOutcome, JobOutcome, ProjectionStream};
 
