@@ -62,10 +62,17 @@ lint: develop ## formatting, lints, types, and the stub against the binary
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest safelora_fast._core --mypy-config-file pyproject.toml
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope
+
 .PHONY: test
-test: lint wheel ## everything that CI runs: lints, Rust tests, Python tests, the wheel alone in an empty environment
+test: develop ## the fast tests: Rust, and Python without those marked slow
 	PROPTEST_RNG_SEED=0 cargo test --workspace --quiet
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope
+	$(PYTEST) -q -m "not slow and not wheel"
+
+.PHONY: test-all
+test-all: lint wheel ## everything that CI runs: lints, Rust tests, all Python tests, the wheel alone in an empty environment
+	PROPTEST_RNG_SEED=0 cargo test --workspace --quiet
+	$(PYTEST)
 
 .PHONY: test-matrix
 test-matrix: develop $(OLDEST)/.packages ## the training tests with the newest and the oldest transformers, TRL and PEFT
