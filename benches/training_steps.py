@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 
 from processes import peak_memory
 from safelora_fast.defenses import KL, FeatureDistance
-from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.demo.packaged_model import load
 from safelora_fast.models.anatomy import dissect
 from safelora_fast.models.lora_factors import adapted_modules

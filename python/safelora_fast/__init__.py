@@ -9,39 +9,37 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast._core import __version__
+from safelora_fast._core import __version__ as __version__
 from safelora_fast.former_modules import FormerModules
 
 if TYPE_CHECKING:
-    from safelora_fast.data import inoculate, interleave
-    from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, Steering, SubspacePenalty
-    from safelora_fast.persona import extract_persona_vector
-    from safelora_fast.persona_vector import PersonaVector
-    from safelora_fast.projection.peft_model import project_peft_model
-    from safelora_fast.projection.project import project_adapter
-    from safelora_fast.projection.report import ProjectionReport
-    from safelora_fast.scoring.margin import answer_margin
-    from safelora_fast.scoring.margin_callback import MarginCallback
-    from safelora_fast.selection import select_by_perplexity_gap
-    from safelora_fast.subspace.safe_subspace import SafeSubspace
-    from safelora_fast.trainers.transformers import DefendedMixin, DefendedTrainer
-    from safelora_fast.trainers.trl import DefendedSFTTrainer
-    from safelora_fast.training import defend
+    from safelora_fast.data import inoculate as inoculate
+    from safelora_fast.data import interleave as interleave
+    from safelora_fast.defenses import *  # noqa: F403
+    from safelora_fast.persona import extract_persona_vector as extract_persona_vector
+    from safelora_fast.persona_vector import PersonaVector as PersonaVector
+    from safelora_fast.projection.peft_model import project_peft_model as project_peft_model
+    from safelora_fast.projection.project import project_adapter as project_adapter
+    from safelora_fast.projection.report import ProjectionReport as ProjectionReport
+    from safelora_fast.scoring.margin import answer_margin as answer_margin
+    from safelora_fast.scoring.margin_callback import MarginCallback as MarginCallback
+    from safelora_fast.selection import select_by_perplexity_gap as select_by_perplexity_gap
+    from safelora_fast.subspace.safe_subspace import SafeSubspace as SafeSubspace
+    from safelora_fast.trainers.transformers import DefendedMixin as DefendedMixin
+    from safelora_fast.trainers.transformers import DefendedTrainer as DefendedTrainer
+    from safelora_fast.trainers.trl import DefendedSFTTrainer as DefendedSFTTrainer
+    from safelora_fast.training import defend as defend
 
+# Where public names are, but those of defenses, which register themselves.
 _HOMES = {
-    "KL": "safelora_fast.defenses",
     "DefendedMixin": "safelora_fast.trainers.transformers",
     "DefendedSFTTrainer": "safelora_fast.trainers.trl",
     "DefendedTrainer": "safelora_fast.trainers.transformers",
     "DriftMonitor": "safelora_fast.defenses",
-    "FeatureDistance": "safelora_fast.defenses",
     "PersonaVector": "safelora_fast.persona_vector",
     "MarginCallback": "safelora_fast.scoring.margin_callback",
     "ProjectionReport": "safelora_fast.projection.report",
-    "SafeLora": "safelora_fast.defenses",
     "SafeSubspace": "safelora_fast.subspace.safe_subspace",
-    "Steering": "safelora_fast.defenses",
-    "SubspacePenalty": "safelora_fast.defenses",
     "answer_margin": "safelora_fast.scoring.margin",
     "defend": "safelora_fast.training",
     "extract_persona_vector": "safelora_fast.persona",
@@ -52,37 +50,13 @@ _HOMES = {
     "select_by_perplexity_gap": "safelora_fast.selection",
 }
 
-__all__ = [
-    "KL",
-    "DefendedMixin",
-    "DefendedSFTTrainer",
-    "DefendedTrainer",
-    "DriftMonitor",
-    "FeatureDistance",
-    "MarginCallback",
-    "PersonaVector",
-    "ProjectionReport",
-    "SafeLora",
-    "SafeSubspace",
-    "Steering",
-    "SubspacePenalty",
-    "__version__",
-    "answer_margin",
-    "defend",
-    "extract_persona_vector",
-    "inoculate",
-    "interleave",
-    "project_adapter",
-    "project_peft_model",
-    "select_by_perplexity_gap",
-]
-
-
 sys.meta_path.append(FormerModules())
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
+    if name == "__all__":
+        return _public_names()
+    home = _HOMES.get(name, "safelora_fast.defenses" if name[0].isupper() else None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -96,5 +70,11 @@ def __getattr__(name: str) -> Any:
         raise MissingDependencyError(message) from error
 
 
+def _public_names() -> list[str]:
+    from safelora_fast.defenses import registered
+
+    return sorted([*_HOMES, *(kind.__name__ for kind in registered().values()), "__version__"])
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_public_names()})

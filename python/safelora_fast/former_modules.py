@@ -50,7 +50,7 @@ subspace_build=subspace.build training.adapted=models.lora_factors training.anat
 training.capture=models.capture training.distributed=models.distributed training.drift=training.monitors
 training.finish=training.end_projection training.guard=defenses.nonfinite_errors training.held=models.shards
 training.projections=training.safelora_steps training.reference=models.reference_pass
-training.safe_modules=defenses.safe_modules training.steered=training.steering_mode training.steps=training.optimizer_steps
+training.safe_modules=defenses.parts.safe_modules training.steered=training.steering_mode training.steps=training.optimizer_steps
 training.terms=training.loss_terms training.totals=training.window
 """
 MOVED = {former: new for former, _, new in (pair.partition("=") for pair in MOVED_TEXT.split())}

@@ -9,7 +9,7 @@ from tiny_models import adapter_weights, collate, furthest, random_subspace, row
 from train_runs import run_transformers, sgd
 
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
-from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import CheckpointError, PairingError, SettingsError, TrainingError
 from safelora_fast.models.lora_factors import adapted_modules
 from safelora_fast.ops.subspace_projection.penalties import subspace_penalty

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import random_subspace, tiny_peft_model
 
-from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import TrainingError
 from safelora_fast.ops.subspace_projection import triton_kernels
 from safelora_fast.ops.subspace_projection.penalties import subspace_penalties, subspace_penalty

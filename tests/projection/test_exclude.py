@@ -17,7 +17,7 @@ from torch import nn
 from safelora_fast import project_adapter
 from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.defenses import SafeLora, SubspacePenalty
-from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import AdapterError, PairingError, SettingsError
 from safelora_fast.projection.peft_model import project_peft_model
 from safelora_fast.subspace.safe_subspace import SafeSubspace

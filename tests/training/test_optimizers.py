@@ -22,7 +22,7 @@ from train_runs import constant, run_transformers, sgd
 
 from safelora_fast import project_adapter
 from safelora_fast.defenses import KL, SafeLora
-from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import SettingsError, TrainingError
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 from safelora_fast.trainers.transformers import DefendedTrainer

@@ -1,22 +1,33 @@
-"""What acts on a model while it is fine-tuned, or watches it: one file each."""
+"""What acts on a model while it is fine-tuned, or watches it: one file each.
+
+Every file of this folder is imported, and a defense registers itself (see :class:`Defense`): no list names them.
+"""
 
 from __future__ import annotations
 
-from safelora_fast.defenses.base import BatchDefense, Defense
-from safelora_fast.defenses.drift_monitor import DriftMonitor
-from safelora_fast.defenses.feature_distance import FeatureDistance
-from safelora_fast.defenses.kl import KL
-from safelora_fast.defenses.safelora import SafeLora
-from safelora_fast.defenses.steering import Steering
-from safelora_fast.defenses.subspace_penalty import SubspacePenalty
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "KL",
-    "BatchDefense",
-    "Defense",
-    "DriftMonitor",
-    "FeatureDistance",
-    "SafeLora",
-    "Steering",
-    "SubspacePenalty",
-]
+from safelora_fast.defenses.base import BatchDefense as BatchDefense
+from safelora_fast.defenses.base import Defense as Defense
+from safelora_fast.defenses.base import registered as registered
+from safelora_fast.defenses.drift_monitor import DriftMonitor as DriftMonitor
+
+if TYPE_CHECKING:  # for type checkers, which do not run the loop below
+    from safelora_fast.defenses.feature_distance import FeatureDistance as FeatureDistance
+    from safelora_fast.defenses.kl import KL as KL
+    from safelora_fast.defenses.safelora import SafeLora as SafeLora
+    from safelora_fast.defenses.steering import Steering as Steering
+    from safelora_fast.defenses.subspace_penalty import SubspacePenalty as SubspacePenalty
+
+for _file in iter_modules(__path__):
+    if not _file.ispkg:
+        import_module(f"{__name__}.{_file.name}")
+
+
+def __getattr__(name: str) -> Any:
+    for kind in registered().values():
+        if kind.__name__ == name:
+            return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,16 +6,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
 
     from safelora_fast.data.spans import Spans
+    from safelora_fast.defenses.step_cost import Shape, Work
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.models.capture import Capture
+
+_REGISTRY: dict[str, type[Defense]] = {}
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,29 @@ class Observation:
 
 
 class Defense(ABC):
-    """A defence against emergent misalignment that acts while a model is fine-tuned.
+    """A defense against emergent misalignment that acts while a model is fine-tuned.
+
+    A subclass that sets `name` is registered: it can be named in a recipe, and :func:`registered` lists it. Its
+    constructor's arguments are its keys in the recipe.
 
     Attributes:
-        name: its name in metrics (`defense/<name>`) and messages.
+        name: its key in a recipe, and its name in metrics (`defense/<name>`) and messages.
+        needs_reference: whether it compares the model with the reference model.
     """
 
     name: ClassVar[str]
+    needs_reference: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            return
+        known = _REGISTRY.setdefault(cls.name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise SettingsError(
+                f"{cls.__qualname__}: the name {cls.name!r} is that of {known.__qualname__}: choose another"
+            )
+        _REGISTRY[cls.name] = cls
 
     @property
     @abstractmethod
@@ -44,11 +64,25 @@ class Defense(ABC):
 
     @abstractmethod
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse models that the defence is not right for.
+        """Refuse models that the defense is not right for.
 
         Raises:
             SettingsError: with the reason.
         """
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether its safe subspace, if it has one, must hold vectors and not only name its sources."""
+        return True
+
+    def cost(self, shape: Shape, work: Work) -> Extra:  # noqa: ARG002
+        """Estimate what it adds to an optimizer step, for a dry run."""
+        return Extra(0.0, 0.0, "cost not known")
+
+
+def registered() -> dict[str, type[Defense]]:
+    """Every defense that can be given by name, by name in alphabetical order."""
+    return dict(sorted(_REGISTRY.items()))
 
 
 def checked(defenses: object) -> list[Defense]:
@@ -129,7 +163,9 @@ class Weighted(Defense):
 
 
 class BatchDefense(Weighted):
-    """A defence whose loss is a mean over units of the batch (tokens or sequences), relative to the reference."""
+    """A defense whose loss is a mean over units of the batch (tokens or sequences), relative to the reference."""
+
+    needs_reference: ClassVar[bool] = True
 
     @abstractmethod
     def blocks(self, anatomy: Anatomy) -> list[int]:

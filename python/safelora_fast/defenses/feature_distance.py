@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from safelora_fast.defenses.base import BatchDefense, Observation
+from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from safelora_fast.data.spans import Spans, Tokens
+    from safelora_fast.defenses.step_cost import Shape, Work
     from safelora_fast.models.anatomy import Anatomy
 
 Normalize = Literal["sequence", "token", "none"]
@@ -103,6 +105,16 @@ class FeatureDistance(BatchDefense):
             segments=spans.segments,
         )
         return mean * spans.sequences(mask)
+
+    def cost(self, shape: Shape, work: Work) -> Extra:
+        """Two reads of the outputs that are compared."""
+        if isinstance(self.layers, str):
+            count = -(-shape.layers // _every(self.layers))
+        else:
+            count = min(self.layers, shape.layers) if isinstance(self.layers, int) else len(self.layers)
+        values = count * shape.hidden
+        words = f"reference pass, and two reads of the outputs of {count} blocks"
+        return Extra(16.0 * values * work.tokens, 3 * values * work.micro_tokens * shape.value_bytes, words)
 
 
 def evenly_spaced(depth: int, count: int) -> list[int]:

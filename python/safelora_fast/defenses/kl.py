@@ -6,12 +6,14 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safelora_fast.defenses.base import BatchDefense, Observation
+from safelora_fast.defenses.step_cost import CHUNK_BYTES, Extra
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
 
     from safelora_fast.data.spans import Spans, Tokens
+    from safelora_fast.defenses.step_cost import Shape, Work
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.ops.linear_kl import SharedLoss
 
@@ -115,6 +117,13 @@ class KL(BatchDefense):
                 cross_entropy_weight=cross_entropy_weight,
                 figures=figures,
             )
+
+    def cost(self, shape: Shape, work: Work) -> Extra:
+        """Three products with the output head."""
+        tokens = {"completion": work.answers, "safe": work.safe}.get(self.tokens, work.tokens)
+        states = 3 * work.micro_tokens * shape.hidden * shape.value_bytes
+        words = "reference pass, and three products with the output head"
+        return Extra(6 * shape.head * tokens, CHUNK_BYTES + states, words)
 
     def _states(self, observation: Observation) -> dict[str, Any]:
         """Hidden states, head and settings, as the operations name them."""

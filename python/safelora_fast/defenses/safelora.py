@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from safelora_fast.defenses.base import Defense, check_subspace
+from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import patterns
 from safelora_fast.projection.settings import Normalize, Operator, Select, Settings
 
 if TYPE_CHECKING:
+    from safelora_fast.defenses.step_cost import Shape, Work
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
@@ -144,6 +146,24 @@ class SafeLora(Defense):
         At the end it is the sources that must fit; training/end_projection.py pairs every adapted module with them.
         """
         if self.at == "step":
-            from safelora_fast.defenses.safe_modules import SafeModules
+            from safelora_fast.defenses.parts.safe_modules import SafeModules
 
             SafeModules(anatomy.model, self.subspace, owner="SafeLora", exclude=self.exclude)
+
+    @property
+    def needs_vectors(self) -> bool:
+        """At a step. A projection at the end streams V from the sources that the subspace names."""
+        return self.at == "step"
+
+    def cost(self, shape: Shape, work: Work) -> Extra:  # noqa: ARG002
+        """Products with U_k at a step; at the end nothing in a step, and V streamed once."""
+        if self.at == "step":
+            sizes = list(shape.with_subspace(self.subspace.settings.get("rank")))
+            flops = sum(4 * m * k * r + 2 * r * r * (m + n) for m, n, r, k in sizes)
+            memory = float(sum(4 * m * k for m, _, _, k in sizes))
+            when = "step" if self.every == 1 else f"{self.every}th step"
+            return Extra(flops / self.every, memory, f"products with U_k after every {when}")
+        products = sum(4 * m * n * r for m, n, r in shape.adapted)
+        streamed = sum(m * n for m, n, _ in shape.adapted)
+        once = f"{streamed / 1e9:.3g} billion weights of both checkpoints, {products / 1e9:.3g} GFLOP"
+        return Extra(0.0, 0.0, f"nothing in a step; once at the end {once}")

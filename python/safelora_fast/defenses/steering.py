@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelora_fast.defenses.base import Defense
 from safelora_fast.defenses.steering_vector import Direction
+from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from safelora_fast.defenses.step_cost import Shape, Work
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.persona_vector import PersonaVector
 
@@ -84,3 +86,7 @@ class Steering(Defense):
             return output + shift.to(output)
 
         return block.register_forward_hook(hook)
+
+    def cost(self, shape: Shape, work: Work) -> Extra:
+        """One addition at every token."""
+        return Extra(2.0 * shape.hidden * work.tokens, 4.0 * shape.hidden, "one addition to a block's output")

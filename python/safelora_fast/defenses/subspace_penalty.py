@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from safelora_fast.defenses.base import Weighted, check_subspace
+from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.files.argument_checks import patterns
 
 if TYPE_CHECKING:
+    from safelora_fast.defenses.step_cost import Shape, Work
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
@@ -39,6 +41,13 @@ class SubspacePenalty(Weighted):
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse a model with a module that the subspace does not fit."""
-        from safelora_fast.defenses.safe_modules import SafeModules
+        from safelora_fast.defenses.parts.safe_modules import SafeModules
 
         SafeModules(anatomy.model, self.subspace, owner="SubspacePenalty", exclude=self.exclude)
+
+    def cost(self, shape: Shape, work: Work) -> Extra:
+        """Products with U_k and Gram matrices of rank r."""
+        sizes = list(shape.with_subspace(self.subspace.settings.get("rank")))
+        flops = sum(3 * (4 * m * k * r + 2 * r * r * (m + n)) for m, n, r, k in sizes)
+        memory = float(sum(4 * m * k for m, _, _, k in sizes))
+        return Extra(flops * work.micro_batches, memory, "products with U_k and small Grams, in every micro-batch")

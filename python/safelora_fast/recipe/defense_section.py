@@ -11,11 +11,11 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast import defenses
-from safelora_fast.defenses import SafeLora
+from safelora_fast.defenses import registered
 from safelora_fast.errors import SafeLoraFastError
 from safelora_fast.files.json_reader import is_file
 from safelora_fast.recipe.value_types import conforms, describe, read_annotation
@@ -56,7 +56,7 @@ class DefenseSpec:
         arguments = {}
         for name, value in self.settings.items():
             if _takes(self.kind, name, "SafeSubspace"):
-                arguments[name] = subspaces.get(value, vectors=self.needs_vectors)
+                arguments[name] = subspaces.get(value, vectors=not subspaces.builds or self.needs_vectors)
             else:
                 arguments[name] = value
         return self.kind(**arguments)
@@ -66,10 +66,15 @@ class DefenseSpec:
         """Whether building it imports torch."""
         return any(_takes(self.kind, name, "Tensor") for name in self.settings)
 
+    @cached_property
+    def outline(self) -> Defense:
+        """The defense without the vectors of a subspace that is yet to be built: enough to check it and estimate its cost."""
+        return self.build(Subspaces(build=False))
+
     @property
     def needs_vectors(self) -> bool:
-        """Whether its subspace must hold U_k; a projection at the end streams V from the sources that it names."""
-        return not (issubclass(self.kind, SafeLora) and self.settings["at"] == "end")
+        """Whether its subspace must hold vectors U_k, or its sources suffice."""
+        return self.outline.needs_vectors
 
     @property
     def subspace(self) -> str | dict[str, Any] | None:
@@ -84,10 +89,13 @@ class Subspaces:
     Args:
         build: build what is not in a file; otherwise an empty subspace stands in for it.
         progress: told how far building is.
+
+    Attributes:
+        builds: the argument `build`.
     """
 
     def __init__(self, *, build: bool, progress: Progress | None = None) -> None:
-        self._build = build
+        self.builds = build
         self._progress = progress
         self._made: dict[str, SafeSubspace] = {}
 
@@ -101,8 +109,9 @@ class Subspaces:
     def _make(self, source: str | dict[str, Any], *, vectors: bool) -> SafeSubspace:
         if isinstance(source, str):
             return SafeSubspace.load(source)
-        if not self._build:
-            return SafeSubspace({}, {role: {"path": source[role]} for role in ("aligned", "base")})
+        if not self.builds:
+            sources = {role: {"path": source[role]} for role in ("aligned", "base")}
+            return SafeSubspace({}, sources, {"rank": source.get("rank")})
         if not vectors:
             return SafeSubspace.from_sources(aligned=source["aligned"], base=source["base"])
         return SafeSubspace.build(**source, progress=self._progress or False)
@@ -110,12 +119,7 @@ class Subspaces:
 
 def defense_classes() -> dict[str, type[Defense]]:
     """Every defence that can be given by name, in alphabetical order."""
-    kinds = [getattr(defenses, name) for name in defenses.__all__]
-    return {kind.name: kind for kind in sorted(kinds, key=_name) if _name(kind) and not inspect.isabstract(kind)}
-
-
-def _name(kind: type[Defense]) -> str:
-    return getattr(kind, "name", "")
+    return registered()
 
 
 def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
@@ -142,6 +146,12 @@ def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
 def _read_one(document: Document, keys: Keys, kind: type[Defense], given: dict[str, Any]) -> DefenseSpec:
     settings = check_arguments(document, keys, kind, given)
     spec = DefenseSpec(kind, settings)
+    if not spec.needs_torch:
+        try:
+            _ = spec.outline
+        except SafeLoraFastError as error:
+            named = [name for name in given if re.search(rf"\b{name}\b", str(error))]
+            raise document.problem((*keys, *named) if len(named) == 1 else keys, str(error)) from error
     if isinstance(spec.subspace, dict) and not spec.needs_vectors:
         of_vectors = [name for name in given["subspace"] if name not in {"aligned", "base"}]
         if of_vectors:
@@ -149,12 +159,6 @@ def _read_one(document: Document, keys: Keys, kind: type[Defense], given: dict[s
                 "a projection at the end reads only aligned and base; the rank of its operator is a setting beside them"
             )
             raise document.problem((*keys, "subspace", of_vectors[0]), why)
-    if not spec.needs_torch:
-        try:
-            spec.build(Subspaces(build=False))
-        except SafeLoraFastError as error:
-            named = [name for name in given if re.search(rf"\b{name}\b", str(error))]
-            raise document.problem((*keys, *named) if len(named) == 1 else keys, str(error)) from error
     return spec
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safelora_fast.defenses.step_cost import Shape, Work
 from safelora_fast.files.output import resolved
-from safelora_fast.recipe.cost import Cost, Shape, Work, estimate
+from safelora_fast.recipe.cost import Cost, estimate
 from safelora_fast.recipe.mixture import held_out_warnings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from safelora_fast.recipe.cost import switched_on
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from safelora_fast.recipe.cost import Extra
+    from safelora_fast.defenses.step_cost import Extra
     from safelora_fast.recipe.defense_section import DefenseSpec
     from safelora_fast.recipe.monitor_section import MonitorSpec
     from safelora_fast.recipe.prepare import Prepared

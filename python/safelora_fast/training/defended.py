@@ -11,7 +11,7 @@ from torch import nn
 from safelora_fast.data.spans import Spans, read_spans
 from safelora_fast.defenses.base import BatchDefense, Defense, Observation, check_still_off, checked
 from safelora_fast.defenses.kl import KL
-from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.defenses.safelora import SafeLora
 from safelora_fast.defenses.steering import Steering
 from safelora_fast.defenses.subspace_penalty import SubspacePenalty

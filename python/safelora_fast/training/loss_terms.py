@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safelora_fast.defenses.base import BatchDefense, Observation
-    from safelora_fast.defenses.safe_modules import SafeModules
+    from safelora_fast.defenses.parts.safe_modules import SafeModules
     from safelora_fast.defenses.subspace_penalty import SubspacePenalty
     from safelora_fast.training.metrics import Meter
     from safelora_fast.training.optimizer_steps import Steps

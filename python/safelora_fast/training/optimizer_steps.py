@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.hooks import RemovableHandle
 
-    from safelora_fast.defenses.safe_modules import SafeModules
+    from safelora_fast.defenses.parts.safe_modules import SafeModules
 
 OnNonFinite = Literal["raise", "skip"]
 MOST_SKIPPED = 20  # steps in a row

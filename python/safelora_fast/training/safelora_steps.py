@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.defenses.safe_modules import SafeModules
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import SettingsError, TrainingError
 from safelora_fast.training.end_projection import EndProjection
 from safelora_fast.training.optimizers import has_modes, weight_copies
