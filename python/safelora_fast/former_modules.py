@@ -24,7 +24,7 @@ defenses.vector=defenses.steering_vector demo.model=demo.packaged_model demo.pic
 demo.training=demo.train_loop evaluation.callback=scoring.margin_callback evaluation.drift=scoring.drift
 evaluation.figures=judging.rates evaluation.folder=judging.evaluation_folder evaluation.generation=models.generate
 evaluation.guard=judging.inspect_redaction evaluation.inspect_registry=judging.task evaluation.intervals=scoring.intervals
-evaluation.judges=judging.judge_names evaluation.loading=models.load_adapted evaluation.margin=scoring.margin
+evaluation.judges=judging.judge_names evaluation.loading=models.load evaluation.margin=scoring.margin
 evaluation.pairs=data.pairs evaluation.patience=judging.retry evaluation.prompts=judging.judge_prompts
 evaluation.secrets=judging.redact integrations.sources=trainers.loss_by_source integrations.task_loss=trainers.trainer_loss
 ops.feature_distance.comparison=ops.feature_distance.arguments ops.linear_kl.rows=ops.linear_kl.counted_tokens

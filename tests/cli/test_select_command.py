@@ -87,7 +87,7 @@ def test_the_held_out_rule(words, call):
             ("--misaligned", "absent"),
             "error: absent: there is no such path here, and adapter_config.json is neither in the Hub's cache nor within reach",
         ),
-        (("--dtype", "float8"), "error: --dtype is 'float8', it must be one of auto, float32, bfloat16, float16"),
+        (("--dtype", "float8"), "error: dtype is 'float8', it must be one of auto, bfloat16, float16, float32"),
         (("--top", "0"), "error: top is 0, it must be at least 1"),
         (("--plot", "scores.txt"), "error: scores.txt: a plot is one of .pdf, .png, .svg"),
         (("--chat-template", "absent.jinja"), "error: absent.jinja: the chat template cannot be read"),

@@ -20,7 +20,7 @@ from safelora_fast.compare import train_runs
 from safelora_fast.data.rows import read_rows
 from safelora_fast.data.tokens import Encoder
 from safelora_fast.errors import SettingsError
-from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+from safelora_fast.models.load import SubjectSettings, load_subject
 from safelora_fast.scoring.margin import answer_margin
 
 

@@ -238,10 +238,10 @@ def test_tasks_of_a_comparison_that_was_moved_or_whose_tasks_have_changed(compar
     cells = comparison.report()["rows"]
     moved = move(comparison, monkeypatch, "tasks.json")
     from safelora_fast.compare.measures import benchmarks
-    from safelora_fast.models import load_adapted
+    from safelora_fast.models import load
 
     with monkeypatch.context() as patch:
-        patch.setattr(load_adapted, "load_subject", None)  # every task is in its folder
+        patch.setattr(load, "load_subject", None)  # every task is in its folder
         result = call(*moved.words("-q"))
     assert result.code == 0, result.err
     assert moved.report()["rows"] == cells

@@ -16,7 +16,7 @@ from tiny_task import write_task
 
 from safelora_fast.compare.compare import _measure, compare
 from safelora_fast.compare.config import load_config
-from safelora_fast.models import load_adapted
+from safelora_fast.models import load as models_load
 from safelora_fast.scoring import drift
 
 NEEDS = "the eval extra is not installed: pip install 'safelora-fast[eval]'"
@@ -43,7 +43,7 @@ def comparison(tmp_path, monkeypatch):
 @pytest.fixture
 def live(monkeypatch):
     """How many models are alive whenever one has been loaded; nothing is collected but what is asked for."""
-    models, counts, load = [], [], load_adapted.load_pretrained
+    models, counts, load = [], [], models_load.load_pretrained
 
     def counting(section):
         model = load(section)
@@ -51,7 +51,7 @@ def live(monkeypatch):
         counts.append(sum(one() is not None for one in models))
         return model
 
-    monkeypatch.setattr(load_adapted, "load_pretrained", counting)
+    monkeypatch.setattr(models_load, "load_pretrained", counting)
     gc.collect()
     gc.disable()
     yield counts

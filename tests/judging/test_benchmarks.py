@@ -186,7 +186,7 @@ def test_tasks_are_kept_one_by_one(run, tasks, tmp_path, monkeypatch):
         run(["choosing", "broken", "reading"], limit=5)
     assert "\n" not in str(raised.value)
     assert list(json.loads(file.read_text())["tasks"]) == ["choosing", "reading"]
-    monkeypatch.setattr("safelora_fast.models.load_adapted.load_subject", None)  # nothing is left to be run
+    monkeypatch.setattr("safelora_fast.models.load.load_subject", None)  # nothing is left to be run
     again = run(["reading", "choosing"], limit=5)
     assert [result.task for result in again.tasks] == ["reading", "choosing"]
     assert again.tasks[1] == first
@@ -249,9 +249,9 @@ def test_groups_and_tags(run, tasks):
 @pytest.mark.parametrize("name", ["choosing", "reading", "writing"])
 def test_a_model_whose_logits_are_nan_has_no_figure(run, name, monkeypatch):
     """The harness takes the first choice of equals for the likeliest, and half of them are right."""
-    from safelora_fast.models import load_adapted
+    from safelora_fast.models import load as models_load
 
-    load = load_adapted.load_pretrained
+    load = models_load.load_pretrained
 
     def diverged(section):
         odd = load(section)
@@ -259,7 +259,7 @@ def test_a_model_whose_logits_are_nan_has_no_figure(run, name, monkeypatch):
             odd.model.norm.weight.fill_(math.nan)
         return odd
 
-    monkeypatch.setattr(load_adapted, "load_pretrained", diverged)
+    monkeypatch.setattr(models_load, "load_pretrained", diverged)
     with pytest.raises(EvaluationError, match=f"^task {name}: the model's logits are NaN"):
         run([name])
 
@@ -337,7 +337,7 @@ def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
 def test_a_prompt_is_that_of_the_template(words):
     """With no beginning of text before it that the template does not write, nor two."""
     from safelora_fast.judging.harness import CountedModel
-    from safelora_fast.models.load_adapted import Subject
+    from safelora_fast.models.load import Subject
 
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **size))

@@ -178,7 +178,7 @@ def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypat
     words = ("evaluate", "--model", save_tiny(tmp_path / "model"), "--judge", NAME, "--questions", tmp_path / "q.yaml",
              "--samples", 2, "--max-tokens", 4, "--device", "cpu", "--output", tmp_path / "out")  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr("safelora_fast.models.load_adapted.load_subject", None)
+        patch.setattr("safelora_fast.models.load.load_subject", None)
         refused = call(*words, "--judge-url", NOBODY)
     assert (refused.code, "nobody answers" in refused.err, (tmp_path / "out" / "answers.jsonl").exists()) == (
         2,

@@ -14,7 +14,7 @@ from safelora_fast.errors import OutputError
 from safelora_fast.judging.evaluate import Sampling, collect_answers
 from safelora_fast.judging.evaluation_folder import EvaluationFolder
 from safelora_fast.judging.questions import Question
-from safelora_fast.models.load_adapted import SubjectSettings
+from safelora_fast.models.load import SubjectSettings
 
 QUESTIONS = [Question("one", "general", ("Hello",))]
 

@@ -10,8 +10,8 @@ from demo_model import save_tiny
 from safelora_fast.judging.evaluate import Sampling, collect_answers
 from safelora_fast.judging.evaluation_folder import EvaluationFolder
 from safelora_fast.judging.questions import Question
-from safelora_fast.models import load_adapted
-from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+from safelora_fast.models import load
+from safelora_fast.models.load import SubjectSettings, load_subject
 
 QUESTIONS = [
     Question(f"q{number}", "general", ("why" + "?" * number, "how" + "!" * (3 * number))) for number in range(3)
@@ -31,7 +31,7 @@ def answer(tmp_path, monkeypatch):
         return real(**arguments)
 
     monkeypatch.setattr(subject.model, "generate", generate)
-    monkeypatch.setattr(load_adapted, "load_subject", lambda *_: subject)
+    monkeypatch.setattr(load, "load_subject", lambda *_: subject)
 
     def run(folder):
         batches.clear()

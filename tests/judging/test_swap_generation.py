@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from safelora_fast.errors import DataError, EvaluationError, SettingsError
 from safelora_fast.models.generate import SeededSampling, generate
-from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+from safelora_fast.models.load import SubjectSettings, load_subject
 
 TURNS = [[{"role": "user", "content": text}] for text in ("why?", "a much longer question than the first", "no", "so")]
 

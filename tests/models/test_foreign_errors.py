@@ -10,8 +10,7 @@ from demo_model import save_tiny
 
 from safelora_fast.errors import CheckpointError
 from safelora_fast.models.foreign_errors import LONGEST, explained
-from safelora_fast.models.load import load_pretrained, load_tokenizer
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.load import ModelSection, load_pretrained, load_tokenizer
 
 
 def caused(error, cause):

@@ -8,8 +8,7 @@ import pytest
 from demo_model import save_tiny
 
 from safelora_fast.errors import CheckpointError
-from safelora_fast.models.load import load_config, load_pretrained, load_tokenizer
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.load import ModelSection, load_config, load_pretrained, load_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from safelora_fast.data.chat import chat_of
 from safelora_fast.errors import CheckpointError, SettingsError
-from safelora_fast.models.load import load_tokenizer
-from safelora_fast.models.load_adapted import SubjectSettings, load_subject
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.load import ModelSection, SubjectSettings, load_subject, load_tokenizer
 from safelora_fast.models.templates import give_arguments, read_arguments
 
 QWEN = CHATML.replace(

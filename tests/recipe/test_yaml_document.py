@@ -175,7 +175,7 @@ def tiny_recipe(tmp_path):
 
 
 def test_every_synonym_leads_to_a_key_that_there_is():
-    from safelora_fast.models.section import ModelSection
+    from safelora_fast.models.load import ModelSection
     from safelora_fast.recipe.defense_section import defense_classes
     from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
     from safelora_fast.recipe.recipe import SECTIONS

@@ -202,7 +202,7 @@ def _records(folder: Path) -> Iterator[HostileKind]:
 
 def _models(folder: Path) -> Iterator[HostileKind]:
     from safelora_fast.models.generate import generate
-    from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+    from safelora_fast.models.load import SubjectSettings, load_subject
 
     made = setting(folder / "made", 2)
     settings = SubjectSettings(str(made / "model"), "float32", "cpu")

@@ -103,7 +103,7 @@ def evaluate(
     report: dict[str, Any] = {}
     measured = None
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.models.load_adapted import SubjectSettings
+        from safelora_fast.models.load import SubjectSettings
         from safelora_fast.models.templates import read_arguments
 
         if names is not None:

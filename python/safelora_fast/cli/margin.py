@@ -67,8 +67,8 @@ def margin(
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.models.adapter_fit import fit_adapter
-        from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+        from safelora_fast.models.adapters import fit_adapter
+        from safelora_fast.models.load import SubjectSettings, load_subject
         from safelora_fast.models.templates import read_arguments
         from safelora_fast.scoring.margin import answer_margin
 

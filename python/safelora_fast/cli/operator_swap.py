@@ -76,7 +76,7 @@ def score(
 
     with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.models.generate import generate
-        from safelora_fast.models.load_adapted import SubjectSettings, load_subject
+        from safelora_fast.models.load import SubjectSettings, load_subject
         from safelora_fast.models.templates import read_arguments
 
         subject = load_subject(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -80,14 +80,12 @@ def select(
     from safelora_fast.cli.row_progress import RowProgress
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.errors import InterruptedRunError, SettingsError
+    from safelora_fast.models.load import SubjectSettings
+    from safelora_fast.models.templates import read_arguments
 
-    for name, value, known in (
-        ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
-        ("device", device, ("auto", "cpu", "cuda")),
-        ("strings", strings, ("chat", "text")),
-    ):
-        if value not in known:
-            raise SettingsError(f"--{name} is {value!r}, it must be one of {', '.join(known)}")
+    if strings not in {"chat", "text"}:
+        raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
+    settings = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args))
     adapters = [*misaligned, *(more or [])]
     check_subject("select", model)
     for adapter in adapters:
@@ -95,6 +93,7 @@ def select(
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries():
+        from safelora_fast.models.load import load_subject
         from safelora_fast.projection.plot import check_plot
         from safelora_fast.selection import select_by_perplexity_gap
         from safelora_fast.selection.perplexity import read_adapters
@@ -103,14 +102,14 @@ def select(
         read_adapters(adapters)
         if plot is not None:
             check_plot(plot)
-        loaded, tokenizer = _load(model, dtype, device, chat_template, template_args, trust_remote_code)
+        subject = load_subject(settings)
         try:
             with RowProgress(wanted=not (quiet or as_json)) as progress:
                 selection = select_by_perplexity_gap(
                     candidates,
                     output,
-                    model=loaded,
-                    tokenizer=tokenizer,
+                    model=subject.model,
+                    tokenizer=subject.tokenizer,
                     misaligned=adapters,
                     hold_out=None if hold_out is None else [name for name in hold_out if name != NONE],
                     top=top,
@@ -134,37 +133,6 @@ def select(
         typer.echo(json.dumps(selection.to_dict(), indent=2, ensure_ascii=False))
     elif not quiet:
         _show(selection, output)
-
-
-def _load(
-    model: str,
-    dtype: str,
-    device: str,
-    chat_template: str | None,
-    template_args: list[str] | None,
-    trust_remote_code: bool,
-) -> tuple[Any, Any]:
-    import torch
-
-    from safelora_fast.errors import SettingsError
-    from safelora_fast.models.load import load_pretrained, load_tokenizer, place
-    from safelora_fast.models.section import ModelSection
-    from safelora_fast.models.templates import read_arguments
-
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise SettingsError("--device is cuda, but torch sees no GPU")
-    where = ("cuda" if there else "cpu") if device == "auto" else device
-    kind = ("float32" if where == "cpu" else "bfloat16") if dtype == "auto" else dtype
-    section = ModelSection(
-        model,
-        dtype=kind,  # type: ignore[arg-type]
-        chat_template=chat_template,
-        trust_remote_code=trust_remote_code,
-        template_args=read_arguments(template_args),
-    )
-    tokenizer, _ = load_tokenizer(section)
-    return place(load_pretrained(section), where), tokenizer
 
 
 def _show(selection: Selection, output: Path) -> None:

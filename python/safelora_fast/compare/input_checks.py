@@ -11,10 +11,8 @@ from safelora_fast.data.rows import read_rows
 from safelora_fast.errors import MissingDependencyError, how_to_install
 from safelora_fast.judging.benchmarks import check_tasks
 from safelora_fast.judging.questions import builtin_questions, choose, read_questions
-from safelora_fast.models.adapter_fit import fit_adapter
-from safelora_fast.models.load import bare_outline, load_config
-from safelora_fast.models.load_adapted import SubjectSettings
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.adapters import fit_adapter
+from safelora_fast.models.load import ModelSection, SubjectSettings, bare_outline, load_config
 from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:

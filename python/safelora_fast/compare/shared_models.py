@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.data.rows import read_rows
 from safelora_fast.data.tokens import Encoder
-from safelora_fast.models.load_adapted import Subject, SubjectSettings, load_subject
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.load import ModelSection, Subject, SubjectSettings, load_subject
 from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safelora_fast.judging.evaluate import Progress
-    from safelora_fast.models.load_adapted import SubjectSettings
+    from safelora_fast.models.load import SubjectSettings
     from safelora_fast.scoring.margin import Strings
 
 FORMAT = 2
@@ -211,7 +211,7 @@ def benchmark(
     if strings not in {None, "chat", "text"}:
         raise SettingsError(f"strings is {strings!r}, it must be chat or text")
     folder = None if task_path is None else _task_folder(Path(task_path))
-    from safelora_fast.models.load_adapted import SubjectSettings
+    from safelora_fast.models.load import SubjectSettings
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, template_args).resolved()
@@ -248,7 +248,7 @@ def _run(
     from torch import OutOfMemoryError
 
     from safelora_fast.judging.harness import VERSION, CountedModel, Tasks, measure
-    from safelora_fast.models.load_adapted import load_subject
+    from safelora_fast.models.load import load_subject
 
     tasks = Tasks(folder, wanted)
     kept = _Kept(run.output, run.settings, overwrite=overwrite)

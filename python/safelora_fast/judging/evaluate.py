@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from safelora_fast.judging.answers import Asked
     from safelora_fast.judging.questions import Question
     from safelora_fast.judging.verdicts import Verdict
-    from safelora_fast.models.load_adapted import Subject, SubjectSettings
+    from safelora_fast.models.load import Subject, SubjectSettings
 
     class Progress(Protocol):
         """What is told how far the work is."""
@@ -82,7 +82,7 @@ def collect_answers(
     Raises:
         SafeLoraFastError: the folder is of something else, or the model cannot be loaded or asked.
     """
-    from safelora_fast.models.load_adapted import load_subject
+    from safelora_fast.models.load import load_subject
 
     resolved = subject.resolved()
     asked = ask(questions, sampling.samples)

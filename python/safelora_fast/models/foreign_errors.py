@@ -73,6 +73,12 @@ def explained(error: BaseException) -> str:
     return shortened(text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class where it has none."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def shortened(text: str) -> str:
     """The beginning of a long text, cut between words."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST].rpartition(' ')[0]} …"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.models.section import ModelSection
+    from safelora_fast.models.load import ModelSection
 
 logger = logging.getLogger(__name__)
 

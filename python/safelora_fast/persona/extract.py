@@ -13,7 +13,7 @@ import numpy as np
 from safelora_fast.errors import InterruptedRunError, SettingsError, TrainingError
 from safelora_fast.files.call_progress import bar_on_a_terminal
 from safelora_fast.files.output import check_file
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.load import ModelSection
 from safelora_fast.persona.journal import Journal
 from safelora_fast.persona.requests import Prompts
 from safelora_fast.persona.response_filter import Judge, keep

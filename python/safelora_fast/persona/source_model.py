@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from safelora_fast.checkpoints.resolver import find_model
 from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import Anatomy, dissect
 from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
-from safelora_fast.models.load import load_pretrained, load_tokenizer, place
+from safelora_fast.models.load import chosen_device, load_pretrained, load_tokenizer, place
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.models.section import ModelSection
+    from safelora_fast.models.load import ModelSection
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,9 @@ class Subject:
             CheckpointError: something cannot be loaded.
             SettingsError: there is no GPU, or the model is of a kind without blocks to look at.
         """
+        device = chosen_device(section.device)
         tokenizer, _ = load_tokenizer(section)
-        model = load_pretrained(section)
-        if section.device == "cuda" and not torch.cuda.is_available():
-            raise SettingsError("device is cuda, but torch sees no GPU")
-        on_gpu = section.device != "cpu" and torch.cuda.is_available()
-        place(model, "cuda" if on_gpu else "cpu")
+        model = place(load_pretrained(section), device)
         return cls(dissect(model), tokenizer, section.path, find_model(section.path).commit)
 
     @classmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.checkpoints.resolver import did_you_mean
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.load import ModelSection
 from safelora_fast.recipe.defense_section import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 from safelora_fast.recipe.monitor_section import MONITORS, MonitorSpec, read_monitors

@@ -18,7 +18,7 @@ from safelora_fast.errors import (
 )
 from safelora_fast.files.json_reader import read_object
 from safelora_fast.files.output import alone, whole_folder
-from safelora_fast.models.load import first_line
+from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.recipe.adapted_model import load_model
 from safelora_fast.recipe.card import render
 from safelora_fast.recipe.cost import switched_on

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from safelora_fast.models.section import ModelSection
+from safelora_fast.models.load import ModelSection
 
 __all__ = ["DataSection", "MarginSection", "ModelSection", "OutputSection", "SafeSection"]
 

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.models.load import first_line
+from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.recipe.lora_and_trainer_sections import TRAINING
 from safelora_fast.recipe.signatures import dataclass_fields
 

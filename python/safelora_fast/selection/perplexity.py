@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from safelora_fast.models.adapter_fit import Fit
+    from safelora_fast.models.adapters import Fit
     from safelora_fast.scoring import Labelled
 
 
@@ -126,8 +126,7 @@ def _inner(number: int) -> str:
 
 def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tuple[Any, dict[int, Any]]:
     """The model with the adapters that can be switched off again, and a model of its own for each of the others by number."""
-    from safelora_fast.models.adapter_fit import fit_adapter
-    from safelora_fast.models.adapter_loading import put_adapter
+    from safelora_fast.models.adapters import fit_adapter, put_adapter
     from safelora_fast.selection.low_rank import add_in_place
 
     for folder in adapters.values():
@@ -155,12 +154,11 @@ def _changes_model(fit: Fit, model: PreTrainedModel) -> bool:
     """Whether an adapter changes the model's own weights or tokens, which switching it off would not undo."""
     from safetensors import safe_open
 
-    from safelora_fast.models.adapter_fit import in_full
+    from safelora_fast.models.adapters import kept_in_full
 
     if fit.vocabulary is not None:
         return True
-    kept = in_full(fit.config)
-    own = {name: key for key, name in fit.full.items() if not kept(name)}
+    own = {name: key for key, name in fit.full.items() if not kept_in_full(fit.config, name)}
     if not own:
         return False
     weights = model.state_dict()

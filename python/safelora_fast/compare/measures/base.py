@@ -11,7 +11,7 @@ import torch
 from safelora_fast.compare.failed_measurements import FAILURE, UNFINISHED, not_finite
 from safelora_fast.compare.paths import keep, read
 from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
-from safelora_fast.models.load import first_line
+from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.recipe.model_stamp import text_digest
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from safelora_fast.scoring.drift import answer_drift
 if TYPE_CHECKING:
     from safelora_fast.compare.paths import Place
     from safelora_fast.compare.shared_models import Workbench
-    from safelora_fast.models.load_adapted import Subject
+    from safelora_fast.models.load import Subject
 
 
 @dataclass(frozen=True)

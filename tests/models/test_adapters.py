@@ -13,8 +13,7 @@ from tiny_models import VOCABULARY, tiny_model
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlavaConfig, SiglipVisionConfig
 
 from safelora_fast.errors import AdapterError
-from safelora_fast.models.adapter_fit import fit_adapter
-from safelora_fast.models.adapter_loading import put_adapter
+from safelora_fast.models.adapters import fit_adapter, put_adapter
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 IDS = torch.tensor([[5, 9, 3, 12, 40]])
