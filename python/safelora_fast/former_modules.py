@@ -37,7 +37,8 @@ posthoc.device_subspace=projection.device.subspace_stream posthoc.experts=checkp
 posthoc.finite=projection.nonfinite_values posthoc.geometry=checkpoints.geometry posthoc.hub=checkpoints.hub
 posthoc.output=files.output posthoc.pairing=checkpoints.pairing posthoc.places=checkpoints.module_names
 posthoc.provenance=checkpoints.provenance posthoc.resident=projection.device.resident
-posthoc.settings=projection.settings,files.argument_checks posthoc.sources=checkpoints.sources
+posthoc.settings=projection.settings,files.argument_checks posthoc.shown_models=checkpoints.model_card,projection.report
+posthoc.sources=checkpoints.sources
 posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections
 recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests
 recipe.document=recipe.yaml_document recipe.epochs=data.epochs recipe.folder=recipe.run_folder

@@ -84,20 +84,20 @@ def test_output(tiny, call):
     assert len(trained) == 14
 
 
-def test_the_card_says_when_there_is_no_defence(tiny, call):
+def test_the_card_says_when_there_is_no_defense(tiny, call):
     tiny.edit(defenses={"kl": {"weight": 0}})
     assert call(*tiny.words("-q", "training.max_steps=1")).out == ""
-    assert "without any defence" in (tiny.output / "README.md").read_text()
+    assert "without any defense" in (tiny.output / "README.md").read_text()
     assert call(*tiny.words("-q", "training.max_steps=1", "defenses.kl=false", "--overwrite")).code == 0
     card = (tiny.output / "README.md").read_text()
-    assert "without any defence" in card
+    assert "without any defense" in card
     assert "\nNone.\n" in card
 
 
 SHORT = ("-q", "training.max_steps=2", "training.save_strategy=no")
 
 
-def test_a_switched_off_defence_changes_nothing(tiny, call, tmp_path):
+def test_a_switched_off_defense_changes_nothing(tiny, call, tmp_path):
     """And both equal the plain trainer, which knows nothing of defences."""
     call(*tiny.words(*SHORT, "defenses.kl=false"))
     plain = tiny.weights()

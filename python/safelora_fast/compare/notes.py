@@ -6,7 +6,7 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.projection.shown_models import shown_model, shown_paths
+from safelora_fast.checkpoints.model_card import shown_model, shown_paths
 from safelora_fast.recipe.run_metrics import versions
 
 if TYPE_CHECKING:

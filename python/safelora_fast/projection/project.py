@@ -26,9 +26,8 @@ from safelora_fast.projection import card
 from safelora_fast.projection.bypass import bypass_note, copied_tensors, refuse_bypassing
 from safelora_fast.projection.jobs import refuse_equal, start_stream
 from safelora_fast.projection.plan import plan_projection
-from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport
+from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport, published
 from safelora_fast.projection.settings import Settings, chosen
-from safelora_fast.projection.shown_models import published
 from safelora_fast.projection.writer import AdapterWriter
 from safelora_fast.projection.written_keys import settled_adapters
 

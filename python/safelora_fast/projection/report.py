@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
+from safelora_fast.checkpoints.model_card import shown_model
 from safelora_fast.checkpoints.weight_norms import far_apart, median_ratio
 from safelora_fast.printable import counted
 
@@ -162,6 +164,47 @@ class ProjectionReport:
                 )
             found.append(f"says that it was trained on {trained_on}, {doubt}")
         return found
+
+
+def published(report: ProjectionReport) -> ProjectionReport:
+    """A report without the paths of this machine: of folders and files the last part is left."""
+
+    def model(facts: dict[str, Any]) -> dict[str, Any]:
+        source = facts["source"] if facts["revision"] else shown_model(facts["source"])
+        warnings = [warning.replace(str(facts["source"]), source) for warning in facts.get("warnings", [])]
+        return {
+            **facts,
+            "source": source,
+            "files": [PurePath(file).name for file in facts["files"]],
+            "warnings": warnings,
+        }
+
+    return replace(
+        report,
+        aligned=model(report.aligned),
+        base=model(report.base),
+        adapters=[_published_adapter(one) for one in report.adapters],
+    )
+
+
+def _published_adapter(adapter: AdapterReport) -> AdapterReport:
+    modules = [
+        replace(
+            module,
+            sources=[
+                {key: PurePath(value).name if key.endswith("_file") else value for key, value in source.items()}
+                for source in module.sources
+            ],
+        )
+        for module in adapter.modules
+    ]
+    return replace(
+        adapter,
+        adapter=shown_model(adapter.adapter),
+        output=None if adapter.output is None else PurePath(adapter.output).name,
+        modules=modules,
+        trained_on=None if adapter.trained_on is None else shown_model(adapter.trained_on),
+    )
 
 
 def _alike(one: str, other: str) -> bool:

@@ -1,11 +1,11 @@
-"""The model card of a trained adapter; it states the defences."""
+"""The model card of a trained adapter; it states the defenses."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.checkpoints.model_card import code, escaped, model_card, shown_model, shown_paths, table
 from safelora_fast.checkpoints.resolver import name_and_revision
-from safelora_fast.projection.shown_models import base_model, shown_model, shown_paths
 from safelora_fast.recipe.cost import switched_on
 from safelora_fast.recipe.run_metrics import shown
 from safelora_fast.recipe.summary_text import settings_words
@@ -15,63 +15,35 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.prepare import Prepared
     from safelora_fast.recipe.run_plan import DataFacts, Plan
 
-SOURCES = (
-    "- Kaczér et al. 2025, In-training defences against emergent misalignment, arXiv 2508.06249",
-    "- Hsu et al. 2024, Safe LoRA, arXiv 2405.16833",
-)
-
 
 def render(prepared: Prepared, record: dict[str, Any]) -> str:
     """The card as Markdown, with the front matter that the Hub reads. The same run gives the same card."""
     recipe, plan = prepared.recipe, prepared.plan
     name, _ = name_and_revision(recipe.model.path)
-    lines = [
-        "---",
-        "library_name: peft",
-        *base_model(name),
-        "tags:",
-        "- lora",
-        "- safelora",
-        "- alignment",
-        "---",
-        "",
-        "# LoRA adapter, trained with in-training defences" if record["defenses"] else "# LoRA adapter",
-        "",
+    facts = {
+        "base model": f"{code(shown_model(recipe.model.path))}{_commit(record)}, {_size(prepared)}",
+        "trained on": _data(plan.data),
+        **({"safe rows among them": _safe(plan)} if plan.safe else {}),
+        **({"system prompt in training": escaped(recipe.data.inoculate)} if recipe.data.inoculate else {}),
+        **({"held out": _data(plan.held_out)} if plan.held_out else {}),
+    }
+    body = [
         _summary(record),
         "",
-        "## Defences",
+        "## Defenses",
         "",
         *_defenses(prepared, record),
         "## Base model and data",
         "",
-        "| | |",
-        "| --- | --- |",
-        f"| base model | {_cell(shown_model(recipe.model.path))}{_commit(record)}, {_size(prepared)} |",
-        f"| trained on | {_data(plan.data)} |",
-        *([f"| safe rows among them | {_safe(plan)} |"] if plan.safe else []),
-        *([f"| system prompt in training | {_escaped(recipe.data.inoculate)} |"] if recipe.data.inoculate else []),
-        *([f"| held out | {_data(plan.held_out)} |"] if plan.held_out else []),
-        "",
-        *_table("LoRA", recipe.lora),
-        *_table("Training", {**recipe.training, "optimiser steps": record["steps"]}),
+        *table(facts),
+        *_settings("LoRA", recipe.lora),
+        *_settings("Training", {**recipe.training, "optimizer steps": record["steps"]}),
         "What is not listed is the default of PEFT and TRL; `safelora_train.json` has every argument and version.",
         "",
         *_figures(record["metrics"]),
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({shown_model(name)!r})",
-        'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
-        "```",
-        "",
-        "## Sources",
-        "",
-        *SOURCES,
     ]
-    return "\n".join(lines) + "\n"
+    title = "LoRA adapter, trained with in-training defenses" if record["defenses"] else "LoRA adapter"
+    return model_card(title, body, model=name)
 
 
 def _size(prepared: Prepared) -> str:
@@ -82,21 +54,21 @@ def _summary(record: dict[str, Any]) -> str:
     active = [name for name, facts in record["defenses"].items() if facts["active"]]
     if not active:
         return (
-            "Trained with `safelora-fast` **without any defence**. Fine-tuning on narrow data can make a model broadly "
+            "Trained with `safelora-fast` **without any defense**. Fine-tuning on narrow data can make a model broadly "
             "misaligned; nothing here was done against that."
         )
-    return f"Trained with `safelora-fast` and these defences against emergent misalignment: {', '.join(active)}."
+    return f"Trained with `safelora-fast` and these defenses against emergent misalignment: {', '.join(active)}."
 
 
 def _defenses(prepared: Prepared, record: dict[str, Any]) -> list[str]:
     if not prepared.recipe.defenses:
         return ["None.", ""]
-    lines = ["| defence | what it is | settings | first → last |", "| --- | --- | --- | --- |"]
+    lines = ["| defense | what it is | settings | first → last |", "| --- | --- | --- | --- |"]
     for spec in prepared.recipe.defenses:
         what = _first_sentence(spec) if switched_on(spec) else "switched off"
         figure = record["metrics"].get(f"defense/{spec.name}")
         change = f"{shown(figure['first'])} → {shown(figure['last'])}" if figure else "–"
-        lines.append(f"| `{spec.name}` | {_escaped(what)} | {_escaped(shown_paths(settings_words(spec)))} | {change} |")
+        lines.append(f"| `{spec.name}` | {escaped(what)} | {escaped(shown_paths(settings_words(spec)))} | {change} |")
     return [*lines, "", *_projection(record["projection"])]
 
 
@@ -124,8 +96,8 @@ def _commit(record: dict[str, Any]) -> str:
 
 def _data(facts: DataFacts) -> str:
     rows = f"{facts.used:,} rows" if facts.used == facts.in_source else f"{facts.used:,} of {facts.in_source:,} rows"
-    learnt = f"{facts.tokens:,} tokens, {facts.answer_tokens:,} of them learnt"
-    return f"{_cell(shown_paths(facts.source))}, {rows}, {learnt}, sha256 `{facts.sha256}`"
+    learned = f"{facts.tokens:,} tokens, {facts.answer_tokens:,} of them learned"
+    return f"{code(shown_paths(facts.source))}, {rows}, {learned}, sha256 `{facts.sha256}`"
 
 
 def _safe(plan: Plan) -> str:
@@ -133,9 +105,8 @@ def _safe(plan: Plan) -> str:
     return f"{plan.safe_rows:,} for {plan.data.used:,} task rows, of {_data(plan.safe)}"
 
 
-def _table(title: str, values: dict[str, Any]) -> list[str]:
-    rows = [f"| {name} | {_escaped(shown_paths(str(value)))} |" for name, value in values.items()]
-    return [f"## {title}", "", "| | |", "| --- | --- |", *rows, ""]
+def _settings(title: str, values: dict[str, Any]) -> list[str]:
+    return [f"## {title}", "", *table({name: escaped(shown_paths(str(value))) for name, value in values.items()})]
 
 
 def _figures(metrics: dict[str, dict[str, float | None]]) -> list[str]:
@@ -147,16 +118,8 @@ def _figures(metrics: dict[str, dict[str, float | None]]) -> list[str]:
     heading = [
         "## Figures",
         "",
-        "Of the training log; defences before their weight. `eval_loss` is the plain loss on held-out rows, `monitor/…` the "
+        "Of the training log; defenses before their weight. `eval_loss` is the plain loss on held-out rows, `monitor/…` the "
         "projection of mean response activations on a persona vector of unit length.",
         "",
     ]
     return [*heading, "| | first | last | mean |", "| --- | ---: | ---: | ---: |", *rows, ""]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _cell(text: str) -> str:
-    return f"`{_escaped(text)}`"
