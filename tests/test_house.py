@@ -36,7 +36,7 @@ ROOMS = [
     "cli",
 ]
 # The same idea in each room that has it; cli/ and compare/measures/ name their files after the command and the measure.
-SHARED_NAMES = {"base", "card", "journal", "page", "plan", "plot", "report", "sweep"}
+SHARED_NAMES = {"base", "card", "journal", "page", "plan", "plot", "report", "store", "sweep"}
 # A backend is a file, and these serve one module by the kernels that serve many.
 BACKENDS = {"ops/subspace_projection/cuda.py", "ops/subspace_projection/triton.py"}
 FILES = {file: file.relative_to(ROOT).with_suffix("").parts for file in sorted(ROOT.rglob("*.py"))}

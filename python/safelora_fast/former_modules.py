@@ -29,7 +29,7 @@ evaluation.pairs=data.pairs evaluation.patience=judging.retry evaluation.prompts
 evaluation.secrets=judging.redact integrations.sources=trainers.loss_by_source integrations.task_loss=trainers.trainer_loss
 ops.feature_distance.comparison=ops.feature_distance.arguments ops.linear_kl.rows=ops.linear_kl.counted_tokens
 ops.once=ops.once_differentiable persona.generation=persona.seeded_generation persona.judging=persona.response_filter
-persona.model=persona.source_model persona.picture=persona.plot persona.prompts=persona.requests
+persona.journal=persona.responses persona.model=persona.source_model persona.picture=persona.plot persona.prompts=persona.requests
 posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.damage
 posthoc.device_factors=projection.device.factors posthoc.device_figures=projection.device.outcomes
 posthoc.device_reader=projection.device.reader posthoc.device_stream=projection.device.stream
@@ -41,7 +41,7 @@ posthoc.settings=projection.settings,files.argument_checks posthoc.shown_models=
 posthoc.sources=checkpoints.sources
 posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections
 recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests
-recipe.document=recipe.yaml_document recipe.epochs=data.epochs recipe.folder=recipe.run_folder
+recipe.document=recipe.yaml_document recipe.epochs=data.epochs recipe.folder=recipe.run_folder,files.store
 recipe.kinds=recipe.value_types recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.peak_memory
 recipe.monitors=recipe.monitor_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries
 recipe.results=recipe.run_metrics recipe.rows=data.rows recipe.section=recipe.yaml_section

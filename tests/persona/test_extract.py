@@ -129,9 +129,9 @@ def test_answers_of_another_adapter_are_not_taken(model, output, tmp_path):
 
     first = vector(output)
     adapted.set_adapter("B")
-    with pytest.raises(SettingsError, match=r"was made in another way: weights was .*; pass --regenerate"):
+    with pytest.raises(SettingsError, match=r"settings have changed: weights was .*; pass --regenerate"):
         vector(output, overwrite=True)
-    with adapted.disable_adapter(), pytest.raises(SettingsError, match="was made in another way: weights"):
+    with adapted.disable_adapter(), pytest.raises(SettingsError, match="settings have changed: weights"):
         vector(output, overwrite=True)
     other = vector(tmp_path / "fresh.safetensors")
     assert np.linalg.norm(first.vectors - other.vectors) > 0.1 * np.linalg.norm(other.vectors)
@@ -235,7 +235,7 @@ def test_more_samples_keep_what_is_there(model, output):
 def test_responses_of_another_model_are_refused_and_may_be_forgotten(model, output, tmp_path):
     extract(model, output)
     other = save_tiny(tmp_path / "other", seed=1, layers=3)
-    with pytest.raises(SettingsError, match=r"responses.jsonl:1: was made in another way: weights was"):
+    with pytest.raises(SettingsError, match=r"responses.jsonl: settings have changed: weights was"):
         extract(other, output, overwrite=True)
     with pytest.raises(SettingsError, match=r"seed was 0, is 1"):
         extract(model, output, seed=1, overwrite=True)

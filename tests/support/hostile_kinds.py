@@ -252,15 +252,14 @@ def _candidates(path: Path) -> None:
 def _persona(folder: Path) -> Iterator[HostileKind]:
     from personas import tiny_trait
 
-    from safelora_fast.persona.journal import Journal
     from safelora_fast.persona.response_filter import keep, read_scores
-    from safelora_fast.persona.responses import Response, requests
+    from safelora_fast.persona.responses import Journal, Response, requests
 
     wanted = requests(tiny_trait(), 1)
     made = {"model": "m", "seed": 0, "weights": "ab"}
     responses = [Response(request, (1, 2, 3), "yes") for request in wanted]
-    rows = [response.to_row(made) for response in responses]
     journal = Journal(folder / "mean.responses.jsonl", made)
+    rows = [journal.to_row(response) for response in responses]
     yield HostileKind("responses", journal.path, lambda chance: of_lines(rows, chance), lambda _: journal.read(wanted))
     scores = [{"id": request.id, "score": 60.0} for request in wanted]
 

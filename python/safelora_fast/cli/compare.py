@@ -61,8 +61,8 @@ def run_and_show(
     from safelora_fast.cli.counting import CountProgress
     from safelora_fast.compare.compare import compare as run
     from safelora_fast.compare.compare import report_only as assemble
+    from safelora_fast.files.store import to_json
     from safelora_fast.models.quiet_libraries import quiet_libraries
-    from safelora_fast.recipe.run_folder import to_json
     from safelora_fast.recipe.signatures import check_packages
 
     check_packages("compare")

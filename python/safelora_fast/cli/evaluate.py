@@ -81,10 +81,10 @@ def evaluate(
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored
     from safelora_fast.errors import SettingsError
+    from safelora_fast.files.store import to_json
     from safelora_fast.judging.benchmarks import benchmark, check_harness
     from safelora_fast.judging.evaluation_folder import EvaluationFolder
     from safelora_fast.models.quiet_libraries import quiet_libraries
-    from safelora_fast.recipe.run_folder import to_json
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if judge is None and names is None:
@@ -126,9 +126,9 @@ def evaluate(
                 progress=progress,
             )
         if questioned is not None:
+            from safelora_fast.files.store import write_json
             from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder, report_of
             from safelora_fast.judging.evaluation_folder import REPORT
-            from safelora_fast.recipe.run_folder import write_json
 
             found, chosen = questioned
             subject = SubjectSettings(

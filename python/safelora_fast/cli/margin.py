@@ -58,7 +58,7 @@ def margin(
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.data.pairs import builtin_pairs, read_pairs
     from safelora_fast.errors import SettingsError
-    from safelora_fast.recipe.run_folder import to_json
+    from safelora_fast.files.store import to_json
 
     if strings not in {"chat", "text"}:
         raise SettingsError(f"--strings is {strings!r}, it must be chat or text")

@@ -46,10 +46,10 @@ def rejudge(
     if judge_attempts < 1 or judge_tokens < 1:
         raise SettingsError("--judge-attempts and --judge-tokens must be at least 1")
     check_inspect()
+    from safelora_fast.files.store import to_json, write_json
     from safelora_fast.judging.evaluate import judge_folder, report_of
     from safelora_fast.judging.evaluation_folder import REPORT, EvaluationFolder
     from safelora_fast.judging.rejudge import compare_judges, read_log
-    from safelora_fast.recipe.run_folder import to_json, write_json
 
     found = [find_judge(name, judge_url) for name in judge]
     judged = read_log(log)

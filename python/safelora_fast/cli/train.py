@@ -55,8 +55,9 @@ def train(
     The output folder holds an adapter that PEFT loads, a model card that states the defences, and a record of the run.
     """
     from safelora_fast.cli.console import ByteProgress
+    from safelora_fast.files.store import to_json
     from safelora_fast.recipe.recipe import load_recipe
-    from safelora_fast.recipe.run_folder import RunFolder, to_json
+    from safelora_fast.recipe.run_folder import RunFolder
 
     if end_with_stdin:
         _end_with(sys.stdin.fileno())
@@ -124,7 +125,7 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
     if not talks:
         return
     from safelora_fast.cli.console import warn
-    from safelora_fast.recipe.run_folder import to_json
+    from safelora_fast.files.store import to_json
     from safelora_fast.recipe.run_metrics import shown
 
     if as_json:

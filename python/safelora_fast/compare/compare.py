@@ -11,9 +11,9 @@ from safelora_fast.compare.runs import Runs, trainings_of
 from safelora_fast.compare.train_runs import check_folder, is_finished, train
 from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
 from safelora_fast.files.output import alone, described, whole_folder
+from safelora_fast.files.store import write_json
 from safelora_fast.files.yaml_reader import dump_yaml
 from safelora_fast.judging import operator_swap
-from safelora_fast.recipe.run_folder import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

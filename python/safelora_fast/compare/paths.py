@@ -25,7 +25,8 @@ from safelora_fast.compare.config import OPERATOR_SWAP, REFERENCE
 from safelora_fast.errors import AdapterError, OutputError
 from safelora_fast.files.json_reader import read_object
 from safelora_fast.files.output import described
-from safelora_fast.recipe.run_folder import RECORD, read_record, write_json
+from safelora_fast.files.store import write_json
+from safelora_fast.recipe.run_folder import RECORD, read_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

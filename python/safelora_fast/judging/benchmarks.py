@@ -14,9 +14,9 @@ from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError, how_to_install
 from safelora_fast.files.json_reader import COUNT, FLAG, LIST, NUMBER, OBJECT, TEXT, check_fields, read_json, why
 from safelora_fast.files.output import described, resolved
+from safelora_fast.files.store import write_json
 from safelora_fast.judging.evaluation_folder import BENCHMARKS, changed_settings, told
 from safelora_fast.recipe.model_stamp import subject_stamp
-from safelora_fast.recipe.run_folder import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.errors import DataError, OutputError
 from safelora_fast.files.json_reader import read_bytes, read_object, why
 from safelora_fast.files.output import described
+from safelora_fast.files.store import write_json
 from safelora_fast.judging.answers import Answer, read_answers
-from safelora_fast.recipe.run_folder import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -14,10 +14,9 @@ from safelora_fast.errors import InterruptedRunError, SettingsError, TrainingErr
 from safelora_fast.files.call_progress import bar_on_a_terminal
 from safelora_fast.files.output import check_file
 from safelora_fast.models.load import ModelSection
-from safelora_fast.persona.journal import Journal
 from safelora_fast.persona.requests import Prompts
 from safelora_fast.persona.response_filter import Judge, keep
-from safelora_fast.persona.responses import Request, Response, requests
+from safelora_fast.persona.responses import Journal, Request, Response, requests
 from safelora_fast.persona.separation import mean_difference, separations
 from safelora_fast.persona.trait import Trait, load_trait
 from safelora_fast.persona_vector import PersonaVector, Separation
@@ -235,8 +234,6 @@ class _Extraction:
         """
         known: dict[str, Response] = {} if journal is None else journal.read(self.requests)
         if len(known) < len(self.requests):
-            if journal is not None:
-                journal.mend()
             self._start("responses", len(self.requests), len(known))
             self._generate(known, journal)
         return [known[request.id] for request in self.requests]

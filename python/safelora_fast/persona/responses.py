@@ -1,4 +1,4 @@
-"""What is asked of the model and what it answered, in memory and as rows of a JSONL file."""
+"""Requests to the model, its responses, and the JSONL file beside the vector that keeps the responses."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from safelora_fast.errors import SettingsError
+from safelora_fast.files.json_reader import COUNT, LIST, OBJECT, TEXT, check_fields, of_kind
+from safelora_fast.files.store import JsonlStore, changed_settings, settings_message
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from safelora_fast.persona.trait import Trait
 
 Side = Literal["positive", "negative"]
+SUFFIX = ".responses.jsonl"
+ROW = {"id": TEXT, "system": TEXT, "user": TEXT, "answer": TEXT, "tokens": LIST, "made": OBJECT}
+MODEL = "model"  # the model's name in `made`; it may change, because the digest of the weights decides
+REMEDY = "pass --regenerate to start anew, or choose another output"
 
 
 @dataclass(frozen=True)
@@ -18,10 +29,10 @@ class Request:
     """One question under one system prompt.
 
     Attributes:
-        side: whether the system prompt asks for the trait ("positive") or for its opposite.
+        side: "positive" if the system prompt asks for the trait, "negative" if it asks for the opposite.
         pair: number of the pair of system prompts, from 0.
         question: number of the question, from 0.
-        sample: which of several answers to the same, from 0.
+        sample: number of the answer to the same question, from 0.
         system: the system prompt.
         user: the question.
     """
@@ -39,40 +50,22 @@ class Request:
         return f"{self.side}/{self.pair}/{self.question}/{self.sample}"
 
     def draws(self, seed: int, count: int) -> np.ndarray:
-        """Uniform numbers in [0, 1), one for each token to draw: of this request alone, whatever it is batched with."""
+        """`count` uniform numbers in [0, 1), one for each token. They do not depend on the batch."""
         numbers = (get_args(Side).index(self.side), self.pair, self.question, self.sample)
         return np.random.default_rng([seed, *numbers]).random(count)
 
 
 @dataclass(frozen=True)
 class Response:
-    """An answer.
-
-    Attributes:
-        request: what was asked.
-        tokens: its tokens, without the one that ends it.
-        answer: its text, without special tokens.
-    """
+    """A response: its tokens without the end token, and its text without special tokens."""
 
     request: Request
     tokens: tuple[int, ...]
     answer: str
 
-    def to_row(self, made: dict[str, Any]) -> dict[str, Any]:
-        """As a row for JSON; `made` says how it was generated."""
-        request = self.request
-        return {
-            "id": request.id,
-            "system": request.system,
-            "user": request.user,
-            "answer": self.answer,
-            "tokens": list(self.tokens),
-            "made": made,
-        }
-
 
 def requests(trait: Trait, samples: int) -> list[Request]:
-    """Every question under both prompts of every pair, so often; in an order that puts equal system prompts together."""
+    """`samples` requests for every question under both prompts of every pair, grouped by system prompt."""
     return [
         Request(side, number, index, sample, getattr(pair, side), question)
         for number, pair in enumerate(trait.pairs)
@@ -80,3 +73,70 @@ def requests(trait: Trait, samples: int) -> list[Request]:
         for index, question in enumerate(trait.questions)
         for sample in range(samples)
     ]
+
+
+class Journal:
+    """The file of responses, so that an interrupted extraction can go on.
+
+    Args:
+        path: the JSONL file.
+        made: how responses are made now: the model, the seed and all else that decides them.
+    """
+
+    def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
+        self.path = path
+        self._made = made
+        self._store = JsonlStore(path, "response of persona extract")
+
+    @classmethod
+    def beside(cls, output: Path, made: Mapping[str, Any]) -> Journal:
+        """The journal of a vector's file."""
+        return cls(output.with_suffix(SUFFIX), made)
+
+    def read(self, wanted: Sequence[Request]) -> dict[str, Response]:
+        """The stored responses to these requests, by id.
+
+        Raises:
+            DataError: a line is no response; it is named.
+            SettingsError: responses were made with other settings, or to other prompts.
+        """
+        by_id = {request.id: request for request in wanted}
+        found: dict[str, Response] = {}
+        for row in self._store.read(_check):
+            changed = changed_settings({**row["made"], MODEL: None}, {**self._made, MODEL: None})
+            if message := settings_message(self.path, changed, REMEDY):
+                raise SettingsError(message)
+            request = by_id.get(row["id"])
+            if request is None or request.id in found:
+                continue
+            if (row["system"], row["user"]) != (request.system, request.user):
+                raise SettingsError(
+                    f"{self.path}: the trait has changed: {request.id} had another question or system prompt; {REMEDY}"
+                )
+            found[request.id] = Response(request, tuple(row["tokens"]), row["answer"])
+        return found
+
+    def append(self, responses: Sequence[Response]) -> None:
+        """Add responses.
+
+        Raises:
+            OutputError: the system refuses to write.
+        """
+        self._store.append(self.to_row(response) for response in responses)
+
+    def to_row(self, response: Response) -> dict[str, Any]:
+        """A response as a row of the file."""
+        one = response.request
+        values = (one.id, one.system, one.user, response.answer, list(response.tokens), self._made)
+        return dict(zip(ROW, values, strict=True))
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self._store.remove()
+
+
+def _check(row: Any) -> dict[str, Any]:
+    for token in check_fields(row, ROW)["tokens"]:
+        of_kind(token, COUNT, "a token")
+    fields: dict[str, Any] = row
+    return fields

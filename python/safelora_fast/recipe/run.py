@@ -18,6 +18,7 @@ from safelora_fast.errors import (
 )
 from safelora_fast.files.json_reader import read_object
 from safelora_fast.files.output import alone, whole_folder
+from safelora_fast.files.store import write_json
 from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.recipe.adapted_model import load_model
 from safelora_fast.recipe.card import render
@@ -26,7 +27,7 @@ from safelora_fast.recipe.defense_section import Subspaces
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.model_stamp import recipe_stamp
 from safelora_fast.recipe.peak_memory import peak_bytes
-from safelora_fast.recipe.run_folder import FORMAT, RECORD, RunFolder, write_json
+from safelora_fast.recipe.run_folder import FORMAT, RECORD, RunFolder
 from safelora_fast.recipe.run_metrics import summarise, versions
 from safelora_fast.recipe.run_plan import free_space
 

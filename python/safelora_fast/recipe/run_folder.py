@@ -11,8 +11,6 @@ FOLDER/
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from safelora_fast.files.json_reader import (
     why,
 )
 from safelora_fast.files.output import check_target, described, sync
+from safelora_fast.files.store import write_json
 from safelora_fast.models.digests import digest
 from safelora_fast.recipe.trainer_arguments import CHECKPOINTS
 
@@ -47,7 +46,6 @@ RECORD = "safelora_train.json"
 SEAL = "safelora_checkpoint.json"
 TRAINER_STATE = "trainer_state.json"
 FORMAT = 1
-PARTIAL = ".partial"
 AT_THE_END = {"steps": COUNT, "seconds": NUMBER, "metrics": OBJECT}
 PARTS = {
     "finished": FLAG, "recipe": OBJECT, "data": OBJECT, "plan": OBJECT, "projection": OBJECT, "step_seconds": NUMBER,
@@ -227,7 +225,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def _matters(file: Path) -> bool:
     """Whether a file is more than what a run left that was killed while it wrote its first record."""
-    return not (file.name.startswith(f".{RECORD}.") and file.name.endswith(PARTIAL))
+    return not (file.name.startswith(f".{RECORD}.") and "partial" in file.name)
 
 
 def _is_moved(key: str, now: Any, record: Mapping[str, Any]) -> bool:
@@ -235,31 +233,6 @@ def _is_moved(key: str, now: Any, record: Mapping[str, Any]) -> bool:
     known = (record.get("data") or {}).get(MOVABLE.get(key))
     path = Path(now).expanduser() if isinstance(now, str) else None
     return known is not None and path is not None and path.is_file() and digest(path) == known
-
-
-def to_json(content: Mapping[str, Any]) -> str:
-    """JSON for people and programs; NaN and infinity, which JSON does not know, are null."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, under a temporary name first."""
-    text = to_json(content) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

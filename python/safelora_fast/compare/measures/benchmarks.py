@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.compare.failed_measurements import FAILURE, NOT_FINITE, UNFINISHED
 from safelora_fast.compare.measures.base import OfTheRun, folder_of
 from safelora_fast.compare.measures.margin import model_of
+from safelora_fast.files.store import to_json
 from safelora_fast.judging.benchmarks import TASK_FILES, benchmark, harness_version
 from safelora_fast.recipe.model_stamp import files_digest
-from safelora_fast.recipe.run_folder import to_json
 
 if TYPE_CHECKING:
     from safelora_fast.compare.measure_sections import TasksSection
