@@ -15,6 +15,7 @@ ROOMS = [
     "printable",
     "errors",
     "files",
+    "plotting",
     "examples",
     "ops",
     "checkpoints",

@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     )
 
 
+def without_controls(text: str) -> str:
+    """A text with spaces in place of what is not printable: for pages, where an escape would look like part of a name."""
+    return "".join(letter if letter.isprintable() or letter in KEPT else " " for letter in text)
+
+
 def one_line(text: str) -> str:
     """A printable text in one line: white space, line ends too, becomes single spaces."""
     return printable(" ".join(text.split()))

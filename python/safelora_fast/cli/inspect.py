@@ -44,7 +44,7 @@ def inspect(
     from safelora_fast.projection.project import project_adapter
 
     if plot is not None:
-        from safelora_fast.projection.plot import check_plot
+        from safelora_fast.plotting import check_plot
 
         check_plot(plot)
     with ByteProgress() as progress:

@@ -59,7 +59,7 @@ def project(
     if output is None and not dry_run:
         raise SettingsError("say where to write with --output DIR, or pass --dry-run")
     if plot is not None:
-        from safelora_fast.projection.plot import check_plot
+        from safelora_fast.plotting import check_plot
 
         check_plot(plot)
     if output is not None:

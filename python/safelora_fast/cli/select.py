@@ -94,7 +94,7 @@ def select(
 
     with quiet_libraries():
         from safelora_fast.models.load import load_subject
-        from safelora_fast.projection.plot import check_plot
+        from safelora_fast.plotting import check_plot
         from safelora_fast.selection import select_by_perplexity_gap
         from safelora_fast.selection.perplexity import read_adapters
         from safelora_fast.selection.plot import plot_selection

@@ -5,8 +5,11 @@ Each is an SVG for an HTML page, with the colors of its style sheet in the place
 
 from __future__ import annotations
 
+import re
 import textwrap
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from safelora_fast.compare.cell_sources import sweep_columns
@@ -17,18 +20,24 @@ from safelora_fast.compare.number_text import (
     is_figure,
     one_line,
 )
-from safelora_fast.compare.svg import DISTANCES, drawing, palette
+from safelora_fast.plotting import COLORS, DISTANCES, MARKERS, page_drawing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from safelora_fast.compare.report import Cell, Column, ComparisonReport, Row
 
-COLORS = 7  # of Okabe and Ito, told apart with any color vision; page.css has them as --c0 to --c6
-MARKERS, SHAPES = "os^DvPX", "●■▲◆▼✚✖"  # of a row's mark in a plot, and beside its name in a table
+SHAPES = "●■▲◆▼✚✖"  # MARKERS as characters, for tables; page.css has COLORS as --c0 to --c6
 MEAN, RUN, STEP = 10.0, 4.5, 5.0  # diameters of the marks of a row's mean, of one run, and of a point of the path
 WIDE, NARROW, PANEL = (860, 500, 13), (340, 400, 12), (268, 186, 12)  # width, height, size of the text
 LEVELS = {"reference", "undefended"}  # kinds of rows whose values are levels in the plots of the sweep
+
+
+@cache
+def palette() -> dict[str, str]:
+    """The colors of page.css on a light screen, as #rrggbb, by name."""
+    css = files("safelora_fast.compare").joinpath("templates/page.css").read_text("utf-8")
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", css[: css.index("}")]))
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def styles(rows: Iterable[Row]) -> list[Style]:
         if row.kind == "reference":
             found.append(Style("reference", 0))
         else:
-            found.append(Style(f"c{count % COLORS}", (count + count // COLORS) % len(MARKERS)))
+            found.append(Style(f"c{count % len(COLORS)}", (count + count // len(COLORS)) % len(MARKERS)))
             count += 1
     return found
 
@@ -180,7 +189,7 @@ def _learning(
 ) -> tuple[str, bool]:
     """The drawing, and whether it has every name in full."""
     label = f"{y.title} against {x.title}; every value is in the tables"
-    with drawing(identity, label, *sheet) as drawn:
+    with page_drawing(identity, label, palette(), *sheet) as drawn:
         axes, width = drawn.axes, sheet[0] // sheet[2] * 2  # characters are about half as wide as high
         if x.better == "lower":
             axes.invert_xaxis()
@@ -221,7 +230,8 @@ def _panel(
     extent: Sequence[float],
 ) -> tuple[str, str]:
     """A measure by threshold, with the values of some rows as levels."""
-    with drawing(f"sweep-{number}", f"{title} by threshold; every value is in the table", *PANEL) as drawn:
+    label = f"{title} by threshold; every value is in the table"
+    with page_drawing(f"sweep-{number}", label, palette(), *PANEL) as drawn:
         axes, edge = drawn.axes, palette()["c0-edge"]
         axes.set_xlabel("τ")
         places = [place for place, _, _ in curve]

@@ -9,42 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.module_names import block_of, is_after_the_blocks, kinds
-from safelora_fast.errors import MissingDependencyError, OutputError, how_to_install
-from safelora_fast.files.output import described, resolved
+from safelora_fast.plotting import STYLES, mark_line, plot_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from matplotlib.figure import Figure
-
     from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport
 
-SUFFIXES = {".png", ".svg", ".pdf"}
-# Okabe and Ito's colours, which people with any colour vision can tell apart, and a marker each for print. Beyond seven the
-# colours come again with other markers.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLES = [(colour, MARKERS[(index + turn) % 7]) for turn in range(7) for index, colour in enumerate(COLOURS)]
 # Modules outside the blocks are named below the axis.
 OUTSIDE = {"color": "0.35", "marker": "*"}
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a picture that could not be drawn, before the work is done.
-
-    Raises:
-        MissingDependencyError: without matplotlib.
-        OutputError: when the suffix is unknown or the folder is missing.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise MissingDependencyError(f"a plot needs matplotlib: {how_to_install('plot')}") from None
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"{path}: a plot is one of {', '.join(sorted(SUFFIXES))}, not {path.suffix!r}")
-    with described(path):
-        if not resolved(path).parent.is_dir():
-            raise OutputError(f"{path}: the folder {resolved(path).parent} does not exist")
 
 
 def plot_report(report: ProjectionReport, path: Path) -> None:
@@ -54,38 +27,12 @@ def plot_report(report: ProjectionReport, path: Path) -> None:
     one kind are joined, through the median where a block holds several experts.
 
     Raises:
-        MissingDependencyError, OutputError: as :func:`check_plot`, or when the file cannot be written.
+        MissingDependencyError, OutputError: see :func:`~safelora_fast.plotting.plot_file`.
     """
-    check_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = len(report.adapters)
-    figure = Figure(figsize=(11, 4.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, adapter in zip(figure.subplots(rows, 2, squeeze=False), report.adapters, strict=True):
-        _draw(axes, adapter, report.settings)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a picture, under a temporary name first.
-
-    Raises:
-        OutputError: when the file cannot be written.
-    """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    with described(path):
-        try:
-            figure.savefig(partial, dpi=150, metadata=_without_date(path))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _without_date(path: Path) -> dict[str, Any]:
-    """The same report gives the same bytes: no date in the file."""
-    return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+    with plot_file(path, 11, 4.2 * rows) as figure:
+        for axes, adapter in zip(figure.subplots(rows, 2, squeeze=False), report.adapters, strict=True):
+            _draw(axes, adapter, report.settings)
 
 
 def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any]) -> None:
@@ -111,11 +58,7 @@ def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any])
         if style is not OUTSIDE:
             right.plot([], [], **style, linestyle="", label=kind)
     if settings["select"] == "threshold":
-        left.axhline(settings["threshold"], color="0.3", linestyle="--", linewidth=1)
-        left.annotate(
-            f"threshold\n{settings['threshold']:g}", (1, settings["threshold"]), xycoords=("axes fraction", "data"),
-            xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color="0.3",
-        )  # fmt: skip
+        mark_line(left, settings["threshold"], f"threshold\n{settings['threshold']:g}")
     gains = [module.gain for module in shown if module.gain > 0]
     if gains and max(gains) > 20 * min(gains):
         right.set_yscale("log")
@@ -128,7 +71,6 @@ def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any])
     left.set_title(f"{Path(adapter.adapter).name}: {counts}", loc="left", fontsize=8, y=1.06)
     for axis in axes:
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
         _label_places(axis, names, places)
     if right.get_legend_handles_labels()[0]:
         right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
@@ -139,8 +81,8 @@ def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
     inside = dict.fromkeys(kind for name, kind in names.items() if block_of(name) is not None)
     styles = dict.fromkeys(names.values(), OUTSIDE)
     for index, kind in enumerate(inside):
-        colour, marker = STYLES[index % len(STYLES)]
-        styles[kind] = {"color": colour, "marker": marker}
+        color, marker = STYLES[index % len(STYLES)]
+        styles[kind] = {"color": color, "marker": marker}
     return styles
 
 
