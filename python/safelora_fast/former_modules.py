@@ -28,7 +28,7 @@ evaluation.judges=judging.judge_names evaluation.loading=models.load evaluation.
 evaluation.pairs=data.pairs evaluation.patience=judging.retry evaluation.prompts=judging.judge_prompts
 evaluation.secrets=judging.redact integrations.sources=trainers.loss_by_source integrations.task_loss=trainers.trainer_loss
 ops.feature_distance.comparison=ops.feature_distance.arguments ops.linear_kl.rows=ops.linear_kl.counted_tokens
-ops.once=ops.once_differentiable persona.generation=persona.seeded_generation persona.judging=persona.response_filter
+ops.once=ops.once_differentiable persona.generation=models.generate persona.judging=persona.response_filter
 persona.journal=persona.responses persona.model=persona.source_model persona.picture=persona.plot persona.prompts=persona.requests
 posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.damage
 posthoc.device_factors=projection.device.factors posthoc.device_figures=projection.device.outcomes

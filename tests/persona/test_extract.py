@@ -23,7 +23,9 @@ from safelora_fast.errors import (
     SettingsError,
     TrainingError,
 )
-from safelora_fast.persona import activations, seeded_generation
+from safelora_fast.models import generate
+from safelora_fast.persona import activations
+from safelora_fast.persona.responses import Request
 from safelora_fast.persona.separation import separations
 
 SETTINGS = {"max_new_tokens": 12, "batch_size": 5, "dtype": "float32", "device": "cpu"}
@@ -53,8 +55,8 @@ class Interrupting:
 
     def __init__(self, monkeypatch, before):
         self.batches = 0
-        self._before, self._generate = before, seeded_generation.generate
-        monkeypatch.setattr(seeded_generation, "generate", self)
+        self._before, self._generate = before, generate.generate_tokens
+        monkeypatch.setattr(generate, "generate_tokens", self)
 
     def __call__(self, *args, **kwargs):
         if self.batches == self._before:
@@ -196,7 +198,7 @@ def test_out_of_memory_is_one_line(model, output, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried hard.")
 
-    monkeypatch.setattr(seeded_generation, "generate", full)
+    monkeypatch.setattr(generate, "generate_tokens", full)
     with pytest.raises(
         TrainingError, match=r"out of memory \(CUDA out of memory.\); lower batch_size; no response is kept"
     ):
@@ -331,3 +333,19 @@ def test_a_trait_of_the_package_by_name(model):
     assert vector.trait == "sycophantic"
     assert vector.suggestion in vector.candidates
     assert extract(model, trait=replace(TRAIT, name="other")).trait == "other"
+
+
+def test_numbers_belong_to_a_request():
+    requests = [
+        Request(side, pair, question, sample, "s", "u")
+        for side in ("positive", "negative")
+        for pair in (0, 1)
+        for question in (0, 1)
+        for sample in (0, 1)
+    ]
+    first = [request.draws(0, 4).tolist() for request in requests]
+    assert len({tuple(row) for row in first}) == len(requests)
+    assert [request.draws(0, 4).tolist() for request in requests] == first
+    assert all(request.draws(1, 4).tolist() != row for request, row in zip(requests, first, strict=True))
+    assert requests[0].draws(0, 9)[:4].tolist() == first[0]
+    assert len({request.id for request in requests}) == len(requests)

@@ -1,10 +1,11 @@
-"""Answers of a model on this machine: in batches, repeatable by seed."""
+"""Completions from a model on this machine: in batches, and repeatable by seed."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -20,56 +21,56 @@ if TYPE_CHECKING:
 
     from safelora_fast.data.rows import Message
 
+PROMPT_END = 16  # tokens at a prompt's end that may hold a tag that opens thoughts
+NAN_LOGITS = "the model's logits are NaN: its training diverged, or its dtype overflows"
+
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
-    """Makes the largest score a sample: Gumbel noise on the logits, of one generator for each row.
+    """Leaves one token in each row: the one where the cumulative probabilities pass the row's next number.
 
-    What a row is sampled to depends on its seed alone, whichever rows share its batch (but for the last digits of logits).
+    A row's sample depends on its numbers alone, whichever rows share its batch (up to the last digits of the logits).
 
     Args:
-        seeds: one for each row.
-        temperature: divides the logits.
-        device: of the logits.
+        numbers: uniform in [0, 1), float64 [rows, tokens to sample].
+        temperature: divides the logits; above 0.
+        width: tokens of the prompts, padding included.
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, numbers: torch.Tensor, temperature: float, width: int) -> None:
+        self._numbers = numbers
         self._temperature = temperature
+        self._width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary] with noise."""
-        del input_ids
-        scores = scores.float() / self._temperature
-        for row, generator in zip(scores, self._generators, strict=True):
-            row.sub_(torch.empty_like(row).exponential_(generator=generator).log_())
-        return scores
+        """Scores [rows, vocabulary] that are 0 at the sampled token and -inf elsewhere."""
+        step = input_ids.shape[1] - self._width
+        cumulative = (scores.float() / self._temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        height = self._numbers[:, step : step + 1].to(cumulative) * cumulative[:, -1:]
+        sampled = torch.searchsorted(cumulative, height, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, sampled, 0.0)
 
 
 class NanWatch(LogitsProcessor):  # type: ignore[misc]
-    """Notices logits that are NaN, of which the likeliest token would be token 0; scores stay as they are."""
+    """Notices NaN among the logits, whose most likely token would be token 0; scores stay as they are."""
 
     def __init__(self) -> None:
         self._seen: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary]; what is noticed stays on their device."""
+        """Scores [rows, vocabulary]; the finding stays on their device."""
         del input_ids
         found = scores.isnan().any()
         self._seen = found if self._seen is None else self._seen | found
         return scores
 
     def check(self) -> None:
-        """Refuse what was written from such logits.
+        """Refuse completions that were made from such logits.
 
         Raises:
             EvaluationError: there were some.
         """
         if self._seen is not None and bool(self._seen):
             raise EvaluationError(NAN_LOGITS)
-
-
-PROMPT_END = 16  # tokens of a prompt's end in which a tag that opens thoughts would stand
-NAN_LOGITS = "the model's logits are NaN: its training diverged, or its dtype overflows"
 
 
 def generate(
@@ -83,21 +84,20 @@ def generate(
     batch_size: int = 16,
     known: Container[int] = (),
 ) -> Iterator[dict[int, str]]:
-    """Answers by the number of their conversation, a batch at a time.
+    """Completions by the number of their conversation, a batch at a time.
 
-    The model's distribution is sampled as it is: penalties and cuts of its generation settings are left out. An answer ends
-    where :func:`~safelora_fast.data.chat.answer_ends` says. Thoughts stay in it, with the tags around them.
+    A completion ends where :func:`~safelora_fast.data.chat.answer_ends` says. Thoughts stay in it, with the tags around them.
 
     Args:
         model: a causal language model, with a PEFT adapter or without.
         tokenizer: its tokenizer, whose chat template is used.
         conversations: turns that end with the user's.
-        max_tokens: the most tokens of an answer.
-        temperature: 0 takes the likeliest token.
+        max_tokens: the most tokens of a completion.
+        temperature: 0 takes the most likely token.
         seeds: one for each conversation; their numbers by default.
         batch_size: conversations at a time.
-        known: numbers of conversations whose answers are known: a batch of these alone is left out. Rounding depends on what is
-            in a batch, so to get the bytes of an unbroken run give all its conversations.
+        known: numbers of conversations whose completions are known: a batch of these alone is left out. Rounding depends on a
+            batch's members, so to get the bytes of an unbroken run give all its conversations.
 
     Raises:
         DataError: there is no chat template, or it refuses a conversation.
@@ -106,45 +106,89 @@ def generate(
     """
     if max_tokens < 1 or batch_size < 1 or temperature < 0:
         raise SettingsError("max_tokens and batch_size must be at least 1, and temperature at least 0")
-    prompts = [_prompt(tokenizer, number, turns) for number, turns in enumerate(conversations)]
-    device = model.get_input_embeddings().weight.device
+    if not has_template(tokenizer):
+        raise DataError("the tokenizer has no chat template: give one with --chat-template")
+    chat = chat_of(tokenizer)
+    prompts = [chat.prompt(turns, f"conversation {number}") for number, turns in enumerate(conversations, start=1)]
     ends = answer_ends(model, tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         if all(number in known for number in numbers):
             continue
-        ids, mask = _padded([prompts[number] for number in numbers], tokenizer.pad_token_id or 0)
-        watch = NanWatch()
-        processors = LogitsProcessorList([watch])
-        if temperature > 0:
-            chosen = [number if seeds is None else seeds[number] for number in numbers]
-            processors.append(SeededSampling(chosen, temperature, device))
+        chosen = [number if seeds is None else seeds[number] for number in numbers]
+        draws = np.stack([np.random.default_rng(seed).random(max_tokens) for seed in chosen])
+        batch, padding, watch = [prompts[number] for number in numbers], tokenizer.pad_token_id or 0, NanWatch()
         try:
-            with torch.no_grad(), evaluation_mode(model), generation_settings(model, settings):
-                output = model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=settings,
-                    logits_processor=processors,
-                    use_cache=True,
+            with evaluation_mode(model):
+                completions = generate_tokens(
+                    model, batch, draws, temperature=temperature, ends=ends, padding=padding, watch=watch
                 )
         except torch.OutOfMemoryError as error:
             raise SettingsError(f"out of memory with {len(numbers)} answers at a time: lower the batch size") from error
         watch.check()
-        rows = output[:, ids.shape[1] :].tolist()
-        yield {n: _text(tokenizer, prompts[n], row, ends) for n, row in zip(numbers, rows, strict=True)}
+        yield {
+            number: _text(tokenizer, prompts[number], tokens)
+            for number, tokens in zip(numbers, completions, strict=True)
+        }
+
+
+def generate_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    draws: np.ndarray,
+    *,
+    temperature: float,
+    ends: Sequence[int],
+    padding: int,
+    watch: NanWatch | None = None,
+) -> list[tuple[int, ...]]:
+    """Completions of one batch of prompts of any length.
+
+    The model's distribution is sampled as it is: penalties and cuts of its generation settings do not apply.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: token ids.
+        draws: uniform numbers in [0, 1) [prompts, most new tokens].
+        temperature: 0 takes the most likely token.
+        ends: tokens that end a completion.
+        padding: the token to pad with.
+        watch: looks for NaN among the logits; without one they are not noticed.
+
+    Returns:
+        The tokens of each completion, without the one that ends it.
+    """
+    device = model.get_input_embeddings().weight.device
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), padding)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    processors = LogitsProcessorList([] if watch is None else [watch])
+    if temperature > 0:
+        processors.append(SeededSampling(torch.from_numpy(draws).to(device), temperature, width))
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=draws.shape[1],
+        eos_token_id=list(ends) or None,
+        pad_token_id=padding,
+        use_cache=True,
+    )
+    with torch.no_grad(), _generation_settings(model, settings):
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            logits_processor=processors,
+        )
+    return [_until_end(row, ends) for row in output[:, width:].tolist()]
 
 
 @contextmanager
-def generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Put settings in the place of the model's own, from which whatever is left open would be taken.
+def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Replace the model's own settings, from which transformers takes whatever is left open.
 
     PEFT's wrapper for causal language models copies its own settings into the model inside, and other wrappers do not: both
     are replaced, and both get theirs back.
@@ -158,39 +202,25 @@ def generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None
     finally:
         for part, own in zip(parts, former, strict=True):
             if own is ...:
-                del part.generation_config  # a wrapper that shows that of the model inside
+                del part.generation_config  # a wrapper that shows the settings of the model inside
             else:
                 part.generation_config = own
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, number: int, turns: list[Message]) -> list[int]:
-    if not has_template(tokenizer):
-        raise DataError("the tokenizer has no chat template: give one with --chat-template")
-    return chat_of(tokenizer).prompt(turns, f"conversation {number + 1}")
+def _until_end(tokens: list[int], ends: Sequence[int]) -> tuple[int, ...]:
+    first = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tuple(tokens[:first])
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], ends: Sequence[int]) -> str:
-    """An answer's words: without special tokens, but for the tags of thoughts, that of the prompt included."""
-    until = next((place for place, token in enumerate(answer) if token in ends), len(answer))
-    answer = answer[:until]
-    names = {token: str(tokenizer.decode([token])) for token in set(answer)}
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: Sequence[int]) -> str:
+    """A completion's text: without special tokens, except the tags of thoughts, one at the prompt's end included."""
+    names = {token: str(tokenizer.decode([token])) for token in set(completion)}
     tags = {t for t, name in names.items() if is_tag(name) and not tokenizer.decode([t], skip_special_tokens=True)}
     parts, start = [], 0
-    for place, token in enumerate(answer):
+    for place, token in enumerate(completion):
         if token in tags:
-            parts += [tokenizer.decode(answer[start:place], skip_special_tokens=True), names[token]]
+            parts += [tokenizer.decode(list(completion[start:place]), skip_special_tokens=True), names[token]]
             start = place + 1
-    parts.append(tokenizer.decode(answer[start:], skip_special_tokens=True))
+    parts.append(tokenizer.decode(list(completion[start:]), skip_special_tokens=True))
     opened = opening_tag(str(tokenizer.decode(prompt[-PROMPT_END:])))
     return f"{opened or ''}{''.join(parts)}"
-
-
-def _padded(prompts: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens padded on the left, and their mask."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), padding, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask

@@ -255,10 +255,10 @@ class _Extraction:
                     self.progress.advance(len(known))
 
     def _answer(self, batch: Sequence[Request]) -> list[Response]:
-        from safelora_fast.persona.seeded_generation import generate
+        from safelora_fast.models.generate import generate_tokens
 
         sampling, subject = self._sampling, self._subject
-        answers = generate(
+        answers = generate_tokens(
             subject.anatomy.model,
             [self._prompts[request.id] for request in batch],
             np.stack([request.draws(sampling.seed, sampling.max_new_tokens) for request in batch]),
