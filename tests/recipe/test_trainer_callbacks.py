@@ -6,12 +6,19 @@ import io
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 from tiny_recipe import write_recipe
 
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.recipe.trainer_arguments import trainer_arguments
 from safelora_fast.recipe.trainer_callbacks import Reporter
+
+
+class Terminal(io.StringIO):
+    """Standard error of somebody at a terminal."""
+
+    def isatty(self):
+        return True
+
 
 LOGS = {
     "loss": 1.25,
@@ -23,12 +30,13 @@ LOGS = {
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_figures_are_whole_on_a_narrow_terminal_as_soon_as_they_are_known(width):
+def test_the_figures_are_whole_on_a_narrow_terminal_as_soon_as_they_are_known(monkeypatch, width):
     state = SimpleNamespace(global_step=1, max_steps=1000, is_world_process_zero=True)
-    screen = io.StringIO()
-    reporter = Reporter(talk=True)
-    reporter._console = Console(file=screen, force_terminal=True, width=width, color_system=None)
-    with reporter:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    with Reporter(talk=True) as reporter:
         reporter.on_train_begin(None, state, None)
         reporter.on_step_end(None, state, None)
         reporter.on_log(None, state, None, logs=LOGS)

@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from safelora_fast.files.call_progress import reports
+from safelora_fast.files.progress import reports
 from safelora_fast.printable import one_line
 
 if TYPE_CHECKING:

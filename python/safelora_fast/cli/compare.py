@@ -58,16 +58,16 @@ def run_and_show(
         typer.Exit: with 1 where something failed or is not done yet.
     """
     from safelora_fast.cli.console import err
-    from safelora_fast.cli.counting import CountProgress
     from safelora_fast.compare.compare import compare as run
     from safelora_fast.compare.compare import report_only as assemble
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.files.store import to_json
     from safelora_fast.models.quiet_libraries import quiet_libraries
     from safelora_fast.recipe.signatures import check_packages
 
     check_packages("compare")
     talks = not (quiet or as_json)
-    with quiet_libraries(), CountProgress(wanted=talks, brief=True) as progress:
+    with quiet_libraries(), ProgressBar(wanted=talks, brief=True) as progress:
         if report_only:
             report = assemble(config)
         else:

@@ -1,16 +1,14 @@
-"""Progress and tables on the terminal. Progress and warnings go to standard error, results to standard output."""
+"""Tables and warnings on the terminal. Warnings go to standard error, results to standard output."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -44,62 +42,6 @@ out = PlainConsole(
     soft_wrap=False,
 )
 err = PlainConsole(stderr=True, highlight=False)
-
-
-class ByteProgress:
-    """A bar by bytes with rate and time left; a line every ten seconds where standard error is no terminal."""
-
-    SECONDS_BETWEEN_LINES = 10.0
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._total = 0
-        self._started = self._printed = 0.0
-
-    def start(self, total_bytes: int, modules: int) -> None:
-        """Show what there is to do."""
-        self._total = total_bytes
-        self._started = self._printed = time.monotonic()
-        if err.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=err, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(f"{modules} modules", total=total_bytes)
-
-    def advance(self, done_bytes: int, module: str) -> None:
-        """Show how far the run is."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done_bytes, description=escape(one_line(short(module))))
-            return
-        now = time.monotonic()
-        if now - self._printed >= self.SECONDS_BETWEEN_LINES:
-            self._printed = now
-            rate = done_bytes / (now - self._started)
-            left = (self._total - done_bytes) / rate if rate else math.inf
-            share = 100 * done_bytes / self._total if self._total else 100
-            print(
-                f"{share:3.0f} % at {rate / 1e9:.2f} GB/s, {left:.0f} s left: {one_line(module)}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def __enter__(self) -> ByteProgress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def short(name: str, width: int = 40) -> str:

@@ -40,14 +40,15 @@ def inspect(
     """Show the cosine and the gain of every adapted module; write nothing."""
     from rich.table import Table
 
-    from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings
+    from safelora_fast.cli.console import out, print_module_tables, print_warnings
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.projection.project import project_adapter
 
     if plot is not None:
         from safelora_fast.plotting import check_plot
 
         check_plot(plot)
-    with ByteProgress() as progress:
+    with ProgressBar(wanted=not (quiet or as_json)) as progress:
         report = project_adapter(
             adapters,
             aligned=aligned,
@@ -62,7 +63,7 @@ def inspect(
             num_layers=num_layers,
             threads=threads,
             exclude=exclude,
-            progress=False if quiet or as_json else progress,
+            progress=progress,
         )
     if plot is not None:
         from safelora_fast.projection.plot import plot_report

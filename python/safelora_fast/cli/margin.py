@@ -54,10 +54,10 @@ def margin(
     For pairs of answers to the same question: the mean difference of their log-likelihoods per token, and how often the
     misaligned answer is the likelier. The model is measured by itself, and then with each adapter on it.
     """
-    from safelora_fast.cli.counting import CountProgress
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.data.pairs import builtin_pairs, read_pairs
     from safelora_fast.errors import SettingsError
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.files.store import to_json
 
     if strings not in {"chat", "text"}:
@@ -66,7 +66,7 @@ def margin(
     folders = check_subject("margin", model, adapter or [])
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
-    with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
+    with quiet_libraries(), ProgressBar(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.models.adapters import fit_adapter
         from safelora_fast.models.load import SubjectSettings, load_subject
         from safelora_fast.models.templates import read_arguments

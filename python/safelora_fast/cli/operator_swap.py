@@ -65,8 +65,8 @@ def score(
     quiet: options.Quiet = False,
 ) -> None:
     """Count exact matches of a model's likeliest answers to the held-out problems."""
-    from safelora_fast.cli.counting import CountProgress
     from safelora_fast.cli.subjects import check_subject
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.judging.operator_swap import INSTRUCTION, read
     from safelora_fast.judging.operator_swap import score as matches
 
@@ -74,7 +74,7 @@ def score(
     folders = check_subject("operator-swap score", model, [] if adapter is None else [adapter])
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
-    with quiet_libraries(), CountProgress(wanted=not (quiet or as_json)) as progress:
+    with quiet_libraries(), ProgressBar(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.models.generate import generate
         from safelora_fast.models.load import SubjectSettings, load_subject
         from safelora_fast.models.templates import read_arguments

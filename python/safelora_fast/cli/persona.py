@@ -72,8 +72,8 @@ def extract(
     of a block is the mean activation of the answers to the first minus that to the second. Responses are kept as they come:
     the same command goes on after an interruption, and with --scores it generates nothing anew.
     """
-    from safelora_fast.cli.counting import CountProgress
     from safelora_fast.cli.subjects import check_subject
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.models.quiet_libraries import quiet_libraries
     from safelora_fast.persona.response_filter import read_scores
 
@@ -81,7 +81,7 @@ def extract(
     choose("device", device, ("auto", "cpu", "cuda"))
     judge = None if scores is None else read_scores(scores)
     check_subject("persona extract", model)
-    with quiet_libraries(), CountProgress() as progress:
+    with quiet_libraries(), ProgressBar(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.models.templates import read_arguments
         from safelora_fast.persona import extract_persona_vector
 
@@ -102,7 +102,7 @@ def extract(
             template_args=read_arguments(template_args),
             overwrite=overwrite,
             regenerate=regenerate,
-            progress=False if quiet or as_json else progress,
+            progress=progress,
         )
     if as_json:
         typer.echo(json.dumps(vector.to_dict(), indent=2, ensure_ascii=False))

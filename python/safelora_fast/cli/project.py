@@ -53,7 +53,8 @@ def project(
     """
     from rich.filesize import decimal
 
-    from safelora_fast.cli.console import ByteProgress, out, print_module_tables, print_warnings, warn_of_abandoned
+    from safelora_fast.cli.console import out, print_module_tables, print_warnings, warn_of_abandoned
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.projection.project import project_adapter
 
     if output is None and not dry_run:
@@ -64,7 +65,7 @@ def project(
         check_plot(plot)
     if output is not None:
         warn_of_abandoned(output)
-    with ByteProgress() as progress:
+    with ProgressBar(wanted=not (quiet or as_json)) as progress:
         report = project_adapter(
             adapters,
             aligned=aligned,
@@ -81,7 +82,7 @@ def project(
             exclude=exclude,
             strict=strict,
             overwrite=overwrite,
-            progress=False if quiet or as_json else progress,
+            progress=progress,
         )
     if plot is not None:
         from safelora_fast.projection.plot import plot_report

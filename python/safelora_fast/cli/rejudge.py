@@ -37,10 +37,10 @@ def rejudge(
 
     Verdicts are kept as they come: a second run asks only about what has no score yet.
     """
-    from safelora_fast.cli.counting import CountProgress
     from safelora_fast.cli.evaluate import greet
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored, show_agreement, show_judges
     from safelora_fast.errors import SettingsError
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.judging.judge_names import check_inspect, find_judge
 
     if judge_attempts < 1 or judge_tokens < 1:
@@ -59,7 +59,7 @@ def rejudge(
     known = folder.stored()
     folder.add(answer for answer in judged.answers if answer.asked.id not in known)
     verdicts = {judged.judge: judged.verdicts}
-    with CountProgress(wanted=not (quiet or as_json)) as progress:
+    with ProgressBar(wanted=not (quiet or as_json)) as progress:
         for name_, model in zip(judge, found, strict=True):
             given, _ = judge_folder(
                 folder,

@@ -77,9 +77,9 @@ def select(
     """
     from safelora_fast.checkpoints.resolver import named_adapter
     from safelora_fast.cli.console import err
-    from safelora_fast.cli.row_progress import RowProgress
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.errors import InterruptedRunError, SettingsError
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.models.load import SubjectSettings
     from safelora_fast.models.templates import read_arguments
 
@@ -104,7 +104,7 @@ def select(
             check_plot(plot)
         subject = load_subject(settings)
         try:
-            with RowProgress(wanted=not (quiet or as_json)) as progress:
+            with ProgressBar(wanted=not (quiet or as_json)) as progress:
                 selection = select_by_perplexity_gap(
                     candidates,
                     output,

@@ -59,9 +59,10 @@ def build(
     both checkpoints once, in a stream; loads no model. The file also says what it was built from.
     """
     from safelora_fast.checkpoints.sources import A_MODEL
-    from safelora_fast.cli.console import ByteProgress, out, warn_of_abandoned
+    from safelora_fast.cli.console import out, warn_of_abandoned
     from safelora_fast.files.argument_checks import check_path
     from safelora_fast.files.output import check_file
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
     for role, model in (("aligned", aligned), ("base", base)):
@@ -70,7 +71,7 @@ def build(
     check_file(output, inputs, overwrite=overwrite)
     warn_of_abandoned(output)
     names = None if not modules else [name.strip() for names in modules for name in names.split(",")]
-    with ByteProgress() as progress:
+    with ProgressBar(wanted=not (quiet or as_json)) as progress:
         subspace = SafeSubspace.build(
             aligned=aligned,
             base=base,
@@ -81,7 +82,7 @@ def build(
             seed=seed,
             threads=threads,
             device=device,
-            progress=False if quiet or as_json else progress,
+            progress=progress,
         )
     subspace.save(output)
     if as_json:

@@ -54,7 +54,7 @@ def train(
 
     The output folder holds an adapter that PEFT loads, a model card that states the defences, and a record of the run.
     """
-    from safelora_fast.cli.console import ByteProgress
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.files.store import to_json
     from safelora_fast.recipe.recipe import load_recipe
     from safelora_fast.recipe.run_folder import RunFolder
@@ -93,7 +93,7 @@ def train(
                 typer.echo("dry run: no weight was loaded and nothing was written; ≈ marks estimates")
             return
         words = ["safelora-fast", "train", str(config), *(overrides or []), "--resume"]
-        with ByteProgress() as progress:
+        with ProgressBar() as progress:
             record = run(
                 prepared, resume=resume, command=shlex.join(words), progress=progress if talks else None, talk=talks
             )

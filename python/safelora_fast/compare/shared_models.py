@@ -25,7 +25,7 @@ class Workbench:
 
     Args:
         config: the comparison.
-        progress: told how far a measurement is; see :class:`~safelora_fast.cli.counting.CountProgress`.
+        progress: told how far a measurement is; see :class:`~safelora_fast.files.progress.ProgressBar`.
     """
 
     def __init__(self, config: CompareConfig, progress: Any = None) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from safelora_fast.errors import InterruptedRunError, SettingsError, TrainingError
-from safelora_fast.files.call_progress import bar_on_a_terminal
 from safelora_fast.files.output import check_file
+from safelora_fast.files.progress import bar_on_a_terminal
 from safelora_fast.models.load import ModelSection
 from safelora_fast.persona.requests import Prompts
 from safelora_fast.persona.response_filter import Judge, keep

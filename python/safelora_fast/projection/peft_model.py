@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.errors import MissingDependencyError, SafeLoraFastError, SettingsError, how_to_install
-from safelora_fast.files.call_progress import bar_on_a_terminal, log_warnings
+from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.projection.jobs import start_stream
 from safelora_fast.projection.project import project_folders
 from safelora_fast.projection.settings import Settings

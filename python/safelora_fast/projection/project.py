@@ -20,8 +20,8 @@ from safelora_fast.checkpoints.sources import A_MODEL, Checkpoint, open_checkpoi
 from safelora_fast.checkpoints.weight_norms import weight_norm
 from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.files.argument_checks import check_path
-from safelora_fast.files.call_progress import bar_on_a_terminal, log_warnings
 from safelora_fast.files.output import check_target, whole_folder
+from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.projection import card
 from safelora_fast.projection.bypass import bypass_note, copied_tensors, refuse_bypassing
 from safelora_fast.projection.jobs import refuse_equal, start_stream

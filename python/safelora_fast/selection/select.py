@@ -15,9 +15,9 @@ from safelora_fast.data.chat import has_template
 from safelora_fast.data.tokens import Encoder
 from safelora_fast.data.top_scores import top_k
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.files.call_progress import bar_on_a_terminal, log_warnings
 from safelora_fast.files.json_reader import OBJECT, TEXT, check_fields, read_json
 from safelora_fast.files.output import alone, check_file, whole_file
+from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
 from safelora_fast.scoring import batches_by_length

@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 from safelora_fast.checkpoints.provenance import check_source
 from safelora_fast.checkpoints.tensor_names import NameIndex
 from safelora_fast.errors import CheckpointError, OutputError, PairingError
-from safelora_fast.files.call_progress import bar_on_a_terminal
 from safelora_fast.files.json_reader import (
     COUNT,
     LIST,
@@ -30,6 +29,7 @@ from safelora_fast.files.json_reader import (
     parse_json,
 )
 from safelora_fast.files.output import whole_file
+from safelora_fast.files.progress import bar_on_a_terminal
 
 if TYPE_CHECKING:
     import os
