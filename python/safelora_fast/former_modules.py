@@ -29,7 +29,8 @@ evaluation.pairs=data.pairs evaluation.patience=judging.retry evaluation.prompts
 evaluation.secrets=judging.redact integrations.sources=trainers.loss_by_source integrations.task_loss=trainers.trainer_loss
 ops.feature_distance.comparison=ops.feature_distance.arguments ops.linear_kl.rows=ops.linear_kl.counted_tokens
 ops.once=ops.once_differentiable persona.generation=models.generate persona.judging=persona.response_filter
-persona.journal=persona.responses persona.model=persona.source_model persona.picture=persona.plot persona.prompts=persona.requests
+persona.journal=persona.responses persona.model=persona.source_model persona.picture=persona.plot
+persona.prompts=persona.source_model persona.requests=persona.source_model persona.separation=persona.activations
 posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.damage
 posthoc.device_factors=projection.device.factors posthoc.device_figures=projection.device.outcomes
 posthoc.device_reader=projection.device.reader posthoc.device_stream=projection.device.stream

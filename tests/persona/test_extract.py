@@ -25,8 +25,8 @@ from safelora_fast.errors import (
 )
 from safelora_fast.models import generate
 from safelora_fast.persona import activations
+from safelora_fast.persona.activations import separations
 from safelora_fast.persona.responses import Request
-from safelora_fast.persona.separation import separations
 
 SETTINGS = {"max_new_tokens": 12, "batch_size": 5, "dtype": "float32", "device": "cpu"}
 TRAIT = tiny_trait()
@@ -324,7 +324,7 @@ def test_what_cannot_be_read_or_written(model, tmp_path):
 def test_a_model_that_gives_nan(model):
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded.model.layers[1].mlp.down_proj.weight.data[0] = torch.nan
-    with pytest.raises(TrainingError, match="block 1 gives NaN or Inf"):
+    with pytest.raises(TrainingError, match="layer 1 gives NaN or Inf"):
         extract(loaded, tokenizer=tokenizer())
 
 

@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from safelora_fast.persona.separation import cohens_d, mean_difference, separations
+from safelora_fast.persona.activations import cohens_d, mean_difference, separations
 
 
 def responses(hidden, distance, count=40, seed=0):

@@ -22,12 +22,13 @@ class JsonLines:
 
     Args:
         path: the file. Replace it by renaming, never in place, while this is open.
+        what: what it holds, for messages.
 
     Raises:
         DataError: it cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, what: str = "data") -> None:
         self.path = Path(path)
         try:
             if (
@@ -38,7 +39,7 @@ class JsonLines:
             else:
                 self._content = read_bytes(self.path, None)
         except OSError as error:
-            raise DataError(f"{path}: the data cannot be read: {error.strerror}") from error
+            raise DataError(f"{path}: the {what} cannot be read: {error.strerror}") from error
         ends = _line_ends(self._content)
         starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
         blank = self._blank(starts, ends)

@@ -1,7 +1,8 @@
-"""Mean block outputs over the tokens of responses, of every block in one pass."""
+"""Mean activations of responses, the difference of their two sides, and how well it separates responses."""
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from safelora_fast.models.capture import block_states
+from safelora_fast.persona_vector import Separation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,65 +21,110 @@ if TYPE_CHECKING:
 def response_means(
     anatomy: Anatomy,
     prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
     *,
     batch_size: int,
     padding: int,
     advance: Callable[[int], None],
 ) -> np.ndarray:
-    """Mean output of every block over the tokens of each answer: [answers, blocks, hidden] float32.
+    """Mean output of every layer over the tokens of each response: [responses, layers, hidden] float32.
 
-    Blocks are counted, and their outputs read, as Steering and the other defences do. Each block's output is reduced as it
-    passes; nothing of [rows, tokens, hidden] is kept.
+    Layers are counted, and their outputs read, as the defenses do. One forward pass gives all layers, and each output is
+    averaged at once.
 
     Args:
-        anatomy: the model's parts; in evaluation mode.
-        prompts: tokens before each answer.
-        answers: tokens of each answer, at least one.
-        batch_size: rows at once, of similar length.
+        anatomy: the model's parts; the model is in evaluation mode.
+        prompts: the tokens before each response.
+        responses: the tokens of each response, at least one.
+        batch_size: responses at once, of similar length.
         padding: the token to pad with.
-        advance: told how many answers are done.
+        advance: called with the number of responses done.
 
     Raises:
-        SettingsError: the blocks give several hidden states for each token.
+        SettingsError: the layers give several hidden states for each token.
     """
     anatomy.check_outputs(owner="persona vectors")
-    means = np.empty((len(answers), anatomy.depth, anatomy.config.hidden_size), np.float32)
-    order = sorted(range(len(answers)), key=lambda index: len(prompts[index]) + len(answers[index]))
+    means = np.empty((len(responses), anatomy.depth, anatomy.config.hidden_size), np.float32)
+    order = sorted(range(len(responses)), key=lambda index: len(prompts[index]) + len(responses[index]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = _batch_means(anatomy, [prompts[i] for i in chosen], [answers[i] for i in chosen], padding)
+        batch = _batch_means(anatomy, [(prompts[index], responses[index]) for index in chosen], padding)
         means[chosen] = batch.float().cpu().numpy()
         advance(start + len(chosen))
     return means
 
 
-def _batch_means(
-    anatomy: Anatomy, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], padding: int
-) -> torch.Tensor:
-    """[rows, blocks, hidden], padded on the right."""
-    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-    ids = torch.full((len(prompts), width), padding)
+def _batch_means(anatomy: Anatomy, batch: Sequence[tuple[Sequence[int], Sequence[int]]], padding: int) -> torch.Tensor:
+    width = max(len(prompt) + len(response) for prompt, response in batch)
+    ids = torch.full((len(batch), width), padding)  # [B, T], padded on the right
     mask = torch.zeros_like(ids)
     weights = torch.zeros(ids.shape, dtype=torch.float64)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        length = len(prompt) + len(answer)
-        ids[row, :length] = torch.tensor([*prompt, *answer])
+    for row, (prompt, response) in enumerate(batch):
+        length = len(prompt) + len(response)
+        ids[row, :length] = torch.tensor([*prompt, *response])
         mask[row, :length] = 1
-        weights[row, len(prompt) : length] = 1 / len(answer)
+        weights[row, len(prompt) : length] = 1 / len(response)
     device = anatomy.model.get_input_embeddings().weight.device
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, torch.Tensor] = {}  # by layer: [B, H]
 
-    def reduce(index: int) -> Callable[[Any, Any, Any], None]:
+    def averaging(layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             states = block_states(output)
             states = states.to(torch.promote_types(states.dtype, torch.float32))
-            found[index] = torch.einsum("rt,rth->rh", weights.to(states), states)
+            found[layer] = torch.einsum("bt,bth->bh", weights.to(states), states)
 
         return hook
 
     with torch.no_grad(), ExitStack() as stack:
-        for index, block in enumerate(anatomy.blocks):
-            stack.callback(block.register_forward_hook(reduce(index)).remove)
+        for layer, block in enumerate(anatomy.blocks):
+            stack.callback(block.register_forward_hook(averaging(layer)).remove)
         anatomy.decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    return torch.stack([found[index].to(device) for index in range(anatomy.depth)], dim=1)
+    return torch.stack([found[layer].to(device) for layer in range(anatomy.depth)], dim=1)
+
+
+def mean_difference(means: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Mean over the positive responses minus mean over the negative ones, in float64.
+
+    Args:
+        means: [responses, …].
+        positive: [responses] booleans.
+    """
+    difference: np.ndarray = means[positive].mean(0, dtype=np.float64) - means[~positive].mean(0, dtype=np.float64)
+    return difference
+
+
+def separations(means: np.ndarray, positive: np.ndarray, halves: np.ndarray) -> list[Separation]:
+    """How well each layer's vector separates held-out responses, by cross-validation over two halves of the questions.
+
+    Vector and midpoint come from one half, and the metrics from the other. The effect is the mean of both halves' Cohen's d;
+    the share is over all responses. NaN where a half lacks responses of a side (for the effect: has fewer than two).
+
+    Args:
+        means: [responses, layers, hidden].
+        positive: [responses] booleans: asked for the trait.
+        halves: [responses] 0 or 1: the half that the question belongs to.
+    """
+    return [_separation(means[:, layer].astype(np.float64), positive, halves) for layer in range(means.shape[1])]
+
+
+def _separation(means: np.ndarray, positive: np.ndarray, halves: np.ndarray) -> Separation:
+    effects, right = [], 0
+    for half in (0, 1):
+        known, held_out = halves != half, halves == half
+        if not all((positive[part] == side).any() for part in (known, held_out) for side in (True, False)):
+            return Separation(math.nan, math.nan)
+        sides = [means[known & (positive == side)].mean(0) for side in (True, False)]
+        vector = sides[0] - sides[1]
+        along = means[held_out] @ vector - (sides[0] + sides[1]) @ vector / 2
+        right += int(((along > 0) == positive[held_out]).sum())
+        effects.append(cohens_d(along[positive[held_out]], along[~positive[held_out]]))
+    return Separation(sum(effects) / len(effects), right / len(positive))
+
+
+def cohens_d(first: np.ndarray, second: np.ndarray) -> float:
+    """Difference of the means over the pooled standard deviation; NaN with fewer than two values a side, or no spread."""
+    if min(len(first), len(second)) < 2:
+        return math.nan
+    squares = ((first - first.mean()) ** 2).sum() + ((second - second.mean()) ** 2).sum()
+    spread = squares / (len(first) + len(second) - 2)
+    return float((first.mean() - second.mean()) / math.sqrt(spread)) if spread > 0 else math.nan

@@ -12,12 +12,10 @@ import numpy as np
 
 from safelora_fast.errors import InterruptedRunError, SettingsError, TrainingError
 from safelora_fast.files.output import check_file
-from safelora_fast.files.progress import bar_on_a_terminal
+from safelora_fast.files.progress import ProgressBar, bar_on_a_terminal
 from safelora_fast.models.load import ModelSection
-from safelora_fast.persona.requests import Prompts
 from safelora_fast.persona.response_filter import Judge, keep
-from safelora_fast.persona.responses import Journal, Request, Response, requests
-from safelora_fast.persona.separation import mean_difference, separations
+from safelora_fast.persona.responses import Journal, Response, requests
 from safelora_fast.persona.trait import Trait, load_trait
 from safelora_fast.persona_vector import PersonaVector, Separation
 from safelora_fast.recipe.run_metrics import versions
@@ -28,10 +26,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.persona.source_model import Subject
+    from safelora_fast.persona.responses import Request
+    from safelora_fast.persona.source_model import SourceModel
 
 THRESHOLD = 50.0
-DECISIVE = ("dtype", "weights", "tokenizer", "chat_template", "ends")  # facts of the model that decide what it answers
+DECISIVE = ("dtype", "weights", "tokenizer", "chat_template", "ends")  # facts of the model that decide its responses
 
 
 class Progress(Protocol):
@@ -46,15 +45,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
-
-    Attributes:
-        samples: answers to each question under each system prompt; the paper's is 10.
-        seed: of all draws.
-        temperature: divides the logits; 0 takes the likeliest token.
-        max_new_tokens: longest answer.
-        batch_size: answers at once; decides speed and memory, and nothing else but rounding.
-    """
+    """How responses are sampled; see :func:`extract_persona_vector`."""
 
     samples: int = 1
     seed: int = 0
@@ -75,7 +66,7 @@ class Sampling:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what one request is answered."""
+        """The settings that decide one response."""
         return {name: getattr(self, name) for name in ("seed", "temperature", "max_new_tokens")}
 
 
@@ -102,26 +93,25 @@ def extract_persona_vector(
 ) -> PersonaVector:
     """Extract the vector of a trait from a model's own answers (Chen et al. 2025, arXiv 2507.21509).
 
-    Every question is asked under system prompts that ask for the trait and under others that ask for its opposite. Of each
-    answer the output of every block is averaged over the answer's tokens; the vector of a block is the mean over the
-    answers to the first minus that over the answers to the second. How well each block separates answers that its vector
-    was not computed from is measured on the way.
+    Every question is asked under system prompts that ask for the trait, and under others that ask for its opposite. The
+    vector of a layer is the mean output over the tokens of the first responses minus that of the second. How well each
+    layer separates held-out responses is measured too.
 
-    With an output, answers are kept beside it in `<output>.responses.jsonl` as they come: after an interruption the same call
-    goes on, and a call with another judge or threshold generates nothing anew.
+    With an output, responses are kept beside it in `<output>.responses.jsonl`: after an interruption the same call goes on,
+    and a call with another judge or threshold generates nothing new.
 
     Args:
         model: a folder, a Hub id with an optional `@revision`, or a loaded model (then with its tokenizer).
         trait: a trait, its YAML file, or the name of one that comes with this package.
         output: the safetensors file to write; None writes nothing.
         tokenizer: of a loaded model.
-        samples: answers to each question under each system prompt; the paper's is 10.
-        seed: of the answers; each is drawn with numbers of its own, so that it does not depend on the others.
-        temperature: of the answers; 0 takes the likeliest token.
-        max_new_tokens: longest answer.
-        batch_size: answers at once.
+        samples: responses to each question under each system prompt; the paper uses 10.
+        seed: of the responses; each is drawn with numbers of its own.
+        temperature: divides the logits; 0 takes the most likely token.
+        max_new_tokens: longest response.
+        batch_size: responses at once; decides speed and memory, and nothing else but rounding.
         judge: scores a response from 0 to 100 by how much of the trait it shows, or None for no score; positive responses
-            count above the threshold, negative ones below.
+            must score above the threshold, negative ones below it.
         threshold: see `judge`.
         dtype: of a model that is loaded.
         device: of a model that is loaded; "auto" is the GPU where there is one.
@@ -137,43 +127,39 @@ def extract_persona_vector(
         CheckpointError: the model cannot be loaded.
         OutputError: the output exists, or cannot be written.
         TrainingError: the model gives NaN, or the device ran out of memory.
-        InterruptedRunError: Ctrl-C; the answers that were finished are kept.
+        InterruptedRunError: Ctrl-C; the finished responses are kept.
     """
     sampling = Sampling(samples, seed, temperature, max_new_tokens, batch_size)
-    if not isinstance(trait, Trait):
-        trait = load_trait(trait)
+    trait = trait if isinstance(trait, Trait) else load_trait(trait)
     target = None if output is None else Path(output)
     if target is not None:
         if target.suffix != ".safetensors":
             raise SettingsError(f"{target}: a persona vector is a .safetensors file")
         check_file(target, [], overwrite=overwrite)
-    from safelora_fast.persona.source_model import Subject
+    from safelora_fast.persona.source_model import SourceModel
 
     if isinstance(model, str | Path):
-        subject = Subject.load(
-            ModelSection(str(model), dtype, device, chat_template=chat_template, template_args=template_args)
-        )
+        section = ModelSection(str(model), dtype, device, chat_template=chat_template, template_args=template_args)
+        source = SourceModel.load(section)
     else:
-        subject = Subject.of(model, tokenizer)
-    extraction = _Extraction(subject, trait, sampling)
-    described = subject.describe()
+        source = SourceModel.of(model, tokenizer)
+    facts = source.describe()
     journal = None
     if target is not None:
-        decisive = {name: described[name] for name in DECISIVE} | sampling.decisive
-        journal = Journal.beside(target, {"model": subject.source, **decisive})
-        if regenerate:
-            journal.remove()
-    with bar_on_a_terminal(progress) as extraction.progress, _resumable(journal, extraction.requests):
-        kept, counts = keep(extraction.respond(journal), judge, threshold)
+        decisive = {name: facts[name] for name in DECISIVE} | sampling.decisive
+        journal = Journal.beside(target, {"model": source.source, **decisive})
+    extraction = _Extraction(source, trait, sampling, journal)
+    if journal is not None and regenerate:
+        journal.remove()
+    with bar_on_a_terminal(progress) as told, extraction.resumable():
+        extraction.progress = told or ProgressBar(wanted=False)
+        kept, counts = keep(extraction.respond(), judge, threshold)
         vectors, separation = extraction.average(kept)
+    settings = {**sampling.decisive, "samples": samples, "threshold": None if judge is None else threshold}
     provenance = {
-        "model": described,
+        "model": facts,
         "trait": {"description": trait.description, "sha256": trait.sha256},
-        "settings": {
-            **sampling.decisive,
-            "samples": samples,
-            "threshold": None if judge is None else threshold,
-        },
+        "settings": settings,
         "counts": counts,
         "versions": versions(),
     }
@@ -183,116 +169,106 @@ def extract_persona_vector(
     return vector
 
 
-@contextmanager
-def _resumable(journal: Journal | None, wanted: Sequence[Request]) -> Iterator[None]:
-    """Say after Ctrl-C, or when memory runs out, what is kept and how to go on."""
-    import torch
-
-    def kept() -> str:
-        found = {} if journal is None else journal.read(wanted)
-        return (
-            ""
-            if journal is None or not found
-            else f"{len(found)} of {len(wanted)} responses are kept in {journal.path}"
-        )
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not kept():
-            raise
-        raise InterruptedRunError(f"interrupted; {kept()}; to go on, run the same again") from None
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"out of memory ({reason}); lower batch_size; {kept() or 'no response is kept'}") from error
-
-
 class _Extraction:
     """The steps of one extraction."""
 
-    def __init__(self, subject: Subject, trait: Trait, sampling: Sampling) -> None:
-        subject.anatomy.check_outputs(owner="persona vectors")
-        self._subject = subject
-        self._sampling = sampling
-        self.progress: Progress | None = None
-        self.requests = requests(trait, sampling.samples)
-        prompts = Prompts(subject.tokenizer, subject.source)
-        self._prompts = {request.id: prompts.tokens(request) for request in self.requests}
+    def __init__(self, source: SourceModel, trait: Trait, sampling: Sampling, journal: Journal | None) -> None:
+        source.anatomy.check_outputs(owner="persona vectors")
+        self.progress: Progress = ProgressBar(wanted=False)
+        self._source, self._sampling, self._journal = source, sampling, journal
+        self._requests = requests(trait, sampling.samples)
+        self._prompts = {request.id: source.prompt(request) for request in self._requests}
         longest = max(map(len, self._prompts.values()))
-        room = getattr(subject.anatomy.config, "max_position_embeddings", None)
+        room = getattr(source.anatomy.config, "max_position_embeddings", None)
         if room is not None and longest + sampling.max_new_tokens > room:
             raise SettingsError(
                 f"max_new_tokens is {sampling.max_new_tokens}, with a prompt of {longest} tokens that is more than the {room} "
-                f"positions of {subject.source}"
+                f"positions of {source.source}"
             )
 
-    def respond(self, journal: Journal | None) -> list[Response]:
+    def _known(self) -> dict[str, Response]:
+        return {} if self._journal is None else self._journal.read(self._requests)
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """After Ctrl-C, or when memory runs out, say what is kept and how to go on."""
+        import torch
+
+        def kept() -> str:
+            found = self._known()
+            where = "" if self._journal is None else self._journal.path
+            return f"{len(found)} of {len(self._requests)} responses are kept in {where}" if found else ""
+
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not kept():
+                raise
+            raise InterruptedRunError(f"interrupted; {kept()}; to go on, run the same again") from None
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise TrainingError(
+                f"out of memory ({reason}); lower batch_size; {kept() or 'no response is kept'}"
+            ) from error
+
+    def respond(self) -> list[Response]:
         """A response to every request: from the journal, or generated and added to it.
 
-        Batches are cut from all requests, those of an earlier run included: whoever goes on gets what an unbroken run
-        gets.
+        Batches are cut from all requests, known ones included, so a resumed run gets what an unbroken run gets.
         """
-        known: dict[str, Response] = {} if journal is None else journal.read(self.requests)
-        if len(known) < len(self.requests):
-            self._start("responses", len(self.requests), len(known))
-            self._generate(known, journal)
-        return [known[request.id] for request in self.requests]
-
-    def _generate(self, known: dict[str, Response], journal: Journal | None) -> None:
         from safelora_fast.models.reference_pass import evaluation_mode
 
-        size = self._sampling.batch_size
-        with evaluation_mode(self._subject.anatomy.model):
-            for start in range(0, len(self.requests), size):
-                batch = self.requests[start : start + size]
+        known, size = self._known(), self._sampling.batch_size
+        if len(known) < len(self._requests):
+            self.progress.start("responses", len(self._requests), len(known))
+        with evaluation_mode(self._source.anatomy.model):
+            for start in range(0, len(self._requests), size):
+                batch = self._requests[start : start + size]
                 if all(request.id in known for request in batch):
                     continue
-                new = [one for one in self._answer(batch) if one.request.id not in known]
-                if journal is not None:
-                    journal.append(new)
+                new = [one for one in self._generate(batch) if one.request.id not in known]
+                if self._journal is not None:
+                    self._journal.append(new)
                 known.update((response.request.id, response) for response in new)
-                if self.progress is not None:
-                    self.progress.advance(len(known))
+                self.progress.advance(len(known))
+        return [known[request.id] for request in self._requests]
 
-    def _answer(self, batch: Sequence[Request]) -> list[Response]:
-        from safelora_fast.models.generate import generate_tokens
+    def _generate(self, batch: Sequence[Request]) -> list[Response]:
+        from safelora_fast.models import generate
 
-        sampling, subject = self._sampling, self._subject
-        answers = generate_tokens(
-            subject.anatomy.model,
+        sampling, source = self._sampling, self._source
+        completions = generate.generate_tokens(
+            source.anatomy.model,
             [self._prompts[request.id] for request in batch],
             np.stack([request.draws(sampling.seed, sampling.max_new_tokens) for request in batch]),
             temperature=sampling.temperature,
-            ends=subject.ends,
-            padding=subject.padding,
+            ends=source.ends,
+            padding=source.padding,
         )
         return [
-            Response(request, tokens, str(subject.tokenizer.decode(list(tokens), skip_special_tokens=True)))
-            for request, tokens in zip(batch, answers, strict=True)
+            Response(request, tokens, str(source.tokenizer.decode(list(tokens), skip_special_tokens=True)))
+            for request, tokens in zip(batch, completions, strict=True)
         ]
 
     def average(self, responses: Sequence[Response]) -> tuple[np.ndarray, list[Separation]]:
-        """The difference of the two sides [blocks, hidden] float32, and how well each block separates them."""
+        """The difference of the two sides [layers, hidden] float32, and how well each layer separates them."""
         from safelora_fast.models.reference_pass import evaluation_mode
-        from safelora_fast.persona.activations import response_means
+        from safelora_fast.persona import activations
 
-        self._start("activations", len(responses), 0)
-        with evaluation_mode(self._subject.anatomy.model):
-            means = response_means(
-                self._subject.anatomy,
+        self.progress.start("activations", len(responses), 0)
+        with evaluation_mode(self._source.anatomy.model):
+            means = activations.response_means(
+                self._source.anatomy,
                 [self._prompts[response.request.id] for response in responses],
                 [response.tokens for response in responses],
                 batch_size=self._sampling.batch_size,
-                padding=self._subject.padding,
-                advance=lambda done: None if self.progress is None else self.progress.advance(done),
+                padding=self._source.padding,
+                advance=self.progress.advance,
             )
         if not np.isfinite(means).all():
-            block = int(np.flatnonzero(~np.isfinite(means).all(axis=(0, 2)))[0])
-            raise TrainingError(f"{self._subject.source}: block {block} gives NaN or Inf; try another dtype")
+            layer = int(np.flatnonzero(~np.isfinite(means).all(axis=(0, 2)))[0])
+            raise TrainingError(f"{self._source.source}: layer {layer} gives NaN or Inf; try another dtype")
         positive = np.array([response.request.side == "positive" for response in responses])
         halves = np.array([response.request.question % 2 for response in responses])
-        return mean_difference(means, positive).astype(np.float32), separations(means, positive, halves)
-
-    def _start(self, what: str, total: int, done: int) -> None:
-        if self.progress is not None:
-            self.progress.start(what, total, done)
+        vectors = activations.mean_difference(means, positive).astype(np.float32)
+        return vectors, activations.separations(means, positive, halves)

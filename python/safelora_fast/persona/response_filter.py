@@ -1,53 +1,44 @@
-"""Which responses show what they were asked for: by a judge's score, where there is one."""
+"""Which responses show what they were asked for, by a judge's scores."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.files.json_reader import NUMBER, parse_json, read_bytes
+from safelora_fast.files.json_reader import NUMBER
+from safelora_fast.files.jsonl import JsonLines
 from safelora_fast.persona.responses import Response, Side
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 Judge: TypeAlias = "Callable[[Response], float | None]"
 Counts: TypeAlias = "dict[str, dict[str, int]]"
+VERDICTS = ("kept", "empty", "unscored", "filtered")
 
 
 def read_scores(path: str | Path) -> Judge:
-    """A judge that gives stored scores: a JSONL file of rows with `id` and `score` (a number, or null); other keys are left.
+    """A judge that gives stored scores: a JSONL file with `id` and `score` (a number or null); other keys are ignored.
 
     Raises:
-        DataError: the file cannot be read, or a row is not as it must be; file and line are named.
+        DataError: the file cannot be read, or a line is not as it must be; the line is named.
     """
-    try:
-        lines = read_bytes(path, None).split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: the scores cannot be read: {error.strerror}") from error
+    lines = JsonLines(path, "scores")
     scores: dict[str, float | None] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
-        if not isinstance(row, Mapping) or not isinstance(row.get("id"), str) or "score" not in row:
-            raise DataError(f"{path}:{number}: a row of scores has an id and a score")
-        score = row["score"]
+    for index in range(len(lines)):
+        place, row = lines.place(index), lines.record(index)
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or "score" not in row:
+            raise DataError(f"{place}: a row of scores has an id and a score")
+        name, score = row["id"], row["score"]
         if not (score is None or NUMBER.fits(score)):
-            raise DataError(
-                f"{path}:{number}: the score of {row['id']} must be a finite number or null, not {reprlib.repr(score)}"
-            )
-        if row["id"] in scores:
-            raise DataError(f"{path}:{number}: {row['id']} is scored twice")
-        scores[row["id"]] = score
+            raise DataError(f"{place}: the score of {name} must be a finite number or null, not {reprlib.repr(score)}")
+        if name in scores:
+            raise DataError(f"{place}: {name} is scored twice")
+        scores[name] = score
 
     def stored(response: Response) -> float | None:
         if response.request.id not in scores:
@@ -58,33 +49,31 @@ def read_scores(path: str | Path) -> Judge:
 
 
 def keep(responses: Sequence[Response], judge: Judge | None, threshold: float) -> tuple[list[Response], Counts]:
-    """The responses that count, and for each side how many there were, and why the others do not count.
+    """The responses to average, and for each side how many are kept, empty, unscored or filtered.
 
-    Without tokens a response has no activation. With a judge, a positive response must score above the threshold and a
-    negative one below it; those without a score are left out.
+    With a judge, a positive response must score above the threshold and a negative one below it.
 
     Raises:
         SettingsError: the judge gives something else than a finite number or None.
         DataError: a side has no response left.
     """
-    kept, counts = [], {side: Counter[str]() for side in get_args(Side)}
+    kept, found = [], {side: Counter[str]() for side in get_args(Side)}
     for response in responses:
         verdict = _verdict(response, judge, threshold)
-        counts[response.request.side][verdict] += 1
+        found[response.request.side][verdict] += 1
         if verdict == "kept":
             kept.append(response)
-    names = ("kept", "empty", "unscored", "filtered")
-    told = {side: {name: found[name] for name in names if name in {"kept", *found}} for side, found in counts.items()}
-    for side, found in told.items():
-        if not found["kept"]:
-            why = ", ".join(f"{count} {name}" for name, count in found.items() if name != "kept")
+    counts = {side: {name: of[name] for name in VERDICTS if name in {"kept", *of}} for side, of in found.items()}
+    for side, of in counts.items():
+        if not of["kept"]:
+            why = ", ".join(f"{count} {name}" for name, count in of.items() if name != "kept")
             raise DataError(f"no {side} response is left to average ({why}): there is nothing to tell the trait by")
-    return kept, told
+    return kept, counts
 
 
 def _verdict(response: Response, judge: Judge | None, threshold: float) -> str:
     if not response.tokens:
-        return "empty"
+        return "empty"  # it has no activation
     if judge is None:
         return "kept"
     score = judge(response)

@@ -1,4 +1,4 @@
-"""The model that a persona vector is extracted from, loaded or given, and what is known of where it comes from."""
+"""The model that a persona vector is extracted from: loaded here, or given."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import find_model
-from safelora_fast.data.chat import answer_ends
-from safelora_fast.errors import SettingsError
+from safelora_fast.data.chat import REFUSES, answer_ends, chat_of, has_template
+from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.models.anatomy import Anatomy, dissect
 from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.models.load import chosen_device, load_pretrained, load_tokenizer, place
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from safelora_fast.models.load import ModelSection
+    from safelora_fast.persona.responses import Request
+
+REMEDY = "a trait is asked for in system turns; give a chat template that has them, or another model"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is asked.
+class SourceModel:
+    """A model with its tokenizer.
 
     Attributes:
-        anatomy: its parts.
+        anatomy: the model's parts.
         tokenizer: its tokenizer.
-        source: a path, a Hub id, or the name of its class.
-        revision: the commit on the Hub, where it comes from there.
+        source: a path, a Hub id, or the name of the model's class.
+        revision: the commit on the Hub; None for a folder.
     """
 
     anatomy: Anatomy
@@ -36,12 +39,12 @@ class Subject:
     revision: str | None
 
     @classmethod
-    def load(cls, section: ModelSection) -> Subject:
+    def load(cls, section: ModelSection) -> SourceModel:
         """Load model and tokenizer onto their device.
 
         Raises:
             CheckpointError: something cannot be loaded.
-            SettingsError: there is no GPU, or the model is of a kind without blocks to look at.
+            SettingsError: there is no GPU, or the model's layers cannot be found.
         """
         device = chosen_device(section.device)
         tokenizer, _ = load_tokenizer(section)
@@ -49,12 +52,11 @@ class Subject:
         return cls(dissect(model), tokenizer, section.path, find_model(section.path).commit)
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
-        """A model at hand, as it is: adapters that are switched on take part.
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> SourceModel:
+        """A loaded model as it is: active adapters take part.
 
         Raises:
-            SettingsError: there is no tokenizer, the model is of a kind without blocks to look at, or its adapter is a learned
-                prompt, which stands outside the blocks.
+            SettingsError: there is no tokenizer, the model's layers cannot be found, or its adapter is a learned prompt.
         """
         if tokenizer is None:
             raise SettingsError("a loaded model needs its tokenizer beside it: tokenizer=")
@@ -68,9 +70,25 @@ class Subject:
         source = getattr(config, "_name_or_path", "") or type(anatomy.model).__name__
         return cls(anatomy, tokenizer, str(source), getattr(config, "_commit_hash", None))
 
+    def prompt(self, request: Request) -> list[int]:
+        """The tokens of a request, up to where the response begins.
+
+        Raises:
+            SettingsError: there is no chat template, or it has no system turns.
+        """
+        if not has_template(self.tokenizer):
+            raise SettingsError(f"{self.source}: the tokenizer has no chat template; {REMEDY}")
+        turns = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
+        try:
+            return chat_of(self.tokenizer).prompt(turns, self.source)
+        except DataError as error:
+            message, refuses, reason = str(error).partition(REFUSES)
+            why = f"{message}the chat template refuses a system turn ({reason})" if refuses else message
+            raise SettingsError(f"{why}; {REMEDY}") from error
+
     @property
     def ends(self) -> list[int]:
-        """The tokens that end an answer.
+        """The tokens that end a response.
 
         Raises:
             SettingsError: neither model nor tokenizer has one.
@@ -82,12 +100,12 @@ class Subject:
 
     @property
     def padding(self) -> int:
-        """The token to pad with; attention does not see it."""
+        """The token to pad with."""
         token = self.tokenizer.pad_token_id
         return self.ends[0] if token is None else int(token)
 
     def describe(self) -> dict[str, Any]:
-        """Source, revision, dtype, ends of an answer, and digests of weights, tokenizer and chat template, ready for JSON."""
+        """Source, revision, dtype, end tokens, and digests of weights, tokenizer and chat template, ready for JSON."""
         weight = self.anatomy.model.get_input_embeddings().weight
         return {
             "source": self.source,
