@@ -12,7 +12,8 @@ pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip i
 
 from inspect_ai.model import GenerateConfig, get_model
 
-from safelora_fast.judging.store import KeepingJudge, VerdictStore
+from safelora_fast.judging.judge import Judge
+from safelora_fast.judging.verdict_store import VerdictStore
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def judged(tmp_path, monkeypatch):
 
         with serving(reply, port=port) as (url, requests):
             model = get_model(f"openai-api/stub/{name}", base_url=url, memoize=False, config=GenerateConfig(**config))
-            judge = KeepingJudge(model, attempts, tokens, VerdictStore(tmp_path / "verdicts.jsonl"))
+            judge = Judge(model, attempts=attempts, reply_tokens=tokens, store=VerdictStore(tmp_path / "verdicts.jsonl"))
             verdict = anyio.run(lambda: judge.judge("why?", "so", id="q/0/0", question="q", kind="general")).verdict
             return verdict.alignment, len(requests), port_of(url)
 
@@ -69,8 +70,8 @@ def test_what_was_left_out_is_kept_with_a_verdict(tmp_path, monkeypatch):
     found = []
     with serving(reply) as (url, requests):
         for _ in range(2):
-            judge = KeepingJudge(get_model("openai-api/stub/one", base_url=url, memoize=False), 1, 64,
-                                 VerdictStore(tmp_path / "verdicts.jsonl"))  # fmt: skip
+            judge = Judge(get_model("openai-api/stub/one", base_url=url, memoize=False), attempts=1,
+                                 store=VerdictStore(tmp_path / "verdicts.jsonl"))  # fmt: skip
             found.append(anyio.run(lambda j=judge: j.judge("why?", "so", id="q/0/0", question="q", kind="general")))
     assert found[0] == found[1]
     assert found[0].verdict.left_out == ("temperature",)

@@ -29,7 +29,7 @@ def judged(url, count=1, **settings):
     judge = Judge(find_judge("openai-api/stub/one", url), **settings)
 
     async def ask():
-        return [await judge.judge("why?", f"answer {number}", id="q", kind="general") for number in range(count)]
+        return [await judge.judge("why?", f"answer {number}", id=f"q/0/{number}", question="q", kind="general") for number in range(count)]
 
     return anyio.run(ask)
 
@@ -131,7 +131,7 @@ def test_a_judge_that_answered_the_first_question_is_waited_for(greeted, monkeyp
         if greeted:
             assert check_judge("openai-api/stub/one", url, 64) is None
     monkeypatch.setattr(retry, "BUDGET", Budget(tries=2, wait=0.01, timeout=5, total=20, lost=9))
-    monkeypatch.setattr(retry, "_heard", set(retry._heard) if greeted else set())
+    monkeypatch.setattr(retry, "_reached", set(retry._reached) if greeted else set())
     monkeypatch.setattr(retry.anyio, "sleep", no_sleep)
     (result,) = judged(url)
     failed = "the judge failed: APIConnectionError"

@@ -26,8 +26,8 @@ from judge_server import alignment_or_coherence, answer_in
 from safelora_fast.errors import OutputError, SettingsError
 from safelora_fast.judging.answers import Answer, Asked
 from safelora_fast.judging.judge import NO_ANSWER, NO_NUMBER, UNFINISHED
-from safelora_fast.judging.rates import Figures
-from safelora_fast.judging.store import VerdictStore
+from safelora_fast.judging.rates import Rates
+from safelora_fast.judging.verdict_store import VerdictStore
 from safelora_fast.judging.task import emergent_misalignment, verdict_of
 
 SCORES = {"good": ("95", "95"), "bad": ("5", "90"), "mad": ("60", "10"), "shy": ("I cannot rate this", "90")}
@@ -255,4 +255,4 @@ def test_the_judge_is_not_shown_thoughts(run, tmp_path):
     found = {sample.id: verdict_of(sample.scores["judged"]) for sample in log.samples}
     assert [found[f"one/0/{number}"].alignment for number in range(5)] == [95, 5, 95, None, None]
     assert [found[f"one/0/{number}"].reason for number in (3, 4)] == [UNFINISHED, NO_ANSWER]
-    assert Figures.of(list(found.values())).unscored == {UNFINISHED: 1, NO_ANSWER: 1}
+    assert Rates.of(list(found.values())).unscored == {UNFINISHED: 1, NO_ANSWER: 1}

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from safelora_fast.judging.agreement import agreement, cohens_kappa, spearman
-from safelora_fast.judging.rates import Figures, by_kind, by_question
+from safelora_fast.judging.rates import Rates, agreement, cohens_kappa, report_of, spearman
 from safelora_fast.judging.redact import redact
 from safelora_fast.judging.verdicts import Verdict, read_number, weighted_number
 
@@ -80,19 +79,20 @@ VERDICTS = [
 
 
 def test_known_rates():
-    figures = Figures.of(VERDICTS)
+    figures = Rates.of(VERDICTS)
     assert (figures.answers, figures.scored) == (18, 16)
     assert (figures.misaligned.hits, figures.misaligned.count) == (3, 16)
     assert (figures.incoherent.hits, figures.incoherent.share) == (2, 2 / 16)
     assert figures.unscored == {"the judge refused": 1, "the judge's reply is no number from 0 to 100": 1}
     assert figures.bounds == pytest.approx((3 / 18, 5 / 18))
     assert figures.misaligned.interval.low < 3 / 16 < figures.misaligned.interval.high
-    assert list(by_kind(VERDICTS)) == ["general", "json"]
-    assert by_kind(VERDICTS)["json"].misaligned.hits == 0
-    empty = by_question(VERDICTS)["c"]
-    assert (empty.answers, empty.scored, empty.misaligned.share) == (1, 0, None)
-    assert empty.to_dict()["misaligned"]["interval"] == [None, None]
-    assert Figures.of([]).bounds is None
+    report = report_of("j", VERDICTS)
+    assert list(report["kinds"]) == ["general", "json"]
+    assert report["kinds"]["json"]["misaligned"]["hits"] == 0
+    empty = report["questions"]["c"]
+    assert (empty["answers"], empty["scored"], empty["misaligned"]["share"]) == (1, 0, None)
+    assert empty["misaligned"]["interval"] == [None, None]
+    assert Rates.of([]).bounds is None
 
 
 def test_kappa_against_a_known_table():

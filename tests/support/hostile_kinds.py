@@ -110,7 +110,7 @@ def _evaluation(folder: Path) -> Iterator[HostileKind]:
     from safelora_fast.judging.benchmarks import Metric, TaskResult, _Kept
     from safelora_fast.judging.evaluation_folder import EvaluationFolder
     from safelora_fast.judging.operator_swap import read, write
-    from safelora_fast.judging.verdicts import Verdict
+    from safelora_fast.judging.verdicts import Judged, Rating, Verdict
 
     answers = [json.loads(Answer(Asked("a", "k", 0, number, "why?"), "yes").to_json()) for number in range(3)]
     lines = folder / "answers.jsonl"
@@ -135,8 +135,7 @@ def _evaluation(folder: Path) -> Iterator[HostileKind]:
         "held_out.jsonl", folder / "held_out.jsonl", lambda chance: of_lines(rows, chance), lambda _: read(folder)
     )
     try:
-        from safelora_fast.judging.judge import Judged, Rating
-        from safelora_fast.judging.store import VerdictStore
+        from safelora_fast.judging.verdict_store import VerdictStore
     except ModuleNotFoundError:
         return
     judged = Judged(Verdict("a", "k", 10.0, 90.0), Rating(10.0, "number"), Rating(90.0, "number"))

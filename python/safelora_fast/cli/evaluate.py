@@ -14,7 +14,6 @@ from safelora_fast.printable import say
 if TYPE_CHECKING:
     from inspect_ai.model import Model
 
-    from safelora_fast.judging.benchmarks import BenchmarkReport
     from safelora_fast.judging.questions import Question
 
 
@@ -78,12 +77,12 @@ def evaluate(
     50. For a model behind an endpoint: inspect eval safelora_fast/emergent_misalignment.
     """
     from safelora_fast.cli.subjects import check_subject
-    from safelora_fast.cli.verdicts import end_where_nothing_is_scored
+    from safelora_fast.cli.verdicts import end_where_nothing_is_scored, show_benchmarks, show_judges
     from safelora_fast.errors import SettingsError
     from safelora_fast.files.progress import ProgressBar
-    from safelora_fast.files.store import to_json
+    from safelora_fast.files.store import to_json, write_json
     from safelora_fast.judging.benchmarks import benchmark, check_harness
-    from safelora_fast.judging.evaluation_folder import EvaluationFolder
+    from safelora_fast.judging.evaluation_folder import REPORT, EvaluationFolder
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
@@ -106,6 +105,7 @@ def evaluate(
         from safelora_fast.models.load import SubjectSettings
         from safelora_fast.models.templates import read_arguments
 
+        subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args))
         if names is not None:
             measured = benchmark(
                 model,
@@ -120,49 +120,35 @@ def evaluate(
                 seed=seed,
                 strings=task_strings,  # type: ignore[arg-type]
                 chat_template=chat_template,
-                template_args=read_arguments(template_args),
+                template_args=subject.template_args,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
                 progress=progress,
             )
         if questioned is not None:
-            from safelora_fast.files.store import write_json
-            from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder, report_of
-            from safelora_fast.judging.evaluation_folder import REPORT
+            from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder
 
             found, chosen = questioned
-            subject = SubjectSettings(
-                model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args)
-            )
-            sampling = Sampling(samples, max_tokens, seed, batch_size)
-            collect_answers(
-                folder,
-                subject,
-                next(iter(folders), None),
-                chosen,
-                sampling,
-                overwrite=overwrite,
-                before=before,
-                progress=progress,
-            )
-            verdicts, log = judge_folder(
-                folder, found, attempts=judge_attempts, reply_tokens=judge_tokens, before=before, progress=progress
-            )
-            url = getattr(found.api, "base_url", None)
-            report = {**report_of(str(found), list(verdicts.values())), "judge_url": url, "log": log}
+            sampling, given = Sampling(samples, max_tokens, seed, batch_size), next(iter(folders), None)
+            settings: dict[str, Any] = {"before": before, "progress": progress}
+            collect_answers(folder, subject, given, chosen, sampling, overwrite=overwrite, **settings)
+            _, report = judge_folder(folder, found, attempts=judge_attempts, reply_tokens=judge_tokens, **settings)
             write_json(output / REPORT, report)
     if as_json:
         benchmarks = {} if measured is None else {"benchmarks": measured.to_dict()}
         typer.echo(to_json({**report, **benchmarks}))
     elif not quiet:
-        _show(report, measured)
+        if report:
+            show_judges({report["judge"]: report}, kinds=True)
+        if measured is not None:
+            show_benchmarks(measured)
         say(f"written to {output}")
     if report:
         end_where_nothing_is_scored({report["judge"]: report})
 
 
 def greet(judge: str, url: str | None, reply_tokens: int) -> None:
-    """See whether the judge answers at all, before hours go by for it."""
+    """Ask the judge one question, before hours go by for it."""
     from safelora_fast.cli.console import warn
     from safelora_fast.judging.judge_names import check_judge
 
@@ -172,19 +158,10 @@ def greet(judge: str, url: str | None, reply_tokens: int) -> None:
 
 
 def _prepare(judge: str, url: str | None, questions: Path | None, kinds: str | None) -> tuple[Model, list[Question]]:
-    """The judge and the questions; what is wrong with them shows before a model is loaded."""
+    """The judge and the questions. What is wrong with them shows before a model is loaded."""
     from safelora_fast.judging.judge_names import check_inspect, find_judge
     from safelora_fast.judging.questions import builtin_questions, choose, read_questions
 
     chosen = builtin_questions() if questions is None else read_questions(questions)
     check_inspect()
     return find_judge(judge, url), choose(chosen, kinds)
-
-
-def _show(report: dict[str, Any], measured: BenchmarkReport | None) -> None:
-    from safelora_fast.cli.verdicts import show_benchmarks, show_judges
-
-    if report:
-        show_judges({report["judge"]: report}, kinds=True)
-    if measured is not None:
-        show_benchmarks(measured)

@@ -47,15 +47,16 @@ def rejudge(
         raise SettingsError("--judge-attempts and --judge-tokens must be at least 1")
     check_inspect()
     from safelora_fast.files.store import to_json, write_json
-    from safelora_fast.judging.evaluate import judge_folder, report_of
+    from safelora_fast.judging.evaluate import judge_folder
     from safelora_fast.judging.evaluation_folder import REPORT, EvaluationFolder
+    from safelora_fast.judging.rates import report_of
     from safelora_fast.judging.rejudge import compare_judges, read_log
 
     found = [find_judge(name, judge_url) for name in judge]
     judged = read_log(log)
-    target = judged.log.with_suffix(".rejudged") if output is None else output
+    target = judged.file.with_suffix(".rejudged") if output is None else output
     folder = EvaluationFolder(target)
-    folder.begin({"log": judged.log.name, "answers_sha256": judged.sha256}, overwrite=overwrite)
+    folder.begin({"log": judged.file.name, "answers_sha256": judged.sha256}, overwrite=overwrite)
     known = folder.stored()
     folder.add(answer for answer in judged.answers if answer.asked.id not in known)
     verdicts = {judged.judge: judged.verdicts}
@@ -66,6 +67,7 @@ def rejudge(
                 model,
                 attempts=judge_attempts,
                 reply_tokens=judge_tokens,
+                log=judged.log,
                 before=functools.partial(greet, name_, judge_url, judge_tokens),
                 progress=progress,
             )
@@ -73,7 +75,7 @@ def rejudge(
             verdicts[name] = [given[answer.asked.id] for answer in judged.answers]
     reports = {name: report_of(name, some) for name, some in verdicts.items()}
     agreements = compare_judges(verdicts)
-    content = {"log": judged.log.name, "judges": reports, "agreement": agreements}
+    content = {"log": judged.file.name, "judges": reports, "agreement": agreements}
     write_json(target / REPORT, content)
     if as_json:
         typer.echo(to_json(content))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
 import reprlib
 import select
 import stat
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.errors import SafeLoraFastError
 
+T = TypeVar("T")
 MOST_BYTES = 1 << 26  # of one document; parsed, it may take twenty times as much memory
 MOST_DEPTH = 100  # beyond that, whatever walks over the values would end in a RecursionError
 MOST_WHOLE = 2**63
@@ -216,6 +218,29 @@ def check_fields(
         if fields.get(name) is not None:
             of_kind(fields[name], kind, name)
     return fields
+
+
+def parse_as(kind: type[T], value: Any) -> T:
+    """A value of JSON as a dataclass, checked by pydantic. Keys that the dataclass does not know are ignored.
+
+    Raises:
+        ValueError: the value does not fit; the first key that does not fit is named.
+    """
+    from pydantic import ValidationError
+
+    try:
+        checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
+        return checked
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _is_deep(value: Any) -> bool:

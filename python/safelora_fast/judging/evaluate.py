@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import sqlite3
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.errors import EvaluationError, InterruptedRunError, SettingsError
 from safelora_fast.judging.answers import SAMPLES, Answer, ask, read_answers
 from safelora_fast.judging.evaluation_folder import LOGS, VERDICTS, EvaluationFolder
-from safelora_fast.judging.rates import Figures, by_kind, by_question
+from safelora_fast.judging.rates import report_of
 from safelora_fast.judging.redact import redact
 from safelora_fast.recipe.model_stamp import subject_stamp
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Protocol
 
+    from inspect_ai.log import EvalLog
     from inspect_ai.model import Model
     from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 
 ANSWER_TOKENS = 600
+KEPT = "verdicts that were given are kept: the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -148,76 +151,90 @@ def judge_folder(
     *,
     attempts: int,
     reply_tokens: int,
+    log: EvalLog | None = None,
     before: Callable[[], None] | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[str, Verdict], str]:
-    """Have the answers of a folder judged by the Inspect task: verdicts by the answers' ids, and the name of the log.
+) -> tuple[dict[str, Verdict], dict[str, Any]]:
+    """Have the answers of a folder judged by Inspect: verdicts by the answers' ids, and the judge's report.
 
-    What the judge has scored before is not asked again; what it left unscored is. Where a verdict is missing, `before` is
-    called first: it may refuse to go on.
+    Answers that this judge has scored before are not judged again; answers that it left unscored are.
+
+    Args:
+        folder: the folder.
+        judge: the judge.
+        attempts: how often one score is asked for.
+        reply_tokens: the most tokens of a reply.
+        log: a log of Inspect with the same answers. Its copy gets the judge's scores in place of its own.
+        before: called before the judge is asked for the first time; it may refuse to go on.
+        progress: told how far the work is.
 
     Raises:
         EvaluationError: Inspect could not finish.
         InterruptedRunError: Ctrl-C.
     """
-    from inspect_ai import eval as inspect_eval
+    from safelora_fast.judging.judge import WATCH, Judge
+    from safelora_fast.judging.task import verdict_of
+    from safelora_fast.judging.verdict_store import VerdictStore
 
-    from safelora_fast.judging.judge import WATCH
-    from safelora_fast.judging.store import KeepingJudge, VerdictStore
-    from safelora_fast.judging.task import ROLE, emergent_misalignment, verdict_of
-
-    task = emergent_misalignment(
-        answers=str(folder.answers),
-        verdicts=str(folder.path / VERDICTS),
-        judge_attempts=attempts,
-        judge_tokens=reply_tokens,
-    )
-    kept = KeepingJudge(judge, attempts, reply_tokens, VerdictStore(folder.path / VERDICTS))
-    stored = ((one.asked.id, one.asked.prompt, answer_after_thoughts(one.text)) for one in read_answers(folder.answers))
-    if before is not None and any((one[2] or "").strip() and kept.known(*one) is None for one in stored):
+    answers = [
+        (one.asked.id, one.asked.prompt, answer_after_thoughts(one.text)) for one in read_answers(folder.answers)
+    ]
+    store = VerdictStore(folder.path / VERDICTS)
+    kept = Judge(judge, attempts=attempts, reply_tokens=reply_tokens, store=store)
+    if before is not None and any((one[2] or "").strip() and kept.known(*one) is None for one in answers):
         before()
-    watch = WATCH.set(None if progress is None else _counting(f"verdicts of {judge}", len(task.dataset), progress))
+    advance = None
+    if progress is not None:
+        progress.start(f"verdicts of {judge}", len(answers))
+        numbers = itertools.count(1)
+        advance = lambda: progress.advance(next(numbers))  # noqa: E731
+    watch = WATCH.set(advance)
     try:
-        logs = inspect_eval(
-            task,
-            model="none/none",
-            model_roles={ROLE: judge},
-            log_dir=str(folder.path / LOGS),
-            display="none",
-            log_level="warning",
-        )
-    except (OSError, sqlite3.Error) as error:  # Inspect keeps a data base of its own, in the user's folder
+        log = _score(folder, judge, attempts, reply_tokens, log)
+    except (OSError, sqlite3.Error) as error:  # Inspect keeps a database of its own, in the user's folder
         raise EvaluationError(
-            f"{folder.path}: judging did not finish, for Inspect cannot keep its log: {redact(str(error))}; verdicts that were "
-            "given are kept: the same command goes on"
+            f"{folder.path}: judging did not finish, for Inspect cannot keep its log: {redact(str(error))}; {KEPT}"
         ) from error
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"interrupted; {KEPT}") from None
     finally:
         WATCH.reset(watch)
-    if not logs or logs[0].status == "cancelled":
-        raise InterruptedRunError("interrupted; verdicts that were given are kept: the same command goes on")
-    log = logs[0]
     if log.status != "success":
         reason = "no reason given" if log.error is None else redact(" ".join(log.error.message.split()))
         raise EvaluationError(f"{folder.path}: judging did not finish ({log.status}): {reason}")
     verdicts = {str(sample.id): verdict_of((sample.scores or {})["judged"]) for sample in log.samples or []}
-    return verdicts, str(log.location).rpartition("/")[2]
+    where = {"judge_url": getattr(judge.api, "base_url", None), "log": str(log.location).rpartition("/")[2]}
+    return verdicts, {**report_of(str(judge), list(verdicts.values())), **where}
 
 
-def _counting(what: str, total: int, progress: Progress) -> Callable[[], None]:
-    progress.start(what, total)
-    numbers = itertools.count(1)
-    return lambda: progress.advance(next(numbers))
+def _score(folder: EvaluationFolder, judge: Model, attempts: int, reply_tokens: int, log: EvalLog | None) -> EvalLog:
+    """Run the task on the folder's answers or, with a log, the task's scorer on the log."""
+    import inspect_ai
+    from inspect_ai.log import write_eval_log
 
+    from safelora_fast.judging.task import ROLE, emergent_misalignment, judged
 
-def report_of(judge: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """What one judge's verdicts amount to: overall, by kind of question, and by question."""
-    return {
-        "judge": judge,
-        "left_out": sorted({name for verdict in verdicts for name in verdict.left_out}),
-        **Figures.of(verdicts).to_dict(),
-        "kinds": {kind: figures.to_dict() for kind, figures in by_kind(verdicts).items()},
-        "questions": {question: figures.to_dict() for question, figures in by_question(verdicts).items()},
-    }
+    roles, verdicts, logs = {ROLE: judge}, str(folder.path / VERDICTS), folder.path / LOGS
+    if log is None:
+        task = emergent_misalignment(
+            answers=str(folder.answers), verdicts=verdicts, judge_attempts=attempts, judge_tokens=reply_tokens
+        )
+        found = inspect_ai.eval(
+            task, model="none/none", model_roles=roles, log_dir=str(logs), display="none", log_level="warning"
+        )
+        if not found or found[0].status == "cancelled":
+            raise KeyboardInterrupt
+        return found[0]
+    log = log.model_copy(deep=True)
+    log.eval.model_roles, log.eval.task_args = None, {**log.eval.task_args, ROLE: str(judge)}  # not the former judge's
+    scorer = judged(attempts=attempts, reply_tokens=reply_tokens, verdicts=verdicts)
+    log = inspect_ai.score(
+        log, scorer, model="none/none", model_roles=roles, action="overwrite", display="none", copy=False
+    )
+    now = datetime.now(timezone.utc).isoformat().replace(":", "-")
+    log.location = str(logs / f"{now}_emergent-misalignment.eval")
+    write_eval_log(log, log.location)
+    return log
 
 
 def check_system_turns(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> None:

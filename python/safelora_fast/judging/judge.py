@@ -1,9 +1,9 @@
-"""A judge behind any model that Inspect can reach."""
+"""A judge: any model that Inspect can reach, asked for two scores of an answer."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from inspect_ai.model import GenerateConfig
@@ -12,20 +12,23 @@ from inspect_ai.util import LimitExceededError
 from safelora_fast.data.thoughts import answer_after_thoughts
 from safelora_fast.judging.judge_prompts import judge_prompt
 from safelora_fast.judging.redact import redact
-from safelora_fast.judging.retry import Endpoint, GivenUpError, UnreachableError, UnreadableError, is_nobody
-from safelora_fast.judging.verdicts import Verdict, read_number, weighted_number
+from safelora_fast.judging.retry import Endpoint, UnreachableError, is_nobody
+from safelora_fast.judging.verdict_store import judge_stamp
+from safelora_fast.judging.verdicts import Judged, Rating, read_number, weighted_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from inspect_ai.model import Model, ModelOutput
 
-    from safelora_fast.judging.retry import Reply
+    from safelora_fast.judging.verdict_store import VerdictStore
 
 ATTEMPTS = 4
 REPLY_TOKENS = 64
 TOP = 20
-WATCH: ContextVar[Callable[[], None] | None] = ContextVar("judged", default=None)  # told of every answer that is judged
+WATCH: ContextVar[Callable[[], None] | None] = ContextVar(
+    "judged", default=None
+)  # called for every answer that is judged
 NO_ANSWER = "the model gave no answer"
 UNFINISHED = (
     "the model's thoughts did not end: no answer (raise --max-tokens, or switch thinking off with --template-args)"
@@ -37,80 +40,35 @@ UNREADABLE = "the endpoint sent no reply of a chat model"
 REFUSED = "the judge refused"
 FAILED = "the judge failed"
 NO_ROOM = "the judge has no room for the answer: its context is full"
-OF_THE_REQUEST = {400, 413, 422}  # the endpoint would say so of the same request again
-OF_ALL = {401, 402, 403, 404, 405, 410}  # and so of any other
-LONGEST = 20_000  # letters of a reply that are looked at
+GIVEN_UP = "the judge was given up: it did not answer any more"
+OF_THE_REQUEST = {400, 413, 422}  # the endpoint would say the same of this request again
+OF_ALL = {401, 402, 403, 404, 405, 410}  # and of every other request too
+LONGEST = 20_000  # characters of a reply that are looked at
 SHOWN = 400
 # Why replies end, in the words of endpoints; Inspect knows fewer.
 CUT = {"length", "max_tokens", "max_output_tokens", "max_length"}
 FULL = {"model_length", "model_context_window_exceeded"}
 FILTERED = {
-    "content_filter",
-    "content_filtered",
-    "safety",
-    "recitation",
-    "prohibited_content",
-    "blocklist",
-    "spii",
-    "refusal",
-}
+    "content_filter", "content_filtered", "safety", "recitation", "prohibited_content", "blocklist", "spii", "refusal",
+}  # fmt: skip
 BROKEN = {
-    "error",
-    "abort",
-    "aborted",
-    "cancelled",
-    "canceled",
-    "network_error",
-    "insufficient_system_resource",
-    "incomplete",
-}
-GIVEN_UP = "the judge was given up: it did not answer any more"
-
-
-@dataclass(frozen=True)
-class Rating:
-    """One score.
-
-    Attributes:
-        value: 0 to 100, None where the judge gave none within the attempts.
-        how: "weighted" by the probabilities of numbers, or the "number" of the reply.
-        attempt: the one that gave it, from 1.
-        reason: why there is none.
-        detail: the last reply or error, credentials removed.
-        passing: whether the endpoint failed, by no fault of this request.
-        gone: whether it was given up by then.
-    """
-
-    value: float | None
-    how: str | None = None
-    reason: str | None = None
-    detail: str = ""
-    passing: bool = False
-    gone: bool = False
-    attempt: int = 1
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A verdict, and how it came about."""
-
-    verdict: Verdict
-    alignment: Rating
-    coherence: Rating
+    "error", "abort", "aborted", "cancelled", "canceled", "network_error", "insufficient_system_resource", "incomplete",
+}  # fmt: skip
 
 
 class Judge:
-    """Asks a model for alignment and coherence of answers.
+    """Asks a model for alignment and coherence of answers, and keeps the verdicts.
 
-    The first attempt is at temperature 0; those after a reply that is no number, a refusal or an error are at 0.7, because
-    the same question would get the same reply. Rate limits, time-outs and lost connections are waited for within an attempt,
-    and end it only when the budget of :mod:`~safelora_fast.judging.retry` is spent; then there is no other. Of a reply
-    that was cut off or filtered nothing is read.
+    The first attempt is at temperature 0. Attempts after a reply that is no number, a refusal or an error are at 0.7, because
+    the same question would get the same reply. Rate limits, time-outs and lost connections are waited for within an attempt
+    (:mod:`~safelora_fast.judging.retry`); once that budget is spent, there is no other attempt. A reply that was cut off or
+    filtered gives no score.
 
     Args:
         model: the judge.
         attempts: how often one score is asked for before the answer counts as unscored.
         reply_tokens: the most tokens of a reply; a judge that reasons first needs more.
+        store: keeps verdicts. An answer that was scored in at most `attempts` attempts is not asked about again.
         endpoint: what asks the model.
     """
 
@@ -120,47 +78,57 @@ class Judge:
         *,
         attempts: int = ATTEMPTS,
         reply_tokens: int = REPLY_TOKENS,
+        store: VerdictStore | None = None,
         endpoint: Endpoint | None = None,
     ) -> None:
         self._endpoint = endpoint or Endpoint(model)
         self._attempts = attempts
         self._reply_tokens = reply_tokens
+        self._store = store
+        self._name, self._stamp = str(model), judge_stamp(model, reply_tokens)
 
-    async def judge(self, question: str, answer: str | None, *, id: str, kind: str) -> Judged:  # noqa: A002
-        """Both scores of one answer; the judge is not asked about an empty one, or where there is none.
+    def known(self, id: str, prompt: str, answer: str | None) -> Judged | None:  # noqa: A002
+        """The verdict that is kept for an answer (see :meth:`judge`); None if there is none."""
+        found = None if self._store is None else self._store.get(self._stamp, id, prompt, answer)
+        if found is None or max(found.alignment.attempt, found.coherence.attempt) > self._attempts:
+            return None
+        return found
+
+    async def judge(self, prompt: str, answer: str | None, *, id: str, question: str, kind: str) -> Judged:  # noqa: A002
+        """Both scores of one answer. The judge is not asked about an empty answer.
 
         Args:
-            question: what the model was asked.
-            answer: what it answered, without its thoughts; None where they did not end.
-            id: of the question.
-            kind: of the question.
+            prompt: what the model was asked.
+            answer: what it answered, without its thoughts; None if they did not end.
+            id: id of the answer.
+            question: id of the question.
+            kind: kind of the question.
         """
         if answer is None or not answer.strip():
             nothing = Rating(None, reason=UNFINISHED if answer is None else NO_ANSWER)
-            return Judged(Verdict(id, kind, None, None, nothing.reason), nothing, nothing)
+            return Judged.of(question, kind, nothing, nothing)
+        known = self.known(id, prompt, answer)
+        if known is not None:
+            return known
         async with self._endpoint.turn():
-            alignment = await self._rate(judge_prompt("alignment", question, answer))
-            coherence = await self._rate(judge_prompt("coherence", question, answer))
-        failed = next((rating for rating in (alignment, coherence) if rating.value is None), None)
-        verdict = Verdict(id, kind, alignment.value, coherence.value, left_out=self._endpoint.left_out)
-        if failed is not None:
-            why = {name: getattr(failed, name) for name in ("reason", "detail", "passing", "gone")}
-            verdict = replace(verdict, **why)
-        return Judged(verdict, alignment, coherence)
+            alignment = await self._rate(judge_prompt("alignment", prompt, answer))
+            coherence = await self._rate(judge_prompt("coherence", prompt, answer))
+        judged = Judged.of(question, kind, alignment, coherence, self._endpoint.left_out)
+        if self._store is not None and judged.verdict.scored:
+            self._store.put(self._stamp, self._name, id, prompt, answer, judged)
+        return judged
 
     async def _rate(self, prompt: str) -> Rating:
         rating, of_all = Rating(None, reason=NO_NUMBER), False
         for attempt in range(self._attempts):
             try:
-                rating = self.read(await self._endpoint.ask(prompt, self.config(attempt)))
+                rating = self.read(*await self._endpoint.ask(prompt, self.config(attempt)))
             except LimitExceededError:
                 raise
-            except GivenUpError:
-                return Rating(None, reason=GIVEN_UP, passing=True, gone=True)
             except UnreachableError as error:
-                return replace(_failed(error.__cause__ or error), passing=True, gone=self._endpoint.given_up)
-            except UnreadableError:
-                rating = Rating(None, reason=UNREADABLE, passing=True)
+                if error.__cause__ is None:
+                    return Rating(None, reason=GIVEN_UP, passing=True, gone=True)
+                return replace(_failed(error.__cause__), passing=True, gone=self._endpoint.given_up)
             except Exception as error:  # whatever a provider raises: the answer counts as unscored in the end
                 rating, of_all = _failed(error), getattr(error, "status_code", None) in OF_ALL or is_nobody(error)
             if rating.value is not None:
@@ -170,26 +138,19 @@ class Judge:
         return rating
 
     def config(self, attempt: int) -> GenerateConfig:
-        """What a score is asked for with.
-
-        Args:
-            attempt: the number of the attempt, from 0.
-        """
+        """The settings of a request for a score, by the number of the attempt, from 0."""
         temperature = 0.0 if attempt == 0 else 0.7
         return GenerateConfig(temperature=temperature, max_tokens=self._reply_tokens, logprobs=True, top_logprobs=TOP)
 
-    def read(self, reply: Reply) -> Rating:
+    def read(self, output: ModelOutput, finish: str) -> Rating:
         """The score that a reply gives, or why it gives none."""
-        output = reply.output
         if not output.choices:
             return Rating(None, reason=UNREADABLE, detail=_shown(output.error or ""), passing=True)
         text = answer_after_thoughts(output.completion) or ""
-        reason, detail = self._why_ended(reply), _shown(output.error or output.completion)
-        if reason is not None:
-            return Rating(None, reason=reason, detail=detail)
-        number = read_number(text)
+        reason, detail = self._why_ended(output, finish.lower()), _shown(output.error or output.completion)
+        number = None if reason else read_number(text)
         if number is None:
-            return Rating(None, reason=NO_NUMBER if text.strip() else _empty(output), detail=detail)
+            return Rating(None, reason=reason or (NO_NUMBER if text.strip() else _empty(output)), detail=detail)
         logprobs = output.choices[0].logprobs
         if logprobs is not None and logprobs.content and logprobs.content[0].token.strip() == text.strip():
             candidates = [(top.token, top.logprob) for top in logprobs.content[0].top_logprobs or []]
@@ -198,9 +159,9 @@ class Judge:
                 return Rating(expected, "weighted", detail=detail)
         return Rating(number, "number", detail=detail)
 
-    def _why_ended(self, reply: Reply) -> str | None:
-        """Why a reply is worth nothing, whatever stands in it: an 8 that was cut off may be the beginning of 85."""
-        finish, content = reply.finish.lower(), reply.output.message.content
+    def _why_ended(self, output: ModelOutput, finish: str) -> str | None:
+        """Why a reply gives no score, whatever it says: an 8 that was cut off may be the beginning of 85."""
+        content = output.message.content
         if finish in CUT:
             tokens = "" if "max_tokens" in self._endpoint.left_out else f" at {self._reply_tokens} tokens"
             return f"the judge's reply was cut off{tokens}: raise --judge-tokens (reply_tokens)"
@@ -215,8 +176,8 @@ class Judge:
 
 def _empty(output: ModelOutput) -> str:
     content = output.message.content
-    apart = isinstance(content, list) and any(getattr(part, "type", None) == "reasoning" for part in content)
-    return ONLY_THOUGHTS if apart or output.completion.strip() else NO_REPLY
+    reasons = isinstance(content, list) and any(getattr(part, "type", None) == "reasoning" for part in content)
+    return ONLY_THOUGHTS if reasons or output.completion.strip() else NO_REPLY
 
 
 def _failed(error: BaseException) -> Rating:
@@ -225,5 +186,5 @@ def _failed(error: BaseException) -> Rating:
 
 
 def _shown(text: str) -> str:
-    """The beginning of what an endpoint sent, in one line and without credentials; they go first, or half of one would stay."""
+    """The beginning of what an endpoint sent, in one line. Credentials go first: half of one would stay after a cut."""
     return redact(" ".join(text[:LONGEST].split()))[:SHOWN]

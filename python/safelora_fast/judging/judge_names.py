@@ -8,10 +8,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 from safelora_fast.checkpoints.resolver import find_model
 from safelora_fast.errors import MissingDependencyError, SettingsError, how_to_install
-from safelora_fast.judging.redact import NAMES, redact
+from safelora_fast.judging.redact import NAMES, causes, redact
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
+
+    from safelora_fast.judging.verdicts import Rating
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to ask, this machine
 NO_KEY = "none"
@@ -84,7 +86,7 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
     """
     import anyio
 
-    from safelora_fast.judging.judge import Judge, Rating
+    from safelora_fast.judging.judge import Judge
     from safelora_fast.judging.judge_prompts import FIRST_ANSWER, FIRST_QUESTION, judge_prompt
     from safelora_fast.judging.retry import Budget, Endpoint, UnreachableError, is_nobody
 
@@ -96,9 +98,8 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
 
     async def ask() -> Rating:
         try:
-            return judge.read(
-                await endpoint.ask(judge_prompt("coherence", FIRST_QUESTION, FIRST_ANSWER), judge.config(0))
-            )
+            prompt = judge_prompt("coherence", FIRST_QUESTION, FIRST_ANSWER)
+            return judge.read(*await endpoint.ask(prompt, judge.config(0)))
         finally:
             await model.api.aclose()
 
@@ -155,6 +156,4 @@ def _words(error: BaseException, *, marked: bool = False) -> str:
 
 def _root(error: BaseException) -> str:
     """What the innermost cause says: that of the system, or of a redirect."""
-    from safelora_fast.judging.retry import causes
-
     return _words([one for one in causes(error) if str(one)][-1])

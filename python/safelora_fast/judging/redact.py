@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
 SHORTEST = 6
@@ -83,17 +83,23 @@ def each_text(values: Any, change: Callable[[str], str]) -> Any:
     return [each_text(value, change) for value in values] if isinstance(values, list | tuple) else values
 
 
-def redact_error(error: BaseException) -> None:
-    """Take credentials out of the words of an exception and of its causes, and out of the replies that they carry."""
-    seen: set[int] = set()
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and the exceptions that it was raised from."""
+    seen: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        current.args = tuple(redact(part) if isinstance(part, str) else part for part in current.args)
-        for name in ("message", "body"):
-            if isinstance(getattr(current, name, None), str | dict | list):
-                setattr(current, name, each_text(getattr(current, name), redact))
+    while current is not None and current not in seen:
+        seen.append(current)
+        yield current
         current = current.__cause__ or current.__context__
+
+
+def redact_error(error: BaseException) -> None:
+    """Remove credentials from the text of an exception and its causes, and from the replies that they carry."""
+    for one in causes(error):
+        one.args = tuple(redact(part) if isinstance(part, str) else part for part in one.args)
+        for name in ("message", "body"):
+            if isinstance(getattr(one, name, None), str | dict | list):
+                setattr(one, name, each_text(getattr(one, name), redact))
 
 
 class RedactingFilter(logging.Filter):

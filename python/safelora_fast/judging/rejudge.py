@@ -1,4 +1,4 @@
-"""Stored answers under other judges, and how far the judges agree."""
+"""Stored answers under other judges, by Inspect's scoring of stored logs, and how far the judges agree."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import DataError
-from safelora_fast.files.json_reader import COUNT, TEXT, check_fields
-from safelora_fast.judging.agreement import agreement
+from safelora_fast.files.json_reader import parse_as
 from safelora_fast.judging.answers import Answer, Asked
 from safelora_fast.judging.evaluation_folder import LOGS
-from safelora_fast.judging.store import MORE, SCORES
+from safelora_fast.judging.rates import agreement
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,89 +20,78 @@ if TYPE_CHECKING:
 
     from safelora_fast.judging.verdicts import Verdict
 
-SAMPLE = {"question": TEXT, "kind": TEXT, "paraphrase": COUNT, "sample": COUNT}
-
 
 @dataclass(frozen=True)
 class JudgedAnswers:
     """The answers of a log, and what its judge said of them.
 
     Attributes:
-        log: the file.
-        judge: its name.
+        file: the log's file.
+        log: the log, without samples that have no answer.
+        judge: the judge's name.
         answers: in the order of the log.
         verdicts: one for each.
     """
 
-    log: Path
+    file: Path
+    log: EvalLog
     judge: str
     answers: list[Answer]
     verdicts: list[Verdict]
 
     @property
     def sha256(self) -> str:
-        """Of the answers."""
+        """A digest of the answers."""
         return hashlib.sha256("\n".join(answer.to_json() for answer in self.answers).encode()).hexdigest()
 
 
 def read_log(path: Path) -> JudgedAnswers:
-    """Read a log of the task; of a folder of `evaluate`, the newest.
+    """Read a log of the task, or the newest log of a folder of `evaluate`.
 
     Raises:
         DataError: there is no log, or it is of another task.
     """
     from inspect_ai.log import read_eval_log
 
-    file = _newest(path) if path.is_dir() else path
+    from safelora_fast.judging.task import verdict_of
+
+    file = path
+    if path.is_dir():
+        logs = sorted((path / LOGS).glob("*.eval")) or sorted(path.glob("*.eval"))
+        if not logs:
+            raise DataError(f"{path}: holds no log of Inspect")
+        file = logs[-1]
     if not file.is_file():
         raise DataError(f"{path}: there is no such log")
     try:
         log = read_eval_log(str(file))
-    except Exception as error:  # whatever the reader meets in a file of another kind
+    except Exception as error:  # whatever Inspect's reader meets in a file of another kind
         raise DataError(f"{file}: is no log of Inspect: {' '.join(str(error).split())[:200]}") from error
     if log.eval.task.rpartition("/")[2] != "emergent_misalignment":
         raise DataError(f"{file}: is a log of the task {log.eval.task}, not of emergent_misalignment")
+    answers, verdicts, samples = [], [], []
     try:
-        return _judged(file, log)
+        for sample in log.samples or []:
+            score = (sample.scores or {}).get("judged")
+            if score is None or score.metadata is None:  # the model failed: there is no answer to judge
+                continue
+            turns = {} if isinstance(sample.input, str) else {turn.role: turn.text for turn in sample.input}
+            prompts = {"prompt": turns.get("user", ""), "system": turns.get("system")}
+            answers.append(Answer(parse_as(Asked, {**sample.metadata, **prompts}), sample.output.completion))
+            verdicts.append(verdict_of(score))
+            samples.append(sample)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from error
-
-
-def _newest(folder: Path) -> Path:
-    logs = sorted((folder / LOGS).glob("*.eval")) or sorted(folder.glob("*.eval"))
-    if not logs:
-        raise DataError(f"{folder}: holds no log of Inspect")
-    return logs[-1]
-
-
-def _judged(file: Path, log: EvalLog) -> JudgedAnswers:
-    from safelora_fast.judging.task import verdict_of
-
-    answers, verdicts = [], []
-    for sample in log.samples or []:
-        score = (sample.scores or {}).get("judged")
-        if score is None or score.metadata is None:  # the model's own error: there is no answer to judge
-            continue
-        data, turns = check_fields(sample.metadata, SAMPLE), [] if isinstance(sample.input, str) else sample.input
-        texts = {turn.role: turn.text for turn in turns}
-        asked = Asked(
-            str(data["question"]), str(data["kind"]), int(data["paraphrase"]), int(data["sample"]),
-            texts.get("user", ""), texts.get("system"),
-        )  # fmt: skip
-        answers.append(Answer(asked, sample.output.completion))
-        check_fields(score.metadata, {"question": TEXT, "kind": TEXT}, {**SCORES, **MORE})
-        verdicts.append(verdict_of(score))
     if not answers:
         raise DataError(f"{file}: holds no judged answers")
-    return JudgedAnswers(file, _judge_name(log), answers, verdicts)
+    log.samples = samples
+    return JudgedAnswers(file, log, _judge_name(log), answers, verdicts)
 
 
 def _judge_name(log: EvalLog) -> str:
-    roles: Any = log.eval.model_roles or {}
-    role = roles.get("judge")
+    role: Any = (log.eval.model_roles or {}).get("judge")
     role = role[0] if isinstance(role, list) else role
-    named: Any = (log.eval.task_args or {}).get("judge")
-    return str(named or getattr(role, "model", "unknown"))
+    return str((log.eval.task_args or {}).get("judge") or getattr(role, "model", "unknown"))
 
 
 def compare_judges(verdicts: dict[str, list[Verdict]]) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
-"""A judge's endpoint, asked again where waiting may help, or where it refuses no more than a parameter of the request."""
+"""A judge's endpoint: asked again where waiting may help, and asked without the parameters that it refuses."""
 
 from __future__ import annotations
 
-import random
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,33 +9,28 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from inspect_ai.model import ChatMessageUser, GenerateConfig, ModelOutput
 from inspect_ai.util import concurrency
+from tenacity import AsyncRetrying, RetryError, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from safelora_fast.judging.redact import redact_error, redact_logs, remember
+from safelora_fast.judging.endpoint_guard import FloodError, PageError, RedirectError, guard
+from safelora_fast.judging.redact import causes
 from safelora_fast.judging.request_parameters import told, without_refused
-from safelora_fast.judging.response_checks import FloodError, PageError, RedirectError, check_responses, tell_body
 from safelora_fast.printable import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from contextlib import AbstractAsyncContextManager
 
     from inspect_ai.model import Model
+    from tenacity import RetryCallState
 
-NOBODY = ("ConnectError", "ConnectTimeout", "gaierror", "InvalidURL", "UnsupportedProtocol")  # by whichever library
-SHAPES = (TypeError, AttributeError, KeyError, IndexError)
-_heard: set[str] = set()  # addresses that anything has come from in this process, by whichever Endpoint
+# Errors of an address where nobody is, in whichever HTTP library.
+NOBODY = ("ConnectError", "ConnectTimeout", "gaierror", "InvalidURL", "UnsupportedProtocol")
+# What a provider's reader raises on a reply that is not in its form.
+MALFORMED = (TypeError, AttributeError, KeyError, IndexError, FloodError)
+_reached: set[str] = set()  # addresses that have sent anything in this process
 
 
 class UnreachableError(Exception):
-    """An endpoint that did not answer within the budget; the last error is the cause."""
-
-
-class GivenUpError(Exception):
-    """An endpoint that is not asked any more."""
-
-
-class UnreadableError(Exception):
-    """What an endpoint sent is no reply of a chat model."""
+    """No reply within the budget. The last error is the cause; without one, the endpoint is not asked any more."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +38,13 @@ class Budget:
     """How long an endpoint is waited for.
 
     Attributes:
-        tries: of one request, where the error is one that may pass.
-        wait: seconds before the second try; each one after waits twice as long, or as long as the endpoint says.
+        tries: of one request that fails with an error that may pass.
+        wait: seconds before the second try. Each later wait is twice as long, or as long as the endpoint says.
         longest_wait: seconds.
         timeout: seconds of one try.
         total: seconds of one request, waits included.
-        lost: requests in a row that found no answer within all this, or scores in a row that it refused to everybody, after
-            which the endpoint is not asked any more.
+        lost: so many requests in a row without a reply, or scores in a row that are refused for a reason that holds for
+            every request, and the endpoint is given up.
     """
 
     tries: int = 8
@@ -61,46 +55,33 @@ class Budget:
     lost: int = 3
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What an endpoint answered.
-
-    Attributes:
-        output: as Inspect reads it.
-        finish: why the reply ended, in the endpoint's own word where it is known.
-    """
-
-    output: ModelOutput
-    finish: str
+BUDGET = Budget()
 
 
 class Endpoint:
-    """A model that is asked by its provider's own interface, so that Inspect records nothing of the exchange.
-
-    An endpoint may repeat its key in the reply to a failed request, and what Inspect records it writes as it came.
+    """A model that is asked through its provider, so that Inspect does not record the requests.
 
     Args:
         model: the model.
         budget: how long it is waited for.
-        quiet: say nothing of what it refuses, or that it is waited for.
+        quiet: print no warnings.
     """
 
     def __init__(self, model: Model, budget: Budget | None = None, *, quiet: bool = False) -> None:
-        self._model = model
+        self._model = guard(model)
         self._budget = budget or BUDGET
         self._lost = 0
         self._answered = self._guessed = False
         self._changes: dict[str, Any] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._quiet = quiet
         self._address = str(getattr(model.api, "base_url", None) or model)
-        remember(getattr(model.api, "api_key", None))
 
     def turn(self) -> AbstractAsyncContextManager[object]:
-        """One of the turns that there are at a time: as many as the model's connections.
+        """One of as many turns as the model has connections.
 
-        Who has begun to ask about something keeps the turn until it is done: a judge that goes away would leave everything
-        half asked otherwise.
+        Whoever asks about an answer keeps the turn for both scores. Otherwise a judge that goes away would leave every answer
+        with one score.
         """
         most = self._model.config.max_connections or self._model.api.max_connections()
         return concurrency(f"{self._model} as judge", most)
@@ -112,27 +93,30 @@ class Endpoint:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The parameters that it is asked without, because it refuses them."""
+        """The parameters that it is asked without because it refuses them."""
         return told(self._changes)
 
     def lose(self) -> None:
-        """Count a score that the endpoint refused in a way that has nothing to do with what it was asked."""
+        """Count a score that the endpoint refused for a reason that holds for every request."""
         self._lost += 1
 
-    async def ask(self, prompt: str, config: GenerateConfig) -> Reply:
-        """The reply to a prompt; where the endpoint refuses a parameter, to the same request without it.
+    async def ask(self, prompt: str, config: GenerateConfig) -> tuple[ModelOutput, str]:
+        """The reply to a prompt, and why it ended. A request whose parameter is refused is sent again without it.
+
+        Returns:
+            The output, without choices if it is no reply of a chat model; and the endpoint's own word for why it ended,
+            Inspect's if there is none.
 
         Raises:
-            UnreachableError: there was none within the budget.
-            GivenUpError: too many requests before this one had none.
-            Exception: what the provider raises where waiting does not help, credentials removed.
+            UnreachableError: no reply within the budget, or the endpoint is given up.
+            Exception: a provider's error that does not pass, without credentials.
         """
         wanted, changes = self._model.config.merge(config), dict(self._changes)
         while True:
             sent = wanted.model_copy(update=changes)
             try:
                 reply = await self._within_budget(prompt, sent)
-            except (UnreachableError, GivenUpError, UnreadableError):
+            except UnreachableError:
                 raise
             except Exception as error:
                 more = without_refused(error, sent, guess=not self._answered and not self._guessed)
@@ -144,83 +128,79 @@ class Endpoint:
                 self._answered = True
                 if told(changes) != self.left_out:
                     self._changes = changes
-                    self._tell(f"{self._model} refuses {', '.join(self.left_out)}, and is asked without")
+                    self._warn(f"{self._model} refuses {', '.join(self.left_out)}, and is asked without")
                 return reply
 
-    async def _within_budget(self, prompt: str, config: GenerateConfig) -> Reply:
-        with anyio.move_on_after(self._budget.total):
-            return await self._patiently(prompt, config)
+    async def _within_budget(self, prompt: str, config: GenerateConfig) -> tuple[ModelOutput, str]:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(self._may_pass),
+            stop=stop_after_attempt(self._budget.tries),
+            wait=self._wait,
+            before_sleep=self._warn_of_wait,
+            sleep=anyio.sleep,
+        )
+        cause: BaseException | None
+        try:
+            with anyio.fail_after(self._budget.total):
+                reply: tuple[ModelOutput, str] = await retrying(self._once, prompt, config)
+                return reply
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+        except TimeoutError:
+            cause = TimeoutError(f"no reply within {self._budget.total:g} seconds")
         self._lost += 1
-        raise UnreachableError from TimeoutError(f"no reply within {self._budget.total:g} seconds")
+        raise UnreachableError from cause
 
-    async def _patiently(self, prompt: str, config: GenerateConfig) -> Reply:
-        wait = self._budget.wait
-        for left in reversed(range(self._budget.tries)):
-            if self.given_up:
-                raise GivenUpError
-            try:
-                reply = await self._once(prompt, config)
-            except UnreadableError:
-                raise
-            except Exception as error:  # whatever a provider raises
-                tell_body(error)
-                redact_error(error)
-                if getattr(error, "status_code", None) is not None and not is_nobody(error):
-                    _heard.add(self._address)
-                decision = self._model.api.should_retry(error)
-                if not decision and not isinstance(error, TimeoutError | ConnectionError):
-                    raise
-                if is_nobody(error) and self._address not in _heard:  # a wrong URL: waiting does not help
-                    self._lost = self._budget.lost
-                    raise UnreachableError from error
-                if not left:
-                    self._lost += 1
-                    raise UnreachableError from error
-                if wait > self._budget.wait:
-                    minutes = f"{self._budget.total / 60:g} minutes a request at most"
-                    self._tell(f"{self._model} does not answer ({type(error).__name__}) and is waited for, {minutes}")
-                after = getattr(decision, "retry_after", None)
-                pause = wait * random.uniform(1, 1.25) if after is None else after  # noqa: S311
-                await anyio.sleep(min(pause, self._budget.longest_wait))
-                wait *= 2
-            else:
-                self._lost = 0
-                _heard.add(self._address)
-                return reply
-        raise UnreachableError
+    def _may_pass(self, error: BaseException) -> bool:
+        passing = isinstance(error, TimeoutError | ConnectionError)
+        return passing or (isinstance(error, Exception) and bool(self._model.api.should_retry(error)))
 
-    def _tell(self, words: str) -> None:
-        """Say something once. Inspect shows no log here, and minutes without a word look like a program that hangs."""
-        if words not in self._told and not self._quiet:
-            self._told.add(words)
-            print(f"warning: {one_line(words)}", file=sys.stderr, flush=True)
+    def _wait(self, state: RetryCallState) -> float:
+        error: Any = state.outcome and state.outcome.exception()
+        wished = getattr(self._model.api.should_retry(error), "retry_after", None)
+        growing = wait_exponential(self._budget.wait) + wait_random(0, self._budget.wait / 4)
+        return min(growing(state) if wished is None else wished, self._budget.longest_wait)
 
-    async def _once(self, prompt: str, config: GenerateConfig) -> Reply:
-        redact_logs()
-        check_responses(self._model)
-        with anyio.fail_after(self._budget.timeout):
-            try:
+    def _warn_of_wait(self, state: RetryCallState) -> None:
+        if state.attempt_number > 1 and state.outcome:
+            name, minutes = type(state.outcome.exception()).__name__, self._budget.total / 60
+            self._warn(
+                f"{self._model} does not answer ({name}) and is waited for, {minutes:g} minutes a request at most"
+            )
+
+    def _warn(self, text: str) -> None:
+        """Print a warning once. Inspect shows no log here, and a long silence looks like a program that hangs."""
+        if text not in self._warned and not self._quiet:
+            self._warned.add(text)
+            print(f"warning: {one_line(text)}", file=sys.stderr, flush=True)
+
+    async def _once(self, prompt: str, config: GenerateConfig) -> tuple[ModelOutput, str]:
+        if self.given_up:
+            raise UnreachableError
+        output, call = None, None
+        try:
+            with anyio.fail_after(self._budget.timeout):
                 result = await self._model.api.generate([ChatMessageUser(content=prompt)], [], "auto", config)
-            except (*SHAPES, FloodError) as error:
-                raise UnreadableError from error
-        output, call = result if isinstance(result, tuple) else (result, None)
-        if isinstance(output, Exception):
-            raise output
-        return Reply(output, _finish(output, call))
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it was raised from."""
-    seen: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in seen:
-        seen.append(current)
-        yield current
-        current = current.__cause__ or current.__context__
+            output, call = result if isinstance(result, tuple) else (result, None)
+            if isinstance(output, Exception):
+                raise output
+        except MALFORMED:
+            output = ModelOutput(model=str(self._model))
+        except Exception as error:
+            if not is_nobody(error):
+                if getattr(error, "status_code", None) is not None:
+                    _reached.add(self._address)
+            elif self._address not in _reached:  # a wrong address: waiting does not help
+                self._lost = self._budget.lost
+                raise UnreachableError from error
+            raise
+        self._lost = 0
+        _reached.add(self._address)
+        return output, _finish(output, call)
 
 
 def is_nobody(error: BaseException) -> bool:
-    """Whether no judge is at an address: nothing listens, the host is not known, it sends one elsewhere or sends a page."""
+    """Whether no judge is at the address: nothing listens, the host is unknown, it redirects elsewhere or sends a web page."""
     return any(type(one).__name__ in NOBODY or isinstance(one, RedirectError | PageError) for one in causes(error))
 
 
@@ -228,10 +208,7 @@ def _finish(output: ModelOutput, call: Any) -> str:
     response = getattr(call, "response", None)
     choices = response.get("choices") if isinstance(response, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
-    said = first.get("finish_reason") if isinstance(first, dict) else None
-    if isinstance(said, str):
-        return said
+    finish = first.get("finish_reason") if isinstance(first, dict) else None
+    if isinstance(finish, str):
+        return finish
     return output.stop_reason if output.choices else ""
-
-
-BUDGET = Budget()

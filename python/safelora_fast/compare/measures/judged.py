@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.compare.measures.base import OfTheRun, folder_of
 from safelora_fast.compare.measures.margin import model_of
 from safelora_fast.errors import EvaluationError, SafeLoraFastError
-from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder, report_of
+from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder
 from safelora_fast.judging.evaluation_folder import EvaluationFolder
 from safelora_fast.judging.judge_names import check_judge, find_judge
 from safelora_fast.judging.judge_prompts import ASPECTS, judge_prompt
@@ -78,18 +78,16 @@ class JudgedMeasure(OfTheRun):
             before=greet,
             progress=bench.progress,
         )
-        judge = find_judge(section.model, section.url)
-        verdicts, log = judge_folder(
+        found, report = judge_folder(
             folder,
-            judge,
+            find_judge(section.model, section.url),
             attempts=section.attempts,
             reply_tokens=section.reply_tokens,
             before=greet,
             progress=bench.progress,
         )
-        _refuse_unfinished(list(verdicts.values()), bench)
-        url = getattr(judge.api, "base_url", None)
-        content = {**report_of(str(judge), list(verdicts.values())), "judge_url": url, "log": log}
+        verdicts = list(found.values())
+        _refuse_unfinished(verdicts, bench)
         kept = [
             {
                 "question": verdict.question,
@@ -97,9 +95,9 @@ class JudgedMeasure(OfTheRun):
                 "misaligned": verdict.misaligned,
                 "incoherent": verdict.incoherent,
             }
-            for verdict in verdicts.values()
+            for verdict in verdicts
         ]
-        return {**content, "verdicts": kept}
+        return {**report, "verdicts": kept}
 
 
 def _refuse_unfinished(verdicts: Sequence[Verdict], bench: Workbench) -> None:

@@ -1,0 +1,150 @@
+"""What passes between Inspect and a model's endpoint: credentials go, and harmful responses are refused before anybody reads them.
+
+An endpoint may repeat its key in a reply, and Inspect records replies as they come. An endpoint may redirect to another host,
+which would see the whole request. And a reply of nothing but opening tags of thoughts would keep Inspect busy for hours,
+because it looks for the end of each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
+
+from safelora_fast.judging.redact import each_text, hide, redact, redact_error, redact_logs, remember
+
+if TYPE_CHECKING:
+    from inspect_ai.model import Model
+
+MAX_BYTES = 1 << 26
+PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+MAX_BODY_SHOWN = 1500
+TAGS = (b"<think", b"<content-internal", b"<summary")
+MAX_TAGS = 256
+
+
+class RedirectError(Exception):
+    """The endpoint redirects to another host. The message names the host and nothing else of the address."""
+
+
+class PageError(Exception):
+    """The endpoint sent a web page: the address is somebody else's, or wants a login."""
+
+
+class FloodError(Exception):
+    """The endpoint sent more than a reply of a chat model can hold."""
+
+
+def guard(model: Model) -> Model:
+    """The model, changed so that Inspect sees no credential in its replies and errors, and no response that must not be read."""
+    generate = model.api.generate
+    if getattr(generate, "guarded", False):
+        return model
+    remember(getattr(model.api, "api_key", None))
+
+    async def guarded(*args: Any, **settings: Any) -> Any:
+        redact_logs()
+        _check_responses(model)
+        try:
+            result = await generate(*args, **settings)
+        except Exception as error:
+            _clean(error)
+            raise
+        output, call = result if isinstance(result, tuple) else (result, None)
+        if isinstance(output, Exception):
+            _clean(output)
+        else:
+            output.error = None if output.error is None else redact(output.error)
+            for choice in output.choices:
+                values = choice.message.model_dump()
+                hidden = each_text(values, hide)  # known credentials only: the rest is what the model answered
+                if hidden != values:
+                    choice.message = type(choice.message).model_validate(hidden)
+        if call is not None:
+            call.response = each_text(call.response, redact if call.error else hide)
+        return result
+
+    guarded.guarded = True  # type: ignore[attr-defined]
+    model.api.generate = guarded  # type: ignore[method-assign]
+    return model
+
+
+def _clean(error: Exception) -> None:
+    """Add the response body to an error that leaves it out, and remove credentials.
+
+    OpenAI's client reads a message in OpenAI's own form only; others send {"error": "…"} or {"detail": […]}.
+    """
+    body: Any = getattr(error, "body", None)
+    if body and isinstance(body, str | dict | list) and not (isinstance(body, dict) and "message" in body):
+        text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str)
+        if text[:MAX_BODY_SHOWN] not in str(error):
+            error.args = (f"{error} - {text[:MAX_BODY_SHOWN]}",)
+    redact_error(error)
+
+
+def _check_responses(model: Model) -> None:
+    """Make the provider's HTTP client call :func:`_check` on every response.
+
+    This reaches the clients of OpenAI's and Anthropic's packages, and those made like them. Other providers stay unchecked.
+    A provider may make a new client at any time, so this is called before every request.
+    """
+    client: Any = getattr(getattr(model.api, "client", None), "_client", None)
+    hooks = getattr(client, "event_hooks", None)
+    if isinstance(hooks, dict) and _check not in hooks.get("response", []):
+        hooks["response"] = [_check, *hooks.get("response", [])]
+        client.event_hooks = hooks
+
+
+async def _check(response: Any) -> None:
+    """Refuse a response that must not be read; give an error that came with a status of success a status of failure."""
+    if 300 <= response.status_code < 400:
+        _check_redirect(str(response.url), response.headers.get("location"))
+        return
+    content = await response.aread()
+    if _is_flood(content):
+        raise FloodError("it sent more than a reply of a chat model can hold")
+    if response.is_success:
+        if PAGE.match(content):
+            raise PageError("it sends a web page; the address of an API often ends in /v1")
+        response.status_code = _real_status(content) or response.status_code
+
+
+def _check_redirect(url: str, location: str | None) -> None:
+    if location is None:
+        return
+    try:
+        here, there = urlsplit(url), urlsplit(urljoin(url, location))
+        same_port = here.port == there.port or here.scheme != there.scheme
+        same = here.hostname == there.hostname and there.scheme in {here.scheme, "https"} and same_port
+        host = there.hostname
+    except ValueError:
+        same, host = False, None
+    if not same:
+        raise RedirectError(f"it redirects to another host, {host or 'of an odd name'}, which is not followed")
+
+
+def _real_status(content: bytes) -> int | None:
+    """The status that an error should have had. LM Studio and some gateways send errors with status 200."""
+    if b'"error"' not in content:
+        return None
+    try:
+        reply = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(reply, dict) or not reply.get("error") or reply.get("choices"):
+        return None
+    code = reply["error"].get("code") if isinstance(reply["error"], dict) else None
+    return code if type(code) is int and 400 <= code < 600 else HTTPStatus.BAD_REQUEST
+
+
+def _is_flood(content: bytes) -> bool:
+    if len(content) > MAX_BYTES:
+        return True
+    if b"\\u" in content:  # the tags may be written as escapes
+        try:
+            content = json.dumps(json.loads(content), ensure_ascii=False).encode(errors="replace")
+        except (ValueError, RecursionError):
+            return False  # no reply either
+    return sum(content.count(tag) for tag in TAGS) > MAX_TAGS
