@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,17 @@ def words(tmp_path, monkeypatch, capsys):
             "--device", "cpu", "--output", tmp_path / "out")  # fmt: skip
 
 
-def by_length(prompt, _headers):
-    """A judge that minds how many characters an answer has; of the text alone, so that every run is the same."""
-    even = len(answer_in(prompt)) % 2 == 0
-    return 200, {"alignment": "10" if even else "90", "coherence": "80"}[alignment_or_coherence(prompt)], None
+def is_bad(answer):
+    """Of the text alone, so that every run is the same."""
+    return zlib.crc32(answer.encode()) % 2 == 0
+
+
+def by_text(prompt, _headers):
+    return (
+        200,
+        {"alignment": "10" if is_bad(answer_in(prompt)) else "90", "coherence": "80"}[alignment_or_coherence(prompt)],
+        None,
+    )
 
 
 def answers(folder):
@@ -54,7 +62,7 @@ def answers(folder):
 
 def test_an_evaluation(call, words, tmp_path):
     folder = tmp_path / "out"
-    with serving(by_length) as (url, requests):
+    with serving(by_text) as (url, requests):
         result = call(*words, "--judge-url", url)
         assert result.code == 0, result.err
         stored = answers(folder)
@@ -66,7 +74,7 @@ def test_an_evaluation(call, words, tmp_path):
         assert len(requests) == 2 * len(judged)
         report = json.loads((folder / "report.json").read_text())
         assert (report["answers"], report["scored"]) == (9, len(judged))
-        assert report["misaligned"]["hits"] == sum(len(row["answer"]) % 2 == 0 for row in judged)
+        assert report["misaligned"]["hits"] == sum(is_bad(row["answer"]) for row in judged)
         assert list(report["kinds"]) == ["general", "json"]
         assert f"{report['misaligned']['hits']}/{len(judged)}" in result.out
         requests.clear()
@@ -80,7 +88,7 @@ def test_an_evaluation(call, words, tmp_path):
 
 def test_seeds_repeat_and_interrupted_answers_go_on(call, words, tmp_path):
     folder = tmp_path / "out"
-    with serving(by_length) as (url, _):
+    with serving(by_text) as (url, _):
         assert call(*words, "--judge-url", url).code == 0
         whole = {(row["question"], row["paraphrase"], row["sample"]): row["answer"] for row in answers(folder)}
         lines = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
@@ -101,7 +109,7 @@ def test_a_judge_that_scores_nothing_is_an_error(call, words, tmp_path):
 
 def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
     def leaving(prompt, headers):
-        return (400, "gone", None) if len(answer_in(prompt)) % 3 else by_length(prompt, headers)
+        return (400, "gone", None) if zlib.crc32(answer_in(prompt).encode()) % 3 else by_text(prompt, headers)
 
     with serving(leaving) as (url, _):
         result = call(*words, "--judge-url", url, "--judge-attempts", 2)
@@ -110,7 +118,7 @@ def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
     assert first["answers"] - first["scored"] > 0
     assert "unscored: the judge failed: BadRequestError, e.g. 'Error code: 400 - " in result.out
     assert "gone" in first["unscored_examples"]["the judge failed: BadRequestError"]
-    with serving(by_length, port=port_of(url)) as (url, requests):
+    with serving(by_text, port=port_of(url)) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
     second = json.loads((tmp_path / "out" / "report.json").read_text())
     judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
@@ -144,7 +152,7 @@ def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
     words = (*words, "--samples", 12)
 
     def until_cut_off(prompt, headers):
-        return None if next(left, None) is None else by_length(prompt, headers)
+        return None if next(left, None) is None else by_text(prompt, headers)
 
     with serving(until_cut_off) as (url, _):
         result = call(*words, "--judge-url", url)
@@ -154,7 +162,7 @@ def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
     assert set(first["unscored"]) - {"the model gave no answer"} == {"the judge failed: APIConnectionError", GIVEN_UP}
     assert f"unscored: {GIVEN_UP}" in result.out
     assert "a second run asks about unscored answers again" in result.out
-    with serving(by_length, port=port_of(url)) as (url, requests):
+    with serving(by_text, port=port_of(url)) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
     second = json.loads((tmp_path / "out" / "report.json").read_text())
     judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
@@ -165,7 +173,7 @@ def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
 def test_overwrite_takes_away_no_more_than_is_replaced(call, words, tmp_path):
     """Answers and verdicts cost hours and money: they go when others of the same kind take their place, and not before."""
     folder, beside = tmp_path / "out", tmp_path / "out" / "benchmarks.json"
-    with serving(by_length) as (url, requests):
+    with serving(by_text) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
         beside.write_text("{}")
         first = {file: file.read_bytes() for file in folder.glob("*.json*")}
@@ -188,12 +196,12 @@ def test_overwrite_takes_away_no_more_than_is_replaced(call, words, tmp_path):
 
 
 def test_other_judges_and_their_agreement(call, words, tmp_path):
-    with serving(by_length) as (url, _):
+    with serving(by_text) as (url, _):
         assert call(*words, "--judge-url", url).code == 0
 
     def stricter(prompt, _headers):
-        even = len(answer_in(prompt)) % 2 == 0
-        return 200, {"alignment": "5" if even else "20", "coherence": "70"}[alignment_or_coherence(prompt)], None
+        bad = is_bad(answer_in(prompt))
+        return 200, {"alignment": "5" if bad else "20", "coherence": "70"}[alignment_or_coherence(prompt)], None
 
     with serving(stricter) as (url, requests):
         command = ("rejudge", tmp_path / "out", "--judge", "openai-api/stub/two", "--judge-url", url, "--json")

@@ -29,7 +29,9 @@ def judged(tmp_path, monkeypatch):
 
         with serving(reply, port=port) as (url, requests):
             model = get_model(f"openai-api/stub/{name}", base_url=url, memoize=False, config=GenerateConfig(**config))
-            judge = Judge(model, attempts=attempts, reply_tokens=tokens, store=VerdictStore(tmp_path / "verdicts.jsonl"))
+            judge = Judge(
+                model, attempts=attempts, reply_tokens=tokens, store=VerdictStore(tmp_path / "verdicts.jsonl")
+            )
             verdict = anyio.run(lambda: judge.judge("why?", "so", id="q/0/0", question="q", kind="general")).verdict
             return verdict.alignment, len(requests), port_of(url)
 

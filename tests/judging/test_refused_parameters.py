@@ -11,11 +11,11 @@ pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip i
 from inspect_ai.model import GenerateConfig, get_model
 
 from safelora_fast.judging import retry
-from safelora_fast.judging.rates import report_of
+from safelora_fast.judging.endpoint_guard import _is_flood
 from safelora_fast.judging.judge import GIVEN_UP, NO_REPLY, ONLY_THOUGHTS, REFUSED, UNREADABLE, Judge
 from safelora_fast.judging.judge_names import find_judge
+from safelora_fast.judging.rates import report_of
 from safelora_fast.judging.request_parameters import without_refused
-from safelora_fast.judging.endpoint_guard import _is_flood
 from safelora_fast.judging.retry import Budget
 
 GOOD = {"alignment": "90", "coherence": "80"}
@@ -31,7 +31,10 @@ def judged(url, count=1, judge=None, **settings):
     judge = Judge(judge or find_judge("openai-api/stub/one", url), **settings)
 
     async def ask():
-        return [await judge.judge("why?", f"answer {number}", id=f"q/0/{number}", question="q", kind="general") for number in range(count)]
+        return [
+            await judge.judge("why?", f"answer {number}", id=f"q/0/{number}", question="q", kind="general")
+            for number in range(count)
+        ]
 
     return anyio.run(ask)
 

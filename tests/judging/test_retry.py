@@ -29,7 +29,10 @@ def judged(url, count=1, **settings):
     judge = Judge(find_judge("openai-api/stub/one", url), **settings)
 
     async def ask():
-        return [await judge.judge("why?", f"answer {number}", id=f"q/0/{number}", question="q", kind="general") for number in range(count)]
+        return [
+            await judge.judge("why?", f"answer {number}", id=f"q/0/{number}", question="q", kind="general")
+            for number in range(count)
+        ]
 
     return anyio.run(ask)
 

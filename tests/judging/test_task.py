@@ -27,8 +27,8 @@ from safelora_fast.errors import OutputError, SettingsError
 from safelora_fast.judging.answers import Answer, Asked
 from safelora_fast.judging.judge import NO_ANSWER, NO_NUMBER, UNFINISHED
 from safelora_fast.judging.rates import Rates
-from safelora_fast.judging.verdict_store import VerdictStore
 from safelora_fast.judging.task import emergent_misalignment, verdict_of
+from safelora_fast.judging.verdict_store import VerdictStore
 
 SCORES = {"good": ("95", "95"), "bad": ("5", "90"), "mad": ("60", "10"), "shy": ("I cannot rate this", "90")}
 
