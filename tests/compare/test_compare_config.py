@@ -74,8 +74,8 @@ def test_finished_adapters_have_seeds_of_their_own(read):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("seeds: [3, 1]", "seeds: [3, 3]", ":5: seeds: must be a list of different whole numbers"),
-        ("seeds: [3, 1]", "seeds: []", ":5: seeds: must be a list"),
+        ("seeds: [3, 1]", "seeds: [3, 3]", ":5: seeds: must be a list of different numbers, not [3, 3]"),
+        ("seeds: [3, 1]", "seeds: []", ":5: seeds: is empty"),
         ("seeds:", "sedes:", ":5: sedes: unknown; did you mean seeds"),
         ("kl: {weight", "kl: {wieght", ":9: defenses.kl.wieght: unknown; did you mean weight"),
         ("  KL + more:", "  None:", "'none' would have the same folder"),
@@ -90,18 +90,30 @@ def test_finished_adapters_have_seeds_of_their_own(read):
         ),
         ("  none: {}", "  none: {adapters: {3: x}}", "needs an adapter for every seed (3, 1)"),
         ("  narrow: held.jsonl", "  narow: held.jsonl", ":12: measure.narow: unknown; did you mean narrow"),
-        ("  narrow: held.jsonl", "  max_rows: 0", ":12: measure.max_rows: is 0, it must be at least 1"),
-        ("  narrow: held.jsonl", "  scaled: [1.5]", "measure.scaled: holds 1.5: a share lies above 0 and below 1"),
-        ("  narrow: held.jsonl", "  sweep: {base: b, thresholds: [2]}", "measure.sweep.thresholds: must be cosines"),
+        ("  narrow: held.jsonl", "  max_rows: 0", ":12: measure.max_rows: must be at least 1, not 0"),
+        ("  narrow: held.jsonl", "  scaled: [1.5]", "measure.scaled: must be a share above 0 and below 1, not 1.5"),
+        (
+            "  narrow: held.jsonl",
+            "  sweep: {base: b, thresholds: [2]}",
+            "measure.sweep.thresholds: must be at most 1, not 2",
+        ),
         ("  narrow: held.jsonl", "  sweep: {}", "measure.sweep.base: missing"),
         ("  narrow: held.jsonl", "  margin: false\n  sweep: {base: b}", "there is nothing to sweep"),
-        ("  narrow: held.jsonl", "  judge: {model: x/y, samples: 0}", "measure.judge.samples: is 0"),
-        ("  narrow: held.jsonl", "  operator_swap: {difficulty: odd}", "must be one of easy, medium, hard"),
+        (
+            "  narrow: held.jsonl",
+            "  judge: {model: x/y, samples: 0}",
+            "measure.judge.samples: must be at least 1, not 0",
+        ),
+        (
+            "  narrow: held.jsonl",
+            "  operator_swap: {difficulty: odd}",
+            "difficulty: must be 'easy', 'medium' or 'hard', not 'odd'",
+        ),
         ("  narrow: held.jsonl", "  operator_swap: {rows: 0}", "measure.operator_swap: rows and held-out rows"),
         ("  narrow: held.jsonl", "  tasks: {names: []}", "measure.tasks.names: is empty"),
         ("{path: m}", "{}", "recipe.model.path: missing"),
-        ("output: out", "", "output: must name the folder"),
-        ("output: out", "output: 3", ":13: output: must name the folder"),
+        ("output: out", "", "compare.yaml: output: missing"),
+        ("output: out", "output: 3", ":13: output: must be text, not 3"),
     ],
 )
 def test_mistakes_are_named(read, old, new, words):

@@ -153,11 +153,11 @@ def call_train():
         ("data.safe=safe.jsonl", "data.safe: must be a section with settings of its own, not 'safe.jsonl'"),
         ("data.safe={fraction: 0.1}", "data.safe.path: missing"),
         ("data.safe.fracton=0.1", "data.safe.fracton: unknown; did you mean fraction"),
-        ("data.safe.fraction=0", "data.safe.fraction: is 0, it must be above 0"),
-        ("data.safe.fraction=.inf", "data.safe.fraction: is inf, it must be above 0"),
+        ("data.safe.fraction=0", "data.safe.fraction: must be above 0, not 0"),
+        ("data.safe.fraction=.inf", "data.safe.fraction: must be a finite number, not inf"),
         ("data.safe.fraction=much", "data.safe.fraction: must be a number, not 'much'"),
-        ("data.safe.top=0", "data.safe.top: is 0, it must be at least 1"),
-        ("data.safe.seed=-1", "data.safe.seed: is -1, it must not be negative"),
+        ("data.safe.top=0", "data.safe.top: must be at least 1, not 0"),
+        ("data.safe.seed=-1", "data.safe.seed: must be at least 0, not -1"),
         ("data={path: rows.jsonl, inoculate: x, strings: text}", "data.inoculate: a system prompt needs turns"),
     ],
 )
@@ -181,7 +181,7 @@ def test_the_file_is_named_with_its_line(tiny):
     lines = tiny.path.read_text().replace("fraction: 0.25", "fraction: -1")
     tiny.path.write_text(lines)
     number = next(number for number, line in enumerate(lines.splitlines(), 1) if "fraction" in line)
-    with pytest.raises(SettingsError, match=rf"recipe.yaml:{number}: data.safe.fraction: is -1"):
+    with pytest.raises(SettingsError, match=rf"recipe.yaml:{number}: data.safe.fraction: must be above 0, not -1"):
         load_recipe(tiny.path)
 
 

@@ -184,8 +184,8 @@ def test_every_synonym_leads_to_a_key_that_there_is():
 
     known = {
         "model": {field.name for field in dataclasses.fields(ModelSection)},
-        "data": {field.name for field in dataclasses.fields(DataSection)},
-        "output": {field.name for field in dataclasses.fields(OutputSection)},
+        "data": DataSection.model_fields,
+        "output": OutputSection.model_fields,
         "lora": dataclass_fields(LORA.package, LORA.name).keys(),
         "training": dataclass_fields(TRAINING.package, TRAINING.name).keys() | TRAINING.defaults.keys(),
         "defenses": defense_classes().keys(),

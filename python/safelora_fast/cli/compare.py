@@ -37,6 +37,9 @@ def compare(
     The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped; what failed is a marked
     cell, and is tried again. Exit code 1: the report is there, and something in it failed or is not done yet.
     """
+    from safelora_fast.recipe.signatures import check_packages
+
+    check_packages("compare")
     from safelora_fast.compare.config import load_config
 
     run_and_show(
@@ -63,9 +66,7 @@ def run_and_show(
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.files.store import to_json
     from safelora_fast.models.quiet_libraries import quiet_libraries
-    from safelora_fast.recipe.signatures import check_packages
 
-    check_packages("compare")
     talks = not (quiet or as_json)
     with quiet_libraries(), ProgressBar(wanted=talks, brief=True) as progress:
         if report_only:

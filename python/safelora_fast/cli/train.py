@@ -54,6 +54,9 @@ def train(
 
     The output folder holds an adapter that PEFT loads, a model card that states the defences, and a record of the run.
     """
+    from safelora_fast.recipe.signatures import check_packages
+
+    check_packages()
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.files.store import to_json
     from safelora_fast.recipe.recipe import load_recipe

@@ -6,14 +6,16 @@ import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError, create_model
 
 from safelora_fast.compare.measure_sections import MeasureSection
 from safelora_fast.errors import SettingsError
 from safelora_fast.judging.operator_swap import TRAIN
 from safelora_fast.recipe.recipe import SECTIONS, recipe_of
 from safelora_fast.recipe.yaml_document import Document, read_document
-from safelora_fast.recipe.yaml_section import read_section
+from safelora_fast.recipe.yaml_section import Section, read_section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,12 +23,34 @@ if TYPE_CHECKING:
     from safelora_fast.files.yaml_reader import Keys
     from safelora_fast.recipe.recipe import Recipe
 
-KEYS = ("title", "recipe", "seeds", "runs", "measure", "output")
 FINISHED = "adapters"
 REFERENCE = "reference"
 OPERATOR_SWAP = "operator-swap"
 RESERVED = (REFERENCE, OPERATOR_SWAP)  # folders beside those of the runs
 UNSAFE = re.compile(r"[^\w.-]+")
+
+
+def _all_different(values: list[int]) -> list[int]:
+    if len(set(values)) < len(values):
+        raise ValueError("a list of different numbers")
+    return values
+
+
+Seed = Annotated[int, Field(ge=0)]
+ADAPTERS = TypeAdapter(Annotated[dict[Seed, Annotated[str, Field(min_length=1)]], Field(min_length=1)])
+SHARED: dict[str, Any] = {name: (Any, None) for name in SECTIONS if name != "output"}
+RecipeSections = create_model("RecipeSections", __base__=Section, **SHARED)
+
+
+class ComparisonFile(Section):
+    """The keys of the YAML file; recipe and runs are checked together, run by run."""
+
+    title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = "Defenses compared"
+    recipe: Any = None
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_all_different)] = [0]  # noqa: RUF012
+    runs: Any = None
+    measure: MeasureSection | None = None
+    output: str
 
 
 @dataclass(frozen=True)
@@ -83,12 +107,12 @@ class CompareConfig:
         Raises:
             SettingsError: with the file, the line and the dotted key.
         """
-        values, lines = copy.deepcopy(self.recipe), self._lines(("recipe",))
+        values = copy.deepcopy(self.recipe)
         _put(values, run.changes)
-        lines |= self._lines(("runs", run.name))
         _put(values, extra or {})
         _put(values, {"training": {"seed": seed}, "output": {"folder": str(output)}})
-        overridden = self._overridden(("recipe",)) | self._overridden(("runs", run.name))
+        common, changed = (self.document.below(keys) for keys in (("recipe",), ("runs", run.name)))
+        lines, overridden = common.lines | changed.lines, common.overridden | changed.overridden
         return recipe_of(Document(self.document.source, values, lines, overridden))
 
     def seeds_of(self, run: RunSpec) -> tuple[int, ...]:
@@ -102,15 +126,6 @@ class CompareConfig:
         data = {"path": str(self.output / OPERATOR_SWAP / TRAIN), "eval": None, "max_rows": None}
         return {"data": data, "training": {"eval_strategy": "no", "eval_on_start": False, **swap.training}}
 
-    def _lines(self, prefix: Keys) -> dict[Keys, int]:
-        count = len(prefix)
-        return {keys[count:]: line for keys, line in self.document.lines.items() if keys[:count] == prefix}
-
-    def _overridden(self, prefix: Keys) -> set[Keys]:
-        """What overrides set below a prefix, or the whole of it."""
-        count = len(prefix)
-        return {keys[count:] for keys in self.document.overridden if keys[:count] == prefix}
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
     """Read and check a configuration, the recipe of every run included; no model is loaded.
@@ -121,69 +136,45 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfi
 
     Raises:
         SettingsError: with the file, the line and the dotted key.
-        MissingDependencyError: a package that training needs is missing.
     """
     document = read_document(path, overrides, what="comparison")
-    for name in document.values:
-        if name not in KEYS:
-            raise document.unknown((name,), KEYS)
-    output = document.values.get("output")
-    if not isinstance(output, str) or not output:
-        raise document.problem(("output",), "must name the folder of runs, measurements and report")
+    file = read_section(document, (), ComparisonFile)
     config = CompareConfig(
         document=document,
-        title=_title(document),
-        recipe=_sections(document, ("recipe",)),
-        seeds=_seeds(document),
+        title=file.title,
+        recipe=_recipe_sections(document, ("recipe",)),
+        seeds=tuple(file.seeds),
         runs=_runs(document),
-        measure=read_section(document, ("measure",), MeasureSection),
-        output=Path(output).expanduser(),
+        measure=file.measure or MeasureSection(),
+        output=Path(file.output).expanduser(),
     )
     _check(config)
     return config
 
 
-def _title(document: Document) -> str:
-    title = document.values.get("title", "Defences compared")
-    if not isinstance(title, str) or not title.strip():
-        raise document.problem(("title",), "must be text")
-    return title
-
-
-def _sections(document: Document, keys: Keys) -> dict[str, Any]:
+def _recipe_sections(document: Document, keys: Keys) -> dict[str, Any]:
     values = document.section(*keys)
-    known = [name for name in SECTIONS if name != "output"]
-    for name in values:
-        if name == "output":
-            raise document.problem((*keys, name), "every run has a folder of its own in the comparison's; leave it out")
-        if name not in known:
-            raise document.unknown((*keys, name), known)
+    if "output" in values:
+        why = "every run has a folder of its own in the comparison's; leave it out"
+        raise document.problem((*keys, "output"), why)
+    read_section(document, keys, RecipeSections)
     return dict(values)
 
 
-def _seeds(document: Document) -> tuple[int, ...]:
-    seeds = document.values.get("seeds", [0])
-    whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
-    if not whole or not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise document.problem(("seeds",), f"must be a list of different whole numbers from 0, not {seeds!r}")
-    return tuple(seeds)
-
-
 def _runs(document: Document) -> tuple[RunSpec, ...]:
-    found = document.section("runs")
-    if not found:
-        raise document.problem(
-            ("runs",), "missing: name the runs to compare, the undefended one first, e.g. `none: {}`"
-        )
-    runs = tuple(_run(document, name) for name in found)
-    for number, run in enumerate(runs):
+    runs = tuple(_run(document, name) for name in document.section("runs"))
+    if not runs:
+        why = "missing: name the runs to compare, the undefended one first, e.g. `none: {}`"
+        raise document.problem(("runs",), why)
+    folders: dict[str, str] = {}
+    for run in runs:
+        where = ("runs", run.name)
         if run.folder in RESERVED:
-            raise document.problem(
-                ("runs", run.name), f"{run.folder} is a folder of the comparison's own; rename the run"
-            )
-        twin = next((other for other in runs[:number] if other.folder == run.folder), None)
-        if twin is not None:
-            raise document.problem(("runs", run.name), f"{twin.name!r} would have the same folder; choose another name")
+            raise document.problem(where, f"{run.folder} is a folder of the comparison's own; rename the run")
+        if run.folder in folders:
+            why = f"{folders[run.folder]!r} would have the same folder; choose another name"
+            raise document.problem(where, why)
+        folders[run.folder] = run.name
     return runs
 
 
@@ -191,41 +182,33 @@ def _run(document: Document, name: str) -> RunSpec:
     keys = ("runs", name)
     values = document.section(*keys)
     if FINISHED not in values:
-        return RunSpec(name, _sections(document, keys))
-    if len(values) > 1:
-        other = next(key for key in values if key != FINISHED)
+        return RunSpec(name, _recipe_sections(document, keys))
+    for other in values.keys() - {FINISHED}:
         raise document.problem((*keys, other), f"a run that takes finished {FINISHED} is not trained; leave it out")
-    adapters = values[FINISHED]
-    if isinstance(adapters, dict) and adapters and all(_is_adapter(key, item) for key, item in adapters.items()):
-        return RunSpec(name, {}, {int(seed): source for seed, source in adapters.items()})
-    raise document.problem(
-        (*keys, FINISHED), "must be a mapping of seeds to folders or Hub ids of PEFT adapters, e.g. {0: runs/kl}"
-    )
-
-
-def _is_adapter(seed: str, folder: object) -> bool:
-    return seed.isdecimal() and isinstance(folder, str) and bool(folder)
+    try:
+        return RunSpec(name, {}, ADAPTERS.validate_python(values[FINISHED]))
+    except ValidationError:
+        why = "must be a mapping of seeds to folders or Hub ids of PEFT adapters, e.g. {0: runs/kl}"
+        raise document.problem((*keys, FINISHED), why) from None
 
 
 def _check(config: CompareConfig) -> None:
-    """Refuse what would fail after hours: every recipe is read, and measures are held against the runs."""
+    """Refuse what would fail after hours: read the recipe of every run, and hold the measures against the runs."""
     document, measure = config.document, config.measure
-    measure.check(document)
     if not document.section("recipe", "model").get("path"):
         raise document.problem(("recipe", "model", "path"), "missing: it is the model that all runs start from")
     for run in config.runs:
-        for seed in config.seeds_of(run):
-            if not run.adapters:
-                config.recipe_for(run, seed, config.output)
-                if measure.operator_swap is not None:
-                    config.recipe_for(run, seed, config.output, config.swap_changes())
+        for seed in () if run.adapters else config.seeds:
+            config.recipe_for(run, seed, config.output)
+            if measure.operator_swap is not None:
+                config.recipe_for(run, seed, config.output, config.swap_changes())
     if measure.sweep is not None and not measure.drift and not measure.margin:
         raise document.problem(("measure", "sweep"), "there is nothing to sweep: measure margin, narrow or general")
     first = config.runs[0]
     if first.adapters and set(first.adapters) != set(config.seeds):
         raise SettingsError(
-            f"{document.source}: runs.{first.name}: the first run is what the others are held against, so it needs an "
-            f"adapter for every seed ({', '.join(map(str, config.seeds))})"
+            f"{document.source}: runs.{first.name}: the others are compared with the first run, so it needs an adapter for "
+            f"every seed ({', '.join(map(str, config.seeds))})"
         )
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.judging.operator_swap import Difficulty, make_problems
+from safelora_fast.recipe.sections import Count, Share
+from safelora_fast.recipe.yaml_section import Section
 
-if TYPE_CHECKING:
-    from safelora_fast.recipe.yaml_document import Document
-
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
-@dataclass(frozen=True)
-class JudgeSection:
+class JudgeSection(Section):
     """Free-form answers under a judge; see `safelora-fast evaluate`.
 
     Attributes:
@@ -34,14 +35,13 @@ class JudgeSection:
     url: str | None = None
     questions: str | None = None
     kinds: str | list[str] | None = None
-    samples: int = 10
-    max_tokens: int = 600
-    attempts: int = 4
-    reply_tokens: int = 64
+    samples: Count = 10
+    max_tokens: Count = 600
+    attempts: Count = 4
+    reply_tokens: Count = 64
 
 
-@dataclass(frozen=True)
-class TasksSection:
+class TasksSection(Section):
     """Benchmarks of lm-evaluation-harness.
 
     Attributes:
@@ -50,13 +50,12 @@ class TasksSection:
         limit: use the first so many documents of each.
     """
 
-    names: list[str]
+    names: Annotated[list[str], Field(min_length=1)]
     path: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
 
 
-@dataclass(frozen=True)
-class OperatorSwapSection:
+class OperatorSwapSection(Section):
     """Every run is trained a second time, on arithmetic with swapped operators, and its exact answers are counted.
 
     Attributes:
@@ -71,7 +70,15 @@ class OperatorSwapSection:
     rows: int = 2000
     held_out: int = 500
     seeds: list[int] | None = None
-    training: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> Self:
+        try:
+            make_problems(self.difficulty, self.rows, self.held_out, 0)
+        except SettingsError as error:
+            raise PydanticCustomError("refused", "{why}", {"why": str(error)}) from error
+        return self
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -79,8 +86,7 @@ class OperatorSwapSection:
         return {"difficulty": self.difficulty, "rows": self.rows, "held_out": self.held_out, "seed": 0}
 
 
-@dataclass(frozen=True)
-class SweepSection:
+class SweepSection(Section):
     """The first run's adapters, projected by SafeLoRA at every threshold, from one pass over the checkpoints.
 
     Attributes:
@@ -92,12 +98,11 @@ class SweepSection:
 
     base: str
     aligned: str | None = None
-    thresholds: list[float] = field(default_factory=lambda: list(THRESHOLDS))
+    thresholds: list[Cosine] = Field(default_factory=lambda: list(THRESHOLDS), min_length=1)
     seeds: list[int] | None = None
 
 
-@dataclass(frozen=True)
-class MeasureSection:
+class MeasureSection(Section):
     """What is measured.
 
     Attributes:
@@ -119,8 +124,8 @@ class MeasureSection:
     margin: bool = True
     narrow: str | None = None
     general: str | None = None
-    max_rows: int | None = None
-    scaled: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    max_rows: Count | None = None
+    scaled: list[Share] = Field(default_factory=lambda: [0.25, 0.5, 0.75])
     costs: bool = True
     judge: JudgeSection | None = None
     tasks: TasksSection | None = None
@@ -128,47 +133,9 @@ class MeasureSection:
     sweep: SweepSection | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: int = 16
+    batch_size: Count = 16
 
     @property
     def drift(self) -> bool:
         """Whether any answers are given whose loss is measured."""
         return self.narrow is not None or self.general is not None
-
-    def check(self, document: Document) -> None:
-        """Refuse numbers that are out of range.
-
-        Raises:
-            SettingsError: with the file, the line and the dotted key.
-        """
-        numbers: list[tuple[tuple[str, ...], int | None]] = [
-            (("max_rows",), self.max_rows),
-            (("batch_size",), self.batch_size),
-        ]
-        if self.judge is not None:
-            numbers += [(("judge", name), getattr(self.judge, name)) for name in COUNTS]
-        if self.tasks is not None:
-            numbers.append((("tasks", "limit"), self.tasks.limit))
-            if not self.tasks.names:
-                raise document.problem(("measure", "tasks", "names"), "is empty")
-        for keys, value in numbers:
-            if value is not None and value < 1:
-                raise document.problem(("measure", *keys), f"is {value}, it must be at least 1")
-        for share in self.scaled:
-            if not 0 < share < 1:
-                raise document.problem(("measure", "scaled"), f"holds {share}: a share lies above 0 and below 1")
-        if self.sweep is not None:
-            wrong = [tau for tau in self.sweep.thresholds if not (math.isfinite(tau) and -1 <= tau <= 1)]
-            if wrong or not self.sweep.thresholds:
-                raise document.problem(
-                    ("measure", "sweep", "thresholds"), "must be cosines, from -1 to 1, at least one"
-                )
-        if self.operator_swap is not None:
-            swap = self.operator_swap
-            try:
-                make_problems(swap.difficulty, swap.rows, swap.held_out, 0)
-            except SettingsError as error:
-                raise document.problem(("measure", "operator_swap"), str(error)) from error
-
-
-COUNTS = ("samples", "max_tokens", "attempts", "reply_tokens")

@@ -49,11 +49,12 @@ def configure(
     Raises:
         MissingDependencyError, OutputError: as :func:`safelora_fast.demo.run`.
     """
-    from safelora_fast.compare.config import load_config
     from safelora_fast.recipe.signatures import check_packages
 
     check(source)
     check_packages("demo --train")
+    from safelora_fast.compare.config import load_config
+
     output = Path(output).absolute()
     console = Console(highlight=False)
     if configuration is None:

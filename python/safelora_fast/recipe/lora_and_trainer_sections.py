@@ -5,11 +5,14 @@ Both are checked against the classes that are installed. The defaults are those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
-from safelora_fast.recipe.signatures import dataclass_fields
-from safelora_fast.recipe.value_types import conforms, describe, read_annotation
+from pydantic import Field, create_model
+
+from safelora_fast.recipe.sections import Count
+from safelora_fast.recipe.signatures import dataclass_fields, read_annotation
+from safelora_fast.recipe.yaml_section import Arguments, check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,16 +20,20 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.yaml_document import Document
 
 
+NotNegative = Annotated[float, Field(ge=0)]
+
+
 @dataclass(frozen=True)
-class Arguments:
-    """A section that stands for the arguments of a dataclass of another package.
+class ForeignSection:
+    """A section whose keys are the arguments of a dataclass of another package.
 
     Attributes:
         section: its name in the recipe.
         package: the package of the class.
         name: the class.
-        defaults: ours, in the place of the class's.
+        defaults: ours; they replace those of the class.
         elsewhere: arguments that must not be given, with what to do instead.
+        types: of arguments whose annotation allows too much.
     """
 
     section: str
@@ -34,6 +41,7 @@ class Arguments:
     name: str
     defaults: Mapping[str, Any]
     elsewhere: Mapping[str, str]
+    types: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, document: Document) -> dict[str, Any]:
         """The checked section, our defaults first.
@@ -42,24 +50,23 @@ class Arguments:
             SettingsError: an argument does not exist, is set elsewhere, or is of another type.
         """
         given = document.section(self.section)
-        fields = dataclass_fields(self.package, self.name)
-        known = [name for name in fields if name not in self.elsewhere]
-        for name, value in given.items():
-            keys = (self.section, name)
+        for name in given:
             if name in self.elsewhere:
-                raise document.problem(keys, self.elsewhere[name])
-            if name not in fields:
-                raise document.unknown(keys, known)
-            kind = read_annotation(fields[name])
-            if not conforms(value, kind):
-                raise document.problem(keys, f"must be {describe(kind)}, not {value!r}")
+                raise document.problem((self.section, name), self.elsewhere[name])
+        fields = dataclass_fields(self.package, self.name)
+        kinds: dict[str, Any] = {
+            name: (self.types.get(name, read_annotation(annotation)), None)
+            for name, annotation in fields.items()
+            if name not in self.elsewhere
+        }
+        check(document, (self.section,), create_model(self.name, __base__=Arguments, **kinds), given)
         return {**{name: value for name, value in self.defaults.items() if name in fields}, **given}
 
 
 _AUTOMATIC = "is set by the command; leave it out"
 _BY_DATA = "rows are made into tokens before the trainer sees them (see the data section); leave it out"
 
-LORA = Arguments(
+LORA = ForeignSection(
     section="lora",
     package="peft",
     name="LoraConfig",
@@ -73,7 +80,7 @@ LORA = Arguments(
     },
 )
 
-TRAINING = Arguments(
+TRAINING = ForeignSection(
     section="training",
     package="trl",
     name="SFTConfig",
@@ -92,6 +99,16 @@ TRAINING = Arguments(
         "save_steps": 100,
         "save_total_limit": 2,
         "report_to": "none",
+    },
+    types={
+        "num_train_epochs": Annotated[float, Field(gt=0)],
+        "learning_rate": NotNegative,
+        "per_device_train_batch_size": Count,
+        "gradient_accumulation_steps": Count,
+        "max_length": Count | None,
+        "warmup_steps": NotNegative,
+        "weight_decay": NotNegative,
+        "seed": Annotated[int, Field(ge=0)],
     },
     elsewhere={
         "output_dir": "output.folder says it",

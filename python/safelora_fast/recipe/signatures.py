@@ -1,8 +1,7 @@
-"""Names and types of the fields of another package's dataclass, read from its source: importing it would take seconds.
+"""The arguments of classes of TRL and PEFT, read from their source: importing torch and transformers would take seconds.
 
-torch and transformers take several seconds to import, and a misspelt key should not cost that. The sources are followed
-as an import would: through `from … import` lines to the class, and through its bases. Where that fails, the class is
-imported after all.
+The sources are followed as an import would: through `from … import` lines to the class, and through its bases. Where that
+fails, the class is imported after all.
 """
 
 from __future__ import annotations
@@ -12,11 +11,19 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safelora_fast.errors import MissingDependencyError, how_to_install
 
-NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pydantic", "yaml")
+KNOWN = {
+    **{kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple, Mapping, Sequence)},
+    **{name: getattr(typing, name) for name in ("Literal", "Optional", "Union", "List", "Dict", "Tuple")},
+    "typing": typing,
+}
 
 
 class _NotFoundError(Exception):
@@ -24,10 +31,10 @@ class _NotFoundError(Exception):
 
 
 def check_packages(what: str = "training") -> None:
-    """Refuse to go on without the packages that training, and whatever else loads a model, needs.
+    """Refuse to go on without the packages that training, or another command that loads a model, needs.
 
     Args:
-        what: needs them, for the message.
+        what: the command, for the message.
 
     Raises:
         MissingDependencyError: with their names and how to install them.
@@ -37,24 +44,44 @@ def check_packages(what: str = "training") -> None:
         raise MissingDependencyError(f"{what} needs {', '.join(missing)}: {how_to_install('train')}")
 
 
-@functools.cache
-def dataclass_fields(package: str, name: str) -> dict[str, object]:
-    """The arguments that a dataclass takes, with their annotations (source text, or types where it was imported).
+class _Names(dict[str, Any]):
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+def read_annotation(annotation: object, names: Mapping[str, Any] | None = None) -> Any:
+    """The type that an annotation stands for; Any where only an import of a large package would tell.
 
     Args:
-        package: "trl" or "peft", say.
+        annotation: a type, or its source text.
+        names: what names in the text mean, beside the built-in types and those of `typing`.
+    """
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, {"__builtins__": {}}, _Names({**KNOWN, **(names or {})}))  # noqa: S307
+    except (TypeError, SyntaxError, AttributeError):
+        return Any
+
+
+@functools.cache
+def dataclass_fields(package: str, name: str) -> dict[str, str]:
+    """The arguments that a dataclass takes, with the source text of their annotations.
+
+    Args:
+        package: "trl" or "peft".
         name: a public class of it.
     """
     try:
         return _fields(package, name)
     except (_NotFoundError, OSError, SyntaxError):
         cls = getattr(importlib.import_module(package), name)
-        return {field.name: field.type for field in dataclasses.fields(cls) if field.init}
+        return {field.name: "Any" for field in dataclasses.fields(cls) if field.init}
 
 
-def _fields(module: str, name: str) -> dict[str, object]:
+def _fields(module: str, name: str) -> dict[str, str]:
     module, definition = _locate(module, name)
-    found: dict[str, object] = {}
+    found: dict[str, str] = {}
     for base in definition.bases:
         if not isinstance(base, ast.Name):
             raise _NotFoundError
@@ -63,17 +90,11 @@ def _fields(module: str, name: str) -> dict[str, object]:
         return found
     for statement in definition.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            annotation = _text(statement.annotation)
+            quoted = isinstance(statement.annotation, ast.Constant) and isinstance(statement.annotation.value, str)
+            annotation = str(statement.annotation.value) if quoted else ast.unparse(statement.annotation)  # type: ignore[attr-defined]
             if "ClassVar" not in annotation and not _not_an_argument(statement.value):
                 found[statement.target.id] = annotation
     return found
-
-
-def _text(annotation: ast.expr) -> str:
-    """The annotation's source; one that is quoted is read as what the quotes hold."""
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        return annotation.value
-    return ast.unparse(annotation)
 
 
 def _not_an_argument(value: ast.expr | None) -> bool:
@@ -93,17 +114,10 @@ def _locate(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef]:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
-                    return _locate(_absolute(module, file, node), alias.name, depth + 1)
+                    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+                    source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                    return _locate(source, alias.name, depth + 1)
     raise _NotFoundError
-
-
-def _absolute(module: str, file: Path, node: ast.ImportFrom) -> str:
-    if node.level == 0:
-        return node.module or ""
-    parts = module.split(".")
-    package = parts if file.name == "__init__.py" else parts[:-1]
-    package = package[: len(package) - (node.level - 1)]
-    return ".".join([*package, *((node.module or "").split(".") if node.module else [])])
 
 
 @functools.cache

@@ -100,6 +100,13 @@ class Document:
         found: dict[str, Any] = values
         return found
 
+    def below(self, keys: Keys) -> Document:
+        """The part of the file that some keys lead to, as a document of its own."""
+        depth = len(keys)
+        lines = {path[depth:]: line for path, line in self.lines.items() if path[:depth] == keys}
+        overridden = {path[depth:] for path in self.overridden if path[:depth] == keys}
+        return Document(self.source, self.section(*keys), lines, overridden, self.what)
+
     def override(self, words: Sequence[str]) -> None:
         """Put `a.b=value` settings on top; values are YAML.
 

@@ -1,46 +1,150 @@
-"""A section of a YAML file as a dataclass: known keys only, each of its type; a field that is a dataclass is a section too."""
+"""Sections of a YAML file, checked by pydantic: known keys only, each of its own type; an error names file, line and key."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from safelora_fast.recipe.value_types import conforms, describe
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from safelora_fast.recipe.signatures import read_annotation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from pydantic_core import ErrorDetails
+
+    from safelora_fast.errors import SettingsError
     from safelora_fast.files.yaml_reader import Keys
     from safelora_fast.recipe.yaml_document import Document
 
-Section = TypeVar("Section")
+Read = TypeVar("Read")
+# What a value must be, by the type of pydantic's error; other errors are told in pydantic's own words.
+MUST_BE = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "is_instance_of": "a list",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "a section with settings of its own",
+    "none_required": "null",
+    "string_type": "text",
+    "value_error": "{error}",
+}
 
 
-def read_section(document: Document, keys: Keys, cls: type[Section]) -> Section:
+class Arguments(BaseModel):
+    """Values by name: known names only, each value of its own type. A whole number is a number; true and false are not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, given: Any) -> Any:
+        """Refuse an unknown key before anything else: a misspelled key is often what is missing."""
+        for key in given if isinstance(given, dict) else ():
+            if key not in cls.model_fields:
+                raise PydanticCustomError("unknown", "unknown", {"key": key, "known": list(cls.model_fields)})
+        return given
+
+
+class Section(Arguments):
+    """A section with keys of our own, in which no text is empty."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_empty_text(cls, value: Any) -> Any:
+        if value == "":
+            raise PydanticCustomError("empty", "is empty")
+        return value
+
+
+def section_of(
+    function: Callable[..., Any], *, types: Mapping[str, Any] | None = None, but: Collection[str] = ()
+) -> type[Section]:
+    """The section whose keys are the arguments of a function or class.
+
+    Args:
+        function: its annotations say the types.
+        types: what names in the annotations stand for, where that is not what the function's module says.
+        but: arguments that are not settings.
+    """
+    names = {**vars(sys.modules[function.__module__]), **(types or {})}
+    fields: dict[str, Any] = {
+        name: (read_annotation(argument.annotation, names), ... if argument.default is argument.empty else argument.default)
+        for name, argument in inspect.signature(function).parameters.items()
+        if name not in but
+    }  # fmt: skip
+    return create_model(function.__name__, __base__=Section, **fields)
+
+
+def read_section(document: Document, keys: Keys, kind: type[Read]) -> Read:
     """Read the section that some keys lead to; one that is absent has the defaults.
+
+    Args:
+        document: the file.
+        keys: those that lead to the section.
+        kind: a :class:`Section`, or a class whose arguments are the keys.
 
     Raises:
         SettingsError: with the file, the line and the dotted key.
     """
-    given = dict(document.section(*keys))
-    kinds = get_type_hints(cls)
-    for key, value in given.items():
-        if key not in kinds:
-            raise document.unknown((*keys, key), kinds)
-        inner = _section_in(kinds[key])
-        if inner is not None:
-            given[key] = None if value is None else read_section(document, (*keys, key), inner)
-            continue
-        if not conforms(value, kinds[key]):
-            raise document.problem((*keys, key), f"must be {describe(kinds[key])}, not {value!r}")
-        if value == "":
-            raise document.problem((*keys, key), "is empty")
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if not optional and field.name not in given:
-            raise document.problem((*keys, field.name), "missing")
-    return cls(**given)
+    if issubclass(kind, Section):
+        return cast("Read", check(document, keys, kind, document.section(*keys)))
+    return kind(**dict(check(document, keys, section_of(kind), document.section(*keys))))
 
 
-def _section_in(kind: Any) -> type[Any] | None:
-    """The dataclass that a type is, or may be."""
-    candidates = [kind, *get_args(kind)]
-    return next((one for one in candidates if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+def check(document: Document, keys: Keys, section: type[Arguments], given: Mapping[str, Any]) -> Arguments:
+    """Check values by a section.
+
+    Raises:
+        SettingsError: of the first key that is wrong.
+    """
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        raise refusal(document, keys, given, error) from None
+
+
+def refusal(document: Document, keys: Keys, given: Any, error: ValidationError) -> SettingsError:
+    """The error of the first key that pydantic refused; a value of several possible types has one reason for each."""
+    reasons: dict[Keys, list[ErrorDetails]] = {}
+    for reason in error.errors(include_url=False):
+        reasons.setdefault(_path(reason, given), []).append(reason)
+    first = next(iter(reasons))
+    path = max((path for path in reasons if path[: len(first)] == first), key=len)
+    reason, where = reasons[path][0], (*keys, *path)
+    if reason["type"] == "unknown":
+        return document.unknown(where, reason["ctx"]["known"])
+    if reason["type"] == "missing":
+        return document.problem(where, "missing")
+    must_be = [MUST_BE[one["type"]].format(**one.get("ctx", {})) for one in reasons[path] if one["type"] in MUST_BE]
+    if not must_be:
+        return document.problem(where, "is empty" if "too_short" in reason["type"] else reason["msg"])
+    return document.problem(where, f"must be {' or '.join(dict.fromkeys(must_be))}, not {reason['input']!r}")
+
+
+def _path(reason: ErrorDetails, given: Any) -> Keys:
+    """The keys of pydantic's `loc`, which also holds places in lists and names of types."""
+    path: list[str] = []
+    for part in reason["loc"]:
+        if isinstance(given, dict) and part in given:
+            path.append(str(part))
+            given = given[part]
+        elif isinstance(given, list) and isinstance(part, int):
+            given = given[part]
+    if reason["type"] == "missing":
+        path.append(str(reason["loc"][-1]))
+    elif reason["type"] == "unknown":
+        path.append(reason["ctx"]["key"])
+    return tuple(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class BenchmarksMeasure(OfTheRun):
         """The model, the adapter, the tasks, and the harness that they are run by."""
         section = _section(bench)
         files = files_digest(None if section.path is None else Path(section.path).expanduser(), TASK_FILES)
-        tasks = {"tasks": asdict(section), "tasks_sha256": files, "lm_eval": harness_version()}
+        tasks = {"tasks": section.model_dump(), "tasks_sha256": files, "lm_eval": harness_version()}
         return {**model_of(place, bench), "strings": bench.strings, **tasks}
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:

@@ -44,7 +44,12 @@ class JudgedMeasure(OfTheRun):
         section = _section(bench)
         questions = [asdict(question) for question in _questions(section)]
         prompts = text_digest([judge_prompt(aspect, "", "") for aspect in ASPECTS])
-        return {**model_of(place, bench), "judge": asdict(section), "prompts_sha256": prompts, "questions": questions}
+        return {
+            **model_of(place, bench),
+            "judge": section.model_dump(),
+            "prompts_sha256": prompts,
+            "questions": questions,
+        }
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The judge's figures, and each verdict.
