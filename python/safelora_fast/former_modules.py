@@ -45,8 +45,8 @@ posthoc.sources=checkpoints.sources
 posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections
 recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests
 recipe.document=recipe.yaml_document recipe.epochs=data.epochs recipe.folder=recipe.run_folder,files.store
-recipe.kinds=recipe.value_types recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.peak_memory
-recipe.monitors=recipe.monitor_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries
+recipe.kinds=recipe.signatures recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.peak_memory
+recipe.monitors=recipe.defense_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries
 recipe.results=recipe.run_metrics recipe.rows=data.rows recipe.section=recipe.yaml_section
 recipe.stopping=recipe.stop_on_interrupt recipe.tokens=data.tokens recipe.words=recipe.summary_text
 scoring.answers=scoring.answer_scores scoring.head=scoring.label_likelihoods scoring.precision=scoring.float32_residual

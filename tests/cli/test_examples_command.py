@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_recipe import tiny_rows, write_rows
 
 from safelora_fast.compare.config import load_config
+from safelora_fast.defenses import registered
 from safelora_fast.examples import FOLDER, copy_example, names
-from safelora_fast.recipe.defense_section import defense_classes
 from safelora_fast.recipe.recipe import load_recipe
 
 COMPARISON = FOLDER / "compare.yaml"
@@ -71,8 +71,8 @@ def overrides(path: Path, folder: Path) -> list[str]:
 
 def test_there_is_one_for_every_defence():
     given = [set(yaml.safe_load(path.read_text())["defenses"]) - {"on_nonfinite"} for path in EXAMPLES]
-    assert set.union(*given) == set(defense_classes())
-    for name in defense_classes():
+    assert set.union(*given) == set(registered())
+    for name in registered():
         assert {name} in given
     assert any(len(names) >= 3 for names in given)
     assert any("monitors" in yaml.safe_load(path.read_text()) for path in EXAMPLES)

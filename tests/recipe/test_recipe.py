@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import safelora_fast
-from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
+from safelora_fast.defenses import KL, SafeLora, SubspacePenalty, registered
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.defense_section import DefenseSpec, Subspaces, defense_classes
+from safelora_fast.recipe.defense_section import DefenseSpec, Subspaces
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 
@@ -87,23 +87,23 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("defenses.klm={}", "command line: defenses.klm: unknown; did you mean kl"),
         ("defenses.kl=0.1", "command line: defenses.kl: must be a mapping of settings, true or false, not 0.1"),
         ("defenses.kl.wieght=1", "command line: defenses.kl.wieght: unknown; did you mean weight"),
-        ("defenses.kl.weight=-1", "command line: defenses.kl.weight: KL: weight is -1, it must be a number"),
+        ("defenses.kl.weight=-1", "command line: defenses.kl.weight: KL: weight is -1.0, it must be a number"),
         ("defenses.kl.tokens=some", 'defenses.kl.tokens: KL: tokens is \'some\', it must be "all", "completion" or "safe"'),
-        ("defenses.kl.direction=up", "command line: defenses.kl.direction: must be one of reverse, forward, not 'up'"),
-        ("defenses.steering.layer=3", "command line: defenses.steering: needs vector"),
+        ("defenses.kl.direction=up", "command line: defenses.kl.direction: must be 'reverse' or 'forward', not 'up'"),
+        ("defenses.steering.layer=3", "command line: defenses.steering.vector: missing"),
         ("defenses.steering={vector: absent.pt, layer: 3}", "defenses.steering.vector: there is no file absent.pt"),
-        ("defenses.steering={vector: [a], layer: 3}", "must be a file or a list of numbers, not ['a']"),
-        ("defenses.subspace_penalty.weight=1", "command line: defenses.subspace_penalty: needs subspace"),
+        ("defenses.steering={vector: [a], layer: 3}", "defenses.steering.vector: must be a number, not 'a'"),
+        ("defenses.subspace_penalty.weight=1", "command line: defenses.subspace_penalty.subspace: missing"),
         ("defenses.safelora.subspace=absent", "defenses.safelora.subspace: there is no file absent; make it with"),
-        ("defenses.safelora.subspace=3", "must be a file, or {aligned: …, base: …, rank: …}, not 3"),
-        ("defenses.safelora.subspace={aligned: a}", "command line: defenses.safelora.subspace: needs base"),
+        ("defenses.safelora.subspace=3", "subspace: must be text or a section with settings of its own, not 3"),
+        ("defenses.safelora.subspace={aligned: a}", "command line: defenses.safelora.subspace.base: missing"),
         ("defenses.safelora.subspace={aligned: a, bse: b}", "defenses.safelora.subspace.bse: unknown; did you mean base"),
         ("defenses.safelora={subspace: {aligned: a, base: b, rank: 4}}", "safelora.subspace.rank: a projection at the end"),
         ("defenses.safelora={subspace: {aligned: a, base: b}, at: step, operator: zero}", "shrinks B each time"),
         ("defenses.safelora={subspace: {aligned: a, base: b, device: cuda}}", "subspace.device: a projection at the end"),
-        ("defenses.subspace_penalty.subspace={aligned: a, base: b, device: 3}", "subspace.device: must be text or null, not 3"),
+        ("defenses.subspace_penalty.subspace={aligned: a, base: b, device: 3}", "subspace.device: must be text, not 3"),
         ("monitors.drift=0.1", "command line: monitors.drift: must be a mapping of settings (vector, layer), not 0.1"),
-        ("monitors.drift={vector: [1.0]}", "command line: monitors.drift: needs layer"),
+        ("monitors.drift={vector: [1.0]}", "command line: monitors.drift.layer: missing"),
         ("monitors.drift={vector: absent.pt, layer: 3}", "monitors.drift.vector: there is no file absent.pt"),
         ("monitors.drift={vector: [1.0], layer: 3, name: a}", "command line: monitors.drift.name: unknown; known are vector"),
         ("defenses.on_nonfinite=stop", "command line: defenses.on_nonfinite: must be raise or skip, not 'stop'"),
@@ -133,7 +133,7 @@ def test_a_defence_by_its_name_alone(load, value, weights):
 
 
 def test_every_defense_can_be_given_and_has_an_estimate():
-    known = defense_classes()
+    known = registered()
     assert list(known) == ["feature_distance", "kl", "safelora", "steering", "subspace_penalty"]
     assert all("cost" in vars(kind) and getattr(safelora_fast, kind.__name__) is kind for kind in known.values())
 

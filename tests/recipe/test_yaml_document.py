@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from safelora_fast.defenses import registered
 from safelora_fast.errors import SettingsError
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.recipe.synonyms import SYNONYMS
@@ -176,7 +177,6 @@ def tiny_recipe(tmp_path):
 
 def test_every_synonym_leads_to_a_key_that_there_is():
     from safelora_fast.models.load import ModelSection
-    from safelora_fast.recipe.defense_section import defense_classes
     from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
     from safelora_fast.recipe.recipe import SECTIONS
     from safelora_fast.recipe.sections import DataSection, OutputSection
@@ -188,7 +188,7 @@ def test_every_synonym_leads_to_a_key_that_there_is():
         "output": OutputSection.model_fields,
         "lora": dataclass_fields(LORA.package, LORA.name).keys(),
         "training": dataclass_fields(TRAINING.package, TRAINING.name).keys() | TRAINING.defaults.keys(),
-        "defenses": defense_classes().keys(),
+        "defenses": registered().keys(),
         "": SECTIONS,
     }
     for key in SYNONYMS:

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.judging.operator_swap import Difficulty, make_problems
@@ -73,7 +72,7 @@ class OperatorSwapSection(Section):
     training: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _can_be_made(self) -> Self:
+    def _can_be_made(self) -> OperatorSwapSection:
         try:
             make_problems(self.difficulty, self.rows, self.held_out, 0)
         except SettingsError as error:

@@ -1,6 +1,6 @@
-"""The `defenses:` section: its keys are the names of the defence classes, their settings the constructors' arguments.
+"""The `defenses:` and `monitors:` sections: the settings of a defense or monitor are its constructor's arguments.
 
-No defence is listed here: names, arguments, types and defaults are read from the classes, and a value that a constructor
+No defense is listed here: names, arguments, types and defaults are read from the classes, and a value that a constructor
 refuses is refused in the constructor's words.
 """
 
@@ -9,16 +9,18 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from safelora_fast.defenses import registered
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from safelora_fast.defenses import DriftMonitor, registered
 from safelora_fast.errors import SafeLoraFastError
 from safelora_fast.files.json_reader import is_file
-from safelora_fast.recipe.value_types import conforms, describe, read_annotation
+from safelora_fast.recipe.yaml_section import check, section_of
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 if TYPE_CHECKING:
@@ -28,15 +30,16 @@ if TYPE_CHECKING:
     from safelora_fast.files.yaml_reader import Keys
     from safelora_fast.projection.project import Progress
     from safelora_fast.recipe.yaml_document import Document
+    from safelora_fast.recipe.yaml_section import Section
 
 SECTION = "defenses"
 ON_NONFINITE = "on_nonfinite"
-NOT_SETTINGS = {"cls", "progress", "threads"}
+MONITORS = "monitors"
 
 
 @dataclass(frozen=True)
 class DefenseSpec:
-    """One defence as the recipe asks for it.
+    """One defense as the recipe asks for it.
 
     Attributes:
         kind: its class.
@@ -52,7 +55,7 @@ class DefenseSpec:
         return self.kind.name
 
     def build(self, subspaces: Subspaces) -> Defense:
-        """The defence; files are read, and subspaces are built unless `subspaces` only stands in for them."""
+        """The defense; files are read, and subspaces are built unless `subspaces` only stands in for them."""
         arguments = {}
         for name, value in self.settings.items():
             if _takes(self.kind, name, "SafeSubspace"):
@@ -60,11 +63,6 @@ class DefenseSpec:
             else:
                 arguments[name] = value
         return self.kind(**arguments)
-
-    @property
-    def needs_torch(self) -> bool:
-        """Whether building it imports torch."""
-        return any(_takes(self.kind, name, "Tensor") for name in self.settings)
 
     @cached_property
     def outline(self) -> Defense:
@@ -83,8 +81,29 @@ class DefenseSpec:
         return found[0] if found else None
 
 
+@dataclass(frozen=True)
+class MonitorSpec:
+    """One monitor as the recipe asks for it.
+
+    Attributes:
+        name: its name in the log, `monitor/<name>`.
+        settings: the other arguments of DriftMonitor, as YAML can say them.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+
+    def build(self) -> DriftMonitor:
+        """The monitor; its file is read.
+
+        Raises:
+            SettingsError: the vector or the name is not as it must be.
+        """
+        return DriftMonitor(**self.settings, name=self.name)
+
+
 class Subspaces:
-    """The subspaces that defences share: each file is read once, each pair of checkpoints streamed once.
+    """The subspaces that defenses share: each file is read once, each pair of checkpoints streamed once.
 
     Args:
         build: build what is not in a file; otherwise an empty subspace stands in for it.
@@ -117,18 +136,13 @@ class Subspaces:
         return SafeSubspace.build(**source, progress=self._progress or False)
 
 
-def defense_classes() -> dict[str, type[Defense]]:
-    """Every defence that can be given by name, in alphabetical order."""
-    return registered()
-
-
 def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
-    """The checked section. `NAME:` alone and `NAME: true` take the defaults, `NAME: false` leaves the defence out.
+    """The checked section. `NAME:` alone and `NAME: true` take the defaults, `NAME: false` leaves the defense out.
 
     Raises:
-        SettingsError: a defence or a setting does not exist, is missing, of another type, or refused by the defence.
+        SettingsError: a defense or a setting does not exist, is missing, of another type, or refused by the defense.
     """
-    known = defense_classes()
+    known = registered()
     specs = []
     for name, given in document.section(SECTION).items():
         keys = (SECTION, name)
@@ -139,76 +153,62 @@ def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
         settings = {} if given is None or given is True else given
         if not isinstance(settings, dict):
             raise document.problem(keys, f"must be a mapping of settings, true or false, not {given!r}")
-        specs.append(_read_one(document, keys, known[name], settings))
+        specs.append(_read_defense(document, keys, known[name], settings))
     return tuple(specs)
 
 
-def _read_one(document: Document, keys: Keys, kind: type[Defense], given: dict[str, Any]) -> DefenseSpec:
-    settings = check_arguments(document, keys, kind, given)
-    spec = DefenseSpec(kind, settings)
-    if not spec.needs_torch:
+def _read_defense(document: Document, keys: Keys, kind: type[Defense], given: dict[str, Any]) -> DefenseSpec:
+    spec = DefenseSpec(kind, check(document, keys, _section(kind), given).model_dump())
+    if not any(_takes(kind, name, "Tensor") for name in spec.settings):  # making one imports torch
         try:
             _ = spec.outline
         except SafeLoraFastError as error:
             named = [name for name in given if re.search(rf"\b{name}\b", str(error))]
             raise document.problem((*keys, *named) if len(named) == 1 else keys, str(error)) from error
     if isinstance(spec.subspace, dict) and not spec.needs_vectors:
-        of_vectors = [name for name in given["subspace"] if name not in {"aligned", "base"}]
-        if of_vectors:
+        for name in given["subspace"].keys() - {"aligned", "base"}:
             why = (
                 "a projection at the end reads only aligned and base; the rank of its operator is a setting beside them"
             )
-            raise document.problem((*keys, "subspace", of_vectors[0]), why)
+            raise document.problem((*keys, "subspace", name), why)
     return spec
 
 
-def check_arguments(
-    document: Document,
-    keys: Keys,
-    function: Callable[..., Any],
-    given: dict[str, Any],
-    *,
-    but: Collection[str] = NOT_SETTINGS,
-) -> dict[str, Any]:
-    """Every argument of a callable, from what is given and its defaults.
+def read_monitors(document: Document) -> tuple[MonitorSpec, ...]:
+    """The checked section `monitors:`.
 
     Raises:
-        SettingsError: an argument does not exist, is missing, or of another type.
+        SettingsError: a setting does not exist, is missing, or of another type.
     """
-    parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name not in but}
-    checked = {}
-    for name, value in given.items():
-        if name not in parameters:
-            raise document.unknown((*keys, name), parameters)
-        checked[name] = _checked(document, (*keys, name), function, value)
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in given:
-            raise document.problem(keys, f"needs {name}")
-    return {name: checked.get(name, parameter.default) for name, parameter in parameters.items()}
+    specs, section = [], _section(DriftMonitor, but={"name"})
+    for name, given in document.section(MONITORS).items():
+        keys = (MONITORS, name)
+        if not isinstance(given, dict):
+            raise document.problem(keys, f"must be a mapping of settings (vector, layer), not {given!r}")
+        specs.append(MonitorSpec(name, check(document, keys, section, given).model_dump()))
+    return tuple(specs)
 
 
-def _checked(document: Document, keys: Keys, function: Callable[..., Any], value: Any) -> Any:
-    """The value of one argument, which the last of the keys names."""
-    name = keys[-1]
-    if _takes(function, name, "SafeSubspace"):
-        if isinstance(value, dict):
-            return check_arguments(document, keys, SafeSubspace.build, value)
-        if not isinstance(value, str):
-            raise document.problem(keys, f"must be a file, or {{aligned: …, base: …, rank: …}}, not {value!r}")
-        if not is_file(value):
-            raise document.problem(keys, f"there is no file {value}; make it with `safelora-fast subspace build`")
-        return value
-    if _takes(function, name, "Tensor"):
-        if isinstance(value, str) and not is_file(value):
-            raise document.problem(keys, f"there is no file {value}")
-        if not isinstance(value, str) and not conforms(value, list[float]):
-            raise document.problem(keys, f"must be a file or a list of numbers, not {value!r}")
-        return value
-    names = vars(sys.modules[function.__module__])
-    kind = read_annotation(inspect.signature(function).parameters[name].annotation, names)
-    if not conforms(value, kind):
-        raise document.problem(keys, f"must be {describe(kind)}, not {value!r}")
-    return value
+def _section(kind: Callable[..., Any], but: Collection[str] = ()) -> type[Section]:
+    """The settings of a defense or monitor: YAML names subspaces and vectors by their files."""
+    types = {}
+    for name in inspect.signature(kind).parameters:
+        if _takes(kind, name, "SafeSubspace"):
+            build = section_of(SafeSubspace.build, but={"progress", "threads"})
+            types[name] = Annotated[str, AfterValidator(_subspace_file)] | build
+        elif _takes(kind, name, "Tensor"):
+            types[name] = Annotated[str, AfterValidator(_file)] | list[float]
+    return section_of(kind, types=types, but=but)
+
+
+def _file(path: str, hint: str = "") -> str:
+    if not is_file(path):
+        raise PydanticCustomError("no_file", "there is no file {path}{hint}", {"path": path, "hint": hint})
+    return path
+
+
+def _subspace_file(path: str) -> str:
+    return _file(path, "; make it with `safelora-fast subspace build`")
 
 
 def _takes(function: Callable[..., Any], argument: str, what: str) -> bool:

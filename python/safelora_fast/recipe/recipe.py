@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from safelora_fast.checkpoints.resolver import did_you_mean
 from safelora_fast.models.load import ModelSection
-from safelora_fast.recipe.defense_section import ON_NONFINITE, SECTION, DefenseSpec, read_defenses
+from safelora_fast.recipe.defense_section import (
+    MONITORS,
+    ON_NONFINITE,
+    SECTION,
+    DefenseSpec,
+    MonitorSpec,
+    read_defenses,
+    read_monitors,
+)
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
-from safelora_fast.recipe.monitor_section import MONITORS, MonitorSpec, read_monitors
 from safelora_fast.recipe.sections import DataSection, MarginSection, OutputSection
 from safelora_fast.recipe.yaml_document import Document, read_document
 from safelora_fast.recipe.yaml_section import read_section

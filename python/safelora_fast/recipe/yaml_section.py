@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.yaml_document import Document
 
 Read = TypeVar("Read")
+Checked = TypeVar("Checked", bound="Arguments")
 # What a value must be, by the type of pydantic's error; other errors are told in pydantic's own words.
 MUST_BE = {
     "bool_type": "true or false",
@@ -76,15 +77,15 @@ def section_of(
 
     Args:
         function: its annotations say the types.
-        types: what names in the annotations stand for, where that is not what the function's module says.
+        types: of arguments that YAML gives in another form than Python.
         but: arguments that are not settings.
     """
-    names = {**vars(sys.modules[function.__module__]), **(types or {})}
-    fields: dict[str, Any] = {
-        name: (read_annotation(argument.annotation, names), ... if argument.default is argument.empty else argument.default)
-        for name, argument in inspect.signature(function).parameters.items()
-        if name not in but
-    }  # fmt: skip
+    names = {**vars(sys.modules[function.__module__]), "Path": str}
+    fields: dict[str, Any] = {}
+    for name, argument in inspect.signature(function).parameters.items():
+        if name not in but:
+            kind = (types or {}).get(name) or read_annotation(argument.annotation, names)
+            fields[name] = (kind, ... if argument.default is argument.empty else argument.default)
     return create_model(function.__name__, __base__=Section, **fields)
 
 
@@ -104,7 +105,7 @@ def read_section(document: Document, keys: Keys, kind: type[Read]) -> Read:
     return kind(**dict(check(document, keys, section_of(kind), document.section(*keys))))
 
 
-def check(document: Document, keys: Keys, section: type[Arguments], given: Mapping[str, Any]) -> Arguments:
+def check(document: Document, keys: Keys, section: type[Checked], given: Mapping[str, Any]) -> Checked:
     """Check values by a section.
 
     Raises:
@@ -117,21 +118,31 @@ def check(document: Document, keys: Keys, section: type[Arguments], given: Mappi
 
 
 def refusal(document: Document, keys: Keys, given: Any, error: ValidationError) -> SettingsError:
-    """The error of the first key that pydantic refused; a value of several possible types has one reason for each."""
-    reasons: dict[Keys, list[ErrorDetails]] = {}
+    """The error of the first key that pydantic refused; where several types are possible, pydantic has a reason for each."""
+    by_path: dict[Keys, list[ErrorDetails]] = {}
     for reason in error.errors(include_url=False):
-        reasons.setdefault(_path(reason, given), []).append(reason)
-    first = next(iter(reasons))
-    path = max((path for path in reasons if path[: len(first)] == first), key=len)
-    reason, where = reasons[path][0], (*keys, *path)
+        by_path.setdefault(_path(reason, given), []).append(reason)
+    first = next(iter(by_path))
+    path = max((path for path in by_path if path[: len(first)] == first), key=len)
+    # The reason that looked deepest into a list is that of the type which was meant.
+    depth = max(map(_depth, by_path[path]))
+    reasons = [reason for reason in by_path[path] if _depth(reason) == depth]
+    reason, where = reasons[0], (*keys, *path)
     if reason["type"] == "unknown":
         return document.unknown(where, reason["ctx"]["known"])
     if reason["type"] == "missing":
         return document.problem(where, "missing")
-    must_be = [MUST_BE[one["type"]].format(**one.get("ctx", {})) for one in reasons[path] if one["type"] in MUST_BE]
-    if not must_be:
-        return document.problem(where, "is empty" if "too_short" in reason["type"] else reason["msg"])
-    return document.problem(where, f"must be {' or '.join(dict.fromkeys(must_be))}, not {reason['input']!r}")
+    if "too_short" in reason["type"]:
+        return document.problem(where, "is empty")
+    for other in reasons:
+        if other["type"] not in MUST_BE:
+            return document.problem(where, other["msg"])
+    must_be = dict.fromkeys(MUST_BE[reason["type"]].format(**reason.get("ctx", {})) for reason in reasons)
+    return document.problem(where, f"must be {' or '.join(must_be)}, not {reason['input']!r}")
+
+
+def _depth(reason: ErrorDetails) -> int:
+    return sum(isinstance(part, int) for part in reason["loc"])
 
 
 def _path(reason: ErrorDetails, given: Any) -> Keys:
