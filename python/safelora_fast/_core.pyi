@@ -10,6 +10,7 @@ __all__ = [
     "Factors",
     "Job",
     "JobOutcome",
+    "Operator",
     "Part",
     "ProjectionStream",
     "SafetensorsFile",
@@ -96,9 +97,9 @@ class Part:
 
 @final
 class Factors:
-    """The LoRA factors of one adapter for one module: dW = left @ right, left (m, r), right (r, n)."""
+    """The LoRA factors of one adapter for one module: dW = lora_b @ lora_a, lora_b (m, r), lora_a (r, n)."""
 
-    def __new__(cls, left: View, right: View) -> Factors: ...
+    def __new__(cls, lora_b: View, lora_a: View) -> Factors: ...
 
 @final
 class Job:
@@ -121,7 +122,7 @@ class FactorOutcome:
 
     With C = V V^T / ||V||_F (whatever the operator) `cosine` is the Frobenius cosine of C dW and dW. The other
     figures belong to the operator that was asked for, here O, before rounding: `gain` = ||O B||_F / ||B||_F,
-    `left_norm` = ||B||_F, `left_norm_projected` = ||O B||_F, `update_norm` = ||B A||_F, `update_norm_projected` = ||O
+    `lora_b_norm` = ||B||_F, `lora_b_norm_projected` = ||O B||_F, `update_norm` = ||B A||_F, `update_norm_projected` = ||O
     B A||_F (LoRA scale not applied). `cosine` and `gain` are NaN where B or A is zero; `cosine` is NaN too where V is
     zero or C dW is zero. Where V is zero every operator leaves B as it is.
     """
@@ -131,15 +132,15 @@ class FactorOutcome:
     @property
     def gain(self) -> float: ...
     @property
-    def left_norm(self) -> float: ...
+    def lora_b_norm(self) -> float: ...
     @property
-    def left_norm_projected(self) -> float: ...
+    def lora_b_norm_projected(self) -> float: ...
     @property
     def update_norm(self) -> float: ...
     @property
     def update_norm_projected(self) -> float: ...
     def projected(self) -> bytes:
-        """O·left, (m, r) row-major, in the stored dtype of `left`, rounded once to nearest even.
+        """O·B, (m, r) row-major, in the stored dtype of B, rounded once to nearest even.
 
         Raises ValueError when the stream was made with `keep_projected=False`, AdapterError when a value leaves the
         range of that dtype.
@@ -155,22 +156,36 @@ class JobOutcome:
         """||V||_F."""
     @property
     def rank(self) -> int | None:
-        """Rank kept by the orthogonal operator."""
+        """How many singular vectors of V the operator uses; None of an operator without any."""
     @property
     def energy(self) -> float | None:
-        """Share of ||V||_F^2 that the kept rank holds (orthogonal)."""
+        """Share of ||V||_F^2 that these vectors hold."""
     @property
     def spectral_norm(self) -> float | None:
-        """Largest singular value of V (spectral normalisation and orthogonal)."""
+        """Largest singular value of V (of operators that look for it)."""
     def left_vectors(self) -> bytes:
-        """U_k, what the orthogonal operator projects onto: `rank` orthonormal vectors of m float32 values each.
+        """U_k: `rank` orthonormal vectors of m float32 values each.
 
-        Raises ValueError unless the stream was made with `operator="orthogonal"` and `keep_subspace=True`.
+        Raises ValueError unless the operator uses them and the stream was made with `keep_subspace=True`.
         """
     def singular_values(self) -> list[float]:
         """The singular values of V that belong to them, descending. Raises ValueError as `left_vectors`."""
     @property
     def factors(self) -> list[FactorOutcome]: ...
+
+@final
+class Operator:
+    """What replaces B; docs/methods.md has the formulas, and projection/operators.py the names that users give them."""
+
+    @staticmethod
+    def frobenius() -> Operator: ...
+    @staticmethod
+    def spectral() -> Operator: ...
+    @staticmethod
+    def orthogonal(*, rank: int | None = None, energy: float | None = None) -> Operator:
+        """Raises SettingsError unless exactly one is given: a rank of at least 1, or a share above 0 and up to 1."""
+    @staticmethod
+    def zero() -> Operator: ...
 
 @final
 class ProjectionStream(Iterator[JobOutcome]):
@@ -187,11 +202,8 @@ class ProjectionStream(Iterator[JobOutcome]):
     def __new__(
         cls,
         jobs: Sequence[Job],
+        operator: Operator,
         *,
-        operator: Literal["safelora", "orthogonal", "zero"] = "safelora",
-        normalize: Literal["frobenius", "spectral"] = "frobenius",
-        rank: int | None = None,
-        energy: float | None = None,
         keep_projected: bool = True,
         keep_subspace: bool = False,
         threads: int | None = None,
@@ -209,19 +221,19 @@ class ProjectionStream(Iterator[JobOutcome]):
 def subspace_projection(
     aligned: tuple[int, str, int, int, int],
     base: tuple[int, str, int, int, int],
-    left: tuple[int, str, int, int, int, int],
+    lora_b: tuple[int, str, int, int, int, int],
     output: tuple[int, str, int, int, int, int],
     *,
     normalize: Literal["frobenius", "spectral"] = "frobenius",
     transposed: bool = False,
     threads: int | None = None,
 ) -> float:
-    """Write C·left to `output` and return ||V||_F, on matrices in memory that the caller keeps alive.
+    """Write C·lora_b to `output` and return ||V||_F, on matrices in memory that the caller keeps alive.
 
-    Zeros are written where V is zero. `output` may be `left` itself. Raises ValueError when shapes, strides or dtypes
+    Zeros are written where V is zero. `output` may be `lora_b` itself. Raises ValueError when shapes, strides or dtypes
     do not fit, a value is NaN or infinite, or the result leaves the range of its dtype.
 
-    A weight is (address, dtype, rows, cols, row_stride); left and output are (address, dtype, rows, cols, row_stride,
+    A weight is (address, dtype, rows, cols, row_stride); lora_b and output are (address, dtype, rows, cols, row_stride,
     col_stride); strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16").
     """
 

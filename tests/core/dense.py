@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safelora_fast import _core
+from safelora_fast.projection.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +101,13 @@ def truth(v: Array, left: Array, right: Array, operator: Array | None = None) ->
     )
 
 
+def start(jobs: list[_core.Job], **options: Any) -> _core.ProjectionStream:
+    """A stream of jobs; options are settings of a projection and arguments of the stream."""
+    names = ("operator", "normalize", "rank", "energy")
+    settings = Settings(**{name: options.pop(name) for name in names if name in options})
+    return _core.ProjectionStream(jobs, settings.described_operator.in_rust(vars(settings)), **options)
+
+
 @dataclass
 class Module:
     """A module on disk and its values as stored."""
@@ -111,7 +119,7 @@ class Module:
 
     def run(self, **options: Any) -> _core.JobOutcome:
         """The outcome of this module alone."""
-        stream = _core.ProjectionStream([self.job], **options)
+        stream = start([self.job], **options)
         outcomes = list(stream)
         stream.close()
         assert [outcome.index for outcome in outcomes] == [0]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from dense import start
 from safetensors.numpy import load_file, save_file
 
 from safelora_fast import _core
@@ -60,7 +61,7 @@ def test_a_view_keeps_its_file_open(tmp_path: Path) -> None:
     view = _core.View(_core.SafetensorsFile(str(path)), "a", rows=2, cols=3, row_stride=3)
     path.unlink()
     part = _core.Part(view, view)
-    (outcome,) = _core.ProjectionStream([_core.Job("m", [part], [])])
+    (outcome,) = start([_core.Job("m", [part], [])])
     assert outcome.v_norm == 0
     assert "2x3" in repr(view)
     assert "2x3" in repr(part)

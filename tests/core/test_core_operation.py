@@ -46,7 +46,7 @@ class Block:
 def blocks(rng: np.random.Generator, m: int = 60, n: int = 90, r: int = 5, **options: Any) -> list[Block]:
     base = rng.standard_normal((m, n))
     aligned = base + 0.05 * rng.standard_normal((m, n))
-    left = rng.standard_normal((m, r))
+    lora_b = rng.standard_normal((m, r))
     dtypes = options.get("dtypes", ("F32", "F32", "F32", "F32"))
     order, pad = options.get("order", "C"), options.get("pad", 0)
     if options.get("transposed"):
@@ -54,7 +54,7 @@ def blocks(rng: np.random.Generator, m: int = 60, n: int = 90, r: int = 5, **opt
     return [
         Block(aligned, dtypes[0], pad=pad),
         Block(base, dtypes[1], pad=pad),
-        Block(left, dtypes[2], order=order, pad=pad),
+        Block(lora_b, dtypes[2], order=order, pad=pad),
         Block(np.full((m, r), np.nan), dtypes[3], order=order, pad=pad),
     ]
 
@@ -65,49 +65,49 @@ def blocks(rng: np.random.Generator, m: int = 60, n: int = 90, r: int = 5, **opt
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("normalize", ["frobenius", "spectral"])
 def test_projection_in_memory(dtypes: tuple[str, ...], order: str, pad: int, transposed: bool, normalize: str) -> None:
-    a, b, left, output = blocks(np.random.default_rng(1), dtypes=dtypes, order=order, pad=pad, transposed=transposed)
+    a, b, lora_b, output = blocks(np.random.default_rng(1), dtypes=dtypes, order=order, pad=pad, transposed=transposed)
     v = (a.values.astype(np.float32) - b.values.astype(np.float32)).astype(np.float64)
     v = v.T if transposed else v
     norm = _core.subspace_projection(
-        a.weight, b.weight, left.factor, output.factor, normalize=normalize, transposed=transposed
+        a.weight, b.weight, lora_b.factor, output.factor, normalize=normalize, transposed=transposed
     )
     operator = paper_operator(v) if normalize == "frobenius" else v @ v.T / np.linalg.norm(v, 2) ** 2
-    expected = operator @ left.values
+    expected = operator @ lora_b.values
     assert norm == pytest.approx(np.linalg.norm(v), rel=1e-6)
     error = np.linalg.norm(output.values - rounded(expected, output.dtype))
     assert error <= (1e-5 + {"F32": 0, "F16": 2.0**-11, "BF16": 2.0**-8}[output.dtype]) * np.linalg.norm(expected)
 
 
-def test_output_may_be_left_itself() -> None:
-    a, b, left, output = blocks(np.random.default_rng(2))
-    _core.subspace_projection(a.weight, b.weight, left.factor, output.factor)
-    _core.subspace_projection(a.weight, b.weight, left.factor, left.factor)
-    assert left.memory.tobytes() == output.memory.tobytes()
+def test_output_may_be_lora_b_itself() -> None:
+    a, b, lora_b, output = blocks(np.random.default_rng(2))
+    _core.subspace_projection(a.weight, b.weight, lora_b.factor, output.factor)
+    _core.subspace_projection(a.weight, b.weight, lora_b.factor, lora_b.factor)
+    assert lora_b.memory.tobytes() == output.memory.tobytes()
 
 
 def test_equal_weights_give_zero() -> None:
-    a, _, left, output = blocks(np.random.default_rng(3))
-    assert _core.subspace_projection(a.weight, a.weight, left.factor, output.factor) == 0
+    a, _, lora_b, output = blocks(np.random.default_rng(3))
+    assert _core.subspace_projection(a.weight, a.weight, lora_b.factor, output.factor) == 0
     assert not output.values.any()
 
 
 def test_thread_count_does_not_change_a_bit() -> None:
-    a, b, left, output = blocks(np.random.default_rng(4), m=150, n=300)
+    a, b, lora_b, output = blocks(np.random.default_rng(4), m=150, n=300)
     results = []
     for threads in (1, 2, 3, 7):
-        _core.subspace_projection(a.weight, b.weight, left.factor, output.factor, threads=threads)
+        _core.subspace_projection(a.weight, b.weight, lora_b.factor, output.factor, threads=threads)
         results.append(output.memory.tobytes())
     assert len(set(results)) == 1
 
 
 def test_bad_specifications_are_refused() -> None:
-    a, b, left, output = blocks(np.random.default_rng(5))
+    a, b, lora_b, output = blocks(np.random.default_rng(5))
     address = output.memory.ctypes.data
 
     def run(
         aligned: Any = a.weight,
         base: Any = b.weight,
-        given: Any = left.factor,
+        given: Any = lora_b.factor,
         target: Any = output.factor,
         **options: Any,
     ) -> float:
@@ -121,16 +121,16 @@ def test_bad_specifications_are_refused() -> None:
         run((*a.weight[:4], 3))
     with pytest.raises(ValueError, match="aligned is 60x90 but base is 60x80"):
         run(base=(*b.weight[:3], 80, 90))
-    with pytest.raises(ValueError, match="left is 60x5 but output is 60x4"):
+    with pytest.raises(ValueError, match="lora_b is 60x5 but output is 60x4"):
         run(target=(address, "F32", 60, 4, 5, 1))
-    with pytest.raises(ValueError, match="left has 60 rows but V has 90"):
+    with pytest.raises(ValueError, match="lora_b has 60 rows but V has 90"):
         run(transposed=True)
     with pytest.raises(ValueError, match="elements of output share memory"):
         run(target=(address, "F32", 60, 5, 1, 1))
     with pytest.raises(ValueError, match="output shares memory with a weight"):
         run(target=(a.weight[0], "F32", 60, 5, 5, 1))
     with pytest.raises(ValueError, match="is no 9223372036854775807x5 matrix"):
-        run(given=(left.factor[0], "F32", 2**63 - 1, 5, 5, 1))
+        run(given=(lora_b.factor[0], "F32", 2**63 - 1, 5, 5, 1))
     assert np.isnan(output.values).all()
 
 
@@ -139,21 +139,21 @@ def test_nan_is_refused(which: int) -> None:
     given = blocks(np.random.default_rng(6))
     given[which].memory.view(np.float32)[7] = np.nan
     with pytest.raises(
-        ValueError, match="left holds NaN at row 1, column 2" if which == 2 else "holds NaN or infinity"
+        ValueError, match="lora_b holds NaN at row 1, column 2" if which == 2 else "holds NaN or infinity"
     ):
         _core.subspace_projection(given[0].weight, given[1].weight, given[2].factor, given[3].factor)
 
 
 def test_a_forked_child_makes_threads_of_its_own() -> None:
-    a, b, left, output = blocks(np.random.default_rng(7))
-    _core.subspace_projection(a.weight, b.weight, left.factor, output.factor, threads=2)
+    a, b, lora_b, output = blocks(np.random.default_rng(7))
+    _core.subspace_projection(a.weight, b.weight, lora_b.factor, output.factor, threads=2)
     expected = output.memory.tobytes()
     child = os.fork()
     if child == 0:
         code = 1
         try:
             output.memory[:] = 0
-            _core.subspace_projection(a.weight, b.weight, left.factor, output.factor, threads=2)
+            _core.subspace_projection(a.weight, b.weight, lora_b.factor, output.factor, threads=2)
             code = 0 if output.memory.tobytes() == expected else 2
         finally:
             os._exit(code)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from dense import Module, module, paper_operator, rounded, truth, whole, write
+from dense import Module, module, paper_operator, rounded, start, truth, whole, write
 
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError
@@ -25,8 +25,8 @@ def assert_close(outcome: _core.JobOutcome, given: Module, operator: np.ndarray 
         expected = truth(given.v, left, right, operator)
         assert factors.cosine == pytest.approx(expected.cosine, abs=1e-6)
         assert factors.gain == pytest.approx(expected.gain, rel=tolerance)
-        assert factors.left_norm == pytest.approx(expected.left_norm, rel=1e-12)
-        assert factors.left_norm_projected == pytest.approx(np.linalg.norm(expected.projected), rel=tolerance)
+        assert factors.lora_b_norm == pytest.approx(expected.left_norm, rel=1e-12)
+        assert factors.lora_b_norm_projected == pytest.approx(np.linalg.norm(expected.projected), rel=tolerance)
         assert factors.update_norm == pytest.approx(expected.update_norm, rel=1e-12)
         assert factors.update_norm_projected == pytest.approx(expected.update_norm_projected, rel=tolerance)
         found = given.projected(outcome, adapter)
@@ -58,7 +58,7 @@ def test_shapes_and_orientation(tmp_path: Path, shape: tuple[int, int], transpos
     else:
         (factors,), ((left, right),) = outcome.factors, given.adapters
         assert factors.cosine == pytest.approx(truth(given.v, left, right).cosine, abs=1e-6)
-        assert (factors.gain, factors.left_norm_projected, factors.update_norm_projected) == (0, 0, 0)
+        assert (factors.gain, factors.lora_b_norm_projected, factors.update_norm_projected) == (0, 0, 0)
         assert not given.projected(outcome).any()
 
 
@@ -96,7 +96,7 @@ def test_an_adapter_alone_and_among_others_gives_the_same_bytes(tmp_path: Path, 
     for index in range(3):
         file = _core.SafetensorsFile(str(tmp_path / "together" / f"adapter{index}.safetensors"))
         job = _core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])
-        (alone,) = _core.ProjectionStream([job], **options)
+        (alone,) = start([job], **options)
         assert alone.factors[0].projected() == outcome.factors[index].projected()
         assert alone.factors[0].cosine == outcome.factors[index].cosine
         assert alone.rank == outcome.rank
@@ -143,7 +143,7 @@ def test_factors_are_read_through_strides(tmp_path: Path) -> None:
         _core.View(file, "wide", offset=1, rows=5, cols=130, row_stride=260, col_stride=2),
     )
     job = _core.Job("layer", [_core.Part(whole(files[0], "part0"), whole(files[1], "part0"))], [factors])
-    (found,) = _core.ProjectionStream([job])
+    (found,) = start([job])
     assert found.factors[0].projected() == given.run().factors[0].projected()
     assert found.factors[0].cosine == given.run().factors[0].cosine
 
@@ -261,7 +261,7 @@ def test_the_kept_subspace_is_that_of_the_svd(
         {"B": ("F32", rng.standard_normal((shape[0], 4))), "A": ("F32", rng.standard_normal((4, shape[1])))},
     )
     job = _core.Job("layer", parts, [_core.Factors(whole(file, "B"), whole(file, "A"))], transposed=transposed)
-    _, among = _core.ProjectionStream([beside.job, job], operator="orthogonal", keep_subspace=True, **options)
+    _, among = start([beside.job, job], operator="orthogonal", keep_subspace=True, **options)
     assert among.left_vectors() == outcome.left_vectors()
 
 
@@ -294,7 +294,7 @@ def test_seed_and_name_decide_the_random_start(tmp_path: Path) -> None:
     other = module(tmp_path / "b", rng, name="other")
     options = {"operator": "orthogonal", "rank": 3}
     alone = given.run(**options)
-    _, among = _core.ProjectionStream([other.job, given.job], **options)
+    _, among = start([other.job, given.job], **options)
     assert among.factors[0].projected() == alone.factors[0].projected()
     # In the last digits the start shows, because the iteration stops when the vectors are good enough.
     assert given.run(seed=1, **options).factors[0].projected() != alone.factors[0].projected()
@@ -312,7 +312,7 @@ def test_zero_v_leaves_the_adapter_alone(tmp_path: Path, options: dict, transpos
     (factors,), ((left, _),) = outcome.factors, given.adapters
     assert outcome.v_norm == 0
     assert math.isnan(factors.cosine)
-    assert (factors.gain, factors.left_norm_projected) == (1, factors.left_norm)
+    assert (factors.gain, factors.lora_b_norm_projected) == (1, factors.lora_b_norm)
     assert np.array_equal(given.projected(outcome), left)
     assert outcome.rank == (0 if "energy" in options else None)
 
@@ -325,9 +325,7 @@ def test_zero_factors_have_no_cosine(tmp_path: Path, zero: str) -> None:
     file = write(tmp_path / "zero.safetensors", factors)
     files = [_core.SafetensorsFile(str(tmp_path / f"{side}.safetensors")) for side in ("aligned", "base")]
     part = _core.Part(whole(files[0], "part0"), whole(files[1], "part0"))
-    (outcome,) = _core.ProjectionStream(
-        [_core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])]
-    )
+    (outcome,) = start([_core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])])
     assert math.isnan(outcome.factors[0].cosine)
     assert math.isnan(outcome.factors[0].gain)
     assert outcome.factors[0].update_norm == 0
@@ -360,7 +358,7 @@ def test_a_result_beyond_float16_is_named_when_it_is_asked_for(tmp_path: Path) -
     given = module(tmp_path, rng, v=1e5 * rng.standard_normal((70, 130)), dtype="F16")
     outcome = given.run()
     expected = paper_operator(given.v) @ given.adapters[0][0]
-    assert outcome.factors[0].left_norm_projected == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+    assert outcome.factors[0].lora_b_norm_projected == pytest.approx(np.linalg.norm(expected), rel=1e-5)
     with pytest.raises(AdapterError, match=r'tensor "B".*beyond the range of F16') as caught:
         outcome.factors[0].projected()
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dense import module
+from dense import module, start
 
 from safelora_fast import _core
 from safelora_fast.errors import CheckpointError, SettingsError
@@ -21,7 +21,7 @@ from safelora_fast.errors import CheckpointError, SettingsError
 def test_outcomes_come_in_the_order_of_the_jobs(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     modules = [module(tmp_path / str(i), rng, shape=(20 + 7 * i, 50), name=f"layer{i}") for i in range(12)]
-    stream = _core.ProjectionStream([given.job for given in modules], threads=2)
+    stream = start([given.job for given in modules], threads=2)
     for index, (outcome, given) in enumerate(zip(stream, modules, strict=True)):
         assert outcome.index == index
         assert outcome.v_norm == pytest.approx(np.linalg.norm(given.v), rel=1e-6)
@@ -30,12 +30,12 @@ def test_outcomes_come_in_the_order_of_the_jobs(tmp_path: Path) -> None:
 
 
 def test_a_stream_without_jobs_is_empty() -> None:
-    assert list(_core.ProjectionStream([])) == []
+    assert list(start([])) == []
 
 
 def test_closing_early_ends_the_iteration(tmp_path: Path) -> None:
     given = module(tmp_path, np.random.default_rng(2))
-    stream = _core.ProjectionStream([given.job] * 200)
+    stream = start([given.job] * 200)
     next(stream)
     stream.close()
     stream.close()
@@ -54,7 +54,7 @@ def stream_threads() -> list[str]:
 
 def test_dropping_a_stream_ends_its_threads(tmp_path: Path) -> None:
     given = module(tmp_path, np.random.default_rng(3))
-    stream = _core.ProjectionStream([given.job] * 50, threads=3)
+    stream = start([given.job] * 50, threads=3)
     next(stream)
     assert "safelora-fast-s" in stream_threads()
     del stream
@@ -70,7 +70,7 @@ def test_an_error_ends_the_stream_after_the_jobs_before_it(tmp_path: Path) -> No
     content = bytearray(path.read_bytes())
     content[-4:] = np.float32(np.nan).tobytes()
     path.write_bytes(content)
-    stream = _core.ProjectionStream([good.job, good.job, bad.job, good.job])
+    stream = start([good.job, good.job, bad.job, good.job])
     assert [next(stream).index, next(stream).index] == [0, 1]
     with pytest.raises(CheckpointError, match='part0" holds NaN at row 69, column 129'):
         next(stream)
@@ -79,7 +79,7 @@ def test_an_error_ends_the_stream_after_the_jobs_before_it(tmp_path: Path) -> No
 
 def test_a_forked_child_does_not_touch_the_stream_of_its_parent(tmp_path: Path) -> None:
     given = module(tmp_path, np.random.default_rng(5))
-    stream = _core.ProjectionStream([given.job] * 20)
+    stream = start([given.job] * 20)
     next(stream)
     child = os.fork()
     if child == 0:
@@ -89,7 +89,7 @@ def test_a_forked_child_does_not_touch_the_stream_of_its_parent(tmp_path: Path) 
                 next(stream)
             stream.close()
             del stream
-            (outcome,) = _core.ProjectionStream([given.job], threads=2)
+            (outcome,) = start([given.job], threads=2)
             code = 0 if outcome.factors[0].projected() else 2
         finally:
             os._exit(code)
@@ -110,7 +110,7 @@ def test_interrupt_works_at_once_and_leaves_no_thread_behind(tmp_path: Path) -> 
 
         part = _core.Part(whole("aligned", "part0"), whole("base", "part0"))
         factors = _core.Factors(whole("adapter0", "B"), whole("adapter0", "A"))
-        stream = _core.ProjectionStream([_core.Job("layer", [part], [factors])] * 10000)
+        stream = _core.ProjectionStream([_core.Job("layer", [part], [factors])] * 10000, _core.Operator.frobenius())
         print("started", flush=True)
         try:
             for outcome in stream:
@@ -138,7 +138,7 @@ def test_threads_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert _core.default_threads() == 3
     monkeypatch.setenv("SAFELORA_FAST_NUM_THREADS", "many")
     with pytest.raises(SettingsError, match='SAFELORA_FAST_NUM_THREADS is "many"; use a whole number'):
-        _core.ProjectionStream([])
+        start([])
 
 
 def test_the_level_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,9 +96,9 @@ def test_more_kinds_than_colours_are_told_apart(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "SafeLoRA's C"),
+        ({}, "Gain of SafeLoRA"),
         ({"normalize": "spectral"}, "spectral"),
-        ({"operator": "orthogonal", "rank": 8}, "orthogonal projection (rank 8)"),
+        ({"operator": "orthogonal", "rank": 8}, "the orthogonal projection (rank 8)"),
         ({"operator": "orthogonal", "energy": 0.9}, "orthogonal projection (energy 0.9)"),
         ({"operator": "zero"}, "zero control"),
     ],

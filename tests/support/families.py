@@ -206,14 +206,14 @@ class Projected:
     norms: dict[str, float]
 
 
-def project(adapters: list[Path], aligned: Path, base: Path, output: Path, **options: Any) -> list[Projected]:
+def project(adapters: list[Path], aligned: Path, base: Path, output: Path) -> list[Projected]:
     """Plan, stream, and write every projected block where its target says."""
     loaded = [load_adapter(adapter) for adapter in adapters]
     plan = plan_projection(loaded, open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base"))
     tensors = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
     cosines: list[dict[str, float]] = [{} for _ in adapters]
     norms: list[dict[str, float]] = [{} for _ in adapters]
-    stream = _core.ProjectionStream([module.job for module in plan.modules], threads=2, **options)
+    stream = _core.ProjectionStream([module.job for module in plan.modules], _core.Operator.frobenius(), threads=2)
     for module, outcome in zip(plan.modules, stream, strict=True):
         for target, factors in zip(module.targets, outcome.factors, strict=True):
             tensor = tensors[target.adapter][target.key]

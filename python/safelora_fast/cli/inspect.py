@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,18 +14,12 @@ if TYPE_CHECKING:
     from safelora_fast.projection.report import AdapterReport
 
 
+@options.with_settings
 def inspect(
     adapters: options.Adapters,
     aligned: options.Aligned,
     base: options.Base,
-    operator: options.Operator = "safelora",
-    normalize: options.Normalize = None,
-    rank: options.Rank = None,
-    energy: options.Energy = None,
-    select: options.Select = "threshold",
-    threshold: options.Threshold = None,
-    num_layers: options.NumLayers = None,
-    exclude: options.Exclude = None,
+    settings: dict[str, Any],
     sweep: Annotated[
         bool,
         typer.Option(
@@ -34,7 +28,6 @@ def inspect(
     ] = False,
     as_json: options.Json = False,
     plot: options.Plot = None,
-    threads: options.Threads = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Show the cosine and the gain of every adapted module; write nothing."""
@@ -44,25 +37,14 @@ def inspect(
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.projection.project import project_adapter
 
-    if plot is not None:
-        from safelora_fast.plotting import check_plot
-
-        check_plot(plot)
+    options.check_plot(plot)
     with ProgressBar(wanted=not (quiet or as_json)) as progress:
         report = project_adapter(
             adapters,
             aligned=aligned,
             base=base,
             output=None,
-            operator=operator,
-            normalize=normalize,
-            rank=rank,
-            energy=energy,
-            select=select,
-            threshold=threshold,
-            num_layers=num_layers,
-            threads=threads,
-            exclude=exclude,
+            **settings,
             progress=progress,
         )
     if plot is not None:

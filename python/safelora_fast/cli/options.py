@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+
+from safelora_fast.projection.operators import owners
+from safelora_fast.projection.settings import OPTIONS, Option, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Adapters = Annotated[
     list[str], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids, ID or ID@REV.")
@@ -23,28 +32,6 @@ Base = Annotated[
         help="The model before alignment. Swapping the two gives the same result: C is even in V.",
     ),
 ]
-Operator = Annotated[str, typer.Option(metavar="safelora|orthogonal|zero", help="What selected modules become.")]
-Normalize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="frobenius|spectral",
-        help="For safelora. frobenius (default) is the paper's; spectral has gain at most 1.",
-    ),
-]
-Rank = Annotated[int | None, typer.Option(metavar="K", help="For orthogonal: leading singular vectors of V to keep.")]
-Energy = Annotated[
-    float | None, typer.Option(metavar="E", help="For orthogonal, instead of --rank: share of ‖V‖² to keep.")
-]
-Select = Annotated[
-    str,
-    typer.Option(
-        metavar="threshold|number|all", help="Which modules are projected, by the paper's cosine whatever the operator."
-    ),
-]
-Threshold = Annotated[
-    float | None, typer.Option(metavar="T", help="For threshold: cosines at most this. (default 0.5)")
-]
-NumLayers = Annotated[int | None, typer.Option(metavar="N", help="For number: how many of the lowest. (default 10)")]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -79,3 +66,49 @@ TemplateArgs = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
 ]
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Add one option for each setting of a projection to a command, which gets them in a dictionary named `settings`."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(settings={name: given.pop(name) for name in [*OPTIONS, "exclude"]}, **given)
+
+    options = {}
+    for each in fields(Settings):
+        if each.name in OPTIONS:
+            option = OPTIONS[each.name]
+            kind = option.values if option.values in {int, float} else str
+            annotation = kind if each.default is not None else kind | None
+            options[each.name] = Parameter(
+                each.name,
+                Parameter.KEYWORD_ONLY,
+                default=each.default,
+                annotation=Annotated[annotation, typer.Option(metavar=_metavar(option), help=_help(each.name, option))],
+            )
+    options["exclude"] = Parameter("exclude", Parameter.KEYWORD_ONLY, default=None, annotation=Exclude)
+    own = signature(command, eval_str=True).parameters
+    place = list(own).index("settings")
+    parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in own.values() if each.name != "settings"]
+    parameters[place:place] = options.values()
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a picture that could not be drawn, before the work is done."""
+    if path is not None:
+        from safelora_fast import plotting
+
+        plotting.check_plot(path)
+
+
+def _metavar(option: Option) -> str:
+    return option.metavar or "|".join(get_args(option.values))
+
+
+def _help(name: str, option: Option) -> str:
+    owner = " and ".join(owners(name)) or option.select
+    return f"For {owner}: {option.help[0].lower()}{option.help[1:]}" if owner else option.help

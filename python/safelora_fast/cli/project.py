@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,21 +12,15 @@ from safelora_fast.cli import options
 from safelora_fast.errors import OutputError, SettingsError
 
 
+@options.with_settings
 def project(
     adapters: options.Adapters,
     aligned: options.Aligned,
     base: options.Base,
+    settings: dict[str, Any],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to make; with several adapters, one sub-folder each.")
     ] = None,
-    operator: options.Operator = "safelora",
-    normalize: options.Normalize = None,
-    rank: options.Rank = None,
-    energy: options.Energy = None,
-    select: options.Select = "threshold",
-    threshold: options.Threshold = None,
-    num_layers: options.NumLayers = None,
-    exclude: options.Exclude = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -40,7 +34,6 @@ def project(
     ] = False,
     as_json: options.Json = False,
     plot: options.Plot = None,
-    threads: options.Threads = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace an output folder that exists.")
     ] = False,
@@ -59,10 +52,7 @@ def project(
 
     if output is None and not dry_run:
         raise SettingsError("say where to write with --output DIR, or pass --dry-run")
-    if plot is not None:
-        from safelora_fast.plotting import check_plot
-
-        check_plot(plot)
+    options.check_plot(plot)
     if output is not None:
         warn_of_abandoned(output)
     with ProgressBar(wanted=not (quiet or as_json)) as progress:
@@ -71,15 +61,7 @@ def project(
             aligned=aligned,
             base=base,
             output=None if dry_run else output,
-            operator=operator,
-            normalize=normalize,
-            rank=rank,
-            energy=energy,
-            select=select,
-            threshold=threshold,
-            num_layers=num_layers,
-            threads=threads,
-            exclude=exclude,
+            **settings,
             strict=strict,
             overwrite=overwrite,
             progress=progress,

@@ -8,7 +8,9 @@ from safelora_fast.defenses.base import Defense, check_subspace
 from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import patterns
-from safelora_fast.projection.settings import Normalize, Operator, Select, Settings
+from safelora_fast.projection.operators import Name as Operator
+from safelora_fast.projection.operators import Normalize
+from safelora_fast.projection.settings import Select, Settings
 
 if TYPE_CHECKING:
     from safelora_fast.defenses.step_cost import Shape, Work

@@ -8,17 +8,11 @@ from typing import TYPE_CHECKING
 from safelora_fast.checkpoints.model_card import code, model_card, table
 from safelora_fast.checkpoints.module_names import natural_order
 from safelora_fast.projection.bypass import bypass_note
+from safelora_fast.projection.operators import operator_of
 from safelora_fast.projection.report import published
 
 if TYPE_CHECKING:
     from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport
-
-OPERATORS = {
-    "safelora": "SafeLoRA, B ← C·B with C = V·Vᵀ/‖V‖_F",
-    "spectral": "SafeLoRA with spectral normalisation, B ← V·Vᵀ·B/σ₁(V)²",
-    "orthogonal": "orthogonal projection, B ← U_k·U_kᵀ·B with the leading left singular vectors of V",
-    "zero": "control, B ← 0",
-}
 
 
 def render(report: ProjectionReport, index: int) -> str:
@@ -26,7 +20,7 @@ def render(report: ProjectionReport, index: int) -> str:
     report = published(report)
     adapter = report.adapters[index]
     settings = report.settings
-    operator = "spectral" if settings["normalize"] == "spectral" else settings["operator"]
+    operator = operator_of(settings)
     body = [
         f"{len(adapter.projected)} of {len(adapter.modules)} adapted modules were projected with `safelora-fast`; "
         "the others, and every other tensor, are those of the input.",
@@ -36,7 +30,7 @@ def render(report: ProjectionReport, index: int) -> str:
                 "input adapter": code(adapter.adapter),
                 "aligned model": _source(report.aligned),
                 "base model": _source(report.base),
-                "operator": OPERATORS[operator],
+                "operator": f"{operator.title(settings)}: B ← {operator.formula}",
                 "selection": report.selection,
                 "median ‖V‖/‖W_aligned‖": _figure(adapter.v_ratio),
                 "safelora-fast": report.versions["safelora-fast"],

@@ -76,9 +76,9 @@ class FactorOutcome(Protocol):
     @property
     def gain(self) -> float: ...  # noqa: D102
     @property
-    def left_norm(self) -> float: ...  # noqa: D102
+    def lora_b_norm(self) -> float: ...  # noqa: D102
     @property
-    def left_norm_projected(self) -> float: ...  # noqa: D102
+    def lora_b_norm_projected(self) -> float: ...  # noqa: D102
     @property
     def update_norm(self) -> float: ...  # noqa: D102
     @property
@@ -188,10 +188,7 @@ def start_stream(
     try:
         return _core.ProjectionStream(
             [module.job for module in plan.modules],
-            operator=settings.operator,
-            normalize=settings.normalize or "frobenius",
-            rank=settings.rank,
-            energy=settings.energy,
+            settings.described_operator.in_rust(vars(settings)),
             keep_projected=keep_projected,
             keep_subspace=keep_subspace,
             threads=settings.threads,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.module_names import block_of, is_after_the_blocks, kinds
 from safelora_fast.plotting import STYLES, mark_line, plot_file
+from safelora_fast.projection.operators import operator_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any])
     elif gains:
         right.set_ylim(0, 1.1 * max(gains))
     left.set(title="Cosine of C·ΔW and ΔW", ylabel="cosine", xlabel="block")
-    right.set(title=f"Gain of {_operator(settings)}", ylabel="‖projected B‖ / ‖B‖", xlabel="block")
+    right.set(title=f"Gain of {operator_of(settings).title(settings)}", ylabel="‖projected B‖ / ‖B‖", xlabel="block")
     without = f"; {len(adapter.modules) - len(shown)} without a cosine" if len(shown) < len(adapter.modules) else ""
     counts = f"{len(adapter.projected)} of {len(adapter.modules)} selected (filled){without}"
     left.set_title(f"{Path(adapter.adapter).name}: {counts}", loc="left", fontsize=8, y=1.06)
@@ -84,18 +85,6 @@ def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
         color, marker = STYLES[index % len(STYLES)]
         styles[kind] = {"color": color, "marker": marker}
     return styles
-
-
-def _operator(settings: dict[str, Any]) -> str:
-    """The operator in words."""
-    if settings["operator"] == "orthogonal":
-        extent = f"rank {settings['rank']}" if settings["rank"] else f"energy {settings['energy']:g}"
-        return f"the orthogonal projection ({extent})"
-    return {
-        "frobenius": "SafeLoRA's C = V·Vᵀ/‖V‖",
-        "spectral": "SafeLoRA, spectral: V·Vᵀ/σ₁(V)²",
-        None: "the zero control",
-    }[settings["normalize"]]
 
 
 def _places(modules: Sequence[ModuleReport]) -> dict[str, float]:

@@ -80,7 +80,7 @@ def project_adapter(
         aligned: the model that the adapter was trained on: path or Hub id, with `@revision` if need be.
         base: the model before alignment.
         output: the folder to make; with several adapters it gets one sub-folder each, named as theirs. None writes nothing.
-        operator: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ) or "zero".
+        operator: what selected modules become: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ) or "zero".
         normalize: "frobenius" (default, the paper's) or "spectral"; for safelora.
         rank: columns of U_k; for orthogonal.
         energy: share of ‖V‖²_F that U_k must hold; for orthogonal, instead of rank.
@@ -158,7 +158,7 @@ def project_folders(
             writers = [AdapterWriter(adapter, place) for adapter, place in zip(adapters, places, strict=True)]
         modules, bytes_read = _run(plan, settings, writers, progress, start)
         report = ProjectionReport(
-            settings={**asdict(settings), **settings.effective()},
+            settings=settings.effective(),
             aligned=_describe(models[0]),
             base=_describe(models[1]),
             adapters=[
@@ -214,8 +214,8 @@ def _run(
                     reason="",
                     gain=factor.gain,
                     rank=target.cols,
-                    b_norm=factor.left_norm,
-                    b_norm_after=factor.left_norm_projected,
+                    b_norm=factor.lora_b_norm,
+                    b_norm_after=factor.lora_b_norm_projected,
                     update_norm=factor.update_norm,
                     update_norm_after=factor.update_norm_projected,
                     v_norm=outcome.v_norm,

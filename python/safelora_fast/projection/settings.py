@@ -3,92 +3,124 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, get_args
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import number, patterns, whole_number
+from safelora_fast.projection.operators import Name, Normalize, Operator, operator_of, owners
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-Operator = Literal["safelora", "orthogonal", "zero"]
-Normalize = Literal["frobenius", "spectral"]
-MOST_THREADS = 1024
-MOST_RANK = 2**31 - 1  # beyond the sides of any weight
 Select = Literal["threshold", "number", "all"]
+
+
+class Option(NamedTuple):
+    """What is known of a setting: the help of its option on the command line, and which values it takes.
+
+    Attributes:
+        help: one sentence.
+        values: the choices, or `int` or `float`.
+        metavar: stands for a number in the help.
+        low, high: the range of a number.
+        above: whether `low` itself is too low.
+        select: the selection that the setting belongs to.
+    """
+
+    help: str
+    values: Any
+    metavar: str | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    select: Select | None = None
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value, plain if it came as a number of numpy.
+
+        Raises:
+            SettingsError: it is of another type, or out of range.
+        """
+        if self.values not in {int, float}:
+            if value not in get_args(self.values):
+                raise SettingsError(f"{name} must be one of {', '.join(get_args(self.values))}, not {value!r}")
+            return value
+        value = whole_number(name, value) if self.values is int else number(name, value)
+        if not self.low <= value <= self.high or (self.above and value == self.low):
+            wanted = f"lie between {self.low} and {self.high}" if self.high < math.inf else f"be at least {self.low}"
+            wanted = f"be above {self.low} and at most {self.high}" if self.above else wanted
+            raise SettingsError(f"{name} must {wanted}, not {value}")
+        return value
+
+
+def _option(*option: Any, **more: Any) -> dict[str, Option]:
+    """The metadata of a field."""
+    return {"option": Option(*option, **more)}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of one projection (docs/methods.md).
 
-    `normalize` belongs to `safelora`, exactly one of `rank` and `energy` to `orthogonal`, `threshold` and `num_layers`
-    to the selection of that name; None means the default where there is one. `exclude` names modules that stay as they are,
-    `strict` refuses adapters with trained tensors that are not LoRA factors.
+    `normalize`, `rank` and `energy` belong to the operators that projection/operators.py names, `threshold` and `num_layers`
+    to the selection of that name; None means the default where there is one. `exclude` names modules that stay as they
+    are, `strict` refuses adapters with trained tensors that are not LoRA factors.
 
     Raises:
-        SettingsError: when options contradict each other, are out of range or of another type.
+        SettingsError: options contradict each other, are out of range or of another type.
     """
 
-    operator: Operator = "safelora"
-    normalize: Normalize | None = None
-    rank: int | None = None
-    energy: float | None = None
-    select: Select = "threshold"
-    threshold: float | None = None
-    num_layers: int | None = None
-    threads: int | None = None
+    operator: Name = field(default="safelora", metadata=_option("What selected modules become.", Name))
+    normalize: Normalize | None = field(
+        default=None, metadata=_option("frobenius (default) is the paper's; spectral has gain at most 1.", Normalize)
+    )
+    rank: int | None = field(
+        default=None, metadata=_option("Leading singular vectors of V to keep.", int, "K", low=1, high=2**31 - 1)
+    )
+    energy: float | None = field(
+        default=None,
+        metadata=_option("Share of ‖V‖² to keep, instead of --rank.", float, "E", low=0, high=1, above=True),
+    )
+    select: Select = field(
+        default="threshold",
+        metadata=_option("Which modules are projected, by the paper's cosine whatever the operator.", Select),
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata=_option("Cosines at most this. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
+    )
+    num_layers: int | None = field(
+        default=None, metadata=_option("How many of the lowest. (default 10)", int, "N", low=1, select="number")
+    )
+    threads: int | None = field(
+        default=None,
+        metadata=_option("Threads. The result does not depend on it. (default: all cores)", int, "N", low=1, high=1024),
+    )
     exclude: tuple[str, ...] = ()
     strict: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", patterns("exclude", self.exclude))
-        for name in ("rank", "num_layers", "threads"):
-            self._convert(name, whole_number)
-        for name in ("energy", "threshold"):
-            self._convert(name, number)
-        self._one_of("operator", self.operator, Operator)
-        self._one_of("select", self.select, Select)
-        if self.normalize is not None:
-            self._one_of("normalize", self.normalize, Normalize)
-        self._belongs("normalize", self.normalize, self.operator == "safelora", "operator safelora")
-        self._belongs("rank", self.rank, self.operator == "orthogonal", "operator orthogonal")
-        self._belongs("energy", self.energy, self.operator == "orthogonal", "operator orthogonal")
-        self._belongs("threshold", self.threshold, self.select == "threshold", "select threshold")
-        self._belongs("num_layers", self.num_layers, self.select == "number", "select number")
-        if self.operator == "orthogonal" and (self.rank is None) == (self.energy is None):
-            given = "one of rank and energy, not both" if self.rank is not None else "either rank or energy"
-            raise SettingsError(f"operator orthogonal needs {given}: how much of V to keep, e.g. rank 64")
-        if self.rank is not None and not 1 <= self.rank <= MOST_RANK:
-            raise SettingsError(f"rank must lie between 1 and {MOST_RANK}, not {self.rank}")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise SettingsError(f"energy must be above 0 and at most 1, not {self.energy}")
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise SettingsError(
-                f"threshold is compared with a cosine: it must lie between -1 and 1, not {self.threshold}"
-            )
-        if self.num_layers is not None and self.num_layers < 1:
-            raise SettingsError(f"num_layers must be at least 1, not {self.num_layers}")
-        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
-            raise SettingsError(f"threads must lie between 1 and {MOST_THREADS}, not {self.threads}")
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if value is not None or name in {"operator", "select"}:
+                object.__setattr__(self, name, option.check(name, value))
+        for name, option in OPTIONS.items():
+            if getattr(self, name) is None:
+                continue
+            takers = owners(name)
+            if takers and self.operator not in takers:
+                raise SettingsError(f"{name} applies to operator {' and '.join(takers)} only")
+            if option.select not in {None, self.select}:
+                raise SettingsError(f"{name} applies to select {option.select} only")
+        one_of = self.described_operator.one_of
+        given = [name for name in one_of if getattr(self, name) is not None]
+        if one_of and len(given) != 1:
+            wanted = f"either {' or '.join(one_of)}" if not given else f"one of {' and '.join(one_of)}, not both"
+            raise SettingsError(f"operator {self.operator} needs {wanted}: how much of V to keep, e.g. rank 64")
 
-    def _convert(self, name: str, kind: Callable[[str, object], float]) -> None:
-        """Make a number that came as one of numpy's, say, a plain one."""
-        value = getattr(self, name)
-        if value is not None:
-            object.__setattr__(self, name, kind(name, value))
-
-    @staticmethod
-    def _one_of(name: str, value: str, choices: object) -> None:
-        allowed: tuple[str, ...] = choices.__args__  # type: ignore[attr-defined]
-        if value not in allowed:
-            raise SettingsError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-
-    @staticmethod
-    def _belongs(name: str, value: object, fits: bool, where: str) -> None:
-        if value is not None and not fits:
-            raise SettingsError(f"{name} applies to {where} only")
+    @property
+    def described_operator(self) -> Operator:
+        """The operator's entry in the table."""
+        return operator_of(vars(self))
 
     @property
     def effective_threshold(self) -> float:
@@ -100,10 +132,11 @@ class Settings:
         """How many modules `select number` projects: 10 where it was not given."""
         return 10 if self.num_layers is None else self.num_layers
 
-    def effective(self) -> dict[str, object]:
-        """The defaults that took effect, for the report."""
+    def effective(self) -> dict[str, Any]:
+        """All settings with the defaults that took effect, for the report."""
         return {
-            "normalize": (self.normalize or "frobenius") if self.operator == "safelora" else None,
+            **asdict(self),
+            "normalize": self.described_operator.normalize,
             "threshold": self.effective_threshold if self.select == "threshold" else None,
             "num_layers": self.effective_num_layers if self.select == "number" else None,
         }
@@ -117,6 +150,11 @@ class Settings:
         if self.select == "number":
             return f"cosine {'' if projected else 'not '}among the {self.effective_num_layers} lowest"
         return "all modules were selected"
+
+
+OPTIONS: dict[str, Option] = {
+    each.name: each.metadata["option"] for each in fields(Settings) if "option" in each.metadata
+}
 
 
 def chosen(cosines: dict[str, float], settings: Settings) -> set[str]:

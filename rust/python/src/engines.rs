@@ -23,7 +23,7 @@ pub(crate) fn take(threads: usize, level: Level) -> PyResult<Engine> {
             return Ok(waiting.swap_remove(position).1);
         }
     }
-    Engine::new(threads, level).map_err(PyRuntimeError::new_err)
+    Engine::new(threads, level).map_err(|error| PyRuntimeError::new_err(error.to_string()))
 }
 
 /// Keeps an engine for the next call; those that nobody wants any more make room.

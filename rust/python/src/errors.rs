@@ -16,11 +16,11 @@ pub(crate) fn checkpoint_error(error: &checkpoint::CheckpointError) -> PyErr {
     CheckpointError::new_err(error.to_string())
 }
 
-/// A `PairingError` or `AdapterError`, by which side does not fit.
+/// An `AdapterError` where the factors do not fit each other, else a `PairingError`.
 pub(crate) fn job_error(error: &JobError) -> PyErr {
     match error {
-        JobError::Weights(message) => PairingError::new_err(message.clone()),
-        JobError::Factors(message) => AdapterError::new_err(message.clone()),
+        JobError::Ranks { .. } => AdapterError::new_err(error.to_string()),
+        _ => PairingError::new_err(error.to_string()),
     }
 }
 

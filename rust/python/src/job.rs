@@ -37,13 +37,14 @@ pub(crate) struct Factors {
 #[pymethods]
 impl Factors {
     #[new]
-    fn new(left: &View, right: &View) -> PyResult<Self> {
-        let inner = core::Factors::new(left.inner.clone(), right.inner.clone()).map_err(|error| job_error(&error))?;
+    fn new(lora_b: &View, lora_a: &View) -> PyResult<Self> {
+        let inner =
+            core::Factors::new(lora_b.inner.clone(), lora_a.inner.clone()).map_err(|error| job_error(&error))?;
         Ok(Self { inner })
     }
 
     fn __repr__(&self) -> String {
-        format!("Factors({:?}, rank {})", self.inner.left().tensor(), self.inner.rank())
+        format!("Factors({:?}, rank {})", self.inner.lora_b().tensor(), self.inner.rank())
     }
 }
 

@@ -10,6 +10,7 @@ mod feature_distance;
 mod job;
 mod limits;
 mod operation;
+mod operator;
 mod settings;
 mod stream;
 
@@ -37,6 +38,8 @@ mod _core {
     use crate::limits::{fma_peak, read_seconds, update_seconds};
     #[pymodule_export]
     use crate::operation::subspace_projection;
+    #[pymodule_export]
+    use crate::operator::Operator;
     #[pymodule_export]
     use crate::stream::{FactorOutcome, JobOutcome, ProjectionStream};
 

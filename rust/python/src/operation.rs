@@ -14,16 +14,16 @@ type Weight = (usize, String, usize, usize, usize);
 /// (address, dtype, rows, cols, `row_stride`, `col_stride`).
 type Factor = (usize, String, usize, usize, usize, usize);
 
-/// Write C·left to `output` and return ||V||_F, on matrices in memory that the caller keeps alive.
+/// Write C·lora_b to `output` and return ||V||_F, on matrices in memory that the caller keeps alive.
 #[pyfunction]
-#[pyo3(signature = (aligned, base, left, output, *, normalize="frobenius", transposed=false, threads=None))]
+#[pyo3(signature = (aligned, base, lora_b, output, *, normalize="frobenius", transposed=false, threads=None))]
 #[allow(clippy::too_many_arguments, reason = "the token and the keyword arguments of Python")]
 #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
 pub(crate) fn subspace_projection(
     py: Python<'_>,
     aligned: Weight,
     base: Weight,
-    left: Factor,
+    lora_b: Factor,
     output: Factor,
     normalize: &str,
     transposed: bool,
@@ -34,14 +34,15 @@ pub(crate) fn subspace_projection(
     let [aligned, base] = [("aligned", aligned), ("base", base)].map(|(name, (address, dtype, rows, cols, stride))| {
         Block::new(name, address, &dtype, (rows, cols), (stride, 1))
     });
-    let [left, output] = [("left", left), ("output", output)].map(|(name, (address, dtype, rows, cols, row, col))| {
-        Block::new(name, address, &dtype, (rows, cols), (row, col))
-    });
-    let (aligned, base, left, output) = (aligned?, base?, left?, output?);
-    if (left.rows, left.cols) != (output.rows, output.cols) {
+    let [lora_b, output] =
+        [("lora_b", lora_b), ("output", output)].map(|(name, (address, dtype, rows, cols, row, col))| {
+            Block::new(name, address, &dtype, (rows, cols), (row, col))
+        });
+    let (aligned, base, lora_b, output) = (aligned?, base?, lora_b?, output?);
+    if (lora_b.rows, lora_b.cols) != (output.rows, output.cols) {
         return Err(PyValueError::new_err(format!(
-            "left is {}x{} but output is {}x{}",
-            left.rows, left.cols, output.rows, output.cols
+            "lora_b is {}x{} but output is {}x{}",
+            lora_b.rows, lora_b.cols, output.rows, output.cols
         )));
     }
     if output.overlaps_itself() {
@@ -51,14 +52,17 @@ pub(crate) fn subspace_projection(
         return Err(PyValueError::new_err("output shares memory with a weight"));
     }
     let rows = if transposed { aligned.cols } else { aligned.rows };
-    if left.rows != rows {
-        return Err(PyValueError::new_err(format!("left has {} rows but V has {rows}", left.rows)));
+    if lora_b.rows != rows {
+        return Err(PyValueError::new_err(format!("lora_b has {} rows but V has {rows}", lora_b.rows)));
     }
     py.detach(|| {
         let mut columns = Vec::new();
-        let walk = Walk { start: 0, outer: (left.cols, left.col_stride), inner: (left.rows, left.row_stride) };
-        append(left.bytes(), left.dtype, walk, &mut columns).map_err(|found| {
-            PyValueError::new_err(format!("left holds {} at row {}, column {}", found.value, found.inner, found.outer))
+        let walk = Walk { start: 0, outer: (lora_b.cols, lora_b.col_stride), inner: (lora_b.rows, lora_b.row_stride) };
+        append(lora_b.bytes(), lora_b.dtype, walk, &mut columns).map_err(|found| {
+            PyValueError::new_err(format!(
+                "lora_b holds {} at row {}, column {}",
+                found.value, found.inner, found.outer
+            ))
         })?;
         let v = Difference::new(aligned.matrix()?, base.matrix()?);
         let v = v.map_err(|error| PyValueError::new_err(error.to_string()))?;
@@ -72,7 +76,7 @@ pub(crate) fn subspace_projection(
         let element =
             |row: usize, col: usize| (row * output.row_stride + col * output.col_stride) * output.dtype.size();
         // SAFETY: the caller promises that the memory of `output` is its own to write; it has been found to overlap no
-        // weight, and `left` has been copied.
+        // weight, and `lora_b` has been copied.
         let target = unsafe { std::slice::from_raw_parts_mut(output.address as *mut u8, output.length) };
         match write_rounded(&applied.columns, output.rows, applied.factor, output.dtype, element, target) {
             None => Ok(applied.v_norm),

@@ -3,50 +3,18 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use safelora_fast_core::kernels::{Dtype, Level};
-use safelora_fast_core::projection::{Normalization, Operator};
+use safelora_fast_core::projection::Normalization;
 use safelora_fast_core::stream;
 
 use crate::errors::SettingsError;
 
-/// The operator that the options of a stream name.
-pub(crate) fn operator(
-    operator: &str,
-    normalize: &str,
-    rank: Option<usize>,
-    energy: Option<f64>,
-) -> PyResult<Operator> {
-    if operator != "orthogonal" && (rank.is_some() || energy.is_some()) {
-        return Err(SettingsError::new_err("rank and energy belong to the orthogonal operator"));
-    }
-    match (operator, normalize, rank, energy) {
-        ("safelora", ..) => Ok(match normalization(normalize)? {
-            Normalization::Frobenius => Operator::Frobenius,
-            Normalization::Spectral => Operator::Spectral,
-        }),
-        (_, "spectral", ..) => Err(SettingsError::new_err("normalize belongs to the safelora operator")),
-        ("zero", ..) => Ok(Operator::Zero),
-        ("orthogonal", _, Some(0), None) => Err(SettingsError::new_err("rank is 0; give at least 1")),
-        ("orthogonal", _, Some(rank), None) => Ok(Operator::OrthogonalRank(rank)),
-        ("orthogonal", _, None, Some(energy)) if energy > 0.0 && energy <= 1.0 => {
-            Ok(Operator::OrthogonalEnergy(energy))
-        }
-        ("orthogonal", _, None, Some(energy)) => {
-            Err(SettingsError::new_err(format!("energy is {energy}; give a share above 0 and up to 1")))
-        }
-        ("orthogonal", ..) => Err(SettingsError::new_err("the orthogonal operator takes either rank or energy")),
-        _ => Err(SettingsError::new_err(format!(
-            "unknown operator {operator:?}; use \"safelora\", \"orthogonal\" or \"zero\""
-        ))),
-    }
-}
-
-/// What the safelora operator divides by.
+/// What V·Vᵀ·B is divided by.
 pub(crate) fn normalization(normalize: &str) -> PyResult<Normalization> {
     match normalize {
         "frobenius" => Ok(Normalization::Frobenius),
         "spectral" => Ok(Normalization::Spectral),
         _ => Err(SettingsError::new_err(format!(
-            "unknown normalisation {normalize:?}; use \"frobenius\" or \"spectral\""
+            "unknown normalization {normalize:?}; use \"frobenius\" or \"spectral\""
         ))),
     }
 }

@@ -11,6 +11,7 @@ use safelora_fast_core::stream::{Next, Stream};
 
 use crate::errors::{AdapterError, projection_error};
 use crate::job::Job;
+use crate::operator::Operator;
 use crate::settings;
 
 /// How long signals may wait.
@@ -37,13 +38,13 @@ impl FactorOutcome {
     }
 
     #[getter]
-    fn left_norm(&self) -> f64 {
-        self.inner.left_norm
+    fn lora_b_norm(&self) -> f64 {
+        self.inner.lora_b_norm
     }
 
     #[getter]
-    fn left_norm_projected(&self) -> f64 {
-        self.inner.left_norm_projected
+    fn lora_b_norm_projected(&self) -> f64 {
+        self.inner.lora_b_norm_projected
     }
 
     #[getter]
@@ -63,16 +64,16 @@ impl FactorOutcome {
         let Some(overflow) = self.inner.overflow else {
             return Ok(PyBytes::new(py, bytes));
         };
-        let left = self.job.factors()[self.position].left();
+        let lora_b = self.job.factors()[self.position].lora_b();
         Err(AdapterError::new_err(format!(
             "{}: tensor {:?}, once projected, holds {:.4e} at row {}, column {}, beyond the range of {:?}; store the \
              adapter in float32",
-            left.file().path().display(),
-            left.tensor(),
+            lora_b.file().path().display(),
+            lora_b.tensor(),
             overflow.value,
             overflow.row,
             overflow.col,
-            left.dtype(),
+            lora_b.dtype(),
         )))
     }
 
@@ -146,7 +147,7 @@ impl JobOutcome {
 
 impl JobOutcome {
     fn kept(&self) -> PyResult<&core::Leading> {
-        let missing = "the stream was made without keep_subspace=True, or for another operator than orthogonal";
+        let missing = "the stream was made without keep_subspace=True, or its operator uses no singular vectors";
         self.leading.as_ref().ok_or_else(|| PyValueError::new_err(missing))
     }
 }
@@ -161,28 +162,20 @@ pub(crate) struct ProjectionStream {
 #[pymethods]
 impl ProjectionStream {
     #[new]
-    #[pyo3(signature = (
-        jobs, *, operator="safelora", normalize="frobenius", rank=None, energy=None, keep_projected=true, keep_subspace=false,
-        threads=None, seed=0
-    ))]
-    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (jobs, operator, *, keep_projected=true, keep_subspace=false, threads=None, seed=0))]
     #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
     fn new(
         jobs: Vec<PyRef<'_, Job>>,
-        operator: &str,
-        normalize: &str,
-        rank: Option<usize>,
-        energy: Option<f64>,
+        operator: PyRef<'_, Operator>,
         keep_projected: bool,
         keep_subspace: bool,
         threads: Option<usize>,
         seed: u64,
     ) -> PyResult<Self> {
-        let operator = settings::operator(operator, normalize, rank, energy)?;
-        let settings = core::Settings { operator, keep_projected, keep_subspace, seed };
+        let settings = core::Settings { operator: operator.inner, keep_projected, keep_subspace, seed };
         let jobs: Vec<_> = jobs.iter().map(|job| Arc::clone(&job.inner)).collect();
         let stream = Stream::start(jobs.clone(), settings, settings::threads(threads)?, settings::level()?)
-            .map_err(PyRuntimeError::new_err)?;
+            .map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
         Ok(Self { jobs, stream })
     }
 

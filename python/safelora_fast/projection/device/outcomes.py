@@ -30,8 +30,8 @@ class DeviceFactorOutcome:
 
     cosine: float
     gain: float
-    left_norm: float
-    left_norm_projected: float
+    lora_b_norm: float
+    lora_b_norm_projected: float
     update_norm: float
     update_norm_projected: float
     left: Factor
@@ -95,11 +95,12 @@ class BatchProjector:
     """
 
     def __init__(self, factors: FactorReader, settings: Settings, *, keep_projected: bool) -> None:
-        self._factors, self._settings, self._keep = factors, settings, keep_projected
+        self._factors, self._keep = factors, keep_projected
         self._extent: Extent | None = None
-        if settings.operator == "orthogonal":
+        self._variant = settings.described_operator.variant
+        if self._variant == "orthogonal":
             self._extent = Extent(settings.rank, settings.energy)
-        elif settings.normalize == "spectral":
+        elif self._variant == "spectral":
             self._extent = Extent(rank=1)
 
     def run(self, batch: Sequence[Pair]) -> list[DeviceOutcome]:
@@ -130,7 +131,7 @@ class BatchProjector:
             norm, found = norms[index], leading[index]
             grams = [next(right_grams).double().cpu() for _ in module.rights]
             factor = self._factor(norm, found)
-            is_orthogonal = self._settings.operator == "orthogonal"
+            is_orthogonal = self._variant == "orthogonal"
             outcomes.append(
                 DeviceOutcome(
                     module.pair.wanted.index,
@@ -146,7 +147,7 @@ class BatchProjector:
         self, projections: list[Projection], leading: Sequence[Leading | None], stacked: Sequence[torch.Tensor]
     ) -> list[Projection]:
         """O·B up to a factor: C·B, or U_k·U_kᵀ·B."""
-        if self._settings.operator != "orthogonal":
+        if self._variant != "orthogonal":
             return projections
         wanted = [index for index, found in enumerate(leading) if found is not None]
         bases = [found.vectors for found in leading if found is not None]
@@ -160,9 +161,9 @@ class BatchProjector:
         """What :meth:`_operated` is to be multiplied by; where V is zero every operator leaves B as it is."""
         if norm == 0:
             return 1.0
-        if self._settings.operator == "zero":
+        if self._variant == "zero":
             return 0.0
-        if self._settings.normalize == "spectral":
+        if self._variant == "spectral":
             assert leading is not None  # noqa: S101
             return norm / float(leading.values[0]) ** 2
         return 1.0
@@ -189,16 +190,16 @@ class BatchProjector:
             update, inner, update_after, update_operated = (
                 max(float((matrix[share, share] * gram).sum()), 0.0) for matrix in (plain, cross, product, after)
             )
-            left_norm = left.scale * float(plain[share, share].trace()) ** 0.5
+            lora_b_norm = left.scale * float(plain[share, share].trace()) ** 0.5
             left_after = factor * left.scale * float(after[share, share].trace()) ** 0.5
             both = left.scale * right.scale
             norms = (update * update_after) ** 0.5
             outcomes.append(
                 DeviceFactorOutcome(
                     cosine=math.nan if is_zero or norms == 0 else min(inner / norms, 1.0),
-                    gain=left_after / left_norm if update > 0 else math.nan,
-                    left_norm=left_norm,
-                    left_norm_projected=left_after,
+                    gain=left_after / lora_b_norm if update > 0 else math.nan,
+                    lora_b_norm=lora_b_norm,
+                    lora_b_norm_projected=left_after,
                     update_norm=both * update**0.5,
                     update_norm_projected=factor * both * update_operated**0.5,
                     left=left._replace(values=torch.empty(0)),

@@ -122,8 +122,7 @@ impl View {
     /// When columns are not contiguous or rows overlap.
     pub fn matrix(&self) -> Result<Matrix<'_>, ShapeError> {
         if self.col_stride != 1 && self.cols > 1 {
-            let (tensor, stride) = (&self.tensor, self.col_stride);
-            return Err(ShapeError(format!("the columns of {tensor:?} are {stride} elements apart, not 1")));
+            return Err(ShapeError::Columns { tensor: self.tensor.to_string(), stride: self.col_stride });
         }
         Matrix::new(self.bytes(), self.dtype, self.rows, self.cols, self.row_stride)
     }

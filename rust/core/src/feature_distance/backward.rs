@@ -32,11 +32,8 @@ pub fn backward(engine: &Engine, gradients: &mut [Gradient<'_>], weight: f64) ->
     for Gradient { block, factors, output } in &*gradients {
         let (rows, size) = (block.rows(), block.rows() * block.row_size());
         if factors.len() != rows || output.len() != size {
-            return Err(ShapeError(format!(
-                "{} factors and {} bytes for the gradient of {rows} tokens and {size} bytes",
-                factors.len(),
-                output.len()
-            )));
+            let (factors, bytes) = (factors.len(), output.len());
+            return Err(ShapeError::Gradient { factors, bytes, tokens: rows, size });
         }
         bytes += size;
     }

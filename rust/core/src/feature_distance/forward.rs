@@ -23,10 +23,10 @@ pub fn forward(
 ) -> Result<f64, ShapeError> {
     let rows = sequences.of_token.len();
     if let Some(block) = blocks.iter().find(|block| block.rows() != rows) {
-        return Err(ShapeError(format!("a block has {} tokens, the mask {rows}", block.rows())));
+        return Err(ShapeError::Tokens { tokens: block.rows(), masked: rows });
     }
     if factors.len() != blocks.len() * rows {
-        return Err(ShapeError(format!("{} factors for {} blocks of {rows} tokens", factors.len(), blocks.len())));
+        return Err(ShapeError::Factors { factors: factors.len(), blocks: blocks.len(), tokens: rows });
     }
     if rows == 0 || sequences.count() == 0 {
         factors.fill(Factor::default());

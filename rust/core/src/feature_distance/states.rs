@@ -22,10 +22,7 @@ impl<'a> States<'a> {
             let strides = if shape[2] == 0 { [0; 2] } else { strides };
             Ok(Self { bytes, dtype, shape, strides })
         } else {
-            Err(ShapeError(format!(
-                "{shape:?} {dtype:?} states with strides {strides:?} do not fit {} bytes",
-                bytes.len()
-            )))
+            Err(ShapeError::States { shape, dtype, strides, bytes: bytes.len() })
         }
     }
 
@@ -90,13 +87,11 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// When shapes or dtypes differ.
     pub fn new(features: States<'a>, reference: States<'a>) -> Result<Self, ShapeError> {
-        if (features.shape, features.dtype) == (reference.shape, reference.dtype) {
+        let kinds = ((features.shape, features.dtype), (reference.shape, reference.dtype));
+        if kinds.0 == kinds.1 {
             Ok(Self { features, reference })
         } else {
-            Err(ShapeError(format!(
-                "features are {:?} {:?} but the reference is {:?} {:?}",
-                features.shape, features.dtype, reference.shape, reference.dtype
-            )))
+            Err(ShapeError::Reference { features: kinds.0, reference: kinds.1 })
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::workspace::Workspace;
-use super::{Difference, Level, ShapeError, micro, norm, product, transposed};
+use super::{Difference, Level, ShapeError, StartError, micro, norm, product, transposed};
 
 /// Threads, SIMD level and reusable workspace of the products with V.
 #[derive(Debug)]
@@ -32,13 +32,13 @@ impl Engine {
     ///
     /// # Errors
     /// When the CPU lacks `level` or the system refuses the threads.
-    pub fn new(threads: usize, level: Level) -> Result<Self, String> {
-        let level = level.check().map_err(|error| error.to_string())?;
+    pub fn new(threads: usize, level: Level) -> Result<Self, StartError> {
+        let level = level.check()?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.max(1))
             .thread_name(|index| format!("safelora-fast-{index}"))
             .build()
-            .map_err(|error| format!("cannot start {threads} threads: {error}"))?;
+            .map_err(|source| StartError::Pool { threads, source })?;
         Ok(Self { level, pool, workspace: Workspace::default() })
     }
 
@@ -133,10 +133,10 @@ pub(crate) fn fused_chains(level: Level, steps: usize) -> usize {
     at_level!(level, micro::fused_chains, (steps))
 }
 
-fn check(vectors: &[f32], rank: usize, length: usize, name: &str) -> Result<(), ShapeError> {
+fn check(vectors: &[f32], rank: usize, length: usize, name: &'static str) -> Result<(), ShapeError> {
     if rank.checked_mul(length) == Some(vectors.len()) {
         Ok(())
     } else {
-        Err(ShapeError(format!("{name} holds {} values, not {rank}x{length}", vectors.len())))
+        Err(ShapeError::Vectors { name, values: vectors.len(), rank, length })
     }
 }

@@ -1,5 +1,6 @@
 //! Borrowed, possibly unaligned views of stored weights.
 
+use super::ShapeError;
 use super::micro::Corner;
 
 /// Element types that the kernels read.
@@ -23,11 +24,6 @@ impl Dtype {
         }
     }
 }
-
-/// A shape that does not fit the bytes or the other operand.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct ShapeError(pub String);
 
 /// A row-major matrix over little-endian bytes of any alignment.
 #[derive(Clone, Copy, Debug)]
@@ -56,10 +52,7 @@ impl<'a> Matrix<'a> {
             Some(needed) if needed <= bytes.len() && (cols <= row_stride || rows <= 1) => {
                 Ok(Self { bytes, dtype, rows, cols, row_stride })
             }
-            _ => Err(ShapeError(format!(
-                "a {rows}x{cols} {dtype:?} matrix with row stride {row_stride} does not fit {} bytes",
-                bytes.len()
-            ))),
+            _ => Err(ShapeError::Matrix { shape: (rows, cols), dtype, row_stride, bytes: bytes.len() }),
         }
     }
 
@@ -114,13 +107,11 @@ impl<'a> Difference<'a> {
     /// # Errors
     /// When the shapes differ.
     pub fn new(aligned: Matrix<'a>, base: Matrix<'a>) -> Result<Self, ShapeError> {
-        if (aligned.rows, aligned.cols) == (base.rows, base.cols) {
+        let shapes = ((aligned.rows, aligned.cols), (base.rows, base.cols));
+        if shapes.0 == shapes.1 {
             Ok(Self { aligned, base })
         } else {
-            Err(ShapeError(format!(
-                "aligned is {}x{} but base is {}x{}",
-                aligned.rows, aligned.cols, base.rows, base.cols
-            )))
+            Err(ShapeError::Weights { aligned: shapes.0, base: shapes.1 })
         }
     }
 

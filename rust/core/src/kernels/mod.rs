@@ -12,6 +12,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod engine;
+mod error;
 mod level;
 mod matrix;
 mod micro;
@@ -28,7 +29,8 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 pub use engine::Engine;
 pub(crate) use engine::{at_level, fused_chains};
+pub use error::{ShapeError, StartError};
 pub use level::{LEVEL_VARIABLE, Level, LevelError};
-pub use matrix::{Difference, Dtype, Matrix, ShapeError};
+pub use matrix::{Difference, Dtype, Matrix};
 pub(crate) use scalar::Scalar;
 pub(crate) use simd::{GROUP, LANES, Simd, prefetch};

@@ -35,15 +35,15 @@ pub struct Applied {
 pub fn apply(
     engine: &mut Engine,
     v: &mut Stacked<'_>,
-    left: &[f32],
+    lora_b: &[f32],
     normalization: Normalization,
 ) -> Result<Applied, ProjectionError> {
     const NAME: &str = "subspace_projection";
     let shape = |source| ProjectionError::Shape { module: NAME.to_owned(), source };
     let (m, n) = v.shape();
-    let rank = left.len() / m;
+    let rank = lora_b.len() / m;
     let mut reduced = vec![0.0; rank * n];
-    v.transposed_product(engine, left, rank, &mut reduced).map_err(shape)?;
+    v.transposed_product(engine, lora_b, rank, &mut reduced).map_err(shape)?;
     let scale = normalise(&mut reduced);
     let mut columns = vec![0.0; rank * m];
     v.product(engine, &reduced, rank, &mut columns).map_err(shape)?;

@@ -6,12 +6,61 @@ use crate::kernels::{Difference, ShapeError};
 /// Views that do not fit together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JobError {
-    /// The two checkpoints, or the parts of one module, differ in shape.
-    #[error("{0}")]
-    Weights(String),
-    /// The two factors of an adapter differ in rank.
-    #[error("{0}")]
-    Factors(String),
+    /// The two weights of a part.
+    #[error("{tensor}: {source}")]
+    Part {
+        /// The aligned tensor.
+        tensor: String,
+        /// What does not fit.
+        source: ShapeError,
+    },
+    /// A module without a part.
+    #[error("module {0}: no weights")]
+    NoWeights(String),
+    /// Parts of different widths.
+    #[error("module {module}: {tensor} has {found} columns, the first part {expected}")]
+    PartWidth {
+        /// Name of the module.
+        module: String,
+        /// The aligned tensor of the odd part.
+        tensor: String,
+        /// Its columns.
+        found: usize,
+        /// Columns of the first part.
+        expected: usize,
+    },
+    /// B with other rows than V.
+    #[error("module {module}: {tensor} has {found} rows but the weight has {expected}")]
+    Rows {
+        /// Name of the module.
+        module: String,
+        /// The tensor of B.
+        tensor: String,
+        /// Its rows.
+        found: usize,
+        /// Rows of V.
+        expected: usize,
+    },
+    /// A with other columns than V.
+    #[error("module {module}: {tensor} has {found} columns but the weight has {expected}")]
+    Columns {
+        /// Name of the module.
+        module: String,
+        /// The tensor of A.
+        tensor: String,
+        /// Its columns.
+        found: usize,
+        /// Columns of V.
+        expected: usize,
+    },
+    /// Two factors of one adapter with different ranks.
+    #[error("{} has rank {} but {} has rank {}", lora_b.0, lora_b.1, lora_a.0, lora_a.1)]
+    Ranks {
+        /// Tensor and rank of B.
+        lora_b: (String, usize),
+        /// Tensor and rank of A.
+        lora_a: (String, usize),
+    },
 }
 
 /// One block of rows of the stored matrix, in both checkpoints.
@@ -27,8 +76,8 @@ impl Part {
     /// # Errors
     /// When the shapes differ or columns are not contiguous.
     pub fn new(aligned: View, base: View) -> Result<Self, JobError> {
-        let weights = |error: ShapeError| JobError::Weights(format!("{}: {error}", aligned.tensor()));
-        Difference::new(aligned.matrix().map_err(weights)?, base.matrix().map_err(weights)?).map_err(weights)?;
+        let part = |source| JobError::Part { tensor: aligned.tensor().to_owned(), source };
+        Difference::new(aligned.matrix().map_err(part)?, base.matrix().map_err(part)?).map_err(part)?;
         Ok(Self { aligned, base })
     }
 
@@ -53,11 +102,11 @@ impl Part {
     }
 }
 
-/// The LoRA factors of one adapter for one module: ΔW = left·right, left (m, r), right (r, n).
+/// The LoRA factors of one adapter for one module: ΔW = B·A, B (m, r), A (r, n).
 #[derive(Clone, Debug)]
 pub struct Factors {
-    left: View,
-    right: View,
+    lora_b: View,
+    lora_a: View,
 }
 
 impl Factors {
@@ -65,31 +114,30 @@ impl Factors {
     ///
     /// # Errors
     /// When the ranks differ.
-    pub fn new(left: View, right: View) -> Result<Self, JobError> {
-        if left.cols() == right.rows() {
-            return Ok(Self { left, right });
+    pub fn new(lora_b: View, lora_a: View) -> Result<Self, JobError> {
+        if lora_b.cols() == lora_a.rows() {
+            return Ok(Self { lora_b, lora_a });
         }
-        let (left, right) = ((left.tensor(), left.cols()), (right.tensor(), right.rows()));
-        let message = format!("{} has rank {} but {} has rank {}", left.0, left.1, right.0, right.1);
-        Err(JobError::Factors(message))
+        let lora_b = (lora_b.tensor().to_owned(), lora_b.cols());
+        Err(JobError::Ranks { lora_b, lora_a: (lora_a.tensor().to_owned(), lora_a.rows()) })
     }
 
     /// B.
     #[must_use]
-    pub const fn left(&self) -> &View {
-        &self.left
+    pub const fn lora_b(&self) -> &View {
+        &self.lora_b
     }
 
     /// A.
     #[must_use]
-    pub const fn right(&self) -> &View {
-        &self.right
+    pub const fn lora_a(&self) -> &View {
+        &self.lora_a
     }
 
     /// r.
     #[must_use]
     pub const fn rank(&self) -> usize {
-        self.left.cols()
+        self.lora_b.cols()
     }
 }
 
@@ -113,28 +161,24 @@ impl Job {
     }
 
     fn check(&self) -> Result<(), JobError> {
-        let name = &self.name;
+        let module = || self.name.clone();
         let Some(first) = self.parts.first() else {
-            return Err(JobError::Weights(format!("module {name}: no weights")));
+            return Err(JobError::NoWeights(module()));
         };
-        let cols = first.aligned.cols();
-        if let Some(part) = self.parts.iter().find(|part| part.aligned.cols() != cols) {
-            let (tensor, found) = (part.aligned.tensor(), part.aligned.cols());
-            return Err(JobError::Weights(format!(
-                "module {name}: {tensor} has {found} columns, the first part {cols}"
-            )));
+        let expected = first.aligned.cols();
+        if let Some(part) = self.parts.iter().find(|part| part.aligned.cols() != expected) {
+            let (tensor, found) = (part.aligned.tensor().to_owned(), part.aligned.cols());
+            return Err(JobError::PartWidth { module: module(), tensor, found, expected });
         }
         let (m, n) = self.shape();
-        for factors in &self.factors {
-            let (left, right) = (factors.left.tensor(), factors.right.tensor());
-            let (rows, cols) = (factors.left.rows(), factors.right.cols());
-            if rows != m {
-                return Err(JobError::Weights(format!("module {name}: {left} has {rows} rows but the weight has {m}")));
+        for Factors { lora_b, lora_a } in &self.factors {
+            if lora_b.rows() != m {
+                let (tensor, found) = (lora_b.tensor().to_owned(), lora_b.rows());
+                return Err(JobError::Rows { module: module(), tensor, found, expected: m });
             }
-            if cols != n {
-                return Err(JobError::Weights(format!(
-                    "module {name}: {right} has {cols} columns but the weight has {n}"
-                )));
+            if lora_a.cols() != n {
+                let (tensor, found) = (lora_a.tensor().to_owned(), lora_a.cols());
+                return Err(JobError::Columns { module: module(), tensor, found, expected: n });
             }
         }
         Ok(())

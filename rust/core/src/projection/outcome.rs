@@ -2,7 +2,7 @@
 
 use super::{Leading, Overflow};
 
-/// What projection does to one adapter's factors in one module; see the figures of the Python class of this name.
+/// What projection does to one adapter's factors in one module; the stub of the Python class of this name defines the metrics.
 #[derive(Clone, Debug)]
 pub struct FactorOutcome {
     /// Frobenius cosine of C·ΔW and ΔW, whatever the operator.
@@ -10,9 +10,9 @@ pub struct FactorOutcome {
     /// ‖O·B‖/‖B‖.
     pub gain: f64,
     /// ‖B‖.
-    pub left_norm: f64,
+    pub lora_b_norm: f64,
     /// ‖O·B‖.
-    pub left_norm_projected: f64,
+    pub lora_b_norm_projected: f64,
     /// ‖B·A‖.
     pub update_norm: f64,
     /// ‖O·B·A‖.
@@ -28,13 +28,13 @@ pub struct FactorOutcome {
 pub struct JobOutcome {
     /// ‖V‖.
     pub v_norm: f64,
-    /// Rank that the orthogonal operator keeps.
+    /// How many singular vectors the operator uses, if any.
     pub rank: Option<usize>,
-    /// Share of ‖V‖² that this rank holds.
+    /// Share of ‖V‖² that they hold.
     pub energy: Option<f64>,
     /// σ₁(V).
     pub spectral_norm: Option<f64>,
-    /// What the orthogonal operator projects onto, if it is to be kept.
+    /// These vectors, if they are to be kept.
     pub leading: Option<Leading>,
     /// One outcome for each adapter.
     pub factors: Vec<FactorOutcome>,
@@ -43,29 +43,29 @@ pub struct JobOutcome {
 /// Gram matrices of one adapter, (r, r): BᵀB and A·Aᵀ.
 #[derive(Debug)]
 pub(super) struct Grams {
-    pub(super) left: Vec<f64>,
-    pub(super) right: Vec<f64>,
+    pub(super) lora_b: Vec<f64>,
+    pub(super) lora_a: Vec<f64>,
 }
 
 impl Grams {
     /// ‖B‖.
-    pub(super) fn left_norm(&self, rank: usize) -> f64 {
-        diagonal(&self.left, rank).sqrt()
+    pub(super) fn lora_b_norm(&self, rank: usize) -> f64 {
+        diagonal(&self.lora_b, rank).sqrt()
     }
 
     /// ‖B·A‖.
     pub(super) fn update_norm(&self) -> f64 {
-        self.of_update(&self.left)
+        self.of_update(&self.lora_b)
     }
 
     /// ‖X·A‖ for XᵀX.
     pub(super) fn of_update(&self, gram: &[f64]) -> f64 {
-        trace(gram, &self.right).max(0.0).sqrt()
+        trace(gram, &self.lora_a).max(0.0).sqrt()
     }
 
     /// Cosine of C·ΔW and ΔW from TᵀT and SᵀS, where T = VᵀB/t and S = V·T.
     pub(super) fn cosine(&self, reduced: &[f64], applied: &[f64], scale: f64) -> f64 {
-        let inner = scale * trace(reduced, &self.right).max(0.0);
+        let inner = scale * trace(reduced, &self.lora_a).max(0.0);
         let norms = self.of_update(applied) * self.update_norm();
         // C·ΔW = 0 makes both sides zero, and 0/0 is NaN as promised.
         (inner / norms).clamp(-1.0, 1.0)

@@ -1,18 +1,17 @@
 //! The projection of one module.
 
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
 use super::factors::{append_columns, append_rows, first_not_finite};
+use super::operator::{Products, Projected};
 use super::outcome::{Grams, diagonal};
 use super::subspace::{Iteration, start_count};
 use super::{
-    FactorOutcome, Factors, Job, JobOutcome, Leading, Operator, ProjectionError, Random, Settings, Stacked,
-    write_rounded,
+    FactorOutcome, Factors, Job, JobOutcome, Leading, ProjectionError, Random, Settings, Stacked, write_rounded,
 };
 use crate::kernels::{Engine, ShapeError};
-use crate::linalg::{combine, gram, inner_products, orthonormal};
+use crate::linalg::{gram, orthonormal};
 
 /// Projects modules one after another with the same threads and buffers.
 #[derive(Debug)]
@@ -20,21 +19,13 @@ pub struct Projector {
     engine: Engine,
     settings: Settings,
     /// B of every adapter, (R, m).
-    left: Vec<f32>,
+    lora_b: Vec<f32>,
     /// A of one adapter, (r, n).
-    right: Vec<f32>,
+    lora_a: Vec<f32>,
     /// T = VᵀB, (R, n), each adapter's scaled by a power of two.
     reduced: Vec<f32>,
     /// S = V·T, (R, m).
     applied: Vec<f32>,
-}
-
-/// O·B = factor·columns, and the Gram matrix of the columns.
-struct Projected<'a> {
-    /// (r, m).
-    columns: Cow<'a, [f32]>,
-    factor: f64,
-    gram: Vec<f64>,
 }
 
 /// One adapter's share of the stacked columns.
@@ -50,7 +41,7 @@ impl Projector {
     /// A projector on the threads of `engine`.
     #[must_use]
     pub const fn new(engine: Engine, settings: Settings) -> Self {
-        Self { engine, settings, left: Vec::new(), right: Vec::new(), reduced: Vec::new(), applied: Vec::new() }
+        Self { engine, settings, lora_b: Vec::new(), lora_a: Vec::new(), reduced: Vec::new(), applied: Vec::new() }
     }
 
     /// Projects every adapter's factors of one module.
@@ -63,16 +54,16 @@ impl Projector {
         let mut v = Stacked::new(parts.map_err(shape)?, job.is_transposed());
         let mut shares = self.load(job)?;
         let (m, n) = job.shape();
-        let rank = self.left.len() / m;
+        let rank = self.lora_b.len() / m;
 
-        let extent = self.settings.operator.extent((m, n));
+        let extent = self.settings.operator.extent().map(|extent| extent.within((m, n)));
         let mut random = Random::new(self.settings.seed, job.name());
         let started = extent.map_or(0, |extent| start_count(extent, (m, n)));
-        random.extend(&mut self.left, started * m);
+        random.extend(&mut self.lora_b, started * m);
 
         ProjectionError::if_cancelled(cancel)?;
         self.reduced.resize((rank + started) * n, 0.0);
-        v.transposed_product(&mut self.engine, &self.left, rank + started, &mut self.reduced).map_err(shape)?;
+        v.transposed_product(&mut self.engine, &self.lora_b, rank + started, &mut self.reduced).map_err(shape)?;
         for share in &mut shares {
             share.scale = normalise(&mut self.reduced[share.columns.start * n..share.columns.end * n]);
         }
@@ -109,7 +100,7 @@ impl Projector {
             factors.push(outcome);
         }
         let spectral_norm = leading.as_ref().map(|leading| leading.values.first().copied().unwrap_or(0.0));
-        let leading = leading.filter(|_| self.settings.operator.is_orthogonal());
+        let leading = leading.filter(|_| self.settings.operator.uses_vectors());
         let energy = leading.as_ref().filter(|_| v_norm > 0.0).map(|leading| leading.energy() / norm_squared);
         let energy = energy.map(|energy| energy.min(1.0));
         let rank = leading.as_ref().map(|leading| leading.values.len());
@@ -120,21 +111,21 @@ impl Projector {
     /// Reads the factors of every adapter.
     fn load<'a>(&mut self, job: &'a Job) -> Result<Vec<Share<'a>>, ProjectionError> {
         let (m, n) = job.shape();
-        self.left.clear();
+        self.lora_b.clear();
         let mut shares = Vec::with_capacity(job.factors().len());
         for factors in job.factors() {
-            let start = self.left.len();
-            append_columns(factors.left(), &mut self.left)?;
-            self.right.clear();
-            append_rows(factors.right(), &mut self.right)?;
-            let (left, right) = (&self.left[start..], &self.right);
-            let grams = self.engine.install(|| Grams { left: gram(left, m), right: gram(right, n) });
-            shares.push(Share { factors, columns: start / m..self.left.len() / m, grams, scale: 1.0 });
+            let start = self.lora_b.len();
+            append_columns(factors.lora_b(), &mut self.lora_b)?;
+            self.lora_a.clear();
+            append_rows(factors.lora_a(), &mut self.lora_a)?;
+            let (lora_b, lora_a) = (&self.lora_b[start..], &self.lora_a);
+            let grams = self.engine.install(|| Grams { lora_b: gram(lora_b, m), lora_a: gram(lora_a, n) });
+            shares.push(Share { factors, columns: start / m..self.lora_b.len() / m, grams, scale: 1.0 });
         }
         Ok(shares)
     }
 
-    /// The figures of one adapter and its projected left factor.
+    /// The metrics of one adapter, and O·B.
     fn project(
         &self,
         job: &Job,
@@ -150,37 +141,30 @@ impl Projector {
         if !(diagonal(&reduced_gram, rank).is_finite() && diagonal(&applied_gram, rank).is_finite()) {
             return Err(ProjectionError::OutOfRange(job.name().to_owned()));
         }
-        let spectral_norm = leading.and_then(|leading| leading.values.first().copied()).unwrap_or(f64::NAN);
-        let projected = match (self.settings.operator, leading) {
-            (Operator::Zero, _) => {
-                Projected { columns: Cow::Borrowed(applied), factor: 0.0, gram: applied_gram.clone() }
-            }
-            (Operator::OrthogonalRank(_) | Operator::OrthogonalEnergy(_), Some(leading)) => {
-                self.engine.install(|| orthogonal(leading, &self.left[start * m..end * m], m))
-            }
-            (Operator::Spectral, _) => {
-                let factor = share.scale / (spectral_norm * spectral_norm);
-                Projected { columns: Cow::Borrowed(applied), factor, gram: applied_gram.clone() }
-            }
-            _ => {
-                let factor = share.scale / v_norm;
-                Projected { columns: Cow::Borrowed(applied), factor, gram: applied_gram.clone() }
-            }
+        let products = Products {
+            lora_b: &self.lora_b[start * m..end * m],
+            rows: m,
+            applied,
+            applied_gram: &applied_gram,
+            scale: share.scale,
+            v_norm,
+            leading,
         };
+        let projected = self.settings.operator.apply(&products, &self.engine);
         Ok(self.outcome(share, &projected, share.grams.cosine(&reduced_gram, &applied_gram, share.scale)))
     }
 
     fn outcome(&self, share: &Share<'_>, projected: &Projected<'_>, cosine: f64) -> FactorOutcome {
-        let (grams, view) = (&share.grams, share.factors.left());
+        let (grams, view) = (&share.grams, share.factors.lora_b());
         let (m, rank, dtype) = (view.rows(), view.cols(), view.dtype());
-        let left_norm = grams.left_norm(rank);
-        let left_norm_projected = projected.factor * diagonal(&projected.gram, rank).sqrt();
+        let lora_b_norm = grams.lora_b_norm(rank);
+        let lora_b_norm_projected = projected.factor * diagonal(&projected.gram, rank).sqrt();
         let update_norm = grams.update_norm();
         let mut outcome = FactorOutcome {
             cosine,
-            gain: if update_norm > 0.0 { left_norm_projected / left_norm } else { f64::NAN },
-            left_norm,
-            left_norm_projected,
+            gain: if update_norm > 0.0 { lora_b_norm_projected / lora_b_norm } else { f64::NAN },
+            lora_b_norm,
+            lora_b_norm_projected,
             update_norm,
             update_norm_projected: projected.factor * grams.of_update(&projected.gram),
             projected: None,
@@ -197,9 +181,9 @@ impl Projector {
 
     /// The outcome where V is zero: B stays as it is.
     fn unchanged(&self, share: &Share<'_>) -> FactorOutcome {
-        let view = share.factors.left();
+        let view = share.factors.lora_b();
         let rank = share.columns.len();
-        let (left_norm, update_norm) = (share.grams.left_norm(rank), share.grams.update_norm());
+        let (lora_b_norm, update_norm) = (share.grams.lora_b_norm(rank), share.grams.update_norm());
         let projected = self.settings.keep_projected.then(|| {
             let (bytes, size) = (view.bytes(), view.dtype().size());
             let mut copy = Vec::with_capacity(view.nbytes());
@@ -214,22 +198,14 @@ impl Projector {
         FactorOutcome {
             cosine: f64::NAN,
             gain: if update_norm > 0.0 { 1.0 } else { f64::NAN },
-            left_norm,
-            left_norm_projected: left_norm,
+            lora_b_norm,
+            lora_b_norm_projected: lora_b_norm,
             update_norm,
             update_norm_projected: update_norm,
             projected,
             overflow: None,
         }
     }
-}
-
-/// U·Uᵀ·B for B (r, m).
-fn orthogonal(leading: &Leading, left: &[f32], m: usize) -> Projected<'static> {
-    let coefficients = inner_products(&leading.vectors, left, m);
-    let columns = combine(&leading.vectors, m, &coefficients, left.len() / m);
-    let gram = gram(&columns, m);
-    Projected { columns: Cow::Owned(columns), factor: 1.0, gram }
 }
 
 /// Divides by the power of two just above the largest magnitude, which is returned; so a second product with V

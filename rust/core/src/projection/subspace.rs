@@ -20,12 +20,23 @@ const MOST_BLOCKS: usize = 48;
 /// Singular values below this share of σ₁ drown in the rounding of the products with V.
 const NUMERICAL_RANK: f64 = TOLERANCE;
 
-/// How much of V is wanted.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Extent {
+/// How many leading singular vectors of V are wanted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Extent {
+    /// This many, or all where V has fewer.
     Rank(usize),
-    /// Share of ‖V‖².
+    /// As many as hold this share of ‖V‖².
     Energy(f64),
+}
+
+impl Extent {
+    /// The extent for V (m, n): no rank beyond its shorter side.
+    pub(super) fn within(self, (m, n): (usize, usize)) -> Self {
+        match self {
+            Self::Rank(rank) => Self::Rank(rank.min(m).min(n)),
+            Self::Energy(_) => self,
+        }
+    }
 }
 
 /// Leading left singular vectors of V and their singular values.
@@ -38,6 +49,11 @@ pub struct Leading {
 }
 
 impl Leading {
+    /// σ₁, NaN where there is none.
+    pub(super) fn largest(&self) -> f64 {
+        self.values.first().copied().unwrap_or(f64::NAN)
+    }
+
     /// Σσ².
     pub(super) fn energy(&self) -> f64 {
         self.values.iter().map(|value| value * value).sum()

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::kernels::{Engine, Level};
+use crate::kernels::{Engine, Level, StartError};
 use crate::projection::{Job, JobOutcome, ProjectionError, Projector, Settings};
 use prefetch::Progress;
 
@@ -50,7 +50,7 @@ impl Stream {
     ///
     /// # Errors
     /// When the CPU lacks `level` or the system refuses the threads.
-    pub fn start(jobs: Vec<Arc<Job>>, settings: Settings, threads: usize, level: Level) -> Result<Self, String> {
+    pub fn start(jobs: Vec<Arc<Job>>, settings: Settings, threads: usize, level: Level) -> Result<Self, StartError> {
         let projector = Projector::new(Engine::new(threads, level)?, settings);
         let jobs: Arc<[Arc<Job>]> = jobs.into();
         let (sender, receiver) = sync_channel(WAITING);
@@ -76,9 +76,8 @@ impl Stream {
         Ok(stream)
     }
 
-    fn spawn(&self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work);
-        let thread = thread.map_err(|error| format!("cannot start a thread: {error}"))?;
+    fn spawn(&self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(StartError::Thread)?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
     }
