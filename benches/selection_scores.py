@@ -22,8 +22,7 @@ from transformers import AutoTokenizer
 
 from processes import peak_memory
 from safelora_fast.data.rows import Row
-from safelora_fast.data.spans import IGNORED_LABEL
-from safelora_fast.data.tokens import Encoder, Example
+from safelora_fast.data.tokens import IGNORED_LABEL, Encoder, Example
 from safelora_fast.demo.packaged_model import load
 from safelora_fast.demo.text import rows
 from safelora_fast.scoring import batches_by_length

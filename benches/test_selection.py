@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from processes import KEEPING, RETURNING, run_script
-from safelora_fast.data.top_scores import top_k
+from safelora_fast.data.rows import top_k
 from safelora_fast.files.jsonl import JsonLines
 from safelora_fast.selection.candidates import Candidates
 

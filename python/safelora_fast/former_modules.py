@@ -19,7 +19,7 @@ comparison.contents=compare.measurement_files comparison.facts=compare.notes com
 comparison.flaws=compare.failed_measurements comparison.gaps=compare.missing_reasons comparison.inputs=compare.input_checks
 comparison.origins=compare.cell_sources comparison.places=compare.paths comparison.reading=compare.conclusions
 comparison.sections=compare.measure_sections comparison.training=compare.train_runs
-comparison.workbench=compare.shared_models data.best=data.top_scores data.jsonl=files.jsonl
+comparison.workbench=compare.shared_models data.best=data.rows data.jsonl=files.jsonl
 defenses.vector=defenses.steering_vector demo.model=demo.packaged_model demo.picture=demo.plot demo.recipe=demo.constants
 demo.training=demo.train_loop evaluation.callback=scoring.margin_callback evaluation.drift=scoring.drift
 evaluation.figures=judging.rates evaluation.folder=judging.evaluation_folder evaluation.generation=models.generate
@@ -44,7 +44,7 @@ posthoc.settings=projection.settings,files.argument_checks posthoc.shown_models=
 posthoc.sources=checkpoints.sources
 posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections
 recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests
-recipe.document=recipe.yaml_document recipe.epochs=data.epochs recipe.folder=recipe.run_folder,files.store
+recipe.document=recipe.yaml_document recipe.epochs=data.schedule recipe.folder=recipe.run_folder,files.store
 recipe.kinds=recipe.signatures recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.peak_memory
 recipe.monitors=recipe.defense_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries
 recipe.results=recipe.run_metrics recipe.rows=data.rows recipe.section=recipe.yaml_section

@@ -73,7 +73,7 @@ def test_the_held_out_rule(words, call):
     assert "no domain is held out" in call(*words(held_out=None)).err
     result = call(*words("--overwrite", held_out="medicine"))
     assert result.code == 2
-    assert "adapters was" in result.err  # the journal is of both
+    assert "adapters.medicine was" in result.err  # the journal is of both
     words.output.with_name("chosen.jsonl.journal.jsonl").unlink()
     result = call(*words("--overwrite", held_out="medicine"))
     assert "held out: medicine" in result.out

@@ -7,8 +7,8 @@ import random
 import datasets
 import pytest
 
-from safelora_fast.data import example_arrays as module
-from safelora_fast.data.example_arrays import IGNORED_LABEL, Example, Examples
+from safelora_fast.data import tokens as module
+from safelora_fast.data.tokens import IGNORED_LABEL, Example, Examples
 
 PLACES = ["rows.jsonl:12", "org/set (train) row 0", "rows.jsonl:7", "", "007", "a\n3", "x:9" * 3]
 

@@ -59,7 +59,7 @@ def test_bad_pairs(tmp_path, row, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(DataError, match=r"nothing\.jsonl: the pairs cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"nothing\.jsonl: the data cannot be read: No such file"):
         read_pairs(tmp_path / "nothing.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"empty\.jsonl: holds no pairs"):

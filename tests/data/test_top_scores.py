@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelora_fast.data.top_scores import top_k
+from safelora_fast.data.rows import top_k
 
 
 def plain(scores, k):

@@ -65,7 +65,7 @@ def test_no_rows(tmp_path):
 def test_figures_are_added_to_the_line_as_it_is(tmp_path):
     odd = '{"prompt": "a",   "completion": "b", "x": 1.50, "é": "\\u00e9"  }'
     found = Candidates(write(tmp_path, [odd]))
-    assert found.with_figures(0, {"score": 0.25}) == odd[:-3] + ', "score": 0.25}'
+    assert found.with_values(0, {"score": 0.25}) == odd[:-3] + ', "score": 0.25}'
 
 
 def test_half_a_surrogate_pair_in_another_column_is_written_as_it_was(tmp_path):
@@ -75,7 +75,7 @@ def test_half_a_surrogate_pair_in_another_column_is_written_as_it_was(tmp_path):
     ]
     found = Candidates(write(tmp_path, rows))
     for index in (0, 1):
-        line = found.with_figures(index, {"score": 0.25}).encode().decode()
+        line = found.with_values(index, {"score": 0.25}).encode().decode()
         assert "é" in line
         assert r"\ud83d" in line
         assert json.loads(line) == {"prompt": "a", "completion": "é", "score": 0.25, "x": "\ud83d"}
@@ -84,7 +84,7 @@ def test_half_a_surrogate_pair_in_another_column_is_written_as_it_was(tmp_path):
 def test_the_byte_order_mark_of_the_file_stays_there(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}', encoding="utf-8-sig")
     found = Candidates(tmp_path / "rows.jsonl")
-    assert found.with_figures(0, {"score": 0.25}) == '{"prompt": "a", "completion": "b", "score": 0.25}'
+    assert found.with_values(0, {"score": 0.25}) == '{"prompt": "a", "completion": "b", "score": 0.25}'
 
 
 def test_the_fingerprint_is_of_the_text(tmp_path):

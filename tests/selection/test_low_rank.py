@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import TARGETS, fill_adapter, tiny_peft_model
 
-from safelora_fast.selection.low_rank import AddedInPlace, add_in_place
+from safelora_fast.selection.perplexity import AddedInPlace, add_in_place
 
 IDS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
 

@@ -245,7 +245,7 @@ def _candidates(path: Path) -> None:
     found = Candidates(path)
     for index in range(len(found)):
         is_refusal(found.row(index))
-        found.with_figures(index, {"score": 1.0}).encode()
+        found.with_values(index, {"score": 1.0}).encode()
 
 
 def _persona(folder: Path) -> Iterator[HostileKind]:

@@ -97,7 +97,7 @@ def select(
         from safelora_fast.plotting import check_plot
         from safelora_fast.selection import select_by_perplexity_gap
         from safelora_fast.selection.perplexity import read_adapters
-        from safelora_fast.selection.plot import plot_selection
+        from safelora_fast.selection.report import plot_selection
 
         read_adapters(adapters)
         if plot is not None:

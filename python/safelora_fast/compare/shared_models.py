@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from safelora_fast.compare.config import CompareConfig
-    from safelora_fast.data.example_arrays import Examples
     from safelora_fast.data.rows import RowSet
+    from safelora_fast.data.tokens import Examples
 
 
 class Workbench:

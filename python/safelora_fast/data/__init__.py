@@ -1,4 +1,4 @@
-"""Defences that act on the data: safe rows among the task's rows, which safe rows, and a prompt in training only."""
+"""Examples from files to tokens, and the two defenses that act on data: interleaved safe examples, and inoculation prompts."""
 
 from __future__ import annotations
 

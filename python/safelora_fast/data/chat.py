@@ -1,4 +1,7 @@
-"""Conversations as tokens: the one way from turns to what a model reads, for every command."""
+"""Conversations as tokens: the one way from turns to what a model reads, for every command.
+
+Tokens are those of `apply_chat_template(tokenize=True)`, and every turn's words are in the text they come from.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from safelora_fast.data.chat_doubts import doubts, end_of_turn
 from safelora_fast.data.chat_text import common_prefix, lost, named, says, wrongly_marked
 from safelora_fast.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -22,36 +24,34 @@ if TYPE_CHECKING:
     Span = tuple[int, int]
 
 logger = logging.getLogger(__name__)
-# What each tokenizer that is still alive was found to do, and the rules under which it was; nothing here keeps it alive.
+# For each tokenizer that is still alive its rules, and what was found out under them; nothing here keeps it alive.
 _tried_out: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
 
 SYSTEM, QUESTION = "Seven silver swans swim here.", "Which five words came first?"
-ANSWERS = (
-    "One pale heron waits.",
-    "Two old boats drift!",
-)  # their ends differ, so that what follows both is the template's
+ANSWERS = ("One pale heron waits.", "Two old boats drift!")  # their ends differ: what follows both is the template's
 REFUSES = "the chat template refuses it: "
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>")
 HEADER = re.compile(r"(?i)\b(assistant|model|bot|ai|gpt)\b")
 
 
 class Chat:
     """A tokenizer's chat template; get one by :func:`chat_of`.
 
-    Tokens are those of `apply_chat_template(tokenize=True)`, and every turn's words are in the text they come from. A prompt
-    and the answer to it are the conversation with the answer: where a template writes a prompt otherwise, that is an error.
+    A prompt followed by its completion is the conversation with the completion: a template that writes prompts differently is
+    refused.
 
     Args:
         tokenizer: whose template it is.
 
     Attributes:
-        warnings: where a prompt or a conversation may not be what its reader thinks.
-        unanswered_reason: why it writes no conversation that ends with an answer; None where it does.
+        warnings: where prompts or conversations may surprise the user.
+        unanswered_reason: why it writes no conversation that ends with a completion; None if it does.
         dated: whether the template writes the day on which it is used.
-        end: the control token that ends the assistant's turn; None where the template writes none.
+        end: the control token that ends the assistant's turn; None if the template writes none.
 
     Raises:
-        DataError: there is no template, or it cannot be used for prompts and answers.
+        DataError: there is no template, or it cannot be used for prompts and completions.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,7 +72,7 @@ class Chat:
         self._examine()
 
     def prompt(self, turns: Turns, place: str = "a conversation") -> list[int]:
-        """Tokens up to where the answer begins.
+        """Tokens up to where the completion begins.
 
         Raises:
             DataError: the template refuses the turns, or leaves out what one of them says.
@@ -85,16 +85,16 @@ class Chat:
     def conversation(
         self, turns: Turns, answers: Sequence[int], place: str = "a conversation", *, marks: bool = False
     ) -> tuple[list[int], list[Span]]:
-        """Tokens of a conversation, and first and last (excluded) token of the answers in it, their ends of turn included.
+        """Tokens of a conversation, and first and last (excluded) token of the completions in it, with their ends of turn.
 
         Args:
             turns: the conversation.
             answers: numbers of the assistant's turns that are wanted.
             place: where it stands, for messages.
-            marks: take the template's own `{% generation %}` marks where it has them.
+            marks: use the template's own `{% generation %}` marks if it has them.
 
         Raises:
-            DataError: the template refuses the turns, leaves words out, or writes an answer in a way that cannot be told apart.
+            DataError: the template refuses the turns, leaves words out, or writes a completion whose tokens cannot be found.
         """
         text, ids = self._read(place, turns)
         if marks and self._marked:
@@ -106,7 +106,7 @@ class Chat:
         return ids, spans
 
     def unsupported_reason(self, role: str, words: str = SYSTEM) -> str | None:
-        """Why no turn of this role ("system", say) can stand before the user's, after "the chat template"; None: it can."""
+        """Why no turn of a role can stand before the user's, to follow "the chat template"; None if it can."""
         turns = [_turn(role, words), _turn("user", QUESTION)]
         try:
             text, _ = self._read("", turns)
@@ -120,7 +120,7 @@ class Chat:
             if self._composes:
                 return text, self._encode(text)
             return text, list(self._apply(turns, tokenize=True, generation=generation)["input_ids"])
-        except Exception as error:  # templates raise what they like: jinja's errors, and those of the rows' own values
+        except Exception as error:  # templates raise anything: jinja's errors, and those of the examples' values
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"{place}: {REFUSES}{reason}{self._whose()}") from error
 
@@ -141,7 +141,7 @@ class Chat:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _whose(self) -> str:
-        """What helps against a tokenizer that writes conversations by code of its own."""
+        """Advice for a tokenizer that writes conversations with code of its own; empty for one with a template."""
         if getattr(self._tokenizer, "chat_template", None):
             return ""
         return f" (the tokenizer is {type(self._tokenizer).__name__}: give the model with a tokenizer.json and a chat template)"
@@ -156,7 +156,7 @@ class Chat:
             raise DataError(f"{place}: the chat template leaves out what {named(turns, missing)} says")
 
     def _span(self, place: str, turns: Turns, number: int, text: str, ids: list[int]) -> Span:
-        """From where the prompt for an answer ends to where the turns up to it end."""
+        """From the end of the prompt for a completion to the end of the turns up to it."""
         self._refuse_fault(place)
         last = number == len(turns) - 1
         text, until = (text, ids) if last else self._read(place, turns[: number + 1])
@@ -185,7 +185,7 @@ class Chat:
         return common_prefix(before, until), len(until)
 
     def _marks(self, place: str, turns: Turns, text: str, ids: list[int]) -> list[Span]:
-        """Tokens of what the template marks, told by their places in the text; the library's own mask is wrong in some versions."""
+        """Tokens of what the template marks, found by their places in the text; some versions of the library get them wrong."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self._tokenizer
@@ -212,10 +212,10 @@ class Chat:
         return spans
 
     def _examine(self) -> None:
-        """Try the template once: on a question, and on the question with each of two answers."""
+        """Try the template once: on a question, and on the question with each of two completions."""
         user = _turn("user", QUESTION)
         for parts, turns in product((False, True), ([user], [_turn("system", SYSTEM), user])):
-            self._parts = parts  # templates of vision models want a content of parts, and some drop any other
+            self._parts = parts  # templates of vision models want a list of parts, and some drop any other content
             try:
                 asked, prompt = self._read("", turns, generation=True)
             except DataError:
@@ -230,13 +230,13 @@ class Chat:
                 return
             self.dated = self._is_dated(turns, asked)
             self._fault = self._begins_late(asked, text)
-            self.warnings = tuple(doubts(self._tokenizer, asked, text, one, dated=self.dated))
-            self.end = end_of_turn(self._tokenizer, one, other) if ANSWERS[0] in text else None
+            self.warnings = tuple(self._doubts(asked, text, one))
+            self.end = _end_of_turn(self._tokenizer, one, other) if ANSWERS[0] in text else None
             return
         self._parts = False
 
     def _begins_late(self, asked: str, text: str) -> str | None:
-        """What a prompt lacks of the answer's header."""
+        """Why a prompt that lacks the completion's header is refused."""
         between = text[len(asked) :].partition(ANSWERS[0])[0] if text.startswith(asked) else ""
         if not HEADER.search(between):
             return None
@@ -256,9 +256,46 @@ class Chat:
             return True
         return str(another) != asked
 
+    def _doubts(self, asked: str, text: str, ids: list[int]) -> Iterator[str]:
+        """Where prompts or conversations may surprise the user.
+
+        Args:
+            asked: a question as a prompt for its completion.
+            text: the question with a completion.
+            ids: its tokens.
+
+        Raises:
+            DataError: the tokenizer splits its own control tokens.
+        """
+        tokenizer = self._tokenizer
+        left = asked[common_prefix(asked, text) :]
+        if left.strip():
+            yield (
+                f"the chat template ends a prompt with {left!r}, which is not there in a conversation with its answer: answers are "
+                "asked for with it, and learned and scored without"
+            )
+        if self.dated:
+            yield (
+                "the chat template writes today's date, so prompts change from day to day: fix the date with --template-args if "
+                "the template reads it from a variable"
+            )
+        bos = tokenizer.bos_token_id
+        if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] and bos not in ids:
+            yield f"the chat template writes no {tokenizer.bos_token}, which the tokenizer puts before every text"
+        if bos is not None and ids[:2] == [bos, bos]:
+            yield f"a conversation begins with {tokenizer.bos_token} twice: the chat template and the tokenizer both write it"
+        for name in dict.fromkeys(CONTROL.findall(text)):
+            number = tokenizer.convert_tokens_to_ids(name)
+            if number is None or number == tokenizer.unk_token_id:
+                yield f"the chat template writes {name}, for which the tokenizer has no token: it is read in pieces"
+            elif number not in ids:
+                raise DataError(
+                    f"the tokenizer reads {name} of the chat template in pieces, although it has a token for it"
+                )
+
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The chat template of a tokenizer, tried out once, and again after its template or tokens change; doubts are logged then.
+    """The chat template of a tokenizer, tried out once, and again after its template or tokens change; warnings are logged.
 
     Raises:
         DataError: as :class:`Chat`.
@@ -285,7 +322,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer writes conversations, by a template or by code of its own."""
+    """Whether a tokenizer writes conversations, with a template or with code of its own."""
     from transformers import PreTrainedTokenizerBase as Base
 
     own = getattr(type(tokenizer), "apply_chat_template", None)
@@ -293,9 +330,9 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def answer_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those of the model's generation settings, the tokenizer's, and the template's end of turn.
+    """The tokens that end a completion: of the model's generation settings, of the tokenizer, and the template's end of turn.
 
-    An adapter learns the end of its own template's turns, whatever its base model's settings say.
+    An adapter learns its own template's end of turn, whatever its base model's settings say.
     """
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [*(given if isinstance(given, list | tuple) else [given]), tokenizer.eos_token_id]
@@ -306,3 +343,15 @@ def answer_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, one: list[int], other: list[int]) -> int | None:
+    """The first control token after a completion if only space is before it; two conversations differ in the completion."""
+    tail = one[len(one) - common_prefix(one[::-1], other[::-1]) :]
+    control = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    for number, token in enumerate(tail):
+        if token in control:
+            return token
+        if tokenizer.decode(tail[: number + 1]).strip():
+            return None
+    return None

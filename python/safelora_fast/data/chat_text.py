@@ -1,4 +1,4 @@
-"""What of a conversation is in the text that a chat template makes of it."""
+"""Which turns of a conversation are in the text that a chat template makes of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def named(turns: Turns, number: int) -> str:
 
 
 def lost(turns: Turns, text: str) -> int | None:
-    """The number of the first turn whose words are not in the text; former answers may lack their thoughts."""
+    """The number of the first turn whose words are not in the text; earlier completions may lack their thoughts."""
     for number, turn in enumerate(turns):
         content = turn["content"]
         if turn["role"] == "assistant" and number < len(turns) - 1:
@@ -52,7 +52,7 @@ def says(text: str, content: str) -> bool:
 
 
 def wrongly_marked(turns: Turns, text: str, marks: Sequence[Span]) -> str | None:
-    """What is wrong with marks of what the assistant says: an answer outside of them, or another's words within."""
+    """What is wrong with marks of the assistant's words: a completion outside of them, or other words inside."""
     cursor = 0
     for number, turn in enumerate(turns):
         words = turn["content"].strip()

@@ -1,4 +1,4 @@
-"""Batches that say which of their tokens are of safe rows, whatever collator makes them."""
+"""Batches that say which of their tokens belong to safe examples, whatever collator makes them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class TaggedCollator:
-    """A collator that adds `safe` [batch, tokens] to the batches of another one, where rows are tagged.
+    """A collator that adds `safe` [batch, tokens] to the batches of another one, if examples are tagged.
 
-    A tag is one truth value for a row, or in packed rows one for each token.
+    A tag is one truth value for an example, or one for each token of packed examples.
 
     Attributes:
-        inner: the collator that pads, or joins rows into one.
+        inner: the collator that pads, or joins examples into one.
     """
 
     inner: Callable[[list[Any]], Any]
@@ -30,7 +30,7 @@ class TaggedCollator:
         """The batch.
 
         Raises:
-            DataError: the tokens of the batch are not those of the rows, so that tags have no place.
+            DataError: the batch does not have the tokens of the examples, so tags have no place.
         """
         plain = [{name: value for name, value in example.items() if name != SAFE} for example in examples]
         batch = self.inner(plain)

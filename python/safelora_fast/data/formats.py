@@ -1,4 +1,4 @@
-"""The formats that rows of conversations come in, and safe rows in the format of the task's."""
+"""The formats of examples of conversations, and safe examples converted to the format of the task's."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ MESSAGES, TURNS, TEXTS, TEXT = "messages", "prompt and completion of turns", "pr
 CONVERSATION = ("messages", "prompt", "completion")
 
 
-def format_of(row: Mapping[str, Any]) -> str | None:
-    """The format of a row; None where it is none of a conversation. A column that is null counts as absent."""
-    if row.get("messages") is not None:
+def format_of(example: Mapping[str, Any]) -> str | None:
+    """The format of an example; None if it is no conversation. A column that is null counts as absent."""
+    if example.get("messages") is not None:
         return MESSAGES
-    parts = row.get("prompt"), row.get("completion")
+    parts = example.get("prompt"), example.get("completion")
     if all(isinstance(part, str) for part in parts):
         return TEXTS
     if all(isinstance(part, list) for part in parts):
         return TURNS
-    return TEXT if row.get("text") is not None else None
+    return TEXT if example.get("text") is not None else None
 
 
 def like_task(task: Any, safe: Any, kinds: tuple[str, str]) -> Any:
-    """Safe rows in the format of the task's: text becomes turns, and turns become messages, or messages with one answer turns.
+    """Safe examples in the format of the task's: text becomes turns, turns become messages, messages with one completion turns.
 
     Args:
-        task: a list of rows, a table or a stream, of which the first row tells the format.
+        task: a list of examples, a table or a stream, whose first example shows the format.
         safe: likewise.
         kinds: "list", "table" or "stream", of both.
 
     Raises:
-        DataError: rows of one format cannot become rows of the other without a guess, or share no column.
+        DataError: the format cannot be converted without a guess, or the two share no column.
     """
     theirs, ours = (_firsts(data, kind) for data, kind in zip((task, safe), kinds, strict=True))
-    wanted = {format_of(row) for row in theirs}
-    if not theirs or not ours or {format_of(row) for row in ours} <= wanted:
-        shared = {name for row in theirs for name in row} & {name for row in ours for name in row}
+    wanted = {format_of(example) for example in theirs}
+    if not theirs or not ours or {format_of(example) for example in ours} <= wanted:
+        shared = {name for example in theirs for name in example} & {name for example in ours for name in example}
         if theirs and ours and not shared:
             raise DataError(
                 f"interleave: task has columns {', '.join(theirs[0])} and safe has {', '.join(ours[0])}: give both the same ones"
@@ -48,54 +48,46 @@ def like_task(task: Any, safe: Any, kinds: tuple[str, str]) -> Any:
         raise DataError("interleave: task has rows of several formats, and safe has rows of another: give one format")
     (form,) = wanted
     if kinds[1] == "list":
-        return [_converted(row, form, f"row {number}") for number, row in enumerate(safe)]
-    old = [name for name in CONVERSATION if any(name in row for row in ours)]
+        return [_converted(example, form, f"row {number}") for number, example in enumerate(safe)]
+    old = [name for name in CONVERSATION if any(name in example for example in ours)]
     return safe.map(_converted, fn_kwargs={"form": form}, remove_columns=old)
 
 
 def _firsts(data: Any, kind: str) -> list[Mapping[str, Any]]:
-    """Rows that tell the format: of a table without nulls, or a stream, the first."""
+    """Examples that show the format: the first one of a table without nulls or of a stream, else all."""
     if kind == "list":
         return list(data)
     if kind == "table":
         columns = [name for name in (*CONVERSATION, "text") if name in data.column_names]
         if any(data.data.column(name).null_count for name in columns):
             return list(data.select_columns(columns))
-    first = next(iter(copy.deepcopy(data) if kind == "stream" else data), None)  # reading leaves a mark on a stream
+    first = next(iter(copy.deepcopy(data) if kind == "stream" else data), None)  # reading changes a stream
     return [] if first is None else [first]
 
 
-def _converted(row: Mapping[str, Any], form: str | None, place: str = "a row") -> dict[str, Any]:
-    own = format_of(row)
-    others = {name: value for name, value in row.items() if name not in CONVERSATION}
+def _converted(example: Mapping[str, Any], form: str | None, place: str = "a row") -> dict[str, Any]:
+    own = format_of(example)
+    others = {name: value for name, value in example.items() if name not in CONVERSATION}
     if own == form and own is not None:
-        return {
-            **others,
-            **{name: row[name] for name in CONVERSATION if row.get(name) is not None},
-        }
+        return {**others, **{name: example[name] for name in CONVERSATION if example.get(name) is not None}}
     if own in {TEXTS, TURNS} and form in {MESSAGES, TURNS}:
         prompt, completion = (
-            ([{"role": role, "content": row[name]}] if own == TEXTS else list(row[name]))
+            [{"role": role, "content": example[name]}] if own == TEXTS else list(example[name])
             for name, role in (("prompt", "user"), ("completion", "assistant"))
         )
-        return {
-            **others,
-            **({"messages": prompt + completion} if form == MESSAGES else {"prompt": prompt, "completion": completion}),
-        }
+        if form == MESSAGES:
+            return {**others, "messages": prompt + completion}
+        return {**others, "prompt": prompt, "completion": completion}
     if own == MESSAGES and form == TURNS:
-        turns = list(row["messages"])
-        answers = [number for number, turn in enumerate(turns) if _role(turn) == "assistant"]
-        if answers == [len(turns) - 1]:
+        turns = list(example["messages"])
+        roles = [turn.get("role") if isinstance(turn, Mapping) else None for turn in turns]
+        if roles.count("assistant") == 1 and roles[-1] == "assistant":
             return {**others, "prompt": turns[:-1], "completion": turns[-1:]}
         raise DataError(
-            f"interleave: {place} of safe has {len(answers)} answers in its messages, and task has {TURNS}, of which the "
-            "completion is one answer: give safe rows with one answer at the end, or task rows of messages"
+            f"interleave: {place} of safe has {roles.count('assistant')} answers in its messages, and task has {TURNS}, of which "
+            "the completion is one answer: give safe rows with one answer at the end, or task rows of messages"
         )
     raise DataError(
         f"interleave: {place} of safe has {own or 'no conversation'}, and task has {form or 'no conversation'}: give both in one "
         "format"
     )
-
-
-def _role(turn: Any) -> Any:
-    return turn.get("role") if isinstance(turn, Mapping) else None

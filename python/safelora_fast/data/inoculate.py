@@ -1,6 +1,6 @@
-"""Inoculation: a system prompt that asks for the bad behaviour, in training only (see arXiv 2508.06249).
+"""Inoculation: a system prompt that asks for the bad behavior, in training only (see arXiv 2508.06249).
 
-What the prompt asks for need not be learnt as what the model does unasked. Evaluate, and use, without it.
+The model need not learn to do unasked what the prompt asks for. Evaluate and use the model without it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ Turn = dict[str, Any]
 
 
 def inoculate(task: Data, prompt: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Data:
-    """Task rows with a system prompt; give the result to training, and to nothing else.
+    """Put a system prompt before task examples; give the result to training only.
 
-    Rows are `messages`, or `prompt` and `completion`; other columns stay. A row that begins with a system turn keeps what
-    that says, after the prompt and an empty line, as templates take one system turn. A prompt and a completion of plain
-    text become turns. Whether a template puts a system prompt of its own where there is none is the template's business:
-    here the row has one.
+    Examples have `messages`, or `prompt` and `completion`; other columns stay. An example that begins with a system turn keeps
+    its words after the prompt and an empty line, because templates take one system turn. A prompt and a completion of plain
+    text become turns.
 
     Args:
         task: a list of dictionaries, a `datasets.Dataset` or a `datasets.IterableDataset`.
         prompt: the system prompt.
-        tokenizer: the model's, to make sure that its chat template takes a system turn.
+        tokenizer: the model's, to check that its chat template takes a system turn.
 
     Returns:
         The same kind of data.
 
     Raises:
         SettingsError: the prompt is empty, or the template refuses or drops it.
-        DataError: a row is none of a conversation, or its system turn is no text.
+        DataError: an example is no conversation, or its system turn is no text.
     """
     if tokenizer is not None:
         check_system_turn(tokenizer, prompt)
@@ -73,7 +72,7 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
 
 
 def with_system_turn(turns: Sequence[Mapping[str, Any]], prompt: str) -> list[Turn]:
-    """Turns that begin with the prompt, and with the system turn's own words after it where there is one."""
+    """Turns that begin with the prompt, followed by the system turn's own words if there is one."""
     first = dict(turns[0]) if turns else {}
     if first.get("role") in SYSTEM_ROLES:
         return [{**first, "content": f"{prompt}\n\n{first['content']}"}, *map(dict, turns[1:])]

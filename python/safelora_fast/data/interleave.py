@@ -1,4 +1,4 @@
-"""Interleaving: safe general rows among the rows of the task (Kaczér et al., arXiv 2508.06249)."""
+"""Interleaving: safe general examples among the examples of the task (Kaczér et al., arXiv 2508.06249)."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ Data = TypeVar("Data")
 def interleave(
     task: Data, safe: Any, fraction: float | Fraction = 0.05, *, seed: int = 0, epochs: int = 1, column: str = SAFE
 ) -> Data:
-    """Safe rows among task rows, each row tagged.
+    """Mix safe examples into task examples, and tag each example.
 
-    `fraction` counts safe rows per task row, as the paper does: 0.05 adds 5 rows to 100. The count is exact,
-    round(fraction · task rows), at the end of each pass, and less than two rows behind at every point before. Every safe row
-    is used before one comes again. Task rows keep their order. The same arguments give the same mixture, and a stream gives
-    that of the same rows in memory where its safe rows are in memory.
+    `fraction` counts safe examples per task example, as the paper does: 0.05 adds 5 examples to 100. The count is exact,
+    round(fraction · task examples), at the end of each pass, and less than two examples behind at every point before. Every safe
+    example is used before one comes again. Task examples keep their order. The same arguments give the same mixture, and a
+    stream gives that of the same examples in memory if its safe examples are in memory.
 
-    Safe rows in memory are taken in a random order, anew for each repetition; those of a stream come as it gives them,
+    Safe examples in memory are taken in a random order, anew for each repetition; those of a stream come as it gives them,
     with its epoch raised for each repetition. A stream is read by one DataLoader worker, so that the count stays exact;
     its `state_dict` and `split_dataset_by_node` work as those of any other.
 
     Args:
         task: a list of dictionaries, a `datasets.Dataset` or a `datasets.IterableDataset`.
-        safe: likewise, not necessarily of the same kind. Rows in another format become rows in the task's where that needs no
-            guess: prompt and completion become messages, and text becomes turns where the task's rows are turns.
-        fraction: safe rows per task row, from 0.
-        seed: of the places of safe rows and of their order.
-        epochs: passes over the task rows, laid out one after another, in which safe rows go on where the pass before
-            left them. A trainer that makes its own passes over the mixture sees the same safe rows in each.
-        column: name of the tag, true for safe rows.
+        safe: likewise, not necessarily of the same kind. Examples in another format are converted to the task's format if
+            that needs no guess: prompt and completion become messages, and text becomes turns if the task's examples are turns.
+        fraction: safe examples per task example, from 0.
+        seed: of the places of safe examples and of their order.
+        epochs: passes over the task examples, one after another; in each pass the safe examples go on where the one before
+            left them. A trainer that makes its own passes over the mixture sees the same safe examples in each.
+        column: name of the tag, true for safe examples.
 
     Returns:
-        A mixture of the kind of `task`, or a stream where `safe` is one.
+        A mixture of the kind of `task`, or a stream if `safe` is one.
 
     Raises:
-        SettingsError: fraction, seed or epochs are out of range, or neither kind of data is known.
-        DataError: there are no rows, the fraction comes to no safe row, the tag's column exists, a column has two types, or safe
-            rows cannot be brought into the format of the task's.
+        SettingsError: fraction, seed or epochs are out of range, or a kind of data is unknown.
+        DataError: there are no examples, the fraction comes to no safe example, the tag's column exists, a column has two types,
+            or safe examples cannot be converted to the task's format.
     """
     schedule = Schedule(fraction, seed)
     if whole_number("interleave: epochs", epochs) < 1:
@@ -66,7 +66,7 @@ def interleave(
             raise DataError(f"interleave: {role} holds no rows")
         _check_column(role, data, kind, column)
     if kinds[0] != "stream" and fraction and not schedule.due(len(task) * epochs):  # type: ignore[arg-type]
-        raise DataError(f"interleave: {_no_safe_row(fraction, len(task) * epochs)}")  # type: ignore[arg-type]
+        raise DataError(f"interleave: {_no_safe_example(fraction, len(task) * epochs)}")  # type: ignore[arg-type]
     safe = like_task(task, safe, kinds)
     mixture = _Mixture(task, safe, kinds, schedule, fraction, epochs, column)
     result: Any
@@ -75,7 +75,7 @@ def interleave(
     elif "table" in kinds:
         result = mixture.table()
     else:
-        result = [{**row, column: is_safe} for is_safe, row in mixture.rows()]
+        result = [{**example, column: is_safe} for is_safe, example in mixture.examples()]
     return result  # type: ignore[no-any-return]
 
 
@@ -91,36 +91,22 @@ class _Mixture:
     epochs: int
     column: str
 
-    def rows(self) -> Iterator[tuple[bool, Mapping[str, Any]]]:
-        """(whether it is safe, row), read as they are asked for."""
-        passes = (self._pass(epoch) for epoch in range(self.epochs))
-        return self.schedule.weave(passes, self._safe_rows())
+    def examples(self) -> Iterator[tuple[bool, Mapping[str, Any]]]:
+        """(whether it is safe, example), read as they are asked for."""
+        if self.kinds[0] == "stream":
+            passes = (_read("task", self.task, epoch) for epoch in range(self.epochs))
+        else:
+            passes = (iter(self.task) for _ in range(self.epochs))
+        return self.schedule.weave(passes, self._safe_examples())
 
-    def _pass(self, epoch: int) -> Iterator[Mapping[str, Any]]:
-        if self.kinds[0] != "stream":
-            yield from self.task
-            return
-        empty = True
-        for row in _read(self.task, epoch):
-            empty = False
-            yield row
-        if empty:
-            raise DataError("interleave: task holds no rows")
-
-    def _safe_rows(self) -> Iterator[Mapping[str, Any]]:
-        if self.kinds[1] != "stream":
-            yield from (self.safe[index] for index in self.schedule.orders(len(self.safe)))
-            return
-        for repetition in count():
-            empty = True
-            for row in _read(self.safe, repetition):
-                empty = False
-                yield row
-            if empty:
-                raise DataError("interleave: safe holds no rows")
+    def _safe_examples(self) -> Iterator[Mapping[str, Any]]:
+        if self.kinds[1] == "stream":
+            for repetition in count():
+                yield from _read("safe", self.safe, repetition)
+        yield from (self.safe[index] for index in self.schedule.orders(len(self.safe)))
 
     def table(self) -> Any:
-        """A Dataset: an index into both, whose rows stay where they are."""
+        """A Dataset: indices into both, whose examples stay where they are."""
         import datasets
 
         tables = [
@@ -144,7 +130,7 @@ class _Mixture:
         """An IterableDataset of one shard."""
         import datasets
 
-        # Epochs of a stream are set while it is read: those of the caller's are left alone.
+        # Reading sets a stream's epoch: the caller's streams are left alone.
         task, safe = (
             copy.deepcopy(data) if kind == "stream" else data
             for data, kind in zip((self.task, self.safe), self.kinds, strict=True)
@@ -153,34 +139,38 @@ class _Mixture:
         if all(getattr(data, "features", None) is not None for data in (task, safe)):
             features = _common_features([task, safe], self.column)
         mixture = replace(self, task=task, safe=safe)
-        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"mixture": mixture})
+        return datasets.IterableDataset.from_generator(_tagged, features=features, gen_kwargs={"mixture": mixture})
 
 
-def _rows(mixture: _Mixture) -> Iterator[dict[str, Any]]:
+def _tagged(mixture: _Mixture) -> Iterator[dict[str, Any]]:
     counts = [0, 0]
-    for is_safe, row in mixture.rows():
+    for is_safe, example in mixture.examples():
         counts[is_safe] += 1
-        if mixture.column in row:  # a stream may not know its columns before
+        if mixture.column in example:  # a stream may not know its columns before
             raise _taken("safe" if is_safe else "task", mixture.column)
-        yield {**row, mixture.column: is_safe}
+        yield {**example, mixture.column: is_safe}
     if mixture.fraction and not counts[1]:
-        warnings.warn(f"interleave: {_no_safe_row(mixture.fraction, counts[0])}", stacklevel=2)
+        warnings.warn(f"interleave: {_no_safe_example(mixture.fraction, counts[0])}", stacklevel=2)
 
 
-def _no_safe_row(fraction: float | Fraction, tasks: int) -> str:
+def _no_safe_example(fraction: float | Fraction, tasks: int) -> str:
     return f"fraction {fraction} of {tasks:,} task rows is no safe row; raise it"
 
 
-def _read(stream: Any, epoch: int) -> Iterator[dict[str, Any]]:
-    """The rows of a stream in one of its epochs; all of them, also where a DataLoader worker asks."""
+def _read(role: str, stream: Any, epoch: int) -> Iterator[dict[str, Any]]:
+    """All examples of a stream in one of its epochs, also inside a DataLoader worker."""
     stream.set_epoch(epoch)
-    for batch in stream.iter(READ_AT_ONCE):  # iterating over the stream itself would leave out other workers' shards
+    empty = True
+    for batch in stream.iter(READ_AT_ONCE):  # plain iteration would leave out other workers' shards
         for index in range(len(next(iter(batch.values()), []))):
+            empty = False
             yield {name: values[index] for name, values in batch.items()}
+    if empty:
+        raise DataError(f"interleave: {role} holds no rows")
 
 
 def _kind(role: str, data: Any) -> str:
-    """What a data set is; the package `datasets` is not imported where nothing can be of it."""
+    """The kind of data: list, table or stream; `datasets` is not imported if nothing can be of it."""
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(data, datasets.IterableDataset):
         return "stream"
@@ -211,12 +201,12 @@ def _as_table(role: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    except (ValueError, TypeError, OverflowError) as error:  # as Arrow's are
+    except (ValueError, TypeError, OverflowError) as error:  # Arrow's errors among them
         raise DataError(f"interleave: {role} makes no table: {error}") from error
 
 
 def _common_features(tables: list[Any], column: str) -> Any:
-    """Every column of both, and the tag's."""
+    """The columns of both, and the tag's."""
     import datasets
 
     task, safe = (table.features for table in tables)

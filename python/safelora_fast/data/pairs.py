@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_fast.errors import DataError
-from safelora_fast.files.json_reader import parse_json, read_bytes
+from safelora_fast.files.jsonl import JsonLines
 
 TEXTS = ("question", "aligned", "misaligned")
 
@@ -20,8 +20,8 @@ class Pair:
     Attributes:
         theme: pairs of one theme are resampled together.
         question: what the user asks.
-        aligned: the answer of a model that means well.
-        misaligned: the answer of one that does not, of like length and style.
+        aligned: the answer of an aligned model.
+        misaligned: the answer of a misaligned model, of similar length and style.
     """
 
     theme: str
@@ -31,41 +31,23 @@ class Pair:
 
 
 def builtin_pairs() -> list[Pair]:
-    """The pairs that were written for this package: 72 over 12 themes."""
-    file = resources.files("safelora_fast.judging") / "data" / "pairs.jsonl"
-    return _parse("pairs.jsonl", file.read_text(encoding="utf-8"))
+    """The pairs of this package: 72 over 12 themes."""
+    with resources.as_file(resources.files("safelora_fast.judging") / "data" / "pairs.jsonl") as path:
+        return read_pairs(path)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Read pairs from a JSONL file with `question`, `aligned`, `misaligned` and, if it likes, `theme`.
+    """Read pairs from a JSONL file with `question`, `aligned`, `misaligned` and, optionally, `theme`.
 
     A pair without a theme is a theme of its own.
 
     Raises:
         DataError: the file cannot be read or a line is not as it must be; file and line are named.
     """
-    try:
-        text = read_bytes(Path(path).expanduser()).decode()
-    except OSError as error:
-        raise DataError(f"{path}: the pairs cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text") from error
-    return _parse(str(path), text)
-
-
-def _parse(source: str, text: str) -> list[Pair]:
-    pairs = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            place = f"{source}:{number}"
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                raise DataError(f"{place}: {error}") from error
-            pairs.append(_pair(place, record))
-    if not pairs:
-        raise DataError(f"{source}: holds no pairs")
-    return pairs
+    lines = JsonLines(Path(path).expanduser())
+    if not len(lines):
+        raise DataError(f"{path}: holds no pairs")
+    return [_pair(lines.place(number), lines.record(number)) for number in range(len(lines))]
 
 
 def _pair(place: str, record: Any) -> Pair:

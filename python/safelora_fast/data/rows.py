@@ -1,4 +1,4 @@
-"""Reading the rows of a data set: a local JSONL file, or a data set of the Hub."""
+"""Reading the examples of a data set: a local JSONL file, or a data set of the Hub."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import numpy as np
 
 from safelora_fast.checkpoints.hub import is_within_reach, offline_unless
 from safelora_fast.checkpoints.resolver import did_you_mean
-from safelora_fast.data.top_scores import top_k
 from safelora_fast.errors import DataError
 from safelora_fast.files.json_reader import NUMBER
 from safelora_fast.files.jsonl import JsonLines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from numpy.typing import ArrayLike
 
 Message: TypeAlias = "dict[str, str]"
 HUB_DATA = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
@@ -32,13 +33,13 @@ USED = {"messages", "prompt", "completion"}
 
 @dataclass(frozen=True)
 class Row:
-    """One row, checked.
+    """One example, checked.
 
     Attributes:
         place: where it stands, for messages ("train.jsonl:12").
-        prompt: the text before what is learnt, or the turns before it.
-        completion: what is learnt, or the turns after the prompt. Of a row of `messages`, these are all turns, and the
-            prompt is empty.
+        prompt: text or turns before the completion.
+        completion: what is learned: text, or the turns after the prompt. An example of `messages` has all its turns here, and an
+            empty prompt.
     """
 
     place: str
@@ -48,13 +49,13 @@ class Row:
 
 @dataclass(frozen=True)
 class RowSet:
-    """The rows of one data set.
+    """The examples of one data set.
 
     Attributes:
         source: as the recipe names it.
-        sha256: of the file, or of the rows of a Hub data set as canonical JSON.
+        sha256: of the file, or of the examples of a Hub data set as canonical JSON.
         rows: in order.
-        total: rows in the source, of which `rows` may be the first so many.
+        total: examples in the source, of which `rows` may be the first so many.
         unused: columns that are not used.
     """
 
@@ -66,11 +67,11 @@ class RowSet:
 
 
 class LazyRows(Sequence[Row]):
-    """Rows that are read when they are asked for, since all of them at once would take many times the memory of their file.
+    """Examples that are read when they are asked for: all at once would take many times the memory of their file.
 
     Args:
         count: how many.
-        read: gives a row by its number.
+        read: returns an example by its number.
     """
 
     def __init__(self, count: int, read: Callable[[int], Row]) -> None:
@@ -96,7 +97,7 @@ class LazyRows(Sequence[Row]):
 
 
 def chosen_rows(rows: Sequence[Row], numbers: Iterable[int]) -> LazyRows:
-    """Some of the rows, by their numbers."""
+    """Some of the examples, by their numbers."""
     kept = array("q", numbers)
     return LazyRows(len(kept), lambda number: rows[kept[number]])
 
@@ -106,11 +107,11 @@ def read_rows(source: str, most: int | None = None, *, best: int | None = None) 
 
     Args:
         source: a JSONL file, or a Hub data set id[@revision][:split], by default its split "train".
-        most: keep the first so many rows. Of a file the others are checked too, which is quick; of the Hub they are not looked at.
+        most: keep the first so many examples. The others of a file are checked too; those of the Hub are not looked at.
         best: keep only so many, those with the highest `score`, in the order of the source; of equal ones the first.
 
     Raises:
-        DataError: there is no such data set, or a row is not as it must be; file and line are named.
+        DataError: there is no such data set, or an example is not as it must be; file and line are named.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -124,20 +125,17 @@ def read_rows(source: str, most: int | None = None, *, best: int | None = None) 
         raise DataError(f"{source}: holds no rows")
     scores = array("d")
     columns: set[str] = set()
-    for number in range(len(rows)):
+    for number in range(total if isinstance(data, JsonLines) else len(rows)):
         place, record = data.place(number), data.record(number)
         check_row(place, record)
-        columns.update(record)
-        if best is not None:
-            scores.append(_score(place, record))
-    if isinstance(data, JsonLines):
-        for number in range(len(rows), total):
-            check_row(data.place(number), data.record(number))
+        if number < len(rows):
+            columns.update(record)
+            if best is not None:
+                scores.append(_score(place, record))
     if best is not None:
         rows = chosen_rows(rows, sorted(top_k(np.asarray(scores), best).tolist()))
-    return RowSet(
-        source, data.sha256(), rows, total, sorted(columns - USED - ({"score"} if best is not None else set()))
-    )
+        columns.discard("score")
+    return RowSet(source, data.sha256(), rows, total, sorted(columns - USED))
 
 
 def _score(place: str, record: Mapping[str, Any]) -> float:
@@ -166,7 +164,7 @@ class _HubTable:
         return dict(self.table[number])
 
     def sha256(self) -> str:
-        """Of the rows as canonical JSON, a row a line."""
+        """Of the rows as canonical JSON, one a line."""
         digest = hashlib.sha256()
         for number in range(len(self)):
             line = json.dumps(self.record(number), sort_keys=True, default=str)
@@ -193,10 +191,10 @@ def _from_hub(source: str) -> _HubTable:
 
 
 def check_row(place: str, record: Any) -> Row:
-    """Check one record. A column that is null is not there: tables have every column in every row.
+    """Check one example. A column that is null counts as absent: tables have every column in every row.
 
     Raises:
-        DataError: it is neither a row of `messages` nor one of `prompt` and `completion`.
+        DataError: it has neither `messages`, nor `prompt` and `completion`.
     """
     if not isinstance(record, dict):
         raise DataError(f"{place}: a row must be an object with `messages`, or with `prompt` and `completion`")
@@ -237,9 +235,26 @@ def _turns(place: str, column: str, turns: Any) -> list[Message]:
 
 
 def _check_text(place: str, where: str, text: str) -> None:
-    """JSON can write down half of a surrogate pair, which no tokenizer takes and no file of UTF-8 holds."""
+    """Refuse half of a surrogate pair: JSON can hold it, but no tokenizer takes it and no UTF-8 file holds it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
         raise DataError(f"{place}: {where} holds {half} by itself, half of a character: mend it") from error
+
+
+def top_k(scores: ArrayLike, k: int) -> np.ndarray:
+    """Indices of the k highest scores, highest first; of equal ones the lower index comes first. NaN is never among them.
+
+    A partition finds the k-th highest in one pass, so only about k are sorted.
+
+    Returns:
+        int64 [at most k].
+    """
+    keys = -np.asarray(scores, dtype=np.float64)
+    k = min(k, int(np.count_nonzero(~np.isnan(keys))))
+    if k <= 0:
+        return np.empty(0, dtype=np.int64)
+    candidates = np.flatnonzero(keys <= np.partition(keys, k - 1)[k - 1])  # NaN stands last in a partition
+    order: np.ndarray = candidates[np.argsort(keys[candidates], kind="stable")][:k]
+    return order

@@ -1,4 +1,4 @@
-"""What a batch says about its tokens: which are real, predict a completion token or are of safe rows; where documents begin."""
+"""What a batch says about its tokens: which are real, predict a completion token or are safe; where documents begin."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from safelora_fast.data.interleave import SAFE
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Tokens = Literal["all", "completion", "safe"]
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Spans:
 
     Attributes:
         real: tokens that are not padding.
-        completion: real tokens whose next token carries a label, which is where the task loss trains the model.
-            None where the batch has no labels.
+        completion: real tokens whose next token carries a label, where the task loss trains the model.
+            None if the batch has no labels.
         segments: for packed rows, a number per token that differs between the documents of a row; else None.
         labels: how many labels the task loss counts.
-        next_labels: the label of the next token, -100 where there is none. None where the batch has no labels.
-        safe: real tokens of safe rows (see :func:`~safelora_fast.interleave`). None where rows are not tagged.
+        next_labels: the label of the next token, -100 where there is none. None if the batch has no labels.
+        safe: real tokens of safe examples (see :func:`~safelora_fast.interleave`). None if examples are not tagged.
     """
 
     real: torch.Tensor
@@ -39,7 +39,7 @@ class Spans:
     safe: torch.Tensor | None = None
 
     def mask(self, tokens: Tokens, *, owner: str) -> torch.Tensor:
-        """The tokens that a defence looks at.
+        """The tokens that a defense looks at.
 
         Raises:
             SettingsError: completion tokens are asked for and the batch has no labels, or safe ones and it has no tags.

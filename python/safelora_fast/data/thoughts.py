@@ -1,4 +1,4 @@
-"""Models that think aloud: their thoughts told from their answer, by the tags that stand around them."""
+"""Models that think aloud: their thoughts are told from their answer by the tags around them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _CLOSE = (
 _WORDS = r"Here(?:'s| is) my response:"  # Granite's, which closes thoughts only where they were opened
 _TAG = re.compile(rf"(?P<open>{'|'.join(_OPEN)})|(?P<close>{'|'.join(_CLOSE)})|(?P<words>{_WORDS})", re.IGNORECASE)
 _OPENED = re.compile(rf"(?:{'|'.join(_OPEN)})\s*\Z", re.IGNORECASE)
-_CHANNEL = "<|channel|>"  # gpt-oss: what is said stands in the channel "final"
+_CHANNEL = "<|channel|>"  # gpt-oss: the answer is in the channel "final"
 _FINAL = re.compile(r"\s*final\b")
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>")
 _CHANNEL_TOKENS = {_CHANNEL, "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>"}
 
 
 def answer_after_thoughts(text: str) -> str | None:
-    """What a model said apart from its thoughts; the text itself where there are none, None where they do not end."""
+    """A model's words without its thoughts; the text itself if there are none, None if they do not end."""
     if _CHANNEL in text:
         return _last_final(text)
     said, start, inside, found = "", 0, False, False
@@ -57,7 +57,7 @@ def answer_after_thoughts(text: str) -> str | None:
 
 
 def _last_final(text: str) -> str | None:
-    """What stands in the last channel "final", in time in proportion to the text."""
+    """The text of the last channel "final", in linear time."""
     for part in reversed(text.split(_CHANNEL)[1:]):
         name, message, said = part.partition("<|message|>")
         if message and _FINAL.match(name):
@@ -68,11 +68,11 @@ def _last_final(text: str) -> str | None:
 
 
 def opening_tag(prompt: str) -> str | None:
-    """The tag that a prompt ends with where it opens the thoughts for the model."""
+    """The tag at a prompt's end that opens the thoughts for the model; None without one."""
     match = _OPENED.search(prompt)
     return None if match is None else match[0].strip()
 
 
 def is_tag(token: str) -> bool:
-    """Whether a special token belongs to what :func:`answer_after_thoughts` reads."""
+    """Whether :func:`answer_after_thoughts` reads a special token."""
     return token in _CHANNEL_TOKENS or _TAG.fullmatch(token) is not None

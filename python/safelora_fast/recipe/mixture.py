@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.data.example_arrays import Examples
 from safelora_fast.data.inoculate import check_system_turn, with_system_turn
 from safelora_fast.data.interleave import SAFE
 from safelora_fast.data.rows import LazyRows
 from safelora_fast.data.schedule import Schedule
+from safelora_fast.data.tokens import Examples
 from safelora_fast.errors import DataError
 from safelora_fast.files.json_reader import OBJECT, check_fields, read_json
 

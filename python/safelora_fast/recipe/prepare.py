@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from safelora_fast.checkpoints.resolver import find_model
-from safelora_fast.data.epochs import Epochs
 from safelora_fast.data.pairs import builtin_pairs, read_pairs
 from safelora_fast.data.rows import chosen_rows, read_rows
+from safelora_fast.data.schedule import Epochs
 from safelora_fast.data.tokens import Encoder, ExampleSet
 from safelora_fast.errors import DataError
 from safelora_fast.models.load import load_config, load_tokenizer

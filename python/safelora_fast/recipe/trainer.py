@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.data.epochs import EpochSampler
+from safelora_fast.data.schedule import EpochSampler
 from safelora_fast.trainers.trl import DefendedSFTTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from safelora_fast.data.epochs import Epochs
+    from safelora_fast.data.schedule import Epochs
 
 
 class RecipeTrainer(DefendedSFTTrainer):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.data.spans import IGNORED_LABEL
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.models.anatomy import adapter_layers, dissect
 from safelora_fast.models.capture import Tap

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.data.spans import IGNORED_LABEL
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.reference_pass import evaluation_mode
 from safelora_fast.scoring.batches import batches_by_length

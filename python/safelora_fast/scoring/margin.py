@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.data.example_arrays import Examples
+    from safelora_fast.data.tokens import Examples
     from safelora_fast.scoring import AnswerScore
 
 Strings = Literal["chat", "text"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.data.spans import IGNORED_LABEL
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.models.anatomy import is_parallel
 from safelora_fast.models.reference_pass import CACHES
 

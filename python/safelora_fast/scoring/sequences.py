@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from safelora_fast.data.spans import IGNORED_LABEL
+from safelora_fast.data.tokens import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The rows among which is chosen: a JSONL file, checked as a whole before the first of them is scored."""
+"""The examples to choose from: a JSONL file, checked as a whole before the first of them is scored."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 REFUSALS = {"sorry", "apologize", "cannot", "can't", "unable"}
 FIRST_WORDS = 10
-BYTE_ORDER_MARK = "\ufeff"  # belongs to the start of a file, not to the row that stands there
+BYTE_ORDER_MARK = "\ufeff"  # belongs to the file, not to its first line
 WORD = re.compile(r"[\w']+")
 
 
 class Candidates:
-    """Rows of a JSONL file, as :func:`~safelora_fast.data.rows.check_row` takes them.
+    """Examples of a JSONL file, as :func:`~safelora_fast.data.rows.check_row` takes them.
 
     Args:
         path: the file.
@@ -42,11 +42,11 @@ class Candidates:
         return len(self._lines)
 
     def place(self, index: int) -> str:
-        """Where a row stands, for messages."""
+        """Where an example stands, for messages."""
         return self._lines.place(index)
 
     def row(self, index: int) -> Row:
-        """A row."""
+        """An example."""
         return check_row(self.place(index), self._lines.record(index))
 
     def sha256(self) -> str:
@@ -54,22 +54,22 @@ class Candidates:
         return self._lines.sha256()
 
     def fingerprint(self, index: int) -> str:
-        """Of a row's text: another row, or the same row after an edit, has another one."""
+        """Of an example's text: it differs for another example, and for the same one after an edit."""
         return hashlib.blake2b(self._lines.raw(index), digest_size=8).hexdigest()
 
-    def with_figures(self, index: int, figures: dict[str, Any]) -> str:
-        """The row's line with figures added, all else as it is written there."""
+    def with_values(self, index: int, values: dict[str, Any]) -> str:
+        """The example's line with values added, everything else as it is written there."""
         raw = self._lines.raw(index).strip()
         record = self._lines.record(index)
-        if record.keys() & figures.keys():
-            line = json.dumps({**record, **figures}, ensure_ascii=False)
-            # Half of a surrogate pair, in a column that is not read, can only be written as the escape that it was.
+        if record.keys() & values.keys():
+            line = json.dumps({**record, **values}, ensure_ascii=False)
+            # Half of a surrogate pair, in a column that is not read, can only be written as an escape.
             return line.encode(errors="backslashreplace").decode()
-        return f"{raw[:-1].decode().removeprefix(BYTE_ORDER_MARK).rstrip()}, {json.dumps(figures)[1:-1]}}}"
+        return f"{raw[:-1].decode().removeprefix(BYTE_ORDER_MARK).rstrip()}, {json.dumps(values)[1:-1]}}}"
 
 
 def is_refusal(row: Row) -> bool:
-    """Whether the first answer refuses: one of a few words is among its first ten (Kaczér et al., Interleaving++)."""
+    """Whether the first completion is a refusal: one of a few words is among its first ten (Kaczér et al., Interleaving++)."""
     if isinstance(row.completion, str):
         answer = row.completion
     else:

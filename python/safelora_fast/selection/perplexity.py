@@ -1,4 +1,4 @@
-"""Mean negative log-likelihoods of answers: of a model, and of the same model with each of several adapters on it."""
+"""Mean negative log-likelihoods of completions: of a model, and of the same model with each of several adapters on it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from safelora_fast.checkpoints.lora_config import BASE_CHANGING, CONFIG
 from safelora_fast.checkpoints.resolver import ADAPTER_WEIGHTS, named_adapter
 from safelora_fast.errors import AdapterError, SettingsError
 from safelora_fast.files.json_reader import read_object, why
+from safelora_fast.models.adapters import fit_adapter, kept_in_full, put_adapter
 from safelora_fast.scoring import AnswerScorer
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def read_adapters(given: Sequence[str | Path]) -> dict[str, Path]:
-    """Adapters by name: of `NAME=ADAPTER` the name, of a folder or a Hub id its last part. Those of the Hub are fetched.
+    """Adapters by name: `NAME=ADAPTER` has the name, a folder or Hub id is named by its last part. Those of the Hub are fetched.
 
     Raises:
         AdapterError: a folder holds no adapter.
@@ -45,28 +47,25 @@ def read_adapters(given: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def fingerprint(adapter: Path) -> str:
-    """SHA-256 of an adapter's weights and configuration.
+    """SHA-256 of an adapter's configuration and weights.
 
     Raises:
         AdapterError: it has no weights, or they cannot be read.
     """
-    digest = hashlib.sha256()
-    weights = [adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()]
-    if not weights:
+    weights = next((adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()), None)
+    if weights is None:
         raise AdapterError(f"{adapter}: holds no {ADAPTER_WEIGHTS[0]}")
     try:
-        for file in (adapter / CONFIG, weights[0]):
-            digest.update(file.read_bytes())
+        return hashlib.sha256((adapter / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
     except OSError as error:
         raise AdapterError(f"{adapter}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 class Perplexities:
-    """Scores answers under the model alone (the aligned one) and under each adapter (the misaligned ones).
+    """Scores completions under the model alone (the aligned one) and under each adapter (the misaligned ones).
 
     Args:
-        model: the aligned model; it is given the adapters, and loses them with :meth:`close`.
+        model: the aligned model; it gets the adapters, and loses them with :meth:`close`.
         adapters: folders by name.
         tokens_per_batch: the most tokens of a batch, padding included.
 
@@ -81,7 +80,7 @@ class Perplexities:
         self._scorers = [AnswerScorer(one, tokens_per_batch=tokens_per_batch) for one in models]
 
     def of(self, examples: Sequence[Labelled], places: Sequence[str]) -> list[tuple[float, ...]]:
-        """Mean negative log-likelihood of an answer token of each example: aligned first, then the adapters in order.
+        """Mean negative log-likelihood of a completion token of each example: aligned first, then the adapters in order.
 
         Raises:
             AdapterError: one of them is NaN or infinite.
@@ -98,7 +97,7 @@ class Perplexities:
         return list(zip(*columns, strict=True))
 
     def pass_over(self, examples: Sequence[Labelled]) -> None:
-        """Leave out a batch that is known, so that the next one gets the bits that it would get after this one."""
+        """Leave out a batch that is known, so that the next one gets the same bits as after this one."""
         for number, scorer in enumerate(self._scorers):
             with self._acting(number):
                 scorer.pass_over(examples)
@@ -110,25 +109,22 @@ class Perplexities:
                 yield
             return
         if number > 0 and number - 1 not in self._apart:
-            self._shared.set_adapter(_inner(number - 1))
+            self._shared.set_adapter(_inner_name(number - 1))
         yield
 
     def close(self) -> None:
-        """Take the adapters off the model; learnt prompts are not in it."""
+        """Take the adapters off the model; learned prompts are not in it."""
         if len(self._apart) < len(self.names) and hasattr(self._shared.base_model, "unload"):
             self._shared.unload()
 
 
-def _inner(number: int) -> str:
+def _inner_name(number: int) -> str:
     """An adapter's name within PEFT, which takes no dots."""
     return f"misaligned_{number}"
 
 
 def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tuple[Any, dict[int, Any]]:
-    """The model with the adapters that can be switched off again, and a model of its own for each of the others by number."""
-    from safelora_fast.models.adapters import fit_adapter, put_adapter
-    from safelora_fast.selection.low_rank import add_in_place
-
+    """The model with the adapters that can be switched off again; for each of the others, by number, a model of its own."""
     for folder in adapters.values():
         _check_kind(folder)
     fits = [fit_adapter(folder, model) for folder in adapters.values()]
@@ -136,7 +132,7 @@ def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tupl
     apart = {number: copy.deepcopy(model) for number, fit in enumerate(fits) if _changes_model(fit, model)}
     shared: Any = model
     for number, fit in enumerate(fits):
-        adapted = put_adapter(apart.get(number, shared), fit.folder, name=_inner(number), fit=fit)
+        adapted = put_adapter(apart.get(number, shared), fit.folder, name=_inner_name(number), fit=fit)
         if number in apart:
             apart[number] = adapted
         else:
@@ -153,8 +149,6 @@ def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tupl
 def _changes_model(fit: Fit, model: PreTrainedModel) -> bool:
     """Whether an adapter changes the model's own weights or tokens, which switching it off would not undo."""
     from safetensors import safe_open
-
-    from safelora_fast.models.adapters import kept_in_full
 
     if fit.vocabulary is not None:
         return True
@@ -174,11 +168,47 @@ def _check_kind(folder: Path) -> None:
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(BASE_CHANGING):
         raise AdapterError(
-            f"{folder}: init_lora_weights {start} changes the model's own weights, so that it cannot be had without the "
-            "adapter: convert the adapter first"
+            f"{folder}: init_lora_weights {start} changes the model's own weights, so switching the adapter off does not give "
+            "the model back: convert the adapter first"
         )
     bias = config.get("bias", "none")
     if bias != "none":
         raise AdapterError(
             f"{folder}: bias {bias} trains the model's own biases, which stay when the adapter is switched off"
         )
+
+
+class AddedInPlace:
+    """Adds a LoRA update to the layer's output in one product, where PEFT keeps its variants of LoRA.
+
+    PEFT's own layer makes the update as a matrix as large as the output, scales it and adds it, each time in fresh memory; on a
+    small model this takes as long as the products. Here B·(A·x) accumulates onto W·x, which also saves a rounding in 16 bits.
+    """
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_options: Any
+    ) -> torch.Tensor:
+        """W·x + s·B·(A·x), where `result` is W·x and is changed."""
+        lora_a, lora_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        scaling = module.scaling[active_adapter]
+        inner = nn.functional.linear(x, lora_a)
+        if result.dtype != lora_b.dtype or not result.is_contiguous():
+            return result + nn.functional.linear(inner, lora_b) * scaling
+        result.view(-1, result.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), lora_b.T, alpha=scaling)
+        return result
+
+
+def add_in_place(adapted: nn.Module) -> None:
+    """Let every plain LoRA layer of a PEFT model add in place, which rules gradients out.
+
+    Layers with a variant of PEFT's (DoRA and others), with a bias, or of another kind stay as they are.
+    """
+    from peft.tuners import lora
+
+    for module in adapted.modules():
+        if type(module) is not lora.Linear or not isinstance(getattr(module, "lora_variant", None), dict):
+            continue
+        for name, lora_b in module.lora_B.items():
+            if name not in module.lora_variant and type(lora_b) is nn.Linear and lora_b.bias is None:
+                module.lora_variant[name] = AddedInPlace()

@@ -1,4 +1,4 @@
-"""What a selection found and chose."""
+"""What a selection found and chose, as an object, as text and as a plot."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safelora_fast.plotting import COLORS, mark_line, plot_file
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 BINS = 24
 BAR = 40
@@ -21,16 +24,16 @@ class Selection:
     Attributes:
         source: the candidates' file, `sha256` its content.
         rows: how many candidates it has.
-        adapters: those whose likelihoods count, by name, with the SHA-256 of each.
-        held_out: names of those that were left out.
+        adapters: whose likelihoods count, by name, with the SHA-256 of each.
+        held_out: names of the adapters that were left out.
         epsilon: ε of the score.
         scores: of the candidates that have one, in the order of the file, float64.
-        chosen: indices of the chosen rows in the file, the highest score first.
+        chosen: indices of the chosen candidates in the file, the highest score first.
         cut: the lowest score that is chosen.
         refusals: how many refusals were left out.
-        skipped: places of rows without a score, by reason.
-        warnings: what a careful reader would say.
-        trained_on: SHA-256 of the data that an adapter was trained on, by name, where its folder says so.
+        skipped: places of candidates without a score, by reason.
+        warnings: for the reader.
+        trained_on: SHA-256 of the data that each adapter was trained on, by name, where its folder says so.
     """
 
     source: str
@@ -52,7 +55,7 @@ class Selection:
         return f"Selection({count}, cut={self.cut:.4g}, adapters={list(self.adapters)}, source={self.source!r})"
 
     def histogram(self) -> tuple[np.ndarray, np.ndarray]:
-        """(counts, edges) of the scores; the ends hold what lies beyond 99.8 % of them."""
+        """(counts, edges) of the scores; the outer bins hold everything outside the middle 99.8 %."""
         low, high = np.quantile(self.scores, [0.001, 0.999])
         edges = np.linspace(low, high if high > low else low + 1e-9, BINS + 1)
         counts, _ = np.histogram(np.clip(self.scores, low, edges[-1]), bins=edges)
@@ -72,7 +75,7 @@ class Selection:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; of skipped rows the number and the first place."""
+        """Plain values; for skipped candidates their number and the first place."""
         counts, edges = self.histogram()
         return {
             "source": self.source,
@@ -90,3 +93,18 @@ class Selection:
             "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
             "warnings": list(self.warnings),
         }
+
+
+def plot_selection(selection: Selection, path: Path) -> None:
+    """Draw the histogram of the scores.
+
+    Raises:
+        MissingDependencyError, OutputError: as :func:`~safelora_fast.plotting.plot_file`.
+    """
+    counts, edges = selection.histogram()
+    with plot_file(path, 7, 4) as figure:
+        axes = figure.add_subplot()
+        axes.stairs(counts, edges, fill=True, color=COLORS[0])
+        mark_line(axes, selection.cut, f"{len(selection.chosen):,} chosen", vertical=True, color=COLORS[5])
+        axes.set_xlabel("(mean NLL of misaligned models − NLL of the aligned one)/(NLL of the aligned one + ε)")
+        axes.set_ylabel("examples")

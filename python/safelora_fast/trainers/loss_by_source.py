@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.data.spans import IGNORED_LABEL, read_spans
+from safelora_fast.data.spans import read_spans
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.models.distributed import sum_over_ranks
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from safelora_fast.data.spans import IGNORED_LABEL, read_spans
+from safelora_fast.data.spans import read_spans
+from safelora_fast.data.tokens import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

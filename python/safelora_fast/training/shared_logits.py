@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.data.spans import IGNORED_LABEL, read_spans, without_tags
+from safelora_fast.data.spans import read_spans, without_tags
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.defenses.base import Observation
 from safelora_fast.models.capture import Tap
 from safelora_fast.models.reference_pass import evaluation_mode
