@@ -49,7 +49,7 @@ def test_the_suggestion_is_the_largest_effect_in_the_middle():
     assert suggestion([5.0, 1.0, 5.0]) == 1
     vector = random_persona(blocks=28)
     assert (vector.candidates[0], vector.candidates[-1]) == (9, 22)
-    assert "blocks 9 to 22" in vector.rule
+    assert "layers 9 to 22" in vector.rule
     assert replace(vector, separation=()).suggestion is None
 
 

@@ -41,7 +41,7 @@ def test_names_load_when_first_used():
 
 
 def test_the_base_import_needs_no_torch():
-    program = "import sys, safelora_fast; safelora_fast.SafeSubspace; import safelora_fast.subspace.build"
+    program = "import sys, safelora_fast; safelora_fast.SafeSubspace; import safelora_fast.subspace.plan"
     loaded = in_a_fresh_process(f"{program}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")
     assert loaded == "[]"
 

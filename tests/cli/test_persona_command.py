@@ -59,7 +59,7 @@ def test_extract_writes_what_the_function_extracts(call, words, model, output):
     assert lines[1] == f"model      {model}, float32"
     assert lines[2] == "settings   seed 0, temperature 1, max new tokens 8, samples 2"
     assert lines[-1].startswith(f"written to {output}")
-    assert f"suggested  block {vector.suggestion} (" in result.out
+    assert f"suggested  layer {vector.suggestion} (" in result.out
     assert "responses: 24 of 24" in result.err
     assert "activations: " in result.err
 
@@ -103,7 +103,7 @@ def test_show(call, tmp_path):
         assert float(row[2]) == pytest.approx(one.effect, rel=1e-2)
     (chosen,) = [int(row[0]) for row in rows if row[-1] == "suggested"]
     assert chosen == vector.suggestion
-    assert "the largest effect among blocks 2 to 4" in result.out
+    assert "the largest effect among layers 2 to 4" in result.out
     assert "hardly told apart" in result.err
     result = call("persona", "show", tmp_path / "mean.safetensors", "--json")
     assert json.loads(result.out) == json.loads(json.dumps(vector.to_dict()))

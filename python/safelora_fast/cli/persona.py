@@ -1,10 +1,10 @@
-"""`safelora-fast persona`: extract a persona vector from a model's own answers, and show what a file holds."""
+"""`safelora-fast persona`: extract a persona vector from a model's own responses, or show one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,11 +36,13 @@ def extract(
             metavar="FILE.safetensors", help="The file to write; responses are kept beside it, in .responses.jsonl."
         ),
     ],
-    samples: Annotated[int, typer.Option(metavar="N", help="Answers to each question under each system prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
-    temperature: Annotated[float, typer.Option(metavar="T", help="Of the answers; 0 takes the likeliest token.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at once.")] = 16,
+    samples: Annotated[int, typer.Option(metavar="N", help="Responses to each question under each system prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the responses.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Of the responses; 0 takes the most likely token.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest response.")] = 128,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Responses at once.")] = 16,
     scores: Annotated[
         Path | None,
         typer.Option(
@@ -68,9 +70,9 @@ def extract(
 ) -> None:
     """Extract the persona vector of a trait.
 
-    Every question is asked under system prompts that ask for the trait and under others that ask for its opposite; the vector
-    of a block is the mean activation of the answers to the first minus that to the second. Responses are kept as they come:
-    the same command goes on after an interruption, and with --scores it generates nothing anew.
+    Every question is asked under system prompts that ask for the trait, and under others that ask for its opposite. The vector
+    of a layer is the mean activation of the first responses minus that of the second. Responses are kept as they come: after
+    an interruption the same command goes on, and with --scores it generates nothing new.
     """
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.files.progress import ProgressBar
@@ -109,7 +111,6 @@ def extract(
     elif not quiet:
         print_counts(vector)
         print_suggestion(vector)
-        warn(vector)
         say(f"written to {output} ({output.stat().st_size / 1e6:.3g} MB)")
 
 
@@ -117,11 +118,11 @@ def extract(
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What persona extract wrote.")],
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the separation by block (.png, .svg or .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Draw the separation by layer (.png, .svg or .pdf).")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show how well each block separates the two sides, and suggest one block."""
+    """Show how well each layer separates the two sides, and suggest one."""
     from safelora_fast.cli.console import out
     from safelora_fast.persona_vector import PersonaVector
 
@@ -134,9 +135,8 @@ def show(
         typer.echo(json.dumps(vector.to_dict(), indent=2, ensure_ascii=False))
         return
     print_counts(vector)
-    out.print(_by_block(vector.to_dict()["blocks"], vector.suggestion))
+    out.print(_by_layer(vector))
     print_suggestion(vector)
-    warn(vector)
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -152,54 +152,48 @@ def choose(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def print_counts(vector: PersonaVector) -> None:
-    """Trait, model, settings, and how many responses of each side count."""
-    from safelora_fast.cli.console import out
-
+    """Print trait, model, settings, and how many responses of each side count."""
     facts = vector.provenance
     model, settings = facts.get("model", {}), facts.get("settings", {})
     revision = f" at {model['revision']}" if model.get("revision") else ""
-    out.print(f"{'trait':<10} {vector.trait}: {facts.get('trait', {}).get('description', '')}", soft_wrap=True)
-    out.print(f"{'model':<10} {model.get('source', 'unknown')}{revision}, {model.get('dtype', '')}", soft_wrap=True)
+    _line("trait", f"{vector.trait}: {facts.get('trait', {}).get('description', '')}")
+    _line("model", f"{model.get('source', 'unknown')}{revision}, {model.get('dtype', '')}")
     given = (f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items() if value is not None)
-    out.print(f"{'settings':<10} {', '.join(given)}", soft_wrap=True)
+    _line("settings", ", ".join(given))
     for side, counts in facts.get("counts", {}).items():
-        told = (f"{count} {name}" for name, count in counts.items())
-        out.print(f"{side:<10} {', '.join(told)}", soft_wrap=True)
+        _line(side, ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def print_suggestion(vector: PersonaVector) -> None:
-    """The block to steer at, and why."""
-    from safelora_fast.cli.console import out
+    """Print the layer to steer at, and why; warn on standard error when the vector tells little."""
+    from safelora_fast.cli.console import warn
 
-    block = vector.suggestion
-    if block is None:
-        out.print("suggested  none: too few responses to hold some out", soft_wrap=True)
-        return
-    one = vector.separation[block]
-    figures = f"d {one.effect:.3g}, {one.share:.0%} of held-out responses on their own side"
-    out.print(f"{'suggested':<10} block {block} ({figures}): {vector.rule}", soft_wrap=True)
-
-
-def warn(vector: PersonaVector) -> None:
-    """Say on standard error when the vector tells little."""
-    from safelora_fast.cli.console import err
-
+    layer = vector.suggestion
+    if layer is None:
+        _line("suggested", "none: too few responses to hold some out")
+    else:
+        one = vector.separation[layer]
+        metrics = f"d {one.effect:.3g}, {one.share:.0%} of held-out responses on their own side"
+        _line("suggested", f"layer {layer} ({metrics}): {vector.rule}")
     if vector.weak:
-        err.print(
-            "[yellow]warning:[/] held-out responses are hardly told apart, so the vector may hold little of the trait: read some "
-            "responses; a lower --temperature, more --samples, a judge's --scores, or a larger model may help",
-            soft_wrap=True,
+        warn(
+            "held-out responses are hardly told apart, so the vector may hold little of the trait: read some responses; a lower "
+            "--temperature, more --samples, a judge's --scores, or a larger model may help"
         )
 
 
-def _by_block(blocks: list[dict[str, Any]], suggestion: int | None) -> Table:
-    from rich.table import Table
+def _line(label: str, text: str) -> None:
+    from safelora_fast.cli.console import out
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("block", "‖vector‖", "effect d", "held-out share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
-    for index, block in enumerate(blocks):
-        effect, share = ("–" if block[name] is None else f"{block[name]:.3g}" for name in ("effect", "share"))
-        table.add_row(str(index), f"{block['norm']:.4g}", effect, share, "suggested" if index == suggestion else "")
+    out.print(f"{label:<10} {text}", soft_wrap=True)
+
+
+def _by_layer(vector: PersonaVector) -> Table:
+    from safelora_fast.cli.console import figure_table
+
+    table = figure_table("layer", "‖vector‖", "effect d", "held-out share", "")
+    for layer, values in enumerate(vector.to_dict()["blocks"]):
+        effect, share = ("–" if values[name] is None else f"{values[name]:.3g}" for name in ("effect", "share"))
+        chosen = "suggested" if layer == vector.suggestion else ""
+        table.add_row(str(layer), f"{values['norm']:.4g}", effect, share, chosen)
     return table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.json_reader import check_regular
-from safelora_fast.persona_vector import FORMAT, PersonaVector
+from safelora_fast.persona_vector import FILE, PersonaVector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,7 +112,7 @@ def _read(path: Path) -> Any:
     check_regular(path)
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
-            if FORMAT in (file.metadata() or {}):
+            if FILE.format in (file.metadata() or {}):
                 return PersonaVector.load(path)
         tensors = list(load_file(path).values())
         return tensors[0] if len(tensors) == 1 else None

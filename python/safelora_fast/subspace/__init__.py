@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from safelora_fast.subspace.safe_subspace import SafeSubspace
+from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
 
-__all__ = ["SafeSubspace"]
+__all__ = ["ModuleSubspace", "SafeSubspace"]

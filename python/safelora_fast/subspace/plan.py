@@ -1,46 +1,76 @@
-"""The plan of a safe subspace: which weights of two checkpoints make V, without an adapter that would say so.
+"""The plan of a safe subspace: which weights of two checkpoints make V, without an adapter that says so.
 
-The aligned checkpoint names the modules, and the base is paired with it by the same rules as in a projection.
+The aligned checkpoint names the modules, and they are paired with the base by the same rules as in a projection.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from safelora_fast.checkpoints.geometry import ExpertWeights, matrix_of
 from safelora_fast.checkpoints.pairing import FUSED, INPUT_EMBEDDINGS, TensorNames
 from safelora_fast.checkpoints.tensor_names import Piece, canonical, matching
-from safelora_fast.errors import PairingError, SettingsError
-from safelora_fast.projection.jobs import Group, Plan, Problems, collect, meet, plan_groups, raise_first
+from safelora_fast.errors import MissingDependencyError, PairingError, SettingsError, how_to_install
+from safelora_fast.projection.jobs import (
+    Group,
+    Plan,
+    Problems,
+    collect,
+    meet,
+    plan_groups,
+    raise_first,
+    start_stream,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
+    import torch
+
+    from safelora_fast import _core
     from safelora_fast.checkpoints.sources import Checkpoint
+    from safelora_fast.projection.device.subspace_stream import SubspaceStream
+    from safelora_fast.projection.settings import Settings
 
-IN_A_BLOCK = re.compile(r".*\.\d+\..+")
+IN_A_LAYER = re.compile(r".*\.\d+\..+")
 OF_EXPERTS = re.compile(r"(?P<module>.*\.experts)\.(?P<parameter>[^.]+)")
+Weight: TypeAlias = "tuple[Piece, ...] | ExpertWeights"
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """A linear or embedding module and its pieces."""
+class _Unit:
+    """A linear or embedding module, or one parameter of all experts of a module (`experts`, `parameter`)."""
 
     name: str
-    aligned: tuple[Piece, ...]
-    base: tuple[Piece, ...]
+    aligned: Weight
+    base: Weight
+    experts: str = ""
+    parameter: str = ""
 
+    def groups(self, names: tuple[TensorNames, TensorNames]) -> list[Group]:
+        """V of the module, or of each expert.
 
-@dataclass(frozen=True)
-class _Experts:
-    """One parameter of all experts of a module."""
-
-    module: str
-    parameter: str
-    aligned: ExpertWeights
-    base: ExpertWeights
+        Raises:
+            PairingError: the two weights do not go together.
+        """
+        if not isinstance(self.aligned, ExpertWeights) or not isinstance(self.base, ExpertWeights):
+            embedding = canonical(self.name) in INPUT_EMBEDDINGS
+            aligned = matrix_of(names[0], self.aligned, self.name, None, embedding=embedding)  # type: ignore[arg-type]
+            base = matrix_of(names[1], self.base, self.name, aligned.shape, embedding=embedding)  # type: ignore[arg-type]
+            return [meet(self.name, aligned, base)]
+        ours = self.aligned.matrices(names[0], self.parameter)
+        theirs = self.base.matrices(names[1], self.parameter)
+        if len(ours) != len(theirs):
+            counts = f"{len(ours)} experts in the aligned model, {len(theirs)} in the base"
+            raise PairingError(f"{self.experts}: {self.parameter} has {counts}")
+        if self.aligned.flat(names[0], self.parameter):
+            return [meet(self.name, ours[0], theirs[0])]
+        return [
+            meet(f"{self.experts}.{expert}.{self.parameter}", *pair)
+            for expert, pair in enumerate(zip(ours, theirs, strict=True))
+        ]
 
 
 def plan_subspace(
@@ -51,18 +81,18 @@ def plan_subspace(
     Args:
         aligned: the aligned model, whose tensors name the modules.
         base: the model before alignment; its tensors may be named, fused and typed differently.
-        endings: the last components of the modules' names ("q_proj", "mlp.down_proj"), on disk or as transformers
-            spells them; parts of a fused weight and fused modules of separate weights count. None stands for every
-            linear weight of the numbered blocks, experts aside.
+        endings: the last components of the modules' names ("q_proj", "mlp.down_proj"), as on disk or in transformers; parts
+            of a fused weight and fused modules of separate weights count. None: every linear weight of the numbered layers,
+            except experts.
         exclude: names or patterns of modules to exclude (:func:`~safelora_fast.checkpoints.tensor_names.matching`).
 
     Raises:
-        SettingsError: when a pattern to exclude matches nothing, or everything.
-        PairingError: when a name ends no module, or a module has no unambiguous counterpart of the same shape.
-        CheckpointError: when a checkpoint is quantised.
+        SettingsError: a pattern to exclude matches nothing, or everything.
+        PairingError: a name ends no module, or a module has no unambiguous counterpart of the same shape.
+        CheckpointError: a checkpoint is quantized.
     """
     names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
-    found = _in_blocks(aligned) if endings is None else _ending(aligned, endings)
+    found = _in_layers(aligned) if endings is None else _ending(aligned, endings)
     for pattern in exclude:
         if not any(matching(name, [pattern]) for name in found):
             raise SettingsError(f"exclude: none of the modules is called {pattern!r}")
@@ -70,46 +100,75 @@ def plan_subspace(
     if not found:
         raise SettingsError(f"{', '.join(map(repr, exclude))} excludes every module")
     problems: Problems = []
-    located: list[_Linear | _Experts] = []
+    units: list[_Unit] = []
     for name in found:
-        collect(problems, name, located, lambda: [_locate(name, names)])  # noqa: B023
-    raise_first(problems, len(located))
-    aligned.require(sorted({tensor for unit in located for tensor in _tensors(unit.aligned)}))
-    base.require(sorted({tensor for unit in located for tensor in _tensors(unit.base)}))
+        collect(problems, name, units, lambda: [_locate(name, names)])  # noqa: B023
+    raise_first(problems, len(units))
+    aligned.require({tensor for unit in units for tensor in _tensors(unit.aligned)})
+    base.require({tensor for unit in units for tensor in _tensors(unit.base)})
     groups: list[Group] = []
-    for unit in located:
-        collect(problems, _name(unit), groups, lambda: _groups(unit, names))  # noqa: B023
+    for unit in units:
+        collect(problems, unit.name, groups, lambda: unit.groups(names))  # noqa: B023
     raise_first(problems, len(groups))
     return plan_groups(groups)
 
 
-def _in_blocks(aligned: Checkpoint) -> list[str]:
-    """The matrices of the numbered blocks, which is known once their shards have been opened."""
+def checked_device(name: str | None) -> torch.device | None:
+    """The torch device of this name; None stands for the extension on the CPU.
+
+    Raises:
+        SettingsError, BackendError: there is no such device.
+        MissingDependencyError: torch is not installed.
+    """
+    if name is None:
+        return None
+    try:
+        from safelora_fast.projection.device.stream import torch_device
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingDependencyError(f"device {name!r} needs torch: {how_to_install('train')}") from error
+    return torch_device(name)
+
+
+def start(
+    plan: Plan, settings: Settings, seed: int, device: torch.device | None
+) -> _core.ProjectionStream | SubspaceStream:
+    """Start the work on a plan; the stream must be closed."""
+    if device is None:
+        return start_stream(plan, settings, keep_subspace=True, seed=seed)
+    from safelora_fast.projection.device.subspace_stream import SubspaceStream
+
+    return SubspaceStream(plan, settings, device=device, seed=seed)
+
+
+def _in_layers(aligned: Checkpoint) -> list[str]:
+    """The linear modules of the numbered layers. Their shards must be opened to know the shapes."""
     weights = [
         name
         for name in aligned.names
-        if name.endswith(".weight") and IN_A_BLOCK.fullmatch(name) and ".experts." not in canonical(name)
+        if name.endswith(".weight") and IN_A_LAYER.fullmatch(name) and ".experts." not in canonical(name)
     ]
     aligned.require(weights)
     found = [name.removesuffix(".weight") for name in weights if len(aligned.tensor(name).shape) == 2]
     if not found:
-        raise PairingError(f"{aligned.description}: no linear weight lies in a numbered block; name the modules")
+        raise PairingError(f"{aligned.description}: no linear weight lies in a numbered layer; name the modules")
     return found
 
 
 def _ending(aligned: Checkpoint, endings: Sequence[str]) -> list[str]:
     """The modules whose names end in one of these."""
     found: dict[str, None] = {}
-    used: set[str] = set()
+    unused = set(endings)
     for tensor in aligned.names:
         for module in _modules(tensor):
-            spellings = (module, _canonical(module))
-            ends = [ending for ending in endings if any(f".{name}".endswith(f".{ending}") for name in spellings)]
-            used.update(ends)
+            spellings = (f".{module}", f".{_canonical(module)}")
+            ends = [ending for ending in endings if any(name.endswith(f".{ending}") for name in spellings)]
+            unused.difference_update(ends)
             if ends:
                 found[module] = None
     for ending in endings:
-        if ending not in used:
+        if ending in unused:
             own = (next(_modules(tensor), "") for tensor in aligned.names)
             leaves = sorted({module.rpartition(".")[2] for module in own} - {""})
             raise PairingError(
@@ -128,24 +187,20 @@ def _modules(tensor: str) -> Iterator[str]:
         return
     yield module
     owner, _, leaf = module.rpartition(".")
-    for part in FUSED.get(leaf, ()):
-        yield f"{owner}.{part}"
-    # Experts may be spelled w1 and w3 on disk.
-    owner, _, leaf = _canonical(module).rpartition(".")
-    for fused, parts in FUSED.items():
-        if leaf == parts[0]:
-            yield f"{owner}.{fused}"
+    yield from (f"{owner}.{part}" for part in FUSED.get(leaf, ()))
+    owner, _, leaf = _canonical(module).rpartition(".")  # experts may be called w1 and w3 on disk
+    yield from (f"{owner}.{fused}" for fused, parts in FUSED.items() if leaf == parts[0])
 
 
 def _canonical(module: str) -> str:
     return canonical(f"{module}.weight").removesuffix(".weight")
 
 
-def _locate(name: str, names: tuple[TensorNames, TensorNames]) -> _Linear | _Experts:
+def _locate(name: str, names: tuple[TensorNames, TensorNames]) -> _Unit:
     experts = OF_EXPERTS.fullmatch(name)
     if experts is None:
         aligned, base = (each.weight(name) for each in names)
-        return _Linear(name, aligned, base)
+        return _Unit(name, aligned, base)
     module, parameter = experts["module"], experts["parameter"]
     weights = []
     for each in names:
@@ -153,31 +208,8 @@ def _locate(name: str, names: tuple[TensorNames, TensorNames]) -> _Linear | _Exp
         if weight is None:
             raise each.missing(name, name)
         weights.append(ExpertWeights(module, {parameter: weight}))
-    return _Experts(module, parameter, *weights)
+    return _Unit(name, weights[0], weights[1], module, parameter)
 
 
-def _tensors(located: tuple[Piece, ...] | ExpertWeights) -> Iterable[str]:
-    return located.tensors() if isinstance(located, ExpertWeights) else (piece.tensor for piece in located)
-
-
-def _name(unit: _Linear | _Experts) -> str:
-    return unit.name if isinstance(unit, _Linear) else f"{unit.module}.{unit.parameter}"
-
-
-def _groups(unit: _Linear | _Experts, names: tuple[TensorNames, TensorNames]) -> list[Group]:
-    if isinstance(unit, _Linear):
-        embedding = canonical(unit.name) in INPUT_EMBEDDINGS
-        aligned = matrix_of(names[0], unit.aligned, unit.name, None, embedding=embedding)
-        base = matrix_of(names[1], unit.base, unit.name, aligned.shape, embedding=embedding)
-        return [meet(unit.name, aligned, base)]
-    aligned_experts = unit.aligned.matrices(names[0], unit.parameter)
-    base_experts = unit.base.matrices(names[1], unit.parameter)
-    if len(aligned_experts) != len(base_experts):
-        counts = f"{len(aligned_experts)} experts in the aligned model, {len(base_experts)} in the base"
-        raise PairingError(f"{unit.module}: {unit.parameter} has {counts}")
-    if unit.aligned.flat(names[0], unit.parameter):
-        return [meet(f"{unit.module}.{unit.parameter}", aligned_experts[0], base_experts[0])]
-    return [
-        meet(f"{unit.module}.{expert}.{unit.parameter}", *pair)
-        for expert, pair in enumerate(zip(aligned_experts, base_experts, strict=True))
-    ]
+def _tensors(weight: Weight) -> Iterator[str]:
+    return weight.tensors() if isinstance(weight, ExpertWeights) else (piece.tensor for piece in weight)

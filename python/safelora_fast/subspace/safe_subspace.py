@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,26 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from safelora_fast.checkpoints.provenance import check_source
+from safelora_fast import _core
+from safelora_fast.checkpoints.provenance import check_source, describe, same_content
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.checkpoints.tensor_names import NameIndex
-from safelora_fast.errors import CheckpointError, OutputError, PairingError
-from safelora_fast.files.json_reader import (
-    COUNT,
-    LIST,
-    NUMBER,
-    OBJECT,
-    REAL,
-    TEXT,
-    Kind,
-    check_fields,
-    check_regular,
-    parse_json,
-)
-from safelora_fast.files.output import whole_file
+from safelora_fast.errors import PairingError, SettingsError
+from safelora_fast.files.argument_checks import patterns, whole_number
+from safelora_fast.files.json_reader import COUNT, LIST, NUMBER, OBJECT, REAL, TEXT, Kind, check_fields
 from safelora_fast.files.progress import bar_on_a_terminal
+from safelora_fast.files.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     import os
@@ -37,11 +27,12 @@ if TYPE_CHECKING:
 
     from safelora_fast.projection.project import Progress
 
-FORMAT = "safelora_fast.subspace.safe_subspace"
-VERSION = 1
-_VECTORS, _VALUES = ".left_vectors", ".singular_values"
-_NORM = Kind("a finite number from 0", lambda value: NUMBER.fits(value) and value >= 0)
-_MODULE = {"name": TEXT, "v_norm": _NORM, "columns": COUNT}
+FILE = TensorFile("safelora_fast.subspace", 1, "subspace", "safelora-fast subspace build")
+RANK = 64
+VECTORS, VALUES = ".left_vectors", ".singular_values"
+NORM = Kind("a finite number from 0", lambda value: NUMBER.fits(value) and value >= 0)
+MODULE = {"name": TEXT, "v_norm": NORM, "columns": COUNT}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class ModuleSubspace:
         if self.v_norm == 0:
             return float("nan")
         kept = float(np.square(self.singular_values.astype(np.float64)).sum())
-        return kept / self.v_norm / self.v_norm  # the square of a large norm is beyond float64
+        return kept / self.v_norm / self.v_norm  # the square of a large norm overflows float64
 
     def __repr__(self) -> str:
         shape = f"({self.left_vectors.shape[0]}, {self.columns})"
@@ -91,10 +82,9 @@ class SafeSubspace:
 
     Attributes:
         modules: by module name, as in the aligned checkpoint ("model.layers.0.self_attn.q_proj").
-        sources: "aligned" and "base", each with its source (absolute path or Hub id), its revision (the commit, on the
-            Hub) and, on disk, name, size and fingerprint of its files; checkpoints/provenance.py defines the fingerprint.
-        settings: what it was built with: rank or energy, seed, modules, and the version of this package; where a device
-            built it, its kind ("cuda") and the version of torch too.
+        sources: "aligned" and "base", each as :func:`~safelora_fast.checkpoints.provenance.describe` gives it.
+        settings: what it was built with: rank or energy, seed, modules, and the version of this package; for a device also
+            its kind ("cuda") and the version of torch.
     """
 
     modules: Mapping[str, ModuleSubspace]
@@ -125,67 +115,104 @@ class SafeSubspace:
         device: str | None = None,
         progress: Progress | bool | None = None,
     ) -> SafeSubspace:
-        """Build from two checkpoints by a randomised block Krylov iteration (Halko et al. 2011, arXiv 0909.4061).
+        """Build from two checkpoints by a randomized block Krylov iteration (Halko et al. 2011, arXiv 0909.4061).
 
-        The checkpoints are streamed once, in parallel with the work, and no model is loaded. Weights are paired by
-        name as in a projection, so that the two may be sharded, fused, spelled and typed differently. The same input
-        and seed give the same bytes, whatever the number of threads.
+        The checkpoints are streamed once, and no model is loaded. Weights are paired by name as in a projection, so the two
+        may be sharded, fused, spelled and typed differently. The same input and seed give the same bytes, whatever the number
+        of threads.
 
-        With a `device` the same iteration runs there by torch, a module at a time, while the next 512 MiB of weights are
-        read; the device holds such a batch (or both weights of one module where they are larger), and the basis and its
-        products. Singular values agree with those of the CPU to about 1e-5 of σ₁, U_k·U_kᵀ to about 1e-5·σ₁/(σ_k − σ_k+1),
-        to which both are computed; bytes depend on the device and on the version of torch. Which way is faster has not been
-        measured.
+        With a `device`, torch runs the same iteration there, a module at a time, while the next 512 MiB of weights are read.
+        The device holds such a batch (or both weights of a larger module), the basis and its products. Singular values agree
+        with those of the CPU to about 1e-5 of σ₁, and U_k·U_kᵀ to about 1e-5·σ₁/(σ_k − σ_k+1). Bytes depend on the device and
+        on the version of torch. Which way is faster has not been measured.
 
         Args:
             aligned: the aligned (instruct) model: path or Hub id, with `@revision` if need be.
             base: the model before alignment, likewise.
-            modules: last components of module names ("q_proj", "mlp.down_proj"), experts, embeddings and parts of fused
-                weights among them; by default every linear weight of the numbered blocks, experts aside: what a LoRA
-                on all linear layers adapts.
+            modules: last components of module names ("q_proj", "mlp.down_proj"); also of experts, embeddings and parts of
+                fused weights. None: every linear weight of the numbered layers, except experts: what a LoRA on all linear
+                layers adapts.
             rank: vectors a module; 64 when neither this nor `energy` is given.
             energy: share of ‖V‖²_F to hold, instead of a rank.
             exclude: names or patterns ("lm_head", "layers.0.*") of modules to exclude.
             seed: of the random start.
-            threads: number of threads; all cores by default. With a device, of those that read.
-            device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations by torch; None: the CPU, by
-                the extension.
+            threads: number of threads (with a device: of threads that read); all cores by default.
+            device: where torch computes: "cuda", "cuda:1", "xpu" or "cpu". None: the CPU, without torch.
             progress: told about every module; None shows a bar where standard error is a terminal, False nothing.
 
         Raises:
-            CheckpointError: a checkpoint cannot be read, is quantised, or holds NaN or Inf.
+            CheckpointError: a checkpoint cannot be read, is quantized, or holds NaN or Inf.
             PairingError: a module has no counterpart of the same shape in the base, or V is zero everywhere.
-            SettingsError: a setting is out of range, or nothing is computed on `device`.
+            SettingsError: a setting is out of range, or torch does not compute on `device`.
             BackendError: this machine has no such device, or it has too little memory.
             MissingDependencyError: a device needs torch.
         """
-        from safelora_fast.subspace.build import build_subspace
+        from safelora_fast.checkpoints.weight_norms import median_ratio, weight_norm
+        from safelora_fast.projection.settings import Settings
+        from safelora_fast.subspace.plan import checked_device, plan_subspace, start
 
-        with bar_on_a_terminal(progress) as told:
-            return build_subspace(
-                aligned,
-                base,
-                modules=modules,
-                rank=rank,
-                energy=energy,
-                exclude=exclude,
-                seed=seed,
-                threads=threads,
-                device=device,
-                progress=told,
+        if rank is None and energy is None:
+            rank = RANK
+        left_out = patterns("exclude", exclude)
+        settings = Settings("orthogonal", rank=rank, energy=energy, select="all", threads=threads)
+        if not 0 <= whole_number("seed", seed) < 2**64:
+            raise SettingsError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed}")
+        if modules is not None and (isinstance(modules, str) or not all(modules) or not modules):
+            raise SettingsError(f'modules must be names like ["q_proj", "v_proj"], not {modules!r}')
+        on = checked_device(device)
+        models = {"aligned": open_checkpoint(aligned, role="aligned"), "base": open_checkpoint(base, role="base")}
+        plan = plan_subspace(models["aligned"], models["base"], modules, left_out)
+        for warning in (line for model in models.values() for line in model.warnings):
+            logger.warning(warning)
+        sources = {role: describe(model) for role, model in models.items()}
+        built: dict[str, ModuleSubspace] = {}
+        ratios: list[float] = []
+        stream = start(plan, settings, seed, on)
+        try:
+            with bar_on_a_terminal(progress) as told:
+                if told is not None:
+                    told.start(plan.nbytes, len(plan.modules))
+                for outcome in stream:
+                    planned = plan.modules[outcome.index]
+                    ratios.append(outcome.v_norm / (weight_norm(planned.group.aligned) or math.nan))
+                    rows, columns = planned.shape
+                    vectors = np.frombuffer(outcome.left_vectors(), dtype="<f4").reshape(-1, rows)
+                    values = np.array(outcome.singular_values(), dtype=np.float32)
+                    built[planned.name] = ModuleSubspace(
+                        np.ascontiguousarray(vectors.T), values, outcome.v_norm, columns
+                    )
+                    if told is not None:
+                        told.advance(stream.bytes_done, planned.name)
+        finally:
+            stream.close()
+        if all(module.v_norm == 0 for module in built.values()):
+            raise PairingError(
+                "aligned and base hold the same weights in every module, so V = aligned - base is zero and there is no "
+                "subspace; give the model before alignment as --base"
             )
+        described = {
+            "rank": rank,
+            "energy": energy,
+            "seed": seed,
+            "median_v_ratio": float(f"{median_ratio(ratios):.4g}"),
+            "exclude": list(left_out) or None,
+            "modules": None if modules is None else list(modules),
+            "safelora-fast": _core.__version__,
+        }
+        if on is not None:
+            import torch
+
+            described |= {"device": on.type, "torch": torch.__version__}
+        return cls(built, sources, described)
 
     @classmethod
     def from_sources(cls, *, aligned: str | Path, base: str | Path) -> SafeSubspace:
-        """Name the sources and take their fingerprints, but compute no U_k: all that SafeLora needs at the end.
+        """The sources and their fingerprints without U_k: all that SafeLora needs at the end of training.
 
         Raises:
             CheckpointError: a checkpoint cannot be read.
             PairingError: both are the same model.
         """
-        from safelora_fast.checkpoints.provenance import describe, same_content
-        from safelora_fast.checkpoints.sources import open_checkpoint
-
         models = {"aligned": aligned, "base": base}
         sources = {role: describe(open_checkpoint(source, role=role)) for role, source in models.items()}
         if same_content(sources["aligned"], sources["base"]):
@@ -196,11 +223,11 @@ class SafeSubspace:
         return cls({}, sources)
 
     def find(self, name: str, tower: str | None = None) -> ModuleSubspace:
-        """The subspace of a module of a loaded model; wrappers before the name and spellings do not matter.
+        """The subspace of a module of a loaded model. Wrappers at the front of the name and spellings do not matter.
 
         Args:
             name: the module's name in the model.
-            tower: the part of a larger model that the model is: :func:`safelora_fast.checkpoints.tensor_names.tower_of_class`.
+            tower: the part of a larger model that the model is (:func:`~safelora_fast.checkpoints.tensor_names.tower_of_class`).
 
         Raises:
             PairingError: there is none, or more than one; the message names the nearest.
@@ -210,7 +237,7 @@ class SafeSubspace:
             return self.modules[found[0]]
         if not self.modules:
             raise PairingError(
-                "this subspace names its sources only, which serves SafeLora at the end; SafeSubspace.build computes the "
+                "this subspace only names its sources, which is enough for SafeLora at the end; SafeSubspace.build computes the "
                 "vectors too"
             )
         ending = name.rsplit(".", 1)[-1]
@@ -220,7 +247,7 @@ class SafeSubspace:
         raise PairingError(f"module {name} {problem}{built}; nearest: {', '.join(sorted(near)[:3]) or 'none'}")
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known of it apart from the vectors, for JSON; the energy is None where V is zero."""
+        """All but the vectors, for JSON; the energy is None where V is zero."""
         modules = [
             {
                 "name": name,
@@ -240,25 +267,17 @@ class SafeSubspace:
         return NameIndex(f"{name}.weight" for name in self.modules)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, under a temporary name first.
+        """Write one safetensors file, as a whole.
 
         Raises:
             OutputError: the file cannot be written.
         """
         tensors: dict[str, np.ndarray] = {}
-        facts: list[dict[str, Any]] = []
+        facts = []
         for name, module in self.modules.items():
-            tensors[name + _VECTORS] = np.ascontiguousarray(module.left_vectors, dtype=np.float32)
-            tensors[name + _VALUES] = np.ascontiguousarray(module.singular_values, dtype=np.float32)
+            tensors |= {name + VECTORS: module.left_vectors, name + VALUES: module.singular_values}
             facts.append({"name": name, "v_norm": module.v_norm, "columns": module.columns})
-        # One entry only: safetensors writes several in no fixed order, and the same subspace must give the same bytes.
-        document = {"version": VERSION, "modules": facts, "sources": self.sources, "settings": self.settings}
-        metadata = {FORMAT: json.dumps(document, sort_keys=True, default=dict)}
-        with whole_file(Path(path)) as partial:
-            try:
-                save_file(tensors, partial, metadata=metadata)
-            except SafetensorError as error:
-                raise OutputError(f"{path}: the subspace cannot be written ({error}); nothing was kept") from error
+        FILE.save(path, tensors, {"modules": facts, "sources": self.sources, "settings": self.settings})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SafeSubspace:
@@ -267,28 +286,19 @@ class SafeSubspace:
         Raises:
             CheckpointError: the file is missing, damaged, or no subspace.
         """
-        try:
-            check_regular(path)
-            with safe_open(path, framework="numpy") as file:
-                document = check_fields(parse_json((file.metadata() or {}).get(FORMAT, "{}")), {})
-                if document.get("version") != VERSION:
-                    raise CheckpointError(
-                        f"{path}: not a subspace file of version {VERSION} (safelora-fast subspace build)"
-                    )
-                check_fields(document, {"modules": LIST, "sources": OBJECT, "settings": OBJECT})
-                check_fields(document["settings"], {}, {"median_v_ratio": REAL})
-                for role, source in document["sources"].items():
-                    check_source(role, source)
-                facts = [check_fields(one, _MODULE) for one in document["modules"]]
-                modules = {one["name"]: _read(file, one) for one in facts}
-                return cls(modules, document["sources"], document["settings"])
-        except (OSError, SafetensorError, ValueError, TypeError) as error:  # TypeError: a dtype that numpy lacks
-            raise CheckpointError(f"{path}: the subspace cannot be read ({error})") from error
+        with FILE.opened(path) as (document, file):
+            check_fields(document, {"modules": LIST, "sources": OBJECT, "settings": OBJECT})
+            check_fields(document["settings"], {}, {"median_v_ratio": REAL})
+            for role, source in document["sources"].items():
+                check_source(role, source)
+            facts = [check_fields(one, MODULE) for one in document["modules"]]
+            modules = {one["name"]: _read(file, one) for one in facts}
+            return cls(modules, document["sources"], document["settings"])
 
 
 def _read(file: Any, facts: Mapping[str, Any]) -> ModuleSubspace:
     name = facts["name"]
-    vectors, values = file.get_tensor(name + _VECTORS), file.get_tensor(name + _VALUES)
+    vectors, values = file.get_tensor(name + VECTORS), file.get_tensor(name + VALUES)
     if vectors.dtype != np.float32 or vectors.ndim != 2 or values.shape != vectors.shape[1:]:
         raise ValueError(f"{name}: {vectors.dtype} vectors of shape {vectors.shape}, {values.shape} singular values")
     if not (np.isfinite(vectors).all() and np.isfinite(values).all()):
