@@ -37,7 +37,8 @@ posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.dama
 posthoc.device_factors=projection.device.factors posthoc.device_figures=projection.device.outcomes
 posthoc.device_reader=projection.device.reader posthoc.device_stream=projection.device.stream
 posthoc.device_subspace=projection.device.subspace_stream posthoc.experts=checkpoints.experts
-posthoc.finite=projection.nonfinite_values posthoc.geometry=checkpoints.geometry posthoc.hub=checkpoints.hub
+posthoc.bypass=projection.copied_tensors
+posthoc.finite=projection.copied_tensors posthoc.geometry=checkpoints.geometry posthoc.hub=checkpoints.hub
 posthoc.output=files.output posthoc.pairing=checkpoints.pairing posthoc.places=checkpoints.module_names
 posthoc.provenance=checkpoints.provenance posthoc.resident=projection.device.resident
 posthoc.settings=projection.settings,files.argument_checks posthoc.shown_models=checkpoints.model_card,projection.report

@@ -84,8 +84,8 @@ def test_settings_of_peft(tmp_path, config):
 def test_embeddings(tmp_path, family):
     names = {"llama": ["embed_tokens", "q_proj"], "opt": ["embed_tokens", "fc1"], "gpt2": ["wte", "c_fc"]}
     result = check(tmp_path, family, target_modules=names[family], fan_in_fan_out=family == "gpt2")
-    embedding = next(module for module in result.plan.modules if module.targets[0].module.kind == "embedding")
-    assert embedding.targets[0].key.endswith("lora_embedding_B")
+    embedding = next(module for module in result.plan.modules if module.group.factors[0].module.kind == "embedding")
+    assert embedding.group.factors[0].lora_b.key.endswith("lora_embedding_B")
 
 
 @pytest.mark.parametrize("spelled", [True, False])
@@ -149,7 +149,7 @@ def test_adapters_share_a_job(tmp_path):
     results = project(folders_of_adapters, *folders, tmp_path / "output")
     assert_projected(results[0], adapted, base_weights, name="default")
     assert_projected(results[1], adapted, base_weights, name="other")
-    counts = {module.name.rpartition(".")[2]: len(module.targets) for module in results[0].plan.modules}
+    counts = {module.name.rpartition(".")[2]: len(module.group.factors) for module in results[0].plan.modules}
     assert counts == {"q_proj": 1, "o_proj": 2, "down_proj": 1}
 
 

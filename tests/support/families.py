@@ -215,13 +215,14 @@ def project(adapters: list[Path], aligned: Path, base: Path, output: Path) -> li
     norms: list[dict[str, float]] = [{} for _ in adapters]
     stream = _core.ProjectionStream([module.job for module in plan.modules], _core.Operator.frobenius(), threads=2)
     for module, outcome in zip(plan.modules, stream, strict=True):
-        for target, factors in zip(module.targets, outcome.factors, strict=True):
-            tensor = tensors[target.adapter][target.key]
+        for met, factors in zip(module.group.factors, outcome.factors, strict=True):
+            target = met.lora_b
+            tensor = tensors[met.adapter][target.key]
             place = tensor.as_strided((target.rows, target.cols), (target.row_stride, target.col_stride), target.offset)
             block = torch.frombuffer(bytearray(factors.projected()), dtype=tensor.dtype)
             place.copy_(block.reshape(target.rows, target.cols))
-            cosines[target.adapter][module.name] = factors.cosine
-            norms[target.adapter][module.name] = outcome.v_norm
+            cosines[met.adapter][module.name] = factors.cosine
+            norms[met.adapter][module.name] = outcome.v_norm
     results = []
     for index, adapter in enumerate(adapters):
         folder = output / f"{index}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.checkpoints.model_card import code, model_card, table
 from safelora_fast.checkpoints.module_names import natural_order
-from safelora_fast.projection.bypass import bypass_note
+from safelora_fast.projection.copied_tensors import bypass_note
 from safelora_fast.projection.operators import operator_of
 from safelora_fast.projection.report import published
 

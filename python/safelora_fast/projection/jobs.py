@@ -15,26 +15,13 @@ if TYPE_CHECKING:
 
     from safelora_fast.checkpoints.adapter import Adapter, LoraModule
     from safelora_fast.checkpoints.experts import Slice
+    from safelora_fast.projection.device.outcomes import DeviceOutcome
     from safelora_fast.projection.settings import Settings
 
 
 Problems = list[tuple[str, PairingError]]
 MOST_TO_EXCLUDE = 3
 LAYER = re.compile(r".*?\.\d+(?=\.)")
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a projected left factor (rows, cols) goes: a strided matrix in one tensor of one adapter, in elements."""
-
-    adapter: int
-    key: str
-    module: LoraModule
-    offset: int
-    rows: int
-    cols: int
-    row_stride: int
-    col_stride: int
 
 
 @dataclass(frozen=True)
@@ -48,15 +35,55 @@ class Source:
 
 
 @dataclass(frozen=True)
-class PlannedModule:
-    """One weight: its job, where V (m, n) comes from, and a target for each of the job's factors, in the same order."""
+class AdapterFactors:
+    """The LoRA factors of one module of one adapter, which `adapter` numbers."""
+
+    adapter: int
+    module: LoraModule
+    lora_b: Slice
+    lora_a: Slice
+
+
+@dataclass
+class Group:
+    """V (m, n) as blocks of rows of both checkpoints, and the factors of all adapters that meet it."""
 
     name: str
-    job: _core.Job
-    group: Group
+    aligned: tuple[Block, ...]
+    base: tuple[Block, ...]
     shape: tuple[int, int]
-    sources: tuple[Source, ...]
-    targets: tuple[Target, ...]
+    transposed: bool
+    factors: list[AdapterFactors] = field(default_factory=list)
+
+    @property
+    def identity(self) -> object:
+        """What tells one V from another."""
+        return self.transposed, tuple(block.identity for block in self.aligned + self.base)
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """A group, and the job of the extension that it makes."""
+
+    group: Group
+    job: _core.Job
+
+    @property
+    def name(self) -> str:
+        """The name of the first module that has this V."""
+        return self.group.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of V."""
+        return self.group.shape
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The tensors that V comes from."""
+        pairs = zip(self.group.aligned, self.group.base, strict=True)
+        found = (Source(ours.tensor, theirs.tensor, ours.file.path, theirs.file.path) for ours, theirs in pairs)
+        return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -68,43 +95,10 @@ class Plan:
     nbytes: int
 
 
-class FactorOutcome(Protocol):
-    """What projection does to one adapter's factors in one module: `_core.FactorOutcome` says what the figures are."""
-
-    @property
-    def cosine(self) -> float: ...  # noqa: D102
-    @property
-    def gain(self) -> float: ...  # noqa: D102
-    @property
-    def lora_b_norm(self) -> float: ...  # noqa: D102
-    @property
-    def lora_b_norm_projected(self) -> float: ...  # noqa: D102
-    @property
-    def update_norm(self) -> float: ...  # noqa: D102
-    @property
-    def update_norm_projected(self) -> float: ...  # noqa: D102
-    def projected(self) -> bytes: ...  # noqa: D102
-
-
-class Outcome(Protocol):
-    """What projection does to one module: `_core.JobOutcome` says what the figures are."""
-
-    @property
-    def index(self) -> int: ...  # noqa: D102
-    @property
-    def v_norm(self) -> float: ...  # noqa: D102
-    @property
-    def rank(self) -> int | None: ...  # noqa: D102
-    @property
-    def energy(self) -> float | None: ...  # noqa: D102
-    @property
-    def factors(self) -> Sequence[FactorOutcome]: ...  # noqa: D102
-
-
 class Stream(Protocol):
     """Yields the outcome of every module of a plan, in order: the extension's stream, or one on a device."""
 
-    def __iter__(self) -> Iterator[Outcome]: ...
+    def __iter__(self) -> Iterator[_core.JobOutcome | DeviceOutcome]: ...
     @property
     def nbytes(self) -> int: ...  # noqa: D102
     @property
@@ -118,40 +112,13 @@ class Start(Protocol):
     def __call__(self, plan: Plan, settings: Settings, *, keep_projected: bool) -> Stream: ...  # noqa: D102
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """The factors of one module of one adapter."""
-
-    adapter: int
-    module: LoraModule
-    left: Slice
-    right: Slice
-
-
-@dataclass
-class Group:
-    """V as blocks of rows of both checkpoints, and the factors of all adapters that meet it."""
-
-    name: str
-    aligned: tuple[Block, ...]
-    base: tuple[Block, ...]
-    shape: tuple[int, int]
-    transposed: bool
-    factors: list[Meeting] = field(default_factory=list)
-
-    @property
-    def identity(self) -> object:
-        """What tells one V from another."""
-        return self.transposed, tuple(block.identity for block in self.aligned + self.base)
-
-
-def meet(name: str, aligned: Matrix, base: Matrix, factors: Meeting | None = None) -> Group:
+def meet(name: str, aligned: Matrix, base: Matrix, factors: AdapterFactors | None = None) -> Group:
     """V of a module, and the factors that meet it if there are any.
 
     Raises:
         PairingError: when the two weights, or they and the update, differ in shape or orientation.
     """
-    update = aligned.shape if factors is None else (factors.left.rows, factors.right.cols)
+    update = aligned.shape if factors is None else (factors.lora_b.rows, factors.lora_a.cols)
     if aligned.shape == base.shape == update and aligned.transposed == base.transposed:
         blocks = cut_together(aligned, base)
         return Group(name, *blocks, update, aligned.transposed, [] if factors is None else [factors])
@@ -248,30 +215,10 @@ def _patterns(names: set[str]) -> list[str]:
 def _planned(group: Group, adapters: Sequence[Adapter]) -> PlannedModule:
     parts = [_core.Part(ours.view(), theirs.view()) for ours, theirs in zip(group.aligned, group.base, strict=True)]
     factors = [
-        _core.Factors(_view(adapters[found.adapter], found.left), _view(adapters[found.adapter], found.right))
+        _core.Factors(_view(adapters[found.adapter], found.lora_b), _view(adapters[found.adapter], found.lora_a))
         for found in group.factors
     ]
-    targets = tuple(
-        Target(
-            found.adapter,
-            found.left.key,
-            found.module,
-            found.left.offset,
-            found.left.rows,
-            found.left.cols,
-            found.left.row_stride,
-            found.left.col_stride,
-        )
-        for found in group.factors
-    )
-    sources = tuple(
-        dict.fromkeys(
-            Source(ours.tensor, theirs.tensor, ours.file.path, theirs.file.path)
-            for ours, theirs in zip(group.aligned, group.base, strict=True)
-        )
-    )
-    job = _core.Job(group.name, parts, factors, transposed=group.transposed)
-    return PlannedModule(group.name, job, group, group.shape, sources, targets)
+    return PlannedModule(group, _core.Job(group.name, parts, factors, transposed=group.transposed))
 
 
 def _view(adapter: Adapter, matrix: Slice) -> _core.View:

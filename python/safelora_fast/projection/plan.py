@@ -1,21 +1,21 @@
 """The plan of a projection: for every adapted module, which bytes of both checkpoints meet which factors.
 
-Names are settled first (checkpoints/pairing.py), so that of a remote checkpoint only the shards that are needed are
-fetched; shapes follow. All problems are collected before anything is computed.
+Names are paired first (checkpoints/pairing.py), so that only the shards that are needed are fetched of a remote checkpoint.
+Shapes follow. All problems are collected before anything is computed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from safelora_fast.checkpoints.experts import assign, expert_factors, whole
 from safelora_fast.checkpoints.geometry import VOCABULARY, ExpertWeights, matrix_of
 from safelora_fast.checkpoints.pairing import TensorNames
 from safelora_fast.checkpoints.tensor_names import canonical, tower_of
 from safelora_fast.errors import PairingError
-from safelora_fast.projection.jobs import Group, Meeting, Plan, Problems, collect, meet, plan_groups, raise_first
+from safelora_fast.projection.jobs import AdapterFactors, Group, Plan, Problems, collect, meet, plan_groups, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,21 +24,62 @@ if TYPE_CHECKING:
     from safelora_fast.checkpoints.sources import Checkpoint
     from safelora_fast.checkpoints.tensor_names import Piece
 
-
-@dataclass(frozen=True)
-class _Linear:
-    adapter: int
-    module: LoraModule
-    aligned: tuple[Piece, ...]
-    base: tuple[Piece, ...]
+Weight: TypeAlias = "tuple[Piece, ...] | ExpertWeights"
 
 
 @dataclass(frozen=True)
-class _Experts:
-    adapter: int
+class _Unit:
+    """A module of an adapter, or all experts of one, and where both checkpoints keep its weights."""
+
+    index: int
+    adapter: Adapter
+    names: tuple[TensorNames, TensorNames]
     modules: tuple[LoraModule, ...]
-    aligned: ExpertWeights
-    base: ExpertWeights
+    weights: tuple[Weight, Weight]
+
+    def groups(self) -> list[Group]:
+        """V of the module, or of each expert, with the adapter's factors.
+
+        Raises:
+            PairingError: the two weights and the update do not fit each other.
+        """
+        aligned, base = self.weights
+        if isinstance(aligned, ExpertWeights) and isinstance(base, ExpertWeights):
+            return self._expert_groups(aligned, base)
+        (module,) = self.modules
+        lora_b, lora_a = whole(module.left_key, module.left_shape), whole(module.right_key, module.right_shape)
+        aligned_matrix, base_matrix = (
+            matrix_of(
+                name,
+                pieces,  # type: ignore[arg-type]
+                module.name,
+                (lora_b.rows, lora_a.cols),
+                embedding=module.kind == "embedding",
+                fan_in_fan_out=bool(self.adapter.config.get("fan_in_fan_out")),
+            )
+            for name, pieces in zip(self.names, self.weights, strict=True)
+        )
+        return [meet(module.name, aligned_matrix, base_matrix, AdapterFactors(self.index, module, lora_b, lora_a))]
+
+    def _expert_groups(self, ours: ExpertWeights, theirs: ExpertWeights) -> list[Group]:
+        names, groups = self.names, []
+        version, model_type = self.adapter.config.get("peft_version"), names[0].setting("model_type")
+        for module, parameter, swapped in assign(self.modules, ours.shapes(names[0]), model_type, version):
+            aligned, base = ours.matrices(names[0], parameter), theirs.matrices(names[1], parameter)
+            if len(aligned) != len(base):
+                raise PairingError(
+                    f"{module.name}: {parameter} has {len(aligned)} experts in the aligned model, {len(base)} in the base"
+                )
+            if module.rank % len(aligned):
+                raise PairingError(
+                    f"{module.name}: the factors' common side is {module.rank}, which {len(aligned)} experts cannot share"
+                )
+            is_flat = ours.flat(names[0], parameter)
+            for expert, pair in enumerate(zip(aligned, base, strict=True)):
+                factors = expert_factors(module, expert, len(aligned), swapped=swapped)
+                name = f"{module.name}.{parameter}" if is_flat else f"{module.name}.{expert}.{parameter}"
+                groups.append(meet(name, *pair, AdapterFactors(self.index, module, *factors)))
+        return groups
 
 
 def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Checkpoint) -> Plan:
@@ -50,98 +91,44 @@ def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Chec
         base: the model before alignment; its tensors may be named, fused and typed differently.
 
     Raises:
-        PairingError: when a module has no unambiguous counterpart of the right shape in both.
-        CheckpointError: when a checkpoint is quantised.
+        PairingError: a module has no unambiguous counterpart of the right shape in both.
+        CheckpointError: a checkpoint is quantized.
     """
-    names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
+    both = TensorNames(aligned, "aligned"), TensorNames(base, "base")
     problems: Problems = []
-    located: list[_Linear | _Experts] = []
-    seen: list[tuple[TensorNames, TensorNames]] = []
+    units: list[_Unit] = []
     for index, adapter in enumerate(adapters):
         tower = tower_of(adapter.config)
-        theirs = names[0].within(tower), names[1].within(tower)
-        seen.append(theirs)
-        nested: dict[str, list[LoraModule]] = defaultdict(list)
-        for module in adapter.modules:
-            if module.kind == "parameter":
-                nested[module.name].append(module)
-            else:
-                collect(problems, module.name, located, lambda: [_linear(index, module, theirs)])  # noqa: B023
+        names = both[0].within(tower), both[1].within(tower)
+        nested: dict[object, list[LoraModule]] = defaultdict(list)
+        for number, module in enumerate(adapter.modules):
+            nested[module.name if module.kind == "parameter" else number].append(module)
         for modules in nested.values():
-            collect(problems, modules[0].name, located, lambda: [_experts(index, modules, theirs)])  # noqa: B023
-    raise_first(problems, len(located))
-    aligned.require(sorted({name for unit in located for name in _tensors(unit.aligned)}))
-    base.require(sorted({name for unit in located for name in _tensors(unit.base)}))
-
+            collect(problems, modules[0].name, units, lambda: [_locate(index, adapter, names, modules)])  # noqa: B023
+    raise_first(problems, len(units))
+    for checkpoint, side in ((aligned, 0), (base, 1)):
+        checkpoint.require(sorted({name for unit in units for name in _tensors(unit.weights[side])}))
     groups: dict[object, Group] = {}
-    for unit in located:
+    for unit in units:
         found: list[Group] = []
-        adapter, theirs = adapters[unit.adapter], seen[unit.adapter]
-        if isinstance(unit, _Linear):
-            collect(problems, unit.module.name, found, lambda: [_linear_group(unit, adapter, theirs)])  # noqa: B023
-        else:
-            collect(problems, unit.modules[0].name, found, lambda: _expert_groups(unit, adapter, theirs))  # noqa: B023
+        collect(problems, unit.modules[0].name, found, unit.groups)
         for group in found:
             _join(groups, group, problems)
     raise_first(problems, len(groups))
-
     return plan_groups(groups.values(), adapters)
 
 
-def _linear(index: int, module: LoraModule, names: tuple[TensorNames, TensorNames]) -> _Linear:
-    aligned, base = (name.weight(module.name) for name in names)
-    return _Linear(index, module, aligned, base)
+def _locate(index: int, adapter: Adapter, names: tuple[TensorNames, TensorNames], modules: list[LoraModule]) -> _Unit:
+    def weight(name: TensorNames) -> Weight:
+        if modules[0].kind == "parameter":
+            return ExpertWeights.locate(name, modules)
+        return name.weight(modules[0].name)
+
+    return _Unit(index, adapter, names, tuple(modules), (weight(names[0]), weight(names[1])))
 
 
-def _experts(index: int, modules: list[LoraModule], names: tuple[TensorNames, TensorNames]) -> _Experts:
-    aligned, base = (ExpertWeights.locate(name, modules) for name in names)
-    return _Experts(index, tuple(modules), aligned, base)
-
-
-def _tensors(located: tuple[Piece, ...] | ExpertWeights) -> Iterable[str]:
+def _tensors(located: Weight) -> Iterable[str]:
     return located.tensors() if isinstance(located, ExpertWeights) else (piece.tensor for piece in located)
-
-
-def _linear_group(unit: _Linear, adapter: Adapter, names: tuple[TensorNames, TensorNames]) -> Group:
-    module = unit.module
-    left, right = whole(module.left_key, module.left_shape), whole(module.right_key, module.right_shape)
-    aligned, base = (
-        matrix_of(
-            name,
-            pieces,
-            module.name,
-            (left.rows, right.cols),
-            embedding=module.kind == "embedding",
-            fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
-        )
-        for name, pieces in zip(names, (unit.aligned, unit.base), strict=True)
-    )
-    return meet(module.name, aligned, base, Meeting(unit.adapter, module, left, right))
-
-
-def _expert_groups(unit: _Experts, adapter: Adapter, names: tuple[TensorNames, TensorNames]) -> list[Group]:
-    weights = unit.aligned.shapes(names[0])
-    version, model_type = adapter.config.get("peft_version"), names[0].setting("model_type")
-    groups = []
-    for module, parameter, swapped in assign(unit.modules, weights, model_type, version):
-        aligned, base = unit.aligned.matrices(names[0], parameter), unit.base.matrices(names[1], parameter)
-        if len(aligned) != len(base):
-            raise PairingError(
-                f"{module.name}: {parameter} has {len(aligned)} experts in the aligned model, {len(base)} in the base"
-            )
-        if module.rank % len(aligned):
-            raise PairingError(
-                f"{module.name}: the factors' common side is {module.rank}, which {len(aligned)} experts cannot share"
-            )
-        for expert, pair in enumerate(zip(aligned, base, strict=True)):
-            left, right = expert_factors(module, expert, len(aligned), swapped=swapped)
-            name = (
-                f"{module.name}.{parameter}"
-                if unit.aligned.flat(names[0], parameter)
-                else f"{module.name}.{expert}.{parameter}"
-            )
-            groups.append(meet(name, *pair, Meeting(unit.adapter, module, left, right)))
-    return groups
 
 
 def _join(groups: dict[object, Group], group: Group, problems: Problems) -> None:

@@ -18,24 +18,24 @@ from safelora_fast.checkpoints.adapter import WEIGHTS, Adapter, load_adapters
 from safelora_fast.checkpoints.resolver import folder_name, label
 from safelora_fast.checkpoints.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
 from safelora_fast.checkpoints.weight_norms import weight_norm
-from safelora_fast.errors import AdapterError, SettingsError
+from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.output import check_target, whole_folder
 from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.projection import card
-from safelora_fast.projection.bypass import bypass_note, copied_tensors, refuse_bypassing
+from safelora_fast.projection.copied_tensors import bypass_note, copied_tensors, refuse_bypassing
 from safelora_fast.projection.jobs import refuse_equal, start_stream
 from safelora_fast.projection.plan import plan_projection
 from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport, published
-from safelora_fast.projection.settings import Settings, chosen
-from safelora_fast.projection.writer import AdapterWriter
+from safelora_fast.projection.settings import Settings
+from safelora_fast.projection.writer import AdapterWriter, Output
 from safelora_fast.projection.written_keys import settled_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
-    from safelora_fast.projection.jobs import Plan, Start, Target
+    from safelora_fast.projection.jobs import Plan, Start, Stream
+    from safelora_fast.projection.writer import FactorOutcome
 
 REPORT = "safelora_report.json"
 PathLike = str | Path
@@ -126,151 +126,135 @@ def project_folders(
     With `keep_keys` the adapters are of a model at hand: their keys are written as they are.
     """
     paths = _paths(adapter)
-    for role, model in {"aligned": aligned, "base": base}.items():
-        check_path(role, model, A_MODEL)
     if output is not None:
         check_path("output", output, "the folder to make, or None")
     began = time.perf_counter()
+    target = None if output is None else Path(output)
     adapters = load_adapters(paths, settings.exclude, keep_keys=keep_keys)
-    folders = _folders(adapters, None if output is None else Path(output))
-    if output is not None:
-        inputs = [adapter.path for adapter in adapters] + [path for path in map(Path, (aligned, base)) if path.exists()]
-        size = sum(adapter.file.size for adapter in adapters)
-        check_target(Path(output), inputs, overwrite=overwrite, nbytes=size, mark=REPORT)
-    models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
-    if same_place(*models):
-        refuse_equal([0.0])
-    plan = plan_projection(adapters, *models)
-    if not keep_keys:
-        adapters = settled_adapters(plan, models[0])
-    copied = [copied_tensors(adapter, models[0]) for adapter in adapters]
+    folders = _folders(adapters, target)
+    plan, adapters, models = prepare(
+        adapters, aligned, base, target, overwrite=overwrite, mark=REPORT, keep_keys=keep_keys
+    )
+    copied = [copied_tensors(one, models[0]) for one in adapters]
     if settings.strict:
         for one, tensors in zip(adapters, copied, strict=True):
             refuse_bypassing(one, tensors)
-
-    whole: AbstractContextManager[Path | None] = (
-        contextlib.nullcontext() if output is None else whole_folder(Path(output), overwrite=overwrite)
-    )
-    with whole as partial:
+    with contextlib.ExitStack() as stack:
         writers: list[AdapterWriter | None] = [None] * len(adapters)
-        if partial is not None and output is not None:
-            places = [partial / folder.relative_to(output) for folder in folders if folder is not None]
-            writers = [AdapterWriter(adapter, place) for adapter, place in zip(adapters, places, strict=True)]
-        modules, bytes_read = _run(plan, settings, writers, progress, start)
+        if target is not None:
+            partial = stack.enter_context(whole_folder(target, overwrite=overwrite))
+            places = [partial / folder.relative_to(target) for folder in folders if folder is not None]
+            writers = [AdapterWriter(one, place) for one, place in zip(adapters, places, strict=True)]
+        outputs = [Output(index, settings, writer) for index, writer in enumerate(writers)]
+        stream = start(plan, settings, keep_projected=target is not None)
+        run_plan(plan, stream, outputs, progress)
         report = ProjectionReport(
             settings=settings.effective(),
             aligned=_describe(models[0]),
             base=_describe(models[1]),
             adapters=[
                 AdapterReport(
-                    label(adapter.path),
+                    label(one.path),
                     None if folder is None else str(folder),
-                    reports,
+                    result.settled(),
                     tensors,
-                    adapter.config.get("base_model_name_or_path") or None,
-                    [*adapter.notes, *bypass_note(tensors)],
-                    list(adapter.excluded),
+                    one.config.get("base_model_name_or_path") or None,
+                    [*one.notes, *bypass_note(tensors)],
+                    list(one.excluded),
                 )
-                for adapter, folder, reports, tensors in zip(adapters, folders, modules, copied, strict=True)
+                for one, folder, result, tensors in zip(adapters, folders, outputs, copied, strict=True)
             ],
-            bytes_read=bytes_read,
+            bytes_read=stream.nbytes,
             seconds=time.perf_counter() - began,
             versions=_versions(),
         )
         for index, writer in enumerate(writers):
             if writer is not None:
-                text = json.dumps(
-                    published(replace(report, adapters=[report.adapters[index]])).to_dict(),
-                    indent=2,
-                    ensure_ascii=False,
-                )
-                _write(writer.folder / REPORT, text + "\n")
+                content = published(replace(report, adapters=[report.adapters[index]])).to_dict()
+                _write(writer.folder / REPORT, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
                 _write(writer.folder / "README.md", card.render(report, index))
     return report
 
 
-def _run(
-    plan: Plan,
-    settings: Settings,
-    writers: Sequence[AdapterWriter | None],
-    progress: Progress | None,
-    start: Start,
-) -> tuple[list[list[ModuleReport]], int]:
-    """Stream the modules, write what may be selected, and settle the selection at the end; also the bytes read."""
-    reports: list[list[ModuleReport]] = [[] for _ in writers]
-    targets: list[list[tuple[Target, AdapterError | None]]] = [[] for _ in writers]
-    stream = start(plan, settings, keep_projected=any(writer is not None for writer in writers))
-    if progress is not None:
-        progress.start(stream.nbytes, len(plan.modules))
-    try:
+def prepare(
+    adapters: list[Adapter],
+    aligned: PathLike,
+    base: PathLike,
+    output: Path | None,
+    *,
+    overwrite: bool,
+    mark: str,
+    copies: int = 1,
+    keep_keys: bool = False,
+) -> tuple[Plan, list[Adapter], tuple[Checkpoint, Checkpoint]]:
+    """Everything that can be refused before the first byte of a weight is read.
+
+    Args:
+        adapters: to project.
+        aligned: path or Hub id of the model that they were trained on.
+        base: path or Hub id of the model before alignment.
+        output: the folder to make.
+        overwrite: replace it.
+        mark: the file by which an earlier output is known.
+        copies: how many times each adapter is written.
+        keep_keys: as of :func:`project_folders`.
+
+    Returns:
+        The plan, the adapters with the keys to write them under, and the two checkpoints.
+    """
+    for role, model in {"aligned": aligned, "base": base}.items():
+        check_path(role, model, A_MODEL)
+    if output is not None:
+        inputs = [adapter.path for adapter in adapters] + [path for path in map(Path, (aligned, base)) if path.exists()]
+        size = copies * sum(adapter.file.size for adapter in adapters)
+        check_target(output, inputs, overwrite=overwrite, nbytes=size, mark=mark)
+    models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
+    if same_place(*models):
+        refuse_equal([0.0])
+    plan = plan_projection(adapters, *models)
+    return plan, adapters if keep_keys else settled_adapters(plan, models[0]), models
+
+
+def run_plan(plan: Plan, stream: Stream, outputs: Sequence[Output], progress: Progress | None) -> None:
+    """Offer every module of a plan to the outputs of its adapters.
+
+    Raises:
+        PairingError: aligned and base hold the same weights in every module.
+        SafeLoraFastError: a weight or factor is NaN or infinite.
+    """
+    norms = []
+    with contextlib.closing(stream):
+        if progress is not None:
+            progress.start(stream.nbytes, len(plan.modules))
         for outcome in stream:
             planned = plan.modules[outcome.index]
-            norm = weight_norm(planned.group.aligned)
-            for target, factor in zip(planned.targets, outcome.factors, strict=True):
+            norms.append(outcome.v_norm)
+            weight = weight_norm(planned.group.aligned)
+            results: Sequence[FactorOutcome] = outcome.factors
+            for factors, found in zip(planned.group.factors, results, strict=True):
                 report = ModuleReport(
                     name=planned.name,
-                    cosine=factor.cosine,
+                    cosine=found.cosine,
                     projected=False,
                     reason="",
-                    gain=factor.gain,
-                    rank=target.cols,
-                    b_norm=factor.lora_b_norm,
-                    b_norm_after=factor.lora_b_norm_projected,
-                    update_norm=factor.update_norm,
-                    update_norm_after=factor.update_norm_projected,
+                    gain=found.gain,
+                    rank=factors.lora_b.cols,
+                    b_norm=found.lora_b_norm,
+                    b_norm_after=found.lora_b_norm_projected,
+                    update_norm=found.update_norm,
+                    update_norm_after=found.update_norm_projected,
                     v_norm=outcome.v_norm,
                     v_rank=outcome.rank,
                     v_energy=outcome.energy,
                     sources=[asdict(source) for source in planned.sources],
-                    v_ratio=outcome.v_norm / norm if norm else math.nan,
+                    v_ratio=outcome.v_norm / weight if weight else math.nan,
                 )
-                reports[target.adapter].append(report)
-                writer, failure = writers[target.adapter], None
-                if writer is not None and chosen({report.name: report.cosine}, settings):
-                    try:
-                        writer.write(target, factor.projected())
-                    except AdapterError as error:
-                        failure = error  # of a module that may not be selected in the end
-                        if settings.select != "number":
-                            raise
-                targets[target.adapter].append((target, failure))
+                for output in outputs:
+                    if output.adapter == factors.adapter:
+                        output.add(report, factors, found)
             if progress is not None:
                 progress.advance(stream.bytes_done, planned.name)
-    finally:
-        stream.close()
-    refuse_equal([report.v_norm for adapter_reports in reports for report in adapter_reports])
-    settled = [
-        _settle(adapter_reports, adapter_targets, writer, settings)
-        for adapter_reports, adapter_targets, writer in zip(reports, targets, writers, strict=True)
-    ]
-    return settled, stream.nbytes
-
-
-def _settle(
-    reports: list[ModuleReport],
-    targets: list[tuple[Target, AdapterError | None]],
-    writer: AdapterWriter | None,
-    settings: Settings,
-) -> list[ModuleReport]:
-    """Mark the selected modules and put back the others."""
-    selected = chosen({report.name: report.cosine for report in reports}, settings)
-    settled = []
-    for report, (target, failure) in zip(reports, targets, strict=True):
-        projected = report.name in selected
-        if projected:
-            if failure is not None:
-                raise failure
-            settled.append(replace(report, projected=True, reason=settings.why(report.cosine, projected=True)))
-            continue
-        if writer is not None:
-            writer.restore(target)
-        reason = settings.why(report.cosine, projected=False)
-        if report.v_norm == 0:
-            reason = "V is zero: aligned and base agree here"
-        elif report.update_norm == 0:
-            reason = "the update is zero"
-        settled.append(replace(report, reason=reason, b_norm_after=report.b_norm, update_norm_after=report.update_norm))
-    return settled
+    refuse_equal(norms)
 
 
 def _paths(adapter: PathLike | Sequence[PathLike]) -> list[PathLike]:

@@ -45,7 +45,7 @@ class ModuleReport:
 class AdapterReport:
     """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names.
 
-    `copied` lists the tensors that are no factors, as of :func:`~safelora_fast.projection.bypass.copied_tensors`.
+    `copied` lists the tensors that are no factors, as of :func:`~safelora_fast.projection.copied_tensors.copied_tensors`.
     `notes` are warnings about the adapter's own files, `excluded` the modules that were excluded as asked.
     """
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_fast.checkpoints.adapter import load_adapter
-from safelora_fast.checkpoints.sources import open_checkpoint
-from safelora_fast.files.output import check_target, whole_folder
-from safelora_fast.projection.jobs import refuse_equal, start_stream
-from safelora_fast.projection.plan import plan_projection
-from safelora_fast.projection.settings import Settings, chosen
-from safelora_fast.projection.writer import AdapterWriter
-from safelora_fast.projection.written_keys import settled_adapters
+from safelora_fast.files.output import whole_folder
+from safelora_fast.projection.jobs import start_stream
+from safelora_fast.projection.project import prepare, run_plan
+from safelora_fast.projection.settings import Settings
+from safelora_fast.projection.writer import AdapterWriter, Output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,44 +71,19 @@ def sweep_thresholds(
         SafeLoraFastError: any bad input, in one line; nothing is written then.
     """
     settings = [Settings(select="threshold", threshold=threshold) for threshold in sorted(set(thresholds))]
-    loaded, target = load_adapter(adapter), Path(output)
-    inputs = [loaded.path, *(path for path in map(Path, (aligned, base)) if path.exists())]
-    check_target(target, inputs, overwrite=overwrite, nbytes=loaded.file.size * len(settings), mark=MARK)
-    models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
-    plan = plan_projection([loaded], *models)
-    (loaded,) = settled_adapters(plan, models[0])
+    adapters, target = [load_adapter(adapter)], Path(output)
+    plan, (loaded,), _ = prepare(adapters, aligned, base, target, overwrite=overwrite, mark=MARK, copies=len(settings))
     with whole_folder(target, overwrite=overwrite) as partial:
         writers = [AdapterWriter(loaded, partial / _name(one.effective_threshold)) for one in settings]
-        cosines: dict[str, float] = {}
-        norms: list[float] = []
-        stream = start_stream(plan, Settings(), keep_projected=True)
-        if progress is not None:
-            progress.start(plan.nbytes, len(plan.modules))
-        try:
-            for outcome in stream:
-                planned = plan.modules[outcome.index]
-                norms.append(outcome.v_norm)
-                for place, factor in zip(planned.targets, outcome.factors, strict=True):
-                    cosines[planned.name] = factor.cosine
-                    selecting = [
-                        writer
-                        for writer, one in zip(writers, settings, strict=True)
-                        if chosen({planned.name: factor.cosine}, one)
-                    ]
-                    block = factor.projected() if selecting else b""
-                    for writer in selecting:
-                        writer.write(place, block)
-                if progress is not None:
-                    progress.advance(stream.bytes_done, planned.name)
-        finally:
-            stream.close()
-        refuse_equal(norms)
-        names = [writer.folder.name for writer in writers]
-        (partial / MARK).write_text("\n".join(names) + "\n", encoding="utf-8")
-    return [
-        Swept(one.effective_threshold, len(chosen(cosines, one)), len(cosines), target / _name(one.effective_threshold))
-        for one in settings
-    ]
+        outputs = [Output(0, one, writer) for one, writer in zip(settings, writers, strict=True)]
+        run_plan(plan, start_stream(plan, settings[0], keep_projected=True), outputs, progress)
+        swept = []
+        for one, result in zip(settings, outputs, strict=True):
+            modules = result.settled()
+            projected, threshold = sum(module.projected for module in modules), one.effective_threshold
+            swept.append(Swept(threshold, projected, len(modules), target / _name(threshold)))
+        (partial / MARK).write_text("\n".join(one.folder.name for one in swept) + "\n", encoding="utf-8")
+    return swept
 
 
 def _name(threshold: float) -> str:

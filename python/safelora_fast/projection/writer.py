@@ -1,25 +1,35 @@
 """The projected adapter on disk: a byte-for-byte copy of the input in which single blocks are replaced.
 
-Header, key order, dtypes, metadata and every tensor that is not projected stay what they were because nobody rewrites them;
-only keys that PEFT would not read are renamed in the header.
+Nobody rewrites the header, the order of keys, dtypes, metadata or tensors that are not projected, so they stay as they
+were. Only keys that PEFT would not read are renamed in the header.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from safelora_fast.checkpoints.adapter import WEIGHTS, Adapter
 from safelora_fast.checkpoints.lora_config import CONFIG
+from safelora_fast.errors import AdapterError
+from safelora_fast.projection.settings import chosen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safelora_fast.projection.jobs import Target
+    from safelora_fast import _core
+    from safelora_fast.checkpoints.experts import Slice
+    from safelora_fast.projection.device.outcomes import DeviceFactorOutcome
+    from safelora_fast.projection.jobs import AdapterFactors
+    from safelora_fast.projection.report import ModuleReport
+    from safelora_fast.projection.settings import Settings
+
+    FactorOutcome: TypeAlias = _core.FactorOutcome | DeviceFactorOutcome
 
 BITS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<u2")}
 
@@ -31,33 +41,81 @@ class AdapterWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.adapter = adapter
         self.folder = folder
-        self._tensors = adapter.file.tensors
         shutil.copyfile(adapter.path / CONFIG, folder / CONFIG)
         self._shift = _copy(adapter.file.path, folder / WEIGHTS, adapter.keys)
 
-    def write(self, target: Target, block: bytes) -> None:
-        """Replace the block of `target` by (m, r) row-major elements of the tensor's own dtype."""
-        view = self._block(self.folder / WEIGHTS, target, "r+", self._shift)
-        view[...] = np.frombuffer(block, view.dtype).reshape(view.shape)
+    def write(self, block: Slice, values: bytes) -> None:
+        """Replace a block of a tensor by (rows, cols) row-major elements of the tensor's own dtype."""
+        view = self._view(self.folder / WEIGHTS, block, "r+", self._shift)
+        view[...] = np.frombuffer(values, view.dtype).reshape(view.shape)
 
-    def restore(self, target: Target) -> None:
+    def restore(self, block: Slice) -> None:
         """Put back what the input holds there."""
-        written = self._block(self.folder / WEIGHTS, target, "r+", self._shift)
-        written[...] = self._block(self.adapter.file.path, target, "r")
+        written = self._view(self.folder / WEIGHTS, block, "r+", self._shift)
+        written[...] = self._view(self.adapter.file.path, block, "r")
 
-    def _block(
-        self, path: Path | str, target: Target, mode: Literal["r", "r+"], shift: int = 0
-    ) -> np.ndarray[Any, Any]:
-        dtype, _, begin, end = self._tensors[target.key]
+    def _view(self, path: Path | str, block: Slice, mode: Literal["r", "r+"], shift: int = 0) -> np.ndarray[Any, Any]:
+        dtype, _, begin, end = self.adapter.file.tensors[block.key]
         bits = BITS[dtype]
         elements = np.memmap(path, np.uint8, mode, begin + shift, end - begin).view(bits)
-        strides = target.row_stride * bits.itemsize, target.col_stride * bits.itemsize
-        start = elements[target.offset :]
-        return np.lib.stride_tricks.as_strided(start, (target.rows, target.cols), strides, writeable=mode != "r")
+        strides = block.row_stride * bits.itemsize, block.col_stride * bits.itemsize
+        start = elements[block.offset :]
+        return np.lib.stride_tricks.as_strided(start, (block.rows, block.cols), strides, writeable=mode != "r")
+
+
+class Output:
+    """One adapter under some settings: what the report says of its modules, and the file that they are written to.
+
+    Args:
+        adapter: its number in the plan.
+        settings: of the selection.
+        writer: None writes nothing.
+    """
+
+    def __init__(self, adapter: int, settings: Settings, writer: AdapterWriter | None) -> None:
+        self.adapter, self.settings, self.writer = adapter, settings, writer
+        self._modules: list[tuple[ModuleReport, AdapterFactors, AdapterError | None]] = []
+
+    def add(self, report: ModuleReport, factors: AdapterFactors, outcome: FactorOutcome) -> None:
+        """Take a module, and write it where it may be selected.
+
+        Raises:
+            AdapterError: the projected factor leaves the range of its dtype, and the module is surely selected.
+        """
+        failure = None
+        if self.writer is not None and chosen({report.name: report.cosine}, self.settings):
+            try:
+                self.writer.write(factors.lora_b, outcome.projected())
+            except AdapterError as error:
+                if self.settings.select != "number":
+                    raise
+                failure = error  # of a module that may not be selected in the end
+        self._modules.append((report, factors, failure))
+
+    def settled(self) -> list[ModuleReport]:
+        """Mark the selected modules, and restore the others in the file."""
+        selected = chosen({report.name: report.cosine for report, _, _ in self._modules}, self.settings)
+        return [self._settled(*module, projected=module[0].name in selected) for module in self._modules]
+
+    def _settled(
+        self, report: ModuleReport, factors: AdapterFactors, failure: AdapterError | None, *, projected: bool
+    ) -> ModuleReport:
+        reason = self.settings.why(report.cosine, projected=projected)
+        if projected:
+            if failure is not None:
+                raise failure
+            return replace(report, projected=True, reason=reason)
+        if self.writer is not None:
+            self.writer.restore(factors.lora_b)
+        if report.v_norm == 0:
+            reason = "V is zero: aligned and base agree here"
+        elif report.update_norm == 0:
+            reason = "the update is zero"
+        return replace(report, reason=reason, b_norm_after=report.b_norm, update_norm_after=report.update_norm)
 
 
 def _copy(source: str, target: Path, keys: Mapping[str, str]) -> int:
-    """Copy a safetensors file under other keys; returns how much further back its data begin then, in bytes."""
+    """Copy a safetensors file with renamed keys; return by how many bytes its data moved back."""
     if all(key == new for key, new in keys.items()):
         shutil.copyfile(source, target)
         return 0

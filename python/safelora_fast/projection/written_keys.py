@@ -30,8 +30,8 @@ def settled_adapters(plan: Plan, aligned: Checkpoint) -> list[Adapter]:
     """
     met: list[list[tuple[str, str]]] = [[] for _ in plan.adapters]
     for planned in plan.modules:
-        for target in planned.targets:
-            met[target.adapter].append((target.module.name, planned.sources[0].aligned))
+        for factors in planned.group.factors:
+            met[factors.adapter].append((factors.module.name, planned.sources[0].aligned))
     return [_settled(adapter, modules, aligned) for adapter, modules in zip(plan.adapters, met, strict=True)]
 
 

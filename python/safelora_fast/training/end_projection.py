@@ -20,7 +20,7 @@ from safelora_fast.models.anatomy import gathered
 from safelora_fast.models.distributed import broadcast_from_first, on_first_rank, sum_over_ranks
 from safelora_fast.models.lora_factors import active_adapter, adapter_holder
 from safelora_fast.models.shards import local_rows, matching_rows, write_rows
-from safelora_fast.projection.bypass import bypass_note
+from safelora_fast.projection.copied_tensors import bypass_note
 from safelora_fast.projection.peft_model import lora_parameters, naming_adapter, projected_folder, save_tensors
 from safelora_fast.projection.plan import plan_projection
 from safelora_fast.training.optimizers import has_modes, parameters_of, weight_copies

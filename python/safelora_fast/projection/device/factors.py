@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.checkpoints.adapter import Adapter
     from safelora_fast.checkpoints.experts import Slice
-    from safelora_fast.projection.jobs import Meeting
+    from safelora_fast.projection.jobs import AdapterFactors
 
 
 class Factor(NamedTuple):
@@ -48,21 +48,21 @@ class FactorReader:
         # The factors of all experts lie in one tensor.
         self._tensor = lru_cache(maxsize=8)(self._read)
 
-    def left(self, meeting: Meeting) -> Factor:
+    def left(self, factors: AdapterFactors) -> Factor:
         """B [m, r].
 
         Raises:
             CheckpointError: an element is NaN or infinite.
         """
-        return self._factor(meeting.adapter, meeting.left)
+        return self._factor(factors.adapter, factors.lora_b)
 
-    def right(self, meeting: Meeting) -> Factor:
+    def right(self, factors: AdapterFactors) -> Factor:
         """A [r, n].
 
         Raises:
             CheckpointError: an element is NaN or infinite.
         """
-        return self._factor(meeting.adapter, meeting.right)
+        return self._factor(factors.adapter, factors.lora_a)
 
     def _factor(self, adapter: int, part: Slice) -> Factor:
         stored_as, tensor = self._tensor(adapter, part.key)

@@ -1,4 +1,4 @@
-"""The tensors of an adapter that are not LoRA factors: they are copied, so what training did to them is not projected."""
+"""The tensors of an adapter that are not LoRA factors: they are copied unchanged, so what training did to them is not projected."""
 
 from __future__ import annotations
 
@@ -12,45 +12,57 @@ from safelora_fast.checkpoints.adapter_keys import PREFIX
 from safelora_fast.checkpoints.tensor_names import NameIndex, tower_of
 from safelora_fast.errors import AdapterError, CheckpointError
 from safelora_fast.printable import counted
-from safelora_fast.projection.nonfinite_values import PIECE, count_not_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from safelora_fast import _core
     from safelora_fast.checkpoints.adapter import Adapter
     from safelora_fast.checkpoints.sources import Checkpoint
 
 FLOATS: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+PIECE = 1 << 21  # elements that are read at a time
 
 
 def copied_tensors(adapter: Adapter, aligned: Checkpoint) -> list[dict[str, Any]]:
-    """What there is to say about each tensor that is copied.
+    """What the report says of each copied tensor.
 
     - `tensor` and `reason`: its key, and why it is no factor;
-    - `not_finite`: how many of its values are NaN or infinite; nothing is computed from them;
+    - `not_finite`: how many of its values are NaN or infinite (0 for a dtype that is no float); they are not refused;
     - `norm`: its Frobenius norm in float64, None for a dtype that is no float;
     - `change`: the norm of its difference from the aligned model's tensor of that name, None where there is none of its
       shape;
-    - `change_unknown`: only where the file of a model on the Hub that holds the aligned model's tensor cannot be had: why.
+    - `change_unknown`: why the aligned model's tensor could not be fetched from the Hub, only where it could not.
     """
     names = NameIndex(aligned.names)
     found = []
     for key, reason in adapter.copied:
-        entry: dict[str, Any] = {"tensor": key, "reason": reason, "not_finite": count_not_finite(adapter.file, key)}
         name = adapter.keys[key].removeprefix(PREFIX).replace(".base_layer.", ".")
         same = names.find(name, tower_of(adapter.config))
-        try:
-            found.append({**entry, **_norms(adapter.file, key, aligned, same)})
-        except CheckpointError as error:
-            if not aligned.remote:
-                raise
-            found.append({**entry, **_norms(adapter.file, key, aligned, []), "change_unknown": str(error)})
+        values = _Values.of(adapter.file, key)
+        entry: dict[str, Any] = {"tensor": key, "reason": reason, "not_finite": 0, "norm": None, "change": None}
+        if values is not None:
+            entry["not_finite"] = sum(int(np.count_nonzero(~np.isfinite(piece))) for piece in values)
+            entry["norm"] = _norm(values)
+            try:
+                other = aligned.tensor(same[0]) if len(same) == 1 else None
+            except CheckpointError as error:
+                if not aligned.remote:
+                    raise
+                other, entry["change_unknown"] = None, str(error)
+            if (
+                other is not None
+                and tuple(other.shape) == tuple(adapter.file.tensors[key][1])
+                and other.dtype in FLOATS
+            ):
+                theirs = _Values(other.file.path, other.dtype, other.begin, other.end)
+                entry["change"] = _norm(mine - other_piece for mine, other_piece in zip(values, theirs, strict=True))
+        found.append(entry)
     return found
 
 
 def bypassing(copied: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those that change the model and are not LoRA factors that were excluded as asked.
+    """The copied tensors that change the model, without LoRA factors that were excluded as asked.
 
     A tensor changes nothing where it equals the aligned model's, or where the aligned model has none and it is zero. One
     whose change is not known counts as changing it.
@@ -65,7 +77,7 @@ def bypassing(copied: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def bypass_note(copied: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning that names the tensors that go around the projection, with how far training moved them where that is known."""
+    """A warning that names the tensors that bypass the projection, with how far training moved them where that is known."""
     going = bypassing(copied)
     if not going:
         return []
@@ -77,7 +89,7 @@ def bypass_note(copied: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def refuse_bypassing(adapter: Adapter, copied: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse an adapter with tensors that go around the projection.
+    """Refuse an adapter with tensors that bypass the projection.
 
     Raises:
         AdapterError: it has some; they are named.
@@ -96,33 +108,29 @@ def _in_words(item: Mapping[str, Any]) -> str:
     return f"{item['tensor']} (norm {item['norm']:.3g})" if item.get("norm") is not None else str(item["tensor"])
 
 
-def _norms(file: _core.SafetensorsFile, key: str, aligned: Checkpoint, same: Sequence[str]) -> dict[str, float | None]:
-    dtype, shape, begin, end = file.tensors[key]
-    if dtype not in FLOATS:
-        return {"norm": None, "change": None}
-    other = aligned.tensor(same[0]) if len(same) == 1 else None
-    if other is None or tuple(other.shape) != tuple(shape) or other.dtype not in FLOATS:
-        return {"norm": _length(_values(file.path, dtype, begin, end)), "change": None}
-    theirs = _values(other.file.path, other.dtype, other.begin, other.end)
-    pieces = zip(_values(file.path, dtype, begin, end), theirs, strict=True)
-    return {
-        "norm": _length(_values(file.path, dtype, begin, end)),
-        "change": _length(ours - aligned_values for ours, aligned_values in pieces),
-    }
+class _Values:
+    """The values of a stored tensor of floats, in float64, one piece at a time."""
+
+    def __init__(self, path: str, dtype: str, begin: int, end: int) -> None:
+        self._path, self._dtype, self._begin, self._size = path, dtype, begin, end - begin
+
+    @classmethod
+    def of(cls, file: _core.SafetensorsFile, key: str) -> _Values | None:
+        """None for a dtype that is no float."""
+        dtype, _, begin, end = file.tensors[key]
+        return cls(file.path, dtype, begin, end) if dtype in FLOATS else None
+
+    def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
+        if not self._size:
+            return
+        stored = np.memmap(self._path, np.uint8, "r", self._begin, self._size).view(FLOATS[self._dtype])
+        for start in range(0, len(stored), PIECE):
+            piece = stored[start : start + PIECE]
+            if self._dtype == "BF16":
+                piece = (piece.astype(np.uint32) << 16).view(np.float32)
+            yield piece.astype(np.float64)
 
 
-def _length(pieces: Iterator[np.ndarray[Any, Any]]) -> float:
+def _norm(pieces: Iterable[np.ndarray[Any, Any]]) -> float:
     with np.errstate(all="ignore"):
         return math.sqrt(sum(float(np.square(piece).sum()) for piece in pieces))
-
-
-def _values(path: str, dtype: str, begin: int, end: int) -> Iterator[np.ndarray[Any, Any]]:
-    """The values of a tensor in float64, some at a time: as many in each piece whatever the dtype."""
-    if begin == end:
-        return
-    stored = np.memmap(path, np.uint8, "r", begin, end - begin).view(FLOATS[dtype])
-    for start in range(0, len(stored), PIECE // 8):
-        piece = stored[start : start + PIECE // 8]
-        if dtype == "BF16":
-            piece = (piece.astype(np.uint32) << 16).view(np.float32)
-        yield piece.astype(np.float64)
