@@ -115,7 +115,7 @@ def test_refusals():
         Steering(torch.full((32,), float("inf")), 0)
     with pytest.raises(SettingsError, match="31 values, the model's width is 32"):
         defend(tiny_peft_model(), [Steering(torch.ones(31), 0)])
-    with pytest.raises(SettingsError, match="block 3 does not exist"):
+    with pytest.raises(SettingsError, match="layer 3 does not exist"):
         defend(tiny_peft_model(), [Steering(VECTOR, 3)])
     assert not Steering(VECTOR, 0, 0.0).active
 

@@ -46,7 +46,7 @@ def test_they_are_the_plain_ones(dtype):
 def test_blocks_that_give_several_states_for_each_token():
     model = tiny_model()
     model.config.altup_num_inputs = 4  # as Gemma 3n's
-    with pytest.raises(SettingsError, match="persona vectors: the blocks of LlamaForCausalLM give 4 hidden states"):
+    with pytest.raises(SettingsError, match="persona vectors: the layers of LlamaForCausalLM give 4 hidden states"):
         response_means(dissect(model), [[3]], [[5]], batch_size=1, padding=0, advance=lambda _: None)
 
 

@@ -105,7 +105,7 @@ def test_defences_are_checked_against_the_outline(tmp_path):
     tiny.edit(defenses={"subspace_penalty": {"subspace": str(tmp_path / "fits.safetensors")}})
     assert prepare(load_recipe(tiny.path)).plan.cost.extras["subspace_penalty"].flops > 0
     refusals = {
-        "defenses.feature_distance.layers=[9]": "block 9 does not exist, the model has 2 blocks",
+        "defenses.feature_distance.layers=[9]": "layer 9 does not exist, the model has 2 layers",
         "lora.target_modules=[q_prj]": "command line: lora.target_modules: Target modules",
         "lora={target_modules: [q_proj], r: -1}": "command line: lora.r: ",
         "lora.init_lora_weights=pissa": "pissa",

@@ -174,7 +174,7 @@ def test_reference_names():
         defend(model, [KL(1.0)], reference="other")
     with pytest.raises(SettingsError, match="'default' is the one in training"):
         defend(model, [KL(1.0)], reference="default")
-    with pytest.raises(SettingsError, match="2 blocks of width 32, the model 3"):
+    with pytest.raises(SettingsError, match="2 layers of width 32, the model 3"):
         defend(model, [KL(1.0)], reference=tiny_model(layers=2))
     with pytest.raises(SettingsError, match="is the model in training"):
         defend(model, [KL(1.0)], reference=model)
@@ -201,7 +201,7 @@ def test_blocks_of_four_axes(defence):
     model = tiny_peft_model()
     model.get_base_model().model.layers[2].register_forward_hook(lambda _m, _a, out: out[None])
     ids = torch.ones(2, 5, dtype=torch.long)
-    message = r"a block gave hidden states of shape \(1, 2, 5, 32\), not \[batch, tokens, hidden\]"
+    message = r"a layer gave hidden states of shape \(1, 2, 5, 32\), not \[batch, tokens, hidden\]"
     with defend(model, [defence]) as defended, pytest.raises(SettingsError, match=message):
         defended.loss({"input_ids": ids, "labels": ids})
 
@@ -223,7 +223,7 @@ def test_settings():
             KL(wrong)
     with pytest.raises(SettingsError, match="5 blocks are asked for, the model has 3"):
         defend(tiny_peft_model(), [FeatureDistance(1.0)])
-    with pytest.raises(SettingsError, match="block 3 does not exist"):
+    with pytest.raises(SettingsError, match="layer 3 does not exist"):
         defend(tiny_peft_model(), [FeatureDistance(1.0, layers=[0, 3])])
 
 

@@ -1,4 +1,4 @@
-"""Where things are in a causal language model: the decoder, its blocks, the output head, and the PEFT layers."""
+"""The parts of a causal language model: the decoder, its layers, the output head, and the PEFT layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal language model that defences look at."""
+    """The parts of a causal language model that defenses look at; `blocks` are the decoder's layers."""
 
     model: nn.Module
     decoder: nn.Module
@@ -38,31 +38,31 @@ class Anatomy:
 
     @property
     def depth(self) -> int:
-        """Number of blocks."""
+        """Number of layers."""
         return len(self.blocks)
 
     def block(self, index: int, *, owner: str) -> int:
-        """Check a block index (negative counts from the end) and return it as a non-negative number."""
+        """Check a layer's index (negative counts from the end) and return it as a non-negative number."""
         if not -self.depth <= index < self.depth:
-            raise SettingsError(f"{owner}: block {index} does not exist, the model has {self.depth} blocks")
+            raise SettingsError(f"{owner}: layer {index} does not exist, the model has {self.depth} layers")
         self.check_outputs(owner=owner)
         return index % self.depth
 
     def check_outputs(self, *, owner: str) -> None:
-        """Refuse a model whose blocks carry several states of a token side by side: which one is meant is not defined.
+        """Refuse a model whose layers carry several states of a token side by side: which one is meant is not defined.
 
         Raises:
-            SettingsError: with the setting of the model's configuration that says so.
+            SettingsError: with the key in the model's configuration.
         """
         for name in STREAMS:
             if (count := getattr(self.config, name, None)) is not None:
                 raise SettingsError(
-                    f"{owner}: the blocks of {type(self.model).__name__} give {count} hidden states for each token "
-                    f"({name}), and which one is meant is not defined; KL does not look at blocks"
+                    f"{owner}: the layers of {type(self.model).__name__} give {count} hidden states for each token "
+                    f"({name}), and which one is meant is not defined; KL does not look at layers"
                 )
 
     def head(self) -> Head:
-        """The output head with the scale and soft-cap that the model's configuration declares.
+        """The output head with the scale and soft-cap of the model's configuration.
 
         Raises:
             SettingsError: the model has no linear head.
@@ -80,7 +80,7 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def logit_softcap(config: Any) -> float | None:
-    """Where a model of this configuration bends its logits (Gemma 2, RecurrentGemma, xLSTM); None where it does not."""
+    """The soft-cap of the logits (Gemma 2, RecurrentGemma, xLSTM); None without one."""
     for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
         value = getattr(config, name, None)
         if value is not None:
@@ -89,8 +89,8 @@ def logit_softcap(config: Any) -> float | None:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor that a model of this configuration applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
-    if config.model_type == "mpt":  # which knows the key, and ignores it
+    """The factor that the model applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
+    if config.model_type == "mpt":  # has the key, and ignores it
         return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
@@ -122,14 +122,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         )
     if "FullyShardedDataParallel" in kinds:
         raise SettingsError(
-            "FullyShardedDataParallel flattens the parameters that the defences act on: use its second version, "
+            "FullyShardedDataParallel flattens the parameters that the defenses act on: use its second version, "
             "fully_shard (fsdp_version 2)"
         )
     if is_parallel(model):
         return unwrap(model.module)
     if hasattr(model, "_orig_mod"):
         raise SettingsError(
-            "torch.compile(model) wraps the model and hides the modules that the defences hook: compile it in place, "
+            "torch.compile(model) wraps the model and hides the modules that the defenses hook: compile it in place, "
             "model.compile()"
         )
     get_base_model = getattr(model, "get_base_model", None)
@@ -137,10 +137,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def dissect(model: nn.Module) -> Anatomy:
-    """Find decoder, blocks and configuration of a causal language model, through its wrappers.
+    """Find decoder, layers and configuration of a causal language model, through its wrappers.
 
     Raises:
-        SettingsError: DataParallel, a compiled model, an encoder-decoder, or a model whose blocks cannot be told.
+        SettingsError: DataParallel, a compiled model, an encoder-decoder, or a model whose layers cannot be found.
     """
     inner = unwrap(model)
     kind = type(inner).__name__
@@ -149,18 +149,18 @@ def dissect(model: nn.Module) -> Anatomy:
         raise SettingsError(f"{kind} is no transformers causal language model")
     text = config.get_text_config()
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
-        raise SettingsError(f"{kind} is an encoder-decoder: defences are for decoder-only language models")
+        raise SettingsError(f"{kind} is an encoder-decoder: defenses are for decoder-only language models")
     for decoder in _decoders(inner):
         for module in decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers:
                 return Anatomy(inner, decoder, tuple(module), text)
-    raise SettingsError(f"{kind}: no list of {text.num_hidden_layers} decoder blocks found")
+    raise SettingsError(f"{kind}: no list of {text.num_hidden_layers} decoder layers found")
 
 
 def _decoders(model: nn.Module) -> list[nn.Module]:
-    """What may hold the blocks: what the model calls its decoder, its base, then its parts; not all names are those of parts.
+    """What may hold the layers: what the model names as decoder, its base, then its parts.
 
-    Before transformers 5 GPT-2 and Falcon know no decoder, only a base; Llama 4 names a base that it does not have, and
+    Before transformers 5 GPT-2 and Falcon have no decoder, only a base; Llama 4 names a base that it does not have, and
     ModernBERT's decoder is its output head. BLIP-2 and Kosmos-2 name a language model with its head, which gives logits.
     """
     named = [model.get_decoder()] if hasattr(model, "get_decoder") else []

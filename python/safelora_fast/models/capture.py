@@ -1,4 +1,4 @@
-"""Capture of block outputs and of the decoder's last hidden state, by module hooks."""
+"""Capture of the layers' outputs and of the decoder's last hidden state, by module hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Alone(threading.local):
-    """The taps of the reference passes that run in this thread, the innermost last."""
+    """The taps of the reference passes that run in this thread, the innermost one last."""
 
     def __init__(self) -> None:
         self.taps: list[Tap] = []
@@ -38,7 +38,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(argument, tensor) of every tensor, those in lists and mappings among them."""
+        """(argument, tensor) of every tensor, also those in lists and mappings."""
         named = {**{f"argument {index}": value for index, value in enumerate(self.args)}, **self.kwargs}
         for name, value in named.items():
             yield from ((name, tensor) for tensor in _tensors(value))
@@ -56,12 +56,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @dataclass
 class Capture:
-    """Hidden states [batch, tokens, hidden] of one forward pass: block outputs by index, and the decoder's output.
+    """Hidden states [batch, tokens, hidden] of one forward pass.
 
     Attributes:
-        blocks: outputs of blocks.
+        blocks: outputs of the layers, by index.
         hidden: the decoder's output, after its final norm.
-        autocast: the dtype that autocast had at the decoder's end, None where it was off.
+        autocast: the dtype of autocast at the decoder's end, None if it was off.
     """
 
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Capture:
     autocast: torch.dtype | None = None
 
     def autocast_again(self) -> AbstractContextManager[Any]:
-        """Autocast as the output head had it: trainers switch it on inside the model's forward only."""
+        """Autocast as the output head had it: trainers switch it on only inside the model's forward."""
         assert self.hidden is not None  # noqa: S101
         kind, dtype = self.hidden.device.type, self.autocast
         again: AbstractContextManager[Any] = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
@@ -77,7 +77,7 @@ class Capture:
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The hidden states among what a block or decoder returns (a tensor, a tuple, or a model output)."""
+    """The hidden states in the output of a layer or decoder (a tensor, a tuple, or a model output)."""
     if isinstance(output, torch.Tensor):
         return output
     hidden = getattr(output, "last_hidden_state", None)
@@ -85,7 +85,7 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def block_states(output: Any) -> torch.Tensor:
-    """The hidden states [batch, tokens, hidden] that a block gave.
+    """The hidden states [batch, tokens, hidden] in the output of a layer.
 
     Raises:
         SettingsError: they have another number of axes.
@@ -93,18 +93,18 @@ def block_states(output: Any) -> torch.Tensor:
     states = first_tensor(output)
     if states.dim() != 3:
         raise SettingsError(
-            f"a block gave hidden states of shape {tuple(states.shape)}, not [batch, tokens, hidden]: defenses, monitors "
-            "and persona vectors that look at blocks are not defined for this model"
+            f"a layer gave hidden states of shape {tuple(states.shape)}, not [batch, tokens, hidden]: defenses, monitors "
+            "and persona vectors that look at layers are not defined for this model"
         )
     return states
 
 
 class Tap:
-    """Hooks on the blocks and on the decoder of one model; they record only between `begin` and the decoder's end.
+    """Hooks on the layers and on the decoder of one model; they record only between `begin` and the decoder's end.
 
-    A block's hook fires again when gradient checkpointing recomputes it in backward: nothing is open then, so that
-    firing is ignored. With re-entrant checkpointing a block may run without gradients; the recorded tensor is the one
-    that checkpointing returns, and it receives its gradient function when the block is left.
+    A layer's hook fires again when gradient checkpointing recomputes it in backward; nothing is open then, so it is ignored.
+    With re-entrant checkpointing a layer may run without gradients; the recorded tensor is the one that checkpointing returns,
+    and it gets its gradient function when the layer is left.
     """
 
     def __init__(self, anatomy: Anatomy, blocks: Iterable[int]) -> None:
@@ -133,7 +133,7 @@ class Tap:
 
     @contextmanager
     def alone(self) -> Iterator[Capture]:
-        """Open a capture during which no other tap records, so that a pass inside another one does not reach its taps."""
+        """Open a capture while no other tap records: a pass inside another one does not reach the outer taps."""
         _alone.taps.append(self)
         try:
             yield self.begin()
@@ -168,12 +168,11 @@ class Tap:
 class StudentRecorder:
     """Records the one training forward pass inside `recording()`, and runs the reference pass on the same inputs.
 
-    The reference pass starts in the decoder's pre-hook, under the student's autocast and before the decoder spends
-    memory. It is told what the whole model and its decoder were called with.
+    The reference pass starts in the decoder's pre-hook, under the student's autocast and before the decoder spends memory.
 
     Args:
         tap: the hooks that record the student.
-        run_reference: is given the call of the whole model (None where only the decoder was called) and the decoder's;
+        run_reference: gets the call of the whole model (None if only the decoder was called) and the decoder's;
             None runs no reference.
         entrances: the modules whose call is a call of the whole model (see :func:`entrances`).
     """
@@ -210,7 +209,7 @@ class StudentRecorder:
         self.forget()
 
     def forget(self) -> None:
-        """Drop recorded tensors, so that their memory is free before backward."""
+        """Drop recorded tensors, to free their memory before backward."""
         self.student = self.reference = None
 
     @contextmanager
@@ -230,7 +229,7 @@ class StudentRecorder:
             self._tap.close()
         if self.student is None or self.student.hidden is None:
             raise SettingsError(
-                "the defences saw no training forward pass of the model: it must run uncompiled, with gradients, "
+                "the defenses saw no training forward pass of the model: it must run uncompiled, with gradients, "
                 "and through the model that was given"
             )
 
@@ -246,7 +245,7 @@ class StudentRecorder:
         if not self._training_pass:
             return
         if self.student is not None:
-            raise SettingsError("the model ran forward twice in one loss: defences need one training pass a loss")
+            raise SettingsError("the model ran forward twice in one loss: defenses need one training pass per loss")
         whole, self._whole = self._whole, None
         if self._run_reference is not None:
             self.reference = self._run_reference(whole, Call(args, kwargs))

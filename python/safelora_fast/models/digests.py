@@ -1,4 +1,4 @@
-"""SHA-256 of files, each read once for as long as it stays as it is, of a loaded model, and of a tokenizer."""
+"""SHA-256 of files, each read once while it does not change, of a loaded model, and of a tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def digest(path: Path) -> str:
 
 
 def remembered(path: Path, make: Callable[[Path], str]) -> str:
-    """What is made of a file; made again when the file's size, time or inode is another.
+    """The result of `make(path)`; made again when the file's size, time or inode changes.
 
     Raises:
         OSError: it cannot be read.
@@ -50,11 +50,10 @@ def remembered(path: Path, make: Callable[[Path], str]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of what a loaded model computes with: its configuration, its adapters' state, and the bytes of every tensor.
+    """SHA-256 of a loaded model: its configuration, its adapters' state, and the bytes of every tensor that it would save.
 
-    The adapters' state says, for each layer, which adapters act, how strongly they are scaled, which are merged, and whether
-    they are switched off. The tensors are those that it would save. About 1 GB a second; tensors that are offloaded (on the
-    meta device) count by name and shape only.
+    The adapters' state is, for each layer, the active adapters, their scaling, which are merged, and whether they are switched
+    off. About 1 GB a second; offloaded tensors (on the meta device) count by name and shape only.
     """
     import torch
 
@@ -80,11 +79,11 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of how a tokenizer makes text into tokens; its chat template is not in it, see :func:`template_digest`."""
+    """SHA-256 of how a tokenizer turns text into tokens; for its chat template see :func:`template_digest`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = sorted(tokenizer.get_vocab().items())
-    else:  # padding and truncation are of the last call
+    else:  # padding and truncation are left from the last call
         rules = {
             key: value for key, value in json.loads(backend.to_str()).items() if key not in {"padding", "truncation"}
         }
@@ -94,7 +93,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of a tokenizer's chat template, and of today's date where the template writes it; None without a template."""
+    """SHA-256 of a tokenizer's chat template, and of today's date if the template writes it; None without a template."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         return None
@@ -104,7 +103,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template writes the date; one that cannot be used is left to whoever uses it."""
+    """Whether the template writes the date; one that cannot be used is refused elsewhere."""
     try:
         return chat_of(tokenizer).dated
     except DataError:

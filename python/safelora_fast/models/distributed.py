@@ -36,7 +36,7 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     if distributed.get_rank() == 0:
         try:
             outcome[0] = work()
-        except Exception as error:  # the other processes wait to hear of it
+        except Exception as error:  # the other processes wait for it
             outcome[1] = error
     distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -46,11 +46,11 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
 
 
 def broadcast_from_first(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What process 0 has in place of this tensor, to the bit. Collective; `device` is where the processes compute."""
+    """Process 0's tensor, to the bit, on every process. Collective; `device` is where the processes compute."""
     if not _running():
         return tensor
     sent = tensor.to(_wire_device(device)).contiguous()
-    # As bytes, because not every backend knows every dtype.
+    # As bytes, because no backend knows every dtype.
     distributed.broadcast(sent.view(torch.uint8), src=0)
     return sent
 
@@ -60,7 +60,7 @@ def _running() -> bool:
 
 
 def _wire_device(device: torch.device) -> torch.device:
-    """Where the backend wants its tensors: the accelerators' backends send nothing that lies on the CPU."""
+    """Where the backend wants its tensors: accelerators' backends send nothing from the CPU."""
     if str(distributed.get_backend()) in {"gloo", "mpi"}:
         return torch.device("cpu")
     if device.type == "cpu" and torch.accelerator.is_available():

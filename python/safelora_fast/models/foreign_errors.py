@@ -1,4 +1,4 @@
-"""What an exception of transformers, PEFT, torch or the Hub says, in one line, and what to do about the usual ones."""
+"""Exceptions of transformers, PEFT, torch and the Hub in one line, with advice for the usual ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SIZE = re.compile(
     r"the shape in current model is torch\.Size\((?P<model>\[[\d, ]*\])\)"
 )
 MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory", re.IGNORECASE)
-OF_NO_SENTENCE = (KeyError, AttributeError, IndexError, NotImplementedError)  # what they say is a name, mostly
-# By the classes of an exception, of those that it comes from, and by words that these libraries have used for years.
+NAMES_ONLY = (KeyError, AttributeError, IndexError, NotImplementedError)  # their text is mostly a name
+# By the classes of an exception and its causes, and by words that these libraries have used for years.
 USUAL = (
     (
         {"GatedRepoError"},
@@ -55,7 +55,7 @@ USUAL = (
 
 
 def explained(error: BaseException) -> str:
-    """What an exception says in one line: the cause and what to do where it is a usual one, else enough of its own words."""
+    """An exception in one line: cause and advice for a usual one, else the beginning of its own text."""
     text = " ".join(str(error).split())
     if sizes := list(SIZE.finditer(text)):
         first = sizes[0]
@@ -68,7 +68,7 @@ def explained(error: BaseException) -> str:
         if kinds & set(classes) or re.search(words, text):
             page = re.search(r"https://huggingface\.co/[\w./-]*[\w-]", text)
             return advice.format(first=_first_sentence(text), page=page[0] if page else "its page on the Hub")
-    if isinstance(error, OF_NO_SENTENCE) or not text:
+    if isinstance(error, NAMES_ONLY) or not text:
         return f"{type(error).__name__}: {shortened(text)}" if text else type(error).__name__
     return shortened(text)
 
@@ -85,7 +85,7 @@ def shortened(text: str) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An exception and those that it was raised from."""
+    """An exception and its causes."""
     found = [error]
     while (cause := found[-1].__cause__) is not None and cause not in found:
         found.append(cause)

@@ -1,4 +1,4 @@
-"""The LoRA factors of a model in training, for defences that act on the weights."""
+"""The LoRA factors of a model in training, for defenses that act on the weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def adapted_modules(model: nn.Module, *, owner: str, exclude: Sequence[str] = ()
 
     Args:
         model: the causal language model under the PEFT wrapper.
-        owner: the defence, for messages.
+        owner: the defense, for messages.
         exclude: names or patterns of modules to pass over.
 
     Raises:

@@ -1,6 +1,6 @@
-"""The JSON beside a model's weights, looked at before other libraries read it.
+"""The JSON beside a model's weights, checked before other libraries read it.
 
-They end the process where a size is huge (of memory) or a file is nested deeply (of stack), and no exception tells.
+A huge size (memory) or a deeply nested file (stack) would end the process there, without an exception.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-PADDING = Kind("a token, or -1 for none", lambda value: value == -1 or TOKENS.fits(value))  # -1: of the first Llamas
+PADDING = Kind("a token, or -1 for none", lambda value: value == -1 or TOKENS.fits(value))  # -1: the first Llamas
 IDS = {**dict.fromkeys(("bos_token_id", "eos_token_id"), TOKENS), "pad_token_id": PADDING}
 GENERATION = {
     **IDS,
@@ -52,7 +52,7 @@ MOST_VALUES = 1 << 37  # of the embeddings: half a terabyte
 
 
 def refused_file(folder: Path) -> str | None:
-    """Why a file of a model, or of an adapter's tokenizer, must not be read by other libraries; None where all may."""
+    """Why other libraries must not read a file of a model, or of an adapter's tokenizer; None if they may."""
     for name in FILES:
         path = folder / name
         if not is_file(path):

@@ -1,4 +1,4 @@
-"""Libraries that train keep quiet: what they have to say about their own future is not the user's concern."""
+"""Other libraries without progress bars and notices: their deprecations are not the user's concern."""
 
 from __future__ import annotations
 

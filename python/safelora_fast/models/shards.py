@@ -1,4 +1,4 @@
-"""A factor in training where its values really are: whole, in rows that FSDP2 shards, or in DeepSpeed's float32 copy."""
+"""A LoRA factor in training: whole, sharded by rows (FSDP2), or in DeepSpeed's float32 copy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def held_rows(parameter: torch.Tensor) -> torch.Tensor:
     """The rows of a matrix that this process holds, float32, without gradient; read only.
 
-    DeepSpeed steps a float32 copy that it spreads over the processes, and overwrites the parameter from it: there the
-    copy is gathered, whole on every process. Collective with DeepSpeed.
+    DeepSpeed steps a float32 copy that is spread over the processes, and overwrites the parameter from it: this copy is gathered,
+    whole on every process. Collective with DeepSpeed.
     """
     copy = _deepspeed_copy(parameter)
     return local_rows(parameter).detach().float() if copy is None else copy.detach().float()
@@ -35,12 +35,12 @@ def write_rows(parameter: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def matching_rows(parameter: torch.Tensor, whole: torch.Tensor, *, owner: str) -> torch.Tensor:
-    """The rows of a whole matrix that stand beside the rows of `parameter` on this process: a view.
+    """The rows of a whole matrix that belong to the rows of `parameter` on this process: a view.
 
     FSDP2 cuts rows as `torch.chunk` does, so that the last processes may hold fewer, or none.
 
     Raises:
-        SettingsError: the parameter is sharded in another way than by rows.
+        SettingsError: the parameter is not sharded by rows.
     """
     for size, rank, _ in _shards(parameter, owner=owner):
         pieces = whole.chunk(size)
@@ -92,7 +92,7 @@ def _shards(parameter: Any, *, owner: str) -> list[tuple[int, int, Any]]:
 
 
 def local_rows(parameter: Any) -> torch.Tensor:
-    """What this process holds of a parameter, in its own dtype: the parameter itself where it is not sharded."""
+    """The part of a parameter that this process holds, in its own dtype: the parameter itself if it is not sharded."""
     rows: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return rows
 

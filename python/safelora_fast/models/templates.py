@@ -1,10 +1,9 @@
-"""Chat templates that are given: a file in the place of the tokenizer's own, and arguments of a template."""
+"""Chat templates from the user: a file that replaces the tokenizer's own, and arguments of a template."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z]\w*")
-TAKEN = {"messages", "add_generation_prompt", "continue_final_message"}  # what is asked decides these
+TAKEN = {"messages", "add_generation_prompt", "continue_final_message"}  # set by each call
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase, model: ModelSection) -> bool:
-    """Give a tokenizer the chat template and the arguments that a model is asked for with; returns whether there are any.
+    """Give a tokenizer the chat template and arguments of a model's settings; return whether there are any.
 
-    Arguments become the first lines of the template, so that they are saved with it, and hold wherever it is used.
+    Arguments become the first lines of the template, so they are saved with it and apply wherever it is used.
 
     Raises:
         CheckpointError: the file cannot be read, or the tokenizer takes no template.
@@ -51,10 +50,10 @@ def give_template(tokenizer: PreTrainedTokenizerBase, model: ModelSection) -> bo
 
 
 def give_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None) -> None:
-    """Set variables of a tokenizer's chat template, `enable_thinking` say.
+    """Set variables of a tokenizer's chat template, e.g. `enable_thinking`.
 
     Raises:
-        SettingsError: there is no template, it does not read one of them, or a value is no JSON.
+        SettingsError: there is no template, it does not read one of them, or a value is not JSON.
     """
     if not arguments:
         return
@@ -67,8 +66,8 @@ def give_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
             raise SettingsError(f"template_args: {name!r} cannot be an argument of a chat template")
         if not re.search(rf"\b{name}\b", json.dumps(template)):
             raise SettingsError(f"template_args: the chat template does not read {name}: see which variables it has")
-        lines.append(f"{{% set {name} = {_literal(name, value)} %}}\n")  # a newline after a block is not written
-    head = "".join(lines)
+        lines.append(f"{{% set {name} = {_literal(name, value)} %}}\n")  # Jinja drops the newline after a block
+    head = "".join(["{% set null = none %}\n", *lines])
     if isinstance(template, dict):
         tokenizer.chat_template = {key: head + one for key, one in template.items()}
     else:
@@ -78,12 +77,12 @@ def give_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
 def adapters_template(
     tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, model: ModelSection, adapter: str
 ) -> PreTrainedTokenizerBase:
-    """An adapter's tokenizer with the template that is asked for: the given file, its own, or for want of one the model's.
+    """An adapter's tokenizer with the right template: the given file, its own, or else the model's.
 
     Args:
         tokenizer: the adapter's.
-        own: the model's, with the file's template where one is given, and without arguments.
-        model: what is asked for.
+        own: the model's, with the given file's template if there is one, and without arguments.
+        model: the settings.
         adapter: for messages.
 
     Raises:
@@ -100,7 +99,7 @@ def adapters_template(
 
 
 def read_arguments(words: Sequence[str] | None) -> dict[str, Any] | None:
-    """Arguments from a command line: NAME=VALUE, each value as JSON where it is some and as text elsewhere, or a JSON object.
+    """Arguments from a command line: NAME=VALUE, each value as JSON or else as text; or a JSON object.
 
     Raises:
         SettingsError: a word is neither.
@@ -129,18 +128,11 @@ def _json(text: str) -> Any:
 
 
 def _literal(name: str, value: Any) -> str:
-    """A value as Jinja writes it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        return repr(value)
-    if isinstance(value, list):
-        return f"[{', '.join(_literal(name, item) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{_literal(name, str(key))}: {_literal(name, item)}' for key, item in value.items())}}}"
-    raise SettingsError(f"template_args: {name} is {value!r}, it must be a JSON value")
+    """A value as Jinja reads it: JSON, in which :func:`give_arguments` gives null a meaning."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"template_args: {name} is {value!r}, it must be a JSON value") from error
 
 
 def _takes_template(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,4 +1,4 @@
-"""Models that want to be told in training which tokens are of an image, although there is none."""
+"""Models that need `token_type_ids` in training, even without an image."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from safelora_fast.errors import SettingsError
 if TYPE_CHECKING:
     from torch import nn
 
-REQUIRED = (
-    "`token_type_ids` is required as a model input when training"  # so says transformers 5.0 and 5.1, say, of Gemma 3
-)
+REQUIRED = "`token_type_ids` is required as a model input when training"  # transformers 5.0 and 5.1, e.g. of Gemma 3
 TEXT = {"gemma3": 0}  # the type of a token of text
 
 
 def give_token_types(model: nn.Module) -> None:
-    """Have a model take tokens for text in training where it is not told otherwise, if it would refuse them.
+    """Make a model take tokens as text in training unless it is told otherwise, if it would refuse them.
 
     Raises:
-        SettingsError: it would, and what its types of tokens mean is not known here.
+        SettingsError: it would, and the meaning of its token types is not known here.
     """
     kind: Any = type(model)
     try:
@@ -35,7 +33,7 @@ def give_token_types(model: nn.Module) -> None:
     text = TEXT.get(model.config.model_type)
     if text is None:
         raise SettingsError(
-            f"{kind.__name__} of this version of transformers wants token_type_ids in training, which rows of text do not have: "
+            f"{kind.__name__} of this version of transformers wants token_type_ids in training, which text does not have: "
             "use another version, or another model"
         )
 

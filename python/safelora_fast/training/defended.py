@@ -20,8 +20,7 @@ from safelora_fast.models.anatomy import dissect, entrances
 from safelora_fast.models.capture import Call, Capture, StudentRecorder, Tap
 from safelora_fast.models.distributed import world_size
 from safelora_fast.models.lora_factors import check_no_prompt_learning
-from safelora_fast.models.reference_checks import check_inputs
-from safelora_fast.models.reference_pass import Reference, ReferencePass
+from safelora_fast.models.reference_pass import Reference, ReferencePass, check_inputs
 from safelora_fast.training.head_check import check_logits, check_same_head
 from safelora_fast.training.loss_terms import batch_terms, penalty_term
 from safelora_fast.training.metrics import Meter, Stopwatch
