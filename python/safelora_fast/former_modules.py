@@ -44,7 +44,7 @@ posthoc.provenance=checkpoints.provenance posthoc.resident=projection.device.res
 posthoc.settings=projection.settings,files.argument_checks posthoc.shown_models=checkpoints.model_card,projection.report
 posthoc.sources=checkpoints.sources
 posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections
-recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests
+recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests,files.digest
 recipe.document=recipe.yaml_document recipe.epochs=data.schedule recipe.folder=recipe.run_folder,files.store
 recipe.kinds=recipe.signatures recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.peak_memory
 recipe.monitors=recipe.defense_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries

@@ -75,7 +75,7 @@ def test_figures_of_other_rows_are_not_reported(copied, made, call, tmp_path):
 
 
 def test_data_are_hashed_once_for_a_report(copied, call, monkeypatch):
-    from safelora_fast.models import digests
+    from safelora_fast.files import digest as digests
 
     read = []
     whole = digests._sha256

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import signal
 import subprocess
 import sys
@@ -17,9 +15,9 @@ from safelora_fast import _core
 from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.compare.paths import FAILURE, keep, read
 from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError
+from safelora_fast.files.digest import digest, text_digest
 from safelora_fast.files.output import described
 from safelora_fast.files.yaml_reader import dump_yaml
-from safelora_fast.models.digests import digest
 from safelora_fast.recipe.model_stamp import recipe_stamp
 from safelora_fast.recipe.run_folder import RECORD, RunFolder
 
@@ -104,7 +102,7 @@ def failure_of(place: Place, recipe: Recipe) -> str | None:
 def _name(recipe: Recipe) -> str:
     """The same for recipes that differ in where their output lies alone."""
     settings = {name: section for name, section in recipe.resolved().items() if name != "output"}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    return text_digest(settings)
 
 
 def train(place: Place, recipe: Recipe, *, overwrite: bool, talk: bool) -> str | None:

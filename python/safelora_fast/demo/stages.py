@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError
+from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import NUMBER, TEXT, check_fields, read_json
 from safelora_fast.files.output import whole_folder
 
@@ -46,7 +46,7 @@ class Stages:
             OutputError: when the folder exists and no stage made it, or it cannot be written.
         """
         self._history.append([name, settings])
-        key = hashlib.sha256(json.dumps(self._history, sort_keys=True).encode()).hexdigest()
+        key = text_digest(self._history)
         target = self.folder / name
         stamp = _read(target / STAMP)
         if target.exists() and not (target / STAMP).exists():

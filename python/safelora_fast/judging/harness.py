@@ -20,11 +20,12 @@ from transformers import LogitsProcessorList, set_seed
 
 from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import EvaluationError, SettingsError
+from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import is_file
 from safelora_fast.judging.benchmarks import TASK_FILES
 from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.models.generate import NAN_LOGITS, NanWatch
-from safelora_fast.recipe.model_stamp import file_digest, files_digest, text_digest
+from safelora_fast.recipe.model_stamp import file_digest, files_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from safelora_fast.errors import OutputError
+from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import TEXT, check_fields, parse_as, parse_json, read_bytes
 from safelora_fast.judging.judge_prompts import ASPECTS, judge_prompt
 from safelora_fast.judging.verdicts import Judged
-from safelora_fast.recipe.model_stamp import model_digest, text_digest
+from safelora_fast.recipe.model_stamp import model_digest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""SHA-256 of files, each read once while it does not change, of a loaded model, and of a tokenizer."""
+"""SHA-256 of a loaded model, of a tokenizer and of its chat template."""
 
 from __future__ import annotations
 
@@ -9,44 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.data.chat import chat_of
 from safelora_fast.errors import DataError
+from safelora_fast.files.digest import text_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-BLOCK = 1 << 20
 VALUES = 1 << 24
 PROBE = "A probe of 12 words:\n\n  déjà vu — “naïve” 日本語 🙂 <b>x</b>, don't, tab\there. "
 UNIMPORTANT = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}  # in a configuration
-_known: dict[tuple[Any, ...], str] = {}
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return remembered(path, _sha256)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def remembered(path: Path, make: Callable[[Path], str]) -> str:
-    """The result of `make(path)`; made again when the file's size, time or inode changes.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    status = path.stat()
-    key = make, str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    if key not in _known:
-        _known[key] = make(path)
-    return _known[key]
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -89,7 +60,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         }
     tokens = [list(tokenizer(PROBE, add_special_tokens=special)["input_ids"]) for special in (False, True)]
     known = [type(tokenizer).__name__, dict(tokenizer.special_tokens_map), rules, tokens]
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return text_digest(known)
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -108,11 +79,3 @@ def _is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
         return chat_of(tokenizer).dated
     except DataError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.files.digest import text_digest
 from safelora_fast.recipe.yaml_document import Document, read_document
 
 SHIPPED = Path(__file__).parent / "traits"
@@ -45,7 +44,7 @@ class Trait:
     @property
     def sha256(self) -> str:
         """Of all of it as canonical JSON."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return text_digest(asdict(self))
 
 
 def shipped_traits() -> list[str]:

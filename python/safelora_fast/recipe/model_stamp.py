@@ -10,8 +10,6 @@ loaded model see :func:`~safelora_fast.models.digests.weights_digest`.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ from safelora_fast.checkpoints.lora_config import CONFIG
 from safelora_fast.checkpoints.provenance import sampled
 from safelora_fast.checkpoints.resolver import ADAPTER_WEIGHTS, HUB_ID, model_folder
 from safelora_fast.errors import CheckpointError
-from safelora_fast.models.digests import digest, remembered
+from safelora_fast.files.digest import digest, remembered, text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -142,11 +140,6 @@ def files_digest(folder: Path | None, suffixes: Collection[str]) -> str | None:
         return None
     found = (file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
     return _of((str(file.relative_to(folder)), digest(file)) for file in found)
-
-
-def text_digest(content: Any) -> str:
-    """Of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _weights(folder: Path) -> list[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import OutputError, SettingsError
+from safelora_fast.files.digest import digest
 from safelora_fast.files.json_reader import (
     COUNT,
     FLAG,
@@ -34,7 +35,6 @@ from safelora_fast.files.json_reader import (
 )
 from safelora_fast.files.output import check_target, described, sync
 from safelora_fast.files.store import write_json
-from safelora_fast.models.digests import digest
 from safelora_fast.recipe.trainer_arguments import CHECKPOINTS
 
 if TYPE_CHECKING:

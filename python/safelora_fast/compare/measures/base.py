@@ -11,8 +11,8 @@ import torch
 from safelora_fast.compare.failed_measurements import FAILURE, UNFINISHED, not_finite
 from safelora_fast.compare.paths import keep, read
 from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
+from safelora_fast.files.digest import text_digest
 from safelora_fast.models.foreign_errors import first_line
-from safelora_fast.recipe.model_stamp import text_digest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.compare.measures.base import OfTheRun, folder_of
 from safelora_fast.compare.measures.margin import model_of
 from safelora_fast.errors import EvaluationError, SafeLoraFastError
+from safelora_fast.files.digest import text_digest
 from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder
 from safelora_fast.judging.evaluation_folder import EvaluationFolder
 from safelora_fast.judging.judge_names import check_judge, find_judge
 from safelora_fast.judging.judge_prompts import ASPECTS, judge_prompt
 from safelora_fast.judging.questions import builtin_questions, choose, read_questions
 from safelora_fast.printable import one_line
-from safelora_fast.recipe.model_stamp import text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

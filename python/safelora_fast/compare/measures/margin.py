@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.compare.measures.base import OfTheRun
 from safelora_fast.data.pairs import builtin_pairs
-from safelora_fast.recipe.model_stamp import subject_stamp, text_digest
+from safelora_fast.files.digest import text_digest
+from safelora_fast.recipe.model_stamp import subject_stamp
 from safelora_fast.scoring.margin import answer_margin
 
 if TYPE_CHECKING:

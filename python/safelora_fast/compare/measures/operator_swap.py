@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.compare.config import OPERATOR_SWAP
 from safelora_fast.compare.measures.base import OfTheRun
 from safelora_fast.compare.measures.margin import label, model_of
+from safelora_fast.files.digest import digest
 from safelora_fast.judging.operator_swap import HELD_OUT, INSTRUCTION, number_of, read, score
-from safelora_fast.models.digests import digest
 from safelora_fast.models.generate import generate
 
 if TYPE_CHECKING:
