@@ -33,7 +33,7 @@ ops.feature_distance.comparison=ops.feature_distance.arguments ops.linear_kl.row
 ops.once=ops.once_differentiable persona.generation=models.generate persona.judging=persona.response_filter
 persona.journal=persona.responses persona.model=persona.source_model persona.picture=persona.plot
 persona.prompts=persona.source_model persona.requests=persona.source_model persona.separation=persona.activations
-posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.damage
+posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.factors
 posthoc.device_factors=projection.device.factors posthoc.device_figures=projection.device.outcomes
 posthoc.device_reader=projection.device.reader posthoc.device_stream=projection.device.stream
 posthoc.device_subspace=projection.device.subspace_stream posthoc.experts=checkpoints.experts

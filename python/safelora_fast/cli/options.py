@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from safelora_fast.projection.operators import owners
-from safelora_fast.projection.settings import OPTIONS, Option, Settings
+from safelora_fast.projection.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,17 +75,15 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         command(settings={name: given.pop(name) for name in [*OPTIONS, "exclude"]}, **given)
 
     options = {}
-    for each in fields(Settings):
-        if each.name in OPTIONS:
-            option = OPTIONS[each.name]
-            kind = option.values if option.values in {int, float} else str
-            annotation = kind if each.default is not None else kind | None
-            options[each.name] = Parameter(
-                each.name,
-                Parameter.KEYWORD_ONLY,
-                default=each.default,
-                annotation=Annotated[annotation, typer.Option(metavar=_metavar(option), help=_help(each.name, option))],
-            )
+    for name, option in OPTIONS.items():
+        default = getattr(Settings, name)
+        kind: Any = option.values if option.values in {int, float} else str
+        kind = kind if default else kind | None
+        takers = " and ".join(owners(name)) or option.select
+        text = f"For {takers}: {option.help[0].lower()}{option.help[1:]}" if takers else option.help
+        metavar = option.metavar or "|".join(get_args(option.values))
+        annotation = Annotated[kind, typer.Option(metavar=metavar, help=text)]
+        options[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     options["exclude"] = Parameter("exclude", Parameter.KEYWORD_ONLY, default=None, annotation=Exclude)
     own = signature(command, eval_str=True).parameters
     place = list(own).index("settings")
@@ -103,12 +100,3 @@ def check_plot(path: Path | None) -> None:
         from safelora_fast import plotting
 
         plotting.check_plot(path)
-
-
-def _metavar(option: Option) -> str:
-    return option.metavar or "|".join(get_args(option.values))
-
-
-def _help(name: str, option: Option) -> str:
-    owner = " and ".join(owners(name)) or option.select
-    return f"For {owner}: {option.help[0].lower()}{option.help[1:]}" if owner else option.help

@@ -38,17 +38,17 @@ def project_peft_model(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> ProjectionReport:
-    """Add a projected copy of one of a PeftModel's adapters, and leave the model otherwise as it was.
+    """Add a projected copy of one of a PeftModel's adapters; the model, the original and gradients stay as they are.
 
     The adapter is saved to a temporary folder, projected as :func:`project_adapter` does, and loaded under the new name, on
-    the devices and in the dtypes of the original. The active adapter, gradients and the original adapter are not touched:
-    the model goes on to use the unprojected one until `model.set_adapter(new_adapter_name)`, as the log says too.
+    the devices and in the dtypes of the original. The model goes on to use the original until
+    `model.set_adapter(new_adapter_name)`; the log says so.
 
-    With a `device` the products with V run there, all modules of a batch in one launch a pass
-    (:func:`safelora_fast.ops.subspace_projections`), while the next batch is read. The device needs 512 MiB for it, or both
-    weights of one module where they are larger, and what the factors take. Weights that the model has on that device, and
-    that are those of the aligned checkpoint, are used where they lie, so that only the base is read. Figures agree with
-    those of the CPU to about 1e-6. Which way is faster has not been measured, so the CPU stays the default.
+    With a `device` the products with V run there, all modules of a batch in one launch, while the next batch is read
+    (:func:`safelora_fast.ops.subspace_projections`). The device needs 512 MiB for a batch, or both weights of one module
+    where they are larger, and room for the factors. Weights that the model has on that device, and that are those of the
+    aligned checkpoint, are used where they lie: only the base is read. Metrics agree with those of the CPU to about 1e-6.
+    Which way is faster has not been measured, so the CPU is the default.
 
     Args:
         model: the model that carries the adapter.
@@ -58,26 +58,18 @@ def project_peft_model(
         new_adapter_name: the name of the projected one; must be free.
         device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations by torch; None: the CPU, by the
             extension.
-        **settings: operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude, progress, as of
-            :func:`project_adapter`.
+        **settings: settings and progress, as of :func:`project_adapter`.
 
     Returns:
         The report, in which the adapter is known by its name in the model, and `output` is None: nothing stays on disk.
 
     Raises:
-        SettingsError: when the model is no PeftModel or has no such adapter, the new name is taken or PEFT cannot use it, an
+        SettingsError: the model is no PeftModel or has no such adapter, the new name is taken or PEFT cannot use it, an
             adapter is merged, or nothing is projected on `device`.
         BackendError: this machine has no such device, or it has too little memory.
         SafeLoraFastError: as :func:`project_adapter`.
     """
-    _check_model(model)
-    if adapter_name not in list(model.peft_config):
-        raise SettingsError(
-            f"the model has no adapter {adapter_name!r}; it has {', '.join(map(repr, model.peft_config))}"
-        )
-    _check_new_name(model, new_adapter_name)
-    if any(getattr(module, "merged", False) for module in model.modules()):
-        raise SettingsError("an adapter is merged into the model's weights; call unmerge_adapter() first")
+    _check(model, adapter_name, new_adapter_name)
     unknown = settings.keys() & {"output", "overwrite", "adapter"}
     if unknown:
         raise SettingsError(f"{', '.join(sorted(unknown))} cannot be set here: the result goes into the model")
@@ -180,27 +172,27 @@ def _starter(model: PeftModel, name: str | torch.device) -> Start:
     return start
 
 
-def _check_model(model: object) -> None:
+def _check(model: object, name: str, new_name: object) -> None:
     try:
         from peft import PeftModel
     except ModuleNotFoundError:
         raise MissingDependencyError(f"project_peft_model needs peft: {how_to_install('train')}") from None
+    from torch import nn
 
     if not isinstance(model, PeftModel):
         raise SettingsError(
             f"model must be a PeftModel that carries the adapter, not {type(model).__name__}; of an adapter on disk, "
             "project_adapter takes the folder"
         )
-
-
-def _check_new_name(model: PeftModel, name: object) -> None:
-    """PEFT keeps factors in ModuleDicts, which take no name with a dot, nor that of one of their own methods."""
-    from torch import nn
-
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise SettingsError(f"new_adapter_name {name!r} cannot name an adapter; choose a word without a dot")
-    if name in model.peft_config:
-        raise SettingsError(f"the model has an adapter {name!r} already; choose another new_adapter_name")
+    if name not in list(model.peft_config):
+        raise SettingsError(f"the model has no adapter {name!r}; it has {', '.join(map(repr, model.peft_config))}")
+    # PEFT keeps factors in ModuleDicts, which take no name with a dot, nor that of one of their own methods.
+    if not isinstance(new_name, str) or not new_name or "." in new_name or hasattr(nn.ModuleDict, new_name):
+        raise SettingsError(f"new_adapter_name {new_name!r} cannot name an adapter; choose a word without a dot")
+    if new_name in model.peft_config:
+        raise SettingsError(f"the model has an adapter {new_name!r} already; choose another new_adapter_name")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise SettingsError("an adapter is merged into the model's weights; call unmerge_adapter() first")
 
 
 def _load(model: PeftModel, folder: Path, adapter_name: str, new_adapter_name: str) -> None:

@@ -167,44 +167,30 @@ class ProjectionReport:
 
 
 def published(report: ProjectionReport) -> ProjectionReport:
-    """A report without the paths of this machine: of folders and files the last part is left."""
+    """A report without the paths of this machine: the last part of folders and files is left."""
 
     def model(facts: dict[str, Any]) -> dict[str, Any]:
         source = facts["source"] if facts["revision"] else shown_model(facts["source"])
         warnings = [warning.replace(str(facts["source"]), source) for warning in facts.get("warnings", [])]
-        return {
-            **facts,
-            "source": source,
-            "files": [PurePath(file).name for file in facts["files"]],
-            "warnings": warnings,
-        }
+        files = [PurePath(file).name for file in facts["files"]]
+        return {**facts, "source": source, "files": files, "warnings": warnings}
 
-    return replace(
-        report,
-        aligned=model(report.aligned),
-        base=model(report.base),
-        adapters=[_published_adapter(one) for one in report.adapters],
-    )
+    def module(one: ModuleReport) -> ModuleReport:
+        files = ("aligned_file", "base_file")
+        sources = [{**pair, **{key: PurePath(pair[key]).name for key in files}} for pair in one.sources]
+        return replace(one, sources=sources)
 
-
-def _published_adapter(adapter: AdapterReport) -> AdapterReport:
-    modules = [
+    adapters = [
         replace(
-            module,
-            sources=[
-                {key: PurePath(value).name if key.endswith("_file") else value for key, value in source.items()}
-                for source in module.sources
-            ],
+            one,
+            adapter=shown_model(one.adapter),
+            output=one.output and PurePath(one.output).name,
+            modules=[module(each) for each in one.modules],
+            trained_on=one.trained_on and shown_model(one.trained_on),
         )
-        for module in adapter.modules
+        for one in report.adapters
     ]
-    return replace(
-        adapter,
-        adapter=shown_model(adapter.adapter),
-        output=None if adapter.output is None else PurePath(adapter.output).name,
-        modules=modules,
-        trained_on=None if adapter.trained_on is None else shown_model(adapter.trained_on),
-    )
+    return replace(report, aligned=model(report.aligned), base=model(report.base), adapters=adapters)
 
 
 def _alike(one: str, other: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from safelora_fast.errors import SettingsError
@@ -14,15 +14,9 @@ Select = Literal["threshold", "number", "all"]
 
 
 class Option(NamedTuple):
-    """What is known of a setting: the help of its option on the command line, and which values it takes.
+    """A setting that the command line offers: its help, its choices or `int` or `float`, and the range of a number.
 
-    Attributes:
-        help: one sentence.
-        values: the choices, or `int` or `float`.
-        metavar: stands for a number in the help.
-        low, high: the range of a number.
-        above: whether `low` itself is too low.
-        select: the selection that the setting belongs to.
+    `above` refuses `low` itself. `select` is the selection that the setting belongs to.
     """
 
     help: str
@@ -34,7 +28,7 @@ class Option(NamedTuple):
     select: Select | None = None
 
     def check(self, name: str, value: Any) -> Any:
-        """The value, plain if it came as a number of numpy.
+        """The value; a number of numpy becomes a plain one.
 
         Raises:
             SettingsError: it is of another type, or out of range.
@@ -51,70 +45,58 @@ class Option(NamedTuple):
         return value
 
 
-def _option(*option: Any, **more: Any) -> dict[str, Option]:
-    """The metadata of a field."""
-    return {"option": Option(*option, **more)}
+# The order is that of the help.
+OPTIONS = {
+    "operator": Option("What selected modules become.", Name),
+    "normalize": Option("frobenius (default) is the paper's; spectral has gain at most 1.", Normalize),
+    "rank": Option("Leading singular vectors of V to keep.", int, "K", low=1, high=2**31 - 1),
+    "energy": Option("Share of ‖V‖² to keep, instead of --rank.", float, "E", low=0, high=1, above=True),
+    "select": Option("Which modules are projected, by the paper's cosine whatever the operator.", Select),
+    "threshold": Option("Cosines at most this. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
+    "num_layers": Option("How many of the lowest. (default 10)", int, "N", low=1, select="number"),
+    "threads": Option("Threads. The result does not depend on it. (default: all cores)", int, "N", low=1, high=1024),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of one projection (docs/methods.md).
 
-    `normalize`, `rank` and `energy` belong to the operators that projection/operators.py names, `threshold` and `num_layers`
-    to the selection of that name; None means the default where there is one. `exclude` names modules that stay as they
-    are, `strict` refuses adapters with trained tensors that are not LoRA factors.
+    projection/operators.py says which operators `normalize`, `rank` and `energy` belong to; `threshold` and `num_layers`
+    belong to the selection of that name. None means the default where there is one. `exclude` names modules that stay as
+    they are, `strict` refuses adapters with trained tensors that are not LoRA factors.
 
     Raises:
         SettingsError: options contradict each other, are out of range or of another type.
     """
 
-    operator: Name = field(default="safelora", metadata=_option("What selected modules become.", Name))
-    normalize: Normalize | None = field(
-        default=None, metadata=_option("frobenius (default) is the paper's; spectral has gain at most 1.", Normalize)
-    )
-    rank: int | None = field(
-        default=None, metadata=_option("Leading singular vectors of V to keep.", int, "K", low=1, high=2**31 - 1)
-    )
-    energy: float | None = field(
-        default=None,
-        metadata=_option("Share of ‖V‖² to keep, instead of --rank.", float, "E", low=0, high=1, above=True),
-    )
-    select: Select = field(
-        default="threshold",
-        metadata=_option("Which modules are projected, by the paper's cosine whatever the operator.", Select),
-    )
-    threshold: float | None = field(
-        default=None,
-        metadata=_option("Cosines at most this. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
-    )
-    num_layers: int | None = field(
-        default=None, metadata=_option("How many of the lowest. (default 10)", int, "N", low=1, select="number")
-    )
-    threads: int | None = field(
-        default=None,
-        metadata=_option("Threads. The result does not depend on it. (default: all cores)", int, "N", low=1, high=1024),
-    )
+    operator: Name = "safelora"
+    normalize: Normalize | None = None
+    rank: int | None = None
+    energy: float | None = None
+    select: Select = "threshold"
+    threshold: float | None = None
+    num_layers: int | None = None
+    threads: int | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", patterns("exclude", self.exclude))
-        for name, option in OPTIONS.items():
-            value = getattr(self, name)
-            if value is not None or name in {"operator", "select"}:
-                object.__setattr__(self, name, option.check(name, value))
-        for name, option in OPTIONS.items():
-            if getattr(self, name) is None:
-                continue
-            takers = owners(name)
+        given = {name: getattr(self, name) for name in OPTIONS}
+        given = {name: value for name, value in given.items() if value is not None or name in {"operator", "select"}}
+        for name, value in given.items():
+            object.__setattr__(self, name, OPTIONS[name].check(name, value))
+        for name in given:
+            takers, option = owners(name), OPTIONS[name]
             if takers and self.operator not in takers:
                 raise SettingsError(f"{name} applies to operator {' and '.join(takers)} only")
             if option.select not in {None, self.select}:
                 raise SettingsError(f"{name} applies to select {option.select} only")
         one_of = self.described_operator.one_of
-        given = [name for name in one_of if getattr(self, name) is not None]
-        if one_of and len(given) != 1:
-            wanted = f"either {' or '.join(one_of)}" if not given else f"one of {' and '.join(one_of)}, not both"
+        count = len(given.keys() & set(one_of))
+        if one_of and count != 1:
+            wanted = f"one of {' and '.join(one_of)}, not both" if count else f"either {' or '.join(one_of)}"
             raise SettingsError(f"operator {self.operator} needs {wanted}: how much of V to keep, e.g. rank 64")
 
     @property
@@ -150,11 +132,6 @@ class Settings:
         if self.select == "number":
             return f"cosine {'' if projected else 'not '}among the {self.effective_num_layers} lowest"
         return "all modules were selected"
-
-
-OPTIONS: dict[str, Option] = {
-    each.name: each.metadata["option"] for each in fields(Settings) if "option" in each.metadata
-}
 
 
 def chosen(cosines: dict[str, float], settings: Settings) -> set[str]:

@@ -1,4 +1,4 @@
-"""LoRA factors of adapters on disk as matrices on a device."""
+"""LoRA factors of adapters on a device, and errors about weights or factors there, worded as the extension words them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from safelora_fast.projection.device.damage import not_finite
+from safelora_fast.errors import CheckpointError
 from safelora_fast.projection.device.reader import DTYPES
 
 if TYPE_CHECKING:
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from safelora_fast.checkpoints.adapter import Adapter
     from safelora_fast.checkpoints.experts import Slice
-    from safelora_fast.projection.jobs import AdapterFactors
+    from safelora_fast.projection.device.reader import Pair
 
 
 class Factor(NamedTuple):
     """B or A of one adapter, scaled so that no product of it leaves the range of float32.
 
     Attributes:
-        values: float32 on the device, the largest between a half and one.
+        values: float32 on the device; the largest magnitude lies between a half and one.
         scale: the power of two that was divided by; 1 where the factor is zero.
         stored_as: dtype of its tensor, as safetensors spells it.
         where: file and tensor, for messages.
@@ -45,38 +45,52 @@ class FactorReader:
 
     def __init__(self, adapters: Sequence[Adapter], device: torch.device) -> None:
         self._adapters, self._device = adapters, device
-        # The factors of all experts lie in one tensor.
-        self._tensor = lru_cache(maxsize=8)(self._read)
+        self._tensor = lru_cache(maxsize=8)(self._read)  # the factors of all experts lie in one tensor
 
-    def left(self, factors: AdapterFactors) -> Factor:
-        """B [m, r].
-
-        Raises:
-            CheckpointError: an element is NaN or infinite.
-        """
-        return self._factor(factors.adapter, factors.lora_b)
-
-    def right(self, factors: AdapterFactors) -> Factor:
-        """A [r, n].
+    def read(self, adapter: int, part: Slice) -> Factor:
+        """B [m, r] or A [r, n].
 
         Raises:
             CheckpointError: an element is NaN or infinite.
         """
-        return self._factor(factors.adapter, factors.lora_a)
-
-    def _factor(self, adapter: int, part: Slice) -> Factor:
         stored_as, tensor = self._tensor(adapter, part.key)
         stored = tensor.as_strided((part.rows, part.cols), (part.row_stride, part.col_stride), part.offset)
-        path = self._adapters[adapter].file.path
-        problem = not_finite(stored, path, part.key)
+        where = self._adapters[adapter].file.path, part.key
+        problem = _not_finite(stored, *where)
         if problem is not None:
             raise problem
         largest = float(stored.abs().max())
         scale = 2.0 ** math.frexp(largest)[1] if largest else 1.0
-        values = (stored.double() / scale).float().to(self._device)
-        return Factor(values, scale, stored_as, (path, part.key))
+        return Factor((stored.double() / scale).float().to(self._device), scale, stored_as, where)
 
     def _read(self, adapter: int, key: str) -> tuple[str, torch.Tensor]:
         file = self._adapters[adapter].file
         stored_as = file.tensors[key][0]
         return stored_as, torch.frombuffer(bytearray(file.read(key)), dtype=DTYPES[stored_as])
+
+
+def damage(pair: Pair) -> CheckpointError:
+    """Why the products with V of a module are not finite: a weight is not, or V is too large."""
+    wanted, name = pair.wanted, pair.wanted.planned.name
+    for block, part in zip(wanted.blocks, pair.parts, strict=True):
+        problem = _not_finite(part, block.file.path, block.tensor)
+        if problem is not None:
+            return problem
+    if wanted.resident is not None and not bool(wanted.resident.isfinite().all()):
+        return CheckpointError(f"module {name}: the model's weight holds NaN or infinity; it is damaged")
+    return CheckpointError(
+        f"module {name}: the products with V leave the range of float32; the weights are damaged or not on their usual scale"
+    )
+
+
+def _not_finite(matrix: torch.Tensor, path: str, tensor: str) -> CheckpointError | None:
+    """The error that names the first NaN or infinity of a stored matrix, None where there is none."""
+    bad = ~matrix.isfinite()
+    if not bool(bad.any()):
+        return None
+    row, column = bad.nonzero()[0].tolist()
+    value = float(matrix[row, column])
+    return CheckpointError(
+        f'{path}: tensor "{tensor}" holds {"NaN" if math.isnan(value) else value} at row {row}, column {column}; the '
+        "checkpoint is damaged or its training diverged"
+    )

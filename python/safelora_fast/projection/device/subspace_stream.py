@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.ops.subspace_projection.leading import Extent, leading_vectors
-from safelora_fast.projection.device.damage import damage
+from safelora_fast.projection.device.factors import damage
 from safelora_fast.projection.device.reader import BATCH_BYTES, Wanted
 from safelora_fast.projection.device.stream import BatchStream
 
@@ -26,7 +26,7 @@ HEADROOM = 8  # n normal numbers are a vector shorter than 8·√n, and its prod
 
 @dataclass(frozen=True)
 class DeviceSubspace:
-    """One module, on the CPU; the figures are those of `_core.JobOutcome`.
+    """One module, on the CPU; the metrics are those of `_core.JobOutcome`.
 
     Attributes:
         index: its position in the plan.
