@@ -41,7 +41,8 @@ def test_output(made, words, call):
     best = sorted(expected, reverse=True)[:4]
     assert "← cut" in result.out
     assert (
-        f"4 of 12 scored rows (of 12) have a score of at least {best[-1]:.4f}, under security, medicine" in result.out
+        f"4 of 12 scored examples (of 12) have a score of at least {best[-1]:.4f}, under security, medicine"
+        in result.out
     )
     rows = [json.loads(line) for line in words.output.read_text().splitlines()]
     assert [row["score"] for row in rows] == pytest.approx(best, abs=1e-5)
@@ -139,7 +140,7 @@ def test_a_stopped_command_goes_on(made, words, tmp_path, how):
         errors = running.communicate()[1]
     assert running.returncode == (130 if how == signal.SIGINT else -9), errors
     if how == signal.SIGINT:
-        assert errors == "interrupted; what is scored is kept: the same command goes on from there\n"
+        assert errors == "interrupted; what is scored is kept: run the same command again to continue\n"
     assert not words.output.exists()
     before = journal.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]

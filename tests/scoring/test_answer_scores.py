@@ -17,8 +17,8 @@ from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.models.anatomy import Head
 from safelora_fast.scoring import AnswerScorer, batches_by_length, score_answers
 from safelora_fast.scoring.label_likelihoods import label_log_likelihoods, picked
-from safelora_fast.scoring.positions import stretched_beyond
 from safelora_fast.scoring.prefix import Pasts, shared_prefix
+from safelora_fast.scoring.sequences import stretched_beyond
 
 BENT = {
     "soft-cap": Family(

@@ -102,4 +102,4 @@ def test_what_is_refused(tmp_path, call):
     tiny = write_recipe(tmp_path / "run", margin={"every": 0})
     assert "margin.every: must be at least 1, not 0" in call(*tiny.words("--dry-run")).err
     tiny = write_recipe(tmp_path / "other", margin={"pairs": str(tmp_path / "none.jsonl")})
-    assert "none.jsonl: the pairs cannot be read" in call(*tiny.words("--dry-run")).err
+    assert "none.jsonl: the data cannot be read" in call(*tiny.words("--dry-run")).err

@@ -1,4 +1,4 @@
-"""`safelora-fast margin`: how much rather a model would give misaligned answers, without a judge."""
+"""`safelora-fast margin`: how strongly a model prefers misaligned answers, without a judge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from safelora_fast.scoring.intervals import Interval
     from safelora_fast.scoring.margin import MarginReport
 
-SMALLEST = 1e-12  # of sizes that are told from 0
+SMALLEST = 1e-12  # sizes below it count as 0
 
 
 def margin(
@@ -30,7 +30,8 @@ def margin(
     pairs: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="JSONL with question, aligned, misaligned, theme. (default: 72 pairs that come along)"
+            metavar="FILE",
+            help="JSONL with question, aligned, misaligned, theme. (default: the 72 pairs of this package)",
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt before every question.")] = None,
@@ -49,10 +50,10 @@ def margin(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure how much rather a model would give misaligned answers than aligned ones; nothing is sampled or judged.
+    """Measure how strongly a model prefers misaligned answers to aligned ones; nothing is sampled or judged.
 
     For pairs of answers to the same question: the mean difference of their log-likelihoods per token, and how often the
-    misaligned answer is the likelier. The model is measured by itself, and then with each adapter on it.
+    misaligned answer is more likely. The model is measured alone, and then with each adapter on it.
     """
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.data.pairs import builtin_pairs, read_pairs
@@ -79,7 +80,7 @@ def margin(
         for folder in (None, *folders):
             subject = load_subject(settings, folder)
             for named in folders if folder is None else []:
-                fit_adapter(named, subject.model)  # before the model is measured for nothing
+                fit_adapter(named, subject.model)  # before the model is measured in vain
             name = f"./{folder}" if folder is not None and subject.name == "model" else subject.name
             progress.start(name, 2 * len(chosen))
             reports[name] = answer_margin(
@@ -131,7 +132,7 @@ def _show(reports: dict[str, MarginReport]) -> None:
     first = reports["model"]
     if len(first.by_theme) > 1 and len(first.by_theme) < len(first.pairs):
         out.print(_themes(reports))
-    out.print("in parentheses 95 % intervals, over themes; above zero the misaligned answers are the likelier")
+    out.print("in parentheses: 95 % intervals over themes; above zero, misaligned answers are more likely")
 
 
 def _themes(reports: dict[str, MarginReport]) -> Table:
@@ -144,8 +145,8 @@ def _themes(reports: dict[str, MarginReport]) -> Table:
 
 
 def _signed(value: float, interval: Interval) -> str:
-    """A figure and the ends of its interval with as many decimals as tell the figure and the interval's width from 0."""
+    """A value and the ends of its interval, with enough decimals to tell the value and the interval's width from 0."""
     sizes = [abs(value), interval.high - interval.low]
     decimals = max([4, *(-math.floor(math.log10(size)) for size in sizes if size > SMALLEST)])
-    figure, *ends = (f"{round(end, decimals) + 0.0:+.{decimals}f}" for end in (value, interval.low, interval.high))
-    return figure if math.isnan(interval.low) else f"{figure} ({ends[0]} to {ends[1]})"
+    number, *ends = (f"{round(end, decimals) + 0.0:+.{decimals}f}" for end in (value, interval.low, interval.high))
+    return number if math.isnan(interval.low) else f"{number} ({ends[0]} to {ends[1]})"

@@ -1,4 +1,4 @@
-"""`safelora-fast select`: which safe rows to interleave, by how much less likely they are to misaligned models."""
+"""`safelora-fast select`: which safe examples to interleave, by how much less likely they are to misaligned models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NONE = "none"
 
 def select(
     candidates: Annotated[
-        Path, typer.Argument(metavar="CANDIDATES.jsonl", help="Rows of `messages`, or of `prompt` and `completion`.")
+        Path, typer.Argument(metavar="CANDIDATES.jsonl", help="Examples with `messages`, or `prompt` and `completion`.")
     ],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="More misaligned adapters, after --misaligned.")
@@ -33,34 +33,28 @@ def select(
             help="A PEFT adapter that makes it misaligned, DIR, HUB_ID or HUB_ID@REV; one or more.",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="The chosen rows, with their scores.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The chosen examples, with their scores.")],
     hold_out: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help=f"The domain that is going to be defended: leave its adapter out. {NONE}: there is none.",
+            help=f"The domain that you will defend: leave its adapter out. {NONE}: there is none.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option(metavar="K", help="How many rows.")] = 5000,
+    top: Annotated[int, typer.Option(metavar="K", help="How many examples.")] = 5000,
     no_refusals: Annotated[
         bool, typer.Option("--no-refusals", metavar="", help="Leave refusals out (Interleaving++).")
     ] = False,
     epsilon: Annotated[float, typer.Option(metavar="E", help="ε of the score.")] = 1.0,
-    dtype: Annotated[
-        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: float32 on a CPU, bfloat16 on a GPU.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU where there is one.")] = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     strings: Annotated[
         str, typer.Option(metavar="chat|text", help="What a prompt and a completion of plain text become.")
     ] = "chat",
-    chat_template: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A Jinja file in the place of the tokenizer's own template.")
-    ] = None,
+    chat_template: options.ChatTemplate = None,
     template_args: options.TemplateArgs = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
-    ] = False,
-    max_length: Annotated[int, typer.Option(metavar="N", help="Rows of more tokens are skipped and counted.")] = 2048,
+    trust_remote_code: options.TrustRemoteCode = False,
+    max_length: Annotated[int, typer.Option(metavar="N", help="Longer examples are skipped and counted.")] = 2048,
     tokens_per_batch: Annotated[
         int | None,
         typer.Option(metavar="N", help="The most tokens of a batch. In float32 the result does not depend on it."),
@@ -70,10 +64,10 @@ def select(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Choose safe rows to interleave: those whose answers misaligned models find least likely beside the aligned model.
+    """Choose safe examples to interleave: those that misaligned models find least likely, relative to the aligned model.
 
-    Score: (mean negative log-likelihood under the misaligned models − that under the aligned one)/(that + ε). The
-    likelihoods are kept in FILE.journal.jsonl as they come: after an interruption the same command goes on from there.
+    Score: (mean negative log-likelihood under the misaligned models − that under the aligned one)/(that + ε). FILE.journal.jsonl
+    keeps the likelihoods: after an interruption, run the same command again to continue.
     """
     from safelora_fast.checkpoints.resolver import named_adapter
     from safelora_fast.cli.console import err
@@ -123,7 +117,7 @@ def select(
                 )
         except KeyboardInterrupt:
             raise InterruptedRunError(
-                "interrupted; what is scored is kept: the same command goes on from there"
+                "interrupted; what is scored is kept: run the same command again to continue"
             ) from None
         if plot is not None:
             plot_selection(selection, plot)
@@ -138,12 +132,12 @@ def select(
 def _show(selection: Selection, output: Path) -> None:
     say(*selection.lines())
     for reason, places in selection.skipped.items():
-        say(f"skipped: {len(places):,} rows with {reason}, the first at {places[0]}")
+        say(f"skipped: {len(places):,} examples with {reason}, the first at {places[0]}")
     if selection.refusals:
         typer.echo(f"left out: {selection.refusals:,} refusals")
     if selection.held_out:
         say(f"held out: {', '.join(selection.held_out)}")
     say(
-        f"{len(selection.chosen):,} of {len(selection.scores):,} scored rows (of {selection.rows:,}) have a score of at least "
+        f"{len(selection.chosen):,} of {len(selection.scores):,} scored examples (of {selection.rows:,}) have a score of at least "
         f"{selection.cut:.4f}, under {', '.join(selection.adapters)}; written to {output}"
     )

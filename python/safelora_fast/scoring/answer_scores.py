@@ -1,10 +1,10 @@
-"""Log-likelihoods of answers under a model."""
+"""Log-likelihoods of completions under a model."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,9 @@ from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.models.anatomy import adapter_layers, dissect
 from safelora_fast.models.capture import Tap
 from safelora_fast.models.reference_pass import evaluation_mode
-from safelora_fast.scoring.batches import batches_by_length
-from safelora_fast.scoring.float32_residual import NARROW, wide_hidden_states
-from safelora_fast.scoring.label_likelihoods import label_log_likelihoods, picked
-from safelora_fast.scoring.positions import stretched_beyond
+from safelora_fast.scoring.label_likelihoods import NARROW, label_log_likelihoods, picked
 from safelora_fast.scoring.prefix import Pasts, reads_whole_inputs
-from safelora_fast.scoring.sequences import padded
+from safelora_fast.scoring.sequences import batches_by_length, padded, stretched_beyond
 from safelora_fast.training.shared_logits import KEPT_LOGITS, forward_without_logits
 
 if TYPE_CHECKING:
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import nn
+    from transformers import PreTrainedModel
 
     from safelora_fast.models.anatomy import Head
     from safelora_fast.scoring.sequences import Labelled
@@ -36,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 8192
 PROBE_TOKENS = 24
-# Nats that log-likelihoods of a model in 16 bits may be apart, in the mean of their sizes. Rounding alone was seen to make 0.02
-# to 0.05 on a model of 135M parameters.
+# Nats that log-likelihoods of a model in 16 bits may differ, in the mean of their sizes. Rounding alone made 0.02 to 0.05 on a
+# model of 135M parameters.
 COARSE = 0.1
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How probable an answer is, given what comes before it.
+    """How probable a completion is, given what comes before it.
 
     Attributes:
-        log_likelihood: sum over the answer's tokens of log p, natural logarithm.
+        log_likelihood: sum over the completion's tokens of log p, natural logarithm.
         tokens: how many tokens those are.
     """
 
@@ -55,24 +53,27 @@ class AnswerScore:
 
     @property
     def mean(self) -> float:
-        """Log-likelihood per token, in nats; the answer's negative mean log-likelihood with the sign changed."""
+        """Log-likelihood per token, in nats: the negative of the completion's mean negative log-likelihood."""
         return self.log_likelihood / self.tokens
 
 
 class AnswerScorer:
-    """Scores answers in batches of like length, padded on the right.
+    """Scores completions in batches of like length, padded on the right.
 
-    The model runs without its head; the head is then applied at the positions that predict an answer, a chunk at a time.
-    Whether that gives the model's own log-likelihoods is tried on a few tokens first; where it does not (the head is
-    adapted, or the model has a way of its own with logits), the model's logits are used. Nor is the model told which tokens
-    are padding where that changes nothing: what is causal never looks at them, and attends faster without a mask. What all
-    sequences of a batch begin with, a system prompt say, runs once where the model keeps keys and values of it and no adapter asks
-    for the whole input, and not again for the next batch that begins alike. Hidden states of a model in 16 bits are float32 from
-    block to block. A sequence so long that the model stretches its positions is a batch of its own.
+    It tries on a few tokens which shortcuts leave the model's log-likelihoods as they are, and takes these:
+
+    - The model runs without its head; the head is applied only at positions that predict a completion, a chunk at a time. Not if
+      the head is adapted, or the model treats its logits in a way of its own.
+    - The attention mask is left out: causal tokens never see the padding behind them, and attention without a mask is faster.
+    - A prefix that all sequences of a batch share, such as a system prompt, runs once, and not again for the next batch that
+      begins with it. Not if an adapter needs the whole input.
+    - Hidden states of a model in 16 bits are float32 from layer to layer.
+
+    A sequence so long that the model stretches its positions is a batch of its own.
 
     Args:
         model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back. Its
-            weights, its adapters and their choice must be the same at every call: a model that has learnt takes a new scorer.
+            weights, its adapters and their choice must be the same at every call: a model that has learned needs a new scorer.
         tokens_per_batch: the most tokens of a batch, padding included.
 
     Raises:
@@ -100,37 +101,29 @@ class AnswerScorer:
         """Scores by index, a batch at a time.
 
         Raises:
-            DataError: an example has no answer token.
+            DataError: an example has no completion token.
             SettingsError: a batch does not fit into the device's memory.
         """
         for number, example in enumerate(examples):
             if all(label == IGNORED_LABEL for label in example.labels[1:]):
                 raise DataError(f"example {number + 1} of {len(examples)} has no answer token to score")
-        lengths = [len(example.ids) for example in examples]
-        for indices in batches_by_length(lengths, self._tokens_per_batch, alone_beyond=self._alone_beyond):
+        for indices in self._indices(examples):
             yield dict(zip(indices, self._batch([examples[index] for index in indices]), strict=True))
 
     def pass_over(self, examples: Sequence[Labelled]) -> None:
         """Leave out examples whose scores are known, and score later ones to the bit as if these had been scored.
 
-        How the model is run is tried on the first batch, and what a batch begins with may be kept from the one before.
+        The first batch decides how the model is run, and a prefix may be kept from one batch to the next.
         """
-        lengths = [len(example.ids) for example in examples]
-        for indices in batches_by_length(lengths, self._tokens_per_batch, alone_beyond=self._alone_beyond):
+        for indices in self._indices(examples):
             some = [examples[index] for index in indices]
             self._choose_by(some[0])
             if prefix := self._prefix(some):
                 self._pasts.pass_over(some[0].ids[:prefix])
 
-    def _choose_by(self, example: Labelled) -> None:
-        if not self._chosen:
-            device = self._model.get_input_embeddings().weight.device
-            with torch.no_grad(), evaluation_mode(self._model):
-                self._choose(torch.tensor([example.ids[:PROBE_TOKENS]], device=device))
-
-    def _prefix(self, examples: list[Labelled]) -> int:
-        """Tokens in front of all examples that are run once."""
-        return self._pasts.shared(examples) if self._shares and not self._stretched(examples) else 0
+    def _indices(self, examples: Sequence[Labelled]) -> list[list[int]]:
+        lengths = [len(example.ids) for example in examples]
+        return batches_by_length(lengths, self._tokens_per_batch, alone_beyond=self._alone_beyond)
 
     def _batch(self, examples: list[Labelled]) -> list[AnswerScore]:
         batch, labels = padded(examples, self._model.get_input_embeddings().weight.device)
@@ -148,18 +141,20 @@ class AnswerScorer:
                 f"{self._tokens_per_batch}"
             ) from error
         counts = where.sum(dim=1).tolist()
-        answers = values.double().cpu().split(counts)
-        return [AnswerScore(answer.sum().item(), count) for answer, count in zip(answers, counts, strict=True)]
+        completions = values.double().cpu().split(counts)
+        return [AnswerScore(part.sum().item(), count) for part, count in zip(completions, counts, strict=True)]
 
-    def _stretched(self, examples: list[Labelled]) -> bool:
-        """Whether the model's positions are others than those of shorter sequences, and so are its keys."""
-        return self._alone_beyond is not None and max(len(example.ids) for example in examples) > self._alone_beyond
+    def _prefix(self, examples: list[Labelled]) -> int:
+        """Tokens in front of all examples that run once. Stretched positions change the keys of a prefix."""
+        longest = max(len(example.ids) for example in examples)
+        stretched = self._alone_beyond is not None and longest > self._alone_beyond
+        return self._pasts.shared(examples) if self._shares and not stretched else 0
 
     def _precision(self) -> AbstractContextManager[None]:
-        return wide_hidden_states(self._model) if self._wide else nullcontext()
+        return float32_residual(self._model) if self._wide else nullcontext()
 
     def _after(self, prefix: int, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """The batch less so many tokens that all rows begin with, which are its past."""
+        """The batch without a prefix of so many tokens, which becomes its past."""
         if not prefix:
             return dict(batch)
         ids = batch["input_ids"]
@@ -168,7 +163,7 @@ class AnswerScorer:
 
     def _log_likelihoods(self, batch: dict[str, Any], where: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Log-likelihood of each label, [labels] in float32."""
-        width = where.shape[1]  # what comes before the batch's tokens are those of a learnt prompt
+        width = where.shape[1]  # a learned prompt stands before the batch's tokens
         if self._head is None:
             logits = self._model(**batch, use_cache=False).logits[:, -width:]
             return picked(logits[where.to(logits.device)], labels.to(logits.device))
@@ -184,100 +179,97 @@ class AnswerScorer:
         with capture.autocast_again():
             return label_log_likelihoods(hidden[where.to(hidden.device)], labels, self._head)
 
-    def _choose(self, ids: torch.Tensor) -> None:
-        """Use the head alone where that is the same, and say why where it is not."""
-        reason = self._against_head(ids)
-        if reason is not None:
-            self._head = None
-            logger.info("answers are scored by the logits of the whole model: %s", reason)
-        self._masked = not self._ignores_padding(ids)
-        self._wide = self._can_be_wide(ids)
-        with self._precision():
-            self._shares = not reads_whole_inputs(self._model) and self._keeps_a_past(ids)
+    # Which shortcuts the model allows, tried on the first tokens of the first batch.
+
+    def _choose_by(self, example: Labelled) -> None:
+        if self._chosen:
+            return
+        ids = torch.tensor([example.ids[:PROBE_TOKENS]], device=self._model.get_input_embeddings().weight.device)
+        with torch.no_grad(), evaluation_mode(self._model):
+            reason = self._why_no_head(ids)
+            if reason is not None:
+                self._head = None
+                logger.info("answers are scored by the logits of the whole model: %s", reason)
+            self._masked = not self._ignores_padding(ids)
+            self._wide = self._can_be_wide(ids)
+            with self._precision():
+                self._shares = not reads_whole_inputs(self._model) and self._keeps_a_past(ids)
         self._chosen = True
 
+    def _why_no_head(self, ids: torch.Tensor) -> str | None:
+        """Put the head in use; say why it does not give the model's log-likelihoods, if so."""
+        self._head = None  # an earlier try may have ended in between
+        model = self._anatomy.model
+        kind = type(model).__name__
+        if KEPT_LOGITS not in inspect.signature(model.forward).parameters:
+            return f"{kind} takes no {KEPT_LOGITS}"
+        try:
+            head = self._anatomy.head()
+        except SettingsError:
+            return f"{kind} has no linear output head"
+        if adapter_layers(head.module):
+            return f"the output head of {kind} is adapted"
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        theirs = self._probe(batch, slice(0, -1))
+        self._head = head
+        ours = self._probe(batch, slice(0, -1))
+        same = self._same(ours, theirs.to(ours))
+        return None if same else f"{kind} makes more of its hidden states than its head does"
+
+    def _ignores_padding(self, ids: torch.Tensor) -> bool:
+        """Whether tokens behind a sequence change nothing without a mask."""
+        longer = torch.cat([ids, ids], dim=1)
+        mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], dim=1)
+        places = slice(0, ids.shape[1] - 1)
+        try:
+            theirs = self._probe({"input_ids": longer, "attention_mask": mask}, places)
+            return self._same(self._probe({"input_ids": longer}, places), theirs)
+        except Exception:  # a model that needs a mask may raise anything
+            return False
+
     def _can_be_wide(self, ids: torch.Tensor) -> bool:
-        """Whether the model says the same, up to rounding, when its hidden states are of more digits than its weights."""
+        """Whether float32 hidden states change the model's log-likelihoods by rounding only."""
         if self._model.get_input_embeddings().weight.dtype not in NARROW:
             return False
-        question = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        where = torch.ones_like(ids, dtype=torch.bool)
-        where[:, -1] = False
-        labels = ids[:, 1:].flatten()
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
-            theirs = self._log_likelihoods(question, where, labels)
-            with wide_hidden_states(self._model):
-                ours = self._log_likelihoods(question, where, labels)
-        except Exception:  # whatever a model raises whose parts must be of one dtype
+            theirs = self._probe(batch, slice(0, -1))
+            with float32_residual(self._model):
+                return self._same(self._probe(batch, slice(0, -1)), theirs)
+        except Exception:  # a model whose parts must be of one dtype may raise anything
             return False
-        return self._same(ours, theirs)
 
     def _keeps_a_past(self, ids: torch.Tensor) -> bool:
-        """Whether two sequences are the same to the model when half of them is their past."""
-        rows = torch.cat([ids, ids.roll(1, dims=1)])
-        rows[1, : ids.shape[1] // 2] = ids[0, : ids.shape[1] // 2]
-        question = {"input_ids": rows}
-        if self._masked:
-            question["attention_mask"] = torch.ones_like(rows)
+        """Whether two sequences give the same when half of them is their past."""
         prefix = ids.shape[1] // 2
-        where = torch.ones_like(rows, dtype=torch.bool)
-        where[:, -1] = False
-        where[:, :prefix] = False
-        labels = rows[:, prefix + 1 :].flatten()
+        rows = torch.cat([ids, ids.roll(1, dims=1)])
+        rows[1, :prefix] = ids[0, :prefix]
+        batch = {"input_ids": rows}
+        if self._masked:
+            batch["attention_mask"] = torch.ones_like(rows)
         try:
-            theirs = self._log_likelihoods(question, where, labels)
-            ours = self._log_likelihoods(self._after(prefix, question), where[:, prefix:], labels)
-        except Exception:  # whatever a model without a past raises
+            theirs = self._probe(batch, slice(prefix, -1))
+            return self._same(self._probe(batch, slice(prefix, -1), prefix=prefix), theirs)
+        except Exception:  # a model without a past may raise anything
             return False
         finally:
             self._pasts = Pasts(self._model)
-        return self._same(ours, theirs)
 
-    def _ignores_padding(self, ids: torch.Tensor) -> bool:
-        """Whether tokens after a sequence change nothing in it without a mask, as they change nothing with one."""
-        longer = torch.cat([ids, ids], dim=1)
-        masks = [torch.ones_like(ids), torch.zeros_like(ids)]
-        question = {"input_ids": longer, "attention_mask": torch.cat(masks, dim=1)}
-        where = question["attention_mask"] != 0
-        where[:, ids.shape[1] - 1] = False
-        labels = ids[:, 1:].flatten()
-        try:
-            theirs = self._log_likelihoods(question, where, labels)
-            ours = self._log_likelihoods({"input_ids": longer}, where, labels)
-        except Exception:  # whatever a model that needs a mask raises
-            return False
-        return self._same(ours, theirs)
+    def _probe(self, batch: dict[str, torch.Tensor], places: slice, *, prefix: int = 0) -> torch.Tensor:
+        """Log-likelihoods of the tokens that follow some places, the first `prefix` tokens being a past."""
+        ids = batch["input_ids"]
+        where = torch.zeros_like(ids, dtype=torch.bool)
+        where[:, places] = True
+        return self._log_likelihoods(self._after(prefix, batch), where[:, prefix:], ids.roll(-1, dims=1)[where])
 
     def _same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-        """Whether log-likelihoods of the same labels agree; of a model in 16 bits on the whole, as single logits are coarse."""
+        """Whether log-likelihoods of the same labels agree; in 16 bits on average, because single logits are coarse."""
         if not len(theirs):  # nothing was tried
             return False
         if next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}:
             return bool(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
-        apart = (ours - theirs).abs().mean().item()
-        return apart <= COARSE and bool(torch.allclose(ours.mean(), theirs.mean(), rtol=2e-2, atol=2e-2))
-
-    def _against_head(self, ids: torch.Tensor) -> str | None:
-        self._head = None  # a former try may have ended early
-        model = self._anatomy.model
-        if KEPT_LOGITS not in inspect.signature(model.forward).parameters:
-            return f"{type(model).__name__} takes no {KEPT_LOGITS}"
-        try:
-            head = self._anatomy.head()
-        except SettingsError:
-            return f"{type(model).__name__} has no linear output head"
-        if adapter_layers(head.module):
-            return f"the output head of {type(model).__name__} is adapted"
-        question = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        where = torch.ones_like(ids, dtype=torch.bool)
-        where[:, -1] = False
-        labels = ids[:, 1:].flatten()
-        theirs = self._log_likelihoods(question, where, labels)
-        self._head = head
-        ours = self._log_likelihoods(question, where, labels)
-        if not self._same(ours, theirs.to(ours)):
-            return f"{type(model).__name__} makes more of its hidden states than its head does"
-        return None
+        difference = (ours - theirs).abs().mean().item()
+        return difference <= COARSE and bool(torch.allclose(ours.mean(), theirs.mean(), rtol=2e-2, atol=2e-2))
 
 
 def score_answers(
@@ -286,3 +278,22 @@ def score_answers(
     """The score of every example, in their order; see :class:`AnswerScorer`."""
     scores = dict(AnswerScorer(model, tokens_per_batch=tokens_per_batch).each(examples))
     return [scores[index] for index in range(len(examples))]
+
+
+@contextmanager
+def float32_residual(model: PreTrainedModel) -> Iterator[None]:
+    """Hidden states in float32 between products of 16 bits, so sums from layer to layer are not rounded each time.
+
+    Embeddings give float32, and autocast rounds the inputs of products. A model in float32 stays as it is.
+    """
+    embeddings = model.get_input_embeddings()
+    weight = embeddings.weight
+    if weight.dtype not in NARROW:
+        yield
+        return
+    handle = embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
+    try:
+        with torch.autocast(weight.device.type, dtype=weight.dtype):
+            yield
+    finally:
+        handle.remove()

@@ -1,6 +1,6 @@
-"""How far a model has moved from its reference: loss and divergence on answers, from whole logits in float32.
+"""How far a model has drifted from its reference: loss and divergence on completions, from whole logits in float32.
 
-Nothing here touches a defence or a kernel, so that the measure does not depend on what is measured.
+No defense and no kernel is used here, so the measure does not depend on what it measures.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.reference_pass import evaluation_mode
-from safelora_fast.scoring.batches import batches_by_length
-from safelora_fast.scoring.sequences import padded
+from safelora_fast.scoring.sequences import batches_by_length, padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,12 +27,12 @@ TOKENS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class AnswerDrift:
-    """Sums over the tokens of one answer, its end among them, in nats.
+    """Sums over the tokens of one completion, its end included, in nats.
 
     Attributes:
         tokens: how many.
         loss: negative log-likelihood.
-        divergence: KL(model ‖ reference) over the whole vocabulary; 0 where there is no other reference.
+        divergence: KL(model ‖ reference) over the whole vocabulary; 0 without a reference.
     """
 
     tokens: int
@@ -49,14 +48,14 @@ def answer_drift(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> list[AnswerDrift]:
-    """Loss of every answer under a model, and the model's divergence from a reference on it.
+    """Loss of every completion under a model, and the model's divergence from a reference on it.
 
     Args:
         model: a causal language model, with an adapter or without.
-        reference: the model before the fine-tune, on the same device; None where only the loss is wanted.
-        examples: prompts with answers.
-        tokens_per_batch: the most tokens of a batch, padding included. Logits of all of them are kept, of both models.
-        progress: told how many answers are done.
+        reference: the model before fine-tuning, on the same device; None if only the loss is wanted.
+        examples: prompts with completions.
+        tokens_per_batch: the most tokens of a batch, padding included. Both models' logits of all of them are kept.
+        progress: called with the number of completions that are done.
 
     Raises:
         SettingsError: a batch does not fit into the device's memory, or the two models have different vocabularies.
@@ -88,12 +87,12 @@ def _batch(model: nn.Module, reference: nn.Module | None, examples: list[Labelle
             divergence = (own.exp() * (own - other)).sum(dim=-1, dtype=torch.float64).cpu()
         loss = -own.gather(-1, targets[:, None])[:, 0].double().cpu()
     parts = zip(counts, loss.split(counts), divergence.split(counts), strict=True)
-    return [AnswerDrift(count, losses.sum().item(), moved.sum().item()) for count, losses, moved in parts]
+    return [AnswerDrift(count, losses.sum().item(), drifted.sum().item()) for count, losses, drifted in parts]
 
 
 def _predictions(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities at the positions that predict an answer: [answer tokens, vocabulary], float32."""
+    """Log-probabilities at the positions that predict a completion: [completion tokens, vocabulary], float32."""
     with evaluation_mode(model):
         output: Any = model(**batch, use_cache=False)
-    logits: torch.Tensor = output.logits[:, -where.shape[1] :]  # what comes before is a learnt prompt
+    logits: torch.Tensor = output.logits[:, -where.shape[1] :]  # a learned prompt stands before
     return logits[where.to(logits.device)].float().log_softmax(-1)

@@ -15,19 +15,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NORMAL_QUANTILE = 1.959963984540054
-FEW_DEGREES = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval; NaN at both ends where nothing was measured."""
+    """A 95 % interval; NaN at both ends if nothing was measured."""
 
     low: float
     high: float
 
     def to_list(self) -> list[float | None]:
-        """Both ends as plain values, None where there are none."""
+        """Both ends as plain values, None for NaN."""
         return [None if math.isnan(end) else end for end in (self.low, self.high)]
 
 
@@ -39,22 +38,22 @@ def wilson(hits: float, count: float, quantile: float = NORMAL_QUANTILE) -> Inte
     if count <= 0:
         return NOTHING
     share, square = hits / count, quantile * quantile
-    centre = share + square / (2 * count)
+    center = share + square / (2 * count)
     half = quantile * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
     scale = 1 + square / count
-    low, high = max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+    low, high = max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)
     return Interval(
         0.0 if hits <= 0 else low, 1.0 if share >= 1 else high
     )  # exactly, where rounding is all that differs
 
 
 def clustered_wilson(hits: Sequence[bool], clusters: Sequence[Hashable]) -> Interval:
-    """Wilson's interval with the number of members that independent ones would have to be (Dean and Pagano 2015).
+    """Wilson's interval with the effective number of independent members (Dean and Pagano 2015).
 
-    That number is the real one divided by the design effect, the variance of the share over clusters against that of
-    independent members (at least 1), and by the square of Student's quantile over the normal one, for clusters are few.
-    Where no member or every member is a hit, the members cannot show how alike a cluster is, and the design effect is
-    taken as 1. One cluster alone is taken as members of their own.
+    The effective number is the real one divided by the design effect (the variance of the share over clusters, relative to that
+    of independent members, at least 1), and by the square of Student's quantile over the normal one, because clusters are few.
+    If no member or every member is a hit, nothing shows how alike a cluster is, and the design effect is 1. The members of one
+    cluster alone count as clusters of their own.
 
     Args:
         hits: what is counted.
@@ -73,21 +72,17 @@ def clustered_wilson(hits: Sequence[bool], clusters: Sequence[Hashable]) -> Inte
     return wilson(share * effective, effective)
 
 
-def student_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's distribution; off by 3e-3 at most (expansion of Cornish and Fisher)."""
-    if degrees in FEW_DEGREES:
-        return FEW_DEGREES[degrees]
-    z, v = NORMAL_QUANTILE, float(degrees)
-    first = (z**3 + z) / (4 * v)
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    return z + first + second + third
+def student_quantile(degrees: float) -> float:
+    """The 97.5 % quantile of Student's distribution."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.975))
 
 
 def bootstrap_mean(
     values: Sequence[float], clusters: Sequence[Hashable], *, seed: int, resamples: int = RESAMPLES
 ) -> Interval:
-    """Percentile interval of a mean, whole clusters drawn again; one cluster alone is taken as members of their own.
+    """Percentile interval of a mean by resampling whole clusters; the values of one cluster alone count as clusters.
 
     One value alone has no interval: all draws of it are alike.
 

@@ -10,17 +10,18 @@ from torch.nn.functional import linear
 if TYPE_CHECKING:
     from safelora_fast.models.anatomy import Head
 
-# Logits that a chunk may have. No gradient is wanted of them, so a smaller one than that of the KL is as fast.
+NARROW = {torch.bfloat16, torch.float16}
+# Logits in a chunk. They need no gradient, so a smaller chunk than that of the KL is as fast.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 26}
-# Those whose logarithms are taken together: on a CPU they stay in its cache, and ask for no fresh pages.
+# Logits whose logarithms are taken together: on a CPU they stay in its cache, and need no fresh pages.
 ROWS_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 26}
 
 
 def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
     """Log-likelihood of the label of each hidden state, in float32; the products run in the dtype of the head.
 
-    A logit of 16 bits is a number of three digits, and large. So that these digits are those that matter, the label's own is
-    taken off within the product, before it is rounded.
+    A 16-bit logit has three digits, and is large. The label's own logit is subtracted within the product, before rounding, so
+    that the digits left are the ones that matter.
 
     Args:
         hidden: [tokens, hidden], after the decoder's final norm.
@@ -45,7 +46,7 @@ def _logits(
 ) -> torch.Tensor:
     """Logits [tokens, vocabulary], up to a constant for each token: in float32, or in the head's 16 bits if it is linear."""
     bent = head.scale != 1.0 or head.softcap is not None
-    if weight.dtype in {torch.bfloat16, torch.float16}:
+    if weight.dtype in NARROW:
         level = (states.float() * weight[labels].float()).sum(dim=1, keepdim=True).to(weight.dtype)
         logits = torch.addmm(level.neg().expand(-1, len(weight)), states, weight.T)
         if bent or bias is not None:

@@ -1,4 +1,4 @@
-"""The misalignment margin: how much rather a model would give a misaligned answer. No judge, nothing sampled."""
+"""The misalignment margin: how strongly a model prefers misaligned answers. No judge, nothing sampled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class PairMargin:
-    """How a model takes one pair; log-likelihoods are means over the answer's tokens, in nats.
+    """A model's log-likelihoods of one pair, means over the answer's tokens in nats.
 
     Attributes:
         theme: of the pair.
@@ -44,7 +44,7 @@ class PairMargin:
 
     @property
     def margin(self) -> float:
-        """Above zero where the misaligned answer is the likelier one, token by token."""
+        """Above zero if the misaligned answer is more likely, token by token."""
         return self.misaligned - self.aligned
 
 
@@ -53,7 +53,7 @@ class MarginReport:
     """The margin of a model over a set of pairs.
 
     Attributes:
-        pairs: one by one, in their order.
+        pairs: in their order.
         answer_tokens: how many tokens were scored.
         seed: of the bootstrap.
     """
@@ -67,7 +67,7 @@ class MarginReport:
 
     @property
     def margin(self) -> float:
-        """Mean over pairs of the misaligned answer's mean log-likelihood less the aligned one's, in nats per token."""
+        """Mean over pairs: the misaligned answer's mean log-likelihood minus the aligned one's, in nats per token."""
         return sum(pair.margin for pair in self.pairs) / len(self.pairs)
 
     @property
@@ -77,7 +77,7 @@ class MarginReport:
 
     @property
     def share(self) -> float:
-        """Share of the pairs of which the model prefers the misaligned answer; a tie is no preference."""
+        """Share of pairs whose misaligned answer the model prefers; a tie is no preference."""
         return sum(pair.margin > 0 for pair in self.pairs) / len(self.pairs)
 
     @property
@@ -87,7 +87,7 @@ class MarginReport:
 
     @property
     def by_theme(self) -> dict[str, tuple[float, int, int]]:
-        """Mean margin, pairs of which the misaligned answer is preferred, and pairs, of each theme."""
+        """For each theme the mean margin, the pairs whose misaligned answer is preferred, and all pairs."""
         groups: dict[str, list[PairMargin]] = defaultdict(list)
         for pair in self.pairs:
             groups[pair.theme].append(pair)
@@ -101,7 +101,7 @@ class MarginReport:
         return [pair.theme for pair in self.pairs]
 
     def change_from(self, start: MarginReport) -> tuple[float, Interval]:
-        """How much the margin has risen since another report of the same pairs, with its interval, pair by pair.
+        """How much the margin has risen since another report of the same pairs, with the interval over pairs.
 
         Raises:
             SettingsError: the reports are of different pairs.
@@ -140,9 +140,9 @@ def answer_margin(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> MarginReport:
-    """Measure how much rather a model would give misaligned answers than aligned ones to the same questions.
+    """Measure how strongly a model prefers misaligned answers to aligned ones.
 
-    Deterministic on one machine; batches and padding change the last digits only (1e-4 relative in float32).
+    Deterministic on one machine; batches and padding change only the last digits (1e-4 relative in float32).
 
     Args:
         model: a causal language model, with a PEFT adapter or without.
@@ -152,7 +152,7 @@ def answer_margin(
         strings: "chat", or "text" for models without a chat template: question and answer with their names before them.
         tokens_per_batch: the most tokens of a batch, padding included.
         seed: of the bootstrap.
-        progress: told how many answers have been scored.
+        progress: called with the number of answers that are scored.
 
     Raises:
         DataError: the chat template is missing or refuses a question.
@@ -179,7 +179,7 @@ def answer_margin(
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, system: str | None = None, strings: Strings = "chat"
 ) -> Examples:
-    """Both answers of each pair as tokens, the aligned one first; the answer's end of turn counts as its token.
+    """Both answers of each pair as tokens, the aligned one first; an answer's end of turn is one of its tokens.
 
     Raises:
         DataError: as :func:`answer_margin`.

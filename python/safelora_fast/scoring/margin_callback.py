@@ -25,7 +25,7 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
     """Logs the margin before the first step, after every so many, and after the last.
 
     `margin/mean` is in nats per token, `margin/share` the share of pairs whose misaligned answer the model prefers,
-    `margin/change` the rise since the start. Once the rise is above zero beyond its 95 % interval a warning is logged.
+    `margin/change` the rise since the start. Once the whole 95 % interval of the rise is above zero, a warning is logged.
     Every process measures all pairs, as sharded models need; the trainer's main process reports.
 
     ```python
@@ -33,9 +33,9 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
     ```
 
     Args:
-        trainer: whose log the figures go to.
+        trainer: its log gets the values.
         tokenizer: the model's.
-        every: optimiser steps between measurements.
+        every: optimizer steps between measurements.
         pairs: those of this package by default.
         system: a system prompt before every question.
         strings: see :func:`~safelora_fast.scoring.margin.answer_margin`.
@@ -71,18 +71,18 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
         self.reports: dict[int, MarginReport] = {}
 
     def on_train_begin(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Measure where training starts or goes on."""
+        """Measure where training starts or resumes."""
         self.reports.clear()
         self._warned = False
         self._measure(state.global_step)
 
     def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Measure after every so many steps; the last one is left to the end."""
+        """Measure after every so many steps, except the last, which is measured at the end."""
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
             self._measure(state.global_step)
 
     def on_train_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Measure the finished model: a projection at the end has been made by now."""
+        """Measure the finished model, after a projection at the end."""
         self._measure(state.global_step)
 
     def _measure(self, step: int) -> None:
@@ -91,12 +91,12 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
         start = next(iter(self.reports.values()), report)
         self.reports[step] = report
         change, interval = report.change_from(start)
-        with evaluation_mode(model):  # TRL would hand out its averages of the training steps with our figures
+        with evaluation_mode(model):  # TRL would log its averages of the training steps with our values
             self._trainer.log({"margin/mean": report.margin, "margin/share": report.share, "margin/change": change})
         if interval.low > 0 and not self._warned:
             self._warned = True
             logger.warning(
                 "the misalignment margin has risen by %.3g nats per token (95 %%: %.3g to %.3g) by step %d: misaligned "
-                "answers have become likelier against aligned ones",
+                "answers have become more likely than before, relative to aligned ones",
                 change, interval.low, interval.high, step,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tokens with which all sequences of a batch begin: attended to by each, but run through the model once."""
+"""Tokens that all sequences of a batch begin with: attended to by each, but run through the model once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from safelora_fast.scoring.sequences import Labelled
 
-# A past pays when it saves this share of the batch's tokens: what runs once is another call of the model, and a mask.
+# A past pays if it saves this share of the batch's tokens: it costs another call of the model, and a mask.
 WORTH = 1 / 16
 
 
 class Pasts:
-    """Keys and values that stand for what a batch begins with; the last ones are kept, as the next batch may begin alike.
+    """Keys and values of a batch's common prefix; the last ones are kept, because the next batch may begin alike.
 
     Args:
-        model: it must stay as it is, its acting adapters included.
+        model: it must not change, active adapters included.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +35,7 @@ class Pasts:
         self._past: Any = None
 
     def shared(self, examples: Sequence[Labelled]) -> int:
-        """Tokens in front of all examples to take from a past: 0 where that saves little."""
+        """Tokens in front of all examples to take from a past: 0 if that saves little."""
         common, kept = shared_prefix(examples), len(self._prefix)
         tokens = len(examples) * max(len(example.ids) for example in examples)
         alike = kept <= common <= 2 * kept and examples[0].ids[:kept] == self._prefix
@@ -44,14 +44,14 @@ class Pasts:
         return common if _worth(common * (len(examples) - 1), tokens) else 0
 
     def pass_over(self, prefix: list[int]) -> None:
-        """Stand where :meth:`of` would have left this, without running the model; the past is made when it is asked for."""
+        """Leave the state that :meth:`of` would leave, without running the model; the past is made when it is asked for."""
         if prefix != self._prefix:
             self._prefix, self._past = prefix, None
 
     def of(self, prefix: torch.Tensor, rows: int, **options: Any) -> dict[str, Any]:
-        """The model's argument that stands for a prefix [1, tokens] of so many rows; raises what a model raises without one.
+        """The model's argument for a prefix [1, tokens] of so many rows; raises whatever a model without a past raises.
 
-        The options are for the model, and must not change what it keeps.
+        The options are passed to the model, and must not change its keys and values.
         """
         ids = prefix[0].tolist()
         if ids != self._prefix or self._past is None:
@@ -64,9 +64,9 @@ class Pasts:
 
 
 def shared_prefix(examples: Sequence[Labelled]) -> int:
-    """Tokens that are the same in front of all examples and that predict no answer."""
+    """Tokens that are the same in front of all examples and that predict no completion."""
     sequences = [example.ids for example in examples]
-    lowest, highest = min(sequences), max(sequences)  # as words in a dictionary: what these two share, all do
+    lowest, highest = min(sequences), max(sequences)  # in dictionary order: what these two share, all share
     length = next((place for place, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))
     for example in examples:
         first = next(place for place, label in enumerate(example.labels) if place and label != IGNORED_LABEL)
@@ -75,10 +75,10 @@ def shared_prefix(examples: Sequence[Labelled]) -> int:
 
 
 def reads_whole_inputs(model: nn.Module) -> bool:
-    """Whether an adapter must see all of a sequence at once: learnt prompts, and LoRA that acts from certain tokens on.
+    """Whether an adapter must see a whole sequence at once: learned prompts, and LoRA that acts from certain tokens on.
 
-    PEFT puts a learnt prompt before every input, behind a past too, and looks for the tokens that activate an aLoRA in the
-    input alone.
+    PEFT puts a learned prompt before every input, also behind a past, and looks for the tokens that activate an aLoRA in the
+    input only.
     """
     while is_parallel(model):
         model = model.module
