@@ -376,12 +376,12 @@ def test_a_quantized_model_with_scales_of_any_name(llama, tmp_path, beside):
         lambda tensors: {**tensors, f"{name}.{beside}": torch.ones(1)},
         config={"quantization_config": {"quant_method": "other"}},
     )
-    with pytest.raises(CheckpointError, match=rf"{name}\.weight is quantised \({name}\.{beside} lies beside it"):
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight is quantized \({name}\.{beside} lies beside it"):
         project_adapter(adapter, aligned=scaled, base=folders[1], output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("role", ["aligned", "base"])
-def test_quantised_checkpoints_are_refused(llama, tmp_path, role):
+def test_quantized_checkpoints_are_refused(llama, tmp_path, role):
     folders, adapter, _, _, _ = llama
     sources = dict(zip(("aligned", "base"), folders, strict=True))
     name = "model.layers.0.self_attn.q_proj"
@@ -390,7 +390,7 @@ def test_quantised_checkpoints_are_refused(llama, tmp_path, role):
         return {**{k: v for k, v in tensors.items() if k != f"{name}.weight"}, f"{name}.qweight": torch.ones(2, 2)}
 
     silent = {**sources, role: rewrite(sources[role], tmp_path / "silent", packed)}
-    with pytest.raises(PairingError, match=rf"{name}: the {role} model .* holds it quantised"):
+    with pytest.raises(PairingError, match=rf"{name}: the {role} model .* holds it quantized"):
         project_adapter(adapter, **silent, output=tmp_path / "out")
     unknown = {
         **sources,
@@ -402,7 +402,7 @@ def test_quantised_checkpoints_are_refused(llama, tmp_path, role):
         ),
     }
     with pytest.raises(
-        PairingError, match=rf"{name}: the {role} model .* is quantised as its config.json says .other."
+        PairingError, match=rf"{name}: the {role} model .* is quantized as its config.json says .other."
     ):
         project_adapter(adapter, **unknown, output=tmp_path / "out")
     integers = rewrite(
@@ -410,7 +410,7 @@ def test_quantised_checkpoints_are_refused(llama, tmp_path, role):
         tmp_path / "integers",
         lambda tensors: {**tensors, f"{name}.weight": torch.ones(32, 32).to(torch.int8)},
     )
-    with pytest.raises(CheckpointError, match="is I8; weights must be F32, BF16 or F16, not quantised"):
+    with pytest.raises(CheckpointError, match="is I8; weights must be F32, BF16 or F16, not quantized"):
         project_adapter(adapter, **{**sources, role: integers}, output=tmp_path / "out")
     scaled = {
         **sources,
@@ -418,7 +418,7 @@ def test_quantised_checkpoints_are_refused(llama, tmp_path, role):
             sources[role], tmp_path / "scaled", lambda tensors: {**tensors, f"{name}.weight_scale_inv": torch.ones(1)}
         ),
     }
-    with pytest.raises(CheckpointError, match="is quantised"):
+    with pytest.raises(CheckpointError, match="is quantized"):
         project_adapter(adapter, **scaled, output=tmp_path / "out")
 
 

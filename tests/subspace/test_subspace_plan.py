@@ -171,7 +171,7 @@ def test_the_tensors_tell_whether_a_model_is_quantized(llama, tmp_path, caplog):
     def integers(tensors):
         return {**tensors, name: tensors[name].to(torch.int8)}
 
-    with pytest.raises(CheckpointError, match="is I8; weights must be F32, BF16 or F16, not quantised"):
+    with pytest.raises(CheckpointError, match="is I8; weights must be F32, BF16 or F16, not quantized"):
         SafeSubspace.build(aligned=folders["aligned"], base=rewrite(plain, tmp_path / "packed", integers))
 
 

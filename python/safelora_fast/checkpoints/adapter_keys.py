@@ -1,7 +1,7 @@
-"""The keys under which PEFT looks for an adapter's tensors, and what becomes of keys that it would pass over.
+"""The keys under which PEFT looks for an adapter's tensors.
 
-PEFT takes a factor only under the exact name of its module behind `base_model.model.`, and leaves every other tensor out,
-with a warning at most: B stays zero. So what is projected is written under the keys that PEFT reads, where these are certain.
+PEFT takes lora_A and lora_B only under the exact name of their module behind `base_model.model.`. It skips every other
+tensor with a warning at most, and B stays zero. So output is written under the keys that PEFT reads, where these are certain.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 PREFIX = "base_model.model."
-# Components that torch.compile, FSDP, activation checkpointing and DDP put into the names of a model's modules.
+# What torch.compile, FSDP, activation checkpointing and DDP add to the names of a model's modules.
 TRAINING_WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
 )
 NAMED_FACTOR = re.compile(r"(.+\.lora_(?:embedding_)?[AB])\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?")
 FACTOR = re.compile(r"(.+\.lora_(embedding_)?[AB])(\.weight)?")
-# What modules_to_save and trainable_token_indices train, with the adapter's name that PEFT takes out when it saves.
+# Of modules_to_save and trainable_token_indices, with the adapter's name, which PEFT drops when it saves.
 NAMED_COPY = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)|(.+\.trainable_tokens_delta)\.([^.]+)")
 
 
 def peft_keys(folder: object, keys: Iterable[str]) -> dict[str, str]:
     """The key that PEFT reads for every key of an adapter's file, as far as the keys alone tell.
 
-    Wrappers of training are taken out, `base_model.model.` is put in front exactly once, the adapter's name is taken out,
-    and `.weight` is put behind lora_A and lora_B and taken off the factors of embeddings.
+    Wrappers of training and the adapter's name are removed, `base_model.model.` stands in front exactly once, and `.weight`
+    ends lora_A and lora_B but not lora_embedding_A and lora_embedding_B.
 
     Raises:
-        AdapterError: the keys carry names of several adapters, or two of them become one.
+        AdapterError: the keys name several adapters, or two of them become one.
     """
     found: dict[str, str] = {}
     owners: dict[str, str] = {}
@@ -62,7 +62,7 @@ def peft_keys(folder: object, keys: Iterable[str]) -> dict[str, str]:
 
 
 def is_targeted(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT gives a module factors, by target_modules, exclude_modules and layers_to_transform; True where unknown."""
+    """Whether PEFT adapts a module, by target_modules, exclude_modules and layers_to_transform; True where unknown."""
     excluded, targets = config.get("exclude_modules"), config.get("target_modules")
     if excluded and _named(name, excluded):
         return False
@@ -70,11 +70,9 @@ def is_targeted(name: str, config: Mapping[str, Any]) -> bool:
         return True
     if not _named(name, targets):
         return False
-    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or [r"[^.]*"]
     if layers is None or layers == [] or isinstance(targets, str):
         return True
-    if not patterns:
-        patterns = [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
             return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
@@ -82,7 +80,7 @@ def is_targeted(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _named(name: str, wanted: object) -> bool:
-    """Whether a pattern matches the whole name, or a list holds its end."""
+    """Whether a pattern matches the whole name, or a list has its end."""
     if isinstance(wanted, str):
         try:
             return re.fullmatch(wanted, name) is not None

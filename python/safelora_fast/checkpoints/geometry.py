@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from safelora_fast import _core
 from safelora_fast.checkpoints.adapter import FLOATS
-from safelora_fast.checkpoints.experts import stored_in_out
-from safelora_fast.checkpoints.orientation import kept_in_out
+from safelora_fast.checkpoints.orientation import experts_in_out, linear_in_out
 from safelora_fast.checkpoints.pairing import INPUT_EMBEDDINGS, TensorNames
 from safelora_fast.checkpoints.tensor_names import Piece, canonical
 from safelora_fast.errors import CheckpointError, PairingError
@@ -38,7 +37,7 @@ class Block:
 
     @property
     def identity(self) -> tuple[str, str, int, int, int]:
-        """What tells one block from another."""
+        """Equal for equal blocks."""
         return self.file.path, self.tensor, self.offset, self.rows, self.cols
 
     def cut(self, start: int, rows: int) -> Block:
@@ -54,7 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as it is stored: blocks of rows, and whether they are of the transpose of (out, in)."""
+    """A weight as it is stored: blocks of rows; if `transposed`, of the transpose of (out, in)."""
 
     blocks: tuple[Block, ...]
     transposed: bool = False
@@ -69,17 +68,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The parameters of one module with experts: a tensor that holds all of them, or the pieces of each expert."""
+    """The parameters of one module with experts: for each, a tensor of all experts or the pieces of each expert."""
 
     module: str
     parameters: Mapping[str, str | tuple[tuple[Piece, ...], ...]]
 
     @staticmethod
     def locate(names: TensorNames, modules: Sequence[LoraModule]) -> ExpertWeights:
-        """Find the parameters that the factors of these modules may stand for.
+        """Find the parameters that lora_A and lora_B of these modules may stand for.
 
         Raises:
-            PairingError: when one of them is missing.
+            PairingError: one of them is missing.
         """
         module = modules[0].name
         wanted = modules[0].parameters or ("gate_up_proj", "down_proj")
@@ -104,21 +103,21 @@ class ExpertWeights:
                 yield from (piece.tensor for pieces in weight for piece in pieces)
 
     def matrices(self, names: TensorNames, parameter: str) -> list[Matrix]:
-        """One matrix for each expert."""
+        """One matrix for each expert.
+
+        Raises:
+            PairingError, CheckpointError: as of :func:`matrix_of`.
+        """
         weight = self.parameters[parameter]
-        if isinstance(weight, str):
-            entry = _entry(names, weight)
-            if len(entry.shape) == 2:
-                return [Matrix(_blocks(names, (Piece(weight),), self.module, None))]
-            if len(entry.shape) != 3:
-                raise PairingError(f"{self.module}: {weight} has shape {list(entry.shape)}; experts need three axes")
-            shape = entry.shape[1], entry.shape[2]
-            transposed = _stored_in_out(names, weight, parameter, shape)
-            return [
-                Matrix(_blocks(names, (Piece(weight, expert),), self.module, None), transposed)
-                for expert in range(entry.shape[0])
-            ]
-        return [Matrix(_blocks(names, pieces, self.module, None), bool(pieces[0].transposed)) for pieces in weight]
+        if not isinstance(weight, str):
+            return [Matrix(_blocks(names, pieces, self.module), bool(pieces[0].transposed)) for pieces in weight]
+        if self.flat(names, parameter):
+            return [Matrix(_blocks(names, (Piece(weight),), self.module))]
+        count, *shape = _entry(names, weight).shape
+        if len(shape) != 2:
+            raise PairingError(f"{self.module}: {weight} has shape {[count, *shape]}; experts need three axes")
+        transposed = experts_in_out(names, weight, parameter, (shape[0], shape[1]))
+        return [Matrix(_blocks(names, (Piece(weight, one),), self.module), transposed) for one in range(count)]
 
     def shapes(self, names: TensorNames) -> dict[str, tuple[int, int]]:
         """(out, in) of one expert, for each parameter."""
@@ -145,21 +144,23 @@ def matrix_of(
         names: the checkpoint.
         pieces: where `TensorNames.weight` found it.
         module: its name.
-        shape: (out, in) as the adapter's factors tell; None where there are none, and then the config of the model
-            says where a fused weight is cut.
+        shape: (out, in) by the adapter. None without one; then config.json tells where a fused weight is cut.
         embedding: the module is an embedding, whose update PEFT keeps as (hidden, vocabulary).
         fan_in_fan_out: of the adapter's configuration.
 
     Raises:
-        PairingError: when the tensors are no matrices, or cannot be cut as their names say.
-        CheckpointError: when they are quantised.
+        PairingError: the tensors are no matrices, or cannot be cut as their names say.
+        CheckpointError: they are quantized.
     """
     vocabulary = canonical(module) in VOCABULARY
     if embedding:
-        return Matrix(_blocks(names, pieces, module, None), transposed=True, vocabulary=vocabulary)
-    transposed = pieces[0].transposed
+        return Matrix(_blocks(names, pieces, module), transposed=True, vocabulary=vocabulary)
+    tensor, transposed = pieces[0].tensor, pieces[0].transposed
     if transposed is None:
-        transposed = len(pieces) == 1 and _is_conv1d(names, pieces[0], module, shape, fan_in_fan_out=fan_in_fan_out)
+        stored = _entry(names, tensor).shape
+        transposed = len(pieces) == 1 and linear_in_out(
+            names, tensor, stored, module, shape, fan_in_fan_out=fan_in_fan_out
+        )
     rows = None if transposed else _part_rows(names, pieces[0], module) if shape is None else shape[0]
     return Matrix(_blocks(names, pieces, module, rows), transposed, vocabulary)
 
@@ -190,90 +191,52 @@ def _cut(blocks: Sequence[Block], edges: Sequence[int]) -> tuple[Block, ...]:
 
 
 def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
-    """Rows of a part of a fused weight: half, or what the model's configuration says of heads; None for a whole one.
-
-    Raises:
-        PairingError: when the configuration does not say.
-    """
+    """Rows of a part of a fused weight by config.json; None for a whole weight."""
     if piece.count == 1:
         return None
-    entry = _entry(names, piece.tensor)
-    height = entry.shape[-2]
+    height = _entry(names, piece.tensor).shape[-2]
     if piece.count == 2:
         return height // 2
-    heads, size, hidden = (names.setting(name) for name in ("num_attention_heads", "head_dim", "hidden_size"))
-    if not (_is_count(heads) and (_is_count(size) or _is_count(hidden))):
+    settings = (names.setting(name) for name in ("num_attention_heads", "head_dim", "hidden_size"))
+    heads, size, hidden = (value if COUNT.fits(value) else 0 for value in settings)
+    if not (heads and (size or hidden)):
         raise PairingError(
             f"{module}: config.json of the {names.role} model {names.checkpoint.description} does not tell how many "
             f"rows of {piece.tensor} are queries; name {piece.tensor.removesuffix('.weight').rpartition('.')[2]} instead"
         )
-    queries: int = heads * (size if _is_count(size) else hidden // heads)
+    queries: int = heads * (size or hidden // heads)
     return queries if piece.index == 0 else (height - queries) // 2
-
-
-def _is_count(value: object) -> bool:
-    return COUNT.fits(value) and value != 0
-
-
-def _is_conv1d(
-    names: TensorNames, piece: Piece, module: str, shape: tuple[int, int] | None, *, fan_in_fan_out: bool
-) -> bool:
-    """Whether a linear weight is kept as (in, out).
-
-    Raises:
-        PairingError: for a square weight of which nothing tells.
-    """
-    stored, model_type = _entry(names, piece.tensor).shape, names.setting("model_type")
-    leaf = module.rpartition(".")[2]
-    told = kept_in_out(leaf, stored, shape, model_type, fan_in_fan_out=fan_in_fan_out)
-    if told is None:
-        raise PairingError(
-            f"{module}: neither its name nor config.json of the {names.role} model {names.checkpoint.description} tells "
-            f"whether {piece.tensor} {list(stored)} is kept (out, in), as by Linear, or (in, out), as by Conv1D"
-        )
-    return told
-
-
-def _stored_in_out(names: TensorNames, tensor: str, parameter: str, shape: tuple[int, int]) -> bool:
-    """Whether an expert is kept as (in, out), as the model's configuration tells."""
-    told = stored_in_out(parameter, shape, names.setting("hidden_size"), names.setting("model_type"))
-    if told is None:
-        raise PairingError(
-            f"{tensor}: nothing tells whether its experts are kept (out, in) or (in, out); put the {names.role} model's "
-            f"config.json beside it ({names.checkpoint.description})"
-        )
-    return told
 
 
 def _entry(names: TensorNames, tensor: str) -> TensorEntry:
     entry = names.checkpoint.tensor(tensor)
-    names.refuse_quantised(tensor)
+    names.refuse_quantized(tensor)
     if entry.dtype not in FLOATS:
         where = f"{names.checkpoint.description}: {tensor} of the {names.role} model is {entry.dtype}"
-        raise CheckpointError(f"{where}; weights must be F32, BF16 or F16, not quantised")
+        raise CheckpointError(f"{where}; weights must be F32, BF16 or F16, not quantized")
     return entry
 
 
-def _blocks(names: TensorNames, pieces: Sequence[Piece], module: str, rows: int | None) -> tuple[Block, ...]:
+def _blocks(names: TensorNames, pieces: Sequence[Piece], module: str, rows: int | None = None) -> tuple[Block, ...]:
     return tuple(_block(names, piece, module, rows) for piece in pieces)
 
 
 def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> Block:
-    """The block of a piece; `rows` is the height of the module's weight, which says where a fused one is cut."""
+    """The block of a piece; a fused weight is cut by `rows`, the height of the module's own weight."""
     entry = _entry(names, piece.tensor)
     model = f"the {names.role} model {names.checkpoint.description}"
     where = f"{module}: {piece.tensor} of {model} has shape {list(entry.shape)}"
     if len(entry.shape) != (2 if piece.expert is None else 3):
         raise PairingError(f"{where}; only linear layers, embeddings and experts can be projected")
-    height, width = entry.shape[-2:]
     if 0 in entry.shape:
         raise PairingError(f"{where}; it is empty")
+    height, width = entry.shape[-2:]
     offset = 0
     if piece.expert is not None:
         if piece.expert >= entry.shape[0]:
             raise PairingError(f"{where}, so it has no expert {piece.expert}")
-        leaf = piece.tensor.rpartition(".")[2]
-        if piece.count > 1 and _stored_in_out(names, piece.tensor, leaf, (height, width)):
+        parameter = piece.tensor.rpartition(".")[2]
+        if piece.count > 1 and experts_in_out(names, piece.tensor, parameter, (height, width)):
             raise PairingError(f"{where}: it is kept (experts, in, out), and cannot be cut by output rows")
         offset = piece.expert * math.prod(entry.shape[1:])
     block = Block(piece.tensor, entry.file, entry.dtype, entry.begin, offset, height, width)

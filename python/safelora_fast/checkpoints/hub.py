@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 SECONDS_TO_ANSWER = 5
 SECONDS_BETWEEN_TRIES = 1
 SECONDS_MISSED = 60
-_missed: dict[str, float] = {}  # when an endpoint was found to be out of reach: the next repository does not try again
+_missed: dict[str, float] = {}  # when an endpoint was out of reach, so that the next repository does not try again
 
 
 class Repository:
-    """One repository at one revision; the first file settles the commit, and the others are of that commit.
+    """One repository at one revision. The first file fetched settles the commit, and all others are of that commit.
 
     Args:
         name: the repository's id.
@@ -41,10 +41,10 @@ class Repository:
         self._hint = hint
 
     def fetch(self, file: str) -> Path:
-        """Where the file lies, after fetching it if need be.
+        """The path of a file in the Hub's cache, fetched if need be.
 
         Raises:
-            CheckpointError: when the repository does not hold it, or it cannot be fetched.
+            CheckpointError: the repository does not hold it, or it cannot be fetched.
         """
         found = self.fetch_if_there(file)
         if found is None:
@@ -52,27 +52,23 @@ class Repository:
         return found
 
     def fetch_if_there(self, file: str, *, or_in_cache: bool = False) -> Path | None:
-        """Where the file lies, or None when the repository does not hold it.
+        """The path of a file in the Hub's cache; None if the repository does not hold it.
 
         Args:
             file: its path in the repository.
-            or_in_cache: answer None too when it is not in the cache and the Hub is out of reach.
+            or_in_cache: give None too if the file is not in the cache and the Hub is out of reach.
 
         Raises:
-            CheckpointError: when it cannot be fetched.
+            CheckpointError: it cannot be fetched.
         """
-        from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import (
             EntryNotFoundError,
-            GatedRepoError,
             HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
         )
 
-        what = self._what
         revision = self.commit or self.revision
         try:
             path = Path(hf_hub_download(self.name, file, revision=revision, local_files_only=not self.within_reach))
@@ -81,45 +77,45 @@ class Repository:
                 return None
             raise CheckpointError(
                 f"{self.name}: there is no such path here, and {file} is neither in the Hub's cache nor within reach; go "
-                f"online, or give {what} as a path{self._hint}"
+                f"online, or give {self._what} as a path{self._hint}"
             ) from error
         except EntryNotFoundError:
             return None
-        except HFValidationError as error:
-            raise CheckpointError(
-                f"{self.name}: {what} is neither a local path nor a name that the Hub allows{self._hint}"
-            ) from error
-        except GatedRepoError as error:
-            raise CheckpointError(
-                f"{self.name}: {what} is gated: accept its terms on {constants.ENDPOINT}/{self.name}, then log in with "
-                "`hf auth login` or set HF_TOKEN"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"{self.name}: {what} is neither a local path nor a repository that you may read; check the name and "
-                f"your token{self._hint}"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise CheckpointError(
-                f"{self.name}: has no revision {self.revision!r}; check what follows the @ of {what}"
-            ) from error
-        except (HfHubHTTPError, OSError) as error:
-            raise CheckpointError(f"{self.name}: cannot fetch {file}: {str(error).splitlines()[0]}") from error
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise CheckpointError(f"{self.name}: {self._reason(error, file)}") from error
         self.commit = self.commit or _commit_of(path)
         return path
 
+    def _reason(self, error: Exception, file: str) -> str:
+        from huggingface_hub import constants, errors
+
+        match error:
+            case errors.HFValidationError():
+                return f"{self._what} is neither a local path nor a name that the Hub allows{self._hint}"
+            case errors.GatedRepoError():
+                page = f"{constants.ENDPOINT}/{self.name}"
+                return f"{self._what} is gated: accept its terms on {page}, then log in with `hf auth login` or set HF_TOKEN"
+            case errors.RepositoryNotFoundError():
+                return (
+                    f"{self._what} is neither a local path nor a repository that you may read; check the name and your token"
+                    f"{self._hint}"
+                )
+            case errors.RevisionNotFoundError():
+                return f"has no revision {self.revision!r}; check what follows the @ of {self._what}"
+        return f"cannot fetch {file}: {str(error).splitlines()[0]}"
+
     @cached_property
     def within_reach(self) -> bool:
-        """Whether the Hub can be connected to."""
+        """Whether the Hub answers."""
         from huggingface_hub import hf_hub_url
 
         return is_within_reach(hf_hub_url(self.name, "config.json"))
 
 
 def is_within_reach(url: str) -> bool:
-    """Whether the Hub answers at all to a request for the head of a URL of its own, found out without noise.
+    """Whether the Hub answers a HEAD request for one of its URLs.
 
-    Left to themselves, `hf_hub_download` and `load_dataset` warn and try again for half a minute.
+    Asked first because `hf_hub_download` and `load_dataset` warn and retry for half a minute.
     """
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -132,7 +128,7 @@ def is_within_reach(url: str) -> bool:
         except (HfHubHTTPError, HFValidationError):
             return True
         except Exception as error:
-            # requests or httpx, by the version of huggingface_hub: both call it Connect… when nobody is there.
+            # Connect… in requests and in httpx, which versions of huggingface_hub use: nobody is there.
             if not type(error).__name__.startswith("Connect"):
                 return True
             time.sleep(pause)
@@ -144,11 +140,11 @@ def is_within_reach(url: str) -> bool:
 
 @contextlib.contextmanager
 def offline_unless(within_reach: bool, *settings: Any) -> Iterator[None]:
-    """Have libraries ask the Hub's cache alone where the Hub is out of reach.
+    """Let libraries use only the Hub's cache while the Hub is out of reach.
 
     Args:
         within_reach: whether it answers.
-        settings: modules whose `HF_HUB_OFFLINE` they look at.
+        settings: modules whose `HF_HUB_OFFLINE` the libraries read.
     """
     former = [module.HF_HUB_OFFLINE for module in settings]
     try:
@@ -161,5 +157,5 @@ def offline_unless(within_reach: bool, *settings: Any) -> Iterator[None]:
 
 
 def _commit_of(path: Path) -> str | None:
-    """The commit that a file of the cache belongs to: the folder under `snapshots`."""
+    """The commit of a file in the cache: the folder under `snapshots`."""
     return next((inner.name for inner in path.parents if inner.parent.name == "snapshots"), None)

@@ -1,7 +1,7 @@
 """From the name of a module to the tensors of a checkpoint that hold its weight: by name, never by position.
 
-An exact name wins. Otherwise names are compared after wrappers at their front (`model.`, `language_model.`, …) are
-taken off and spellings that transformers converts while loading are made one; exactly one tensor must be left.
+An exact name wins. Otherwise names are compared without the wrappers at their front (`model.`, `language_model.`, …), in one
+spelling where transformers converts spellings while loading. Exactly one tensor must be left.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 FUSED_IN = {part: (fused, index) for fused, parts in FUSED.items() for index, part in enumerate(parts)}
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
-QUANTISED = (
+QUANTIZED = (
     *("qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv", "weight_format"),
     *("weight.absmax", "weight.quant_map", "SCB", "weight.SCB"),
 )
 
 
 class TensorNames:
-    """The names of one checkpoint, ready to be asked for."""
+    """The names of one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, role: Literal["aligned", "base"]) -> None:
         self.checkpoint = checkpoint
@@ -56,16 +56,16 @@ class TensorNames:
         return names
 
     def setting(self, name: str) -> Any:
-        """A setting of config.json, looked up in the text model's part too."""
+        """A setting of config.json, or of its `text_config`."""
         inner = self.config.get("text_config")
         value = self.config.get(name)
         return inner.get(name) if value is None and isinstance(inner, dict) else value
 
     def find(self, name: str) -> str | None:
-        """The one tensor of this name; None when there is none.
+        """The one tensor of this name; None if there is none.
 
         Raises:
-            PairingError: when several tensors differ from it by wrappers or by the tower that they belong to only.
+            PairingError: several tensors differ from it only by wrappers or by their tower.
         """
         found = self._index.find(name, self._tower)
         if len(found) > 1:
@@ -77,10 +77,10 @@ class TensorNames:
         return found[0] if found else None
 
     def weight(self, module: str) -> tuple[Piece, ...]:
-        """The pieces, stacked by rows, that hold the weight of a linear or embedding module.
+        """The pieces, stacked by rows, that make the weight of a linear or embedding module.
 
         Raises:
-            PairingError: when there are none, naming the nearest candidates.
+            PairingError: there are none; the nearest names are told.
         """
         if whole := self.find(f"{module}.weight"):
             return (Piece(whole),)
@@ -107,28 +107,22 @@ class TensorNames:
         return converted.matrices if converted.of_experts else converted.matrices[0][0].tensor
 
     def missing(self, module: str, looked_for: str) -> PairingError:
-        """The error for a module that has no tensor, with the nearest names."""
-        name = canonical(looked_for)
-        stem = name.removesuffix(".weight")
-        for ending in QUANTISED:
-            if found := self._index.by_canonical.get(f"{stem}.{ending}"):
-                return PairingError(
-                    f"{module}: the {self.role} model {self.checkpoint.description} holds it quantised ({found[0]}); "
-                    "give the weights that it was quantised from"
-                )
+        """The error for a module without a tensor: it is quantized, or the nearest names."""
+        name, model = canonical(looked_for), f"{module}: the {self.role} model {self.checkpoint.description}"
+        original = "give the weights that it was quantized from"
+        for ending in QUANTIZED:
+            if found := self._index.by_canonical.get(f"{name.removesuffix('.weight')}.{ending}"):
+                return PairingError(f"{model} holds it quantized ({found[0]}); {original}")
         if (method := self.checkpoint.quantization) is not None:
             return PairingError(
-                f"{module}: the {self.role} model {self.checkpoint.description} has no tensor {looked_for}, and is quantised as "
-                f"its config.json says ({method}); give the weights that it was quantised from"
+                f"{model} has no tensor {looked_for}, and is quantized as its config.json says ({method}); {original}"
             )
         near = self._nearest(name)
         candidates = f"the nearest are {', '.join(near)}" if near else "none has a similar name"
-        return PairingError(
-            f"{module}: the {self.role} model {self.checkpoint.description} has no tensor {looked_for}; {candidates}"
-        )
+        return PairingError(f"{model} has no tensor {looked_for}; {candidates}")
 
     def _nearest(self, name: str) -> list[str]:
-        """Up to three tensors of similar names; compared without numbers, of which a large model has thousands."""
+        """Up to three tensors of similar names. Names are compared without numbers, of which a large model has thousands."""
         if self._by_pattern is None:
             self._by_pattern = defaultdict(dict)
             for known, tensors in self._index.by_canonical.items():
@@ -139,17 +133,17 @@ class TensorNames:
             near += alike.get(numbers) or next(iter(alike.values()))
         return near[:3]
 
-    def refuse_quantised(self, tensor: str) -> None:
-        """Refuse a weight that has the scales of a quantised one beside it."""
+    def refuse_quantized(self, tensor: str) -> None:
+        """Raise CheckpointError if the scales of a quantized weight lie beside a tensor."""
         module = tensor.removesuffix(".weight")
-        beside: tuple[str, ...] = QUANTISED
-        if self.checkpoint.quantization is not None:  # whatever its method calls them
+        beside: tuple[str, ...] = QUANTIZED
+        if self.checkpoint.quantization is not None:  # by whatever names its method has
             beside += tuple(name.removeprefix(f"{module}.") for name in self._beside[module] - {"weight", "bias"})
         for ending in beside:
             if f"{module}.{ending}" in self.checkpoint:
                 raise CheckpointError(
-                    f"{self.checkpoint.description}: {tensor} is quantised ({module}.{ending} lies beside it); give "
-                    f"the weights that the {self.role} model was quantised from"
+                    f"{self.checkpoint.description}: {tensor} is quantized ({module}.{ending} lies beside it); give "
+                    f"the weights that the {self.role} model was quantized from"
                 )
 
     @cached_property
@@ -163,7 +157,7 @@ class TensorNames:
         return found
 
     def _tied(self, module: str) -> tuple[Piece, ...] | None:
-        """Head and input embeddings may be one tensor, which transformers saves once."""
+        """Head and input embeddings can be one tensor, which transformers saves once."""
         name = canonical(module)
         others = INPUT_EMBEDDINGS if name == HEAD else (*SHARED, HEAD) if name in SHARED else (HEAD,)
         known = name == HEAD or name in INPUT_EMBEDDINGS
@@ -176,36 +170,33 @@ class TensorNames:
 
     def _separate(self, module: str) -> tuple[Piece, ...] | None:
         """The module's own tensor, or those of the modules that it fuses."""
-        if whole := self.find(f"{module}.weight"):
-            return (Piece(whole),)
-        return self._stacked(module)
+        whole = self.find(f"{module}.weight")
+        return (Piece(whole),) if whole else self._stacked(module)
 
     def _stacked(self, module: str) -> tuple[Piece, ...] | None:
+        """The tensors of the modules that this one fuses."""
         owner, _, leaf = module.rpartition(".")
-        if leaf not in FUSED:
-            return None
-        found = [self.find(f"{owner}.{part}.weight") for part in FUSED[leaf]]
-        pieces = tuple(Piece(tensor) for tensor in found if tensor is not None)
-        return pieces if len(pieces) == len(found) else None
+        found = [self.find(f"{owner}.{part}.weight") for part in FUSED.get(leaf, ())]
+        return tuple(Piece(tensor) for tensor in found if tensor) if found and all(found) else None
 
     def _fused(self, module: str) -> tuple[Piece, ...] | None:
+        """The part of the tensor that fuses this module with others."""
         owner, _, leaf = module.rpartition(".")
+        return self._part(owner, leaf, ".weight")
+
+    def _part(self, owner: str, leaf: str, ending: str, expert: int | None = None) -> tuple[Piece, ...] | None:
         if leaf not in FUSED_IN:
             return None
         fused, index = FUSED_IN[leaf]
-        tensor = self.find(f"{owner}.{fused}.weight")
-        return (Piece(tensor, index=index, count=len(FUSED[fused])),) if tensor else None
+        tensor = self.find(f"{owner}.{fused}{ending}")
+        return (Piece(tensor, expert, index, len(FUSED[fused])),) if tensor else None
 
     def _expert(self, module: str) -> tuple[Piece, ...] | None:
-        """One expert's module where the checkpoint keeps all experts in one tensor."""
+        """One expert's module where one tensor has all experts."""
         match = EXPERT.fullmatch(canonical(f"{module}.weight").removesuffix(".weight"))
         if match is None:
             return None
-        expert, leaf = int(match["index"]), match["leaf"]
-        if tensor := self.find(f"{match['experts']}.{leaf}"):
+        owner, expert, leaf = match["experts"], int(match["index"]), match["leaf"]
+        if tensor := self.find(f"{owner}.{leaf}"):
             return (Piece(tensor, expert),)
-        if leaf in FUSED_IN:
-            fused, index = FUSED_IN[leaf]
-            if tensor := self.find(f"{match['experts']}.{fused}"):
-                return (Piece(tensor, expert, index, len(FUSED[fused])),)
-        return None
+        return self._part(owner, leaf, "", expert)
