@@ -357,27 +357,9 @@ def test_env_names_the_kernels(call):
         assert words in out
 
 
-COMMANDS = (
-    "",
-    "project",
-    "inspect",
-    "subspace",
-    "subspace build",
-    "subspace show",
-    "train",
-    "select",
-    "persona",
-    "persona extract",
-    "persona show",
-    "margin",
-    "evaluate",
-    "rejudge",
-    "operator-swap",
-    "operator-swap make",
-    "operator-swap score",
-    "env",
-    "demo",
-)
+COMMANDS = ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "select", "persona"]
+COMMANDS += ["persona extract", "persona show", "margin", "evaluate", "rejudge", "operator-swap", "operator-swap make"]
+COMMANDS += ["operator-swap score", "env", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -43,18 +43,6 @@ def test_a_file_of_the_safetensors_library_is_read_as_it_is(tmp_path: Path) -> N
         file.read("other")
 
 
-def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}, path)
-    content = path.read_bytes()
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match="truncated") as caught:
-            _core.SafetensorsFile(str(path))
-        assert str(caught.value).startswith(f"{path}: ")
-        assert "\n" not in str(caught.value)
-
-
 def test_a_view_keeps_its_file_open(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": np.ones((2, 3), np.float32)}, path)
@@ -99,20 +87,8 @@ def test_an_index_gives_absolute_paths(tmp_path: Path, monkeypatch: pytest.Monke
     assert _core.read_index("index.json") == expected
 
 
-@pytest.mark.parametrize(
-    ("shard", "message"),
-    [
-        ("../outside.safetensors", "leaves the folder"),
-        ("/etc/hostname", "leaves the folder"),
-        ("missing.safetensors", "which is missing"),
-        (5, "expected a string"),
-    ],
-)
-def test_an_index_that_lies_is_refused(tmp_path: Path, shard: object, message: str) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (tmp_path / "outside.safetensors").touch()
-    path = folder / "index.json"
-    path.write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(CheckpointError, match=message):
+def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    with pytest.raises(CheckpointError, match="leaves the folder"):
         _core.read_index(str(path))

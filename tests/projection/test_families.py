@@ -124,19 +124,6 @@ def test_square_linear_is_not_transposed_by_a_wrong_fan_in_fan_out(tmp_path):
     ).read_bytes()
 
 
-@pytest.mark.parametrize("rank", [16, 32])
-def test_rank_equal_to_the_width(tmp_path, rank):
-    """With m = r both factors have the same first axis: they are told apart by their keys."""
-    check(tmp_path, "llama", r=rank, target_modules=["k_proj", "q_proj"])
-
-
-def test_biases_are_not_taken_for_weights(tmp_path):
-    """Qwen2's q_proj.bias contains the module's name, and is no matrix."""
-    result = check(tmp_path, "qwen2")
-    assert all(source.aligned.endswith(".weight") for module in result.plan.modules for source in module.sources)
-    assert any(name.endswith("q_proj.bias") for name in load_file(tmp_path / "aligned" / "model.safetensors"))
-
-
 def test_adapters_share_a_job(tmp_path):
     (aligned, base), folders = pair(tmp_path, "mistral")
     base_weights = weights(adapt(base, target_modules=["q_proj", "o_proj", "down_proj"]))
@@ -151,15 +138,6 @@ def test_adapters_share_a_job(tmp_path):
     assert_projected(results[1], adapted, base_weights, name="other")
     counts = {module.name.rpartition(".")[2]: len(module.group.factors) for module in results[0].plan.modules}
     assert counts == {"q_proj": 1, "o_proj": 2, "down_proj": 1}
-
-
-def test_an_adapter_of_another_name(tmp_path):
-    (aligned, base), folders = pair(tmp_path, "llama")
-    adapted = adapt(aligned, name="narrow", target_modules=["v_proj"])
-    base_weights = weights(adapt(base, target_modules=["v_proj"]))
-    adapted.save_pretrained(tmp_path / "adapter")
-    (result,) = project([tmp_path / "adapter" / "narrow"], *folders, tmp_path / "output")
-    assert_projected(result, adapted, base_weights, name="narrow")
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])

@@ -41,6 +41,12 @@ def module_names(layers: int = 2) -> list[str]:
     return [f"model.layers.{layer}.{name}" for layer in range(layers) for name in SHAPES]
 
 
+def drawn(random: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    """Normal values; those of a large matrix repeat, because drawing them all takes a minute."""
+    values = random.standard_normal(min(rows * cols, 999_983))
+    return np.resize(values, (rows, cols))
+
+
 def write_model(folder: Path, seed: int, *, scale: int = 1, layers: int = 2, dtype: str = "float32") -> Path:
     """A model in two shards with an index: one layer in the first, the others in the second.
 
@@ -53,7 +59,7 @@ def write_model(folder: Path, seed: int, *, scale: int = 1, layers: int = 2, dty
     for name in module_names(layers):
         rows, cols = (scale * size for size in SHAPES[name.split(".", 3)[3]])
         shard = f"model-0000{1 if '.0.' in name else 2}-of-00002.safetensors"
-        weight = ((common.standard_normal((rows, cols)) + random.standard_normal((rows, cols)) / 10) / 8).astype(dtype)
+        weight = ((drawn(common, rows, cols) + drawn(random, rows, cols) / 10) / 8).astype(dtype)
         shards.setdefault(shard, {})[f"{name}.weight"] = weight
         places[f"{name}.weight"] = shard
     shards["model-00001-of-00002.safetensors"]["model.norm.weight"] = np.ones(16, dtype)
