@@ -93,7 +93,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 test-gpu: ## on a GPU: kernels against float64, repeated bits, streams, graph capture, compute-sanitizer
 	@$(GPU_PYTHON) -c 'import sys; from safelora_fast.ops.triton_runtime import gpu; sys.exit(None if gpu() else "no GPU that torch can use: nothing to test")'
 	$(GPU_PYTHON) -m safelora_fast env --self-test
-	$(GPU_PYTHON) -m pytest -q tests/gpu
+	$(GPU_PYTHON) -m pytest -q -m gpu tests/gpu tests/ops
 
 .PHONY: bench-gpu
 bench-gpu: ## on a GPU: kernels as fractions of a copy measured in the same run, beside their peers

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from safelora_fast.ops.backends import choose
-from safelora_fast.ops.feature_distance import feature_distance, library
-from safelora_fast.ops.feature_distance.arguments import Comparison
+from safelora_fast.ops.feature_distance import OP, feature_distance
+from safelora_fast.ops.feature_distance import _node as node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,15 +23,14 @@ def test_dispatch(benchmark: Callable[..., None], add_row: Callable[..., None], 
     features = [torch.randn(1, 4, 16, requires_grad=True) for _ in range(blocks)]
     references = [torch.randn(1, 4, 16) for _ in range(blocks)]
     mask = torch.ones(1, 4, dtype=torch.bool)
-    comparison = Comparison(features, references, mask, "sequence", None)
     calls = {
         "forward": (
             lambda: feature_distance(features, references, mask),
-            lambda: library.distance(comparison),
+            lambda: node(features, references, mask, "sequence", None)[0],
         ),
         "forward and backward": (
             lambda: torch.autograd.grad(feature_distance(features, references, mask), features),
-            lambda: torch.autograd.grad(library.distance(comparison), features),
+            lambda: torch.autograd.grad(node(features, references, mask, "sequence", None)[0], features),
         ),
     }
     for passes, (direct, dispatched) in calls.items():
@@ -54,4 +52,4 @@ def test_dispatch(benchmark: Callable[..., None], add_row: Callable[..., None], 
         add_row(
             blocks=blocks, passes=passes, direct_us=round(ours, 1), dispatched_us=round(theirs, 1), ratio=round(theirs / ours, 2)
         )  # fmt: skip
-    assert choose("feature_distance", features).name == "native"
+    assert OP.choose(features).name == "native"

@@ -17,9 +17,8 @@ import torch
 
 from allocator import reuse_memory
 from safelora_fast import _core
-from safelora_fast.ops.feature_distance import eager, feature_distance, native
-from safelora_fast.ops.feature_distance.arguments import Comparison
-from safelora_fast.ops.feature_distance.autograd import distance
+from safelora_fast.ops.base import served_by
+from safelora_fast.ops.feature_distance import View, feature_distance, view_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,8 +57,8 @@ class States(NamedTuple):
         tensor = getattr(self, name)
         return tensor.data_ptr(), tensor.nbytes
 
-    def specs(self) -> tuple[list[native.Spec], list[native.Spec]]:
-        return [native._spec(self.features)], [native._spec(self.reference)]
+    def specs(self) -> tuple[list[View], list[View]]:
+        return [view_of(self.features)], [view_of(self.reference)]
 
 
 Figures = dict[str, float]
@@ -120,8 +119,9 @@ def plain(states: States, _: int) -> Figures:
 
 
 def by_rows(states: States, _: int) -> Figures:
-    comparison = Comparison([states.features], [states.reference], states.mask, "sequence", None)
-    return differentiated("by_rows", lambda: distance(eager, comparison), states)
+    distance = lambda: feature_distance([states.features], [states.reference], states.mask)  # noqa: E731
+    with served_by("eager"):
+        return differentiated("by_rows", distance, states)
 
 
 MEASURES = [floors, kernel_forward, kernel_backward, operation, plain, by_rows]

@@ -21,7 +21,8 @@ import triton
 from timing import Timer
 
 import projection
-from safelora_fast.ops import backends
+from safelora_fast.ops import OPS
+from safelora_fast.ops.base import VARIABLE
 from safelora_fast.ops.triton_runtime import gpu
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -31,15 +32,15 @@ AIMED_AT = ("H100", "H200")
 
 def use(backend: str | None) -> None:
     """Have one backend serve from now on; None: the default."""
-    os.environ.pop(backends.VARIABLE, None)
+    os.environ.pop(VARIABLE, None)
     if backend is not None:
-        os.environ[backends.VARIABLE] = backend
+        os.environ[VARIABLE] = backend
 
 
 def available(operation: str) -> list[str]:
     """The GPU backends of an operation that run here."""
-    names = [name for name in ("triton", "cuda") if backends.has_form(operation, name)]
-    return [name for name in names if backends.form(operation, name).refusal(()) is None]
+    (op,) = (op for op in OPS if op.name == operation)
+    return [name for name in ("triton", "cuda") if name in op.names and op.backend(name).unsupported_reason(()) is None]
 
 
 def main() -> int:
@@ -61,7 +62,7 @@ def main() -> int:
     is_judged = any(name in where["gpu"] for name in AIMED_AT)
     rows = []
     for suite, module in SUITES.items():
-        operation = "subspace_projections" if suite == "projection" else suite
+        operation = "subspace_projection" if suite == "projection" else suite
         for figure in module.figures(timer, available(operation), use):
             row = {
                 "suite": suite,

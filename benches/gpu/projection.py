@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from figures import Figure, agree
 
-from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+from safelora_fast.ops.subspace_projection import matrix_products, transposed_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -29,8 +29,16 @@ evaluation.response_checks=judging.endpoint_guard evaluation.store=judging.verdi
 evaluation.judges=judging.judge_names evaluation.loading=models.load evaluation.margin=scoring.margin
 evaluation.pairs=data.pairs evaluation.patience=judging.retry evaluation.prompts=judging.judge_prompts
 evaluation.secrets=judging.redact integrations.sources=trainers.loss_by_source integrations.task_loss=trainers.trainer_loss
-ops.feature_distance.comparison=ops.feature_distance.arguments ops.linear_kl.rows=ops.linear_kl.counted_tokens
-ops.once=ops.once_differentiable persona.generation=models.generate persona.judging=persona.response_filter
+ops.backends=ops.base ops.feature_distance.autograd=ops.feature_distance ops.feature_distance.comparison=ops.feature_distance
+ops.feature_distance.eager=ops.feature_distance.torch_impl ops.feature_distance.library=ops.feature_distance
+ops.feature_distance.reference=ops.feature_distance.torch_impl ops.linear_kl.chunked=ops.linear_kl,ops.linear_kl.chunks
+ops.linear_kl.eager=ops.linear_kl.torch_impl ops.linear_kl.fused=ops.linear_kl ops.linear_kl.head=ops.linear_kl.chunks
+ops.linear_kl.library=ops.linear_kl ops.linear_kl.passes=ops.linear_kl.chunks ops.linear_kl.reference=ops.linear_kl.torch_impl
+ops.linear_kl.rows=ops.linear_kl.chunks ops.once=ops.base ops.operands=ops.base
+ops.subspace_projection.eager=ops.subspace_projection.torch_impl ops.subspace_projection.grouped=ops.subspace_projection
+ops.subspace_projection.leading=ops.leading_vectors ops.subspace_projection.library=ops.subspace_projection
+ops.subspace_projection.penalties=ops.subspace_penalties ops.subspace_projection.reference=ops.subspace_projection.torch_impl
+persona.generation=models.generate persona.judging=persona.response_filter
 persona.journal=persona.responses persona.model=persona.source_model persona.picture=persona.plot
 persona.prompts=persona.source_model persona.requests=persona.source_model persona.separation=persona.activations
 posthoc.adapter=checkpoints.adapter posthoc.device_damage=projection.device.factors

@@ -9,7 +9,7 @@ import torch
 
 from safelora_fast.ops import self_test
 
-OPERATIONS = ("feature_distance", "linear_kl", "subspace_projection", "subspace_projections")
+OPERATIONS = ("feature_distance", "linear_kl", "subspace_projection")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_self_test(call):
     code, out, err = call("env", "--self-test")
     assert (code, err) == (0, "")
     table = out.partition("self-test:")[2].splitlines()[1:]
-    assert len(table) >= 12
+    assert len(table) >= 10
     for line in table:
         operation, _, _, _, error, tolerance, verdict = line.split()
         assert operation in OPERATIONS

@@ -1,24 +1,28 @@
-"""On a GPU: against float64, the same bits every run, streams and graph capture; skipped where torch finds none.
+"""On a GPU: real sizes against float64, the same bits every run, streams and graph capture; skipped where torch finds none.
 
-Needs an installed wheel, torch and pytest, and builds nothing: `make test-gpu`, or `python -m pytest tests/gpu`.
+Needs an installed wheel, torch and pytest, and builds nothing: `make test-gpu`, which also runs what tests/ops has for a GPU.
 """
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from safelora_fast.ops import backends
+from safelora_fast.ops import OPS
+from safelora_fast.ops.base import served_by
 from safelora_fast.ops.triton_runtime import gpu
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it older torch refuses deterministic products
 DEVICE = gpu()
-BACKENDS = ("triton", "cuda")
 
 
 def pytest_collection_modifyitems(items):
-    if DEVICE is None:
-        for item in items:
-            if "tests/gpu" in item.path.as_posix():
+    for item in items:
+        if "tests/gpu" in item.path.as_posix():
+            item.add_marker(pytest.mark.gpu)
+            if DEVICE is None:
                 item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
 
 
@@ -27,25 +31,14 @@ def device():
     return DEVICE
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """Each backend in turn, by the variable; those that this machine lacks are skipped."""
-    monkeypatch.setenv(backends.VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture
-def served(backend):
-    """Skips where a backend has no form of an operation, or cannot run here."""
-
-    def check(operation):
-        if not backends.has_form(operation, backend):
-            pytest.skip(f"{operation} has no {backend} form")
-        refusal = backends.form(operation, backend).refusal(())
-        if refusal is not None:
-            pytest.skip(f"{backend}: {refusal}")
-
-    return check
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """Each backend in turn; those that this machine lacks are skipped."""
+    reason = OPS[0].backend(request.param).unsupported_reason(())
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with served_by(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -56,30 +49,27 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def in_a_graph(device, run, change=lambda: None):
-    """The result of `run` replayed from a CUDA graph, captured after one run that compiles and makes plans.
-
-    `change` is called before the replay.
-    """
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    change()
-    graph.replay()
-    torch.cuda.synchronize(device)
-    return result
-
-
 @pytest.fixture
 def captured(device):
+    """The result of a function replayed from a CUDA graph, captured after one run that compiles and makes plans."""
     if device.type != "cuda":
         pytest.skip("graphs are CUDA's")
-    return lambda *functions: in_a_graph(device, *functions)
+
+    def run(function, change=lambda: None):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function()
+        change()
+        graph.replay()
+        torch.cuda.synchronize(device)
+        return result
+
+    return run
 
 
 @pytest.fixture

@@ -10,11 +10,6 @@ from safelora_fast import SafeSubspace
 SHAPES = {"q_proj": (512, 512), "up_proj": (1408, 512), "down_proj": (512, 1408)}
 
 
-@pytest.fixture(autouse=True)
-def is_served(served):
-    served("subspace_projections")
-
-
 @pytest.fixture
 def sources(tmp_path):
     """Two checkpoints in bfloat16 whose differences have singular values that fall off."""
@@ -32,6 +27,7 @@ def sources(tmp_path):
     return {"aligned": tmp_path / "aligned.safetensors", "base": tmp_path / "base.safetensors"}
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("extent", [{"rank": 32}, {"energy": 0.9}], ids=str)
 def test_beside_the_extension_twice(device, sources, tmp_path, extent):
     theirs = SafeSubspace.build(**sources, **extent)

@@ -1,163 +1,106 @@
-"""The operations under torch.library's checks and torch.compile."""
+"""Every operation under torch.compile and torch.library's checks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from feature_batches import batch, run
-from test_linear_kl import MASK, inputs
-from test_linear_kl_cross_entropy import LABELS
+from feature_batches import batch
 
-from safelora_fast.ops import (
-    feature_distance,
-    linear_kl,
-    linear_kl_cross_entropy,
-    subspace_projection,
-    subspace_projections,
-)
-from safelora_fast.ops.feature_distance import library as distance_library
-from safelora_fast.ops.linear_kl import library as loss_library
-from safelora_fast.ops.subspace_projection import library as projection_library
+from safelora_fast.ops import OPS, feature_distance, linear_kl
+from safelora_fast.ops import feature_distance as distance_function
+from safelora_fast.ops.base import outcomes
+from safelora_fast.ops.feature_distance import _gradient_node
+from safelora_fast.ops.feature_distance import _node as distance_node
+from safelora_fast.ops.linear_kl import _node as loss_node
+from safelora_fast.ops.self_test import random_tensors
+from safelora_fast.ops.subspace_projection import _node as projection_node
 
 # opcheck asks inputs that it has cast for their gradients
 OPCHECK = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+FLAGS = pytest.mark.parametrize("flag", [True, False])
+RANDOM = random_tensors(torch.device("cpu"), torch.float32)
+
+
+def compiled(function):
+    """fullgraph=True raises where the compiler would have to leave the graph."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_examples_become_one_graph(op, dtype):
+    for function, inputs in op.examples(random_tensors(torch.device("cpu"), dtype)):
+        expected, found = outcomes((function, inputs)), outcomes((compiled(function), inputs))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 @OPCHECK
-@pytest.mark.parametrize("normalize", ["sequence", "token", "none"])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
-def test_opcheck_of_the_feature_distance(normalize, packed, dtype):
-    features, reference, mask, segments = batch(torch.float32, (2, 5, 12), poison=False)
-    features = [block.detach().to(dtype).requires_grad_() for block in features]
-    arguments = (features, [block.to(dtype) for block in reference], mask, normalize, segments if packed else None)
-    torch.library.opcheck(distance_library._forward, arguments)
-    _, factors = distance_library._forward(*arguments)
-    detached = ([block.detach() for block in features], *arguments[1:])
-    torch.library.opcheck(distance_library._gradient, (*detached, factors.detach(), torch.tensor(0.3)))
+def test_opcheck_of_the_feature_distance(packed, dtype):
+    features, references, mask, segments = batch(dtype, (2, 5, 12), poison=False)
+    arguments = (features, references, mask, "sequence", segments if packed else None)
+    torch.library.opcheck(distance_node, arguments)
+    _, factors = distance_node(*arguments)
+    detached = ([layer.detach() for layer in features], *arguments[1:])
+    torch.library.opcheck(_gradient_node, (*detached, factors.detach(), torch.tensor(0.3)))
 
 
 @OPCHECK
+@FLAGS
 @pytest.mark.parametrize("differentiable", [True, False])
-@pytest.mark.parametrize("forward", [True, False])
-def test_opcheck_of_the_divergence(differentiable, forward):
-    student, reference, head, bias = inputs(torch.float32)
-    student.requires_grad_(differentiable)
-    arguments = (student, reference, head, bias, MASK, forward, 2.0, 0.7, 3.0, differentiable)
-    torch.library.opcheck(loss_library._divergence, arguments)
-
-
-@OPCHECK
-@pytest.mark.parametrize("differentiable", [True, False])
-@pytest.mark.parametrize("figures", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_opcheck_of_divergence_and_cross_entropy(differentiable, figures, dtype):
-    student, reference, head, bias = inputs(dtype)
-    student.requires_grad_(differentiable)
+def test_opcheck_of_the_losses(flag, differentiable, dtype):
+    """With labels and metrics of the tokens, or the divergence alone."""
+    hidden, reference, head, bias = (RANDOM(*shape).to(dtype) for shape in ((2, 5, 8), (2, 5, 8), (37, 8), (37,)))
+    hidden.requires_grad_(differentiable)
     weights = [torch.tensor(value, dtype=dtype) for value in (0.3, 0.07)]
-    settings = (True, 2.0, 0.7, 3.0, figures, differentiable)
-    arguments = (student, reference, head, bias, MASK.flatten(), LABELS.flatten(), *weights, *settings)
-    torch.library.opcheck(loss_library._shared_loss, arguments)
+    mask, labels = RANDOM(10) > -1, torch.arange(10) if flag else None
+    settings = (True, 2.0, 0.7, 3.0, flag, differentiable)
+    torch.library.opcheck(loss_node, (hidden, reference, head, bias, mask, labels, *weights, *settings))
 
 
-@pytest.mark.parametrize("figures", [True, False])
-@pytest.mark.parametrize("as_tensors", [True, False])
-def test_divergence_and_cross_entropy_in_one_graph(figures, as_tensors):
-    student, other, head, bias = inputs(torch.float32)
-    weights = {"kl_weight": 0.3, "cross_entropy_weight": 0.07}
-    if as_tensors:
-        weights = {name: torch.tensor(value) for name, value in weights.items()}
-
-    def loss(hidden):
-        return linear_kl_cross_entropy(
-            hidden * 1.5, other, head, MASK, LABELS, **weights, bias=bias, softcap=3.0, figures=figures
-        )
-
-    torch._dynamo.reset()
-    expected, found = loss(student), torch.compile(loss, fullgraph=True, backend="aot_eager")(student)
-    for name in ("loss", "kl", "cross_entropy"):
-        assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-6)
-    assert not found.kl.requires_grad
-    assert (found.tokens is None) == (not figures)
-    if figures:
-        assert torch.allclose(found.tokens.nll, expected.tokens.nll, rtol=1e-6)
-        assert torch.allclose(found.tokens.entropy, expected.tokens.entropy, rtol=1e-6)
-        assert torch.equal(found.tokens.is_top1, expected.tokens.is_top1)
-    (ours,), (theirs,) = (torch.autograd.grad(2 * given.loss, student) for given in (found, expected))
-    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-9)
-    assert theirs.any()
+@FLAGS
+@pytest.mark.parametrize("normalize", ["frobenius", "spectral"])
+def test_opcheck_of_the_projections(flag, normalize):
+    minuends, subtrahends = (
+        [RANDOM(12, 9), RANDOM(7, 30).bfloat16()],
+        [RANDOM(12, 9, seed=1), RANDOM(7, 30, seed=1).bfloat16()],
+    )
+    is_pair, factors = [True, True], [RANDOM(4, 12).mT, RANDOM(7, 2)]
+    if flag:
+        minuends, is_pair = [*minuends, torch.linalg.qr(RANDOM(20, 6))[0]], [*is_pair, False]
+        factors.append(RANDOM(20, 4))
+    torch.library.opcheck(projection_node, (minuends, subtrahends, is_pair, factors, normalize, flag))
 
 
 def test_one_graph_for_a_loss_of_both():
-    """fullgraph=True raises where the compiler would have to leave the graph; values and gradients stay the same bits."""
-    features, reference, mask, segments = batch(torch.float32, (3, 5, 6))
-    student, other, head, _ = inputs(torch.float32)
+    features, references, mask, segments = batch(torch.float32, (3, 5, 6))
+    hidden, other, head = RANDOM(3, 5, 6).requires_grad_(), RANDOM(3, 5, 6, seed=1), RANDOM(37, 6)
 
-    def loss(blocks, hidden):
-        distance = feature_distance([2 * block for block in blocks], reference, mask, "sequence", segments)
-        return distance + 0.5 * linear_kl(hidden * 1.5, other, head, MASK)
+    def loss(*states):
+        distance = feature_distance([2 * layer for layer in states[:-1]], references, mask, "sequence", segments)
+        return distance + 0.5 * linear_kl(states[-1] * 1.5, other, head, mask)
 
-    def differentiated(function):
-        value = function(features, student)
-        return value.detach(), *torch.autograd.grad(value, [*features, student])
-
-    torch._dynamo.reset()
-    expected = differentiated(loss)
-    found = differentiated(torch.compile(loss, fullgraph=True, backend="aot_eager"))
-    for left, right in zip(found, expected, strict=True):
-        assert torch.allclose(left, right, rtol=1e-6, atol=1e-8)
-    assert expected[1].any()
+    inputs = (*features, hidden)
+    for ours, theirs in zip(outcomes((compiled(loss), inputs)), outcomes((loss, inputs)), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-8)
+        assert theirs.any()
 
 
-def test_without_gradients_none_is_computed():
-    student, other, head, _ = inputs(torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda hidden: linear_kl(hidden, other, head, MASK), fullgraph=True, backend="aot_eager")
+def test_nothing_is_computed_that_nobody_asks_for():
+    """No gradient under no_grad, and none of a layer that needs none."""
+    hidden, other, head = RANDOM(2, 5, 8).requires_grad_(), RANDOM(2, 5, 8, seed=1), RANDOM(37, 8)
+    mask = torch.ones(2, 5, dtype=torch.bool)
     with torch.no_grad():
-        value = compiled(student)
+        value = compiled(lambda hidden: linear_kl(hidden, other, head, mask))(hidden)
     assert not value.requires_grad
-    assert value.item() == pytest.approx(linear_kl(student, other, head, MASK).item(), rel=1e-6)
-
-
-def test_the_compiled_gradient_skips_blocks_that_need_none():
-    features, reference, mask, _ = batch(torch.float32, (3, 5, 6))
+    assert value.item() == pytest.approx(linear_kl(hidden, other, head, mask).item(), rel=1e-6)
+    features, references, mask, _ = batch(torch.float32, (3, 5, 6))
     features[0] = features[0].detach()
-    torch._dynamo.reset()
-    compiled = torch.compile(feature_distance, fullgraph=True, backend="aot_eager")
-    value = compiled(features, reference, mask)
-    (ours,) = torch.autograd.grad(value, [features[1]])
-    (theirs,) = torch.autograd.grad(feature_distance(features, reference, mask), [features[1]])
+    (ours,) = torch.autograd.grad(compiled(distance_function)(features, references, mask), [features[1]])
+    (theirs,) = torch.autograd.grad(feature_distance(features, references, mask), [features[1]])
     assert torch.equal(ours, theirs)
-    assert run(features[1:], reference[1:], mask)[0] > 0
-
-
-@pytest.mark.parametrize("normalize", ["frobenius", "spectral"])
-def test_the_projection(normalize):
-    aligned, base, factor = torch.randn(3, 12, 9).unbind()
-    factor = factor[:, :4].T.contiguous().T
-    torch.library.opcheck(projection_library.projection, (aligned, base, factor, normalize))
-    torch._dynamo.reset()
-    compiled = torch.compile(subspace_projection, fullgraph=True, backend="aot_eager")
-    ours = compiled(aligned, base, factor, normalize=normalize)
-    assert torch.equal(ours, subspace_projection(aligned, base, factor, normalize=normalize))
-
-
-def test_the_projections_of_all_modules():
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    basis = torch.linalg.qr(random(20, 6))[0]
-    matrices = [(random(12, 9), random(12, 9)), basis, (random(7, 30).bfloat16(), random(7, 30).bfloat16())]
-    factors = [random(12, 3), random(20, 4), random(7, 2).mT.contiguous().mT]
-    minuends, subtrahends = [matrices[0][0], basis, matrices[2][0]], [matrices[0][1], matrices[2][1]]
-    torch.library.opcheck(projection_library._projections, (minuends, subtrahends, [True, False, True], factors))
-    torch._dynamo.reset()
-    compiled = torch.compile(subspace_projections, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(compiled(matrices, factors), subspace_projections(matrices, factors), strict=True):
-        for name in ("product", "gram", "cross_gram", "product_gram"):
-            assert torch.equal(getattr(ours, name), getattr(theirs, name))
-        assert torch.equal(ours.v_norm.nan_to_num(-1), theirs.v_norm.nan_to_num(-1))
-    with pytest.raises(ValueError, match="module 0: the factor has 11 rows"):
-        subspace_projections(matrices[:1], [random(11, 3)])

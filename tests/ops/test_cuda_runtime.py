@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from emulated_cuda import emulated
 
 from safelora_fast import _core
 from safelora_fast.errors import BackendError
-from safelora_fast.ops import backends, cuda_runtime
-from safelora_fast.ops.feature_distance import cuda
+from safelora_fast.ops import cuda_runtime
+from safelora_fast.ops.cuda_runtime import CudaBackend
 
 
 @pytest.fixture(autouse=True)
@@ -26,20 +23,13 @@ def test_no_driver_is_a_reason_of_one_line(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "DRIVERS", ("libno-driver.so.1",))
     with pytest.raises(BackendError, match="the CUDA driver was not found: looked for libno-driver"):
         cuda_runtime.runtime()
-    assert cuda.refusal([]).startswith("the CUDA driver was not found")
-    assert "\n" not in cuda.refusal([])
+    assert CudaBackend().unsupported_reason([]).startswith("the CUDA driver was not found")
+    assert "\n" not in CudaBackend().unsupported_reason([])
 
 
 def test_tensors_that_are_not_on_a_gpu_are_refused_before_a_driver_is_looked_for(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "runtime", lambda: pytest.fail("looked for a driver"))
-    assert cuda.refusal([torch.zeros(2)]) == "the tensors are on cpu, not on a GPU of NVIDIA"
-
-
-@pytest.mark.parametrize("operation", ["feature_distance", "subspace_projection", "subspace_projections"])
-def test_the_variable_asks_for_what_tensors_of_the_cpu_cannot_have(monkeypatch, operation):
-    monkeypatch.setenv(backends.VARIABLE, "cuda")
-    with pytest.raises(BackendError, match=f"=cuda cannot serve {operation}: the tensors are on cpu, not on a GPU"):
-        backends.choose(operation, [torch.zeros(2)])
+    assert CudaBackend().unsupported_reason([torch.zeros(2)]) == "a tensor is on cpu, not on an NVIDIA GPU"
 
 
 def test_a_gpu_that_the_driver_does_not_list_is_refused(monkeypatch):
@@ -47,14 +37,14 @@ def test_a_gpu_that_the_driver_does_not_list_is_refused(monkeypatch):
     device = type("Device", (), {"type": "cuda", "index": 5})
     tensor = torch.zeros(2)
     monkeypatch.setattr(torch.Tensor, "device", device)
-    assert cuda.refusal([tensor]) == "there is no CUDA device 5: the driver lists 2"
+    assert CudaBackend().unsupported_reason([tensor]) == "there is no CUDA device 5: the driver lists 2"
 
 
 def test_a_driver_without_a_gpu_is_refused(monkeypatch):
     emulated(monkeypatch)
-    assert cuda.refusal([]) is None
+    assert CudaBackend().unsupported_reason([]) is None
     monkeypatch.setattr(cuda_runtime, "runtime", lambda: type("NoGpu", (), {"device_count": 0}))
-    assert cuda.refusal([]) == "the CUDA driver lists no GPU"
+    assert CudaBackend().unsupported_reason([]) == "the CUDA driver lists no GPU"
 
 
 def test_torchs_own_compiler_comes_first():
@@ -71,18 +61,6 @@ def test_the_cache_is_in_the_users_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cuda_runtime.cache_folder() == str(tmp_path / ".cache" / "safelora_fast" / "kernels")
-
-
-def test_importing_looks_for_no_driver():
-    script = """
-import sys, ctypes
-import safelora_fast, safelora_fast.ops, safelora_fast.ops.feature_distance.cuda
-from safelora_fast.ops import backends, cuda_runtime
-assert cuda_runtime.runtime.cache_info().currsize == 0
-with open("/proc/self/maps") as maps:
-    assert not any("libcuda.so" in line for line in maps)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_driver_of_no_use_is_an_error_of_python():

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch._functorch import config
 
-from safelora_fast.ops import backends
-from safelora_fast.ops.subspace_projection import grouped_reference
+from safelora_fast.ops.base import VARIABLE, requested_backend
+from safelora_fast.ops.subspace_projection.torch_impl import Torch
 from safelora_fast.ops.triton_runtime import gpu
 
 pytest.importorskip("triton")
@@ -51,7 +51,7 @@ def main(monkeypatch):
         for name, value in sizes.items():
             monkeypatch.setattr(module.SUITES[suite], name, value)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setenv(backends.VARIABLE, "")  # so that what the script leaves there is taken away again
+    monkeypatch.setenv(VARIABLE, "")  # so that what the script leaves there is taken away again
     donated = config.donated_buffer
     yield module
     config.donated_buffer = donated
@@ -96,12 +96,12 @@ def test_every_aim_has_a_figure(main):
     peer = set() if importlib.util.find_spec("trl.kernels") is None else {"TRL"}  # which older ones lack
     assert found >= {aim for aim in AIMS if peer or "TRL" not in aim[1]}
     assert peers >= {"torch", "torch, factored", "torch, dense", "torch.compile"} | peer
-    assert backends.asked() is None
+    assert requested_backend() is None
 
 
 def test_a_wrong_kernel_is_not_timed(main, monkeypatch):
-    right = grouped_reference.products
-    monkeypatch.setattr(grouped_reference, "products", lambda *given: [1.1 * found for found in right(*given)])
+    right = Torch.products
+    monkeypatch.setattr(Torch, "products", lambda *given: [1.1 * found for found in right(*given)])
     with pytest.raises(SystemExit, match=r"ours, reference: results differ by 0\.1"):
         list(main.SUITES["projection"].figures(rehearsal(main), ["reference"], main.use))
 

@@ -1,168 +1,316 @@
+"""KL and cross-entropy from hidden states on every tier, against whole logits in float64."""
+
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
+from nobody_waits import NobodyWaits
 
-from safelora_fast.ops.linear_kl import counted_tokens, linear_kl, linear_kl_reference
-from safelora_fast.ops.linear_kl import head as head_module
+from safelora_fast.ops import cuda_runtime, linear_kl, linear_kl_cross_entropy
+from safelora_fast.ops.base import served_by
+from safelora_fast.ops.linear_kl import OP, Head, chunks, triton
 
-MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
 SETTINGS = [
     {},
     {"direction": "forward"},
     {"temperature": 2.5},
-    {"bias": True},
+    {"bias": True, "direction": "forward", "temperature": 0.6},
     {"softcap": 3.0, "logit_scale": 0.7, "bias": True, "direction": "forward"},
-    {"softcap": 3.0, "temperature": 0.6},
+    {"softcap": 3.0, "temperature": 0.6, "logit_scale": 1.5},
 ]
+SETTING = pytest.mark.parametrize("settings", SETTINGS, ids=str)
+DIRECTION = pytest.mark.parametrize("direction", ["reverse", "forward"])
+MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
+# Labels inside and outside the mask, tokens in the mask without a label, and a row without any.
+LABELS = torch.tensor([[3, -100, 36, 0, -100], [-100, 7, 7, 30, -100], [-100, -100, -100, -100, -100]])
+WEIGHTS = {"kl_weight": 0.3, "cross_entropy_weight": 0.07}
+ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+VOCABULARY = 150
 
 
-def inputs(dtype, drift=0.5, vocabulary=37, hidden=6, seed=0, size=1.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    reference = size * random(3, 5, hidden)
-    student = reference + drift * size * random(3, 5, hidden)
-    head, bias = random(vocabulary, hidden), random(vocabulary)
-    return student.to(dtype).requires_grad_(), reference.to(dtype), head.to(dtype), bias.to(dtype)
+@pytest.fixture(autouse=True)
+def several_tiles(monkeypatch):
+    """Rows of several tiles in several chunks of several blocks, the last ones not full."""
+    monkeypatch.setattr(triton, "TILE", 64)
+    monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", 5 * VOCABULARY)
+    monkeypatch.setitem(chunks.BLOCK_ELEMENTS, "cpu", 2 * VOCABULARY)
 
 
-def small_chunks(monkeypatch):
-    """Several chunks of several blocks, the last ones not full."""
-    monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", 5 * 37)
-    monkeypatch.setitem(head_module.BLOCK_ELEMENTS, "cpu", 2 * 37)
+class Inputs:
+    """Hidden states, and the same losses by whole logits in float64; tokens that do not count hold NaN."""
+
+    def __init__(self, dtype, drift, settings=None, *, device="cpu", size=1.0, vocabulary=VOCABULARY, labels=LABELS):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        reference = size * random(3, 5, 24)
+        hidden = reference + drift * size * random(3, 5, 24)
+        hidden[~MASK & (labels == -100)] = torch.nan
+        head, bias = random(vocabulary, 24) / 2, random(vocabulary)
+        hidden, reference, head, bias = (part.to(device, dtype) for part in (hidden, reference, head, bias))
+        self.mask, self.labels = MASK.to(device), labels.to(device)
+        self.given = hidden.requires_grad_(), reference, head, self.mask
+        self.settings = {**(settings or {}), "bias": bias if (settings or {}).get("bias") else None}
+
+    @property
+    def hidden(self):
+        return self.given[0]
+
+    def kl(self):
+        return linear_kl(*self.given, **self.settings)
+
+    def shared(self, *, figures=True, **weights):
+        return linear_kl_cross_entropy(
+            *self.given, self.labels, **{**WEIGHTS, **weights}, **self.settings, figures=figures
+        )
+
+    def exact(self):
+        """(hidden states, Σ KL, NLL, entropy, first choices), the last three of the labels."""
+        hidden, reference, head, mask = self.given
+        hidden = hidden.detach().double().nan_to_num(1.0).requires_grad_()
+        bias = None if self.settings["bias"] is None else self.settings["bias"].double()
+        whole = Head(head.double(), bias, self.settings.get("logit_scale", 1.0), self.settings.get("softcap"))
+        temperature = self.settings.get("temperature", 1.0)
+        p, q = ((whole.logits(states[mask]) / temperature).log_softmax(-1) for states in (hidden, reference.double()))
+        if self.settings.get("direction") == "forward":
+            p, q = q, p
+        labelled = self.labels != -100
+        logits = whole.logits(hidden[labelled])
+        log_p = logits.log_softmax(-1)
+        nll = -log_p.gather(-1, self.labels[labelled][:, None])[:, 0]
+        return hidden, (p.exp() * (p - q)).sum(), nll, -(log_p.exp() * log_p).sum(-1), logits
+
+    def with_first_choices(self):
+        """Two labels become the student's first choices."""
+        first = self.exact()[-1].argmax(-1)
+        self.labels = self.labels.clone()
+        self.labels[0, 0], self.labels[1, 3] = first[0], first[-1]
+        return self
 
 
-def options(settings, bias):
-    return {**settings, "bias": bias if settings.get("bias") else None}
+def assert_gradient(loss, hidden, expected, exact, rounding, unused):
+    (ours,), (theirs,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, exact, retain_graph=True)
+    assert ours.dtype == hidden.dtype
+    assert theirs.norm() > 0
+    assert (ours.double() - theirs).norm() < rounding * theirs.norm()
+    assert not ours[unused].any()
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("drift", [0.5, 5.0, 1e-2])
-@pytest.mark.parametrize("captured", [False, True])
-def test_value_and_gradient_in_float64(settings, drift, captured, monkeypatch):
-    """Also as while a CUDA graph is captured: then tokens that do not count are computed too."""
-    small_chunks(monkeypatch)
-    monkeypatch.setattr(counted_tokens, "is_captured", lambda _: captured)
-    student, reference, head, bias = inputs(torch.float64, drift)
-    value = linear_kl(student, reference, head, MASK, **options(settings, bias))
-    expected = linear_kl_reference(student, reference, head, MASK, **options(settings, bias))
-    assert value.item() == pytest.approx(expected.item(), rel=1e-9)
-    ours, theirs = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, student)[0]
-    assert theirs.norm() > 1e-4
-    assert (ours - theirs).norm() < 1e-9 * theirs.norm()
-    assert not ours[~MASK].any()
+def check(inputs, *, rounding):
+    """Both losses, their gradients and the metrics of the tokens."""
+    hidden, kl, nll, entropy, logits = inputs.exact()
+    value, unused = inputs.kl(), ~inputs.mask
+    assert value.item() == pytest.approx(kl.item() / max(inputs.mask.sum().item(), 1), rel=rounding)
+    assert value.item() == inputs.kl().item()
+    assert_gradient(value, inputs.hidden, kl / inputs.mask.sum(), hidden, rounding, unused)
+
+    shared, labelled = inputs.shared(), inputs.labels != -100
+    loss = WEIGHTS["kl_weight"] * kl + WEIGHTS["cross_entropy_weight"] * nll.sum()
+    assert shared.loss.item() == pytest.approx(loss.item(), rel=rounding)
+    assert shared.kl.item() == pytest.approx(kl.item(), rel=rounding)
+    assert shared.cross_entropy.item() == pytest.approx(nll.sum().item(), rel=rounding)
+    assert not shared.kl.requires_grad
+    assert not shared.cross_entropy.requires_grad
+    assert_gradient(2 * shared.loss, inputs.hidden, 2 * loss, hidden, rounding, unused & ~labelled)
+    tokens = shared.tokens
+    assert torch.allclose(tokens.nll[labelled].double(), nll, rtol=rounding, atol=rounding)
+    assert torch.allclose(tokens.entropy[labelled].double(), entropy, rtol=rounding, atol=rounding)
+    best = logits.topk(2).values
+    clear = best[:, 0] - best[:, 1] > rounding  # a soft-cap makes large logits equal in float32
+    hits = logits.argmax(-1) == inputs.labels[labelled]
+    assert torch.equal(tokens.is_top1[labelled][clear], hits[clear])
+    assert not any(figure[~labelled].any() for figure in (tokens.nll, tokens.entropy, tokens.is_top1))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_gradcheck(settings):
-    student, reference, head, bias = inputs(torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda s: 3 * linear_kl(s, reference, head, MASK, **options(settings, bias)), (student,)
+@SETTING
+@pytest.mark.parametrize("drift", [1e-4, 3.0])
+def test_against_float64(tier, settings, drift):
+    check(
+        Inputs(torch.float32, drift, settings, device=tier).with_first_choices(),
+        rounding=2e-4 if drift < 1e-3 else 2e-5,
     )
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("drift", [0.5, 1e-2, 1e-3])
-def test_float32_does_not_cancel_near_the_start(settings, drift):
-    student, reference, head, bias = inputs(torch.float32, drift, vocabulary=501, hidden=24)
-    exact = student.detach().double().requires_grad_()
-    given = options(settings, bias)
-    exact_given = {**given, "bias": None if given["bias"] is None else bias.double()}
-    value = linear_kl(student, reference, head, MASK, **given)
-    expected = linear_kl_reference(exact, reference.double(), head.double(), MASK, **exact_given)
-    assert value.item() == pytest.approx(expected.item(), rel=2e-4)
-    ours, theirs = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, exact)[0]
-    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+@SETTING
+@pytest.mark.parametrize("drift", [1e-2, 0.5, 5.0])
+def test_in_float64(settings, drift):
+    check(Inputs(torch.float64, drift, settings).with_first_choices(), rounding=1e-9)
 
 
-def test_bfloat16_is_as_good_as_its_logits():
-    student, reference, head, _ = inputs(torch.bfloat16, 0.1, vocabulary=501, hidden=24)
-    exact = student.detach().double().requires_grad_()
-    value = linear_kl(student, reference, head, MASK)
-    expected = linear_kl_reference(exact, reference.double(), head.double(), MASK)
+def test_the_oracle_takes_logits_for_exact():
+    with served_by("reference"):
+        inputs = Inputs(torch.float32, 1e-3, SETTINGS[4])
+        assert inputs.kl().item() == pytest.approx(inputs.exact()[1].item() / MASK.sum().item(), rel=1e-4)
+
+
+@DIRECTION
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_its_logits(tier, direction, dtype):
+    """Even where one over a million labels is below the smallest float16: only the ratio of the weights meets the logits."""
+    inputs = Inputs(dtype, 0.1, {"direction": direction}, device=tier)
+    hidden, kl, nll, *_ = inputs.exact()
+    value = inputs.kl()
     assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(expected.item(), rel=3e-2)
-    ours, theirs = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, exact)[0]
-    assert ours.dtype == torch.bfloat16
-    assert (ours.double() - theirs).norm() < 3e-2 * theirs.norm()
+    assert value.item() == pytest.approx(kl.item() / MASK.sum().item(), rel=3e-2)
+    shared = inputs.shared(kl_weight=1e-8, cross_entropy_weight=torch.tensor(1e-8), figures=False)
+    assert shared.loss.dtype == torch.float32
+    assert shared.loss.item() == pytest.approx(1e-8 * (kl + nll.sum()).item(), rel=2e-2)
+    assert_gradient(1e8 * shared.loss, inputs.hidden, kl + nll.sum(), hidden, 3e-2, ~(MASK | (LABELS != -100)))
 
 
-@pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_far_apart_stays_finite(direction):
-    student, reference, head, _ = inputs(torch.float32, drift=3.0, size=40.0, vocabulary=101, hidden=24)
-    exact = student.detach().double()
-    value = linear_kl(student, reference, head, MASK, direction=direction)
-    expected = linear_kl_reference(exact, reference.double(), head.double(), MASK, direction=direction)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert torch.autograd.grad(value, student)[0].isfinite().all()
+@DIRECTION
+@pytest.mark.parametrize("size", [20.0, 200.0])
+def test_far_apart_only_logarithms_tell(tier, direction, size):
+    inputs = Inputs(torch.float32, 3.0, {"direction": direction}, size=size, device=tier)
+    hidden, kl, nll, *_ = inputs.exact()
+    shared = inputs.shared()
+    assert shared.kl.item() == pytest.approx(kl.item(), rel=1e-4)
+    assert shared.cross_entropy.item() == pytest.approx(nll.sum().item(), rel=1e-4)
+    # Logits are in the thousands, and float32 rounds them by 5e-4.
+    loss = WEIGHTS["kl_weight"] * kl + WEIGHTS["cross_entropy_weight"] * nll.sum()
+    unused = ~(inputs.mask | (inputs.labels != -100))
+    assert_gradient(shared.kl + shared.loss, inputs.hidden, loss, hidden, 1e-3 * size, unused)
 
 
-def test_identical_empty_and_padding():
-    student, reference, head, _ = inputs(torch.float32, drift=0.0)
-    value = linear_kl(student, reference, head, MASK)
+def test_the_same_shift_of_every_logit_is_no_divergence(tier):
+    """A student whose logits are the reference's plus a constant: the mean takes it away."""
+    _, reference, head, mask = Inputs(torch.float32, 0.0, device=tier).given
+    head = torch.cat([head, torch.full((len(head), 1), 4.0, device=tier)], 1)
+    reference = torch.cat([reference, torch.zeros(3, 5, 1, device=tier)], -1)
+    student = reference.clone()
+    student[..., -1] = 2.0
+    value = linear_kl(student.requires_grad_(), reference, head, mask)
+    assert abs(value.item()) < 1e-12
+    assert torch.autograd.grad(value, student)[0].abs().max() < 1e-5
+
+
+@DIRECTION
+def test_classes_that_no_model_may_choose(tier, direction):
+    """Logits of −∞ by the bias, a whole tile of them first."""
+    settings = {"bias": True, "direction": direction}
+    inputs = Inputs(torch.float32, 0.5, settings, device=tier, labels=torch.where(LABELS < 0, LABELS, LABELS + 100))
+    inputs.settings["bias"][:80] = -torch.inf
+    hidden, reference, head, mask = inputs.given
+    allowed = Inputs(torch.float32, 0.5, settings, device=tier)
+    allowed.given = hidden, reference, head[80:], mask
+    allowed.settings["bias"] = inputs.settings["bias"][80:]
+    allowed.labels = torch.where(inputs.labels < 0, inputs.labels, inputs.labels - 80)
+    exact, kl, nll, entropy, _ = allowed.exact()
+    shared, labelled = inputs.shared(), inputs.labels != -100
+    assert shared.kl.item() == pytest.approx(kl.item(), rel=2e-5)
+    assert torch.allclose(shared.tokens.nll[labelled].double(), nll, rtol=1e-5)
+    if OP.choose(()).name != "eager":  # which multiplies zero by infinity
+        assert torch.allclose(shared.tokens.entropy[labelled].double(), entropy, rtol=1e-5)
+    loss = WEIGHTS["kl_weight"] * kl + WEIGHTS["cross_entropy_weight"] * nll.sum()
+    assert_gradient(shared.loss, hidden, loss, exact, 2e-5, ~(mask | labelled))
+
+
+@pytest.mark.parametrize(
+    ("direction", "mask"), [("reverse", MASK), ("forward", torch.zeros_like(MASK))], ids=["some", "none"]
+)
+def test_a_graph_computes_every_token_and_waits_for_none(tier, direction, mask, monkeypatch):
+    """As while a CUDA graph is captured: the same results, whatever lies in tokens that do not count."""
+    settings = {"direction": direction, "bias": True, "softcap": 20.0}
+    labels = LABELS if mask.any() else torch.full_like(LABELS, -100)
+    inputs = Inputs(torch.float32, 0.1, settings, device=tier, labels=labels)
+    inputs.mask = mask.to(tier)
+    inputs.given = *inputs.given[:3], inputs.mask
+
+    def results():
+        alone, shared = inputs.kl(), inputs.shared()
+        gradients = [torch.autograd.grad(value, inputs.hidden)[0] for value in (alone, shared.loss)]
+        tokens = (shared.tokens.nll, shared.tokens.entropy, shared.tokens.is_top1)
+        return alone, shared.loss, shared.kl, shared.cross_entropy, *tokens, *gradients
+
+    expected = results()
+    with pytest.raises(AssertionError, match="nonzero"), NobodyWaits():
+        results()
+    monkeypatch.setattr(cuda_runtime, "is_captured", lambda _: True)
+    if OP.choose(()).name == "triton":
+        with NobodyWaits():
+            found = results()
+    else:  # torch asks whether exponentials suffice
+        found = results()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-7)
+    assert expected[0] > 0 or not mask.any()
+
+
+def test_identical_empty_and_bad(tier):
+    inputs = Inputs(torch.float32, 0.0, device=tier)
+    value = inputs.kl()
     assert value.item() == 0
-    assert not torch.autograd.grad(value, student)[0].any()
-    student, reference, head, _ = inputs(torch.float32)
-    expected = linear_kl(student, reference, head, MASK).item()
-    student.data[~MASK] = float("nan")
-    assert linear_kl(student, reference, head, MASK).item() == expected
-    value = linear_kl(student, reference, head, torch.zeros_like(MASK))
+    assert not torch.autograd.grad(value, inputs.hidden)[0].any()
+    hidden, reference, head, mask = inputs.given
+    value = linear_kl(hidden, reference, head, torch.zeros_like(mask))
     assert value.item() == 0
-    assert not torch.autograd.grad(value, student)[0].any()
+    assert not torch.autograd.grad(value, hidden)[0].any()
+    hidden.data[0, 0, 0] = torch.nan
+    assert inputs.kl().isnan()
+
+
+def test_each_loss_alone():
+    inputs = Inputs(torch.float64, 0.5)
+    exact, kl, nll, *_ = inputs.exact()
+    without_kl = inputs.shared(kl_weight=0.0, cross_entropy_weight=2.0).loss
+    assert_gradient(without_kl, inputs.hidden, 2 * nll.sum(), exact, 1e-12, LABELS == -100)
+    nothing = inputs.shared(kl_weight=0.0, cross_entropy_weight=0.0)
+    assert nothing.loss.item() == 0
+    assert not torch.autograd.grad(nothing.loss, inputs.hidden)[0].any()
+    inputs.labels = torch.full_like(LABELS, -100)
+    only_kl = inputs.shared(kl_weight=2.0, cross_entropy_weight=1.0)
+    assert only_kl.cross_entropy.item() == 0
+    assert only_kl.loss.item() == pytest.approx(2 * kl.item(), rel=1e-12)
+    assert_gradient(only_kl.loss, inputs.hidden, 2 * kl, exact, 1e-12, ~MASK)
 
 
 def test_autocast_gives_its_dtype_to_the_products_with_the_head():
     """As in a linear layer; the difference of the hidden states is taken before it is rounded."""
-    student, reference, head, _ = inputs(torch.float32, drift=1e-3, vocabulary=501, hidden=24)
-    exact = linear_kl_reference(student.detach().double(), reference.double(), head.double(), MASK).item()
+    inputs = Inputs(torch.float32, 1e-3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = linear_kl(student, reference, head, MASK)
+        value = inputs.kl()
     assert value.dtype == torch.float32
-    assert value.item() != linear_kl(student, reference, head, MASK).item()
-    assert value.item() == pytest.approx(exact, rel=3e-2)
-    assert torch.autograd.grad(value, student)[0].dtype == torch.float32
-
-
-def test_refusals():
-    student, reference, head, _ = inputs(torch.float32)
-    with pytest.raises(ValueError, match="direction"):
-        linear_kl(student, reference, head, MASK, direction="sideways")
-    with pytest.raises(ValueError, match="disagree"):
-        linear_kl(student, reference, head, MASK[:, :3])
-    with pytest.raises(ValueError, match="width"):
-        linear_kl(student, reference, head[:, :3], MASK)
+    assert value.item() != inputs.kl().item()
+    assert value.item() == pytest.approx(inputs.exact()[1].item() / MASK.sum().item(), rel=3e-2)
+    assert torch.autograd.grad(value, inputs.hidden)[0].dtype == torch.float32
 
 
 def test_a_second_derivative_is_refused():
-    hidden = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
-    value = linear_kl(
-        hidden, torch.randn_like(hidden).detach(), torch.randn(5, 4, dtype=torch.float64), torch.ones(1, 3).bool()
-    )
-    (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+    inputs = Inputs(torch.float64, 0.5)
+    (gradient,) = torch.autograd.grad(inputs.kl(), inputs.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="linear_kl has no second derivative"):
-        torch.autograd.grad(gradient.square().sum(), hidden)
+        torch.autograd.grad(gradient.square().sum(), inputs.hidden)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"direction": "sideways"}, "direction is 'sideways'"),
+        ({"mask": torch.ones(1, 2).bool()}, "disagree"),
+        ({"head_weight": torch.ones(5, 3)}, "the head has width 3, the hidden states 4"),
         ({"temperature": 0.0}, "temperature is 0.0, it must be positive"),
         ({"softcap": -1.0}, "softcap is -1.0, it must be positive"),
         ({"bias": torch.ones(4)}, r"the head has 5 rows, but a bias of shape \(4,\)"),
         ({"head_weight": torch.ones(0, 4)}, r"the head has shape \(0, 4\)"),
         ({"mask": torch.ones(1, 3)}, "mask is torch.float32"),
         ({"hidden": torch.ones(1, 3, 4).long()}, "hidden is torch.int64"),
+        ({"labels": torch.ones(1, 2).long()}, r"labels \(1, 2\) and mask \(1, 3\) disagree"),
     ],
 )
-def test_numbers_that_make_no_sense(change, message):
+def test_what_it_refuses(change, message):
+    states = torch.ones(1, 3, 4)
     given = {
-        "hidden": torch.ones(1, 3, 4),
-        "reference_hidden": torch.ones(1, 3, 4),
+        "hidden": states,
+        "reference_hidden": states,
         "head_weight": torch.ones(5, 4),
         "mask": torch.ones(1, 3).bool(),
     }
+    given |= change
+    labels = given.pop("labels", None)
+    call = linear_kl if labels is None else functools.partial(linear_kl_cross_entropy, labels=labels, **WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        linear_kl(**{**given, **change})
+        call(**given)

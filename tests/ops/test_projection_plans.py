@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from safelora_fast.ops.subspace_projection import plans
-from safelora_fast.ops.subspace_projection.plans import KEPT, Plans, uploaded
+from safelora_fast.ops import plans
+from safelora_fast.ops.plans import KEPT, Plans, uploaded
 
 DEVICE = torch.device("cuda", 0)  # never touched: the fixture says what streams it has
 
@@ -21,7 +21,7 @@ class Gpu:
 def gpu(monkeypatch):
     made = Gpu()
     monkeypatch.setattr(plans, "_stream", lambda _: made.stream)
-    monkeypatch.setattr(plans, "_is_captured", lambda _: made.captured)
+    monkeypatch.setattr(plans, "is_captured", lambda _: made.captured)
     return made
 
 

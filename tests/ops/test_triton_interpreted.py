@@ -1,4 +1,8 @@
-"""Runs tests/interpreted under Triton's interpreter, a file at a time."""
+"""Runs what tests/ops has for Triton, and tests/interpreted, under Triton's interpreter.
+
+Triton chooses the interpreter when it is imported: each part is a process of its own. Each is a class, so that pytest-xdist
+gives them to different workers.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,39 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-FOLDER = Path(__file__).parents[1] / "interpreted"
+TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
-def test_interpreted(file):
+def run(file):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("SAFELORA_FAST_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    run = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+class TestFeatureDistance:
+    def test_interpreted(self):
+        run("ops/test_feature_distance.py")
+
+
+class TestLinearKl:
+    def test_interpreted(self):
+        run("ops/test_linear_kl.py")
+
+
+class TestSubspaceProjection:
+    def test_interpreted(self):
+        run("ops/test_subspace_projection.py")
+
+
+class TestTrainingStep:
+    def test_interpreted(self):
+        run("interpreted/test_safe_modules_interpreted.py")
+
+
+class TestCheckpoints:
+    def test_interpreted(self):
+        run("interpreted/test_device_interpreted.py")

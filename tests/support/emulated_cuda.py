@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
+import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -21,25 +21,35 @@ from safelora_fast.ops import cuda_runtime
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "rust" / "cuda" / "tests" / "stand_in"
 STREAM = 0x77
-FOLDER = "SAFELORA_TEST_EMULATED_CUDA"
 
 
 @functools.cache
 def libraries() -> tuple[Path, Path]:
-    """The driver with its kernels, and the compiler; built once a run, or by the process that started this one."""
-    if built := os.environ.get(FOLDER):
-        return Path(built) / "libdriver.so", Path(built) / "libnvrtc.so"
-    if shutil.which("g++") is None or shutil.which("gcc") is None:
-        pytest.skip("needs gcc and g++ to compile the kernels for the CPU")
-    folder = Path(tempfile.mkdtemp(prefix="emulated-cuda-"))
+    """The driver with its kernels, and the compiler; built once for their sources, and kept under target/."""
+    sources = sorted([*SOURCES.iterdir(), *(ROOT / "rust" / "cuda" / "kernels").iterdir()])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    folder = ROOT / "target" / f"emulated-cuda-{digest}"
+    if not folder.is_dir():
+        if shutil.which("g++") is None or shutil.which("gcc") is None:
+            pytest.skip("needs gcc and g++ to compile the kernels for the CPU")
+        folder.parent.mkdir(exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix="emulated-cuda-", dir=folder.parent))
+        _build(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+    return folder / "libdriver.so", folder / "libnvrtc.so"
+
+
+def _build(folder: Path) -> None:
     kernels = [SOURCES / f"{name}.cpp" for name in ("launch", "feature_distance", "subspace_projection")]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     common = ["-O2", "-fPIC", "-fvisibility=hidden", *warnings]
-    driver, nvrtc, part = folder / "libdriver.so", folder / "libnvrtc.so", folder / "driver.o"
+    part = folder / "driver.o"
     subprocess.run(["gcc", *common, "-c", SOURCES / "driver.c", "-o", part], check=True)
-    subprocess.run(["g++", "-std=c++17", *common, "-shared", *kernels, part, "-o", driver], check=True)
-    subprocess.run(["gcc", *common, "-shared", SOURCES / "nvrtc.c", "-o", nvrtc], check=True)
-    return driver, nvrtc
+    subprocess.run(["g++", "-std=c++17", *common, "-shared", *kernels, part, "-o", folder / "libdriver.so"], check=True)
+    subprocess.run(["gcc", *common, "-shared", SOURCES / "nvrtc.c", "-o", folder / "libnvrtc.so"], check=True)
 
 
 def record() -> list[str]:

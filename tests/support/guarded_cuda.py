@@ -13,9 +13,9 @@ import pytest
 import torch
 from emulated_cuda import emulated
 
-from safelora_fast.ops.feature_distance import cuda
-from safelora_fast.ops.feature_distance.arguments import Comparison
-from safelora_fast.ops.subspace_projection.grouped_cuda import products, transposed_products
+from safelora_fast.ops import feature_distance
+from safelora_fast.ops.base import served_by
+from safelora_fast.ops.subspace_projection import matrix_products, transposed_products
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -74,18 +74,15 @@ def run(side):
             for dtype in (torch.float32, torch.bfloat16):
                 features, reference = (filled(torch.randn(2, 3, hidden).to(dtype), side) for _ in range(2))
                 mask = filled(torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(), side)
-                comparison = Comparison([features], [reference], mask, "sequence", None)
-                _, factors = cuda.forward(comparison)
-                cuda.backward(comparison, factors, torch.ones(()))
+                torch.autograd.grad(feature_distance([features.requires_grad_()], [reference], mask), features)
         features, reference = (with_a_hole(torch.randn(1, 3, 40), 1) for _ in range(2))
-        comparison = Comparison([features], [reference], torch.tensor([[True, False, True]]), "token", None)
-        _, factors = cuda.forward(comparison)
-        cuda.backward(comparison, factors, torch.ones(()))
+        mask = torch.tensor([[True, False, True]])
+        torch.autograd.grad(feature_distance([features.requires_grad_()], [reference], mask, "token"), features)
         for rows, columns, rank in ((1, 1, 1), (16, 64, 8), (33, 70, 5), (70, 33, 17), (200, 24, 32), (24, 200, 32)):
             for dtype in (torch.float32, torch.bfloat16):
                 pair = tuple(filled(torch.randn(rows, columns).to(dtype), side) for _ in range(2))
                 transposed_products([pair], [filled(torch.randn(rows, rank), side)])
-                products([pair], [filled(torch.randn(columns, rank), side)])
+                matrix_products([pair], [filled(torch.randn(columns, rank), side)])
     finally:
         torch.empty = plain_empty
 
@@ -95,5 +92,6 @@ if __name__ == "__main__":
     if "overrun" in sys.argv:
         tensor = guarded((4,), torch.float32, sys.argv[1])
         ctypes.string_at(tensor.data_ptr() + (16 if sys.argv[1] == "end" else -1), 1)
-    run(sys.argv[1])
+    with served_by("cuda"):
+        run(sys.argv[1])
     print("done")

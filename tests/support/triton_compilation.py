@@ -22,7 +22,7 @@ from safelora_fast.ops.feature_distance import triton as distance_backend
 from safelora_fast.ops.feature_distance import triton_kernels as distance
 from safelora_fast.ops.linear_kl import triton as loss_backend
 from safelora_fast.ops.linear_kl import triton_kernels as loss
-from safelora_fast.ops.subspace_projection import grouped_triton as product_backend
+from safelora_fast.ops.subspace_projection import triton as product_backend
 from safelora_fast.ops.subspace_projection import triton_kernels as product
 
 ALIGNED = [["tt.divisibility", 16]]

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -54,9 +54,9 @@ def _backends() -> list[tuple[str, str]]:
     """What serves each operation on tensors."""
     if importlib.util.find_spec("torch") is None:
         return [("operations", "none on tensors: torch is not installed, and projecting files does without")]
-    from safelora_fast.ops import backends
+    from safelora_fast.ops import OPS
 
-    return [(operation, backends.describe(operation)) for operation in get_args(backends.Operation)]
+    return [(op.name, op.describe()) for op in OPS]
 
 
 def _self_test() -> bool:

@@ -1,8 +1,4 @@
-"""Operations on torch tensors, for people who embed them; each folder has its plain reference beside the operation.
-
-Importing this package imports torch. The functions are bound here at once: a name bound later would be hidden by the
-folder of the same name.
-"""
+"""Operations on torch tensors, for people who embed them. Importing this package imports torch."""
 
 from __future__ import annotations
 
@@ -13,8 +9,14 @@ from safelora_fast.errors import MissingDependencyError, how_to_install
 if find_spec("torch") is None:
     raise MissingDependencyError(f"safelora_fast.ops needs torch: {how_to_install('train')}")
 
+# The functions are bound here at once: a name that is bound later would be hidden by the folder of the same name.
+from safelora_fast.ops.feature_distance import OP as FEATURE_DISTANCE
 from safelora_fast.ops.feature_distance import feature_distance
+from safelora_fast.ops.linear_kl import OP as LINEAR_KL
 from safelora_fast.ops.linear_kl import linear_kl, linear_kl_cross_entropy
+from safelora_fast.ops.subspace_projection import OP as SUBSPACE_PROJECTION
 from safelora_fast.ops.subspace_projection import subspace_projection, subspace_projections
 
 __all__ = ["feature_distance", "linear_kl", "linear_kl_cross_entropy", "subspace_projection", "subspace_projections"]
+
+OPS = (FEATURE_DISTANCE, LINEAR_KL, SUBSPACE_PROJECTION)

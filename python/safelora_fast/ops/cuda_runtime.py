@@ -7,20 +7,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from safelora_fast import _core
 from safelora_fast.errors import BackendError
+from safelora_fast.ops.base import Backend, unreadable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 DRIVERS = ("libcuda.so.1", "libcuda.so")
 
 
 @lru_cache(maxsize=1)
 def runtime() -> _core.Cuda:
-    """The driver of this machine; the first call initialises it.
+    """The driver of this machine; the first call initializes it.
 
     Raises:
         BackendError: there is none, or it refuses.
@@ -30,37 +31,34 @@ def runtime() -> _core.Cuda:
 
 def place(device: torch.device) -> tuple[int, int]:
     """The number of a CUDA device, and the address of torch's current stream there."""
-    import torch
-
     index = torch.cuda.current_device() if device.index is None else device.index
     return index, int(torch.cuda.current_stream(index).cuda_stream)
 
 
-def refusal(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why no kernel can read these tensors, in a line, or None; with no tensors, why none can run on this machine."""
-    import torch
+class CudaBackend(Backend):
+    """CUDA kernels on the tensors' own memory."""
 
-    for tensor in tensors:
-        if type(tensor) not in {torch.Tensor, torch.nn.Parameter} or tensor.layout != torch.strided:
-            return f"{type(tensor).__name__} of layout {tensor.layout} has no memory of its own"
-        if tensor.device.type != "cuda" or torch.version.hip is not None:
-            return f"the tensors are on {tensor.device}, not on a GPU of NVIDIA"
-        if tensor.dtype not in dtypes:
-            return f"the tensors are {str(tensor.dtype).removeprefix('torch.')}"
-    try:
-        if runtime().device_count == 0:
-            return "the CUDA driver lists no GPU"
-        for index in {tensor.device.index for tensor in tensors}:
-            runtime().capability(index)
-    except BackendError as error:
-        return str(error)
-    return None
+    def unsupported_reason(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        """Say why no kernel can read these tensors, or None."""
+        reason = unreadable_reason(tensors, _is_nvidia, ", not on an NVIDIA GPU")
+        if reason is not None:
+            return reason
+        try:
+            if runtime().device_count == 0:
+                return "the CUDA driver lists no GPU"
+            for index in {tensor.device.index for tensor in tensors}:
+                runtime().capability(index)
+        except BackendError as error:
+            return str(error)
+        return None
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def nvrtc_candidates() -> list[str]:
     """Where NVRTC may be: torch's own first, whose version fits the driver as torch does, then what the system finds."""
-    import torch
-
     packages = Path(torch.__file__).parents[1]
     folders = [packages / "torch" / "lib", *sorted((packages / "nvidia").glob("*/lib"), reverse=True)]
     major = (torch.version.cuda or "").split(".")[0]
@@ -77,3 +75,8 @@ def cache_folder() -> str | None:
         return str((Path(base) if base else Path.home() / ".cache") / "safelora_fast" / "kernels")
     except RuntimeError:
         return None
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether work on this device goes into a CUDA graph now."""
+    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())

@@ -1,21 +1,21 @@
-"""Every backend that this machine has against the definition in float64, on small inputs."""
+"""Compare every backend of this machine with the float64 oracle, on the examples of each operation."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.ops.backends import Backend, Operation, form, has_form
-from safelora_fast.ops.feature_distance.arguments import Comparison, Normalize
-from safelora_fast.ops.linear_kl.head import Head
-from safelora_fast.ops.linear_kl.passes import Settings, Wanted
+from safelora_fast.ops import OPS
+from safelora_fast.ops.base import BackendName, outcomes, served_by
 from safelora_fast.ops.triton_runtime import gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from safelora_fast.ops.base import Op
 
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
@@ -34,8 +34,8 @@ class Check:
         failure: what was raised, if anything.
     """
 
-    operation: Operation
-    backend: Backend
+    operation: str
+    backend: BackendName
     device: torch.device
     dtype: torch.dtype
     error: float
@@ -49,85 +49,41 @@ class Check:
 
 
 def run_checks() -> Iterator[Check]:
-    """Check every backend but the reference, on the CPU and on a GPU where there is one."""
+    """Check every backend but the oracle, on the CPU and on a GPU where there is one."""
     devices = [torch.device("cpu"), *(device for device in [gpu()] if device is not None)]
-    for operation in get_args(Operation):
+    for op in OPS:
         for device in devices:
             for dtype, tolerance in TOLERANCES.items():
-                tensors = _random(device, dtype)
-                exact = _CASES[operation](form(operation, "reference"), tensors)
-                for backend in get_args(Backend):
-                    if backend == "reference" or not has_form(operation, backend):
-                        continue
-                    module = form(operation, backend)
-                    if module.refusal([tensors(1)]) is not None:
+                make = random_tensors(device, dtype)
+                exact = _results(op, "reference", make)
+                for name in op.names[1:]:
+                    if op.backend(name).unsupported_reason([make(1)]) is not None:
                         continue
                     try:
-                        error, failure = _error(_CASES[operation](module, tensors), exact), None
+                        error, failure = largest_error(_results(op, name, make), exact), None
                     except Exception as raised:  # whatever it is, it is the answer
-                        error, failure = float("nan"), f"{type(raised).__name__}: {raised}".splitlines()[0]
-                    yield Check(operation, backend, device, dtype, error, tolerance, failure)
+                        error, failure = math.nan, f"{type(raised).__name__}: {raised}".splitlines()[0]
+                    yield Check(op.name, name, device, dtype, error, tolerance, failure)
 
 
-def _random(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """The same tensors every time, by their shape."""
+def random_tensors(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Make a function that gives the same random tensor for the same shape and seed."""
 
     def make(*shape: int, seed: int = 0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
     return make
 
 
-def _feature_distance(module: Any, tensors: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    references = [tensors(3, 19, 70, seed=block) for block in range(2)]
-    features = [block + tensors(3, 19, 70, seed=9) for block in references]
-    mask = tensors(3, 19, seed=5) > -0.5
-    segments = (torch.arange(19, device=mask.device) // 7).expand(3, 19)
-    results = []
-    for normalize in get_args(Normalize):
-        comparison = Comparison(features, references, mask, normalize, segments)
-        value, factors = module.forward(comparison)
-        results += [value, *module.backward(comparison, factors, torch.full_like(value, 0.5))]
-    return results
-
-
-def _linear_kl(module: Any, tensors: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    weight = tensors(333, 8)
-    results = []
-    for forward in (False, True):
-        settings, head = Settings(forward, 1.0), Head(weight, None, 1.0, None)
-        raw, delta = tensors(5, 333, seed=1), tensors(5, 333, seed=2)
-        factor = torch.full((5, 1), 0.3, dtype=torch.float32, device=raw.device)
-        labels = torch.arange(5, device=raw.device)
-        given = module.Passes(head, settings, 5, torch.float32).block(raw, delta, Wanted(factor, labels, factor, True))
-        results += [given.divergence, given.nll, given.entropy, delta]
-    return results
-
-
-def _subspace_projection(module: Any, tensors: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    aligned, base, factor = tensors(96, 80), tensors(96, 80, seed=1), tensors(96, 5, seed=2)
-    return [module.subspace_projection(aligned, base, factor, normalize=name) for name in ("frobenius", "spectral")]
-
-
-def _subspace_projections(module: Any, tensors: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    pairs = [(tensors(rows, columns), tensors(rows, columns, seed=1)) for rows, columns in ((96, 80), (33, 50))]
-    factors = [tensors(96, 17, seed=2), tensors(33, 17, seed=3)]
-    inner, squares = module.transposed_products(pairs, factors)
-    return [*inner, squares, *module.products(pairs, inner)]
-
-
-_CASES: dict[Operation, Callable[[Any, Callable[..., torch.Tensor]], list[torch.Tensor]]] = {
-    "feature_distance": _feature_distance,
-    "linear_kl": _linear_kl,
-    "subspace_projection": _subspace_projection,
-    "subspace_projections": _subspace_projections,
-}
-
-
-def _error(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+def largest_error(ours: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The largest ‖ours − exact‖/‖exact‖, NaN where one is NaN."""
     errors = [
         float((mine.double() - theirs.double()).norm() / theirs.double().norm())
         for mine, theirs in zip(ours, exact, strict=True)
     ]
-    return float("nan") if any(map(math.isnan, errors)) else max(errors)
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def _results(op: Op, backend: BackendName, make: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    with served_by(backend):
+        return [result for example in op.examples(make) for result in outcomes(example)]

@@ -15,32 +15,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safelora_fast.ops.base import Backend, unreadable_reason
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
 GPUS = ("cuda", "xpu")  # "cuda" is AMD's device type too
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (3, 3)  # the first whose kernels take tuples of pointers
 # Said at every launch: a product and the sum that it goes into are rounded once, whatever this version's default is.
 OPTIONS = {"enable_fp_fusion": True}
 
 
-def refusal(tensors: Sequence[torch.Tensor]) -> str | None:
-    """Why Triton cannot serve these tensors, or None; with none, what the machine alone forbids."""
-    missing = _missing()
-    if missing is not None:
-        return missing
-    if not tensors:
-        return None if interpreted() or gpu() is not None else "torch finds no GPU"
-    for tensor in tensors:
-        if tensor.device.type not in GPUS and not (tensor.device.type == "cpu" and interpreted()):
-            return f"a tensor is on {tensor.device}, and Triton serves GPUs"
-        if tensor.dtype not in DTYPES:
-            return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
-        if type(tensor) not in {torch.Tensor, torch.nn.Parameter} or tensor.layout != torch.strided:
-            return f"a {type(tensor).__name__} need not have memory of its own"
-    return None
+class TritonBackend(Backend):
+    """Triton kernels on a GPU, or on the CPU by the interpreter."""
+
+    def unsupported_reason(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        """Say why Triton cannot serve these tensors, or None."""
+        reason = _missing()
+        if reason is not None:
+            return reason
+        if not tensors and not interpreted() and gpu() is None:
+            return "torch finds no GPU"
+        reason = unreadable_reason(tensors, _is_served, ", and Triton serves GPUs")
+        if reason is not None or interpreted():
+            return reason
+        return launcher_error()
+
+
+def _is_served(device: torch.device) -> bool:
+    return device.type in GPUS or (device.type == "cpu" and interpreted())
 
 
 def interpreted() -> bool:
@@ -53,6 +57,23 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
+def dtype(of_torch: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    from triton import language
+
+    return getattr(language, str(of_torch).removeprefix("torch."))
+
+
+def tiles(count: int, tile: int) -> int:
+    """How many tiles hold so many elements."""
+    return -(-count // tile)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count`, and at least 2."""
+    return 1 << max(count - 1, 1).bit_length()
+
+
 @functools.cache
 def _missing() -> str | None:
     try:
@@ -63,6 +84,17 @@ def _missing() -> str | None:
         return f"triton cannot be imported ({error})"
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         return f"triton {version} is too old, {'.'.join(map(str, OLDEST))} or newer is needed: update torch, which brings it"
+    return None
+
+
+@functools.cache
+def launcher_error() -> str | None:
+    """Say why Triton cannot launch kernels on the GPU: it builds its launcher with a C compiler and Python's headers."""
+    try:
+        driver = importlib.import_module("triton.runtime.driver").driver
+        driver.active.get_current_target()
+    except Exception as error:  # whatever the compiler or the driver says
+        return f"triton cannot build its launcher ({' '.join(str(error).split())}): it needs a C compiler and Python.h"
     return None
 
 

@@ -17,7 +17,7 @@ from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import is_parallel
 from safelora_fast.models.capture import Tap
 from safelora_fast.models.reference_pass import evaluation_mode
-from safelora_fast.ops.linear_kl.reference import logits as logits_of
+from safelora_fast.ops.linear_kl import Head as LogitHead
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,7 +84,7 @@ def _logits(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> tu
             with capture.autocast_again():
                 weight, bias = head.parameters()
                 hidden = capture.hidden[:1, :PROBE_TOKENS].to(weight.dtype)
-                return theirs, logits_of(hidden, weight, bias, head.scale, head.softcap)
+                return theirs, LogitHead(weight, bias, head.scale, head.softcap).logits(hidden)
     finally:
         tap.detach()
 

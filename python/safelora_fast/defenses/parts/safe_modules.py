@@ -15,8 +15,8 @@ from safelora_fast.errors import PairingError
 from safelora_fast.models.anatomy import gathered
 from safelora_fast.models.lora_factors import AdaptedModule, adapted_modules
 from safelora_fast.models.shards import held_rows, local_rows, matching_rows, sum_over_shards, write_rows
-from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
-from safelora_fast.ops.subspace_projection.penalties import is_grouped, subspace_penalties, subspace_penalty
+from safelora_fast.ops.subspace_penalties import is_grouped, subspace_penalties, subspace_penalty
+from safelora_fast.ops.subspace_projection import matrix_products, transposed_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
-from safelora_fast.ops.backends import choose
-from safelora_fast.ops.feature_distance import library
-from safelora_fast.ops.feature_distance.arguments import Comparison, Normalize
-from safelora_fast.ops.feature_distance.autograd import distance
-from safelora_fast.ops.feature_distance.reference import feature_distance_reference
-from safelora_fast.ops.operands import require_tensors
+from safelora_fast.ops.base import DTYPE_NAMES, Op, differentiable_once, require_tensors
+from safelora_fast.ops.feature_distance.torch_impl import Torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
-__all__ = ["feature_distance", "feature_distance_reference"]
+    from safelora_fast.ops.base import Example
+
+Normalize = Literal["sequence", "token", "none"]
+# Address, dtype, shape and strides of hidden states.
+View: TypeAlias = "tuple[int, str, tuple[int, int, int], tuple[int, int]]"
 
 
 def feature_distance(
@@ -26,18 +27,18 @@ def feature_distance(
     normalize: Normalize = "sequence",
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over blocks, mean over sequences, of ‖x − x₀‖² (Kaczér et al., arXiv 2508.06249: LDIFS).
+    """Sum over layers, mean over sequences, of ‖x − x₀‖² (Kaczér et al., arXiv 2508.06249: LDIFS).
 
-    Never computed as 2 − 2⟨x, x₀⟩, which cancels: from ‖h − h₀‖², ⟨h − h₀, h₀⟩ and ‖h₀‖². On the CPU these are summed in
-    float64 in one read, the gradient takes one more, and both are the same bits for any number of threads. On a GPU one
-    launch of a Triton kernel reads all blocks and one writes all gradients, with sums in float32 and the same bits every
-    run; on other devices and for float64 the same algebra runs in torch. `SAFELORA_FAST_BACKEND` chooses another backend
-    (ops/backends.py). Differentiable once, in `features` only. Tokens that do not count may hold anything.
+    Computed from ‖h − h₀‖², ⟨h − h₀, h₀⟩ and ‖h₀‖², because 2 − 2⟨x, x₀⟩ cancels. On the CPU these are summed in float64
+    in one read, the gradient takes one more, and the bits do not depend on the number of threads. On a GPU one launch of
+    a Triton kernel reads all layers and one writes all gradients, with sums in float32 and the same bits every run. On
+    other devices and for float64 the same algebra runs in torch. `SAFELORA_FAST_BACKEND` chooses another backend
+    (ops/base.py). Differentiable once, in `features` only. Tokens that do not count may hold anything.
     `torch.compile(fullgraph=True)` takes it as one operation.
 
     Args:
-        features: per block, hidden states [batch, tokens, hidden]; float32, bfloat16, float16 or float64.
-        reference_features: per block, hidden states of the reference, same shapes.
+        features: per layer, hidden states [batch, tokens, hidden]; float32, bfloat16, float16 or float64.
+        reference_features: per layer, hidden states of the reference model, same shapes.
         mask: [batch, tokens] bool, the tokens that count.
         normalize: what is scaled to unit length: "sequence", each sequence's tokens × hidden; "token", each token;
             "none", nothing.
@@ -48,34 +49,21 @@ def feature_distance(
         A float32 scalar (float64 for float64 features); zero where no token counts.
 
     Raises:
-        TypeError: an operand is no tensor.
+        TypeError: an operand is not a tensor.
         ValueError: shapes differ, or `normalize` is unknown.
         BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
         RuntimeError: a gradient of the gradient is asked for.
     """
-    _check_tensors(features, reference_features, mask, segments)
     _check(features, reference_features, mask, normalize, segments)
     references = [reference.detach() for reference in reference_features]
-    comparison = Comparison(features, references, mask.to(torch.bool), normalize, segments)
+    mask = mask.to(torch.bool)
+    value: torch.Tensor
     if torch.compiler.is_compiling():
-        return library.distance(comparison)
-    return distance(choose("feature_distance", (*features, *references)).module, comparison)
-
-
-def _check_tensors(
-    features: Sequence[torch.Tensor],
-    reference_features: Sequence[torch.Tensor],
-    mask: torch.Tensor,
-    segments: torch.Tensor | None,
-) -> None:
-    require_tensors(mask=mask, **({} if segments is None else {"segments": segments}))
-    for name, blocks in (("features", features), ("reference_features", reference_features)):
-        if isinstance(blocks, list | tuple):
-            require_tensors(**{f"{name}[{index}]": block for index, block in enumerate(blocks)})
-        elif not isinstance(blocks, torch.Tensor):
-            raise TypeError(
-                f"{name} is a {type(blocks).__name__}: it must be a list, one tensor [batch, tokens, hidden] a block"
-            )
+        value, _ = _node(list(features), references, mask, normalize, segments)
+        return value
+    backend = OP.choose((*features, *references)).backend
+    value = _Distance.apply(backend, mask, normalize, segments, *features, *references)
+    return value
 
 
 def _check(
@@ -85,21 +73,228 @@ def _check(
     normalize: str,
     segments: torch.Tensor | None,
 ) -> None:
-    if normalize not in {"sequence", "token", "none"}:
+    require_tensors(mask=mask, **({} if segments is None else {"segments": segments}))
+    for name, layers in (("features", features), ("reference_features", reference_features)):
+        if isinstance(layers, torch.Tensor):
+            raise ValueError(f"{name} is one tensor: it must be a list, one tensor [batch, tokens, hidden] a layer")
+        if not isinstance(layers, list | tuple):
+            raise TypeError(
+                f"{name} is a {type(layers).__name__}: it must be a list, one tensor [batch, tokens, hidden] a layer"
+            )
+        require_tensors(**{f"{name}[{index}]": layer for index, layer in enumerate(layers)})
+    if normalize not in get_args(Normalize):
         raise ValueError(f'normalize is {normalize!r}, it must be "sequence", "token" or "none"')
-    if isinstance(features, torch.Tensor) or isinstance(reference_features, torch.Tensor):
-        raise ValueError("features and reference features are lists, one tensor [batch, tokens, hidden] a block")
     if mask.is_floating_point():
         raise ValueError(f"mask is {mask.dtype}: it must say of each token whether it counts, not how much")
     if len(features) != len(reference_features) or not features:
-        raise ValueError(f"{len(features)} blocks of features and {len(reference_features)} of reference features")
-    for block, reference in zip(features, reference_features, strict=True):
-        if not (block.is_floating_point() and reference.is_floating_point()):
-            raise ValueError(f"features are {block.dtype}, reference features {reference.dtype}: they must be floats")
-        if block.shape != reference.shape or block.shape[:2] != mask.shape or block.dim() != 3:
+        raise ValueError(f"{len(features)} layers of features and {len(reference_features)} of reference features")
+    for layer, reference in zip(features, reference_features, strict=True):
+        if not (layer.is_floating_point() and reference.is_floating_point()):
+            raise ValueError(f"features are {layer.dtype}, reference features {reference.dtype}: they must be floats")
+        if layer.shape != reference.shape or layer.shape[:2] != mask.shape or layer.dim() != 3:
             raise ValueError(
-                f"features {tuple(block.shape)}, reference {tuple(reference.shape)} and mask {tuple(mask.shape)} "
-                "disagree"
+                f"features {tuple(layer.shape)}, reference {tuple(reference.shape)} and mask {tuple(mask.shape)} disagree"
             )
     if segments is not None and segments.shape != mask.shape:
         raise ValueError(f"segments {tuple(segments.shape)} and mask {tuple(mask.shape)} disagree")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Hidden states of two models, layer by layer: the checked arguments, as every backend takes them.
+
+    A backend has two methods:
+
+        forward(comparison) -> (value, factors)
+        backward(comparison, factors, gradient) -> one gradient per layer, like its features
+
+    The value is a scalar of `value_dtype` on the first layer's device. The factors are those of `empty_factors`, (a, b)
+    for each token: its gradient is a·(h − h₀) − b·h, times the scalar `gradient`. They are (0, 0) where a token does not
+    count, whose gradient is zero whatever it holds.
+
+    Attributes:
+        features: per layer [batch, tokens, hidden].
+        references: per layer the same shape, without gradient; dtype and device may differ.
+        mask: [batch, tokens] bool, on any device.
+        normalize: what is scaled to unit length.
+        segments: [batch, tokens] integers or None, on any device.
+    """
+
+    features: Sequence[torch.Tensor]
+    references: Sequence[torch.Tensor]
+    mask: torch.Tensor
+    normalize: Normalize
+    segments: torch.Tensor | None
+
+    def only(self, layers: Sequence[int]) -> Comparison:
+        """The same with these layers alone, and everything on their device."""
+        device = self.features[layers[0]].device if layers else self.device
+        return Comparison(
+            [self.features[index].detach() for index in layers],
+            [self.references[index].detach().to(device) for index in layers],
+            self.mask.to(device),
+            self.normalize,
+            None if self.segments is None else self.segments.to(device),
+        )
+
+    def groups(self, key: Callable[[torch.Tensor, torch.Tensor], Hashable]) -> list[list[int]]:
+        """The layers whose features and reference have the same key together, in the order of the first of each group."""
+        found: dict[Hashable, list[int]] = {}
+        for index, pair in enumerate(zip(self.features, self.references, strict=True)):
+            found.setdefault(key(*pair), []).append(index)
+        return list(found.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where value and factors are."""
+        return self.features[0].device
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """float32, or float64 for float64 features."""
+        wide = any(layer.dtype == torch.float64 for layer in self.features)
+        return torch.float64 if wide else torch.float32
+
+    def empty_factors(self) -> torch.Tensor:
+        """Factors yet to be written [layers, batch, tokens, 2]; float64 on the CPU, else as the value."""
+        dtype = torch.float64 if self.device.type == "cpu" else self.value_dtype
+        return torch.empty((len(self.features), *self.mask.shape, 2), dtype=dtype, device=self.device)
+
+    def for_extension(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Features and references as the extension module reads them: of one dtype, with a contiguous hidden axis."""
+        features, references = [], []
+        for layer, given in zip(self.features, self.references, strict=True):
+            reference = given.to(layer.device)
+            alike = layer.dtype == reference.dtype
+            features.append(_contiguous(layer if alike else layer.float()))
+            references.append(_contiguous(reference if alike else reference.float()))
+        return features, references
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+
+
+def view_of(tensor: torch.Tensor) -> View:
+    """Hidden states as the extension module takes them."""
+    return tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.stride()[:2]
+
+
+class _Distance(torch.autograd.Function):  # type: ignore[misc]
+    """The distance by a backend, without torch's dispatcher, which takes longer than a small distance."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        mask: torch.Tensor,
+        normalize: Any,
+        segments: torch.Tensor | None,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        count = len(tensors) // 2
+        value: torch.Tensor
+        value, factors = backend.forward(Comparison(tensors[:count], tensors[count:], mask, normalize, segments))
+        ctx.backend, ctx.normalize = backend, normalize
+        ctx.save_for_backward(mask, segments, factors, *tensors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        mask, segments, factors, *tensors = ctx.saved_tensors
+        count = len(tensors) // 2
+        wanted = [index for index in range(count) if ctx.needs_input_grad[4 + index]]
+        comparison = Comparison(tensors[:count], tensors[count:], mask, ctx.normalize, segments)
+        if len(wanted) < count:  # a list of indices would be uploaded, and waited for
+            comparison, factors = comparison.only(wanted), torch.stack([factors[index] for index in wanted])
+        with torch.no_grad():
+            gradients = ctx.backend.backward(comparison, factors, gradient)
+        features = [tensors[index] for index in wanted]
+        tied = differentiable_once(gradients, [*features, gradient], owner="feature_distance")
+        result: list[torch.Tensor | None] = [None] * (4 + 2 * count)
+        for index, of_layer in zip(wanted, tied, strict=True):
+            result[4 + index] = of_layer
+        return tuple(result)
+
+
+# For torch.compile and export: two operations of torch.library, which see one node without looking in.
+_INPUTS = "Tensor[] features, Tensor[] references, Tensor mask, str normalize, Tensor? segments"
+
+
+@torch.library.custom_op(  # type: ignore[untyped-decorator]
+    "safelora_fast::feature_distance", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
+def _node(
+    features: Sequence[torch.Tensor],
+    references: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    normalize: Any,
+    segments: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    comparison = Comparison(features, references, mask, normalize, segments)
+    value, factors = OP.choose((*features, *references)).backend.forward(comparison)
+    return value, factors
+
+
+@_node.register_fake  # type: ignore[untyped-decorator]
+def _(features: Any, references: Any, mask: Any, normalize: Any, segments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    comparison = Comparison(features, references, mask, normalize, segments)
+    value = torch.empty((), dtype=comparison.value_dtype, device=comparison.device)
+    return value, comparison.empty_factors()
+
+
+@torch.library.custom_op(  # type: ignore[untyped-decorator]
+    "safelora_fast::feature_distance_gradient",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor factors, Tensor gradient) -> Tensor[]",
+)
+def _gradient_node(
+    features: Sequence[torch.Tensor],
+    references: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    normalize: Any,
+    segments: torch.Tensor | None,
+    factors: torch.Tensor,
+    gradient: torch.Tensor,
+) -> list[torch.Tensor]:
+    comparison = Comparison(features, references, mask, normalize, segments)
+    found: list[torch.Tensor] = OP.choose((*features, *references)).backend.backward(comparison, factors, gradient)
+    return found
+
+
+@_gradient_node.register_fake  # type: ignore[untyped-decorator]
+def _(features: Any, *_: Any) -> list[torch.Tensor]:
+    return [torch.empty(layer.shape, dtype=layer.dtype, device=layer.device) for layer in features]
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    features, references, mask, normalize, segments = inputs
+    ctx.count, ctx.normalize = len(features), normalize
+    ctx.save_for_backward(mask, segments, output[1], *features, *references)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, of_value: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    mask, segments, factors, *tensors = ctx.saved_tensors
+    features, references = tensors[: ctx.count], tensors[ctx.count :]
+    gradients = _gradient_node(features, references, mask, ctx.normalize, segments, factors, of_value)
+    return gradients, [None] * ctx.count, None, None, None
+
+
+_node.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _examples(random: Callable[..., torch.Tensor]) -> Iterator[Example]:
+    """Packed rows of odd sizes, with each normalization; some tokens do not count."""
+    references = [random(3, 19, 70, seed=layer) for layer in range(2)]
+    features = [(layer + random(3, 19, 70, seed=9)).requires_grad_() for layer in references]
+    mask = random(3, 19, seed=5) > -0.5
+    segments = (torch.arange(19, device=mask.device) // 7).expand(3, 19)
+    for normalize in get_args(Normalize):
+        yield (
+            lambda *states, normalize=normalize: feature_distance(states[:2], states[2:], mask, normalize, segments),
+            (*features, *references),
+        )
+
+
+OP = Op("feature_distance", reference=Torch, backends=("native", "triton", "cuda"), examples=_examples)

@@ -1,6 +1,6 @@
 """Triton kernels of the feature distance. Sums of one token are float32, sums over tokens EXACT (float64 where there is any).
 
-Blocks come as a tuple of pointers, so that one launch goes over all of them without a table in memory: a launch can be
+Layers come as a tuple of pointers, so that one launch goes over all of them without a table in memory: a launch can be
 captured in a graph as it is. Inputs are upcast right after the load: the interpreter cannot compute in bfloat16.
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _pick(pointers, index):
-    """The pointer at a place that is known only at run time."""
+    """The pointer at a place that is known at run time only."""
     chosen = pointers[0]
     for place in tl.static_range(1, len(pointers)):
         chosen = tl.where(index == place, pointers[place], chosen)
@@ -34,15 +34,15 @@ def token_sums(
 ):
     """‖d‖², ⟨d, h₀⟩ and ‖h₀‖² of every token that counts, else zeros.
 
-    Grid: (tiles of TOKENS tokens, blocks). sums is [3, blocks, rows of the batch · tokens].
+    Grid: (tiles of TOKENS tokens, layers). sums is [3, layers, rows of the batch · tokens].
     """
-    block = tl.program_id(1)
+    layer = tl.program_id(1)
     flat = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     row, token = flat // tokens, flat % tokens
     inside = flat < rows * tokens
     counts = tl.load(mask + row * mask_strides[0] + token * mask_strides[1], mask=inside, other=0) != 0
-    feature = _pick(features, block) + row * feature_strides[0] + token * feature_strides[1]
-    reference = _pick(references, block) + row * reference_strides[0] + token * reference_strides[1]
+    feature = _pick(features, layer) + row * feature_strides[0] + token * feature_strides[1]
+    reference = _pick(references, layer) + row * reference_strides[0] + token * reference_strides[1]
     squared = tl.zeros([TOKENS, COLUMNS], tl.float32)
     dot = tl.zeros([TOKENS, COLUMNS], tl.float32)
     norm = tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -57,7 +57,7 @@ def token_sums(
         squared += d * d
         dot += d * h0
         norm += h0 * h0
-    place = sums + block * rows * tokens + flat
+    place = sums + layer * rows * tokens + flat
     plane = tl.num_programs(1) * rows * tokens
     tl.store(place, tl.sum(squared, 1), mask=inside)
     tl.store(place + plane, tl.sum(dot, 1), mask=inside)
@@ -104,8 +104,8 @@ def _unit_distance(squared, dot, norm):
     gap = tl.where(known, (2 * dot + squared) / tl.where(known, p + q, 1), 0)
     distance = tl.where(known, (squared - gap * gap) / product, (p != q).to(q.dtype))
     of_difference = tl.where(known, 2 / product, 0)
-    of_block = of_difference * ((dot + squared) / tl.where(known, p_squared, 1))
-    return distance, of_difference, of_block
+    of_features = of_difference * ((dot + squared) / tl.where(known, p_squared, 1))
+    return distance, of_difference, of_features
 
 
 @triton.jit
@@ -125,17 +125,17 @@ def sequence_factors(
 ):
     """Distance of every sequence, and the factors of its tokens; tokens are added in one order.
 
-    Grid: (sequences that a row can have, rows of the batch, blocks), where a PACKED row can have one per token: the
-    program of a sequence is that of its first token. distances: [blocks, rows, sequences that a row can have];
-    factors: [blocks, rows, tokens, 2], which the programs together write once for every token that counts.
+    Grid: (sequences that a row can have, rows of the batch, layers), where a PACKED row can have one per token: the
+    program of a sequence is that of its first token. distances: [layers, rows, sequences that a row can have];
+    factors: [layers, rows, tokens, 2], which the programs together write once for every token that counts.
     """
-    slot, row, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    slot, row, layer = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = slot if PACKED else 0
     end = tl.load(last + row * tokens + slot) + 1 if PACKED else tokens
     if PACKED:  # an empty range where another token comes first, or this one does not count
         end = tl.where(tl.load(first + row * tokens + slot) == slot, end, 0)
     plane = tl.num_programs(2) * rows * tokens
-    place = (block * rows + row) * tokens
+    place = (layer * rows + row) * tokens
     squared = tl.zeros([TILE], EXACT)
     dot = tl.zeros([TILE], EXACT)
     norm = tl.zeros([TILE], EXACT)
@@ -147,8 +147,8 @@ def sequence_factors(
         squared += tl.load(sums + place + token, mask=wanted, other=0).to(EXACT)
         dot += tl.load(sums + plane + place + token, mask=wanted, other=0).to(EXACT)
         norm += tl.load(sums + 2 * plane + place + token, mask=wanted, other=0).to(EXACT)
-    distance, of_difference, of_block = _unit_distance(tl.sum(squared), tl.sum(dot), tl.sum(norm))
-    tl.store(distances + (block * rows + row) * tl.num_programs(0) + slot, distance)
+    distance, of_difference, of_features = _unit_distance(tl.sum(squared), tl.sum(dot), tl.sum(norm))
+    tl.store(distances + (layer * rows + row) * tl.num_programs(0) + slot, distance)
     for start in range(begin, end, TILE):
         token = start + tl.arange(0, TILE)
         wanted = token < end
@@ -157,7 +157,7 @@ def sequence_factors(
             wanted = wanted & (tl.load(first + row * tokens + token, mask=wanted, other=-1) == slot)
         written = factors + 2 * (place + token)
         tl.store(written, tl.where(counts, of_difference, 0).to(factors.dtype.element_ty), mask=wanted)
-        tl.store(written + 1, tl.where(counts, of_block, 0).to(factors.dtype.element_ty), mask=wanted)
+        tl.store(written + 1, tl.where(counts, of_features, 0).to(factors.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
@@ -175,25 +175,25 @@ def token_factors(
 ):
     """Distance and factors of every token by itself, scaled to UNIT length or as it is.
 
-    Grid: (tiles of tokens, rows of the batch, blocks). distances: [blocks, rows, tokens].
+    Grid: (tiles of tokens, rows of the batch, layers). distances: [layers, rows, tokens].
     """
-    row, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    row, layer = tl.program_id(1).to(tl.int64), tl.program_id(2)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = token < tokens
     counts = tl.load(mask + row * mask_strides[0] + token * mask_strides[1], mask=inside, other=0) != 0
     plane = tl.num_programs(2) * rows * tokens
-    place = (block * rows + row) * tokens + token
+    place = (layer * rows + row) * tokens + token
     squared = tl.load(sums + place, mask=inside, other=0).to(EXACT)
     if UNIT:
         dot = tl.load(sums + plane + place, mask=inside, other=0).to(EXACT)
         norm = tl.load(sums + 2 * plane + place, mask=inside, other=0).to(EXACT)
-        distance, of_difference, of_block = _unit_distance(squared, dot, norm)
+        distance, of_difference, of_features = _unit_distance(squared, dot, norm)
     else:
-        distance, of_difference, of_block = squared, squared * 0 + 2, squared * 0
+        distance, of_difference, of_features = squared, squared * 0 + 2, squared * 0
     tl.store(distances + place, tl.where(counts, distance, 0), mask=inside)
     written = factors + 2 * place
     tl.store(written, tl.where(counts, of_difference, 0).to(factors.dtype.element_ty), mask=inside)
-    tl.store(written + 1, tl.where(counts, of_block, 0).to(factors.dtype.element_ty), mask=inside)
+    tl.store(written + 1, tl.where(counts, of_features, 0).to(factors.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -213,21 +213,21 @@ def gradients(
 ):
     """Gradient of every token, weight · (a·(h − h₀) − b·h); zero, and nothing read, where a is zero.
 
-    Grid: (tiles of TOKENS tokens, blocks). factors: [blocks, rows, tokens, 2]; outputs are contiguous.
+    Grid: (tiles of TOKENS tokens, layers). factors: [layers, rows, tokens, 2]; outputs are contiguous.
     """
-    block = tl.program_id(1)
+    layer = tl.program_id(1)
     flat = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     row, token = flat // tokens, flat % tokens
     inside = flat < rows * tokens
-    place = factors + 2 * (block * rows * tokens + flat)
+    place = factors + 2 * (layer * rows * tokens + flat)
     of_difference = tl.load(place, mask=inside, other=0).to(tl.float32)
-    of_block = tl.load(place + 1, mask=inside, other=0).to(tl.float32)
+    of_features = tl.load(place + 1, mask=inside, other=0).to(tl.float32)
     counts = of_difference != 0
     scale = tl.load(weight).to(tl.float32)
-    of_difference, of_block = (of_difference * scale)[:, None], (of_block * scale)[:, None]
-    feature = _pick(features, block) + row * feature_strides[0] + token * feature_strides[1]
-    reference = _pick(references, block) + row * reference_strides[0] + token * reference_strides[1]
-    output = _pick(outputs, block) + flat * hidden
+    of_difference, of_features = (of_difference * scale)[:, None], (of_features * scale)[:, None]
+    feature = _pick(features, layer) + row * feature_strides[0] + token * feature_strides[1]
+    reference = _pick(references, layer) + row * reference_strides[0] + token * reference_strides[1]
+    output = _pick(outputs, layer) + flat * hidden
     for start in range(0, hidden, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         there = (column < hidden)[None, :]
@@ -236,6 +236,6 @@ def gradients(
         h = tl.load(feature[:, None] + (column * feature_strides[2])[None, :], mask=wanted, other=0.0)
         h0 = tl.load(reference[:, None] + (column * reference_strides[2])[None, :], mask=wanted, other=0.0)
         h = h.to(tl.float32)
-        gradient = of_difference * (h - h0.to(tl.float32)) - of_block * h
+        gradient = of_difference * (h - h0.to(tl.float32)) - of_features * h
         gradient = tl.where(counts[:, None], gradient, 0.0)
         tl.store(output[:, None] + column[None, :], gradient.to(output.dtype.element_ty), mask=inside[:, None] & there)

@@ -7,27 +7,32 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.ops import triton_runtime
-from safelora_fast.ops.linear_kl.passes import Given, Settings, Wanted
-from safelora_fast.ops.triton_runtime import refusal
+from safelora_fast.ops.linear_kl.chunks import Given, Settings, Wanted
+from safelora_fast.ops.triton_runtime import power_of_two
 
 if TYPE_CHECKING:
-    from safelora_fast.ops.linear_kl.head import Head
-
-__all__ = ["Passes", "refusal"]
+    from safelora_fast.ops.linear_kl.chunks import Head
 
 TILE, WARPS = 4096, 8
 
 
+class Backend(triton_runtime.TritonBackend):
+    """Goes over the logits where the product left them."""
+
+    def passes(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> Passes:
+        """What goes over the blocks of a chunk (chunks.py)."""
+        return Passes(head, settings, rows, exact)
+
+
 class Passes:
-    """Goes over the logits where the product left them; the arguments are those of every backend."""
+    """One launch a block."""
 
     def __init__(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> None:
         self._head, self._settings, self.rows, self._exact = head, settings, rows, exact
-        bias = head.bias
-        self._bias = None if bias is None else bias.to(head.weight.device).contiguous()
+        self._bias = None if head.bias is None else head.bias.to(head.weight.device).contiguous()
 
     def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
-        """Figures of a block; `delta` becomes the gradient with respect to what it was."""
+        """Metrics of a block; `delta` becomes the gradient with respect to what it was."""
         from safelora_fast.ops.linear_kl import triton_kernels
 
         count, vocabulary = raw.shape
@@ -54,12 +59,11 @@ class Passes:
                 TEMPERED=self._settings.temperature != 1.0,
                 FORWARD=self._settings.forward,
                 LABELLED=labelled,
-                TILE=min(1 << (vocabulary - 1).bit_length(), TILE),
+                TILE=min(power_of_two(vocabulary), TILE),
                 num_warps=WARPS,
                 **triton_runtime.OPTIONS,
             )
+        divergence, nll, entropy, is_top1 = figures.unbind()
         if not labelled:
-            return Given(figures[0])
-        return Given(
-            figures[0], figures[1], figures[2] if wanted.figures else None, figures[3] if wanted.figures else None
-        )
+            return Given(divergence)
+        return Given(divergence, nll, entropy, is_top1) if wanted.figures else Given(divergence, nll)

@@ -1,12 +1,263 @@
-"""The projection of one module by Triton."""
+"""Products of many tall matrices with thin factors by Triton: one launch for all modules that are alike."""
 
 from __future__ import annotations
 
-from functools import partial
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safelora_fast.ops.subspace_projection import grouped_triton, single
-from safelora_fast.ops.triton_runtime import refusal
+import numpy as np
+import torch
 
-__all__ = ["refusal", "subspace_projection"]
+from safelora_fast.ops import triton_runtime
+from safelora_fast.ops.plans import Plans, uploaded
+from safelora_fast.ops.subspace_projection.torch_impl import Projector
+from safelora_fast.ops.triton_runtime import power_of_two, tiles
 
-subspace_projection = partial(single.subspace_projection, grouped_triton)
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from safelora_fast.ops.subspace_projection import Matrix
+
+WIDTH = 64  # columns of a factor that a program takes at once; wider ones are cut
+CHUNK = 1024  # rows that a program of transposed_parts adds up
+COLUMN_TILE = 64  # most columns whose products a program of transposed_parts holds
+ROW_TILE = 64  # rows that a program of products writes
+STEP = 32  # rows or columns that are multiplied at once
+LEAST = 16  # rows and columns of a product on tensor cores
+
+
+class Backend(triton_runtime.TritonBackend, Projector):
+    """A launch for each pass; parts over rows are added in one order."""
+
+    def transposed_products(
+        self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules], float32."""
+        from safelora_fast.ops.subspace_projection import triton_kernels
+
+        outputs, views, places = _outputs(matrices, 1, factors)
+        make = {"dtype": torch.float32, "device": outputs.device}
+        squares = torch.zeros(len(matrices), **make)
+        for group in _groups(matrices, factors, places):
+            plan = group.plan(_transposed_plan)
+            parts, part_squares = (
+                torch.empty(len(plan.work), plan.tile, plan.width, **make),
+                torch.empty(len(plan.work), **make),
+            )
+            sums = torch.zeros(len(matrices), plan.most, **make)
+            with triton_runtime.on(outputs.device):
+                triton_kernels.transposed_parts[len(plan.work),](
+                    *group.operands, plan.table, plan.work, parts, part_squares,
+                    CHUNK=CHUNK, STEP=STEP, TILE=plan.tile, WIDTH=plan.width,
+                    TURNED=group.key.dtypes[0] == torch.float32, **group.settings(),
+                )  # fmt: skip
+                triton_kernels.combine_parts[len(plan.combine),](
+                    plan.table, plan.combine, parts, part_squares, outputs, sums,
+                    TILE=plan.tile, WIDTH=plan.width, PAIR=group.key.is_pair, **triton_runtime.OPTIONS,
+                )  # fmt: skip
+            if group.key.is_pair:
+                squares += sums.sum(1)
+        return views, squares
+
+    def products(self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """M·X of every module, float32."""
+        from safelora_fast.ops.subspace_projection import triton_kernels
+
+        outputs, views, places = _outputs(matrices, 0, factors)
+        for group in _groups(matrices, factors, places):
+            plan = group.plan(_plain_plan)
+            with triton_runtime.on(outputs.device):
+                triton_kernels.products[len(plan.work),](
+                    *group.operands, plan.table, plan.work, outputs,
+                    STEP=STEP, TILE=plan.tile, WIDTH=plan.width, **group.settings(),
+                )  # fmt: skip
+        return views
+
+
+class _Key(NamedTuple):
+    """What modules of one launch have in common."""
+
+    dtypes: tuple[torch.dtype, ...]
+    is_pair: bool
+    is_flipped: bool
+    is_thin_flipped: bool
+    aligned: int
+    thin_aligned: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Modules that one launch can serve; as a rule all of them.
+
+    Attributes:
+        key: what they have in common.
+        operands: minuend, subtrahend and factor of the first one.
+        entries: rows of the table of triton_kernels.py; a module has several where its factor is wider than WIDTH.
+        owners: which module each is of.
+        held: the operands, so that copies among them live until the launch.
+    """
+
+    key: _Key
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    entries: list[tuple[int, ...]] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, module: int, operands: Sequence[torch.Tensor], output: int) -> None:
+        """Add a module whose result goes to `output`, in elements, in rows as wide as its factor."""
+        along = 1 if self.key.is_flipped else 0
+        minuend, subtrahend, factor = operands
+        places = [_distance(*ends) for ends in zip(operands, self.operands, strict=True)]
+        rank, thin_along = factor.shape[1], 1 if self.key.is_thin_flipped else 0
+        for start in range(0, rank, WIDTH):
+            self.entries.append((
+                places[0], minuend.stride(along), places[1], subtrahend.stride(along), *minuend.shape,
+                places[2] + start * factor.stride(1), factor.stride(thin_along), min(WIDTH, rank - start), output + start, rank,
+            ))  # fmt: skip
+            self.owners.append(module)
+
+    def plan(self, make: Callable[[_Group], _Plan]) -> _Plan:
+        """The plan, made once for as long as everything stays where it is."""
+        device = self.operands[0].device
+        name = make, self.key, device, tuple(self.entries), tuple(self.owners)
+        return _plans.find(name, device, lambda: make(self))
+
+    def settings(self) -> dict[str, Any]:
+        """What the kernels that read matrices are compiled for."""
+        return {
+            "PAIR": self.key.is_pair,
+            "FLIPPED": self.key.is_flipped,
+            "THIN_FLIPPED": self.key.is_thin_flipped,
+            "ALIGNED": self.key.aligned,
+            "THIN_ALIGNED": self.key.thin_aligned,
+            "PRECISION": "tf32x3" if _has_tf32(self.operands[0].device) else "ieee",
+            **triton_runtime.OPTIONS,
+        }
+
+    def uploaded(self, *arrays: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The entries and these arrays on the device, and the host's memory."""
+        return uploaded([np.array(self.entries, dtype=np.int64), *arrays], self.operands[0].device)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who does what, on the device; triton_kernels.py says what the columns are.
+
+    Attributes:
+        table: where the operands of each entry are.
+        work: one row for each program.
+        tile: rows or columns that a program writes.
+        width: columns of the factor that it takes.
+        host: memory that the others were copied from.
+        combine: one row for each program of combine_parts.
+        most: tiles of the module that has most.
+    """
+
+    table: torch.Tensor
+    work: torch.Tensor
+    tile: int
+    width: int
+    host: torch.Tensor
+    combine: torch.Tensor
+    most: int = 0
+
+
+_plans: Plans[_Plan] = Plans()
+
+
+def _transposed_plan(group: _Group) -> _Plan:
+    tile = min(max(power_of_two(max(entry[5] for entry in group.entries)), LEAST), COLUMN_TILE)
+    items: list[tuple[int, int, int, int]] = []
+    combine: list[tuple[int, int, int, int, int]] = []
+    most = max(tiles(entry[5], tile) for entry in group.entries)
+    seen: set[int] = set()
+    for number, (entry, owner) in enumerate(zip(group.entries, group.owners, strict=True)):
+        rows, columns = entry[4], entry[5]
+        for first in range(0, columns, tile):
+            place = -1 if owner in seen else owner * most + first // tile
+            combine.append((number, first, len(items), tiles(rows, CHUNK), place))
+            items += [(number, first, begin, len(items) + step) for step, begin in enumerate(range(0, rows, CHUNK))]
+        seen.add(owner)
+    items.sort(key=lambda item: -min(group.entries[item[0]][4] - item[2], CHUNK))
+    (table, work, on_device), host = group.uploaded(np.array(items, np.int32), np.array(combine, np.int32))
+    return _Plan(table, work, tile, _width(group), host, on_device, most)
+
+
+def _plain_plan(group: _Group) -> _Plan:
+    items = [(number, first) for number, entry in enumerate(group.entries) for first in range(0, entry[4], ROW_TILE)]
+    items.sort(key=lambda item: -group.entries[item[0]][5])
+    (table, work), host = group.uploaded(np.array(items, np.int32))
+    return _Plan(table, work, ROW_TILE, _width(group), host, work[:0])
+
+
+def _width(group: _Group) -> int:
+    return max(power_of_two(max(entry[8] for entry in group.entries)), LEAST)
+
+
+def _groups(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], places: Sequence[int]) -> Iterable[_Group]:
+    groups: dict[_Key, _Group] = {}
+    for module, (matrix, factor) in enumerate(zip(matrices, factors, strict=True)):
+        pair = matrix if isinstance(matrix, tuple) else (matrix, matrix)
+        if not (pair[0].numel() and factor.numel()):
+            continue
+        is_flipped, is_thin_flipped = _is_flipped(*pair), _is_flipped(factor)
+        along = 1 if is_flipped else 0
+        parts = [_contiguous(part, 1 - along).detach() for part in pair]
+        thin = _contiguous(factor, 0 if is_thin_flipped else 1).detach()
+        operands = (parts[0], parts[1], thin)
+        key = _Key(
+            tuple(part.dtype for part in operands),
+            isinstance(matrix, tuple),
+            is_flipped,
+            is_thin_flipped,
+            16 if all(_is_multiple(part, along, 16) for part in parts) else 1,
+            8 if _is_multiple(thin, 1 if is_thin_flipped else 0, 8) else 1,
+        )
+        group = groups.setdefault(key, _Group(key, operands))
+        group.add(module, operands, places[module])
+        group.held.extend(operands)
+    return groups.values()
+
+
+def _is_flipped(*parts: torch.Tensor) -> bool:
+    """Whether matrices are stored by columns, and not by rows."""
+    return all(part.stride(0) == 1 for part in parts) and any(part.stride(1) != 1 for part in parts)
+
+
+def _is_multiple(part: torch.Tensor, along: int, count: int) -> bool:
+    """Whether place, stride and size of what is contiguous are multiples of so many elements."""
+    at, stride, size = part.data_ptr() // part.element_size(), part.stride(along), part.shape[1 - along]
+    return not (at % count or stride % count or size % count)
+
+
+def _contiguous(part: torch.Tensor, axis: int) -> torch.Tensor:
+    return part if part.stride(axis) == 1 else part.contiguous()
+
+
+def _outputs(
+    matrices: Sequence[Matrix], axis: int, factors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+    """One piece of memory for all results, the results as matrices in it, and where each begins."""
+    wholes = [matrix[0] if isinstance(matrix, tuple) else matrix for matrix in matrices]
+    shapes = [(whole.shape[axis], factor.shape[1]) for whole, factor in zip(wholes, factors, strict=True)]
+    places = [0, *itertools.accumulate(-(-rows * rank // 16) * 16 for rows, rank in shapes)]
+    make = torch.empty if all(whole.numel() for whole in wholes) else torch.zeros
+    outputs = make(places.pop(), dtype=torch.float32, device=factors[0].device)
+    views = [
+        outputs[place : place + rows * rank].view(rows, rank)
+        for place, (rows, rank) in zip(places, shapes, strict=True)
+    ]
+    return outputs, views, places
+
+
+def _has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 can be split in three for tensor cores; elsewhere they are multiplied as they are."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _distance(tensor: torch.Tensor, other: torch.Tensor) -> int:
+    """How many elements lie between two tensors."""
+    apart: int = (tensor.data_ptr() - other.data_ptr()) // tensor.element_size()
+    return apart

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+from safelora_fast.ops.subspace_projection import matrix_products, transposed_products
 
 OVERSAMPLING = 8
 TOLERANCE = 1e-5

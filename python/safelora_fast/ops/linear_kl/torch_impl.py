@@ -1,4 +1,9 @@
-"""KL, cross-entropy and their gradient for a block of rows of logits, by torch operations on any device."""
+"""KL, cross-entropy and their gradient for a block of rows of logits, by torch operations on any device.
+
+With q the reference, δ = z − z₀ less its mean under q, A = Σ q·δ·(e^δ − 1) and N = Σ q·(e^δ − 1 − δ), both sums of
+terms that are never negative: KL(q‖p) = log(1 + N), KL(p‖q) = A/(1 + N) − log(1 + N), p = q·e^δ/(1 + N).
+So nothing cancels while p is near q, and the exponential is taken twice an element.
+"""
 
 from __future__ import annotations
 
@@ -6,76 +11,61 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.ops.linear_kl.head import BLOCK_ELEMENTS
-from safelora_fast.ops.linear_kl.passes import Given, Settings, Wanted
+from safelora_fast.ops.base import Backend
+from safelora_fast.ops.linear_kl.chunks import BLOCK_ELEMENTS, Given, Settings, Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from safelora_fast.ops.linear_kl.head import Head
+    from safelora_fast.ops.linear_kl.chunks import Head
 
 # From here on Σ q·e^δ is left to logarithms: products with q would lose what matters, or overflow.
 LARGEST_SUM = 1e20
 
 
-def refusal(tensors: Sequence[torch.Tensor]) -> str | None:  # noqa: ARG001
-    """None: torch computes this anywhere."""
-    return None
+class Torch(Backend):
+    """Elementwise passes in `dtype`; by default in that of the results."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
+
+    def passes(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> Passes:
+        """What goes over the blocks of a chunk (chunks.py)."""
+        return Passes(head, settings, rows, exact, self._dtype or exact)
 
 
 class Passes:
-    """Goes over blocks in buffers of the exact dtype that are made once; the arguments are those of every backend.
+    """Goes over blocks in buffers of the dtype `compute` that are made once; the results are in `exact`."""
 
-    Args:
-        head: the output head.
-        settings: of the divergence.
-        rows: most rows that a block can have.
-        exact: dtype of the elementwise passes.
-    """
-
-    def __init__(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> None:
+    def __init__(self, head: Head, settings: Settings, rows: int, exact: torch.dtype, compute: torch.dtype) -> None:
         weight = head.weight
         kind = "cpu" if weight.device.type == "cpu" else "other"
         self.rows = max(min(BLOCK_ELEMENTS[kind] // len(weight), rows), 1)
-        self._head = head
-        is_cast = exact != weight.dtype
-        buffers = torch.empty(5 if is_cast else 3, self.rows, len(weight), dtype=exact, device=weight.device)
-        self._cast = buffers[3:] if is_cast else None
-        self._divergence = Divergence(buffers[:3], forward=settings.forward, temperature=settings.temperature)
+        self._head, self._forward, self._temperature, self._exact = head, settings.forward, settings.temperature, exact
+        is_cast = compute != weight.dtype
+        buffers = torch.empty(5 if is_cast else 3, self.rows, len(weight), dtype=compute, device=weight.device)
+        self._buffers, self._cast = buffers[:3], buffers[3:] if is_cast else None
 
     def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
-        """Figures of a block; `delta` becomes the gradient with respect to what it was."""
-        exact = (raw, delta)
+        """Metrics of a block; `delta` becomes the gradient with respect to what it was."""
+        logits, distance = raw, delta
         if self._cast is not None:
-            reference, moved = self._cast
-            exact = (reference[: len(raw)].copy_(raw), moved[: len(raw)].copy_(delta))
-        slope = self._head.bend(*exact)
-        given = self._divergence.block(*exact, wanted.times(self._head.scale))
+            logits, distance = (
+                buffer[: len(raw)].copy_(part) for buffer, part in zip(self._cast, (raw, delta), strict=True)
+            )
+        slope = self._head.bend(logits, distance)
+        factors = (
+            None if factor is None else factor.to(distance) * self._head.scale
+            for factor in (wanted.divergence_factor, wanted.label_factor)
+        )
+        of_divergence, of_label = factors
+        given = self._block(logits, distance, Wanted(of_divergence, wanted.labels, of_label, wanted.figures))
         if slope is not None:
-            exact[1].mul_(slope)
+            distance.mul_(slope)
         if self._cast is not None:
-            delta.copy_(exact[1])
-        return given
+            delta.copy_(distance)
+        return Given(*(part if part is None or part.dtype == torch.bool else part.to(self._exact) for part in given))
 
-
-class Divergence:
-    """Computes blocks, in buffers that are made once.
-
-    With q the reference, δ = z − z₀ less its mean under q, A = Σ q·δ·(e^δ − 1) and N = Σ q·(e^δ − 1 − δ), both sums of
-    terms that are never negative: KL(q‖p) = log(1 + N), KL(p‖q) = A/(1 + N) − log(1 + N), p = q·e^δ/(1 + N).
-    So nothing cancels while p is near q, and the exponential is taken twice an element.
-
-    Args:
-        buffers: [3, rows, vocabulary] to work in, at least as many rows as a block has.
-        forward: KL(q‖p) instead of KL(p‖q).
-        temperature: divides the logits of the divergence, not those of the cross-entropy.
-    """
-
-    def __init__(self, buffers: torch.Tensor, *, forward: bool, temperature: float) -> None:
-        self._buffers, self._forward, self._temperature = buffers, forward, temperature
-
-    def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
-        """Figures of a block; `delta` becomes the gradient with respect to the student's logits.
+    def _block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
+        """The same from logits; `delta` becomes the gradient with respect to the student's logits.
 
         Args:
             raw: [rows, vocabulary], logits of the reference.
@@ -141,7 +131,7 @@ class Divergence:
 
 
 def _cross_entropy(logits: torch.Tensor, gradient: torch.Tensor, wanted: Wanted, divergence: torch.Tensor) -> Given:
-    """Figures of the labels from the student's own logits, which are overwritten; their gradient is added."""
+    """Metrics of the labels from the student's own logits, which are overwritten; their gradient is added."""
     assert wanted.labels is not None  # noqa: S101
     assert wanted.label_factor is not None  # noqa: S101
     labels = wanted.labels[:, None]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
+from safelora_fast.ops.cuda_runtime import is_captured
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
@@ -35,9 +37,9 @@ class Plans(Generic[Plan]):
 
     def find(self, name: Hashable, device: torch.device, make: Callable[[], Plan]) -> Plan:
         """The plan of this name for the current stream of a device, made where there is none."""
-        key, is_captured = (_stream(device), name), _is_captured(device)
+        key, in_graph = (_stream(device), name), is_captured(device)
         plan = self.recent.pop(key, None)
-        if plan is None and is_captured:
+        if plan is None and in_graph:
             # Uploaded before the capture began, for which the device was waited for.
             plan = next((other for (_, known), other in self.recent.items() if known == name), None)
             if plan is None:
@@ -47,7 +49,7 @@ class Plans(Generic[Plan]):
                 return plan
         if plan is None:
             plan = make()
-        if is_captured:
+        if in_graph:
             self.captured.append(plan)
         self.recent[key] = plan
         if len(self.recent) > KEPT:
@@ -78,8 +80,3 @@ def _stream(device: torch.device) -> Hashable:
     """The current stream of a GPU; a CPU has one."""
     found: Hashable = None if device.type == "cpu" else getattr(torch, device.type).current_stream(device)
     return found
-
-
-def _is_captured(device: torch.device) -> bool:
-    """Whether work on this device goes into a CUDA graph."""
-    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.ops.backends import choose
-from safelora_fast.ops.subspace_projection.grouped import matrix_products, transposed_products
+from safelora_fast.ops.subspace_projection import OP, matrix_products, transposed_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 def is_grouped(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether modules with these tensors share launches; elsewhere one after the other is as good."""
-    return choose("subspace_projections", tensors).name in {"triton", "cuda"}
+    return OP.choose(tensors).name in {"triton", "cuda"}
 
 
 def subspace_penalty(left: torch.Tensor, right: torch.Tensor, scale: float, vectors: torch.Tensor) -> torch.Tensor:

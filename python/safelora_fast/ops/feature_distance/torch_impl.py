@@ -6,37 +6,46 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from safelora_fast.ops.base import Backend
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from safelora_fast.ops.feature_distance.arguments import Comparison
+    from safelora_fast.ops.feature_distance import Comparison
 
 
-def refusal(tensors: Sequence[torch.Tensor]) -> str | None:  # noqa: ARG001
-    """None: torch computes this anywhere."""
-    return None
+class Torch(Backend):
+    """The distance in `dtype`; by default in float32, and in float64 for float64 features."""
 
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
 
-def forward(comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distance, with sums in float32 (float64 for float64 features), and the factors."""
-    groups, sequences = _groups(comparison.mask, comparison.segments)
-    value = torch.zeros((), dtype=comparison.value_dtype, device=comparison.device)
-    factors = comparison.empty_factors()
-    for index, (block, reference) in enumerate(zip(comparison.features, comparison.references, strict=True)):
-        distance, of_difference, of_block = _of_block(
-            block.detach(), reference.to(block.device), groups.to(block.device), sequences, comparison.normalize
-        )
-        value = value + distance.to(value)
-        factors[index] = torch.stack([of_difference, of_block], -1).to(factors)
-    return value / max(sequences, 1), factors.div_(max(sequences, 1))
+    def forward(self, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distance and the factors."""
+        groups, sequences = _groups(comparison.mask, comparison.segments)
+        value = torch.zeros((), dtype=self._dtype or comparison.value_dtype, device=comparison.device)
+        factors = comparison.empty_factors()
+        for index, (layer, reference) in enumerate(zip(comparison.features, comparison.references, strict=True)):
+            distance, of_difference, of_features = _of_layer(
+                layer.detach(),
+                reference.to(layer.device),
+                groups.to(layer.device),
+                sequences,
+                comparison.normalize,
+                self._exact(layer),
+            )
+            value = value + distance.to(value)
+            factors[index] = torch.stack([of_difference, of_features], -1).to(factors)
+        count = max(sequences, 1)
+        return (value / count).to(comparison.value_dtype), factors.div_(count)
 
+    def backward(self, comparison: Comparison, factors: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of all layers, in their dtypes."""
+        return [
+            _gradient(layer, reference.to(layer.device), part.to(layer.device), gradient.to(layer.device), self._exact(layer))
+            for layer, reference, part in zip(comparison.features, comparison.references, factors, strict=True)
+        ]  # fmt: skip
 
-def backward(comparison: Comparison, factors: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of all blocks, in their dtypes."""
-    return [
-        _gradient(block, reference.to(block.device), of_block.to(block.device), gradient.to(block.device))
-        for block, reference, of_block in zip(comparison.features, comparison.references, factors, strict=True)
-    ]
+    def _exact(self, layer: torch.Tensor) -> torch.dtype:
+        return self._dtype or (torch.float64 if layer.dtype == torch.float64 else torch.float32)
 
 
 def _groups(mask: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Tensor, int]:
@@ -51,41 +60,44 @@ def _groups(mask: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Te
     return groups, len(numbers)
 
 
-def _of_block(
-    block: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor, sequences: int, normalize: str
+def _of_layer(
+    layer: torch.Tensor,
+    reference: torch.Tensor,
+    groups: torch.Tensor,
+    sequences: int,
+    normalize: str,
+    exact: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One block's distance, summed over sequences, and the factors of d and h in its gradient, [batch, tokens] each."""
-    exact = torch.float64 if block.dtype == torch.float64 else torch.float32
-    sums = torch.empty((block.shape[0], 3, block.shape[1]), dtype=exact, device=block.device)
-    for row in range(block.shape[0]):
-        sums[row] = _row_sums(block[row].to(exact), reference[row].to(exact))
+    """One layer's distance, summed over sequences, and the factors of d and h in its gradient, [batch, tokens] each."""
+    sums = torch.empty((layer.shape[0], 3, layer.shape[1]), dtype=exact, device=layer.device)
+    for row in range(layer.shape[0]):
+        sums[row] = _row_sums(layer[row].to(exact), reference[row].to(exact))
     squared, dot, norm = sums.unbind(1)  # [batch, tokens]: ‖d‖², ⟨d, h₀⟩, ‖h₀‖²
     if normalize == "sequence":
         squared, dot, norm = (_summed(values, groups, sequences) for values in (squared, dot, norm))
     if normalize == "none":
-        distance, of_difference, of_block = squared, torch.full_like(squared, 2.0), torch.zeros_like(squared)
+        distance, of_difference, of_features = squared, torch.full_like(squared, 2.0), torch.zeros_like(squared)
     else:
-        distance, of_difference, of_block = _unit_distance(squared, dot, norm)
+        distance, of_difference, of_features = _unit_distance(squared, dot, norm)
     counted = groups < sequences
-    zero = torch.zeros((), dtype=exact, device=block.device)
+    zero = torch.zeros((), dtype=exact, device=layer.device)
     if normalize == "sequence":
-        total, of_difference, of_block = distance[:-1].sum(), of_difference[groups], of_block[groups]
+        total, of_difference, of_features = distance[:-1].sum(), of_difference[groups], of_features[groups]
     else:
         total = torch.where(counted, distance, zero).sum()
-    return total, torch.where(counted, of_difference, zero), torch.where(counted, of_block, zero)
+    return total, torch.where(counted, of_difference, zero), torch.where(counted, of_features, zero)
 
 
 def _gradient(
-    block: torch.Tensor, reference: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
+    layer: torch.Tensor, reference: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, exact: torch.dtype
 ) -> torch.Tensor:
-    gradient = torch.empty_like(block, memory_format=torch.contiguous_format)
-    exact = torch.float64 if block.dtype == torch.float64 else torch.float32
+    gradient = torch.empty_like(layer, memory_format=torch.contiguous_format)
     scaled = (factors * weight).to(exact)
-    for row in range(block.shape[0]):
-        of_difference, of_block = scaled[row, :, :1], scaled[row, :, 1:]
-        h = block[row].to(exact)
+    for row in range(layer.shape[0]):
+        of_difference, of_features = scaled[row, :, :1], scaled[row, :, 1:]
+        h = layer[row].to(exact)
         difference = (h - reference[row].to(exact)).mul_(of_difference)
-        difference.addcmul_(h, of_block, value=-1.0)
+        difference.addcmul_(h, of_features, value=-1.0)
         gradient[row] = difference.masked_fill_(factors[row, :, :1] == 0, 0.0)
     return gradient
 

@@ -1,0 +1,61 @@
+"""The tiers that the tests of an operation run on: every backend that this machine has, and CUDA and Triton without a GPU.
+
+A test that takes `tier` runs once on each backend of its module's OP, and makes its tensors on the device `tier`:
+- in an ordinary run: torch, the extension module, the CUDA kernels emulated on the CPU, and what a GPU has where there is one;
+- with TRITON_INTERPRET=1 (test_triton_interpreted.py starts such a process): the Triton kernels alone, by Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from emulated_cuda import emulated
+
+from safelora_fast.ops.base import served_by
+from safelora_fast.ops.triton_runtime import gpu, interpreted
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it older torch refuses deterministic products
+CPU, GPU = torch.device("cpu"), gpu()
+TIERS = [("triton", CPU)] if interpreted() else [("eager", CPU), ("native", CPU), ("cuda", CPU)]
+if GPU is not None and not interpreted():
+    TIERS += [("triton", GPU), ("cuda", GPU)]
+
+
+def pytest_configure(config):
+    """The interpreter computes with numpy, which warns where a GPU goes on with infinity."""
+    if interpreted():
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
+
+
+def pytest_generate_tests(metafunc):
+    if "tier" in metafunc.fixturenames:
+        tiers = [
+            pytest.param(tier, id=f"{tier[0]}-{tier[1]}", marks=pytest.mark.gpu if tier[1] == GPU else ())
+            for tier in TIERS
+            if tier[0] in metafunc.module.OP.names
+        ]
+        metafunc.parametrize("tier", tiers, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The process of the interpreter runs what depends on the backend, and nothing else."""
+    if interpreted():
+        others = [item for item in items if "tier" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "tier" in item.fixturenames]
+
+
+@pytest.fixture
+def tier(request, monkeypatch):
+    """The device of the tensors, while one backend serves; what torch.empty gives is full of NaN."""
+    name, device = request.param
+    if name == "cuda" and device == CPU:
+        emulated(monkeypatch)
+    elif device == GPU and (reason := request.module.OP.backend(name).unsupported_reason(())):
+        pytest.skip(f"{name}: {reason}")
+    torch.use_deterministic_algorithms(True, warn_only=device == GPU)
+    with served_by(name):
+        yield device
+    torch.use_deterministic_algorithms(False)
