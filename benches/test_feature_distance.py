@@ -206,7 +206,7 @@ def test_share_of_a_training_step(benchmark: Callable[..., None], add_row: Calla
     model = peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(r=16, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     defense, anatomy = FeatureDistance(), dissect(model)
-    tap = Tap(anatomy, defense.blocks(anatomy))
+    tap = Tap(anatomy, defense.recorded_layers(anatomy))
     tap.attach()
     tokens = torch.randint(0, 49152, (4, 128))
     batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -220,7 +220,7 @@ def test_share_of_a_training_step(benchmark: Callable[..., None], add_row: Calla
         student = tap.begin()
         loss = model(**batch).loss
         if defended:
-            loss = loss + defense.weight * defense.total(Observation(anatomy, student, reference, spans)) / 4
+            loss = loss + defense.weight * defense.loss(Observation(anatomy, student, reference, spans)) / 4
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -231,7 +231,7 @@ def test_share_of_a_training_step(benchmark: Callable[..., None], add_row: Calla
         blocks = {index: block.detach().requires_grad_() for index, block in student.blocks.items()}
         others = [torch.zeros_like(block) for block in blocks.values()]
         start = time.perf_counter()
-        value = defense.total(Observation(anatomy, Capture(blocks), reference, spans)) / 4
+        value = defense.loss(Observation(anatomy, Capture(blocks), reference, spans)) / 4
         for other, gradient in zip(others, torch.autograd.grad(value, list(blocks.values())), strict=True):
             other.add_(gradient)
         return time.perf_counter() - start

@@ -55,7 +55,7 @@ class Steps:
         labels[:, : LENGTH // 4] = -100
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         self.inputs = {name: value for name, value in self.batch.items() if name != "labels"}
-        self.blocks = FeatureDistance(1.0).blocks(dissect(self.model))
+        self.blocks = FeatureDistance(1.0).recorded_layers(dissect(self.model))
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
         self.copy: Any = None

@@ -62,10 +62,11 @@ scoring.answers=scoring.answer_scores scoring.head=scoring.label_likelihoods sco
 subspace_build=subspace.plan,subspace.safe_subspace
 training.adapted=models.lora_factors training.anatomy=models.anatomy training.batch=data.spans
 training.capture=models.capture training.distributed=models.distributed training.drift=training.monitors
-training.finish=training.end_projection training.guard=defenses.nonfinite_errors training.held=models.shards
-training.projections=training.safelora_steps training.reference=models.reference_pass
-training.safe_modules=defenses.parts.safe_modules training.steered=training.steering_mode training.steps=training.optimizer_steps
-training.terms=training.loss_terms training.totals=training.window
+training.finish=defenses.parts.projection_at_end training.guard=training.loss_terms
+training.head_check=defenses.parts.head_check training.held=models.shards training.optimizers=defenses.parts.optimizers
+training.projections=defenses.parts.projection_at_steps,defenses.parts.projection_at_end training.reference=models.reference_pass
+training.safe_modules=defenses.parts.safe_modules training.steered=training.training_passes training.steps=training.optimizer_steps
+training.terms=training.loss_terms training.totals=training.loss_terms
 """
 MOVED = {former: new for former, _, new in (pair.partition("=") for pair in MOVED_TEXT.split())}
 

@@ -316,7 +316,7 @@ def test_an_adapter_that_is_not_finite_is_not_written(tiny, call):
 def test_a_defence_that_is_not_finite_stops_the_run(tiny, call):
     result = call(*tiny.words("-q", "training.learning_rate=1e30", "training.max_grad_norm=0.0"))
     assert result.code == 2
-    assert result.err.startswith("error: defence kl is not finite at optimiser step")
+    assert result.err.startswith("error: defense kl is not finite at optimizer step")
     assert len(result.err.splitlines()) == 1
 
 

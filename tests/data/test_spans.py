@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_defences import looked_at
+from plain_defenses import looked_at
 from tiny_models import collate, pack, rows
 
 from safelora_fast.data.spans import read_spans

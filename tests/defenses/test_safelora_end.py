@@ -143,14 +143,14 @@ def test_an_adapter_that_the_model_itself_holds(sources, tmp_path):
 
 
 def test_once_and_only_when_the_context_ends_well(sources):
-    defences = [SafeLora(SafeSubspace.from_sources(**sources), select="all")]
+    defenses = [SafeLora(SafeSubspace.from_sources(**sources), select="all")]
     model = tiny_peft_model()
     before = adapter_weights(model)
-    with pytest.raises(RuntimeError, match="stop"), defend(model, defences) as defended:
+    with pytest.raises(RuntimeError, match="stop"), defend(model, defenses) as defended:
         raise RuntimeError("stop")
     assert defended.projection_report is None
     assert furthest(before, adapter_weights(model)) == 0
-    with defend(model, defences) as defended:
+    with defend(model, defenses) as defended:
         report = defended.finish()
         once = adapter_weights(model)
         assert furthest(before, once) > 1e-3
@@ -175,11 +175,11 @@ def test_what_the_report_warns_of_is_logged(sources, caplog):
     assert "SafeLora: default: no module was selected" in caplog.text
 
 
-def test_beside_other_defences(sources, tmp_path):
+def test_beside_other_defenses(sources, tmp_path):
     """The training is that without it, and then comes the projection."""
-    batch, defences = collate(rows([7, 3, 5])), [KL(3.0)]
+    batch, defenses = collate(rows([7, 3, 5])), [KL(3.0)]
     results = []
-    for made in (defences, [*defences, SafeLora(SafeSubspace.from_sources(**sources), threshold=0.8)]):
+    for made in (defenses, [*defenses, SafeLora(SafeSubspace.from_sources(**sources), threshold=0.8)]):
         model = tiny_peft_model()
         optimizer = sgd(model)
         with defend(model, made, optimizer=optimizer) as defended:
@@ -198,8 +198,8 @@ def test_orthogonal_takes_what_the_subspace_was_built_with(sources):
     assert SafeLora(built, operator="orthogonal").settings.energy == 0.7
     assert SafeLora(built, operator="orthogonal", rank=2).settings.rank == 2
     model = tiny_peft_model()
-    defence = SafeLora(built, operator="orthogonal", select="all")
-    with defend(model, [defence]) as defended:
+    defense = SafeLora(built, operator="orthogonal", select="all")
+    with defend(model, [defense]) as defended:
         pass
     for module in defended.projection_report.adapters[0].modules:
         assert module.v_rank == built.find(module.name).rank
@@ -221,20 +221,20 @@ def factors(model, subspace):
 
 def test_sources_are_checked_before_training(sources, tmp_path):
     subspace = SafeSubspace.build(**sources, rank=2)
-    defence = SafeLora(subspace)
+    defense = SafeLora(subspace)
     weights = sources["base"] / "model.safetensors"
     original = weights.read_bytes()
     changed = bytearray(original)
     changed[-1] ^= 1
     weights.write_bytes(bytes(changed))
     with pytest.raises(CheckpointError, match=r"SafeLora: .*the base model has changed.*model.safetensors differs"):
-        defend(tiny_peft_model(), [defence])
+        defend(tiny_peft_model(), [defense])
     weights.unlink()
     with pytest.raises(CheckpointError, match="holds no safetensors file"):
-        defend(tiny_peft_model(), [defence])
+        defend(tiny_peft_model(), [defense])
     sources["base"].rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="the base model that the subspace was built from is gone"):
-        defend(tiny_peft_model(), [defence])
+        defend(tiny_peft_model(), [defense])
     with pytest.raises(CheckpointError, match="does not say what it was built from"):
         defend(tiny_peft_model(), [SafeLora(SafeSubspace(subspace.modules))])
 
@@ -296,9 +296,9 @@ def test_nan_factors_leave_the_model_as_it_was(sources):
 
 
 def test_models_that_do_not_fit(sources, tmp_path):
-    defence = SafeLora(SafeSubspace.from_sources(**sources))
+    defense = SafeLora(SafeSubspace.from_sources(**sources))
     with pytest.raises(PairingError, match=r"SafeLora: model\.layers\.3\..*the nearest are .*\(and 6 more modules\)"):
-        defend(tiny_peft_model(layers=4), [defence])
+        defend(tiny_peft_model(layers=4), [defense])
     other = {
         role: save(FAMILIES["llama"].make(seed, num_hidden_layers=3), tmp_path / f"other-{role}")
         for seed, role in enumerate(sources)
@@ -309,18 +309,18 @@ def test_models_that_do_not_fit(sources, tmp_path):
         defend(tiny_peft_model(), [SafeLora(SafeSubspace.from_sources(**other))])
     for lora, message in (({"use_dora": True}, "DoRA"), ({"init_lora_weights": "pissa"}, "pissa")):
         with pytest.raises(AdapterError, match=f"SafeLora: adapter 'default': .*{message}"):
-            defend(tiny_peft_model(lora=lora), [defence])
+            defend(tiny_peft_model(lora=lora), [defense])
     merged = tiny_peft_model()
     merged.merge_adapter()
     with pytest.raises(SettingsError, match="merged into the model's weights"):
-        defend(merged, [defence])
+        defend(merged, [defense])
     two = tiny_peft_model()
     two.add_adapter("other", two.peft_config["default"])
     two.base_model.set_adapter(["default", "other"])
     with pytest.raises(SettingsError, match="the adapters default, other are active"):
-        defend(two, [defence])
+        defend(two, [defense])
     with pytest.raises(SettingsError, match="no active LoRA adapter"):
-        defend(two.unload(), [defence])
+        defend(two.unload(), [defense])
 
 
 def test_settings():

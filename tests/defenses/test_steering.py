@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 from personas import random_persona, save_persona
-from plain_defences import feature_distance_sum, kl_sum
+from plain_defenses import feature_distance_sum, kl_sum
 from tiny_models import adapter_weights, collate, furthest, rows, tiny_model, tiny_peft_model
 from train_runs import run_transformers
 
@@ -39,8 +39,8 @@ def test_model_and_reference_are_steered(training, second):
     expected = output.loss + 3 * divergence / tokens + 2 * distance / sequences
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(expected, trained)
-    defences = [KL(3.0), FeatureDistance(2.0, layers=[1, 2]), Steering(VECTOR, 1, 2.0)]
-    with defend(model, defences, reference=tiny_model() if second else "base") as defended:
+    defenses = [KL(3.0), FeatureDistance(2.0, layers=[1, 2]), Steering(VECTOR, 1, 2.0)]
+    with defend(model, defenses, reference=tiny_model() if second else "base") as defended:
         loss = defended.loss(batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(torch.autograd.grad(loss, trained), gradients, strict=True):
@@ -95,16 +95,16 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_a_resumed_run_gives_the_weights_of_an_unbroken_one(tmp_path):
-    def defences():
+    def defenses():
         return [Steering(VECTOR, 1, 2.0), KL(10.0)]
 
     arguments = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 5}
     spec = {"batch": 2, "accumulation": 2, "steps": 3, "model": {"dropout": 0.2}, "arguments": arguments}
-    unbroken, _ = run_transformers(spec, tmp_path / "run", defenses=defences())
+    unbroken, _ = run_transformers(spec, tmp_path / "run", defenses=defenses())
     resume = str(tmp_path / "run" / "checkpoint-1")
-    resumed, _ = run_transformers({**spec, "resume": resume}, tmp_path / "again", defenses=defences())
+    resumed, _ = run_transformers({**spec, "resume": resume}, tmp_path / "again", defenses=defenses())
     assert furthest(adapter_weights(unbroken), adapter_weights(resumed)) == 0
-    plain, _ = run_transformers(spec, tmp_path / "plain", defenses=defences()[1:])
+    plain, _ = run_transformers(spec, tmp_path / "plain", defenses=defenses()[1:])
     assert furthest(adapter_weights(unbroken), adapter_weights(plain)) > 1e-3
 
 

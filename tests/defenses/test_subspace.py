@@ -61,7 +61,7 @@ def train_one_step(micro_batches, *, weight=0.5):
         return adapter_weights(model), defended.metrics()
 
 
-def test_penalty_is_counted_once_an_optimiser_step():
+def test_penalty_is_counted_once_an_optimizer_step():
     examples = rows([7, 3, 9, 4])
     whole, figures = train_one_step([collate(examples)])
     parts, figures_of_parts = train_one_step([collate(examples[:2]), collate(examples[2:])])
@@ -144,7 +144,7 @@ def test_a_penalty_that_is_not_finite_names_the_module():
     name = "model.layers.1.mlp.up_proj"
     model, _ = broken_model(name)
     subspace = random_subspace(model)
-    message = rf"subspace_penalty is not finite at optimiser step 6: module {name}"
+    message = rf"subspace_penalty is not finite at optimizer step 6: module {name}"
     with (
         defend(model, [SubspacePenalty(subspace)], optimizer=sgd(model), first_step=5) as defended,
         pytest.raises(TrainingError, match=message),
@@ -157,7 +157,7 @@ def test_a_factor_that_is_not_finite_is_named_and_not_projected():
     model, left = broken_model(name)
     before = adapter_weights(model)
     optimizer = sgd(model)
-    message = rf"safelora is not finite after optimiser step 6: lora_B of module {name}"
+    message = rf"safelora is not finite after optimizer step 6: lora_B of module {name}"
     with (
         defend(model, [SafeLora(random_subspace(model), at="step")], optimizer=optimizer, first_step=5),
         pytest.raises(TrainingError, match=message),
@@ -213,7 +213,7 @@ def test_refusals():
         defend(dora, [SubspacePenalty(subspace, 1.0)])
 
 
-def test_off_and_beside_other_defences():
+def test_off_and_beside_other_defenses():
     batch = collate(rows([7, 3]))
     model = tiny_peft_model()
     subspace = random_subspace(model)

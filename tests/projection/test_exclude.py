@@ -17,6 +17,7 @@ from torch import nn
 from safelora_fast import project_adapter
 from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.defenses import SafeLora, SubspacePenalty
+from safelora_fast.defenses.base import Run
 from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import AdapterError, PairingError, SettingsError
 from safelora_fast.projection.peft_model import project_peft_model
@@ -205,17 +206,15 @@ def test_in_a_loaded_model(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_at_the_end_of_training(tmp_path):
-    from safelora_fast.training.end_projection import EndProjection
-
     (aligned, base), adapted = llama(tmp_path)
     sources = SafeSubspace.from_sources(aligned=aligned, base=base)
     with pytest.raises(PairingError, match=r"SafeLora: .*lm_head"):
-        EndProjection(adapted, SafeLora(sources, select="all"))
+        SafeLora(sources, select="all").attach(Run(adapted))
     adapted.save_pretrained(tmp_path / "adapter")
     project_adapter(
         tmp_path / "adapter", aligned=aligned, base=base, output=tmp_path / "out", select="all", exclude="lm_head"
     )
-    report = EndProjection(adapted, SafeLora(sources, select="all", exclude=["lm_head"])).run()
+    report = SafeLora(sources, select="all", exclude=["lm_head"]).attach(Run(adapted)).finish()
     assert report.adapters[0].excluded == ["lm_head"]
     adapted.save_pretrained(tmp_path / "trained")
     ours, theirs = (load_torch(tmp_path / name / WEIGHTS) for name in ("trained", "out"))

@@ -18,8 +18,8 @@ from safelora_fast.training import defend
 LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
 
 
-def defences(weights, model):
-    """The defences of a spec, by name with their λ; for "safelora" the number of steps between projections.
+def defenses(weights, model):
+    """The defenses of a spec, by name with their λ; for "safelora" the number of steps between projections.
 
     "safelora_end" gives aligned, base and options of a projection at the end.
     """
@@ -50,7 +50,7 @@ def silenced(examples, spec):
 
 
 def settings(spec):
-    """Keyword arguments beside the defences, for a loop and for a trainer alike; a monitor is always on."""
+    """Keyword arguments beside the defenses, for a loop and for a trainer alike; a monitor is always on."""
     return {
         "share_logits": spec.get("share_logits", True),
         "on_nonfinite": spec.get("on_nonfinite", "raise"),
@@ -180,7 +180,7 @@ def run_loop(spec, output):  # noqa: ARG001
     if rank == spec.get("broken_rank"):
         block = model.get_base_model().model.layers[0]
         block.register_forward_hook(lambda _m, _a, out: out if torch.is_grad_enabled() else out * float("nan"))
-    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
+    with defend(wrapped, defenses(spec["defenses"], model), optimizer=optimizer, **settings(spec)) as defended:
         for _ in range(spec.get("steps", 1)):
             totals = defended.totals(window)
             for index, batch in enumerate(window):
@@ -218,7 +218,7 @@ def run_deepspeed(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
-    with defend(engine, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
+    with defend(engine, defenses(spec["defenses"], model), optimizer=optimizer, **settings(spec)) as defended:
         for _ in range(spec.get("steps", 1)):
             totals = defended.totals(window)
             for batch in window:
@@ -252,7 +252,7 @@ def run_fsdp(spec, output):  # noqa: ARG001
     examples = silenced(rows(spec.get("lengths", LENGTHS)), spec)[rank::world]
     size = spec["batch"]
     window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
-    with defend(model, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
+    with defend(model, defenses(spec["defenses"], model), optimizer=optimizer, **settings(spec)) as defended:
         for _ in range(spec.get("steps", 1)):
             totals = defended.totals(window)
             for batch in window:
@@ -273,7 +273,7 @@ def run_accelerate(spec, output):  # noqa: ARG001
     examples = rows(spec.get("lengths", LENGTHS))
     loader = torch.utils.data.DataLoader(examples, batch_size=spec["batch"], collate_fn=collate)
     wrapped, optimizer, loader = accelerator.prepare(model, sgd(model), loader)
-    with defend(wrapped, defences(spec["defences"], model), optimizer=optimizer, **settings(spec)) as defended:
+    with defend(wrapped, defenses(spec["defenses"], model), optimizer=optimizer, **settings(spec)) as defended:
         window = list(loader)
         totals = defended.totals(window)
         for batch in window:
@@ -291,12 +291,12 @@ def run(spec, output):
     if spec["kind"] == "transformers":
         model = tiny_peft_model()
         model, trainer = run_transformers(
-            spec, output, model, defenses=defences(spec["defences"], model), **settings(spec)
+            spec, output, model, defenses=defenses(spec["defenses"], model), **settings(spec)
         )
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "trl":
         model = tiny_peft_model()
-        model, trainer = run_trl(spec, output, model, defenses=defences(spec["defences"], model), **settings(spec))
+        model, trainer = run_trl(spec, output, model, defenses=defenses(spec["defenses"], model), **settings(spec))
         figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     elif spec["kind"] == "fsdp":
         return run_fsdp(spec, output)

@@ -13,7 +13,7 @@ from safelora_fast.errors import SettingsError
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 STRONG = {"kl": 30.0, "feature_distance": 30.0, "subspace_penalty": 0.3, "safelora": 1}
-SPEC = {"batch": 2, "accumulation": 2, "steps": 2, "defences": STRONG}
+SPEC = {"batch": 2, "accumulation": 2, "steps": 2, "defenses": STRONG}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def on_cpu(monkeypatch):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Weights and figures of two steps in a plain loop; the second shows whether the projection of the first was kept."""
-    return run({"kind": "loop", "batch": 8, "steps": 2, "defences": STRONG}, tmp_path_factory.mktemp("plain"))
+    return run({"kind": "loop", "batch": 8, "steps": 2, "defenses": STRONG}, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ STRONG = {"kl": 30.0, "feature_distance": 30.0, "subspace_penalty": 0.3, "safelo
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Weights and figures of one step on all eight rows at once, in a plain loop."""
-    return run({"kind": "loop", "batch": 8, "defences": STRONG}, tmp_path_factory.mktemp("whole"))
+    return run({"kind": "loop", "batch": 8, "defenses": STRONG}, tmp_path_factory.mktemp("whole"))
 
 
 def same(result, expected):
@@ -25,20 +25,20 @@ def same(result, expected):
     assert figures["monitor/drift"] == pytest.approx(expected[1]["monitor/drift"], rel=1e-4)
 
 
-def test_the_defences_matter(whole, tmp_path):
-    undefended, _ = run({"kind": "loop", "batch": 8, "defences": {}}, tmp_path)
+def test_the_defenses_matter(whole, tmp_path):
+    undefended, _ = run({"kind": "loop", "batch": 8, "defenses": {}}, tmp_path)
     assert furthest(whole[0], undefended) > 1e-2
 
 
 @pytest.mark.parametrize("share_logits", [True, False], ids=["shared logits", "apart"])
 @pytest.mark.parametrize("kind", ["loop", "transformers", "accelerate", "trl"])
 def test_accumulation(whole, kind, share_logits, tmp_path):
-    spec = {"kind": kind, "batch": 2, "accumulation": 4, "defences": STRONG, "share_logits": share_logits}
+    spec = {"kind": kind, "batch": 2, "accumulation": 4, "defenses": STRONG, "share_logits": share_logits}
     same(run(spec, tmp_path), whole)
 
 
 def test_transformers_without_accumulation(whole, tmp_path):
-    same(run({"kind": "transformers", "batch": 8, "defences": STRONG}, tmp_path), whole)
+    same(run({"kind": "transformers", "batch": 8, "defenses": STRONG}, tmp_path), whole)
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_transformers_without_accumulation(whole, tmp_path):
     ],
 )
 def test_two_processes(whole, kind, launcher, tmp_path):
-    spec = {"kind": kind, "batch": 2, "accumulation": 2, "defences": STRONG}
+    spec = {"kind": kind, "batch": 2, "accumulation": 2, "defenses": STRONG}
     same(run_two_processes(spec, tmp_path, launcher), whole)
 
 
@@ -63,7 +63,7 @@ def test_two_processes(whole, kind, launcher, tmp_path):
 def test_fsdp_projects_uneven_rows_where_they_are(mesh, tmp_path):
     """Every matrix with an odd number of rows; lora_A alone is gathered, and all modules share one sum."""
     model = {"intermediate_size": 47, "lora": {"r": 3}}
-    spec = {"batch": 2, "accumulation": 2, "steps": 2, "model": model, "defences": STRONG}
+    spec = {"batch": 2, "accumulation": 2, "steps": 2, "model": model, "defenses": STRONG}
     whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
     sharded = run_two_processes({**spec, "kind": "fsdp", "mesh": mesh}, tmp_path)
     same(sharded, whole)
@@ -76,7 +76,7 @@ def test_fsdp_where_one_process_has_nothing_to_learn(share_logits, tmp_path):
     """It gathers the sharded head for the other one all the same."""
     spec = {
         "batch": 2,
-        "defences": {"kl": 30.0, "kl_tokens": "completion", "safelora": 1},
+        "defenses": {"kl": 30.0, "kl_tokens": "completion", "safelora": 1},
         "share_logits": share_logits,
         "silent_rows": [1, 5, 7],  # the second process has the odd rows, two in a batch
     }
@@ -87,8 +87,8 @@ def test_fsdp_where_one_process_has_nothing_to_learn(share_logits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_defence_that_is_not_finite_on_one_process_makes_both_skip_the_step(tmp_path):
-    spec = {"kind": "loop", "batch": 2, "on_nonfinite": "skip", "broken_rank": 1, "defences": {"kl": 30.0}}
+def test_a_defense_that_is_not_finite_on_one_process_makes_both_skip_the_step(tmp_path):
+    spec = {"kind": "loop", "batch": 2, "on_nonfinite": "skip", "broken_rank": 1, "defenses": {"kl": 30.0}}
     weights, _ = run_two_processes(spec, tmp_path)
     assert furthest(weights, adapter_weights(tiny_peft_model())) == 0
     weights, _ = run_two_processes({**spec, "broken_rank": None}, tmp_path)

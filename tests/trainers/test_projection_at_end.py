@@ -153,9 +153,9 @@ def test_two_processes_end_as_one(sources, tmp_path, kind):
     """Process 1 does not read the checkpoints, and has the projected weights nevertheless."""
     options = {"operator": "orthogonal", "rank": 3, "select": "number", "num_layers": 5}
     given = {**{role: str(path) for role, path in sources.items()}, "options": options}
-    spec = {"kind": "loop" if kind == "fsdp" else kind, "batch": 4, "defences": {"kl": 30.0, "safelora_end": given}}
+    spec = {"kind": "loop" if kind == "fsdp" else kind, "batch": 4, "defenses": {"kl": 30.0, "safelora_end": given}}
     expected, _ = run(spec | {"batch": 8}, tmp_path)
-    unprojected, _ = run(spec | {"batch": 8, "defences": {"kl": 30.0}}, tmp_path)
+    unprojected, _ = run(spec | {"batch": 8, "defenses": {"kl": 30.0}}, tmp_path)
     weights, _ = run_two_processes(spec | {"kind": kind}, tmp_path)
     assert furthest(weights, expected) < 1e-5
     assert furthest(weights, unprojected) > 1e-2

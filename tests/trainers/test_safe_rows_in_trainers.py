@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 SAFE = [number % 3 == 1 for number in range(len(LENGTHS))]
 SPEC = {"batch": 2, "accumulation": 4, "tagged": True}
-DEFENCE = {"safe_kl": 30.0}
+DEFENSE = {"safe_kl": 30.0}
 
 
 @pytest.fixture(scope="module")
@@ -42,31 +42,31 @@ def same(result, whole):
 @pytest.mark.parametrize("share_logits", [True, False], ids=["shared logits", "apart"])
 @pytest.mark.parametrize("kind", ["transformers", "trl"])
 def test_one_process(whole, kind, share_logits, tmp_path):
-    same(run({**SPEC, "kind": kind, "defences": DEFENCE, "share_logits": share_logits}, tmp_path), whole)
+    same(run({**SPEC, "kind": kind, "defenses": DEFENSE, "share_logits": share_logits}, tmp_path), whole)
 
 
 def test_a_padding_free_batch(whole, tmp_path):
     """As packed rows come: documents in one row, tags by token."""
     arguments = {"padding_free": True, "max_length": None}
-    spec = {**SPEC, "tagged": "by token", "kind": "trl", "defences": DEFENCE, "arguments": arguments}
+    spec = {**SPEC, "tagged": "by token", "kind": "trl", "defenses": DEFENSE, "arguments": arguments}
     same(run(spec, tmp_path), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transformers", "trl"])
 def test_two_processes(whole, kind, tmp_path):
-    same(run_two_processes({**SPEC, "accumulation": 2, "kind": kind, "defences": DEFENCE}, tmp_path), whole)
+    same(run_two_processes({**SPEC, "accumulation": 2, "kind": kind, "defenses": DEFENSE}, tmp_path), whole)
 
 
-@pytest.mark.parametrize("defences", [{}, {"kl": 1.0}], ids=["undefended", "defended"])
-def test_the_log_has_the_loss_of_both_sources(defences, tmp_path):
+@pytest.mark.parametrize("defenses", [{}, {"kl": 1.0}], ids=["undefended", "defended"])
+def test_the_log_has_the_loss_of_both_sources(defenses, tmp_path):
     model = tiny_peft_model()
     with torch.no_grad():
         logits = model(**{name: value for name, value in collate(rows(LENGTHS)).items() if name != "labels"}).logits
     labels = collate(rows(LENGTHS))["labels"][:, 1:]
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
-    spec = {**SPEC, "defences": defences, "kind": "trl"}
-    _, trainer = run_trl(spec, tmp_path, defenses=[KL(weight) for weight in defences.values()])
+    spec = {**SPEC, "defenses": defenses, "kind": "trl"}
+    _, trainer = run_trl(spec, tmp_path, defenses=[KL(weight) for weight in defenses.values()])
     figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
     if not hasattr(trl.trainer.utils, "add_fused_lm_head"):  # older TRL builds the logits of every token
         assert not any(name.startswith("loss/") for name in figures)

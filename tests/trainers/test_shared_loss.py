@@ -97,7 +97,7 @@ def test_rows_without_padding(arguments, tmp_path, caplog):
 
 @needs_fused_head
 def test_trls_own_figures_are_logged(tmp_path):
-    """Entropy, accuracy and tokens of a run in which the defence weighs next to nothing are those of TRL itself."""
+    """Entropy, accuracy and tokens of a run in which the defense weighs next to nothing are those of TRL itself."""
     spec = {"batch": 4, "arguments": {"learning_rate": 1e-9}}
     watched = Watched()
     _, plain = run_trl(spec, tmp_path / "plain", watched.model, trainer_class=SFTTrainer)

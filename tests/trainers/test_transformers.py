@@ -83,7 +83,7 @@ class BypassingTrainer(DefendedMixin, Trainer):
 
 
 def test_mixin_on_a_users_trainer(tmp_path):
-    """Half the task loss and the defence: the step is half of that of the whole task loss and twice the defence."""
+    """Half the task loss and the defense: the step is half of that of the whole task loss and twice the defense."""
     spec = {"batch": 4, "accumulation": 2}
     half, _ = run_transformers(spec, tmp_path / "a", trainer_class=DefendedHalfLossTrainer, defenses=[KL(15.0)])
     whole, _ = run_transformers(spec, tmp_path / "b", defenses=[KL(30.0)])
@@ -104,13 +104,13 @@ def test_a_trainer_that_hands_everything_on_by_position(tmp_path):
     assert furthest(adapter_weights(ours), adapter_weights(plain)) == 0
 
 
-def test_a_loss_that_bypasses_the_defences_is_refused(tmp_path):
+def test_a_loss_that_bypasses_the_defenses_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"BypassingTrainer\.compute_loss bypasses"):
         run_transformers(SPEC, tmp_path, trainer_class=BypassingTrainer, defenses=strong())
 
 
 def test_models_without_loss_arguments_are_scaled_alike(tmp_path):
-    """Where the Trainer itself divides by the accumulation steps, the defence must not shrink with them."""
+    """Where the Trainer itself divides by the accumulation steps, the defense must not shrink with them."""
 
     class Divided(DefendedTrainer):
         def __init__(self, *args, **kwargs):
@@ -153,7 +153,7 @@ def test_refusals_come_with_the_trainer(tmp_path, monkeypatch):
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     """The Trainer would wrap the model in DataParallel."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
-    with pytest.raises(SettingsError, match="DataParallel, which drops the defences' hooks"):
+    with pytest.raises(SettingsError, match="DataParallel, which drops the defenses' hooks"):
         run_transformers(SPEC, tmp_path, defenses=strong())
 
 

@@ -24,10 +24,10 @@ def strong():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packed_documents_are_sequences(batch, tmp_path):
     """The step is that of the same documents in padded rows, whatever the packing."""
-    whole, figures = run({"kind": "loop", "batch": 8, "defences": STRONG}, tmp_path)
+    whole, figures = run({"kind": "loop", "batch": 8, "defenses": STRONG}, tmp_path)
     arguments = {"packing": True, "max_length": 24}
     accumulation = 2 if batch == 1 else 1
-    spec = {"kind": "trl", "batch": batch, "accumulation": accumulation, "defences": STRONG, "arguments": arguments}
+    spec = {"kind": "trl", "batch": batch, "accumulation": accumulation, "defenses": STRONG, "arguments": arguments}
     packed, packed_figures = run(spec, tmp_path)
     assert furthest(whole, packed) < 1e-5
     for name in ("defense/kl", "defense/feature_distance"):
@@ -43,9 +43,9 @@ def test_off_means_off(tmp_path):
 def test_evaluation_is_the_plain_task_loss(tmp_path):
     evaluated = {"eval_dataset": Dataset.from_list(completions(rows([5, 8, 6], seed=9)))}
     _, trainer = run_trl(SPEC, tmp_path / "on", defenses=strong(), **evaluated)
-    with_defences = trainer.evaluate()["eval_loss"]
+    with_defenses = trainer.evaluate()["eval_loss"]
     trainer.defenses = []
-    assert trainer.evaluate()["eval_loss"] == with_defences
+    assert trainer.evaluate()["eval_loss"] == with_defenses
 
 
 def test_a_resumed_run_gives_the_weights_of_an_unbroken_one(tmp_path):

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from closeness import assert_as_close_as_torch, rounded
-from plain_defences import feature_distance_sum, forward, kl_sum, reference_forward
+from plain_defenses import feature_distance_sum, forward, kl_sum, reference_forward
 from tiny_models import adapter_weights, collate, furthest, gradients, pack, rows, tiny_model, tiny_peft_model
 from train_runs import sgd
 
@@ -20,12 +20,12 @@ LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
 BLOCKS = [0, 2]
 
 
-def defences(kl=3.0, distance=5.0, tokens="all"):
+def defenses(kl=3.0, distance=5.0, tokens="all"):
     return [KL(kl, tokens=tokens), FeatureDistance(distance, layers=BLOCKS, tokens=tokens)]
 
 
 def plain_loss(model, batch, *, kl, distance, tokens="all"):
-    """Task loss and defences by whole logits and features."""
+    """Task loss and defenses by whole logits and features."""
     reference_logits, reference_features = reference_forward(model, batch)
     logits, features = forward(model, batch)
     task = model.get_base_model().loss_function(logits, batch["labels"], vocab_size=logits.shape[-1])
@@ -44,19 +44,19 @@ def test_loss_and_gradients_are_those_of_the_plain_formulas(make, tokens):
     losses = [sum(plain_loss(one, batch, kl=3.0, distance=5.0, tokens=tokens)) for one in (exact, plain)]
     for plainly in losses:
         plainly.backward()
-    with defend(model, defences(tokens=tokens)) as defended:
+    with defend(model, defenses(tokens=tokens)) as defended:
         loss = defended.loss(batch)
         loss.backward()
     assert_as_close_as_torch(loss, *losses)
     assert_as_close_as_torch(gradients(model), gradients(exact), gradients(plain))
 
 
-@pytest.mark.parametrize("defence", [KL(1.0), KL(1.0, direction="forward"), FeatureDistance(1.0, layers=3)], ids=repr)
-def test_gradient_of_a_defence_alone_is_not_small_beside_the_task(defence):
+@pytest.mark.parametrize("defense", [KL(1.0), KL(1.0, direction="forward"), FeatureDistance(1.0, layers=3)], ids=repr)
+def test_gradient_of_a_defense_alone_is_not_small_beside_the_task(defense):
     """Otherwise the tests of loss scale would prove nothing; published code had a gradient of exactly zero."""
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
-    with defend(model, [defence]) as defended:
+    with defend(model, [defense]) as defended:
         totals = defended.totals([batch])
         with defended.recording(batch):
             task = model(**batch).loss
@@ -64,9 +64,9 @@ def test_gradient_of_a_defence_alone_is_not_small_beside_the_task(defence):
         of_task = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
         model.zero_grad()
         defended.regularizer(totals).backward()
-        of_defence = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
-    assert of_defence > 0.02 * of_task
-    assert of_defence * 50 > of_task
+        of_defense = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
+    assert of_defense > 0.02 * of_task
+    assert of_defense * 50 > of_task
 
 
 def step_once(model, windows, chosen, lr=0.02):
@@ -86,9 +86,9 @@ def step_once(model, windows, chosen, lr=0.02):
 @pytest.mark.parametrize("tokens", ["all", "completion"])
 def test_accumulation_gives_the_weights_of_one_batch(tokens):
     examples = rows(LENGTHS)
-    whole, figures = step_once(tiny_peft_model(), [[collate(examples)]], defences(60.0, 40.0, tokens))
+    whole, figures = step_once(tiny_peft_model(), [[collate(examples)]], defenses(60.0, 40.0, tokens))
     parts = [collate(examples[i : i + 2]) for i in range(0, 8, 2)]
-    accumulated, figures_of_parts = step_once(tiny_peft_model(), [parts], defences(60.0, 40.0, tokens))
+    accumulated, figures_of_parts = step_once(tiny_peft_model(), [parts], defenses(60.0, 40.0, tokens))
     undefended, _ = step_once(tiny_peft_model(), [parts], [])
     assert furthest(whole, accumulated) < 1e-5
     assert furthest(whole, undefended) > 1e-2
@@ -99,15 +99,15 @@ def test_accumulation_gives_the_weights_of_one_batch(tokens):
 
 def test_packed_rows_give_the_weights_of_padded_rows():
     examples = rows(LENGTHS, prompt=2)
-    padded, _ = step_once(tiny_peft_model(), [[collate(examples)]], defences(60.0, 40.0))
-    packed, _ = step_once(tiny_peft_model(), [[pack(examples[:5]), pack(examples[5:])]], defences(60.0, 40.0))
+    padded, _ = step_once(tiny_peft_model(), [[collate(examples)]], defenses(60.0, 40.0))
+    packed, _ = step_once(tiny_peft_model(), [[pack(examples[:5]), pack(examples[5:])]], defenses(60.0, 40.0))
     assert furthest(padded, packed) < 1e-5
 
 
-def test_a_micro_batch_without_labels_for_the_task_counts_for_the_defences():
+def test_a_micro_batch_without_labels_for_the_task_counts_for_the_defenses():
     examples = rows(LENGTHS[:4]) + rows([5, 6], prompt=6)
-    whole, _ = step_once(tiny_peft_model(), [[collate(examples)]], defences(60.0, 40.0))
-    parts, _ = step_once(tiny_peft_model(), [[collate(examples[:4]), collate(examples[4:])]], defences(60.0, 40.0))
+    whole, _ = step_once(tiny_peft_model(), [[collate(examples)]], defenses(60.0, 40.0))
+    parts, _ = step_once(tiny_peft_model(), [[collate(examples[:4]), collate(examples[4:])]], defenses(60.0, 40.0))
     assert furthest(whole, parts) < 1e-5
 
 
@@ -121,7 +121,7 @@ def test_off_means_off():
     decoder = off.get_base_model().model
     decoder.register_forward_pre_hook(lambda *_: hooks.append("forward"))
     torch.manual_seed(5)
-    switched_off, figures = step_once(off, [window], defences(0.0, 0.0))
+    switched_off, figures = step_once(off, [window], defenses(0.0, 0.0))
     assert furthest(undefended, switched_off) == 0
     assert len(hooks) == len(window)
     assert figures == {}
@@ -138,22 +138,22 @@ def enable_checkpointing(model, *, reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant):
     batch = collate(rows(LENGTHS))
-    plain, _ = step_once(tiny_peft_model(), [[batch]], defences(60.0, 40.0))
+    plain, _ = step_once(tiny_peft_model(), [[batch]], defenses(60.0, 40.0))
     model = tiny_peft_model()
     enable_checkpointing(model, reentrant=reentrant)
     model.enable_input_require_grads()
     model.train()
-    checkpointed, _ = step_once(model, [[batch]], defences(60.0, 40.0))
+    checkpointed, _ = step_once(model, [[batch]], defenses(60.0, 40.0))
     assert furthest(plain, checkpointed) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 def test_a_model_compiled_in_place():
     batch = collate(rows(LENGTHS))
-    plain, _ = step_once(tiny_peft_model().train(), [[batch]], defences(60.0, 40.0))
+    plain, _ = step_once(tiny_peft_model().train(), [[batch]], defenses(60.0, 40.0))
     model = tiny_peft_model().train()
     model.compile(backend="aot_eager")
-    compiled, _ = step_once(model, [[batch]], defences(60.0, 40.0))
+    compiled, _ = step_once(model, [[batch]], defenses(60.0, 40.0))
     assert furthest(plain, compiled) < 1e-6
 
 
@@ -227,7 +227,7 @@ def test_model_is_left_as_found(reference, fails):
 
     handle = block.register_forward_pre_hook(fail)
     expectation = pytest.raises(RuntimeError, match="broken block") if fails else nullcontext()
-    with expectation, defend(model, defences(), reference=reference, share_logits=not fails) as defended:
+    with expectation, defend(model, defenses(), reference=reference, share_logits=not fails) as defended:
         defended.loss(collate(rows(LENGTHS))).backward()
         broken.append(True)
         torch.manual_seed(11)
@@ -243,12 +243,12 @@ def test_model_is_left_as_found(reference, fails):
 def test_named_adapter_and_second_model_as_reference():
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
-    with defend(model, defences()) as defended:
+    with defend(model, defenses()) as defended:
         expected = defended.loss(batch).item()
-    with defend(model, defences(), reference=tiny_model()) as defended:
+    with defend(model, defenses(), reference=tiny_model()) as defended:
         assert defended.loss(batch).item() == rounded(expected)
     model.add_adapter("zero", model.peft_config["default"])
-    with defend(model, defences(), reference="zero") as defended:
+    with defend(model, defenses(), reference="zero") as defended:
         assert defended.loss(batch).item() == rounded(expected)
     copy = tiny_peft_model()
     copy.add_adapter("copy", copy.peft_config["default"])
@@ -256,7 +256,7 @@ def test_named_adapter_and_second_model_as_reference():
     for name, parameter in copy.named_parameters():
         if name in weights:
             parameter.data = weights[name].data.clone()
-    with defend(copy, defences(), reference="copy") as defended:
+    with defend(copy, defenses(), reference="copy") as defended:
         assert defended.loss(batch).item() == rounded(copy(**batch).loss.item())
 
 
@@ -287,7 +287,7 @@ def test_a_second_model_that_is_sharded(tmp_path):
 
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
-    with defend(model, defences()) as defended:
+    with defend(model, defenses()) as defended:
         expected = defended.loss(batch).item()
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -295,7 +295,7 @@ def test_a_second_model_that_is_sharded(tmp_path):
         reference = tiny_model()
         for block in reference.model.layers:
             fully_shard(block)
-        with defend(model, defences(), reference=fully_shard(reference)) as defended:
+        with defend(model, defenses(), reference=fully_shard(reference)) as defended:
             assert [defended.loss(batch).item() for _ in range(2)] == pytest.approx([expected] * 2, rel=1e-6)
     finally:
         torch.distributed.destroy_process_group()
@@ -323,11 +323,11 @@ def test_two_defended_models_in_one_pass():
     """The reference pass of the second must not be taken for the student's of the first."""
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
-    with defend(model, defences(kl=500.0)) as both:
+    with defend(model, defenses(kl=500.0)) as both:
         with both.recording(batch):
             model(**batch)
         expected = both.regularizer(both.totals([batch])).item()
-    kl, distance = defences(kl=500.0)
+    kl, distance = defenses(kl=500.0)
     with defend(model, [kl]) as first, defend(model, [distance]) as second:
         with first.recording(batch), second.recording(batch):
             model(**batch)
@@ -344,14 +344,14 @@ def test_labels_cut_to_the_kept_logits(kept):
     if kept == "mask":
         cut["logits_to_keep"] = torch.arange(batch["labels"].shape[1]) >= 2
     model = tiny_peft_model()
-    with defend(model, defences(tokens="completion"), share_logits=False) as defended:
+    with defend(model, defenses(tokens="completion"), share_logits=False) as defended:
         assert defended.loss(cut).item() == rounded(defended.loss(batch).item())
 
 
-def test_not_finite_names_defence_layer_and_step():
+def test_not_finite_names_defense_layer_and_step():
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
-    with defend(model, defences(), optimizer=sgd(model), first_step=6) as defended:
+    with defend(model, defenses(), optimizer=sgd(model), first_step=6) as defended:
         defended.loss(batch)
         parameter = dict(model.named_parameters())[
             "base_model.model.model.layers.2.self_attn.o_proj.lora_B.default.weight"
@@ -365,8 +365,8 @@ def test_steps_that_nobody_counts_are_not_named():
     model = tiny_peft_model()
     next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(float("nan"))
     with (
-        defend(model, defences()) as defended,
-        pytest.raises(TrainingError, match=r"defence \w+ is not finite: layer 0 of the model"),
+        defend(model, defenses()) as defended,
+        pytest.raises(TrainingError, match=r"defense \w+ is not finite: layer 0 of the model"),
     ):
         defended.loss(collate(rows(LENGTHS)))
 
@@ -377,7 +377,7 @@ def test_a_step_that_a_scaler_leaves_out_takes_no_other_with_it():
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu")
     left = next(parameter for name, parameter in model.named_parameters() if "lora_B" in name)
-    with defend(model, defences(), optimizer=optimizer, on_nonfinite="skip") as defended:
+    with defend(model, defenses(), optimizer=optimizer, on_nonfinite="skip") as defended:
         moved = []
         for factor in (float("inf"), 1.0, 1.0):
             before, hook = left.detach().clone(), None
@@ -407,16 +407,16 @@ def test_skipped_steps_are_counted_and_many_in_a_row_end_the_run(caplog):
             defended.loss(batch).backward()
             optimizer.step()
         defended.loss(batch).backward()
-        with pytest.raises(TrainingError, match="20 optimiser steps in a row were skipped: defence feature_distance"):
+        with pytest.raises(TrainingError, match="20 optimizer steps in a row were skipped: defense feature_distance"):
             optimizer.step()
         assert defended.metrics()["defense/steps_skipped"] == 20
-    assert [record.message[:45] for record in caplog.records] == ["optimiser step 1 is skipped, as others may be"]
+    assert [record.message[:45] for record in caplog.records] == ["optimizer step 1 is skipped, as others may be"]
 
 
 def test_losses_outside_the_context_are_refused():
     model = tiny_peft_model()
     batch = collate(rows(LENGTHS))
-    with defend(model, defences()) as defended:
+    with defend(model, defenses()) as defended:
         pass
     with pytest.raises(SettingsError, match="not attached"):
         defended.loss(batch)
@@ -426,7 +426,7 @@ def test_a_step_that_is_not_finite_can_be_skipped():
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
-    with defend(model, defences(), optimizer=optimizer, on_nonfinite="skip") as defended:
+    with defend(model, defenses(), optimizer=optimizer, on_nonfinite="skip") as defended:
         broken = (
             model.get_base_model()
             .model.layers[1]
@@ -453,7 +453,7 @@ def test_a_bfloat16_model_is_as_good_as_torch(make):
     exact = exact.double()
     for one in (plain, exact):
         sum(plain_loss(one, batch, kl=3.0, distance=5.0)).backward()
-    with defend(model, defences()) as defended:
+    with defend(model, defenses()) as defended:
         defended.loss(batch).backward()
     truth = torch.cat([g.flatten() for g in gradients(exact).values()])
     off = [torch.cat([g.flatten() for g in gradients(one).values()]).double() - truth for one in (model, plain)]
@@ -466,9 +466,9 @@ def test_bfloat16_autocast_keeps_the_students_gradients():
     batch = collate(rows(LENGTHS))
     model = tiny_peft_model()
     exact = tiny_peft_model()
-    with defend(exact, defences()) as defended:
+    with defend(exact, defenses()) as defended:
         defended.loss(batch).backward()
-    with defend(model, defences()) as defended:
+    with defend(model, defenses()) as defended:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = defended.loss(batch)
         loss.backward()

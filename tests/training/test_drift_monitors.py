@@ -6,7 +6,7 @@ import pytest
 import torch
 from closeness import rounded
 from personas import random_persona, save_persona
-from plain_defences import documents, forward
+from plain_defenses import documents, forward
 from tiny_models import adapter_weights, collate, furthest, pack, rows, tiny_model, tiny_peft_model
 from train_runs import run_transformers, run_trl, sgd
 
@@ -74,14 +74,14 @@ def test_responses_count_alike_whatever_the_batch_that_they_are_in():
         assert defended.metrics()["monitor/malicious"] == close(expected)
 
 
-@pytest.mark.parametrize("defences", [[], [KL(3.0)], [FeatureDistance(2.0, layers=2)]], ids=["none", "kl", "distance"])
-def test_training_does_not_notice(defences):
+@pytest.mark.parametrize("defenses", [[], [KL(3.0)], [FeatureDistance(2.0, layers=2)]], ids=["none", "kl", "distance"])
+def test_training_does_not_notice(defenses):
     """The same loss and gradients to the last bit; the reference pass is not what is watched."""
     batch = collate(rows(LENGTHS))
     results = []
     for monitors in ([], [DriftMonitor(PERSONA, 1), DriftMonitor(PERSONA, 2, name="other")]):
         model = tiny_peft_model()
-        with defend(model, defences, monitors=monitors) as defended:
+        with defend(model, defenses, monitors=monitors) as defended:
             loss = defended.loss(batch)
             loss.backward()
             figures = defended.metrics()

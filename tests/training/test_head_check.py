@@ -12,10 +12,10 @@ from families import COMMON, Family, adapt
 from tiny_models import collate, rows, tiny_model, tiny_peft_model
 
 from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.defenses.parts.head_check import check_logits
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import dissect
 from safelora_fast.training import defend
-from safelora_fast.training.head_check import check_logits
 
 IDS = torch.tensor([[5, 9, 2, 17, 30, 8, 11, 4, 21], [7, 3, 12, 1, 39, 26, 6, 18, 10]])
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from multimodal_models import MAKERS, PLACE, make
 from peft import LoraConfig, get_peft_model
-from plain_defences import feature_distance_sum, kl_sum
+from plain_defenses import feature_distance_sum, kl_sum
 from tiny_models import collate, fill_adapter, rows, tiny_peft_model
 from transformers import LlamaForCausalLM
 
@@ -75,7 +75,7 @@ def gradients(model):
     return found
 
 
-def defences():
+def defenses():
     return [KL(1.0), FeatureDistance(1.0, layers=3)]
 
 
@@ -84,7 +84,7 @@ def check(model, before, batch, *, share=True, **settings):
     other = copy.deepcopy(model)
     (divergence, distance), expected = plain(other, before, batch)
     task = other(**batch, use_cache=False).loss
-    with defend(model, defences(), share_logits=share, **settings) as defended:
+    with defend(model, defenses(), share_logits=share, **settings) as defended:
         loss = defended.loss(batch)
         figures = defended.metrics()
         with defended.recording(batch):
@@ -151,7 +151,7 @@ def test_a_model_of_text_alone_as_reference():
     model, before, batch = adapted("llava")
     text = text_model(before)
     refusal = pytest.raises(SettingsError, match=r"\(LlamaForCausalLM\) does not take pixel_values, which the Llava")
-    with defend(model, defences(), reference=text) as defended, refusal:
+    with defend(model, defenses(), reference=text) as defended, refusal:
         defended.loss(batch)
     check(model, before, of_text(batch), reference=text)
 
@@ -195,10 +195,10 @@ def test_embeddings_that_were_computed_before():
     embeddings = model.get_input_embeddings()(ids)
     inputs = {"attention_mask": batch["attention_mask"], "labels": batch["labels"]}
     refusal = pytest.raises(SettingsError, match="inputs_embeds was computed with gradients")
-    with defend(model, defences()) as defended, refusal:
+    with defend(model, defenses()) as defended, refusal:
         defended.loss({**inputs, "inputs_embeds": embeddings})
     inputs["inputs_embeds"] = embeddings.detach()
-    with defend(model, defences()) as defended, torch.no_grad():
+    with defend(model, defenses()) as defended, torch.no_grad():
         reference_logits, reference_features = run(before, inputs)
         logits, features = run(model, inputs)
         task = model(**inputs, use_cache=False).loss
@@ -215,9 +215,9 @@ def test_a_decoder_called_without_its_model():
     ids, mask = of_text(batch)["input_ids"], batch["attention_mask"]
     decoder = dissect(model).decoder
     refusal = pytest.raises(SettingsError, match="inputs_embeds was computed with gradients")
-    with defend(model, defences()) as defended, refusal, defended.recording(batch):
+    with defend(model, defenses()) as defended, refusal, defended.recording(batch):
         decoder(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
-    with defend(model, defences()) as defended:
+    with defend(model, defenses()) as defended:
         with defended.recording(batch):
             decoder(input_ids=ids, attention_mask=mask)
         assert defended.regularizer(defended.totals([batch])).item() > 1e-3

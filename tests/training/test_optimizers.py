@@ -203,6 +203,22 @@ def test_one_unseen_step_is_noticed_at_the_end():
         optimizer.fused_backward(defended.loss(BATCH), lr=0.05)
 
 
+def test_a_step_that_asks_for_the_loss_again_is_not_an_unseen_step():
+    model = tiny_peft_model()
+    optimizer = torch.optim.LBFGS(trained(model), lr=0.05, max_iter=3)
+    defended = defend(model, [SafeLora(random_subspace(model), at="step")], optimizer=optimizer)
+    defended.attach()
+
+    def loss():
+        optimizer.zero_grad()
+        result = defended.loss(BATCH)
+        result.backward()
+        return result
+
+    with pytest.raises(TrainingError, match=r"LBFGS asks for the loss several times in one step.*or at=\"end\""):
+        optimizer.step(loss)
+
+
 def test_a_scaler_that_leaves_a_step_out_is_no_unseen_step():
     model = tiny_peft_model()
     subspace, optimizer, scaler = random_subspace(model), sgd(model), torch.amp.GradScaler("cpu")

@@ -1,4 +1,4 @@
-"""Models that a defence would be wrong for are refused with the reason."""
+"""Models that a defense would be wrong for are refused with the reason."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_key_value_cache():
     ],
     ids=["one", "name", "names", "class"],
 )
-def test_what_is_no_list_of_defences(given, message):
+def test_what_is_no_list_of_defenses(given, message):
     with pytest.raises(SettingsError, match=message):
         defend(tiny_peft_model(), given)
 
@@ -146,11 +146,11 @@ def test_the_first_fsdp(tmp_path):
 
 
 def test_optimizers_that_do_not_fit():
-    """Without a look at its parameters, a defence on the weights of another optimizer would do nothing, in silence."""
+    """Without a look at its parameters, a defense on the weights of another optimizer would do nothing, in silence."""
     model = tiny_peft_model()
-    for defence in (SubspacePenalty(random_subspace(model), 1.0), SafeLora(random_subspace(model), at="step")):
+    for defense in (SubspacePenalty(random_subspace(model), 1.0), SafeLora(random_subspace(model), at="step")):
         with pytest.raises(SettingsError, match=r"lora_B of model\.layers\.0\.self_attn\.q_proj is not among"):
-            defend(model, [defence], optimizer=sgd(tiny_peft_model())).attach()
+            defend(model, [defense], optimizer=sgd(tiny_peft_model())).attach()
     with pytest.raises(SettingsError, match="needs the optimizer whose step it skips"):
         defend(model, [KL(1.0)], on_nonfinite="skip").attach()
 
@@ -196,13 +196,13 @@ def test_blocks_that_give_several_states_for_each_token(name):
     defend(model, [KL(1.0)])
 
 
-@pytest.mark.parametrize("defence", [FeatureDistance(1.0, layers=[2]), Steering(torch.ones(32), 2)], ids=repr)
-def test_blocks_of_four_axes(defence):
+@pytest.mark.parametrize("defense", [FeatureDistance(1.0, layers=[2]), Steering(torch.ones(32), 2)], ids=repr)
+def test_blocks_of_four_axes(defense):
     model = tiny_peft_model()
     model.get_base_model().model.layers[2].register_forward_hook(lambda _m, _a, out: out[None])
     ids = torch.ones(2, 5, dtype=torch.long)
     message = r"a layer gave hidden states of shape \(1, 2, 5, 32\), not \[batch, tokens, hidden\]"
-    with defend(model, [defence]) as defended, pytest.raises(SettingsError, match=message):
+    with defend(model, [defense]) as defended, pytest.raises(SettingsError, match=message):
         defended.loss({"input_ids": ids, "labels": ids})
 
 
@@ -221,7 +221,7 @@ def test_settings():
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(SettingsError, match="weight"):
             KL(wrong)
-    with pytest.raises(SettingsError, match="5 blocks are asked for, the model has 3"):
+    with pytest.raises(SettingsError, match="5 layers are asked for, the model has 3"):
         defend(tiny_peft_model(), [FeatureDistance(1.0)])
     with pytest.raises(SettingsError, match="layer 3 does not exist"):
         defend(tiny_peft_model(), [FeatureDistance(1.0, layers=[0, 3])])

@@ -1,11 +1,11 @@
-"""Defences on safe rows only: the plain formulas over their tokens, and nothing of the others."""
+"""Defenses on safe rows only: the plain formulas over their tokens, and nothing of the others."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from closeness import assert_as_close_as_torch
-from plain_defences import forward, kl_sum, reference_forward
+from plain_defenses import forward, kl_sum, reference_forward
 from tiny_models import adapter_weights, collate, furthest, gradients, pack, rows, tiny_peft_model
 
 from safelora_fast.data.collate import TaggedCollator

@@ -126,6 +126,22 @@ def test_what_the_model_adds_counts_once_for_all_processes(processes, monkeypatc
     assert together == pytest.approx(alone, rel=1e-5)
 
 
+def test_processes_decide_together_in_totals_and_never_in_a_loss(monkeypatch):
+    """A process may compute a loss in another way than the others, so it must not wait for them there."""
+    asked = []
+    monkeypatch.setattr(task_loss, "world_size", lambda: 2)
+    monkeypatch.setattr(task_loss, "sum_over_ranks", lambda votes, _device: asked.append(votes) or [0.0, 1.0])
+    model, batches = mixtral(), window(2, silent=(0, 1))
+    with defend(model, []) as defended:
+        totals = defended.totals(batches)
+        assert asked == [[0.0, 0.0]]  # no label here; the other process has one
+        defended.totals(batches)
+        first = defended.loss(batches[1], totals=totals)
+        assert len(asked) == 1
+    share = labels_of(batches[1:2]) / totals.labels * 2
+    assert first.item() == pytest.approx(model(**batches[1]).loss.item() * share, rel=1e-5)
+
+
 @pytest.mark.parametrize("extra", [0.0, 1.0])
 @pytest.mark.parametrize("silent", [(), (2, 3), (0, 1)])
 def test_a_model_that_ignores_the_number_of_items(extra, silent):

@@ -21,18 +21,18 @@ Normalize = Literal["sequence", "token", "none"]
 
 
 class FeatureDistance(BatchDefense):
-    """λ · mean over sequences of the squared distance between block outputs of student and reference.
+    """λ · mean over sequences of the squared distance between the layer outputs of model and reference.
 
     LDIFS as Kaczér et al. (arXiv 2508.06249) define it, with a gradient. In packed rows each document is a sequence.
 
     Args:
         weight: λ; the paper's is 1.0.
-        layers: how many evenly spaced blocks (the first and the last among them; the paper's is 5), "every:N" for
-            blocks 0, N, 2N and so on, or a list of block indices, negative ones counted from the end.
-        normalize: what is scaled to unit length before the distance: each "sequence" of a block flattened (the
+        layers: how many evenly spaced layers (the first and the last among them; the paper's is 5), "every:N" for
+            layers 0, N, 2N and so on, or a list of layer indices, negative ones counted from the end.
+        normalize: what is scaled to unit length before the distance: each "sequence" of a layer flattened (the
             paper's), each "token", or "none".
-        tokens: "all" tokens that are not padding, those that predict a "completion" token, or those of "safe" rows (see
-            :func:`~safelora_fast.interleave`).
+        tokens: "all" tokens that are not padding, those that predict a "completion" token, or those of "safe" examples
+            (see :func:`~safelora_fast.interleave`).
 
     Raises:
         SettingsError: a setting is out of range.
@@ -47,21 +47,18 @@ class FeatureDistance(BatchDefense):
         normalize: Normalize = "sequence",
         tokens: Tokens = "all",
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, tokens)
         if normalize not in {"sequence", "token", "none"}:
             raise SettingsError(f'FeatureDistance: normalize is {normalize!r}, not "sequence", "token" or "none"')
-        if tokens not in {"all", "completion", "safe"}:
-            raise SettingsError(f'FeatureDistance: tokens is {tokens!r}, it must be "all", "completion" or "safe"')
         if isinstance(layers, str):
             _every(layers)
         elif isinstance(layers, int):
             if layers < 1 or isinstance(layers, bool):
                 raise SettingsError(f"FeatureDistance: layers is {layers}, it must be at least 1")
         elif not layers or len(set(layers)) != len(layers):
-            raise SettingsError("FeatureDistance: layers must name at least one block, and none twice")
+            raise SettingsError("FeatureDistance: layers must name at least one layer, and none twice")
         self.layers = layers if isinstance(layers, int | str) else list(layers)
         self.normalize: Normalize = normalize
-        self.tokens: Tokens = tokens
 
     def __repr__(self) -> str:
         return (
@@ -69,37 +66,32 @@ class FeatureDistance(BatchDefense):
             f"tokens={self.tokens!r})"
         )
 
-    def check(self, anatomy: Anatomy) -> None:
-        """Refuse block indices that the model does not have."""
-        self.blocks(anatomy)
-
-    def blocks(self, anatomy: Anatomy) -> list[int]:
-        """Indices of the blocks compared, ascending."""
-        depth = anatomy.depth
+    def recorded_layers(self, anatomy: Anatomy) -> list[int]:
+        """Indices of the layers compared, ascending."""
         anatomy.check_outputs(owner="FeatureDistance")
+        depth = anatomy.depth
         if isinstance(self.layers, str):
             return list(range(0, depth, _every(self.layers)))
         if isinstance(self.layers, int):
             return evenly_spaced(depth, self.layers)
         chosen = [anatomy.block(index, owner="FeatureDistance") for index in self.layers]
         if len(set(chosen)) != len(chosen):
-            raise SettingsError(f"FeatureDistance: layers {self.layers} name one of the {depth} blocks twice")
+            raise SettingsError(f"FeatureDistance: layers {self.layers} name one of the {depth} layers twice")
         return sorted(chosen)
 
     def units(self, spans: Spans) -> int:
         """Number of sequences."""
-        return spans.sequences(spans.mask(self.tokens, owner="FeatureDistance"))
+        return spans.sequences(self.mask(spans))
 
-    def total(self, observation: Observation) -> torch.Tensor:
-        """Sum of the distance over sequences and blocks."""
+    def loss(self, observation: Observation) -> torch.Tensor:
+        """Sum of the distance over sequences and layers."""
         from safelora_fast.ops import feature_distance
 
-        spans = observation.spans
-        mask = spans.mask(self.tokens, owner="FeatureDistance")
-        blocks = self.blocks(observation.anatomy)
+        spans, mask = observation.spans, self.mask(observation.spans)
+        layers = self.recorded_layers(observation.anatomy)
         mean = feature_distance(
-            [observation.student.blocks[index] for index in blocks],
-            [observation.reference.blocks[index] for index in blocks],
+            [observation.student.blocks[index] for index in layers],
+            [observation.reference.blocks[index] for index in layers],
             mask,
             normalize=self.normalize,
             segments=spans.segments,
@@ -113,18 +105,18 @@ class FeatureDistance(BatchDefense):
         else:
             count = min(self.layers, shape.layers) if isinstance(self.layers, int) else len(self.layers)
         values = count * shape.hidden
-        words = f"reference pass, and two reads of the outputs of {count} blocks"
+        words = f"reference pass, and two reads of the outputs of {count} layers"
         return Extra(16.0 * values * work.tokens, 3 * values * work.micro_tokens * shape.value_bytes, words)
 
 
 def evenly_spaced(depth: int, count: int) -> list[int]:
-    """Indices of `count` evenly spaced blocks out of `depth`: linspace(0, depth - 1, count), truncated.
+    """Indices of `count` evenly spaced layers out of `depth`: linspace(0, depth - 1, count), truncated.
 
     Raises:
-        SettingsError: there are fewer blocks than that.
+        SettingsError: there are fewer layers than that.
     """
     if count > depth:
-        raise SettingsError(f"FeatureDistance: {count} blocks are asked for, the model has {depth}")
+        raise SettingsError(f"FeatureDistance: {count} layers are asked for, the model has {depth}")
     if count == 1:
         return [0]
     return [index * (depth - 1) // (count - 1) for index in range(count)]
@@ -133,5 +125,5 @@ def evenly_spaced(depth: int, count: int) -> list[int]:
 def _every(layers: str) -> int:
     word, _, number = layers.partition(":")
     if word != "every" or not number.isdecimal() or int(number) < 1:
-        raise SettingsError(f'FeatureDistance: layers is {layers!r}: give a number, "every:N" or a list of blocks')
+        raise SettingsError(f'FeatureDistance: layers is {layers!r}: give a number, "every:N" or a list of layers')
     return int(number)

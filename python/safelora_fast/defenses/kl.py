@@ -10,7 +10,10 @@ from safelora_fast.defenses.step_cost import CHUNK_BYTES, Extra
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
+    from torch import nn
 
     from safelora_fast.data.spans import Spans, Tokens
     from safelora_fast.defenses.step_cost import Shape, Work
@@ -21,14 +24,14 @@ if TYPE_CHECKING:
 class KL(BatchDefense):
     """λ · mean over tokens of KL(fine-tuned ‖ reference), full vocabulary (Kaczér et al., arXiv 2508.06249).
 
-    Computed from hidden states in chunks; logits of both models never exist at once for the whole batch. The reference gets
-    neither dropout nor NEFTune's noise, so that with them the KL starts above zero.
+    Computed from hidden states in chunks, so the logits of a whole batch never exist at once. The reference model gets
+    neither dropout nor NEFTune's noise, so with them KL starts above zero.
 
     Args:
         weight: λ; the paper's is 0.1.
         direction: "reverse" is KL(fine-tuned ‖ reference), the paper's; "forward" is KL(reference ‖ fine-tuned).
-        tokens: "all" tokens that are not padding, the prompt's included (the paper's), those that predict a
-            "completion" token, or those of "safe" rows (see :func:`~safelora_fast.interleave`).
+        tokens: "all" tokens that are not padding, those of the prompt among them (the paper's), those that predict a
+            "completion" token, or those of "safe" examples (see :func:`~safelora_fast.interleave`).
         temperature: divides the logits of both models.
 
     Raises:
@@ -36,6 +39,7 @@ class KL(BatchDefense):
     """
 
     name: ClassVar[str] = "kl"
+    shares_logits: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -44,15 +48,12 @@ class KL(BatchDefense):
         tokens: Tokens = "all",
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, tokens)
         if direction not in {"reverse", "forward"}:
             raise SettingsError(f'KL: direction is {direction!r}, it must be "reverse" or "forward"')
-        if tokens not in {"all", "completion", "safe"}:
-            raise SettingsError(f'KL: tokens is {tokens!r}, it must be "all", "completion" or "safe"')
         if not 0 < temperature < math.inf:
             raise SettingsError(f"KL: temperature is {temperature}, it must be positive and finite")
         self.direction = direction
-        self.tokens: Tokens = tokens
         self.temperature = float(temperature)
 
     def __repr__(self) -> str:
@@ -62,7 +63,7 @@ class KL(BatchDefense):
         )
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a head that is adapted or trained: student and reference must share it."""
+        """Refuse a head that is adapted or trained: model and reference must share it."""
         head = anatomy.head()
         trained = [name for name, parameter in head.module.named_parameters() if parameter.requires_grad]
         if hasattr(head.module, "adapter_layer_names") or trained:
@@ -71,19 +72,27 @@ class KL(BatchDefense):
                 "with the reference: take it out of the target modules, or freeze it"
             )
 
-    def blocks(self, anatomy: Anatomy) -> list[int]:  # noqa: ARG002
-        """None: only the decoder's last hidden state is needed."""
-        return []
+    def check_reference(self, anatomy: Anatomy, reference: Anatomy) -> None:
+        """Refuse a second model whose head is another one."""
+        from safelora_fast.defenses.parts.head_check import check_same_head
+
+        check_same_head(anatomy, reference)
+
+    def check_batch(self, model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
+        """Refuse a model whose logits are not its head on its hidden states."""
+        from safelora_fast.defenses.parts.head_check import check_logits
+
+        check_logits(model, anatomy, batch)
 
     def units(self, spans: Spans) -> int:
         """Number of tokens."""
-        return int(spans.mask(self.tokens, owner="KL").sum())
+        return int(self.mask(spans).sum())
 
-    def total(self, observation: Observation) -> torch.Tensor:
+    def loss(self, observation: Observation) -> torch.Tensor:
         """Sum of the divergence over the tokens."""
         from safelora_fast.ops import linear_kl
 
-        mask = observation.spans.mask(self.tokens, owner="KL")
+        mask = self.mask(observation.spans)
         with observation.student.autocast_again():
             mean = linear_kl(**self._states(observation), mask=mask)
         return mean * mask.sum().to(mean.device)
@@ -92,18 +101,11 @@ class KL(BatchDefense):
         self,
         observation: Observation,
         *,
-        kl_weight: float,
+        weight: float,
         cross_entropy_weight: torch.Tensor | float,
         figures: bool = False,
     ) -> SharedLoss:
-        """Sum of the divergence over the tokens and of the task's cross-entropy over the labels, each with its weight.
-
-        Args:
-            observation: a micro-batch with labels.
-            kl_weight: factor of the divergence of one token.
-            cross_entropy_weight: factor of the negative log-likelihood of one label.
-            figures: whether to give the figures of every token.
-        """
+        """Sum of the divergence over the tokens and of the task's cross-entropy over the labels, each with its weight."""
         from safelora_fast.ops import linear_kl_cross_entropy
 
         spans = observation.spans
@@ -111,9 +113,9 @@ class KL(BatchDefense):
         with observation.student.autocast_again():
             return linear_kl_cross_entropy(
                 **self._states(observation),
-                mask=spans.mask(self.tokens, owner="KL"),
+                mask=self.mask(spans),
                 labels=spans.next_labels,
-                kl_weight=kl_weight,
+                kl_weight=weight,
                 cross_entropy_weight=cross_entropy_weight,
                 figures=figures,
             )

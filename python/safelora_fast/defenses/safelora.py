@@ -1,10 +1,10 @@
-"""SafeLoRA on a model in training: once when training ends, or onto the safe subspace after optimiser steps."""
+"""SafeLoRA on a model in training: once when training ends, or onto the safe subspace after optimizer steps."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from safelora_fast.defenses.base import Defense, check_subspace
+from safelora_fast.defenses.base import Attached, Defense, Run, check_subspace
 from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import patterns
@@ -14,7 +14,7 @@ from safelora_fast.projection.settings import Select, Settings
 
 if TYPE_CHECKING:
     from safelora_fast.defenses.step_cost import Shape, Work
-    from safelora_fast.models.anatomy import Anatomy
+    from safelora_fast.projection.report import ProjectionReport
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 When = Literal["end", "step"]
@@ -27,7 +27,7 @@ class SafeLora(Defense):
     same selection by the paper's cosine. Both need V = aligned − base itself, so V is streamed from the checkpoints that
     the subspace names; U_k never stands in for it. Checkpoints saved while training hold the adapter as it was trained.
 
-    At a step, B ← U_k·U_kᵀ·B for every module after every k-th optimiser step. Only this idempotent operator may be
+    At a step, B ← U_k·U_kᵀ·B for every module after every k-th optimizer step. Only this idempotent operator may be
     repeated: the paper's C = V·Vᵀ/‖V‖_F shrinks what it touches, and applied at each step it would drive B to zero
     geometrically. Modules whose V is zero are left alone, as the projection command leaves them.
 
@@ -35,7 +35,7 @@ class SafeLora(Defense):
         subspace: the safe subspace of the model's aligned and base checkpoints; for the end, its sources suffice
             (:meth:`SafeSubspace.from_sources`).
         at: when to project, "end" or "step".
-        every: at "step": k, in optimiser steps, counted from the start of the run, also after a resume; 1 by default.
+        every: at "step": k, in optimizer steps, counted from the start of the run, also after a resume; 1 by default.
         operator: "safelora" (the default at the end), "orthogonal" (the only one at a step) or "zero".
         normalize: "frobenius" (the default) or "spectral", for operator safelora.
         rank: columns of U_k, for operator orthogonal at the end; by default what the subspace was built with.
@@ -80,7 +80,7 @@ class SafeLora(Defense):
         self.exclude = patterns("SafeLora: exclude", exclude)
         self.settings: Settings | None = None
         if at == "step":
-            of_the_end = {
+            only_at_end = {
                 "normalize": normalize,
                 "rank": rank,
                 "energy": energy,
@@ -89,28 +89,21 @@ class SafeLora(Defense):
                 "num_layers": num_layers,
                 "threads": threads,
             }
-            self._check_step(operator, [name for name, value in of_the_end.items() if value is not None])
+            self._check_step(operator, [name for name, value in only_at_end.items() if value is not None])
             return
         if every is not None:
             raise SettingsError('SafeLora: every belongs to at="step"; at the end the adapter is projected once')
         if operator == "orthogonal" and rank is None and energy is None:
             rank, energy = subspace.settings.get("rank"), subspace.settings.get("energy")
+        operator, select = operator or "safelora", select or "threshold"
         try:
             self.settings = Settings(
-                operator or "safelora",
-                normalize,
-                rank,
-                energy,
-                select or "threshold",
-                threshold,
-                num_layers,
-                threads,
-                self.exclude,
+                operator, normalize, rank, energy, select, threshold, num_layers, threads, self.exclude
             )
         except SettingsError as error:
             raise SettingsError(f"SafeLora: {error}") from None
 
-    def _check_step(self, operator: Operator | None, of_the_end: list[str]) -> None:
+    def _check_step(self, operator: Operator | None, only_at_end: list[str]) -> None:
         if operator not in {None, "orthogonal"}:
             if operator not in get_args(Operator):
                 raise SettingsError(
@@ -120,9 +113,9 @@ class SafeLora(Defense):
                 f"SafeLora: operator {operator!r} shrinks B each time that it is applied and would drive it to zero; "
                 'at="step" takes operator="orthogonal", at="end" any operator'
             )
-        if of_the_end:
+        if only_at_end:
             raise SettingsError(
-                f'SafeLora: {", ".join(of_the_end)} belongs to at="end"; at="step" projects every module onto the '
+                f'SafeLora: {", ".join(only_at_end)} belongs to at="end"; at="step" projects every module onto the '
                 "subspace as it was built"
             )
         if not isinstance(self.every, int) or self.every < 1:
@@ -142,20 +135,22 @@ class SafeLora(Defense):
         """Always."""
         return True
 
-    def check(self, anatomy: Anatomy) -> None:
-        """Refuse a model with a module that the subspace does not fit.
-
-        At the end it is the sources that must fit; training/end_projection.py pairs every adapted module with them.
-        """
-        if self.at == "step":
-            from safelora_fast.defenses.parts.safe_modules import SafeModules
-
-            SafeModules(anatomy.model, self.subspace, owner="SafeLora", exclude=self.exclude)
-
     @property
     def needs_vectors(self) -> bool:
         """At a step. A projection at the end streams V from the sources that the subspace names."""
         return self.at == "step"
+
+    def attach(self, run: Run) -> Attached:
+        """What projects; a module or a source that does not fit is refused here, before training."""
+        if self.settings is not None:
+            from safelora_fast.defenses.parts.projection_at_end import ProjectionAtEnd
+
+            return ProjectionAtEnd(run, self.subspace, self.settings)
+        from safelora_fast.defenses.parts.projection_at_steps import ProjectionAtSteps
+        from safelora_fast.defenses.parts.safe_modules import SafeModules
+
+        modules = SafeModules(run.model, self.subspace, owner="SafeLora", exclude=self.exclude)
+        return ProjectionAtSteps(run, modules, self.every)
 
     def cost(self, shape: Shape, work: Work) -> Extra:  # noqa: ARG002
         """Products with U_k at a step; at the end nothing in a step, and V streamed once."""
@@ -169,3 +164,14 @@ class SafeLora(Defense):
         streamed = sum(m * n for m, n, _ in shape.adapted)
         once = f"{streamed / 1e9:.3g} billion weights of both checkpoints, {products / 1e9:.3g} GFLOP"
         return Extra(0.0, 0.0, f"nothing in a step; once at the end {once}")
+
+    def card_line(self, report: ProjectionReport | None) -> str:
+        """At the end, whether the adapter beside the card is projected."""
+        line = super().card_line(report)
+        if self.at == "step":
+            return line
+        if report is None:
+            return f"{line}: **not projected yet**. It acts when training ends; this is the adapter as it was trained"
+        (adapter,) = report.adapters
+        count = f"{len(adapter.projected)} of {len(adapter.modules)}"
+        return f"{line}: {count} adapted modules were projected when training ended"

@@ -1,4 +1,4 @@
-"""Persona steering: a fixed vector added to one block's output while training."""
+"""Persona steering: a fixed vector added to one layer's output while training."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class Steering(Defense):
-    """Adds coefficient · vector to one block's output at every position while training (Kaczér et al., v3).
+    """Adds coefficient · vector to one layer's output at every position while training (Kaczér et al., v3).
 
-    The model learns in the steered state; in evaluation and after training the vector is gone. The reference of other
-    defences is steered when the model is.
+    The model learns in the steered state; in evaluation and after training the vector is gone. The reference model of
+    other defenses is steered when the model is.
 
     Args:
         vector: [hidden], or a file that holds it (.safetensors, .npy, .pt): the mean response activation under harmful
-            system prompts minus that under helpful ones, not normalised. Of a :class:`PersonaVector` or its file,
+            system prompts minus that under helpful ones, not normalized. Of a :class:`PersonaVector` or its file,
             `layer` picks the row.
-        layer: index of the block; negative ones are counted from the end.
+        layer: index of the layer; negative ones are counted from the end.
         coefficient: the paper's α, 5.0; it may be changed between steps, but not from 0.
 
     Raises:
@@ -55,7 +55,7 @@ class Steering(Defense):
 
     @property
     def layer(self) -> int:
-        """Index of the block."""
+        """Index of the layer."""
         return self.direction.layer
 
     def __repr__(self) -> str:
@@ -67,26 +67,26 @@ class Steering(Defense):
         return self.coefficient != 0
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a block that does not exist, and a vector of another width or of another number of blocks."""
+        """Refuse a layer that does not exist, and a vector of another width or of another number of layers."""
         self.direction.check(anatomy, owner="Steering")
 
-    def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> Any:
-        """Hook the block; the vector is added whenever `engaged()` says so. Returns the handle that removes it."""
+    def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> list[Any]:
+        """Add the vector to the layer's output while `engaged()`. Returns the handle that stops it."""
         from safelora_fast.models.capture import block_states
 
-        block = anatomy.blocks[anatomy.block(self.layer, owner="Steering")]
+        layer = anatomy.blocks[anatomy.block(self.layer, owner="Steering")]
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             if not engaged():
                 return None
-            block_states(output)  # a vector would be added to each of several states without a word
+            block_states(output)  # refuses several states per token, to each of which the vector would be added
             shift = self.coefficient * self.vector  # now, for the coefficient may change while training
             if isinstance(output, tuple):
                 return (output[0] + shift.to(output[0]), *output[1:])
             return output + shift.to(output)
 
-        return block.register_forward_hook(hook)
+        return [layer.register_forward_hook(hook)]
 
     def cost(self, shape: Shape, work: Work) -> Extra:
         """One addition at every token."""
-        return Extra(2.0 * shape.hidden * work.tokens, 4.0 * shape.hidden, "one addition to a block's output")
+        return Extra(2.0 * shape.hidden * work.tokens, 4.0 * shape.hidden, "one addition to a layer's output")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from safelora_fast.defenses.base import Weighted, check_subspace
+from safelora_fast.defenses.base import Run, Weighted, check_subspace
 from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.files.argument_checks import patterns
 
 if TYPE_CHECKING:
+    from safelora_fast.defenses.parts.safe_modules import SafeModules
     from safelora_fast.defenses.step_cost import Shape, Work
-    from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 
 class SubspacePenalty(Weighted):
     """λ · Σ over modules of ‖(I − P_k)ΔW‖²_F with P_k = U_k·U_kᵀ (AsFT, arXiv 2506.08473, with a true projector).
 
-    With R = B − U(UᵀB) it is s²·tr(RᵀR·AAᵀ): no matrix of the weight's shape is made. Counted once an optimiser step.
+    With R = B − U(UᵀB) it is s²·tr(RᵀR·AAᵀ): no matrix of the weight's shape is made. Counted once per optimizer step.
 
     Args:
         subspace: the safe subspace of the model's aligned and base checkpoints.
@@ -39,11 +39,11 @@ class SubspacePenalty(Weighted):
     def __repr__(self) -> str:
         return f"SubspacePenalty(weight={self.weight})"
 
-    def check(self, anatomy: Anatomy) -> None:
-        """Refuse a model with a module that the subspace does not fit."""
+    def attach(self, run: Run) -> SafeModules:
+        """The adapted modules, each with its U_k; their penalties are the term."""
         from safelora_fast.defenses.parts.safe_modules import SafeModules
 
-        SafeModules(anatomy.model, self.subspace, owner="SubspacePenalty", exclude=self.exclude)
+        return SafeModules(run.model, self.subspace, owner="SubspacePenalty", exclude=self.exclude)
 
     def cost(self, shape: Shape, work: Work) -> Extra:
         """Products with U_k and Gram matrices of rank r."""

@@ -1,1 +1,1 @@
-"""Trainers of other libraries with defences attached; each module needs the library that it is named after."""
+"""Trainers of other libraries with defenses attached; each module needs the library that it is named after."""

@@ -1,4 +1,4 @@
-"""The task's loss split by source, for the log: task rows and safe rows, where figures of every token are at hand."""
+"""The task's loss split by source, for the log: task examples and safe ones, where the loss of every token is at hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from safelora_fast.data.spans import read_spans
 from safelora_fast.data.tokens import IGNORED_LABEL
-from safelora_fast.models.distributed import sum_over_ranks
+from safelora_fast.training.metrics import Sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ class SourceLosses:
     """Sums negative log-likelihoods of labels by source, on the device, and reads them once when asked."""
 
     def __init__(self) -> None:
-        self._sums: torch.Tensor | None = None
+        self._losses, self._labels = Sums(), Sums()
 
     @contextmanager
     def watching(self, model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -58,21 +58,13 @@ class SourceLosses:
         if spans.safe is None or spans.next_labels is None:
             return
         width = nll.shape[1]
-        labelled = (spans.next_labels[:, :width] != IGNORED_LABEL).to(nll.device)
+        labeled = (spans.next_labels[:, :width] != IGNORED_LABEL).to(nll.device)
         safe = spans.safe[:, :width].to(nll.device)
-        nll = nll.detach().double()
-        parts = [labelled & ~safe, labelled & safe]
-        sums = torch.stack(
-            [torch.where(part, nll, 0).sum() for part in parts] + [part.sum().double() for part in parts]
-        )
-        self._sums = sums if self._sums is None else self._sums + sums
+        for source, part in zip(SOURCES, (labeled & ~safe, labeled & safe), strict=True):
+            self._losses.add(source, torch.where(part, nll.detach().double(), 0).sum())
+            self._labels.add(source, part.sum())
 
-    def read(self, device: torch.device) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Mean loss of a label by source since the last call, over all processes. Collective."""
-        *sums, tasks, safe = sum_over_ranks([0.0] * 4 if self._sums is None else self._sums.tolist(), device)
-        self._sums = None
-        return {
-            f"loss/{name}": total / count
-            for name, total, count in zip(SOURCES, sums, (tasks, safe), strict=True)
-            if count
-        }
+        losses, labels = self._losses.read(SOURCES), self._labels.read(SOURCES)
+        return {f"loss/{source}": losses[source] / labels[source] for source in SOURCES if labels[source]}

@@ -1,4 +1,4 @@
-"""The task's loss in the trainers of transformers and TRL: where it is plain, what a label counts in it, who reports it."""
+"""The task's loss in the trainers of transformers and TRL: whether it is plain, the weight of a label, TRL's metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SFT_MODULE = "trl.trainer.sft_trainer"
 
 
 def why_apart(trainer: Any, owner: type) -> str | None:
-    """Why the trainer's loss may be something else than the cross-entropy of the labels; None where it is plain.
+    """Why the trainer's loss may not be the plain cross-entropy of the labels; None where it is.
 
     Args:
         trainer: the trainer.
@@ -42,12 +42,12 @@ def why_apart(trainer: Any, owner: type) -> str | None:
 
 
 def reports_figures(owner: type) -> bool:
-    """Whether the trainer wants the figures of every token for its log."""
+    """Whether the trainer wants the values of every token for its log."""
     return owner.__module__ == SFT_MODULE
 
 
 def label_weight(trainer: Any, inputs: Mapping[str, Any], items: Any) -> torch.Tensor:
-    """What a label whose negative log-likelihood is one counts in the trainer's loss: it is asked, with a model like that."""
+    """Weight of one label in the trainer's loss, found by calling `compute_loss` with a stub model whose NLL is 1."""
     labels = inputs["labels"]
 
     def one_label(**arguments: Any) -> dict[str, torch.Tensor]:
@@ -62,10 +62,10 @@ def label_weight(trainer: Any, inputs: Mapping[str, Any], items: Any) -> torch.T
 def report(
     compute_loss: Callable[..., torch.Tensor], tokens: TokenFigures, inputs: Mapping[str, Any], items: Any
 ) -> torch.Tensor:
-    """Let TRL's own `compute_loss` note its metrics of figures that are at hand; returns its loss, without gradient."""
+    """Let TRL's own `compute_loss` record its metrics from values at hand; returns its loss, without gradient."""
     labels = read_spans(inputs).next_labels
     assert labels is not None  # noqa: S101
-    labelled = labels.to(tokens.nll.device) != IGNORED_LABEL
+    labeled = labels.to(tokens.nll.device) != IGNORED_LABEL
     # Labels that TRL shifts itself have one position less.
     positions = slice(None) if inputs.get("shift_labels") is not None else slice(None, -1)
 
@@ -74,7 +74,7 @@ def report(
             log_probs=-tokens.nll[:, positions],
             entropy=tokens.entropy[:, positions],
             is_top1=tokens.is_top1[:, positions],
-            label_mask=labelled[:, positions],
+            label_mask=labeled[:, positions],
         )
 
     return compute_loss(fused_head, inputs, num_items_in_batch=items)

@@ -1,10 +1,12 @@
-"""Defences in the Trainer of transformers: a mixin for any subclass, and the plain trainer with it."""
+"""Defenses in the Trainer of transformers: a mixin for any subclass, and the plain trainer with it."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -14,6 +16,7 @@ from safelora_fast.data.collate import TaggedCollator
 from safelora_fast.data.interleave import SAFE
 from safelora_fast.data.spans import read_spans, without_tags
 from safelora_fast.defenses.base import check_still_off, checked
+from safelora_fast.defenses.parts.optimizers import has_modes, unwrapped
 from safelora_fast.errors import SettingsError
 from safelora_fast.trainers.card import write_defenses
 from safelora_fast.trainers.loss_by_source import SourceLosses
@@ -29,46 +32,52 @@ if TYPE_CHECKING:
     from safelora_fast.defenses.drift_monitor import DriftMonitor
     from safelora_fast.models.reference_pass import Reference
     from safelora_fast.projection.report import ProjectionReport
+    from safelora_fast.training.loss_terms import Totals
     from safelora_fast.training.optimizer_steps import OnNonFinite
-    from safelora_fast.training.window import Totals
 
+if TYPE_CHECKING:
+    Mixed: TypeAlias = Trainer
+else:
+    Mixed = object  # the trainer comes after the mixin
 logger = logging.getLogger(__name__)
 
 
-class DefendedMixin:
-    """Adds defences to a Trainer: put it first, `class MyDefendedTrainer(DefendedMixin, MyTrainer)`.
+class DefendedMixin(Mixed):  # type: ignore[misc]
+    """Adds defenses to a Trainer: put it first, `class MyDefendedTrainer(DefendedMixin, MyTrainer)`.
 
-    The units of each defence are counted over the optimiser's whole window where its batches are fetched
-    (`get_batch_samples`), and the defences are added in `compute_loss`, while the model is in training mode; evaluation
-    gives the plain task loss. Their figures go to the trainer's log.
+    The units of each defense are counted over the optimizer's whole window where its batches are fetched
+    (`get_batch_samples`), and the defenses are added in `compute_loss`, while the model is in training mode; evaluation
+    gives the plain task loss. Their metrics go to the trainer's log.
 
     SafeLora at the end projects the adapter when training has ended well, after the best model has been loaded where that
-    was asked for and before other callbacks learn of the end: checkpoints saved while training, the best one among them,
+    was asked for and before other callbacks hear of the end: checkpoints saved while training, the best one among them,
     hold the adapter as it was trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()`
     saves the projected one. An optimizer with modes (schedule-free) is in evaluation mode then. The cards (README.md) of
     saved folders name the defenses, and say whether the adapter beside them is projected.
 
-    Where the rows trained on carry the tag of :func:`~safelora_fast.interleave`, defences may look at safe rows only, and
-    with TRL the log has the loss of both sources, `loss/task` and `loss/safe`.
+    Where the training examples carry the tag of :func:`~safelora_fast.interleave`, defenses may look at safe examples
+    only, and with TRL the log has the loss of both sources, `loss/task` and `loss/safe`.
 
     Args:
         *args: the trainer's own.
-        defenses: the defences; without one that is switched on, and without monitors, the trainer is unchanged.
-        reference: what the defences keep the model near: "base" (the same model, adapters disabled), the name of a
-            frozen adapter of the model, or a second model.
-        on_nonfinite: when a defence is NaN or infinite, "raise" `TrainingError` or "skip" the optimiser step.
-        share_logits: let the KL compute the task's loss too, where that is the plain cross-entropy (see
+        defenses: the defenses; without one that is switched on, and without monitors, the trainer is unchanged.
+        reference: the model that the defenses keep the model near: "base" (the same model, adapters disabled), the name
+            of a frozen adapter of the model, or a second model.
+        on_nonfinite: when a defense is NaN or infinite, "raise" `TrainingError` or "skip" the optimizer step.
+        share_logits: let KL compute the task's loss too, where that is the plain cross-entropy (see
             :func:`~safelora_fast.training.defend`).
-        monitors: their figures go to the log as `monitor/<name>`; they change no loss.
+        monitors: their metrics go to the log as `monitor/<name>`; they change no loss.
         **kwargs: the trainer's own.
 
     Attributes:
-        projection_report: what SafeLora did at the end of the last training; None before.
+        projection_report: of SafeLora's projection at the end of the last training; None before.
 
     Raises:
-        SettingsError: the model, the adapter, the trainer's arguments and the defences do not go together.
+        SettingsError: the model, the adapter, the trainer's arguments and the defenses do not go together.
         CheckpointError: the checkpoints that SafeLora needs at the end are gone, or have changed.
     """
+
+    data_collator: Any
 
     def __init__(
         self,
@@ -83,17 +92,15 @@ class DefendedMixin:
         super().__init__(*args, **kwargs)
         self.defenses = checked(defenses)
         self._defenses_off = [defense for defense in defenses if not defense.active]
-        self._defense_settings: dict[str, Any] = {
-            "reference": reference,
-            "on_nonfinite": on_nonfinite,
-            "share_logits": share_logits,
-            "monitors": monitors,
-        }
+        self._defend = partial(
+            Defended, reference=reference, on_nonfinite=on_nonfinite, share_logits=share_logits, monitors=monitors
+        )
         self._followed = bool(self.defenses or monitors)
         self._defended: Defended | None = None
         self._finished: Defended | None = None
         self._window: Totals | None = None
         self._losses_defended = 0
+        self._disagreement: str | None = None  # of the trainer with the loss from KL's logits
         self.projection_report: ProjectionReport | None = None
         self._source_losses: SourceLosses | None = None
         if _may_be_tagged(getattr(self, "train_dataset", None)):
@@ -103,22 +110,19 @@ class DefendedMixin:
             self.add_callback(_Follower(self))
             # First in line, so that trackers are still open and what they upload is the projected adapter.
             self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
-        if self._followed:
             _check_trainer(self)
             if getattr(self, "model", None) is not None:
-                Defended(self.model, self.defenses, **self._defense_settings)
-
-    model: nn.Module
+                self._defend(self.model, self.defenses)  # refuses before training what does not go together
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train with the defences attached; they are taken off again at the end, also on an exception.
+        """Train with the defenses attached; they are detached at the end, also on an exception.
 
         Raises:
             TrainingError: a callback has changed a part of what SafeLora projected at the end.
         """
         self._finished = self.projection_report = None
         try:
-            output = super().train(*args, **kwargs)  # type: ignore[misc]
+            output = super().train(*args, **kwargs)
             if self._defended is not None:
                 self.projection_report = self._defended.finish()  # callbacks may have put other weights into the model
                 self._finished = self._defended
@@ -131,12 +135,12 @@ class DefendedMixin:
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> tuple[list[Any], Any]:
-        """Fetch the micro-batches of one optimiser step, and count the units of the defences in them."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)  # type: ignore[misc]
+        """Fetch the micro-batches of one optimizer step, and count the units of the defenses in them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         if self._followed and batches:
             defended = self._attached()
             defended.step = self.state.global_step
-            self._window = defended.totals(batches)
+            self._window = defended.count(batches)
         return batches, items
 
     def compute_loss(
@@ -147,7 +151,7 @@ class DefendedMixin:
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The trainer's own loss, plus the defences while training."""
+        """The trainer's own loss, plus the defenses while training."""
         items, kwargs = num_items_in_batch, {**kwargs, "num_items_in_batch": num_items_in_batch}
         check_still_off(self._defenses_off)
         if not self._followed or not model.training:
@@ -161,11 +165,12 @@ class DefendedMixin:
         factor = self.current_gradient_accumulation_steps if divided else 1
         self._losses_defended += 1
         owner = _task_owner(type(self))
-        apart = "the outputs are asked for" if return_outputs else why_apart(self, owner)
+        apart = self._disagreement or ("the outputs are asked for" if return_outputs else why_apart(self, owner))
         if defended.shares_logits(model, inputs, unless=apart):
             shared = self._shared_loss(model, inputs, factor, owner, items)
             if shared is not None:
                 return shared
+            defended.shares_logits(model, inputs, unless=self._disagreement)  # logs it
         with defended.recording(inputs):
             result = self._task_loss(model, inputs, return_outputs, kwargs)
         loss = result[0] if return_outputs else result
@@ -175,22 +180,14 @@ class DefendedMixin:
     def _task_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool, kwargs: Mapping[str, Any]
     ) -> Any:
-        """The trainer's own loss, which knows nothing of tags; its parts by source are noted."""
-        if SAFE not in inputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
-        plain = without_tags(inputs)
-        if self._source_losses is None or not model.training:
-            return super().compute_loss(model, plain, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
-        with self._source_losses.watching(model, inputs):
-            return super().compute_loss(model, plain, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        """The trainer's own loss, which knows nothing of tags; its parts by source are recorded."""
+        losses = self._source_losses if SAFE in inputs and model.training else None
+        plain = without_tags(inputs) if SAFE in inputs else inputs
+        with nullcontext() if losses is None else losses.watching(model, inputs):
+            return super().compute_loss(model, plain, return_outputs=return_outputs, **kwargs)
 
     def _shared_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        factor: int,
-        owner: type,
-        items: Any,
+        self, model: nn.Module, inputs: Mapping[str, Any], factor: int, owner: type, items: Any
     ) -> torch.Tensor | None:
         """The loss with the task's part from the KL's logits; None where the trainer counts labels in another way."""
         assert self._window is not None  # noqa: S101
@@ -200,12 +197,12 @@ class DefendedMixin:
             model, inputs, self._window, label_weight=weight, factor=factor, figures=figures
         )
         if shared.tokens is not None:
-            task = super().compute_loss  # type: ignore[misc]
+            task = super().compute_loss
             theirs, ours = report(task, shared.tokens, without_tags(inputs), items), weight * shared.cross_entropy
             if self._source_losses is not None:
                 self._source_losses.add(read_spans(inputs), shared.tokens.nll)
             if not torch.isclose(theirs.to(ours), ours, rtol=1e-4, atol=0.0, equal_nan=True):
-                defended.share_no_more(f"{owner.__name__} makes {theirs.item():.6g} of a loss of {ours.item():.6g}")
+                self._disagreement = f"{owner.__name__} makes {theirs.item():.6g} of a loss of {ours.item():.6g}"
                 return None
         return loss
 
@@ -216,13 +213,13 @@ class DefendedMixin:
             SettingsError: a subclass computes the loss without calling `super().compute_loss`.
         """
         before = self._losses_defended
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
         if self._followed and self._losses_defended == before:
             raise SettingsError(
-                f"{type(self).__name__}.compute_loss bypasses the defences: put the mixin before the trainer that "
+                f"{type(self).__name__}.compute_loss bypasses the defenses: put the mixin before the trainer that "
                 "overrides it, or call super().compute_loss"
             )
-        if self._defended is not None and self._defended.steps_in_backward:
+        if self._steps_in_backward and self._defended is not None:
             self._defended.engine_stepped()
         return loss
 
@@ -233,12 +230,12 @@ class DefendedMixin:
             TrainingError: the weights have changed since SafeLora projected them at the end.
         """
         self.check_projected()
-        super().save_model(*args, **kwargs)  # type: ignore[misc]
+        super().save_model(*args, **kwargs)
         self._write_defenses(args[0] if args else kwargs.get("output_dir"))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the trainer's own card, with the defenses."""
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        super().create_model_card(*args, **kwargs)
         self._write_defenses(None)
 
     def _write_defenses(self, folder: str | None) -> None:
@@ -252,28 +249,28 @@ class DefendedMixin:
             TrainingError: with the first factor that has changed since.
         """
         if self._finished is not None:
-            self._finished.check_projected()
+            self._finished.check_finished()
 
     def _load_best_model(self) -> None:
-        if self._defended is not None:
-            self._defended.optimizer_to_evaluation()  # or it would take the best weights for those that it trains
-        super()._load_best_model()  # type: ignore[misc]
+        if self._defended is not None and has_modes(optimizer := unwrapped(self.optimizer)):
+            optimizer.eval()  # or it would take the best weights for those that it trains
+        super()._load_best_model()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the figures of the defences and of the sources beside the training loss."""
+        """Log, with the metrics of the defenses and of the sources beside the training loss."""
         if self._source_losses is not None and "loss" in logs:
-            logs.update(self._source_losses.read(self.accelerator.device))
+            logs.update(self._source_losses.read())
         if self._defended is not None and "loss" in logs:
             logs.update(self._defended.metrics())
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        super()._set_signature_columns_if_needed()
         if _may_be_tagged(getattr(self, "train_dataset", None)) and SAFE not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, SAFE]
+            self._signature_columns.append(SAFE)
 
     def finish_defenses(self) -> None:
-        """What the defences do when training ends; called then."""
+        """What the defenses do when training ends; called then."""
         defended = self._attached()
         self.projection_report = defended.finish()
         if self.projection_report is not None:
@@ -293,17 +290,18 @@ class DefendedMixin:
 
     def step_ended(self) -> None:
         """An optimizer step has been made, or left out; called then."""
-        if self._defended is not None and not self._defended.steps_in_backward:
+        if self._defended is not None and not self._steps_in_backward:
             self._defended.engine_stepped()
+
+    @property
+    def _steps_in_backward(self) -> bool:
+        """Whether the optimizer makes its steps in backward (LOMO)."""
+        return hasattr(unwrapped(self.optimizer), "fused_backward")
 
     def _attached(self) -> Defended:
         if self._defended is None:
-            self._defended = Defended(
-                self.model,
-                self.defenses,
-                optimizer=self.optimizer,
-                first_step=self.state.global_step,
-                **self._defense_settings,
+            self._defended = self._defend(
+                self.model, self.defenses, optimizer=self.optimizer, first_step=self.state.global_step
             )
             self._defended.attach()
         return self._defended
@@ -314,18 +312,6 @@ class DefendedMixin:
         if scaled is None:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         return not scaled
-
-    accelerator: Any
-    args: Any
-    add_callback: Any
-    callback_handler: Any
-    data_collator: Any
-    _signature_columns: Any
-    optimizer: Any
-    state: Any
-    current_gradient_accumulation_steps: int
-    model_accepts_loss_kwargs: bool
-    compute_loss_func: Any
 
 
 class _Follower(TrainerCallback):  # type: ignore[misc]
@@ -344,7 +330,7 @@ class _Follower(TrainerCallback):  # type: ignore[misc]
 
 
 class DefendedTrainer(DefendedMixin, Trainer):  # type: ignore[misc]
-    """The Trainer of transformers with defences; see :class:`DefendedMixin`."""
+    """The Trainer of transformers with defenses; see :class:`DefendedMixin`."""
 
 
 def _task_owner(kind: type) -> type:
@@ -354,7 +340,7 @@ def _task_owner(kind: type) -> type:
 
 
 def _may_be_tagged(data: Any) -> bool:
-    """Whether rows carry the tag of safe ones, truth values; of a stream that does not know its columns, that is open."""
+    """Whether examples carry the tag of safe ones, booleans; a stream that does not know its columns may."""
     if isinstance(data, list | tuple):
         return bool(data) and isinstance(data[0], dict) and isinstance(data[0].get(SAFE), bool)
     if not hasattr(data, "column_names"):
@@ -368,16 +354,16 @@ def _may_be_tagged(data: Any) -> bool:
 def _check_trainer(trainer: Any) -> None:
     if trainer.args.n_gpu > 1:
         raise SettingsError(
-            "several GPUs in one process make the Trainer use DataParallel, which drops the defences' hooks: start one "
+            "several GPUs in one process make the Trainer use DataParallel, which drops the defenses' hooks: start one "
             "process per device (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES"
         )
     if trainer.args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise SettingsError(
-            "torch_compile wraps the model and hides the modules that the defences hook: compile it in place, model.compile()"
+            "torch_compile wraps the model and hides the modules that the defenses hook: compile it in place, model.compile()"
         )
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage not in {1, 2}:
         raise SettingsError("DeepSpeed is supported with ZeRO stages 1 and 2: choose one of them, or use DDP or FSDP2")
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for kind in ("tp", "cp", "sp"):
         if parallel is not None and getattr(parallel, f"{kind}_size", 1) > 1:
-            raise SettingsError(f"{kind}_size > 1 splits sequences or weights in ways that defences do not support")
+            raise SettingsError(f"{kind}_size > 1 splits sequences or weights in ways that defenses do not support")

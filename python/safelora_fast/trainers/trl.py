@@ -1,4 +1,4 @@
-"""Defences in TRL's trainer for supervised fine-tuning."""
+"""Defenses in TRL's trainer for supervised fine-tuning."""
 
 from __future__ import annotations
 

@@ -1,85 +1,170 @@
-"""The defences' terms in the loss of one micro-batch, each scaled so that a window's add up."""
+"""The defenses' terms in the loss of one micro-batch, each scaled so that those of an optimizer step add up."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.defenses.kl import KL
-from safelora_fast.defenses.nonfinite_errors import name_culprit, penalty_culprit
-from safelora_fast.models.distributed import world_size
+from safelora_fast.errors import TrainingError
+from safelora_fast.models.distributed import sum_over_ranks, world_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from safelora_fast.defenses.base import BatchDefense, Observation
-    from safelora_fast.defenses.parts.safe_modules import SafeModules
-    from safelora_fast.defenses.subspace_penalty import SubspacePenalty
-    from safelora_fast.training.metrics import Meter
+    from safelora_fast.data.spans import Spans
+    from safelora_fast.defenses.base import Attached, BatchDefense, Observation, Weighted
+    from safelora_fast.ops.linear_kl import SharedLoss
+    from safelora_fast.training.metrics import Sums
     from safelora_fast.training.optimizer_steps import Steps
-    from safelora_fast.training.shared_logits import SharedTask
-    from safelora_fast.training.window import Totals
 
 
-def batch_terms(
-    defenses: Sequence[BatchDefense],
-    observation: Observation,
-    totals: Totals,
-    *,
-    factor: float,
-    task: SharedTask | None,
-    meter: Meter,
-    steps: Steps,
-) -> torch.Tensor:
-    """The terms that depend on what the model computes, and the task's loss where the KL computes it.
+@dataclass(frozen=True)
+class Totals:
+    """The denominators of one optimizer step.
+
+    Attributes:
+        units: per defense, the units of the whole window and of all processes.
+        labels: labels that the task loss counts, likewise.
+        micro_batches: micro-batches of the window on each process.
+    """
+
+    units: Mapping[str, int]
+    labels: int
+    micro_batches: int
+
+
+def count_totals(defenses: Sequence[BatchDefense], window: Sequence[Spans]) -> Totals:
+    """Count the units of a window of micro-batches over all processes. Collective."""
+    counts = [float(sum(defense.units(spans) for spans in window)) for defense in defenses]
+    counts.append(float(sum(spans.labels for spans in window)))
+    device = window[0].real.device if window else torch.device("cpu")
+    *units, labels = (int(count) for count in sum_over_ranks(counts, device))
+    names = (defense.name for defense in defenses)
+    return Totals(dict(zip(names, units, strict=True)), labels, max(len(window), 1))
+
+
+@dataclass
+class SharedTask:
+    """The task's loss of one micro-batch, to be computed by a defense from the same logits.
+
+    Attributes:
+        label_weight: weight of the negative log-likelihood of one label in the loss.
+        figures: whether the values of every token are wanted.
+        shared: what the defense computed.
+    """
+
+    label_weight: torch.Tensor | float
+    figures: bool
+    shared: SharedLoss | None = None
+
+    def compute(self, defense: BatchDefense, observation: Observation, weight: float) -> SharedLoss:
+        """Both losses; `weight` is that of one unit of the defense."""
+        self.shared = defense.with_cross_entropy(
+            observation, weight=weight, cross_entropy_weight=self.label_weight, figures=self.figures
+        )
+        return self.shared
+
+
+class LossTerms:
+    """Adds up the terms of one model's defenses.
 
     Args:
-        defenses: the defences, each with its weight.
-        observation: what model and reference gave for this micro-batch.
-        totals: the window's denominators.
-        factor: multiplies the defences, not the task loss.
-        task: the task's part in the KL's logits; None where the task has its own.
-        meter: is told each defence's share of its mean.
-        steps: is told of a defence that is not finite.
-
-    Returns:
-        A float32 scalar on the device of the hidden states.
+        defenses: those that look at batches.
+        penalties: those that have a term of the weights alone, each with what it keeps for the model.
+        sums: told each defense's share of its mean, before the weight.
+        steps: told of a defense that is not finite.
     """
-    assert observation.student.hidden is not None  # noqa: S101
-    device = observation.student.hidden.device
-    means: list[tuple[BatchDefense, torch.Tensor]] = []
-    result = torch.zeros((), device=device)
-    kl = None
-    for defense in defenses:
-        weight, units = factor * defense.weight * world_size(), totals.units[defense.name]
-        if task is not None and isinstance(defense, KL):
-            kl, shared = defense, task.compute(defense, observation, weight / max(units, 1))
-            means.append((defense, shared.kl / max(units, 1)))
-            result = result + shared.loss
-        else:  # also without a unit: where the head is sharded, the others wait to gather it
-            mean = defense.total(observation).to(device) / max(units, 1)
-            means.append((defense, mean.detach()))
-            result = result + weight * mean
-    finite = torch.stack([mean for _, mean in means]).isfinite().tolist() if means else []
-    if not all(finite):
-        culprit = next(defense for (defense, _), good in zip(means, finite, strict=True) if not good)
-        steps.not_finite(name_culprit(culprit, observation, steps.coming))
-        return torch.zeros((), device=device) if kl is None or task is None else task.alone(kl, observation).loss
-    for defense, mean in means:
-        meter.add(defense.name, mean)
-    return result
+
+    def __init__(
+        self,
+        defenses: Sequence[BatchDefense],
+        penalties: Sequence[tuple[Weighted, Attached]],
+        *,
+        sums: Sums,
+        steps: Steps,
+    ) -> None:
+        self._defenses, self._penalties, self._sums, self._steps = defenses, penalties, sums, steps
+
+    def of_batch(
+        self, observation: Observation, totals: Totals, *, factor: float, task: SharedTask | None
+    ) -> torch.Tensor:
+        """The terms that depend on what the model computes, and the task's loss where a defense computes it.
+
+        Args:
+            observation: what model and reference gave for this micro-batch.
+            totals: the window's denominators.
+            factor: multiplies the defenses, not the task loss.
+            task: the task's part in the logits; None where the task has its own.
+
+        Returns:
+            A float32 scalar on the device of the hidden states.
+        """
+        assert observation.student.hidden is not None  # noqa: S101
+        device = observation.student.hidden.device
+        means: list[tuple[BatchDefense, torch.Tensor]] = []
+        result, sharing = torch.zeros((), device=device), None
+        for defense in self._defenses:
+            weight, units = factor * defense.weight * world_size(), max(totals.units[defense.name], 1)
+            if task is not None and sharing is None and defense.shares_logits:
+                sharing, shared = defense, task.compute(defense, observation, weight / units)
+                means.append((defense, shared.kl / units))
+                result = result + shared.loss
+            else:  # also without a unit: where the head is sharded, the others wait to gather it
+                mean = defense.loss(observation).to(device) / units
+                means.append((defense, mean.detach()))
+                result = result + weight * mean
+        finite = torch.stack([mean for _, mean in means]).isfinite().tolist() if means else []
+        if not all(finite):
+            self._not_finite(means[finite.index(False)][0], _first_bad_states(observation))
+            if task is None or sharing is None:
+                return torch.zeros((), device=device)
+            # The task's loss without the reference, which may be what the defense that is not finite comes from.
+            return task.compute(sharing, replace(observation, reference=observation.student), 0.0).loss
+        for defense, mean in means:
+            self._sums.add(defense.name, mean)
+        return result
+
+    def of_weights(self, totals: Totals) -> torch.Tensor | None:
+        """This micro-batch's share of the terms of the weights: a window's shares add up to them, whatever the processes."""
+        total: torch.Tensor | None = None
+        for defense, attached in self._penalties:
+            penalties = attached.penalties()
+            if not penalties:
+                continue
+            values = torch.stack([value.to(penalties[0][1].device) for _, value in penalties])
+            if not values.detach().isfinite().all():
+                self._not_finite(defense, f"module {next(name for name, value in penalties if not value.isfinite())}")
+                continue
+            share = values.sum() / totals.micro_batches
+            self._sums.add(defense.name, share / world_size())
+            term = defense.weight * share
+            total = term if total is None else total + term.to(total.device)
+        return total
+
+    def _not_finite(self, defense: Weighted, where: str) -> None:
+        self._steps.not_finite(
+            TrainingError(
+                f"defense {defense.name} is not finite{self._steps.coming}: {where}; "
+                'lower the learning rate or the weight, or set on_nonfinite="skip"'
+            )
+        )
 
 
-def penalty_term(
-    defense: SubspacePenalty, modules: SafeModules, totals: Totals, *, meter: Meter, steps: Steps
-) -> torch.Tensor:
-    """The penalty's share of this micro-batch: the window's add up to it once, whatever the processes."""
-    penalties = modules.penalties()
-    values = torch.stack([value.to(penalties[0][1].device) for _, value in penalties])
-    if not values.detach().isfinite().all():
-        steps.not_finite(penalty_culprit(penalties, steps.coming))
-        return torch.zeros(())
-    share = values.sum() / totals.micro_batches
-    meter.add(defense.name, share / world_size())
-    return defense.weight * share
+def _first_bad_states(observation: Observation) -> str:
+    """The first hidden states that are not finite, in words."""
+    mask = observation.spans.real
+    both = (("reference", observation.reference), ("model", observation.student))
+
+    def bad(states: torch.Tensor | None) -> bool:
+        return states is not None and not states[mask.to(states.device)].isfinite().all()
+
+    for index in sorted(observation.reference.blocks):
+        for who, capture in both:
+            if bad(capture.blocks[index]):
+                return f"layer {index} of the {who} gives NaN or Inf"
+    for who, capture in both:
+        if bad(capture.hidden):
+            return f"the last layer's output (after the final norm) of the {who} holds NaN or Inf"
+    return "all hidden states are finite, so it arose in the defense itself"

@@ -1,4 +1,4 @@
-"""Figures of the defences for the trainer's log."""
+"""What the log says of a training: sums over micro-batches and processes, and shares of time."""
 
 from __future__ import annotations
 
@@ -8,63 +8,62 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.models.distributed import sum_over_ranks
+from safelora_fast.models.distributed import sum_over_ranks, world_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
-class Meter:
-    """Sums per-defence figures of micro-batches, on the device, and reads them once when asked."""
+class Sums:
+    """Sums of named values over micro-batches, on the device; those of a step count once the step has been made."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._pending: dict[str, torch.Tensor] = {}  # of the step that is coming, which may be left out
-        self._latest: dict[str, float] = {}
-        self._steps = self._pending_steps = 0.0
+        self._pending: dict[str, torch.Tensor] = {}
         self._device = torch.device("cpu")
 
-    def add(self, name: str, value: torch.Tensor) -> None:
-        """Add this process's share of a defence's mean over one optimiser step."""
-        value = value.detach().to(torch.float64)
-        self._device = value.device
+    def add(self, name: str, value: torch.Tensor | float) -> None:
+        """Add a value of a micro-batch; nothing is read off the device."""
+        value = torch.as_tensor(value).detach().to(torch.float64)
+        if value.device.type != "cpu":
+            self._device = value.device
         self._pending[name] = self._pending[name] + value if name in self._pending else value
-
-    def set(self, name: str, value: float) -> None:
-        """Set a figure that is the same on every process; the latest counts."""
-        self._latest[name] = value
-
-    def micro_batch(self, share_of_step: float) -> None:
-        """Count a micro-batch as a share of an optimiser step."""
-        self._pending_steps += share_of_step
 
     def close(self, *, made: bool) -> None:
         """A step has been made, and its micro-batches count; or it was left out, and they are forgotten."""
         for name, value in self._pending.items() if made else ():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += self._pending_steps if made else 0.0
         self._pending.clear()
-        self._pending_steps = 0.0
 
-    def read(self, names: list[str]) -> dict[str, float]:
-        """Means per optimiser step since the last call, over all processes; then start anew. Collective."""
+    def read(self, names: Sequence[str]) -> dict[str, float]:
+        """The sums since the last call over all processes, the last step's among them. Collective."""
         self.close(made=True)
-        means: dict[str, float] = {}
-        if self._steps:
-            local = [float(self._sums.get(name, 0.0)) for name in names]
-            totals = sum_over_ranks(local, self._device)
-            means = {f"defense/{name}": total / self._steps for name, total in zip(names, totals, strict=True)}
-        means.update((f"defense/{name}", value) for name, value in self._latest.items())
+        local = [float(self._sums.get(name, 0.0)) for name in names]
         self._sums.clear()
-        self._latest.clear()
-        self._steps = 0.0
-        return means
+        return dict(zip(names, sum_over_ranks(local, self._device), strict=True))
+
+
+STEPS = ""  # no defense has this name
+
+
+class StepSums(Sums):
+    """Sums that are read as means per optimizer step."""
+
+    def add_step(self, share: float) -> None:
+        """Count a micro-batch as a share of an optimizer step."""
+        self.add(STEPS, share)
+
+    def means(self, names: Sequence[str]) -> dict[str, float]:
+        """Means per optimizer step since the last call, over all processes; none where no step was made. Collective."""
+        sums = self.read([*names, STEPS])
+        steps = sums[STEPS] / world_size()
+        return {name: sums[name] / steps for name in names} if steps else {}
 
 
 class Stopwatch:
     """Share of the wall time that is spent inside `running()`, on this process.
 
-    On a GPU the figure covers what the defences make the host wait for; kernels that run on are not attributed.
+    On a GPU it covers what the defenses make the host wait for; kernels that run on are not attributed.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.models.distributed import sum_over_ranks
+from safelora_fast.training.metrics import Sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,64 +17,55 @@ if TYPE_CHECKING:
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.models.capture import Capture
 
+RESPONSES = "responses, by number"  # no name of a monitor has spaces
 
-class Drift:
+
+class Monitors:
     """The monitors of one model, and their sums since they were last read.
 
     Args:
         monitors: each with a name of its own.
         anatomy: the model's parts.
 
+    Attributes:
+        layers: indices of the layers whose outputs are needed.
+
     Raises:
         SettingsError: two monitors share a name, or one does not fit the model.
     """
 
     def __init__(self, monitors: Sequence[DriftMonitor], anatomy: Anatomy) -> None:
-        self._names = [monitor.name for monitor in monitors]
-        if len(set(self._names)) != len(self._names):
-            raise SettingsError(f"each monitor needs a name of its own, not {', '.join(self._names)}")
+        names = [monitor.name for monitor in monitors]
+        if len(set(names)) != len(names):
+            raise SettingsError(f"each monitor needs a name of its own, not {', '.join(names)}")
         for monitor in monitors:
             monitor.direction.check(anatomy, owner="DriftMonitor")
-        self._blocks = [anatomy.block(monitor.direction.layer, owner="DriftMonitor") for monitor in monitors]
-        self._units = [monitor.unit for monitor in monitors]
-        self._sums: torch.Tensor | None = None
-        self._pending: torch.Tensor | None = None  # of the step that is coming, which may be left out
-
-    @property
-    def blocks(self) -> list[int]:
-        """Indices of the blocks whose outputs are needed."""
-        return sorted(set(self._blocks))
+        self._monitors = {
+            monitor.name: (anatomy.block(monitor.direction.layer, owner="DriftMonitor"), monitor.unit)
+            for monitor in monitors
+        }
+        self.layers = sorted({layer for layer, _ in self._monitors.values()})
+        self._sums = Sums()
+        self.close = self._sums.close
 
     def observe(self, capture: Capture, spans: Spans) -> None:
         """Add up the projections of one micro-batch; nothing is read off the device.
 
         Raises:
-            SettingsError: the batch has no labels, so that its responses cannot be told.
+            SettingsError: the batch has no labels, so its responses are not known.
         """
         weights, responses = response_weights(spans)
-        found = []
         with torch.no_grad():
-            for block, unit in zip(self._blocks, self._units, strict=True):
-                along = projections(capture.blocks[block].detach(), unit)
-                found.append((along * weights.to(along.device)).sum().to(responses.device))
-            sums = torch.stack([*found, responses])
-        self._pending = sums if self._pending is None else self._pending + sums
-
-    def close(self, *, made: bool) -> None:
-        """A step has been made, and its micro-batches count; or it was left out, and they are forgotten."""
-        if made and self._pending is not None:
-            self._sums = self._pending if self._sums is None else self._sums + self._pending
-        self._pending = None
+            for name, (layer, unit) in self._monitors.items():
+                along = projections(capture.blocks[layer].detach(), unit)
+                self._sums.add(name, (along * weights.to(along.device)).sum().to(responses.device))
+        self._sums.add(RESPONSES, responses)
 
     def read(self) -> dict[str, float]:
         """Mean over the responses of all processes since the last call; empty where there were none. Collective."""
-        self.close(made=True)
-        sums = torch.zeros(len(self._names) + 1) if self._sums is None else self._sums
-        *totals, responses = sum_over_ranks(sums.tolist(), sums.device)
-        self._sums = None
-        if not responses:
-            return {}
-        return {f"monitor/{name}": total / responses for name, total in zip(self._names, totals, strict=True)}
+        sums = self._sums.read([*self._monitors, RESPONSES])
+        responses = sums[RESPONSES]
+        return {f"monitor/{name}": sums[name] / responses for name in self._monitors} if responses else {}
 
 
 def projections(states: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
@@ -87,10 +78,10 @@ def projections(states: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
 
 
 def response_weights(spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token one over the length of its response, 0 outside of responses; and the number of responses, float64.
+    """Weight of each token, one over the length of its response or 0 outside of responses; and the number of responses.
 
-    Tokens of a response are those that carry a label themselves, as persona extraction counts them; `completion` marks
-    the positions that predict them.
+    Both are float64. Tokens of a response are those that carry a label themselves, as persona extraction counts them;
+    `completion` marks the positions that predict them.
 
     Raises:
         SettingsError: the batch has no labels.

@@ -1,4 +1,4 @@
-"""That the model which defenses were attached to is still the one that trains: wrapped and sharded before, not after."""
+"""Checks that the model was wrapped and sharded before defenses were attached to it, not after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Placement:
-    """The parameters of a model at the time that defenses are attached to it.
+    """The parameters of a model when defenses are attached to it.
 
     FSDP2 exchanges the parameters of a sharded model with gathered ones at any time, so there nothing is compared.
     """

@@ -1,11 +1,11 @@
-"""The task's cross-entropy from the KL's logits: where it is the model's own loss, and the pass that builds no logits."""
+"""The task's cross-entropy from a defense's logits: where it is the model's own loss, and the pass that builds no logits."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +19,8 @@ from safelora_fast.models.reference_pass import evaluation_mode
 if TYPE_CHECKING:
     from torch import nn
 
-    from safelora_fast.defenses.kl import KL
+    from safelora_fast.defenses.base import BatchDefense
     from safelora_fast.models.anatomy import Anatomy
-    from safelora_fast.ops.linear_kl import SharedLoss
 
 logger = logging.getLogger(__name__)
 
@@ -31,60 +30,52 @@ KEPT_LOGITS = "logits_to_keep"
 
 
 class SharedLogits:
-    """Decides, batch by batch, whether the task's loss is the plain cross-entropy that the KL can compute on the way.
+    """Decides, batch by batch, whether the task's loss is the plain cross-entropy that a defense can compute on the way.
 
-    What can be read is read: the model's loss function, router losses, the keys of the batch. Then the model itself is
-    asked, once: its own loss of a few tokens must be ours, and it must build no logits when told to keep none.
+    The model's loss function, router losses and the keys of the batch are read. Then the model itself is run, once, on a
+    few tokens: its own loss must be ours, and it must build no logits when told to keep none.
 
     Args:
         anatomy: the parts of the model in training.
-        kl: the KL among the defences, None where there is none.
-        wanted: False to keep the losses apart.
+        defense: the one that shares its logits, None where there is none.
+        wanted: False to compute the losses separately.
     """
 
-    def __init__(self, anatomy: Anatomy, kl: KL | None, *, wanted: bool) -> None:
+    def __init__(self, anatomy: Anatomy, defense: BatchDefense | None, *, wanted: bool) -> None:
         self._anatomy = anatomy
-        self._kl = kl
+        self._defense = defense
         self._wanted = wanted
         self._told: set[str] = set()
         self._asked = False
         self._of_model: str | None = None
 
     def allowed(self, model: nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
-        """Whether to share; if not, the reason is logged, each once.
+        """Whether to share; if not, each reason is logged once.
 
         Args:
             model: the model in training with its wrappers, as it is going to be called.
             batch: what it is going to be called with.
             unless: a reason of the caller's.
         """
-        if not self._wanted or self._kl is None:
+        if not self._wanted or self._defense is None:
             return False
-        reason = unless or self._against_model(model, batch, self._kl) or _against_batch(batch)
-        if reason is not None:
-            self.tell(reason)
+        reason = unless or self._against_model(model, batch, self._defense) or _against_batch(batch)
+        if reason is not None and reason not in self._told:
+            self._told.add(reason)
+            logger.info(
+                "%s makes logits of its own beside those of the task's loss: %s", type(self._defense).__name__, reason
+            )
         return reason is None
 
-    def tell(self, reason: str) -> None:
-        """Log once why the losses stay apart."""
-        if reason not in self._told:
-            self._told.add(reason)
-            logger.info("the KL makes logits of its own beside those of the task's loss: %s", reason)
-
-    def refuse(self, reason: str) -> None:
-        """Keep the losses apart from now on."""
-        self._wanted = False
-        self.tell(reason)
-
-    def _against_model(self, model: nn.Module, batch: Mapping[str, Any], kl: KL) -> str | None:
+    def _against_model(self, model: nn.Module, batch: Mapping[str, Any], defense: BatchDefense) -> str | None:
         if not self._asked and batch.get("input_ids") is not None and batch["input_ids"].shape[1] < 2:
             return "the first batch has rows of one token"
         if not self._asked:
-            self._of_model = _against_class(self._anatomy) or self._against_answer(model, batch, kl)
+            self._of_model = _against_class(self._anatomy) or self._against_answer(model, batch, defense)
             self._asked = True
         return self._of_model
 
-    def _against_answer(self, model: nn.Module, batch: Mapping[str, Any], kl: KL) -> str | None:
+    def _against_answer(self, model: nn.Module, batch: Mapping[str, Any], defense: BatchDefense) -> str | None:
         """Ask the model for its own loss of a few tokens of the batch, and compare."""
         ids = batch.get("input_ids")
         if ids is None:
@@ -110,44 +101,19 @@ class SharedLogits:
         spans = read_spans(question)
         spans = replace(spans, safe=spans.real)
         observation = Observation(self._anatomy, capture, capture, spans)
-        ours = kl.with_cross_entropy(observation, kl_weight=0.0, cross_entropy_weight=1.0).cross_entropy / spans.labels
+        shared = defense.with_cross_entropy(observation, weight=0.0, cross_entropy_weight=1.0)
+        ours = shared.cross_entropy / spans.labels
         exact = capture.hidden.dtype in {torch.float32, torch.float64} and capture.autocast is None
         if not torch.isclose(ours, theirs.to(ours), rtol=1e-5 if exact else 5e-3, atol=0.0):
             return f"the model's own loss is not the plain cross-entropy ({theirs.item():.6g}, not {ours.item():.6g})"
         return None
 
 
-@dataclass
-class SharedTask:
-    """The task's loss of one micro-batch, to be computed by the KL.
-
-    Attributes:
-        label_weight: what the negative log-likelihood of one label counts in the loss.
-        figures: whether the figures of every token are wanted.
-        shared: what the KL computed.
-    """
-
-    label_weight: torch.Tensor | float
-    figures: bool
-    shared: SharedLoss | None = None
-
-    def compute(self, kl: KL, observation: Observation, kl_weight: float) -> SharedLoss:
-        """Both losses, with what the divergence of one token counts."""
-        self.shared = kl.with_cross_entropy(
-            observation, kl_weight=kl_weight, cross_entropy_weight=self.label_weight, figures=self.figures
-        )
-        return self.shared
-
-    def alone(self, kl: KL, observation: Observation) -> SharedLoss:
-        """The task's loss without the reference, which may be what a defence that is not finite comes from."""
-        return self.compute(kl, replace(observation, reference=observation.student), 0.0)
-
-
 def forward_without_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """Run the model for its hidden states; returns its logits, of no position.
+    """Run the model for its hidden states; returns its logits of no position.
 
-    They have no element, but a gradient function: wrappers that watch a model's output see that it was used when their
-    sum, zero, is added to the loss.
+    They are empty but have a gradient function: when their sum, zero, is added to the loss, wrappers that watch the
+    model's output see that it was used.
     """
     inputs = {name: value for name, value in without_tags(batch).items() if name not in {"labels", "shift_labels"}}
     source = inputs.get("input_ids")

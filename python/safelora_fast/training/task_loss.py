@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.data.spans import without_tags
+from safelora_fast.data.spans import read_spans, without_tags
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import dissect
 from safelora_fast.models.distributed import sum_over_ranks, world_size
 from safelora_fast.models.reference_pass import evaluation_mode
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
-    from safelora_fast.data.spans import Spans
-    from safelora_fast.training.window import Totals
+    from safelora_fast.training.loss_terms import Totals
 
 CASTS_INPUTS = {"FSDPModule", "FullyShardedDataParallel"}  # float tensors, to the parameters' dtype
 SAME_LOSS = 1e-4  # relative: twice the number of items halves the labels' part, which is far more than that
@@ -32,28 +33,50 @@ class TaskLoss:
     It is S/n + E: the negative log-likelihoods of the labels over their number, and what the model adds by itself (the
     loss of a mixture's routers, AdaLoRA's orthogonality). Over a window of M micro-batches with N labels on W processes S
     must count as one sum over N, and E as a mean over micro-batches and processes. A model that divides by the
-    `num_items_in_batch` it is given is told N/(M·W), and 1/M of its loss counts. Another one divides by the labels of the
+    `num_items_in_batch` it is given gets N/(M·W), and 1/M of its loss counts. Another one divides by the labels of the
     micro-batch, and counts as much as it has of the window's labels.
 
-    Which one a model is does not show in its signature: many take `**kwargs` and ignore them. It shows in the graph of its
-    first loss, or else in its losses of that batch with two numbers.
+    A model's signature does not show which it is: many take `**kwargs` and ignore them. Its losses of one batch with two
+    numbers show it; on one process, the graph of its first loss does, without another pass.
+
+    Args:
+        model: the model with its wrappers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._divides: bool | None = None
 
-    def of(self, model: nn.Module, batch: Mapping[str, Any], spans: Spans, totals: Totals) -> torch.Tensor:
+    def decide(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """On several processes, find out together whether the model divides: all of them must run the same passes.
+
+        Collective, and so no part of :meth:`of`, which a process may skip that computes its loss in another way.
+        """
+        undecided = world_size() > 1 and self._divides is None
+        batch = micro_batches[0] if undecided and micro_batches else {}
+        if batch.get("labels") is None:
+            return
+        if not _takes_loss_arguments(self._model):
+            self._divides = False
+            return
+        device = next(self._model.parameters()).device
+        there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        vote = _divides_by_items(self._model, there)
+        divides, ignores = sum_over_ranks([float(vote is True), float(vote is False)], device)
+        if divides or ignores:
+            self._divides = divides > ignores
+
+    def of(self, batch: Mapping[str, Any], totals: Totals) -> torch.Tensor:
         """The loss of one micro-batch.
 
         Args:
-            model: the model with its wrappers.
-            batch: what it takes as keyword arguments, labels among them.
-            spans: the batch's tokens.
+            batch: what the model takes as keyword arguments, labels among them.
             totals: the window's denominators.
 
         Raises:
             SettingsError: the model gives no loss.
         """
+        model, spans = self._model, read_spans(batch)
         batch = without_tags(batch)
         if self._divides is None and not _takes_loss_arguments(model):
             self._divides = False
@@ -61,22 +84,22 @@ class TaskLoss:
         if self._divides is False:
             loss = _loss(model(**batch))
         else:
-            items = _number(model, labels / (totals.micro_batches * world_size()), spans)
-            loss = _told(model, batch, items)
-            if self._divides is None:
-                self._divides = _in_graph(model, loss, items) or _divides_by_items(model, batch, spans)
+            items = _number(model, labels / (totals.micro_batches * world_size()), spans.real.device)
+            loss = _loss_with(model, batch, items)
+            if self._divides is None and world_size() == 1:
+                self._divides = _in_graph(model, loss, items) or _divides_by_items(model, batch)
         share = spans.labels / labels * world_size() if self._divides is False else 1 / totals.micro_batches
         return (loss if spans.labels else torch.nan_to_num(loss)) * share
 
 
-def _number(model: nn.Module, value: float, spans: Spans) -> torch.Tensor | float:
+def _number(model: nn.Module, value: float, device: torch.device) -> torch.Tensor | float:
     """A number of items for a model: a tensor, or a Python number where FSDP would round a tensor to half precision.
 
     The tensor has a gradient, though nobody needs it: so the graph of the loss shows whether it was used.
     """
     if any(kind.__name__ in CASTS_INPUTS for part in model.modules() for kind in type(part).__mro__):
         return value
-    return torch.tensor(value, device=spans.real.device).requires_grad_()
+    return torch.tensor(value, device=device).requires_grad_()
 
 
 def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor | float) -> bool:
@@ -97,18 +120,18 @@ def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor | float) 
     return False
 
 
-def _divides_by_items(model: nn.Module, batch: Mapping[str, Any], spans: Spans) -> bool | None:
-    """Whether the model's loss changes with `num_items_in_batch`; None where no process can tell: no labels. Collective."""
-    counts = (_number(model, factor * max(spans.labels, 1), spans) for factor in (1.0, 2.0))
+def _divides_by_items(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
+    """Whether the model's loss changes with `num_items_in_batch`; None where this batch does not show it."""
+    spans, batch = read_spans(batch), without_tags(batch)
+    counts = (_number(model, factor * max(spans.labels, 1), spans.real.device) for factor in (1.0, 2.0))
     with torch.no_grad(), evaluation_mode(model), torch.compiler.set_stance("force_eager"):
-        once, twice = (float(_told(model, batch, items)) for items in counts)
-    same, telling = math.isclose(once, twice, rel_tol=SAME_LOSS), spans.labels > 0 and math.isfinite(once)
-    votes = [float(telling and not same), float(telling and same)]
-    divides, ignores = sum_over_ranks(votes, spans.real.device)
-    return None if not divides and not ignores else divides > ignores
+        once, twice = (float(_loss_with(model, batch, items)) for items in counts)
+    if not spans.labels or not math.isfinite(once):
+        return None
+    return not math.isclose(once, twice, rel_tol=SAME_LOSS)
 
 
-def _told(model: nn.Module, batch: Mapping[str, Any], items: torch.Tensor | float) -> torch.Tensor:
+def _loss_with(model: nn.Module, batch: Mapping[str, Any], items: torch.Tensor | float) -> torch.Tensor:
     return _loss(model(**{"use_cache": False, **batch, "num_items_in_batch": items}))
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.checkpoints.tensor_names import tower_of_class
-from safelora_fast.defenses.nonfinite_errors import projection_culprit
-from safelora_fast.errors import PairingError
-from safelora_fast.models.anatomy import gathered
+from safelora_fast.defenses.base import Attached
+from safelora_fast.errors import PairingError, TrainingError
+from safelora_fast.models.anatomy import gathered, unwrap
 from safelora_fast.models.lora_factors import AdaptedModule, adapted_modules
 from safelora_fast.models.shards import held_rows, local_rows, matching_rows, sum_over_shards, write_rows
 from safelora_fast.ops.subspace_penalties import is_grouped, subspace_penalties, subspace_penalty
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 
-class SafeModules:
+class SafeModules(Attached):
     """The adapted modules of a model and U_k of each, on the module's device.
 
     Left out are those whose V is zero, and those that `exclude` names.
@@ -44,6 +44,7 @@ class SafeModules:
         self.modules: list[AdaptedModule] = []
         self._vectors: dict[str, torch.Tensor] = {}
         self._held: dict[str, torch.Tensor] = {}
+        model = unwrap(model)
         for module in adapted_modules(model, owner=owner, exclude=exclude):
             found = subspace.find(module.name, tower_of_class(type(model).__name__))
             shape, given = (module.left.shape[0], module.right.shape[1]), (len(found.left_vectors), found.columns)
@@ -61,6 +62,10 @@ class SafeModules:
             raise PairingError(
                 f"{owner}: V = aligned - base is zero in every adapted module: there is no safe subspace"
             )
+
+    def factors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """(module, lora_B) of every module."""
+        return [(module.name, module.left) for module in self.modules]
 
     def vectors(self, module: AdaptedModule) -> torch.Tensor:
         """U_k [m, k], float32, on the device of the module's factors."""
@@ -96,7 +101,7 @@ class SafeModules:
         r×r Grams BᵀB are summed over the processes, and B is never gathered. Collective there, and with DeepSpeed.
 
         Args:
-            step: optimiser steps made, for messages.
+            step: optimizer steps made, for messages.
             copies: tensors from which the optimizer may compute a parameter again; they are projected too.
 
         Raises:
@@ -110,13 +115,10 @@ class SafeModules:
             bases = [self._held_vectors(module) for module in modules]
             inners, grams = self._summed_products(modules, bases, lefts)
             self._check_finite(modules, [*inners, *grams], step)
+            for module, product in zip(modules, _products(bases, inners), strict=True):
+                write_rows(module.left, product if module.left.dim() > 1 else product.squeeze(1))
             cosines: list[torch.Tensor] = []
-            for chosen in _by_device(lefts):
-                products = matrix_products([bases[index] for index in chosen], [inners[index] for index in chosen])
-                for index, product in zip(chosen, products, strict=True):
-                    left = modules[index].left
-                    write_rows(left, product if left.dim() > 1 else product.squeeze(1))
-                ours = [index for index in chosen if index < len(self.modules)]
+            for ours in _by_device(lefts[: len(self.modules)]):
                 inner = [inners[index] for index in ours]
                 flipped = [gathered(modules[index].right).float().to(lefts[index].device).mT for index in ours]
                 found, _ = transposed_products([*inner, *flipped], [*inner, *flipped])
@@ -136,13 +138,10 @@ class SafeModules:
             lefts = [_matrix(held_rows(module.left)) for module in self.modules]
             bases = [self._held_vectors(module) for module in self.modules]
             inners, grams = self._summed_products(self.modules, bases, lefts)
-            rests: dict[int, torch.Tensor] = {}
-            for chosen in _by_device(lefts):
-                products = matrix_products([bases[index] for index in chosen], [inners[index] for index in chosen])
-                for index, product in zip(chosen, products, strict=True):
-                    rests[index] = (lefts[index] - product).square().sum()
-            parameters = [module.left for module in self.modules]
-            summed = sum_over_shards(parameters, [rests[index] for index in range(len(lefts))], owner=self._owner)
+            rests = [
+                (left - product).square().sum() for left, product in zip(lefts, _products(bases, inners), strict=True)
+            ]
+            summed = sum_over_shards([module.left for module in self.modules], rests, owner=self._owner)
         shares = [
             float(rest.sqrt() / gram.trace().sqrt().clamp(min=torch.finfo(torch.float32).tiny))
             / torch.finfo(module.left.dtype).eps
@@ -172,7 +171,10 @@ class SafeModules:
             return
         for place, product in enumerate(products):
             if not product.isfinite().all():
-                raise projection_culprit(modules[place % len(modules)].name, step)
+                raise TrainingError(
+                    f"defense safelora is not finite after optimizer step {step}: lora_B of module "
+                    f"{modules[place % len(modules)].name} holds NaN or Inf; lower the learning rate, or clip the gradients"
+                )
 
     def _held_vectors(self, module: AdaptedModule) -> torch.Tensor:
         """The rows of U_k beside this process's rows of B, on their device."""
@@ -185,6 +187,15 @@ class SafeModules:
 def _matrix(factor: torch.Tensor) -> torch.Tensor:
     """A factor, or a bias as a column."""
     return factor if factor.dim() > 1 else factor[:, None]
+
+
+def _products(bases: list[torch.Tensor], inners: list[torch.Tensor]) -> list[torch.Tensor]:
+    """U·(UᵀB) of every module, those of one device in one call."""
+    found: dict[int, torch.Tensor] = {}
+    for chosen in _by_device(inners):
+        products = matrix_products([bases[index] for index in chosen], [inners[index] for index in chosen])
+        found.update(zip(chosen, products, strict=True))
+    return [found[index] for index in range(len(inners))]
 
 
 def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:

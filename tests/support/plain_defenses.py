@@ -1,4 +1,4 @@
-"""The defences written plainly: whole logits, whole features, no chunking. The truth for the tests."""
+"""The defenses written plainly: whole logits, whole features, no chunking. The truth for the tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def documents(batch):
 
 
 def looked_at(batch, tokens):
-    """Like `documents`, with the tokens that a defence looks at."""
+    """Like `documents`, with the tokens that a defense looks at."""
     for row, document in documents(batch):
         nexts = dict(itertools.pairwise(document))
         trained = [i for i in document if i in nexts and batch["labels"][row, nexts[i]] != -100]

@@ -15,6 +15,8 @@ import torch
 
 from safelora_fast.checkpoints.adapter import TRAINED_IN_FULL, WEIGHTS, load_adapters
 from safelora_fast.checkpoints.provenance import locator, reopen
+from safelora_fast.defenses.base import Attached
+from safelora_fast.defenses.parts.optimizers import has_modes, parameters_of, weight_copies
 from safelora_fast.errors import CheckpointError, PairingError, SafeLoraFastError, SettingsError, TrainingError
 from safelora_fast.models.anatomy import gathered
 from safelora_fast.models.distributed import broadcast_from_first, on_first_rank, sum_over_ranks
@@ -23,15 +25,14 @@ from safelora_fast.models.shards import local_rows, matching_rows, write_rows
 from safelora_fast.projection.copied_tensors import bypass_note
 from safelora_fast.projection.peft_model import lora_parameters, naming_adapter, projected_folder, save_tensors
 from safelora_fast.projection.plan import plan_projection
-from safelora_fast.training.optimizers import has_modes, parameters_of, weight_copies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import nn
-
-    from safelora_fast.defenses.safelora import SafeLora
+    from safelora_fast.defenses.base import Run
     from safelora_fast.projection.report import ProjectionReport
+    from safelora_fast.projection.settings import Settings
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 ROLES = ("aligned", "base")
 SAME_NORM = 1e-6
@@ -48,51 +49,61 @@ class _Written:
     after: bytes
 
     @property
-    def moved(self) -> bool:
-        return self.before != self.after
+    def changed(self) -> bool:
+        return _digest(self.parameter) != self.after
 
 
 def _digest(parameter: torch.Tensor) -> bytes:
-    """Of what this process holds of a parameter; -0 and 0 are the same weight."""
+    """Digest of what this process holds of a parameter; -0 and 0 are the same weight."""
     rows = (local_rows(parameter).detach().cpu() + 0.0).contiguous()
     return hashlib.blake2b(rows.view(torch.uint8).numpy()).digest()
 
 
-class EndProjection:
-    """Projects the active adapter of a model in place, with V streamed from the sources of the defence's subspace.
+class ProjectionAtEnd(Attached):
+    """Projects the active adapter of a model in place, with V streamed from the sources of the subspace.
 
-    Process 0 reads the checkpoints, and every process gets the same values; all of them must call. What can be refused
-    is refused when this is made, before training: sources that are gone or have changed, modules that do not pair with
-    them, adapters of a kind that cannot be projected.
+    Process 0 reads the checkpoints, and every process gets the same values; all of them must call. Everything that can
+    be refused is refused before training: sources that are gone or have changed, modules that do not pair with them,
+    adapters of a kind that cannot be projected.
 
     Raises:
         SafeLoraFastError: with the reason, on every process.
     """
 
-    def __init__(self, model: nn.Module, defense: SafeLora) -> None:
-        assert defense.settings is not None  # noqa: S101
-        self._settings = asdict(defense.settings)
-        self._subspace = defense.subspace
-        self._holder = adapter_holder(model, owner="SafeLora")
-        self._adapter = active_adapter(model, owner="SafeLora")
+    def __init__(self, run: Run, subspace: SafeSubspace, settings: Settings) -> None:
+        self._run = run
+        self._subspace = subspace
+        self._settings = asdict(settings)
+        self._holder = adapter_holder(run.model, owner="SafeLora")
+        self._adapter = active_adapter(run.model, owner="SafeLora")
         if any(getattr(module, "merged", False) for module in self._holder.modules()):
             raise SettingsError(
                 "SafeLora: the adapter is merged into the model's weights: call unmerge_adapter() first"
             )
         tensors = self._gathered(lora_parameters(self._holder, self._adapter)[0])
         self._written: dict[str, _Written] = {}
+        self._report: ProjectionReport | None = None
         on_first_rank(lambda: self._rehearse(tensors))
 
-    def run(self, optimizer: Any = None) -> ProjectionReport:
+    def finish(self) -> ProjectionReport:
         """Project, write the result into the model, and return the report. Collective.
 
-        Args:
-            optimizer: of the training that ends. One with modes (schedule-free) is put into evaluation mode first: those are
-                the weights to save. Whatever it keeps of the weights is overwritten, so that it brings none of them back.
+        A second call does nothing, unless other weights have been put into the model: they are projected, with a warning.
+
+        An optimizer with modes (schedule-free) is put into evaluation mode first: those are the weights to save. Whatever
+        an optimizer keeps of the weights is overwritten, so that it brings none of them back.
 
         Raises:
             SafeLoraFastError: the sources have changed meanwhile, or a factor is NaN or infinite; the model is as it was.
+            TrainingError: a part of what was projected has changed.
         """
+        if self._report is not None and not self._replaced():
+            return self._report
+        if self._report is not None:
+            logger.warning(
+                "SafeLora: other weights were put into the model after its projection: they are projected now"
+            )
+        optimizer = self._run.optimizer
         if has_modes(optimizer):
             optimizer.eval()
         parameters, others = lora_parameters(self._holder, self._adapter)
@@ -100,7 +111,7 @@ class EndProjection:
         before = {key: _digest(parameter) for key, parameter in parameters.items()}
         report = on_first_rank(lambda: self._project(tensors, others))
         wholes = {key: broadcast_from_first(tensors[key], parameter.device) for key, parameter in parameters.items()}
-        self._write(parameters, wholes)
+        _write(parameters, wholes)
         for parameter in parameters_of(optimizer):
             for copy in weight_copies(optimizer, parameter):
                 with torch.no_grad():
@@ -111,40 +122,27 @@ class EndProjection:
         if has_modes(optimizer):
             optimizer.train()
             optimizer.eval()
-            if self.changed():
-                self._write(parameters, wholes)
+            if self._changed():
+                _write(parameters, wholes)
                 logger.warning(
                     "SafeLora: train() and eval() of %s rewrite the projected weights: they are written again; save the "
                     "adapter before the optimizer is told of either",
                     type(optimizer).__name__,
                 )
+        self._report = report
+        (adapter,) = report.adapters
+        cosines = [module.cosine for module in adapter.modules if not math.isnan(module.cosine)]
+        self._run.metrics["cosine_min"] = min(cosines, default=math.nan)
+        self._run.metrics["modules_projected"] = float(len(adapter.projected))
         return report
 
-    def changed(self) -> list[str]:
-        """Keys of the factors that are not what :meth:`run` wrote, on this process."""
-        return [key for key, written in self._written.items() if _digest(written.parameter) != written.after]
-
-    def replaced(self) -> bool:
-        """Whether other weights stand where :meth:`run` had projected some, in all of them. Collective.
-
-        Raises:
-            TrainingError: in some of them, so that a second projection would be one of what is projected already.
-        """
-        changed = set(self.changed())
-        kept = [key for key, written in self._written.items() if written.moved and key not in changed]
-        device = next(iter(self._written.values())).parameter.device
-        replaced, left = sum_over_ranks([float(len(changed)), float(len(kept))], device)
-        if replaced and left:
-            self.check()
-        return bool(replaced)
-
-    def check(self) -> None:
+    def check_finished(self) -> None:
         """Refuse weights that are not what the projection wrote.
 
         Raises:
             TrainingError: with the first factor.
         """
-        changed = self.changed()
+        changed = self._changed()
         if changed:
             more = f" and {len(changed) - 1} other factors have" if len(changed) > 1 else " has"
             raise TrainingError(
@@ -152,9 +150,23 @@ class EndProjection:
                 "of its own): save the adapter with model.save_pretrained() and project it with `safelora-fast project`"
             )
 
-    def _write(self, parameters: Mapping[str, torch.Tensor], wholes: Mapping[str, torch.Tensor]) -> None:
-        for key, parameter in parameters.items():
-            write_rows(parameter, matching_rows(parameter, wholes[key], owner="SafeLora"))
+    def _changed(self) -> list[str]:
+        """Keys of the factors that are not what was written, on this process."""
+        return [key for key, written in self._written.items() if written.changed]
+
+    def _replaced(self) -> bool:
+        """Whether other weights stand in all places where the projection had changed some. Collective.
+
+        Raises:
+            TrainingError: in some of them only, so a second projection would project what is projected already.
+        """
+        changed = set(self._changed())
+        kept = [key for key, one in self._written.items() if one.before != one.after and key not in changed]
+        device = next(iter(self._written.values())).parameter.device
+        replaced, left = sum_over_ranks([float(len(changed)), float(len(kept))], device)
+        if replaced and left:
+            self.check_finished()
+        return bool(replaced)
 
     def _gathered(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: gathered(parameter).detach().cpu().clone() for key, parameter in parameters.items()}
@@ -179,13 +191,9 @@ class EndProjection:
                 self._check_norms(report)
                 tensors.update(load_file(projected / WEIGHTS))
         copied = [{"tensor": key, "reason": TRAINED_IN_FULL} for key in others]
-        report = replace(
-            report,
-            adapters=[
-                replace(one, copied=[*one.copied, *copied], notes=[*one.notes, *bypass_note(copied)])
-                for one in report.adapters
-            ],
-        )
+        (one,) = report.adapters
+        one = replace(one, copied=[*one.copied, *copied], notes=[*one.notes, *bypass_note(copied)])
+        report = replace(report, adapters=[one])
         for warning in report.warnings:
             logger.warning("SafeLora: %s", warning)
         return report
@@ -207,9 +215,14 @@ class EndProjection:
 
     @contextlib.contextmanager
     def _described(self, folder: Path) -> Iterator[None]:
-        """Errors that say whose they are, and name the adapter of the model instead of the folder where it lies."""
+        """Errors that name SafeLora, and the adapter of the model instead of the folder that holds it."""
         try:
             with naming_adapter(folder, self._adapter), naming_adapter(folder / "saved", self._adapter):
                 yield
         except SafeLoraFastError as error:
             raise type(error)(f"SafeLora: {error}") from error
+
+
+def _write(parameters: Mapping[str, torch.Tensor], wholes: Mapping[str, torch.Tensor]) -> None:
+    for key, parameter in parameters.items():
+        write_rows(parameter, matching_rows(parameter, wholes[key], owner="SafeLora"))
