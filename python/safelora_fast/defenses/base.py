@@ -127,25 +127,13 @@ class Defense(ABC):
         return True
 
     def check(self, anatomy: Anatomy) -> None:  # noqa: B027
-        """Refuse models that the defense is not right for.
-
-        Raises:
-            SettingsError: with the reason.
-        """
+        """Raise SettingsError, with the reason, for models that the defense is not right for."""
 
     def check_reference(self, anatomy: Anatomy, reference: Anatomy) -> None:  # noqa: B027
-        """Refuse a reference model that the defense cannot compare the model with.
-
-        Raises:
-            SettingsError: with the reason.
-        """
+        """Raise SettingsError for a reference model that the defense cannot compare the model with."""
 
     def check_batch(self, model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:  # noqa: B027
-        """Refuse what only the first batch shows.
-
-        Raises:
-            SettingsError: with the reason.
-        """
+        """Raise SettingsError for what only the first batch shows."""
 
     def attach(self, run: Run) -> Attached | None:  # noqa: ARG002
         """Make what the defense keeps for this model; None where it keeps nothing.
@@ -261,11 +249,8 @@ class BatchDefense(Weighted):
     ) -> SharedLoss:
         """Sum of its loss over the units and of the task's cross-entropy over the labels, each with its weight.
 
-        Args:
-            observation: a micro-batch with labels.
-            weight: factor of one unit.
-            cross_entropy_weight: factor of the negative log-likelihood of one label.
-            figures: whether to give the values of every token.
+        `weight` is that of one unit, `cross_entropy_weight` that of the negative log-likelihood of one label. `figures`
+        asks for the values of every token too.
         """
         raise NotImplementedError
 

@@ -36,8 +36,8 @@ class TaskLoss:
     `num_items_in_batch` it is given gets N/(M·W), and 1/M of its loss counts. Another one divides by the labels of the
     micro-batch, and counts as much as it has of the window's labels.
 
-    A model's signature does not show which it is: many take `**kwargs` and ignore them. Its losses of one batch with two
-    numbers show it; on one process, the graph of its first loss does, without another pass.
+    A model's signature does not show which it is: many take `**kwargs` and ignore them. On one process the graph of its
+    first loss shows it; elsewhere its losses of one batch with two numbers do.
 
     Args:
         model: the model with its wrappers.
@@ -60,8 +60,8 @@ class TaskLoss:
             self._divides = False
             return
         device = next(self._model.parameters()).device
-        there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        vote = _divides_by_items(self._model, there)
+        batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        vote = _divides_by_items(self._model, batch)
         divides, ignores = sum_over_ranks([float(vote is True), float(vote is False)], device)
         if divides or ignores:
             self._divides = divides > ignores

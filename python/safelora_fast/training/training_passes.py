@@ -11,8 +11,7 @@ from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import entrances
 from safelora_fast.models.capture import Call, Capture, StudentRecorder, Tap
 from safelora_fast.models.lora_factors import check_no_prompt_learning
-from safelora_fast.models.reference_checks import check_inputs
-from safelora_fast.models.reference_pass import Reference, ReferencePass
+from safelora_fast.models.reference_pass import Reference, ReferencePass, check_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -1,8 +1,7 @@
-"""Whether the logits of a model are what its hidden states, its head and its configuration say.
+"""Whether the logits of a model are its head on its hidden states.
 
-The KL multiplies hidden states with the head's weight itself. A model may do more between the two than its configuration
-tells under a known name: a transform, a scale of its own. Then the KL would be that of another model, so the model is
-asked once.
+KL multiplies hidden states by the head's weight itself. A model may do more between the two than its configuration says
+under a known name: a transform, a scale of its own. Then KL would be that of another model, so the model is run once.
 """
 
 from __future__ import annotations
@@ -99,25 +98,18 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def check_same_head(own: Anatomy, other: Anatomy) -> None:
-    """Refuse a second model as reference whose head is another one: the KL has one head for both.
-
-    Raises:
-        SettingsError: weight, bias, scale or soft-cap differ.
-    """
+    """Raise SettingsError if a second model's weight, bias, scale or soft-cap differ: KL has one head for both."""
     mine, theirs = own.head(), other.head()
-    if mine.module is theirs.module or (_content(mine) == _content(theirs) and _same_tensors(mine, theirs)):
-        return
-    raise SettingsError(
-        "KL: the output head of the model given as reference is not that of the model in training, and the divergence "
-        "needs one head for both: give a copy of the model before fine-tuning"
-    )
+    if mine.module is not theirs.module and not _same(mine, theirs):
+        raise SettingsError(
+            "KL: the output head of the model given as reference is not that of the model in training, and the divergence "
+            "needs one head for both: give a copy of the model before fine-tuning"
+        )
 
 
-def _content(head: Head) -> tuple[float, float | None]:
-    return head.scale, head.softcap
-
-
-def _same_tensors(mine: Head, theirs: Head) -> bool:
+def _same(mine: Head, theirs: Head) -> bool:
+    if (mine.scale, mine.softcap) != (theirs.scale, theirs.softcap):
+        return False
     for left, right in zip(mine.parameters(), theirs.parameters(), strict=True):
         if left is None or right is None:
             if left is not right:
