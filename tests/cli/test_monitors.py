@@ -67,7 +67,7 @@ def test_what_does_not_fit_the_model_is_refused_before_weights_are_loaded(tmp_pa
     for section in ({"defenses": {"steering": wanted}}, {"monitors": {"m": wanted}}):
         tiny = write_recipe(tmp_path / "run", **section)
         (tiny.model / "model.safetensors").unlink()
-        with pytest.raises(SettingsError, match=r"deep.safetensors has vectors of 3 blocks, the model has 2"):
+        with pytest.raises(SettingsError, match=r"deep.safetensors has vectors of 3 layers, the model has 2"):
             prepare(load_recipe(tiny.path))
 
 

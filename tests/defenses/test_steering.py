@@ -136,7 +136,7 @@ def test_a_persona_file_steers_like_its_row(tmp_path):
 
 def test_a_persona_vector_of_another_model_is_refused_by_name(tmp_path):
     deeper = save_persona(tmp_path / "deep.safetensors", blocks=4)
-    with pytest.raises(SettingsError, match=r"deep.safetensors has vectors of 4 blocks, the model has 3"):
+    with pytest.raises(SettingsError, match=r"deep.safetensors has vectors of 4 layers, the model has 3"):
         defend(tiny_peft_model(), [Steering(deeper, 1)])
     wider = save_persona(tmp_path / "wide.safetensors", hidden=33)
     with pytest.raises(SettingsError, match=r"wide.safetensors has 33 values, the model's width is 32"):

@@ -58,10 +58,10 @@ def test_a_persona_file_gives_the_row_of_a_block(tmp_path):
         for source in (file, str(file), persona):
             assert Direction.of(source, layer, owner="A").values.tolist() == persona.vectors[layer].tolist()
     with pytest.raises(
-        SettingsError, match=r"A: block 3 does not exist, .*malicious.safetensors has vectors of 3 blocks"
+        SettingsError, match=r"A: layer 3 does not exist, .*malicious.safetensors has vectors of 3 layers"
     ):
         Direction.of(file, 3, owner="A")
-    with pytest.raises(SettingsError, match="the vector of 'malicious' has vectors of 3 blocks"):
+    with pytest.raises(SettingsError, match="the vector of 'malicious' has vectors of 3 layers"):
         Direction.of(persona, -4, owner="A")
 
 

@@ -184,7 +184,7 @@ def test_refusals(tmp_path):
     for monitors, message in (
         ([DriftMonitor(torch.ones(31), 0)], "the vector has 31 values, the model's width is 32"),
         ([DriftMonitor(torch.ones(32), 3)], "layer 3 does not exist"),
-        ([DriftMonitor(deeper, 1)], "deep.safetensors has vectors of 4 blocks, the model has 3"),
+        ([DriftMonitor(deeper, 1)], "deep.safetensors has vectors of 4 layers, the model has 3"),
         ([DriftMonitor(PERSONA, 0), DriftMonitor(PERSONA, 1)], "a name of its own, not malicious, malicious"),
     ):
         with pytest.raises(SettingsError, match=message):

@@ -1,4 +1,4 @@
-"""A monitor: how far the answers that a model trains on lie along a persona vector. It defends nothing, and changes nothing."""
+"""A monitor: how far the completions that a model trains on lie along a persona vector. It changes nothing."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ UNNAMED = "drift"
 class DriftMonitor:
     """Projection of mean response activations on a persona vector of unit length, in the training log.
 
-    After Chen et al. (arXiv 2507.21509). Of the training pass itself: no gradient, no reference pass, and the loss is
-    what it would be without. A response is what a row learns (a document, in packed rows); its activation is the mean of
-    one block's output over its tokens, the figure the mean over responses since the last log. Steering is in it, where
-    the model is steered at that block or before: read the change, not the value.
+    After Chen et al. (arXiv 2507.21509). It reads the training pass itself: no gradient, no reference pass, and the same
+    loss. A response is what an example teaches (a document, in packed rows). Its activation is the mean of one layer's
+    output over its tokens; the logged value is the mean over responses since the last log. Steering at that layer or
+    before is in it: read the change, not the value.
 
     Args:
         vector: [hidden], a file that holds it, or a persona vector or its file, of which `layer` picks the row.
-        layer: index of the block; negative ones are counted from the end.
+        layer: index of the layer; negative ones are counted from the end.
         name: its name in the log, `monitor/<name>`; by default the trait of the persona vector, or "drift".
 
     Raises:

@@ -1,4 +1,4 @@
-"""The direction that steering adds and that a monitor projects on: from a tensor, a file, or a persona vector at a block."""
+"""The direction that steering adds and that a monitor projects on: from a tensor, a file, or a persona vector at a layer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ VectorSource: TypeAlias = "torch.Tensor | Sequence[float] | str | Path | Persona
 
 @dataclass(frozen=True)
 class Direction:
-    """A vector at one block's output.
+    """A vector at one layer's output.
 
     Attributes:
         values: [hidden], finite floats.
-        layer: index of the block; negative ones are counted from the end.
-        persona: the persona vector that it is a row of, if it is one.
+        layer: index of the layer; negative ones are counted from the end.
+        persona: the persona vector that it is a row of, if any.
     """
 
     values: torch.Tensor
@@ -40,11 +40,11 @@ class Direction:
 
         Args:
             vector: [hidden] floats, a file that holds them, or a persona vector or its file, of which `layer` picks the row.
-            layer: index of the block; negative ones are counted from the end.
+            layer: index of the layer; negative ones are counted from the end.
             owner: who wants it, for messages.
 
         Raises:
-            SettingsError: the file cannot be read, it is not one finite row, or the persona vector has no such block.
+            SettingsError: the file cannot be read, it is not one finite row, or the persona vector has no such layer.
         """
         import torch
 
@@ -54,7 +54,7 @@ class Direction:
         if persona is not None:
             if not -persona.blocks <= layer < persona.blocks:
                 raise SettingsError(
-                    f"{owner}: block {layer} does not exist, {persona.name} has vectors of {persona.blocks} blocks"
+                    f"{owner}: layer {layer} does not exist, {persona.name} has vectors of {persona.blocks} layers"
                 )
             vector = torch.from_numpy(persona.vectors[layer])
         values = torch.as_tensor(vector).detach().clone()
@@ -65,14 +65,14 @@ class Direction:
         return cls(values, layer, persona)
 
     def check(self, anatomy: Anatomy, *, owner: str) -> None:
-        """Refuse a model without the block, of another width, or with another number of blocks than the persona vector's.
+        """Refuse a model without the layer, of another width, or with another number of layers than the persona vector has.
 
         Raises:
             SettingsError: with both numbers.
         """
         if self.persona is not None and self.persona.blocks != anatomy.depth:
             raise SettingsError(
-                f"{owner}: {self.persona.name} has vectors of {self.persona.blocks} blocks, the model has {anatomy.depth}: it "
+                f"{owner}: {self.persona.name} has vectors of {self.persona.blocks} layers, the model has {anatomy.depth}: it "
                 "was extracted from another model"
             )
         anatomy.block(self.layer, owner=owner)
