@@ -1,13 +1,16 @@
-"""safelora-fast env: what serves which operation, and the self-test."""
+"""safelora-fast env and bench: what serves which operation, the self-test, and the speed of this machine."""
 
 from __future__ import annotations
 
+import csv
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from safelora_fast.ops import self_test
+from safelora_fast.cli import bench
+from safelora_fast.ops import self_test, subspace_projection
 
 OPERATIONS = ("feature_distance", "linear_kl", "subspace_projection")
 
@@ -62,3 +65,25 @@ def test_a_backend_that_is_wrong_fails_the_command(call, monkeypatch):
     assert code == 1
     assert "5.0e-01  1e-06  FAILED\n" in out
     assert "nan  1e-06  FAILED RuntimeError: no kernel\n" in out
+
+
+def test_bench_measures_ours_beside_its_peers(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", ((48, 32),))
+    monkeypatch.setattr(bench, "RANKS", (3,))
+    code, out, err = call("bench", "--threads", "1", "--csv", str(tmp_path / "table.csv"))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].split()[:2] == ["48x32", "3"]
+    with (tmp_path / "table.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["module"], row["rank"], row["threads"]) == ("48x32", "3", "1")
+    assert all(
+        float(row[name]) > 0 for name in ("ms", "share_of_read", "share_of_fma_peak", "times_numpy", "times_torch")
+    )
+
+
+def test_the_peers_of_bench_compute_the_same():
+    pair = bench._random_pair(24, 40)
+    lora_b = np.random.default_rng(1).standard_normal((24, 5), np.float32)
+    aligned, base = (torch.from_numpy(weight).view(torch.bfloat16) for weight in pair)
+    ours = subspace_projection(aligned, base, torch.from_numpy(lora_b))
+    np.testing.assert_allclose(ours.numpy(), bench._by_numpy(pair, lora_b), rtol=1e-4, atol=1e-5)

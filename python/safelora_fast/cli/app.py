@@ -8,6 +8,7 @@ import typer
 
 from safelora_fast import __version__
 from safelora_fast.cli import (
+    bench,
     compare,
     demo,
     env,
@@ -66,5 +67,6 @@ app.command("evaluate", cls=Command)(evaluate.evaluate)
 app.command("rejudge", cls=Command)(rejudge.rejudge)
 app.command("compare", cls=Command)(compare.compare)
 app.command("env", cls=Command)(env.env)
+app.command("bench", cls=Command)(bench.bench)
 app.command("examples", cls=Command)(examples.examples)
 app.command("demo", cls=Command)(demo.demo)

@@ -36,7 +36,7 @@ def env(
     rows += [
         ("python", f"{platform.python_implementation()} {platform.python_version()}"),
         ("system", platform.platform()),
-        ("cpu", f"{_cpu_name()}, {os.cpu_count()} cores"),
+        ("cpu", f"{cpu_name()}, {os.cpu_count()} cores, {cpu_caches()}"),
         ("cpu features", " ".join(name for name, there in _core.cpu_features().items() if there) or "none looked for"),
         ("cpu kernels", _core.kernel_level()),
         ("threads", str(_core.default_threads())),
@@ -83,13 +83,24 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def cpu_caches() -> str:
+    """The first CPU's caches as Linux lists them, e.g. `L1d 48K, L2 1024K, L3 32768K`."""
+    found = []
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((cache / name).read_text(encoding="utf-8").strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            found.append(f"L{level}{'d' if kind == 'Data' else ''} {size}")
+    return ", ".join(found) or "cache sizes unknown"
 
 
 def _gpus() -> str:
