@@ -38,11 +38,17 @@ Kind = Literal["linear", "embedding", "parameter"]
 
 HEADS = ("lm_head", "embed_out")
 
-FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 BIAS = re.compile(r".+\.lora_B\.bias")
 NESTED = ".base_layer"
-EXCLUDED = "excluded by "  # what the reason begins with
+EXCLUDED = "excluded by "  # the beginning of the reason
 TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
+
+# Keys of tools that do not write PEFT's format.
+OTHER_TOOLS = {
+    re.compile(r"\.lora_[ab](\.|$)"): "MLX or torchtune",
+    re.compile(r"lora[_.](down|up)\b"): "kohya's scripts or diffusers",
+}
 
 TYPES = {
     **dict.fromkeys(("peft_type", "peft_version", "base_model_name_or_path", "task_type", "bias"), TEXT),
@@ -51,21 +57,21 @@ TYPES = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), OBJECT),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), NUMBER),
     "alora_invocation_tokens": JsonKind("a list of tokens", lambda value: LIST.fits(value) and TOKENS.fits(value)),
-}  # of what is read here, or by PEFT without a look
+}  # of what is read here, or by PEFT without a check
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One pair of LoRA factors, as PEFT names and stores it.
+    """One pair of lora_A and lora_B, as PEFT names and stores it.
 
-    For "linear" and "embedding" ΔW = s·left·right, W being (out, in). For "parameter" (PEFT's `target_parameters`) both
-    factors hold every expert, and the shapes tell which side belongs to left (checkpoints/experts.py).
+    For "linear" and "embedding", ΔW = s·B·A with W (out, in). For "parameter" (PEFT's `target_parameters`) both hold every
+    expert, and the shapes tell which has the side of the output (checkpoints/experts.py).
 
     Attributes:
         name: path of the module, without `base_model.model.` and without PEFT's `base_layer`.
-        left_key: tensor of `lora_B` or `lora_embedding_B`, (m, r).
-        right_key: tensor of `lora_A` or `lora_embedding_A`, (r, n).
-        parameters: for "parameter", the names that the pair may stand for: the keys do not say; empty when unknown.
+        left_key: tensor of lora_B or lora_embedding_B, (m, r).
+        right_key: tensor of lora_A or lora_embedding_A, (r, n).
+        parameters: for "parameter", the names that the pair may stand for, since the keys do not say; empty if unknown.
         depth: for "parameter", how deep PEFT nested the pair: 0 is the outermost.
     """
 
@@ -80,18 +86,18 @@ class LoraModule:
 
     @property
     def rank(self) -> int:
-        """The number of columns of left."""
+        """The number of columns of lora_B."""
         return self.left_shape[1]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter whose every tensor is accounted for: a factor of a module, or copied through with a reason.
+    """An adapter. Every tensor is lora_A or lora_B of a module, or is copied with a reason.
 
     Attributes:
-        keys: for each key of the file the one under which PEFT looks for the tensor; that one is written.
+        keys: for each key of the file, the one under which PEFT looks for the tensor and which is written.
         notes: warnings about the adapter's own files.
-        excluded: the modules that are excluded as asked; their tensors are among the copied ones.
+        excluded: the excluded modules; their tensors are copied.
     """
 
     path: Path
@@ -107,11 +113,11 @@ class Adapter:
 def load_adapters(
     paths: Sequence[str | Path], exclude: Sequence[str] = (), *, keep_keys: bool = False
 ) -> list[Adapter]:
-    """Read several adapters, of which some modules may be excluded.
+    """Read several adapters.
 
     Raises:
         AdapterError, CheckpointError: as of :func:`load_adapter`.
-        SettingsError: when a pattern to exclude matches no module of any of them.
+        SettingsError: a pattern to exclude matches no module of any adapter.
     """
     adapters = [load_adapter(path, exclude, keep_keys=keep_keys) for path in paths]
     for pattern in exclude:
@@ -126,13 +132,12 @@ def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bo
 
     Args:
         path: the folder that PEFT's save_pretrained wrote, or a Hub id with an optional `@revision`.
-        exclude: names or patterns of modules that are not to be projected, as of
-            :func:`~safelora_fast.checkpoints.tensor_names.matching`.
-        keep_keys: the keys are those of a model at hand, so they are right as they are.
+        exclude: names or patterns of modules to exclude (:func:`~safelora_fast.checkpoints.tensor_names.matching`).
+        keep_keys: the keys come from a loaded model, so they are right as they are.
 
     Raises:
-        AdapterError: when it is no LoRA adapter, or of a variant that projection does not apply to.
-        CheckpointError: when the safetensors file is damaged.
+        AdapterError: it is no LoRA adapter, or a variant that cannot be projected.
+        CheckpointError: the safetensors file is damaged.
     """
     folder = adapter_folder(path)
     config = read_config(folder)
@@ -176,47 +181,37 @@ def _account(
     keys: Mapping[str, str],
     exclude: Sequence[str],
 ) -> tuple[tuple[LoraModule, ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Give every tensor of the file a role."""
-    factors, copied = _factors(folder, file, keys)
-    names: dict[tuple[str, bool], None] = dict.fromkeys((module, "embedding" in factor) for module, factor in factors)
-    tensors, targets = file.tensors, config.get("target_parameters") or []
-    modules = []
-    left: dict[str, None] = {}
-    for name, embedding in names:
-        module = name.replace(NESTED, "")
-        if pattern := matching(module, exclude):
-            left[module] = None
-            ours = [
-                key for (owner, factor), key in factors.items() if (owner, "embedding" in factor) == (name, embedding)
-            ]
-            copied += [(key, f"{EXCLUDED}{pattern!r}: not projected") for key in ours]
+    """The modules, the keys that are copied with the reason, and the excluded modules."""
+    found, copied = _factors(folder, file, keys)
+    targets = config.get("target_parameters") or []
+    modules, excluded = [], dict[str, None]()
+    for (path, is_embedding), factors in found.items():
+        name = path.replace(NESTED, "")
+        if pattern := matching(name, exclude):
+            excluded[name] = None
+            copied += [(key, f"{EXCLUDED}{pattern!r}: not projected") for key in factors.values()]
             continue
-        b, a = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")
-        left_key, right_key = factors.get((name, b)), factors.get((name, a))
-        if left_key is None or right_key is None:
-            there, absent = (a, b) if left_key is None else (b, a)
-            raise AdapterError(f"{folder}: module {name} has {there} but no {absent}")
-        kind: Kind = "embedding" if embedding else "linear"
-        modules.append(_module(folder, name, kind, left_key, right_key, tensors, targets))
+        kind: Kind = "embedding" if is_embedding else "linear"
+        modules.append(_module(folder, path, kind, factors, file.tensors, targets))
     if not modules:
         raise AdapterError(
             f"{folder}: {', '.join(map(repr, exclude))} excludes every module: there is nothing to project"
         )
-    of_vocabulary = [name for name, embedding in names if embedding or name.endswith(HEADS)]
+    of_vocabulary = [path for path, is_embedding in found if is_embedding or path.endswith(HEADS)]
     projected = any(module.kind == "embedding" or module.name.endswith(HEADS) for module in modules)
     if config.get("ensure_weight_tying") and len(of_vocabulary) > 1 and projected:
         raise AdapterError(
             f"{folder}: ensure_weight_tying makes embeddings and head share their factors, one the transpose of the other, so "
             "neither can be projected by itself; train the adapter on one of the two, or exclude both (--exclude)"
         )
-    return tuple(modules), tuple(copied), tuple(left)
+    return tuple(modules), tuple(copied), tuple(excluded)
 
 
 def _factors(
     folder: Path, file: _core.SafetensorsFile, keys: Mapping[str, str]
-) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]]]:
-    """The keys of the factors, by module and factor, and the other keys with the reason why they are copied."""
-    factors: dict[tuple[str, str], str] = {}
+) -> tuple[dict[tuple[str, bool], dict[str, str]], list[tuple[str, str]]]:
+    """The keys of lora_A and lora_B ("A", "B") of each (module, is_embedding), and the other keys with why they are copied."""
+    found: dict[tuple[str, bool], dict[str, str]] = {}
     copied: list[tuple[str, str]] = []
     for key in file.tensors:
         if "lora_magnitude_vector" in key:
@@ -224,28 +219,37 @@ def _factors(
         if BIAS.fullmatch(keys[key]):
             copied.append((key, "bias of lora_B: not part of B·A"))
         elif match := FACTOR.fullmatch(keys[key]):
-            factors[match["module"].removeprefix(PREFIX), match["factor"]] = key
+            module = match["module"].removeprefix(PREFIX), match["embedding"] is not None
+            found.setdefault(module, {})[match["side"]] = key
+        elif tool := next((tool for name, tool in OTHER_TOOLS.items() if name.search(key)), None):
+            raise AdapterError(
+                f"{folder}: {key!r} is a name of {tool}, not of PEFT; convert the adapter to PEFT's format first (lora_A and "
+                f"lora_B behind {PREFIX})"
+            )
         elif ".lora_" in key:
             raise AdapterError(f"{folder}: tensor {key!r} belongs to a LoRA variant that is not known here")
         elif key.endswith(f"{NESTED}.weight"):
             copied.append((key, "the base weight, which PEFT saved along"))
         else:
             copied.append((key, TRAINED_IN_FULL))
-    if not factors:
+    if not found:
         raise AdapterError(f"{folder}: {WEIGHTS} holds no LoRA factors")
-    return factors, copied
+    return found, copied
 
 
 def _module(
     folder: Path,
     path: str,
     kind: Kind,
-    left_key: str,
-    right_key: str,
+    factors: Mapping[str, str],
     tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]],
     targets: Sequence[str],
 ) -> LoraModule:
-    for key in (left_key, right_key):
+    if len(factors) == 1:
+        there, absent = ("A", "B") if "A" in factors else ("B", "A")
+        name = "lora_embedding_" if kind == "embedding" else "lora_"
+        raise AdapterError(f"{folder}: module {path} has {name}{there} but no {name}{absent}")
+    for key in (factors["B"], factors["A"]):
         dtype, shape = tensors[key][:2]
         if dtype not in FLOATS:
             raise AdapterError(f"{folder}: {key} is {dtype}; LoRA factors must be F32, BF16 or F16")
@@ -258,20 +262,25 @@ def _module(
             raise AdapterError(
                 f"{folder}: {key} has shape {list(shape)}, so it is no whole factor; gather the shards before saving"
             )
-    (m, rank), (rank_right, n) = tensors[left_key][1], tensors[right_key][1]
+    (m, rank), (rank_right, n) = tensors[factors["B"]][1], tensors[factors["A"]][1]
     if rank != rank_right:
         raise AdapterError(f"{folder}: the factors of {path} do not multiply: {[m, rank]} by {[rank_right, n]}")
     name, depth = path.replace(NESTED, ""), path.count(NESTED)
     parameters = parameters_of(name, targets)
-    if kind == "linear" and (parameters or depth or name.endswith(".experts")):
+    if kind == "linear" and (parameters or name.endswith(".experts")):
         kind = "parameter"
-    return LoraModule(name, kind, left_key, right_key, (m, rank), (rank_right, n), parameters, depth)
+    elif depth:
+        raise AdapterError(
+            f"{folder}: {factors['B']!r} lies below base_layer, as PEFT names an adapter inside another one; save this adapter "
+            "alone, with PEFT's save_pretrained"
+        )
+    return LoraModule(name, kind, factors["B"], factors["A"], (m, rank), (rank_right, n), parameters, depth)
 
 
 def parameters_of(module: str, targets: Sequence[str]) -> tuple[str, ...]:
-    """The parameters of a module that `target_parameters` may name, each once: PEFT matches whole trailing components.
+    """The parameters of a module that `target_parameters` name by whole trailing components, each once.
 
-    PEFT 0.21 writes them in two spellings (`mlp.experts.down_proj` and `down_proj`) where it converted `target_modules`.
+    PEFT 0.21 writes two spellings (`mlp.experts.down_proj` and `down_proj`) if it converted `target_modules`.
     """
     found: dict[str, None] = {}
     for target in sorted(set(targets)):

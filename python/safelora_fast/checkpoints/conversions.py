@@ -1,8 +1,7 @@
 """The names that a checkpoint's tensors get while transformers loads them, by transformers' own conversion table.
 
-It is asked only where a name does not pair without it, and of names in numbered layers only where the table has an entry
-for the model: importing it imports torch. The model's tied weights are known then too. Where transformers is missing, or has
-no such table (before version 5), there are no conversions.
+The table is used only for names that do not pair without it, because importing it imports torch; for names in numbered layers,
+only if it has an entry for the model. It also tells tied weights. Without transformers 5 there are no conversions.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class Converted:
     """Where a tensor of the loaded model lies on disk.
 
     Attributes:
-        matrices: the pieces of the matrix, or of each expert's, in order.
-        of_experts: whether each item of matrices is one expert's.
-        reason: why it cannot be read from there; matrices is empty then.
+        matrices: the pieces of the matrix, or of each expert's matrix in order.
+        of_experts: whether each item of matrices belongs to one expert.
+        reason: why it cannot be read from disk; then matrices is empty.
     """
 
     matrices: tuple[tuple[Piece, ...], ...]
@@ -48,19 +47,19 @@ class Converted:
 
 
 class LoadedNames:
-    """The conversions of one checkpoint, made when they are first asked for."""
+    """The conversions of one checkpoint, made when first needed."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
     def find(self, name: str, tower: str | None) -> Converted | None:
-        """Where a tensor of the loaded model lies on disk; None where that is not known.
+        """Where a tensor of the loaded model lies on disk; None if unknown.
 
         Raises:
-            PairingError: it cannot be read from there, several tensors may be meant, or the table cannot be asked.
+            PairingError: it cannot be read from there, several tensors may be meant, or the table fails.
         """
         if not self._named and any(part.isdigit() for part in name.split(".")):
-            return None  # outside of the numbered layers it may still be tied to another
+            return None  # outside the numbered layers it may still be tied to another
         found = self._index.find(name, tower)
         if not found:
             return None
@@ -81,7 +80,7 @@ class LoadedNames:
     def _table(self) -> Mapping[str, Converted]:
         try:
             return conversions(self._checkpoint)
-        except Exception as error:  # the table is not part of transformers' public interface: any call may fail
+        except Exception as error:  # the table is no public interface of transformers: any call may fail
             from transformers import __version__
 
             raise PairingError(
@@ -95,10 +94,10 @@ class LoadedNames:
 
 
 def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
-    """For tensors of the loaded model, where they lie on disk; empty where transformers does not tell.
+    """Where tensors of the loaded model lie on disk; empty if transformers does not tell.
 
-    The model is that of the class that the checkpoint's config.json names, and is made without weights. Where it cannot be
-    made, the entry of its type in the table serves alone.
+    The model of the class that config.json names is made without weights. If that fails, the table's entry for its type is
+    used alone.
     """
     model_type = (checkpoint.config or {}).get("model_type")
     if not isinstance(model_type, str):
@@ -134,7 +133,7 @@ def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
 
 
 def in_the_table(config: Mapping[str, Any]) -> bool:
-    """Whether the installed table names this type of model, or one of its parts: its source tells, without an import."""
+    """Whether the installed table names this type of model, or one of its parts, by its source, without an import."""
     specification = importlib.util.find_spec("transformers")
     places = (specification and specification.submodule_search_locations) or []
     table = next((path for place in places if (path := Path(place, TABLE)).exists()), None)
@@ -147,7 +146,7 @@ def in_the_table(config: Mapping[str, Any]) -> bool:
 
 
 def _boundless(checkpoint: Checkpoint) -> bool:
-    """Whether config.json asks for more modules than the tensors can be of: making such a model would take for ever."""
+    """Whether config.json asks for far more modules than there are tensors: making such a model would take forever."""
     config = checkpoint.config or {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     most = {COUNTS: max(MOST_MODULES, len(list(checkpoint.names))), SIZES: MOST_SIZE}
@@ -156,7 +155,7 @@ def _boundless(checkpoint: Checkpoint) -> bool:
 
 
 def _without_weights(checkpoint: Checkpoint) -> Any:
-    """The model of a checkpoint on the meta device; None where its configuration makes none."""
+    """The model of a checkpoint on the meta device; None if it cannot be made."""
     import torch
     import transformers
 
@@ -170,7 +169,7 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
             warnings.simplefilter("ignore")
             settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
             return getattr(transformers, config["architectures"][0])(settings)
-    except Exception:  # whatever a configuration that does not fit the installed transformers provokes
+    except Exception:  # the configuration does not fit the installed transformers
         return None
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -179,7 +178,7 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
 def _converted(
     key: str, sources: Mapping[str, Sequence[str]], converter: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Converted]:
-    """What an operation of the table makes of tensors on disk, as far as rows of them can be read for it."""
+    """What an operation of the table makes of tensors on disk, if that is rows of them."""
     operations = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
     names = [list(sources.get(pattern, [])) for pattern in converter.source_patterns]
     first, *others = converter.target_patterns

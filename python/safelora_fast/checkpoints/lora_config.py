@@ -1,4 +1,4 @@
-"""What an adapter's configuration says about how its factors act: the variants that are no plain B·A, and unknown keys."""
+"""What adapter_config.json says about the update: variants that are not a plain B·A, unknown keys, and ranks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ VARIANTS = {
     "layer_replication": "replicated layers share one base weight, so their names do not exist in the checkpoints",
     "megatron_config": "Megatron splits layers across processes under names of its own",
 }
-# Keys that leave ΔW = s·B·A whatever they hold: those of PEFT up to 0.21, and what other tools add.
-KNOWN = VARIANTS.keys() | {
-    *(
+# Keys that leave ΔW = s·B·A for any value: those of PEFT up to 0.21, and of other tools.
+KNOWN = {
+    *VARIANTS,
+    *[
         "peft_type",
         "task_type",
         "auto_mapping",
@@ -38,16 +39,23 @@ KNOWN = VARIANTS.keys() | {
         "base_model_name_or_path",
         "revision",
         "inference_mode",
-    ),
-    *("r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
-    *("qalora_group_size", "megatron_core", "merge_weights", "unsloth_fixed"),
-    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # of ms-swift: the factors' dtype and learning rates
+    ],
+    *["r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern", "bias"],
+    *["target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"],
+    *["modules_to_save", "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights"],
+    *[
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "qalora_group_size",
+        "megatron_core",
+    ],
+    *["merge_weights", "unsloth_fixed", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"],  # of Unsloth and ms-swift
 }
-# Keys by which a variant of LoRA would be switched on, in the way PEFT names them, with the kind of value they hold. Another
-# tool's bookkeeping ("lora_name", "alpha_schedule", "config_file") is none of them.
+# Keys that would switch on a variant of LoRA, as PEFT names them, with the type of their value. The bookkeeping of other tools
+# ("lora_name", "alpha_schedule", "config_file") does not match.
 SWITCHES: tuple[tuple[re.Pattern[str], type | tuple[type, ...]], ...] = (
     (re.compile(r"use_.*"), object),
     (re.compile(r".*_config"), dict),
@@ -58,11 +66,7 @@ SWITCHES: tuple[tuple[re.Pattern[str], type | tuple[type, ...]], ...] = (
 
 
 def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse adapters whose update is not s·B·A, or that may be of a kind that is not known here.
-
-    Raises:
-        AdapterError: with the key and the reason.
-    """
+    """Raise AdapterError, with the key and the reason, if the update is not s·B·A, or may not be."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{folder}: peft_type is {kind}; only LoRA adapters can be projected")
@@ -95,7 +99,7 @@ def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def unknown_keys_note(config: Mapping[str, Any]) -> list[str]:
-    """A warning about keys that are set, are not known here, and do not look like those of a variant."""
+    """A warning about unknown keys that do not look like those of a variant."""
     unknown = [f"{key} = {config[key]!r}" for key in _unknown(config)]
     if not unknown:
         return []
@@ -106,7 +110,7 @@ def unknown_keys_note(config: Mapping[str, Any]) -> list[str]:
 
 
 def other_ranks_note(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
-    """A warning about modules whose factors have another rank than the configuration gives them: PEFT does not load these."""
+    """A warning about modules whose rank differs from the configuration: PEFT does not load them."""
     odd = sorted(name for name, rank in ranks.items() if rank != _rank_of(name, config))
     if not odd:
         return []
@@ -117,7 +121,7 @@ def other_ranks_note(config: Mapping[str, Any], ranks: Mapping[str, int]) -> lis
 
 
 def _rank_of(name: str, config: Mapping[str, Any]) -> Any:
-    """The rank that PEFT gives a module: of the first key of rank_pattern that is its name or matches the end of it, else r."""
+    """The rank that PEFT gives a module: by the first key of rank_pattern that is its name or matches its end, else r."""
     pattern = config.get("rank_pattern") or {}
     for key, rank in pattern.items():
         try:
@@ -129,5 +133,5 @@ def _rank_of(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def _unknown(config: Mapping[str, Any]) -> list[str]:
-    """Keys that are not known and hold something else than a neutral value: null, false, 0 or nothing."""
+    """Unknown keys whose value is not null, false, 0 or empty."""
     return [key for key, value in config.items() if value and key not in KNOWN]

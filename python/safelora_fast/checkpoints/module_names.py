@@ -1,4 +1,4 @@
-"""Where a module stands in its model, read off its name: its block, its kind, and its order for a reader."""
+"""What a module's name tells: its layer, its kind, and its place in the order that people count in."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ DIGITS = re.compile(r"(\d+)")
 
 
 def block_of(name: str) -> int | None:
-    """The number of the block that a module lies in: the first number of its path; None outside the blocks."""
+    """The number of a module's layer: the first number in its path; None outside the layers."""
     *owners, _ = name.split(".")
     return next((int(owner) for owner in owners if owner.isdecimal()), None)
 
 
 def is_after_the_blocks(name: str) -> bool:
-    """Whether a module outside the blocks reads what they give, as a head does."""
+    """Whether a module outside the layers comes after them, as a head does."""
     return name.rpartition(".")[2] in AFTER_THE_BLOCKS
 
 
 def kinds(names: Iterable[str]) -> dict[str, str]:
-    """What to call each module, the same in every block and for every expert.
+    """A name for each module that is the same in every layer and for every expert.
 
-    The numbers are left out of the path, and of what remains the shortest end is kept that tells the modules apart:
-    `q_proj`, but `attn.c_proj` and `mlp.c_proj` in GPT-2.
+    It is the shortest end of the path, without numbers, that tells the modules apart: `q_proj`, but `attn.c_proj` and
+    `mlp.c_proj` in GPT-2.
     """
     paths = {name: _without_numbers(name) for name in names}
     ends = {path: _shortest_end(path, set(paths.values()) - {path}) for path in set(paths.values())}
@@ -35,7 +35,7 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
 
 
 def natural_order(name: str) -> tuple[int, tuple[tuple[int, str], ...]]:
-    """Sorts modules as a reader counts them: before the blocks, the blocks with 2 before 10, after the blocks."""
+    """Sort key: modules before the layers, the layers with 2 before 10, modules after the layers."""
     outside = block_of(name) is None
     side = (1 if is_after_the_blocks(name) else -1) if outside else 0
     words = (word for word in DIGITS.split(name) if word)

@@ -1,10 +1,9 @@
 """What a checkpoint was when it was read: enough to find it again, and to notice that it has changed.
 
-A checkpoint of the Hub is known by its repository and commit, which never changes. One on disk is known by its absolute
-path and, for each of its files, the name, the size and a fingerprint: the SHA-256 of the file's header (every tensor's
-name, dtype, shape and place) followed by 512 pieces of 4 KiB, spread evenly over the data; of all the data where they are
-smaller than that. Training changes nearly every weight, so the pieces notice it at the price of a few milliseconds; an
-edit of single weights between two pieces goes unnoticed.
+A checkpoint on the Hub is known by repository and commit. One on disk is known by its absolute path and, for each file, the
+name, the size and a fingerprint: the SHA-256 of the header (every tensor's name, dtype, shape and place) and of 512 pieces of
+4 KiB, spread evenly over the data (or of all data, if there is less). Training changes nearly every weight, so the pieces
+notice it in a few milliseconds. An edit of single weights between two pieces goes unnoticed.
 """
 
 from __future__ import annotations
@@ -21,35 +20,30 @@ from safelora_fast.files.json_reader import COUNT, LIST, TEXT, check_fields
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safelora_fast import _core
-
 FILE = {"name": TEXT, "size": COUNT, "fingerprint": TEXT}
 PIECE = 4096
 PIECES = 512
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`source` (absolute path or Hub id), `revision` (the commit on the Hub, else None) and `files`, ready for JSON.
+    """`source` (absolute path or Hub id), `revision` (the commit on the Hub, or None) and `files`, ready for JSON.
 
     Raises:
-        CheckpointError: when a file cannot be read.
+        CheckpointError: a file cannot be read.
     """
     if checkpoint.remote:
         return {"source": checkpoint.description, "revision": checkpoint.revision, "files": []}
     checkpoint.require(checkpoint.names)
     files = [
-        {"name": Path(file.path).name, "size": file.size, "fingerprint": fingerprint(file)} for file in checkpoint.files
+        {"name": Path(file.path).name, "size": file.size, "fingerprint": sampled(Path(file.path), file.data_start)}
+        for file in checkpoint.files
     ]
     files.sort(key=lambda file: (str(file["name"]), str(file["fingerprint"])))
     return {"source": str(Path(checkpoint.description).absolute()), "revision": None, "files": files}
 
 
 def check_source(role: str, described: Any) -> None:
-    """Refuse what :func:`describe` does not give.
-
-    Raises:
-        ValueError: a value is of another type; it is named.
-    """
+    """Raise ValueError if `described` is not what :func:`describe` gives."""
     try:
         for file in check_fields(described, {}, {"source": TEXT, "revision": TEXT, "files": LIST}).get("files") or []:
             check_fields(file, FILE)
@@ -58,24 +52,15 @@ def check_source(role: str, described: Any) -> None:
 
 
 def same_content(aligned: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are of the same weights: one commit of the Hub, or files of the same fingerprints."""
+    """Whether two descriptions are of the same weights: one commit on the Hub, or files with the same fingerprints."""
     if aligned["revision"] is not None or base["revision"] is not None:
         return (aligned["source"], aligned["revision"]) == (base["source"], base["revision"])
     files = [sorted(str(file["fingerprint"]) for file in described["files"]) for described in (aligned, base)]
     return files[0] == files[1]
 
 
-def fingerprint(file: _core.SafetensorsFile) -> str:
-    """SHA-256, in hexadecimal, of the header and of pieces of the data.
-
-    Raises:
-        CheckpointError: when the file cannot be read.
-    """
-    return sampled(Path(file.path), file.data_start)
-
-
 def sampled(path: Path, start: int = 0) -> str:
-    """SHA-256, in hexadecimal, of the first bytes of a file, `start` of them, and of pieces of the others.
+    """SHA-256, in hexadecimal, of the first `start` bytes of a file, and of pieces of the others.
 
     Raises:
         CheckpointError: when the file cannot be read.
@@ -100,7 +85,7 @@ def locator(described: Mapping[str, Any]) -> str | Path:
     """What opens a described checkpoint again: its path, or its Hub id at the commit.
 
     Raises:
-        CheckpointError: when the description names no source.
+        CheckpointError: the description names no source.
     """
     source, revision = described.get("source"), described.get("revision")
     if not isinstance(source, str) or not source:
@@ -112,7 +97,7 @@ def reopen(described: Mapping[str, Any], *, role: str) -> Checkpoint:
     """Open a described checkpoint again.
 
     Raises:
-        CheckpointError: when it is gone, or is not what it was.
+        CheckpointError: it is gone or has changed.
     """
     where = locator(described)
     if isinstance(where, Path) and not os.path.lexists(where):

@@ -1,6 +1,6 @@
 """What the name of a model or an adapter stands for: a path on this machine, or a repository of the Hugging Face Hub.
 
-Every command asks here, so that all of them take the same names and refuse the same mistakes in the same words.
+All commands ask here, so they take the same names, and refuse the same mistakes with the same messages.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ SINGLE = "model.safetensors"
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+OTHER_TOOLS = {
+    "pytorch_lora_weights.safetensors": "diffusers",
+    "adapters.safetensors": "MLX",
+}  # whose adapters these are
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
@@ -35,9 +39,9 @@ class ModelSource:
 
     Attributes:
         name: a folder, or a Hub id.
-        revision: what follows the @ of a Hub id; None without.
-        commit: of the Hub; None for a folder.
-        offline: whether only the Hub's cache is to be asked.
+        revision: what follows the @ of a Hub id, or None.
+        commit: on the Hub; None for a folder.
+        offline: use only the Hub's cache.
     """
 
     name: str
@@ -46,7 +50,7 @@ class ModelSource:
     offline: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of a `from_pretrained`; all that is loaded by them is of one commit."""
+        """Arguments for `from_pretrained`; all that they load is of one commit."""
         arguments: dict[str, Any] = {"pretrained_model_name_or_path": self.name}
         if self.commit is not None:
             arguments["revision"] = self.commit
@@ -57,10 +61,10 @@ class ModelSource:
 
 
 def locate(source: str | Path, what: str) -> Path | Repository:
-    """The path that exists, or the repository; a path wins over a Hub id of the same name. Nothing is fetched.
+    """The path that exists, or else the repository. Nothing is fetched.
 
     Args:
-        source: a path, or a Hub id with an optional `@revision`; a `Path` is never a Hub id.
+        source: a path, or a Hub id with an optional `@revision`. A `Path` is never a Hub id.
         what: for messages, e.g. "the aligned model".
 
     Raises:
@@ -81,7 +85,7 @@ def locate(source: str | Path, what: str) -> Path | Repository:
 
 
 def find_model(source: str | Path, what: str = "the model") -> ModelSource:
-    """The model that transformers is to load: a folder, a file of it, or a Hub id; of the Hub only `config.json` is fetched.
+    """The model that transformers loads for a folder, a file in it, or a Hub id. Of the Hub, only `config.json` is fetched.
 
     Raises:
         CheckpointError: there is no such model, it is an adapter, or the Hub is out of reach and the cache does not hold it.
@@ -100,15 +104,14 @@ def _local_model(found: Path, what: str) -> ModelSource:
     folder = model_folder(found)
     if found.is_file() and not _is_loaded(found):
         raise CheckpointError(f"{found}: is a file that transformers does not load; give {what}'s folder, {folder}")
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{folder}: {_no_model((folder / ADAPTER_CONFIG).exists())}")
-    if (folder / ADAPTER_CONFIG).exists():  # transformers would put it on the model by itself
-        raise CheckpointError(f"{folder}: {_no_model(is_adapter=True)}")
+    is_adapter = (folder / ADAPTER_CONFIG).exists()  # transformers would put it on the model by itself
+    if is_adapter or not (folder / CONFIG).exists():
+        raise CheckpointError(f"{folder}: {_no_model(is_adapter)}")
     return ModelSource(str(folder))
 
 
 def _is_loaded(file: Path) -> bool:
-    """Whether a file of weights, or an index, is the one that transformers loads from its folder."""
+    """Whether transformers loads this file of weights, or this index, from its folder."""
     if file.name != SINGLE and not (file.name == INDEX and not (file.parent / SINGLE).exists()):
         return False
     config = file.parent / CONFIG
@@ -116,7 +119,7 @@ def _is_loaded(file: Path) -> bool:
 
 
 def name_and_revision(source: str | Path, what: str = "the model") -> tuple[str, str | None]:
-    """The folder of a model and None, or its Hub id and the revision that was asked for. Nothing is fetched.
+    """The folder of a model and None, or its Hub id and the revision asked for. Nothing is fetched.
 
     Raises:
         CheckpointError: as :func:`locate`.
@@ -126,7 +129,7 @@ def name_and_revision(source: str | Path, what: str = "the model") -> tuple[str,
 
 
 def model_folder(path: Path) -> Path:
-    """The folder of a model that is given as a folder or as a file in it."""
+    """The folder of a model, given as a folder or as a file in it."""
     return path.parent if path.is_file() else path
 
 
@@ -137,11 +140,11 @@ def _no_model(is_adapter: bool) -> str:
 
 
 def adapter_folder(source: str | Path, *, tokenizer: bool = False) -> Path:
-    """The folder of a PEFT adapter. Of one of the Hub, configuration and weights are fetched into the Hub's cache.
+    """The folder of a PEFT adapter. From the Hub, configuration and weights are fetched into the cache.
 
     Args:
-        source: the folder that PEFT's save_pretrained wrote, or one of its files, or a Hub id with an optional `@revision`.
-        tokenizer: fetch the files of its tokenizer too, where it has one.
+        source: the folder that PEFT's save_pretrained wrote, a file in it, or a Hub id with an optional `@revision`.
+        tokenizer: fetch its tokenizer's files too, if it has any.
 
     Raises:
         AdapterError: there is none, or the Hub is out of reach and the cache does not hold it.
@@ -158,12 +161,18 @@ def _checked(path: Path) -> Path:
     folder = path.parent if path.name in {ADAPTER_CONFIG, *ADAPTER_WEIGHTS} else path
     if not folder.is_dir():
         raise AdapterError(f"{folder}: is a file; give the adapter's folder, which holds {ADAPTER_CONFIG}")
+    there = any((folder / name).exists() for name in ADAPTER_WEIGHTS)
+    for name, tool in OTHER_TOOLS.items():
+        if not there and (folder / name).exists():
+            raise AdapterError(
+                f"{folder}: holds {name}, an adapter in the format of {tool}; convert it to PEFT's first"
+            )
     if not (folder / ADAPTER_CONFIG).is_file():
         inside = sorted(found.parent.name for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f"; the adapters in it are {', '.join(inside)}: give one of these folders" if inside else ""
         hint = "; it holds a model" if not hint and (folder / CONFIG).exists() else hint
         raise AdapterError(f"{folder}: holds no {ADAPTER_CONFIG}, so it is not a PEFT adapter{hint}")
-    if not any((folder / name).exists() for name in ADAPTER_WEIGHTS):
+    if not there:
         raise AdapterError(f"{folder}: holds no {ADAPTER_WEIGHTS[0]}")
     return folder
 
@@ -181,7 +190,7 @@ def _fetched(repository: Repository, *, tokenizer: bool) -> Path:
 
 
 def label(path: Path) -> str:
-    """A folder as reports name it: the Hub id and commit of one in the Hub's cache, else the path as it was given."""
+    """A folder as reports name it: Hub id and commit for one in the Hub's cache, else the path as given."""
     snapshots, repository = path.parent, path.parent.parent.name
     if snapshots.name != "snapshots" or not repository.startswith("models--"):
         return str(path)
@@ -189,13 +198,13 @@ def label(path: Path) -> str:
 
 
 def folder_name(path: Path) -> str:
-    """What an adapter is called: the last part of its folder, or of its Hub id."""
+    """An adapter's name: the last part of its folder or Hub id."""
     shown = label(path)
     return Path(os.path.realpath(path)).name if shown == str(path) else shown.partition("@")[0].rpartition("/")[2]
 
 
 def named_adapter(word: str) -> tuple[str, Path]:
-    """Name and folder of an adapter given as `NAME=ADAPTER`, or by its folder or Hub id, whose last part names it then.
+    """Name and folder of an adapter given as `NAME=ADAPTER`, or as a folder or Hub id, whose last part is its name.
 
     Raises:
         AdapterError: as :func:`adapter_folder`.
@@ -208,7 +217,7 @@ def named_adapter(word: str) -> tuple[str, Path]:
 
 
 def did_you_mean(path: Path) -> str:
-    """The end of a message about a path that does not exist: the path nearly so called that does; empty without one."""
+    """The end of a message about a path that does not exist: a path of a similar name that does, or nothing."""
     for part in (path, *path.parents):
         try:
             names = [beside.name for beside in part.parent.iterdir()]

@@ -1,7 +1,7 @@
 """Where a checkpoint's tensors come from: a safetensors file, a sharded index, a folder, or the Hugging Face Hub.
 
-A checkpoint knows the names of its tensors from an index or a header. Shards are opened, and fetched where they are
-remote, only when :meth:`Checkpoint.require` asks for tensors in them.
+An index or a header gives the names of all tensors. A shard is opened, and fetched from the Hub, when :meth:`Checkpoint.require`
+asks for tensors in it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safelora_fast import _core
 from safelora_fast.checkpoints.resolver import INDEX, SINGLE, locate
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from safelora_fast.checkpoints.hub import Repository
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".gguf"}
 NOT_THE_MODEL = ("adapter_model", "consolidated")  # an adapter, and the weights again as Mistral names them
 A_MODEL = "the path of a model or its Hub id"
 CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
+Config: TypeAlias = "Mapping[str, Any] | None"
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: the file it lies in, its dtype as safetensors spells it, and its shape."""
+    """One tensor: its file, its dtype as safetensors spells it, its shape, and its place in the file."""
 
     file: _core.SafetensorsFile
     dtype: str
@@ -45,15 +47,15 @@ class Checkpoint:
 
     Attributes:
         description: the path or Hub id that was asked for.
-        revision: the commit hash on the Hub, or None.
-        config: the content of its config.json, or None where there is none.
+        revision: the commit on the Hub, or None.
+        config: the content of its config.json, or None if there is none.
         remote: whether it comes from the Hub.
-        beside: a warning of what else lies in the folder, or None.
+        beside: a warning about what else lies in the folder, or None.
     """
 
     description: str
     revision: str | None
-    config: Mapping[str, Any] | None
+    config: Config
     _shards: Mapping[str, str]
     _locate: Callable[[str], Path]
     _opened: dict[str, tuple[_core.SafetensorsFile, Mapping[str, tuple[str, tuple[int, ...], int, int]]]] = field(
@@ -72,21 +74,22 @@ class Checkpoint:
         return name in self._shards
 
     def require(self, names: Iterable[str]) -> None:
-        """Open, and fetch where they are remote, the shards that hold these tensors."""
-        for shard in sorted({self._shards[name] for name in names}):
-            if shard not in self._opened:
-                file = _core.SafetensorsFile(str(self._locate(shard)))
-                self._opened[shard] = file, file.tensors
+        """Open, and fetch if need be, the shards that hold these tensors."""
+        for shard in sorted({self._shards[name] for name in names} - self._opened.keys()):
+            self.add(shard, _core.SafetensorsFile(str(self._locate(shard))))
+
+    def add(self, shard: str, file: _core.SafetensorsFile) -> None:
+        """Take a shard that is open."""
+        self._opened[shard] = file, file.tensors
 
     def tensor(self, name: str) -> TensorEntry:
         """The entry of a tensor; opens its shard if need be.
 
         Raises:
-            CheckpointError: when the shard does not hold what the index promises.
+            CheckpointError: the shard does not hold what the index promises.
         """
-        shard = self._shards[name]
         self.require([name])
-        file, tensors = self._opened[shard]
+        file, tensors = self._opened[self._shards[name]]
         if name not in tensors:
             raise CheckpointError(f"{file.path}: the index promises tensor {name!r}, but the file does not hold it")
         return TensorEntry(file, *tensors[name])
@@ -101,7 +104,7 @@ class Checkpoint:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know of the checkpoint whose weights have been read."""
+        """What a user should know of a checkpoint whose weights have been read."""
         found = [] if self.beside is None else [self.beside]
         if (method := self.quantization) is not None:
             found.append(
@@ -117,15 +120,15 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
-    """Open a checkpoint by path or Hub id; a path that exists wins over a Hub id of the same name.
+    """Open a checkpoint by path or Hub id; a path that exists wins.
 
     Args:
         source: a safetensors file, an index, a folder, or a Hub id with an optional `@revision`.
         role: "aligned" or "base", for messages.
 
     Raises:
-        CheckpointError: when there is nothing to open, or it is of a format that cannot be streamed.
-        SettingsError: when the source is neither text nor a path.
+        CheckpointError: there is nothing to open, or it cannot be streamed.
+        SettingsError: the source is neither text nor a path.
     """
     check_path(role, source, A_MODEL)
     with readable(source, CheckpointError):
@@ -160,16 +163,13 @@ def _from_folder(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _weights_file(config: Mapping[str, Any] | None, there: Callable[[str], Path | None], where: str) -> Path | None:
-    """The file or index that transformers loads from a folder or repository, or None where it finds none.
-
-    It takes what config.json names, else the single file, and an index only where there is no single file.
-    """
+def _weights_file(config: Config, there: Callable[[str], Path | None], where: str) -> Path | None:
+    """The file or index that transformers loads: what config.json names, else the single file, else an index."""
     named = (config or {}).get("transformers_weights")
     if named is None:
         return there(SINGLE) or there(INDEX)
-    readable = isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
-    if not readable or "/" in named or _outside(named):
+    readable_here = isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
+    if not readable_here or "/" in named or _outside(named):
         raise CheckpointError(
             f"{where}: config.json names {named!r} as transformers_weights, which is not a safetensors file or index "
             "beside it"
@@ -184,9 +184,8 @@ def _outside(name: str) -> bool:
     return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
 
 
-def _from_loose_files(folder: Path, config: Mapping[str, Any] | None) -> Checkpoint:
-    """Files under names that transformers does not look for: taken where no other reading of the folder is possible."""
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+def _from_loose_files(folder: Path, config: Config) -> Checkpoint:
+    """Files under names that transformers does not look for, if the folder cannot be read in another way."""
     if loaded := next((name for name in PICKLES if (folder / name).exists()), None):
         raise CheckpointError(f"{folder}: its model is {loaded}, which is not safetensors; to convert it, {CONVERT}")
     indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -195,22 +194,22 @@ def _from_loose_files(folder: Path, config: Mapping[str, Any] | None) -> Checkpo
     found = sorted(folder.glob("*.safetensors"))
     files = [file for file in found if not file.name.startswith(NOT_THE_MODEL)] or found
     if not files:
-        if pickles:
+        if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES):
             raise CheckpointError(f"{folder}: holds {pickles[0]} but no safetensors file; to convert it, {CONVERT}")
         inside = sorted({path.parent.name for name in (SINGLE, INDEX) for path in folder.glob(f"*/{name}")})
         hint = f"; there is a model in {', '.join(inside)}: give that folder" if inside else ""
         raise CheckpointError(f"{folder}: holds no safetensors file and no index{hint}")
     opened = {file.name: _core.SafetensorsFile(str(file)) for file in files}
     shards: dict[str, str] = {}
-    for shard, opened_file in opened.items():
-        for name in opened_file.tensors:
-            if name in shards:
+    for shard, file in opened.items():
+        for name in file.tensors:
+            if (other := shards.setdefault(name, shard)) != shard:
                 raise CheckpointError(
-                    f"{folder}: tensor {name!r} is in {shards[name]} and in {shard}, and there is no index to choose"
+                    f"{folder}: tensor {name!r} is in {other} and in {shard}, and there is no index to choose"
                 )
-            shards[name] = shard
     checkpoint = Checkpoint(str(folder), None, config, shards, lambda shard: folder / shard)
-    checkpoint._opened.update({shard: (file, file.tensors) for shard, file in opened.items()})
+    for shard, file in opened.items():
+        checkpoint.add(shard, file)
     return checkpoint
 
 
@@ -218,20 +217,18 @@ def _from_file(path: Path) -> Checkpoint:
     folder, config = path.parent, _config(path.parent / "config.json")
     whole = path.name == SINGLE or (path.name == INDEX and not (folder / SINGLE).exists())
     description = str(folder if whole else path)
+    if path.name.endswith(".index.json"):
+        return Checkpoint(description, None, config, _core.read_index(str(path)), Path)
     if path.suffix == ".json":
-        if not path.name.endswith(".index.json"):
-            raise CheckpointError(
-                f"{path}: is neither a safetensors file nor an index of such files (*.safetensors.index.json); give the "
-                f"model's folder, {folder}"
-            )
-        located = _core.read_index(str(path))
-        return Checkpoint(description, None, config, located, Path)
-    if path.suffix in {".bin", ".pt", ".pth", ".gguf"}:
+        raise CheckpointError(
+            f"{path}: is neither a safetensors file nor an index of such files (*.safetensors.index.json); give the "
+            f"model's folder, {folder}"
+        )
+    if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(f"{path}: only safetensors can be streamed; to convert it, {CONVERT}")
     file = _core.SafetensorsFile(str(path))
-    tensors = file.tensors
-    checkpoint = Checkpoint(description, None, config, dict.fromkeys(tensors, path.name), lambda _: path)
-    checkpoint._opened[path.name] = file, tensors
+    checkpoint = Checkpoint(description, None, config, dict.fromkeys(file.tensors, path.name), lambda _: path)
+    checkpoint.add(path.name, file)
     return checkpoint
 
 
@@ -270,7 +267,7 @@ def _shard_names(index: Path) -> dict[str, str]:
     return names
 
 
-def _config(path: Path) -> Mapping[str, Any] | None:
+def _config(path: Path) -> Config:
     try:
         config = check_fields(read_json(path), {}, {"model_type": TEXT, "text_config": OBJECT})
         check_fields(config.get("text_config") or {}, {}, {"model_type": TEXT})

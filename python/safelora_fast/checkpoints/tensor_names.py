@@ -1,4 +1,4 @@
-"""Names of tensors and modules: spellings, wrappers at their front, and the tower of a model that they belong to."""
+"""Names of tensors: their spellings, the wrappers at their front, and the tower of the model that they belong to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPELLINGS = (
     (re.compile(r"^embed_out\."), "lm_head."),
 )
 
-NEVER_LOADED = {"mtp"}  # the layers that predict further tokens, which no class of transformers has
+NEVER_LOADED = {"mtp"}  # layers that predict further tokens; no class of transformers has them
 
 # Words of towers in the names of modules and of classes.
 TOWERS = {
@@ -41,9 +41,9 @@ LANGUAGE_TASKS = {"CAUSAL_LM", "SEQ_2_SEQ_LM"}  # PEFT refuses them for a model 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one tensor: all of it, or part `index` of `count` that are fused in it; of one expert if told.
+    """Rows of one tensor, or of one expert in it: all of them, or part `index` of `count` fused parts.
 
-    `rows` (first, count) and `transposed` (kept as (in, out)) are known where transformers tells how it loads the tensor.
+    `rows` (first, count) and `transposed` (kept as (in, out)) are set where transformers tells how it loads the tensor.
     """
 
     tensor: str
@@ -55,32 +55,32 @@ class Piece:
 
 
 def canonical(name: str) -> str:
-    """A tensor's name without the wrappers at its front and in one spelling."""
+    """A tensor's name in one spelling, without the wrappers at its front."""
     return _spelled(_split(name)[1])
 
 
 def matching(module: str, patterns: Sequence[str]) -> str | None:
-    """The first of some patterns that a module's name, or its last components, match as file names do; None without one."""
+    """The first pattern that a module's name, or its last components, match as file names do; or None."""
     ends = (pattern for pattern in patterns if fnmatch.fnmatchcase(f".{module}", f"*.{pattern}"))
     return next(ends, None)
 
 
 def tower_of(config: Mapping[str, Any]) -> str | None:
-    """The tower that an adapter's modules belong to, as its configuration tells; None where it does not."""
+    """The tower that an adapter's modules belong to by its configuration, or None."""
     mapping = config.get("auto_mapping")
     name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
     return tower_of_class(name) or ("text" if config.get("task_type") in LANGUAGE_TASKS else None)
 
 
 def tower_of_class(name: str) -> str | None:
-    """The tower that a class of models is by its name; None for a class of whole models, or where the name does not say."""
+    """The tower that a class of models is by its name; None for whole models and other names."""
     if match := TOWER_CLASS.fullmatch(name):
         return _tower(match[1])
     return "text" if name.endswith("ForCausalLM") else None
 
 
 class NameIndex:
-    """Names, found by other forms of themselves."""
+    """Names that can be found in other forms."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.by_canonical: dict[str, list[str]] = defaultdict(list)
@@ -96,14 +96,14 @@ class NameIndex:
                     self._roots.add(".".join(parts[:length]))
 
     def find(self, name: str, tower: str | None = None) -> list[str]:
-        """All names that may be meant by a name: it alone where it is there.
+        """All names that a name may mean: itself alone if it is there.
 
-        Otherwise those that differ by wrappers or spelling, and those that lie in a part of the model of their own
-        (`vision_model.` before the whole name). Names within a tower's part count only where that tower is meant.
+        Otherwise names that differ by wrappers or spelling, and names within a part of the model (`vision_model.` before the
+        whole name). Names within a tower count only if that tower is meant.
 
         Args:
             name: a name of the loaded model.
-            tower: the tower that it belongs to where its wrappers do not say, as of :func:`tower_of`.
+            tower: its tower if its wrappers do not tell (:func:`tower_of`).
         """
         if name in self._names:
             return [name]
@@ -133,6 +133,6 @@ def _spelled(name: str) -> str:
 
 
 def _tower(words: str) -> str | None:
-    """The tower that a prefix of names, or a word of a class, speaks of."""
+    """The tower that a prefix of names, or a word of a class, names."""
     words = words.lower()
     return next((tower for tower, known in TOWERS.items() if any(word in words for word in known)), None)

@@ -1,4 +1,4 @@
-"""How long a weight is, from enough of its values: what the distance between two models is measured by."""
+"""The norm of a weight, from a sample of its values: the distance between two models is measured by it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ UNRELATED = 0.5
 
 
 def weight_norm(blocks: Sequence[Block]) -> float:
-    """‖W‖_F of a weight [m, n] in float64: of all its values where they are few, else from rows spread evenly.
+    """‖W‖_F of a weight [m, n] in float64, from evenly spaced rows (all of them, up to 32,768 values).
 
-    A weight of more than 32,768 values is not read again for it: V is about ‖W‖ long or a thousandth of it, and 16 rows
-    and more tell that to a few percent.
+    It only has to tell whether ‖V‖ is about ‖W‖ or a thousandth of it, and 16 rows do that to a few percent.
 
     Args:
         blocks: the rows of the weight, each F32, BF16 or F16.
@@ -42,13 +41,13 @@ def weight_norm(blocks: Sequence[Block]) -> float:
 
 
 def median_ratio(ratios: Iterable[float]) -> float:
-    """The median of ‖V‖/‖W‖ over modules, NaN where there is none."""
+    """The median of ‖V‖/‖W‖ over modules; NaN without any."""
     known = [ratio for ratio in ratios if math.isfinite(ratio)]
     return statistics.median(known) if known else math.nan
 
 
 def far_apart(ratio: float) -> str | None:
-    """A warning where V is about as long as the weights themselves, as between models that have nothing in common."""
+    """A warning if V is about as long as the weights themselves, as between unrelated models."""
     if not ratio >= UNRELATED:
         return None
     return (
