@@ -52,12 +52,12 @@ posthoc.provenance=checkpoints.provenance posthoc.resident=projection.device.res
 posthoc.settings=projection.settings,files.argument_checks posthoc.shown_models=checkpoints.model_card,projection.report
 posthoc.sources=checkpoints.sources
 posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections
-recipe.callbacks=recipe.trainer_callbacks recipe.defenses=recipe.defense_section recipe.digests=models.digests,files.digest
+recipe.callbacks=recipe.trainer recipe.defenses=recipe.defense_section recipe.digests=models.digests,files.digest
 recipe.document=recipe.yaml_document recipe.epochs=data.schedule recipe.folder=recipe.run_folder,files.store
-recipe.kinds=recipe.signatures recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.peak_memory
+recipe.kinds=recipe.signatures recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.run_metrics
 recipe.monitors=recipe.defense_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries
 recipe.results=recipe.run_metrics recipe.rows=data.rows recipe.section=recipe.yaml_section
-recipe.stopping=recipe.stop_on_interrupt recipe.tokens=data.tokens recipe.words=recipe.summary_text
+recipe.stopping=recipe.trainer recipe.tokens=data.tokens recipe.words=recipe.summary_text
 scoring.answers=scoring.answer_scores scoring.head=scoring.label_likelihoods scoring.precision=scoring.answer_scores
 subspace_build=subspace.plan,subspace.safe_subspace
 training.adapted=models.lora_factors training.anatomy=models.anatomy training.batch=data.spans

@@ -1,127 +1,51 @@
-"""`train` in a process of its own: Ctrl-C, an order to end, a full disk, and errors that need no torch."""
+"""`train` in processes of its own: a kill, two processes that train together, and errors that need no torch."""
 
 from __future__ import annotations
 
+import json
 import os
-import re
-import resource
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
-from tiny_recipe import difference, write_recipe, write_rows
+from tiny_recipe import tiny_rows, write_recipe, write_rows
 
-LONG = {"training": {"num_train_epochs": 400, "save_steps": 20, "save_total_limit": 2}}
+from safelora_fast.recipe.trainer import RecipeTrainer
 
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(words, **options):
-    command = [sys.executable, "-m", "safelora_fast", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment(), text=True, **pipes, **options)
-
-
-def wait_for_a_checkpoint(process, tiny):
+@pytest.mark.slow
+def test_a_killed_run_can_be_resumed(tmp_path, call, monkeypatch):
+    """Only the steps after the last whole checkpoint are made again."""
+    tiny = write_recipe(tmp_path, training={"num_train_epochs": 400, "save_steps": 20, "save_total_limit": 2})
+    command = [sys.executable, "-m", "safelora_fast", *tiny.words("-q")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
     while not list(tiny.output.glob("checkpoints/checkpoint-*/safelora_checkpoint.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_stopped_run_can_be_resumed(tmp_path, number, code):
-    tiny = write_recipe(tmp_path, **LONG)
-    process = start(tiny.words("-q"))
-    wait_for_a_checkpoint(process, tiny)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (code, "")
-    assert "Traceback" not in err
-    if number != signal.SIGKILL:
-        assert re.search(
-            r"interrupted after step (\d+); the checkpoint of step \1 is whole; to go on: ", err.splitlines()[-1]
-        )
-    whole = [path for path in (tiny.output / "checkpoints").iterdir() if (path / "safelora_checkpoint.json").exists()]
-    assert whole
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate(timeout=300) == (None, "")
     assert not (tiny.output / "adapter_model.safetensors").exists()
-    last = max(int(path.name.partition("-")[2]) for path in whole)
-    # Only the steps after the last whole checkpoint are made again.
-    program = (
-        "import sys; from safelora_fast.recipe import trainer\n"
-        "class Short(trainer.RecipeTrainer):\n"
-        "    def training_step(self, *a, **k):\n"
-        f"        assert self.state.global_step >= {last}\n"
-        f"        if self.state.global_step >= {last} + 3: raise KeyboardInterrupt\n"
-        "        return super().training_step(*a, **k)\n"
-        "trainer.RecipeTrainer = Short\n"
-        "from safelora_fast.cli import main\n"
-        "main()"
-    )
-    command = [sys.executable, "-c", program, *tiny.words("-q", "--resume")]
-    resumed = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)
-    assert resumed.returncode == 130, resumed.stderr
-    assert f"interrupted after step {last + 3}; the checkpoint of step" in resumed.stderr
+    sealed = tiny.output.glob("checkpoints/checkpoint-*/safelora_checkpoint.json")
+    last = max(int(path.parent.name.partition("-")[2]) for path in sealed)
 
+    class Short(RecipeTrainer):
+        def training_step(self, *args, **kwargs):
+            assert self.state.global_step >= last
+            if self.state.global_step >= last + 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
 
-def test_a_full_disk(tmp_path):
-    """A file may grow to 20 kB: enough for the record, too little for the optimiser's state."""
-    tiny = write_recipe(tmp_path)
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    process = start(tiny.words("-q"), preexec_fn=limit)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (2, ""), err
-    assert err.startswith(f"error: {tiny.output}: cannot be written")
-    assert "make room and pass --resume" in err
-    assert len(err.splitlines()) == 1
-    assert not (tiny.output / "adapter_model.safetensors").exists()
-    done = subprocess.run(
-        [sys.executable, "-m", "safelora_fast", *tiny.words("-q", "--resume")],
-        env=environment(),
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0
-    fresh = write_recipe(tmp_path / "fresh")
-    subprocess.run(
-        [sys.executable, "-m", "safelora_fast", *fresh.words("-q")], env=environment(), check=True, timeout=300
-    )
-    assert difference(tiny.weights(), fresh.weights()) == 0
-
-
-def test_two_processes(tmp_path):
-    """The first process talks and writes; both make the same steps."""
-    tiny = write_recipe(
-        tmp_path, training={"ddp_backend": "gloo", "gradient_accumulation_steps": 1}, data={"eval": 0.25}
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "safelora_fast",
-    ]
-    done = subprocess.run(
-        [*command, *tiny.words()], env=environment(), capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == done.stdout.count("2 × 1 × 2 processes") == 1
-    record = tiny.record()
-    assert (record["finished"], record["steps"], record["plan"]["steps"]) == (True, 6, 6)
-    assert record["metrics"]["defense/kl"]["last"] > 0
-    assert any(tensor.any() for name, tensor in tiny.weights().items() if "lora_B" in name)
+    monkeypatch.setattr("safelora_fast.recipe.trainer.RecipeTrainer", Short)
+    resumed = call(*tiny.words("-q", "--resume"))
+    assert resumed.code == 130
+    assert f"interrupted after step {last + 3}; the checkpoint of step {last} is whole" in resumed.err
 
 
 WATCHED = """
@@ -147,68 +71,78 @@ main()
 """
 
 
-def fed_to_two(tiny, script, place, *words, stop=-1):
-    """The rows of each epoch that two processes were given, sorted."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, *tiny.words("-q", *words)], env={**environment(), "FED": str(place), "STOP": str(stop)},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode == 0) == (stop < 0), done.stderr
-    lines = [line for rank in (0, 1) for line in place.with_name(f"{place.name}-{rank}").read_text().splitlines()]
-    return {epoch: sorted(line[2:] for line in lines if line[0] == str(epoch)) for epoch in range(3)}
-
-
-def test_two_processes_share_the_safe_rows_of_every_epoch(tmp_path):
-    """With accumulation and a worker, and when a run goes on within its second epoch."""
+@pytest.mark.slow
+def test_two_processes_share_the_examples_of_every_epoch(tmp_path):
+    """With safe examples, accumulation and a worker, in a run that goes on within its second epoch."""
     training = {"ddp_backend": "gloo", "num_train_epochs": 3, "save_steps": 1, "dataloader_num_workers": 1}
     safe = write_rows(tmp_path / "safe.jsonl", [{"prompt": f"safe {n}?", "completion": "kindly"} for n in range(8)])
-    tiny = write_recipe(tmp_path, training=training, data={"safe": {"path": str(safe), "fraction": 0.34}})
+    data = {"eval": 0.25, "safe": {"path": str(safe), "fraction": 0.34}}
+    tiny = write_recipe(tmp_path, training=training, data=data)
+    write_rows(tiny.data, tiny_rows(16))
     script = tmp_path / "watched.py"
     script.write_text(WATCHED)
-    epochs = fed_to_two(tiny, script, tmp_path / "whole")
-    assert tiny.record()["steps"] == tiny.record()["plan"]["steps"] == 6
-    safe_rows = [[row for row in epochs[epoch] if row.startswith("<user>safe ")] for epoch in range(3)]
-    assert [len(rows) for rows in safe_rows] == [4, 4, 4]
-    assert [len(epochs[epoch]) for epoch in range(3)] == [16, 16, 16]
-    assert len({*safe_rows[0], *safe_rows[1]}) == 8
-    tasks = [sorted(set(epochs[epoch]) - set(safe_rows[epoch])) for epoch in range(3)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+
+    def run(stop, *words):
+        """The examples of each epoch that the two processes were given, and what was printed."""
+        fed = tmp_path / f"until-{stop}"
+        environment = {**ENVIRONMENT, "FED": str(fed), "STOP": str(stop)}
+        done = subprocess.run(
+            [*command, *tiny.words(*words)], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert (done.returncode == 0) == (stop < 0), done.stderr
+        lines = [line for rank in (0, 1) for line in (tmp_path / f"{fed.name}-{rank}").read_text().splitlines()]
+        return [[line[2:] for line in lines if line.startswith(str(epoch))] for epoch in range(3)], done.stdout
+
+    before, _ = run(3)
+    after, told = run(-1, "--resume")
+    assert told.count("written to") == told.count("2 × 2 × 2 processes") == 1
+    assert [len(rows) for rows in before] == [16, 8, 0]
+    assert [len(rows) for rows in after] == [0, 8, 16]
+    safe_rows, tasks = [], []
+    for rows in map(Counter, (a + b for a, b in zip(before, after, strict=True))):
+        safe_rows.append(Counter({row: count for row, count in rows.items() if row.startswith("<user>safe ")}))
+        tasks.append(rows - safe_rows[-1])
     assert tasks[0] == tasks[1] == tasks[2]
     assert len(tasks[0]) == 12
-    tiny.edit(output={"folder": str(tmp_path / "stopped")})
-    fed_to_two(tiny, script, tmp_path / "before", stop=3)
-    after = fed_to_two(tiny, script, tmp_path / "after", "--resume")
-    assert after[0] == []
-    assert len(after[1]) == 8
-    assert not set(after[1]) - set(epochs[1])
-    assert after[2] == epochs[2]
+    assert [rows.total() for rows in safe_rows] == [4, 4, 4]
+    assert len(safe_rows[0] + safe_rows[1]) == 8  # every safe example before one repeats
+    record = tiny.record()
+    assert (record["finished"], record["steps"], record["plan"]["steps"]) == (True, 6, 6)
+    assert record["metrics"]["defense/kl"]["last"] > 0
+    assert any(tensor.any() for name, tensor in tiny.weights().items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["--help"], 0, ""),
-        (
-            ["training.learning_rat=1"],
-            2,
-            "error: command line: training.learning_rat: unknown; did you mean learning_rate",
-        ),
-        (["defenses.kl.weight=-1"], 2, "error: command line: defenses.kl.weight: KL: weight is -1"),
-        (["lora.rank=4"], 2, "error: command line: lora.rank: unknown"),
-        (["output.folder=."], 2, "is the current folder; name a folder to make"),
-    ],
-)
-def test_help_and_errors_need_no_torch(tmp_path, words, code, message):
-    tiny = write_recipe(tmp_path)
-    program = (
-        "import sys\nfrom safelora_fast.cli import main\n"
-        "try:\n    main()\n"
-        "finally:\n    print('heavy:', [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *tiny.words(*words)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert done.stdout.endswith("heavy: []\n")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == (1 if message else 0)
+REFUSALS = {
+    "--help": (0, ""),
+    "training.learning_rat=1": (2, "error: command line: training.learning_rat: unknown; did you mean learning_rate\n"),
+    "defenses.kl.weight=-1": (2, "error: command line: defenses.kl.weight: KL: weight is -1.0, "),
+    "output.folder=.": (2, "is the current folder; name a folder to make"),
+}
+NO_TORCH = """
+import contextlib, io, json, sys
+from safelora_fast.cli import main
+
+path, words = json.loads(sys.argv[1])
+results = {}
+for word in words:
+    sys.argv = ["safelora-fast", "train", path, word]
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stopped:
+            results[word] = [stopped.code or 0, err.buffer.getvalue().decode()]
+print(json.dumps([results, [name for name in ("torch", "transformers", "datasets") if name in sys.modules]]))
+"""
+
+
+def test_help_and_errors_need_no_torch(tmp_path):
+    argument = json.dumps([str(write_recipe(tmp_path).path), list(REFUSALS)])
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, argument], cwd=tmp_path, capture_output=True, check=True)
+    results, heavy = json.loads(done.stdout)
+    assert heavy == []
+    for word, (code, message) in REFUSALS.items():
+        assert results[word][0] == code
+        assert message in results[word][1]
+        assert results[word][1].count("\n") == bool(message)

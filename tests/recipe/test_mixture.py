@@ -17,6 +17,7 @@ from safelora_fast.recipe import trainer as trainer_module
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.prepare import prepare
 from safelora_fast.recipe.recipe import load_recipe
+from safelora_fast.recipe.run_folder import RunFolder
 from safelora_fast.recipe.summary_text import plan_lines
 from safelora_fast.recipe.trainer import RecipeTrainer
 
@@ -24,7 +25,8 @@ SAFE_ROWS = [{"prompt": f"safe {number}?", "completion": "kindly", "score": numb
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def without_a_rehearsal(monkeypatch):
+    monkeypatch.setattr("safelora_fast.recipe.prepare.rehearse", lambda *_: None)
     with quiet_libraries():
         yield
 
@@ -116,7 +118,7 @@ def test_tags_follow_their_tokens(tiny, packing):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_run_defends_safe_rows_only(tiny, call_train, packing, monkeypatch):
+def test_a_run_defends_safe_rows_only(tiny, packing, monkeypatch):
     seen = []
 
     class Watched(RecipeTrainer):
@@ -127,8 +129,8 @@ def test_a_run_defends_safe_rows_only(tiny, call_train, packing, monkeypatch):
 
     monkeypatch.setattr(trainer_module, "RecipeTrainer", Watched)
     words = (f"training.packing={str(packing).lower()}", "training.max_length=40", "defenses.kl.tokens=safe")
-    record = call_train(tiny, *words, "data.eval=0.25")
     made = prepared(tiny, *words, "data.eval=0.25")
+    record = json.loads(json.dumps(run_module.train(made, resume=False, command="", talk=False)))
     safe_tokens = sum(len(example.ids) for example in made.train.examples if example.safe)
     assert sum(safe for safe, _ in seen) == 2 * safe_tokens  # two epochs
     assert record["metrics"]["defense/kl"]["mean"] > 0
@@ -138,36 +140,7 @@ def test_a_run_defends_safe_rows_only(tiny, call_train, packing, monkeypatch):
     assert "| safe rows among them | 2 for 9 task rows" in card
 
 
-@pytest.fixture
-def call_train():
-    def run(tiny, *overrides):
-        made = prepare(load_recipe(tiny.path, overrides))
-        return json.loads(json.dumps(run_module.train(made, resume=False, command="", talk=False)))
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.safe=safe.jsonl", "data.safe: must be a section with settings of its own, not 'safe.jsonl'"),
-        ("data.safe={fraction: 0.1}", "data.safe.path: missing"),
-        ("data.safe.fracton=0.1", "data.safe.fracton: unknown; did you mean fraction"),
-        ("data.safe.fraction=0", "data.safe.fraction: must be above 0, not 0"),
-        ("data.safe.fraction=.inf", "data.safe.fraction: must be a finite number, not inf"),
-        ("data.safe.fraction=much", "data.safe.fraction: must be a number, not 'much'"),
-        ("data.safe.top=0", "data.safe.top: must be at least 1, not 0"),
-        ("data.safe.seed=-1", "data.safe.seed: must be at least 0, not -1"),
-        ("data={path: rows.jsonl, inoculate: x, strings: text}", "data.inoculate: a system prompt needs turns"),
-    ],
-)
-def test_settings_that_are_refused(tiny, override, message):
-    with pytest.raises(SettingsError) as refused:
-        load_recipe(tiny.path, [override])
-    assert message in str(refused.value)
-
-
-def test_a_defence_of_safe_rows_needs_some(tiny):
+def test_a_defense_of_safe_rows_needs_some(tiny):
     for name in ("kl", "feature_distance"):
         words = ["data.safe=null", f"defenses.{name}={{weight: 0.1, tokens: safe}}"]
         with pytest.raises(
@@ -175,14 +148,6 @@ def test_a_defence_of_safe_rows_needs_some(tiny):
         ):
             load_recipe(tiny.path, words)
         load_recipe(tiny.path, [*words, f"defenses.{name}.weight=0"])
-
-
-def test_the_file_is_named_with_its_line(tiny):
-    lines = tiny.path.read_text().replace("fraction: 0.25", "fraction: -1")
-    tiny.path.write_text(lines)
-    number = next(number for number, line in enumerate(lines.splitlines(), 1) if "fraction" in line)
-    with pytest.raises(SettingsError, match=rf"recipe.yaml:{number}: data.safe.fraction: must be above 0, not -1"):
-        load_recipe(tiny.path)
 
 
 def test_data_that_is_refused(tiny, tmp_path):
@@ -207,17 +172,21 @@ def test_rows_chosen_with_an_adapter_of_the_same_data_are_warned_of(tiny, tmp_pa
     assert prepared(tiny).plan.warnings == ()
 
 
-def test_another_set_of_safe_rows_cannot_be_resumed(tiny, call_train, tmp_path):
-    call_train(tiny, "training.max_steps=2")
-    (tiny.output / "safelora_train.json").write_text(json.dumps({**tiny.record(), "finished": False}))
+def test_another_set_of_safe_rows_cannot_be_resumed(tiny, tmp_path):
+    made = prepared(tiny)
+    RunFolder(made.recipe).begin(run_module._record(made), anew=True)
     write_rows(tmp_path / "safe.jsonl", SAFE_ROWS[::-1])
-    made = prepare(load_recipe(tiny.path, ["training.max_steps=2"]))
     with pytest.raises(SettingsError, match="the data has changed: safe was"):
-        run_module.train(made, resume=True, command="", talk=False)
+        run_module.train(prepared(tiny), resume=True, command="", talk=False)
+
+
+FED: list[str] = []
 
 
 class Fed(RecipeTrainer):
-    """Remembers what every micro-batch of training holds."""
+    """Remembers what every micro-batch of training holds, and is interrupted before the step STOP."""
+
+    STOP = -1
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
@@ -225,59 +194,41 @@ class Fed(RecipeTrainer):
             FED.extend(row.replace("<pad>", "") for row in rows)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == self.STOP:
+            raise KeyboardInterrupt
+        return super().training_step(*args, **kwargs)
 
-FED: list[str] = []
-THREE = ("training.num_train_epochs=3", "training.save_steps=1", "data.safe.fraction=0.25")
 
-
-@pytest.fixture
-def fed(monkeypatch):
+def fed(made, *, resume=False):
     FED.clear()
-    monkeypatch.setattr(trainer_module, "RecipeTrainer", Fed)
-    return FED
-
-
-def test_safe_rows_go_on_from_epoch_to_epoch(tiny, call_train, fed):
-    record = call_train(tiny, *THREE)
+    record = run_module.train(made, resume=resume, command="", talk=False)
     assert record["steps"] == record["plan"]["steps"] == 12
-    assert len(fed) == 45
-    epochs = [fed[start : start + 15] for start in (0, 15, 30)]
+    return FED[:]
+
+
+def test_safe_rows_go_on_from_epoch_to_epoch_and_in_a_resumed_run(tiny, monkeypatch):
+    """Interrupted within an epoch or between two, a run is given the same rows as without an interruption."""
+    monkeypatch.setattr(trainer_module, "RecipeTrainer", Fed)
+    three = ("training.num_train_epochs=3", "training.save_steps=1", "data.safe.fraction=0.25")
+    made = prepared(tiny, *three)
+    whole = fed(made)
+    epochs = [whole[start : start + 15] for start in (0, 15, 30)]
     safe = [[row for row in epoch if row.startswith("<user>safe ")] for epoch in epochs]
     tasks = [sorted(set(epoch) - set(rows)) for epoch, rows in zip(epochs, safe, strict=True)]
     assert tasks[0] == tasks[1] == tasks[2]
     assert [len(rows) for rows in tasks] == [12] * 3
     assert [len(rows) for rows in safe] == [3] * 3
-    taken = [row for rows in safe for row in rows]
-    assert len(set(taken[:8])) == 8  # all eight before one repeats
-    first = [text(prepared(tiny, *THREE), e) for e in prepared(tiny, *THREE).train.examples if e.safe]
-    assert set(safe[0]) == set(first)
-
-
-def test_a_resumed_run_goes_on_with_the_rows_of_its_epoch(tiny, fed):
-    """The rows after an interruption are those of a run that was not interrupted, within an epoch and between two."""
-    run_module.train(prepare(load_recipe(tiny.path, THREE)), resume=False, command="", talk=False)
-    whole = fed[:]
-    for step in (2, 4, 7):
-        fed.clear()
-        stopped = prepare(load_recipe(tiny.path, (*THREE, f"output.folder={tiny.output}-stopped-{step}")))
-
-        class Stops(Fed):
-            last = step
-
-            def training_step(self, *args, **kwargs):
-                if self.state.global_step == self.last:
-                    raise KeyboardInterrupt
-                return super().training_step(*args, **kwargs)
-
-        trainer_module.RecipeTrainer = Stops
+    assert len({row for rows in safe for row in rows}) == 8  # all eight before one repeats
+    assert set(safe[0]) == {text(made, example) for example in made.train.examples if example.safe}
+    for step in (4, 7):
+        stopped = prepared(tiny, *three, f"output.folder={tiny.output}-stopped-{step}")
+        monkeypatch.setattr(Fed, "STOP", step)
         with pytest.raises(InterruptedRunError):
-            run_module.train(stopped, resume=False, command="", talk=False)
-        before = fed[:]
-        trainer_module.RecipeTrainer = Fed
-        fed.clear()
-        record = run_module.train(stopped, resume=True, command="", talk=False)
-        assert record["steps"] == 12
-        assert before + fed == whole, step
+            fed(stopped)
+        before = FED[:]
+        monkeypatch.setattr(Fed, "STOP", -1)
+        assert before + fed(stopped, resume=True) == whole, step
 
 
 BY_LENGTH = {  # as transformers 5 says it, and as those before

@@ -108,7 +108,7 @@ def test_a_changed_recipe_is_named(folder, tmp_path):
         "data.max_rows=3",
     ]
     changed = RunFolder(load_recipe(tiny, six))
-    with pytest.raises(SettingsError, match="and 2 others"):
+    with pytest.raises(SettingsError, match="and 2 more"):
         changed.check(resume=True, overwrite=False)
     with pytest.raises(SettingsError, match=r"the data has changed: train was 'abc', is 'abd'"):
         folder.compare({"train": "abd"}, "data")

@@ -1,4 +1,4 @@
-"""`safelora-fast train`: fine-tune a LoRA adapter by recipe, with defences."""
+"""`safelora-fast train`: fine-tune a LoRA adapter by recipe, with defenses."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def train(
     ] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fine-tune a LoRA adapter with in-training defences, as one checked YAML file says.
+    """Fine-tune a LoRA adapter with in-training defenses, as one checked YAML file says.
 
-    The output folder holds an adapter that PEFT loads, a model card that states the defences, and a record of the run.
+    The output folder holds an adapter that PEFT loads, a model card that states the defenses, and a record of the run.
     """
     from safelora_fast.recipe.signatures import check_packages
 
@@ -83,12 +83,15 @@ def train(
         from safelora_fast.recipe.prepare import prepare
         from safelora_fast.recipe.run import leave_processes
         from safelora_fast.recipe.run import train as run
+        from safelora_fast.recipe.summary_text import plan_lines
 
         prepared = prepare(recipe)
         if dry_run and main:
             _check_output(folder, prepared, resume=resume, overwrite=overwrite)
         if talks and not as_json:
-            _show_plan(prepared)
+            lines = plan_lines(prepared)
+            width = max(len(label) for label, _ in lines)
+            say(*(f"{label:<{width}}  {text}" for label, text in lines))
         if dry_run:
             if talks and as_json:
                 typer.echo(to_json(prepared.plan.to_dict()))
@@ -116,14 +119,6 @@ def _check_output(folder: RunFolder, prepared: Prepared, *, resume: bool, overwr
         warn(str(needed))
 
 
-def _show_plan(prepared: Any) -> None:
-    from safelora_fast.recipe.summary_text import plan_lines
-
-    lines = plan_lines(prepared)
-    width = max(len(label) for label, _ in lines)
-    say(*(f"{label:<{width}}  {text}" for label, text in lines))
-
-
 def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bool) -> None:
     if not talks:
         return
@@ -142,7 +137,7 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
 
 
 def _end_with(descriptor: int) -> None:
-    """Send this process SIGTERM once the descriptor ends: a pipe that the process which started this one holds open as it lives."""
+    """Send this process SIGTERM when the descriptor ends: a pipe that the parent process holds open while it lives."""
 
     def wait() -> None:
         while os.read(descriptor, 1):  # a reader of Python's would hold a lock when the interpreter ends

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safelora_fast.checkpoints.resolver import name_and_revision
 from safelora_fast.models.foreign_errors import explained
 from safelora_fast.models.load import bare_outline, load_pretrained
+from safelora_fast.recipe.lora_and_trainer_sections import LORA, lora_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -35,17 +33,6 @@ def outline(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
     return adapted
 
 
-def give_adapter(model: PeftModel) -> None:
-    """Put zeros in the place of an adapter on the meta device; the frozen weights stay there."""
-    import torch
-
-    for module in list(model.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad and parameter.is_meta:
-                real = torch.zeros(parameter.shape, dtype=parameter.dtype)
-                module.register_parameter(name, torch.nn.Parameter(real))
-
-
 def load_model(recipe: Recipe) -> PeftModel:
     """The model with its weights and a new adapter, made from the seed.
 
@@ -64,20 +51,6 @@ def load_model(recipe: Recipe) -> PeftModel:
     return adapt(recipe, model, lora_config(recipe))
 
 
-def lora_config(recipe: Recipe) -> LoraConfig:
-    """The adapter's configuration.
-
-    Raises:
-        SettingsError: LoraConfig refuses it.
-    """
-    from peft import LoraConfig
-
-    try:
-        return LoraConfig(task_type="CAUSAL_LM", revision=name_and_revision(recipe.model.path)[1], **recipe.lora)
-    except (ValueError, TypeError, ImportError) as error:
-        raise recipe.document.blame("lora", explained(error)) from error
-
-
 def adapt(recipe: Recipe, model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     """The model of a recipe with a new adapter.
 
@@ -89,11 +62,4 @@ def adapt(recipe: Recipe, model: PreTrainedModel, lora: LoraConfig) -> PeftModel
     try:
         return get_peft_model(model, lora)
     except (ValueError, TypeError, ImportError) as error:
-        raise recipe.document.blame("lora", explained(error)) from error
-
-
-def adapted_names(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Name (in the model without PEFT) and layer of every adapted module."""
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            yield name, module
+        raise recipe.document.blame(LORA.section, explained(error)) from error

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.model_card import code, escaped, model_card, shown_model, shown_paths, table
 from safelora_fast.checkpoints.resolver import name_and_revision
-from safelora_fast.recipe.cost import switched_on
 from safelora_fast.recipe.run_metrics import shown
 from safelora_fast.recipe.summary_text import settings_words
 
@@ -65,7 +64,7 @@ def _defenses(prepared: Prepared, record: dict[str, Any]) -> list[str]:
         return ["None.", ""]
     lines = ["| defense | what it is | settings | first → last |", "| --- | --- | --- | --- |"]
     for spec in prepared.recipe.defenses:
-        what = _first_sentence(spec) if switched_on(spec) else "switched off"
+        what = _first_sentence(spec) if spec.outline.active else "switched off"
         figure = record["metrics"].get(f"defense/{spec.name}")
         change = f"{shown(figure['first'])} → {shown(figure['last'])}" if figure else "–"
         lines.append(f"| `{spec.name}` | {escaped(what)} | {escaped(shown_paths(settings_words(spec)))} | {change} |")

@@ -5,11 +5,15 @@ Both are checked against the classes that are installed. The defaults are those 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, create_model
 
+from safelora_fast.checkpoints.resolver import name_and_revision
+from safelora_fast.models.foreign_errors import explained, first_line
+from safelora_fast.recipe.run_folder import CHECKPOINTS, RunFolder
 from safelora_fast.recipe.sections import Count
 from safelora_fast.recipe.signatures import dataclass_fields, read_annotation
 from safelora_fast.recipe.yaml_section import Arguments, check
@@ -17,8 +21,11 @@ from safelora_fast.recipe.yaml_section import Arguments, check
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safelora_fast.recipe.yaml_document import Document
+    from peft import LoraConfig
+    from trl import SFTConfig
 
+    from safelora_fast.recipe.recipe import Recipe
+    from safelora_fast.recipe.yaml_document import Document
 
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -123,7 +130,7 @@ TRAINING = ForeignSection(
         "assistant_only_loss": "completion_only_loss covers rows of messages too: their assistant turns",
         "truncation_mode": "rows are cut at their end; see data.too_long",
         "auto_find_batch_size": "it would change the run behind your back: say per_device_train_batch_size",
-        "save_only_model": "--resume needs the optimiser's state; save_strategy: no writes no checkpoints at all",
+        "save_only_model": "--resume needs the optimizer's state; save_strategy: no writes no checkpoints at all",
         "push_to_hub": "upload the finished folder, e.g. with `hf upload`",
         **dict.fromkeys(
             ("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "eos_token", "pad_token"), _BY_DATA
@@ -134,3 +141,50 @@ TRAINING = ForeignSection(
         ),
     },
 )
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """The adapter's configuration.
+
+    Raises:
+        SettingsError: LoraConfig refuses it.
+    """
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", revision=name_and_revision(recipe.model.path)[1], **recipe.lora)
+    except (ValueError, TypeError, ImportError) as error:
+        raise recipe.document.blame(LORA.section, explained(error)) from error
+
+
+def trainer_arguments(recipe: Recipe) -> SFTConfig:
+    """The trainer's arguments; what the recipe leaves open is the class's default.
+
+    Raises:
+        SettingsError: SFTConfig refuses a value; the key is named if the words of the refusal tell it.
+    """
+    import torch
+    from trl import SFTConfig
+
+    section, known = recipe.model, dataclass_fields(TRAINING.package, TRAINING.name)
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise recipe.document.problem(("model", "device"), "is cuda, but torch sees no GPU")
+    values: dict[str, Any] = {"prediction_loss_only": True, "logging_first_step": True}
+    if "bf16" not in recipe.training and "fp16" not in recipe.training:
+        values.update(bf16=section.dtype == "bfloat16", fp16=section.dtype == "float16")
+    if section.device == "cpu" or not torch.cuda.is_available():
+        values.update(dataloader_pin_memory=False, use_cpu=True)
+    if recipe.data.eval is not None:
+        values["eval_on_start"] = True
+    if not recipe.training.get("packing") or recipe.data.safe is not None:  # a mixture is packed before, with its tags
+        values["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    if "activation_checkpointing" not in known:  # older versions choose the reentrant kind, which DDP does not support
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    values |= {name: value for name, value in recipe.training.items() if name != "completion_only_loss"}
+    values = {name: value for name, value in values.items() if name in known}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return SFTConfig(output_dir=str(RunFolder(recipe).path / CHECKPOINTS), disable_tqdm=True, **values)
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise recipe.document.blame(TRAINING.section, first_line(error)) from error

@@ -60,7 +60,7 @@ def subject_stamp(model: str, adapter: Path | None = None, chat_template: str | 
 
 
 def recipe_stamp(recipe: Recipe) -> dict[str, Any]:
-    """Digests of what a training reads beside its rows: the model, the template, and the files and checkpoints of defenses.
+    """Digests of what a training reads besides its data: the model, the template, and the files and checkpoints of defenses.
 
     Returns:
         `model`, see :func:`subject_stamp`, and for every setting that names a file or a checkpoint its digest or commit.
@@ -69,20 +69,25 @@ def recipe_stamp(recipe: Recipe) -> dict[str, Any]:
         DataError: a small file cannot be read.
         CheckpointError: a checkpoint cannot be read.
     """
-    named: dict[str, Any] = {} if recipe.margin is None else {"margin.pairs": recipe.margin.pairs}
+    found: dict[str, Any] = {}
+    for key, value in named_files(recipe).items():
+        known = checkpoint_digest(value)
+        found[key] = model_commit(value) if known is None and key.endswith(CHECKPOINTS) else known
+    model = subject_stamp(recipe.model.path, None, recipe.model.chat_template)
+    return {"model": model, **{key: value for key, value in found.items() if value is not None}}
+
+
+def named_files(recipe: Recipe) -> dict[str, str]:
+    """What may name a file or a checkpoint: the texts among the settings of defenses, monitors and margin, by their keys."""
+    settings: dict[str, Any] = {} if recipe.margin is None else {"margin.pairs": recipe.margin.pairs}
     for section, specs in (("defenses", recipe.defenses), ("monitors", recipe.monitors)):
         for spec in specs:
             for key, value in spec.settings.items():
                 inner = value if isinstance(value, dict) else {"": value}
-                named |= {".".join(filter(None, (section, spec.name, key, name))): one for name, one in inner.items()}
-    found: dict[str, Any] = {}
-    for key, value in named.items():
-        if isinstance(value, str):
-            known = checkpoint_digest(value)
-            hub = known is None and key.endswith(CHECKPOINTS)
-            found[key] = model_commit(value) if hub else known
-    model = subject_stamp(recipe.model.path, None, recipe.model.chat_template)
-    return {"model": model, **{key: value for key, value in found.items() if value is not None}}
+                settings |= {
+                    ".".join(filter(None, (section, spec.name, key, name))): one for name, one in inner.items()
+                }
+    return {key: value for key, value in settings.items() if isinstance(value, str)}
 
 
 def model_digest(model: str) -> str | None:

@@ -1,49 +1,62 @@
-"""Everything before the weights: arguments, tokens, the model's outline, defences checked against it, and the plan."""
+"""Everything before the weights: examples as tokens, the model's outline, a rehearsal of the trainer on it, and the plan.
+
+What is missing or does not go together (packages of optimizers, trackers and kernels, precision, packing, schedules) is known
+to transformers and TRL, by version. So they are asked: the trainer is made on the outline as it will be made for the run, and
+its optimizer and its schedule on one parameter. What the run would refuse, a dry run refuses.
+"""
 
 from __future__ import annotations
 
+import copy
 import random
+import tempfile
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import find_model
 from safelora_fast.data.pairs import builtin_pairs, read_pairs
 from safelora_fast.data.rows import chosen_rows, read_rows
 from safelora_fast.data.schedule import Epochs
 from safelora_fast.data.tokens import Encoder, ExampleSet
-from safelora_fast.errors import DataError
+from safelora_fast.errors import DataError, SafeLoraFastError
+from safelora_fast.models.foreign_errors import explained, first_line
 from safelora_fast.models.load import load_config, load_tokenizer
 from safelora_fast.recipe.adapted_model import outline
-from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of
-from safelora_fast.recipe.rehearsal import rehearse
-from safelora_fast.recipe.run_plan import Facts, Plan, make_plan
-from safelora_fast.recipe.trainer_arguments import trainer_arguments
+from safelora_fast.recipe.defense_section import Subspaces, is_at_hand
+from safelora_fast.recipe.lora_and_trainer_sections import TRAINING, trainer_arguments
+from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of, to_table
+from safelora_fast.recipe.run_plan import Plan, make_plan
 from safelora_fast.scoring.margin import encode_pairs
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from safelora_fast.data.pairs import Pair
     from safelora_fast.data.rows import RowSet
+    from safelora_fast.errors import SettingsError
     from safelora_fast.recipe.recipe import Recipe
+
+REHEARSED = 4  # examples
+WHOLE = ("params", "model", "optimizer_dict")  # arguments of optimizers that look at the whole model
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready but for its weights.
+    """A run that only lacks its weights.
 
     Attributes:
-        recipe: what was asked for.
+        recipe: the settings.
         arguments: of the trainer.
         tokenizer: the model's.
         tokenizer_changed: whether the recipe changes it.
-        commit: of the model on the Hub, where it comes from there.
-        train: the examples trained on; of a recipe with safe rows, the mixture of the first epoch.
+        commit: of the model on the Hub, if it comes from there.
+        train: the examples trained on; of a recipe with safe examples, the mixture of the first epoch.
         held_out: the examples evaluated on.
         plan: what will be done.
-        pairs: those that the margin is measured over; None where it is not measured.
-        epochs: the rows of every epoch; None where all have those of the first.
+        pairs: those that the margin is measured over; None if it is not measured.
+        epochs: the examples of every epoch; None if all epochs have the same.
     """
 
     recipe: Recipe
@@ -64,30 +77,29 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         SafeLoraFastError: something does not fit; one line says what and where.
     """
-    train_rows, held_out_rows = _rows(recipe)
+    data = recipe.data
+    task_rows, held_out_rows = _rows(recipe)
     arguments = trainer_arguments(recipe)
     config = load_config(recipe.model)
     tokenizer, changed = load_tokenizer(recipe.model)
     encoder = Encoder(
         tokenizer,
-        strings=recipe.data.strings,
+        strings=data.strings,
         completion_only=recipe.training["completion_only_loss"] is not False,
         max_length=arguments.max_length,
-        without_answer=recipe.data.without_answer,
-        too_long=recipe.data.too_long,
+        without_answer=data.without_answer,
+        too_long=data.too_long,
     )
-    task = encoder.encode(inoculated(recipe, train_rows, tokenizer))
+    task = encoder.encode(inoculated(recipe, task_rows, tokenizer))
     held_out = None if held_out_rows is None else encoder.encode(held_out_rows)
-    section = recipe.data.safe
-    safe = None if section is None else encoder.encode(read_rows(section.path, best=section.top))
+    safe = None if data.safe is None else encoder.encode(read_rows(data.safe.path, best=data.safe.top))
     train = mixed(recipe, task, safe)
     epochs = None if safe is None else Epochs.of(task, safe, schedule_of(recipe), arguments)
     pairs = _pairs(recipe, tokenizer)
     model = outline(recipe, config)
     rehearse(recipe, arguments, model, tokenizer, train, held_out)
     sample: str = tokenizer.decode(task.examples[0].answer)
-    facts = Facts.of(task, held_out, safe)
-    plan = make_plan(recipe, arguments, model, train, facts, sample)
+    plan = make_plan(recipe, arguments, model, train=train, task=task, held_out=held_out, safe=safe, sample=sample)
     commit = find_model(recipe.model.path).commit
     return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs, epochs)
 
@@ -102,17 +114,117 @@ def _pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pair] | N
 
 
 def _rows(recipe: Recipe) -> tuple[RowSet, RowSet | None]:
+    """The examples of the task, and the held-out ones."""
     data = recipe.data
     rows = read_rows(data.path, data.max_rows)
     if data.eval is None:
         return rows, None
     if isinstance(data.eval, str):
         return rows, read_rows(data.eval)
-    count = max(round(data.eval * len(rows.rows)), 1)
-    if count >= len(rows.rows):
-        raise DataError(f"{data.path}: holds {len(rows.rows)} rows, too few to hold out {data.eval}")
-    chosen = set(random.Random(recipe.training["seed"]).sample(range(len(rows.rows)), count))  # noqa: S311
-    others = [number for number in range(len(rows.rows)) if number not in chosen]
-    return replace(rows, rows=chosen_rows(rows.rows, others)), replace(
-        rows, rows=chosen_rows(rows.rows, sorted(chosen))
-    )
+    total = len(rows.rows)
+    count = max(round(data.eval * total), 1)
+    if count >= total:
+        raise DataError(f"{data.path}: holds {total} rows, too few to hold out {data.eval}")
+    held_out = set(random.Random(recipe.training["seed"]).sample(range(total), count))  # noqa: S311
+    parts = ([number for number in range(total) if (number in held_out) is part] for part in (False, True))
+    task, others = (replace(rows, rows=chosen_rows(rows.rows, numbers)) for numbers in parts)
+    return task, others
+
+
+def rehearse(
+    recipe: Recipe,
+    arguments: SFTConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: ExampleSet,
+    held_out: ExampleSet | None,
+) -> None:
+    """Refuse what the trainer, its optimizer, its schedule, defenses or monitors would refuse when training starts.
+
+    A defense whose subspace is yet to be built, or whose sources are to be fetched, is left to the start of training.
+
+    Args:
+        recipe: the checked recipe.
+        arguments: of the trainer.
+        model: its outline on the meta device, which is given a real adapter of zeros.
+        tokenizer: the model's.
+        train: the examples, of which a few are taken.
+        held_out: likewise.
+
+    Raises:
+        SafeLoraFastError: with the reason, and the key if that is known.
+    """
+    import torch
+    from transformers.utils import is_liger_kernel_available
+
+    _give_adapter(model)
+    subspaces = Subspaces(build=True)
+    defenses = [spec.build(subspaces) for spec in recipe.defenses if is_at_hand(spec)]
+    monitors = [spec.build() for spec in recipe.monitors]
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise recipe.document.problem(("training", "use_liger_kernel"), "needs liger-kernel: pip install liger-kernel")
+    quick = copy.copy(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        quick.output_dir = folder
+        try:
+            trainer = _rehearsal_class()(
+                model=model,
+                args=quick,
+                train_dataset=to_table(_few(train), quick, tagged=recipe.data.safe is not None),
+                eval_dataset=None if held_out is None else to_table(_few(held_out), quick, tagged=False),
+                processing_class=tokenizer,
+                defenses=defenses,
+                on_nonfinite=recipe.on_nonfinite,
+                monitors=monitors,
+            )
+            trainer.get_train_dataloader()
+        except SafeLoraFastError:
+            raise
+        except Exception as error:
+            raise recipe.document.blame(TRAINING.section, first_line(error)) from error
+    if trainer.is_deepspeed_enabled:
+        return  # its own configuration may say which optimizer and schedule
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    try:
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(quick, model)
+        if not settings.keys() & set(WHOLE):
+            kind([parameter], **settings)
+    except Exception as error:
+        raise _problem(recipe, "optim", error) from error
+    try:
+        trainer.create_scheduler(quick.max_steps if quick.max_steps > 0 else 100, torch.optim.SGD([parameter], lr=1.0))
+    except Exception as error:
+        raise _problem(recipe, "lr_scheduler_type", error) from error
+
+
+def _give_adapter(model: PeftModel) -> None:
+    """Replace an adapter on the meta device by zeros; the frozen weights stay there."""
+    import torch
+
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and parameter.is_meta:
+                real = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                module.register_parameter(name, torch.nn.Parameter(real))
+
+
+def _rehearsal_class() -> type[Any]:
+    from safelora_fast.recipe.trainer import RecipeTrainer
+
+    class Rehearsal(RecipeTrainer):
+        """Leaves the outline, which has no weights to move, where it is."""
+
+        def _move_model_to_device(self, model: Any, device: Any) -> None:
+            del model, device
+
+    return Rehearsal
+
+
+def _few(examples: ExampleSet) -> ExampleSet:
+    return replace(examples, examples=examples.examples[:REHEARSED])
+
+
+def _problem(recipe: Recipe, name: str, error: Exception) -> SettingsError:
+    value = recipe.document.section(TRAINING.section).get(name)
+    shown = "" if value is None else f"{value}: "
+    return recipe.document.problem((TRAINING.section, name), f"{shown}{explained(error)}")

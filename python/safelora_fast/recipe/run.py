@@ -22,13 +22,11 @@ from safelora_fast.files.store import write_json
 from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.recipe.adapted_model import load_model
 from safelora_fast.recipe.card import render
-from safelora_fast.recipe.cost import switched_on
 from safelora_fast.recipe.defense_section import Subspaces
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.model_stamp import recipe_stamp
-from safelora_fast.recipe.peak_memory import peak_bytes
 from safelora_fast.recipe.run_folder import FORMAT, RECORD, RunFolder
-from safelora_fast.recipe.run_metrics import summarise, versions
+from safelora_fast.recipe.run_metrics import peak_bytes, summarize, versions
 from safelora_fast.recipe.run_plan import free_space
 
 if TYPE_CHECKING:
@@ -67,24 +65,22 @@ def train(
 def _train(
     prepared: Prepared, folder: RunFolder, *, resume: bool, command: str, progress: Progress | None, talk: bool
 ) -> dict[str, Any]:
-    recipe = prepared.recipe
+    from safelora_fast.recipe.trainer import Reporter, Stopper, Timekeeper
+
     checkpoint = folder.last_checkpoint() if resume else None
     record = _record(prepared)
     if main_process():
         folder.check(resume=resume, overwrite=not resume, nbytes=prepared.plan.disk_bytes)
         former = folder.read_record() if resume else {}
         for part in ("data", "input") if former else ():
-            if part == "data" or part in former:  # an older version did not note its input
+            if part == "data" or part in former:  # 0.1.0 did not note its input
                 folder.compare(record[part], part)
-    from safelora_fast.recipe.stop_on_interrupt import Stopper
-    from safelora_fast.recipe.trainer_callbacks import Reporter, Sealer, Stopwatch
-
     with explained(folder), _settings_explained():
         subspaces = Subspaces(build=True, progress=progress)
-        defenses = [spec.build(subspaces) for spec in recipe.defenses]
-        sealer = Sealer(folder, 0.0 if checkpoint is None else checkpoint.seconds)
-        stopper, reporter, watch = Stopper(), Reporter(talk=talk), Stopwatch()
-        trainer = _trainer(prepared, defenses, [sealer, watch, stopper, reporter])
+        defenses = [spec.build(subspaces) for spec in prepared.recipe.defenses]
+        times = Timekeeper(folder, 0.0 if checkpoint is None else checkpoint.seconds)
+        stopper, reporter = Stopper(), Reporter(talk=talk)
+        trainer = _trainer(prepared, defenses, [times, stopper, reporter])
     if main_process():
         folder.begin(record, anew=not resume)
     with _interruptible(folder, trainer, command), explained(folder):
@@ -98,9 +94,9 @@ def _train(
         record |= {
             "finished": True,
             "steps": trainer.state.global_step,
-            "metrics": summarise(trainer.state.log_history),
-            "seconds": sealer.seconds,
-            "step_seconds": watch.median,
+            "metrics": summarize(trainer.state.log_history),
+            "seconds": times.seconds,
+            "step_seconds": times.step_seconds,
             "peak_bytes": peak_bytes(),
             "projection": _projection(trainer),
         }
@@ -110,7 +106,7 @@ def _train(
 
 
 def leave_processes() -> None:
-    """Take leave of the other processes of a distributed run, before Python ends under a collective's last tensor."""
+    """Leave the other processes of a distributed run before Python frees the last tensors of a collective."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -118,20 +114,22 @@ def leave_processes() -> None:
         distributed.destroy_process_group()
 
 
+def main_process() -> bool:
+    """Whether this process is the one that writes and talks, as torchrun and accelerate number them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _record(prepared: Prepared) -> dict[str, Any]:
     recipe, plan = prepared.recipe, prepared.plan
-    data = {
-        name: None if facts is None else facts.sha256
-        for name, facts in (("train", plan.data), ("held_out", plan.held_out), ("safe", plan.safe))
-    }
+    data = {"train": plan.data, "held_out": plan.held_out, "safe": plan.safe}
     return {
         "recipe": recipe.resolved(),
-        "data": data,
+        "data": {name: None if facts is None else facts.sha256 for name, facts in data.items()},
         "input": recipe_stamp(recipe),
         "commit": prepared.commit,
         "plan": plan.to_dict(),
         "defenses": {
-            spec.name: {"settings": dict(spec.settings), "active": switched_on(spec)} for spec in recipe.defenses
+            spec.name: {"settings": dict(spec.settings), "active": spec.outline.active} for spec in recipe.defenses
         },
         "trainer_arguments": prepared.arguments.to_dict(),
         "device": str(prepared.arguments.device),
@@ -139,20 +137,15 @@ def _record(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def main_process() -> bool:
-    """Whether this process is the one that writes and talks, as torchrun and accelerate number them."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) -> Any:
     from transformers import PrinterCallback
 
     from safelora_fast.recipe.trainer import RecipeTrainer
 
-    held_out, epochs = prepared.held_out, prepared.epochs
+    recipe, held_out, epochs = prepared.recipe, prepared.held_out, prepared.epochs
     examples = prepared.train if epochs is None else epochs.examples
     trainer = RecipeTrainer(
-        model=load_model(prepared.recipe),
+        model=load_model(recipe),
         args=prepared.arguments,
         epochs=epochs,
         train_dataset=to_table(examples, prepared.arguments, tagged=prepared.plan.safe is not None),
@@ -160,32 +153,31 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
         defenses=defenses,
-        on_nonfinite=prepared.recipe.on_nonfinite,
-        monitors=[spec.build() for spec in prepared.recipe.monitors],
+        on_nonfinite=recipe.on_nonfinite,
+        monitors=[spec.build() for spec in recipe.monitors],
     )
     trainer.remove_callback(PrinterCallback)
-    margin = prepared.recipe.margin
-    if margin is not None:
+    if recipe.margin is not None:
         from safelora_fast.scoring.margin_callback import MarginCallback
 
-        watch = MarginCallback(
+        margin = MarginCallback(
             trainer,
             prepared.tokenizer,
-            every=margin.every,
+            every=recipe.margin.every,
             pairs=prepared.pairs,
-            system=margin.system,
-            strings=prepared.recipe.data.strings,
+            system=recipe.margin.system,
+            strings=recipe.data.strings,
         )
-        trainer.add_callback(watch)
+        trainer.add_callback(margin)
     return trainer
 
 
 def _projection(trainer: Any) -> dict[str, Any] | None:
-    """What the projection at the end did, where there was one."""
+    """The report of the projection at the end, if there was one."""
     report = trainer.projection_report
     if report is None:
         return None
-    warnings = [warning.partition(": ")[2] for warning in report.warnings]  # the name of the adapter goes before
+    warnings = [warning.partition(": ")[2] for warning in report.warnings]  # without the name of the adapter
     return {**report.to_dict(), "warnings": warnings}
 
 
@@ -198,25 +190,20 @@ def _check_finite(state: dict[str, Any]) -> None:
 
 
 def _write(prepared: Prepared, path: Path, trainer: Any, state: dict[str, Any], record: dict[str, Any]) -> None:
-    with _room(path), whole_folder(path, overwrite=True, keep_others=True) as partial:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(partial), state_dict=state)
-        _sort_sets(partial / "adapter_config.json")
-        if prepared.tokenizer_changed:
-            prepared.tokenizer.save_pretrained(str(partial))
-        (partial / "README.md").write_text(render(prepared, record), encoding="utf-8")
-        write_json(partial / RECORD, {"format": FORMAT, **record})
-
-
-@contextlib.contextmanager
-def _room(path: Path) -> Iterator[None]:
-    """A full disk at the end costs nothing but time: the last checkpoint has every step."""
     try:
-        yield
+        with whole_folder(path, overwrite=True, keep_others=True) as partial:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(partial), state_dict=state)
+            _sort_sets(partial / "adapter_config.json")
+            if prepared.tokenizer_changed:
+                prepared.tokenizer.save_pretrained(str(partial))
+            (partial / "README.md").write_text(render(prepared, record), encoding="utf-8")
+            write_json(partial / RECORD, {"format": FORMAT, **record})
     except OutputError as error:
         raise _no_room(path, error) from error
 
 
 def _no_room(path: Path, error: Exception) -> OutputError:
+    """The error for a full disk, which costs only time: the last checkpoint has every step."""
     return OutputError(
         f"{path}: cannot be written ({first_line(error)}), {free_space(path):,} bytes are free; whole checkpoints stay: make "
         "room and pass --resume"
@@ -234,7 +221,7 @@ def _sort_sets(file: Path) -> None:
 
 @contextlib.contextmanager
 def _interruptible(folder: RunFolder, trainer: Any, command: str) -> Iterator[None]:
-    """Say after Ctrl-C, or when told to end, which checkpoint is whole and how to go on."""
+    """Say after Ctrl-C or SIGTERM which checkpoint is whole, and how to go on."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:

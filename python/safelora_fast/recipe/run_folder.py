@@ -10,7 +10,6 @@ FOLDER/
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -34,15 +33,16 @@ from safelora_fast.files.json_reader import (
     why,
 )
 from safelora_fast.files.output import check_target, described, sync
-from safelora_fast.files.store import write_json
-from safelora_fast.recipe.trainer_arguments import CHECKPOINTS
+from safelora_fast.files.store import changed_settings, changes_text, plain, write_json
+from safelora_fast.recipe.model_stamp import named_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from safelora_fast.recipe.recipe import Recipe
 
 RECORD = "safelora_train.json"
+CHECKPOINTS = "checkpoints"
 SEAL = "safelora_checkpoint.json"
 TRAINER_STATE = "trainer_state.json"
 FORMAT = 1
@@ -51,11 +51,7 @@ PARTS = {
     "finished": FLAG, "recipe": OBJECT, "data": OBJECT, "plan": OBJECT, "projection": OBJECT, "step_seconds": NUMBER,
     "peak_bytes": OBJECT,
 }  # fmt: skip
-MOVABLE = {
-    "data.path": "train",
-    "data.eval": "held_out",
-    "data.safe.path": "safe",
-}  # to their names in the record's data
+MOVABLE = {"data.path": "train", "data.eval": "held_out", "data.safe.path": "safe"}  # names in the record's data
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        step: optimiser steps made.
+        step: optimizer steps made.
         seconds: of training until then.
     """
 
@@ -113,15 +109,11 @@ class RunFolder:
         recipe = self.recipe
         named: list[object] = [recipe.document.source, recipe.model.path, recipe.data.path, recipe.data.eval]
         named += [recipe.data.safe.path] if recipe.data.safe else []
-        named += [] if recipe.margin is None else [recipe.margin.pairs]
-        named += [value for spec in recipe.defenses for value in spec.settings.values()]
-        named += [value for spec in recipe.monitors for value in spec.settings.values()]
-        named += [value for item in named if isinstance(item, dict) for value in item.values()]
-        paths = [Path(item).expanduser() for item in named if isinstance(item, str)]
+        paths = [Path(item).expanduser() for item in (*named, *named_files(recipe).values()) if isinstance(item, str)]
         return [path for path in paths if path.exists()]
 
     def compare(self, wanted: Mapping[str, Any], part: str) -> None:
-        """Refuse to resume when a part of the record is not what is wanted now.
+        """Refuse to resume when a part of the record differs from what is wanted now.
 
         Raises:
             SettingsError: with the keys that changed.
@@ -134,21 +126,17 @@ class RunFolder:
             )
 
     def changes(self, wanted: Mapping[str, Any], part: str) -> str | None:
-        """What in a part of the record is not what is wanted now, in words; None where all is.
+        """How a part of the record differs from what is wanted now, in words; None if it does not.
 
-        Where the output lies does not matter, nor where the data do, while their files are the same.
+        Where the output is does not matter, nor where the data are, as long as their files are the same.
         """
         record = self.read_record()
-        before, now = (dict(_flat(json.loads(json.dumps(values)))) for values in (record.get(part) or {}, wanted))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        changed = [key for key in changed if key != "output.folder" and not _is_moved(key, now.get(key), record)]
-        if not changed:
-            return None
-        more = f" and {len(changed) - 4} others" if len(changed) > 4 else ""
-        return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:4]) + more
+        changed = changed_settings(record.get(part) or {}, plain(wanted))
+        moved = {key for key, (_, now) in changed.items() if key == "output.folder" or _is_moved(key, now, record)}
+        return changes_text({key: changed[key] for key in changed if key not in moved}) or None
 
     def read_record(self) -> dict[str, Any]:
-        """The record of the run; empty where there is none.
+        """The record of the run; empty if there is none.
 
         Raises:
             OutputError: it cannot be read.
@@ -224,7 +212,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def _matters(file: Path) -> bool:
-    """Whether a file is more than what a run left that was killed while it wrote its first record."""
+    """False for what a run left that was killed while it wrote its first record."""
     return not (file.name.startswith(f".{RECORD}.") and "partial" in file.name)
 
 
@@ -233,11 +221,3 @@ def _is_moved(key: str, now: Any, record: Mapping[str, Any]) -> bool:
     known = (record.get("data") or {}).get(MOVABLE.get(key))
     path = Path(now).expanduser() if isinstance(now, str) else None
     return known is not None and path is not None and path.is_file() and digest(path) == known
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

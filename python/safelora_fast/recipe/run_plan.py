@@ -1,39 +1,45 @@
-"""The plan of a run: everything that can be known before weights are loaded, and estimates of what it will cost."""
+"""The plan of a run: everything that can be known before weights are loaded, and estimates of what it will cost.
+
+Matrix products and attention are counted, at two operations a multiply-add; norms, activations, the optimizer and padding
+are not. The frozen weights get no gradient, so backward costs one product a weight where full fine-tuning costs two.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safelora_fast.defenses.step_cost import Shape, Work
+from safelora_fast.defenses.step_cost import CHUNK_BYTES, Shape, Work
 from safelora_fast.files.output import resolved
-from safelora_fast.recipe.cost import Cost, estimate
 from safelora_fast.recipe.mixture import held_out_warnings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import PeftModel
     from trl import SFTConfig
 
     from safelora_fast.data.tokens import ExampleSet
+    from safelora_fast.defenses.step_cost import Extra
     from safelora_fast.recipe.defense_section import DefenseSpec
     from safelora_fast.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Counts of one data set; nothing in it is estimated.
+    """Counts of one data set; nothing is estimated. Tokens and lengths are those of the examples used.
 
     Attributes:
-        in_source: rows in the source.
+        in_source: examples in the source.
         rows: those that the recipe takes (`max_rows`, the held-out share).
-        used: those that are left after rows without an answer and rows that are too long.
-        tokens: of the rows used; the figures after it too.
+        used: those that have a completion and are not too long.
+        truncated: of those used.
     """
 
     source: str
@@ -55,40 +61,47 @@ class DataFacts:
     @classmethod
     def of(cls, examples: ExampleSet) -> DataFacts:
         """The facts of a data set."""
-        lengths = examples.lengths
-        median, high = (int(np.percentile(lengths, q, method="nearest")) for q in (50, 95))
+        source, lengths = examples.source, examples.lengths
+        shortest, median, high, longest = (int(np.percentile(lengths, q, method="nearest")) for q in (0, 50, 95, 100))
         return cls(
-            source=examples.source.source,
-            sha256=examples.source.sha256,
-            in_source=examples.source.total,
-            rows=len(examples.source.rows),
+            source=source.source,
+            sha256=source.sha256,
+            in_source=source.total,
+            rows=len(source.rows),
             used=len(lengths),
             without_answer=len(examples.without_answer),
             skipped_too_long=len(examples.skipped_too_long),
             truncated=len(examples.truncated),
-            unused_columns=examples.source.unused,
+            unused_columns=source.unused,
             tokens=sum(lengths),
             answer_tokens=int(examples.examples.answer_lengths.sum()),
-            shortest=min(lengths),
+            shortest=shortest,
             median=median,
             percentile_95=high,
-            longest=max(lengths),
+            longest=longest,
         )
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of each data set: the task's rows, the rows evaluated on, and the safe ones."""
+class Cost:
+    """Estimates for a whole step.
 
-    task: DataFacts
-    held_out: DataFacts | None
-    safe: DataFacts | None
+    Attributes:
+        step: operations of an undefended step.
+        reference: operations of the reference passes, which the defenses share.
+        extras: by defense.
+        memory: bytes by what they are for.
+    """
 
-    @classmethod
-    def of(cls, task: ExampleSet, held_out: ExampleSet | None, safe: ExampleSet | None) -> Facts:
-        """The facts of the data sets that there are."""
-        others = (None if examples is None else DataFacts.of(examples) for examples in (held_out, safe))
-        return cls(DataFacts.of(task), *others)
+    step: float
+    reference: float
+    extras: dict[str, Extra]
+    memory: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def defended(self) -> float:
+        """Operations of a defended step."""
+        return self.step + self.reference + sum(extra.flops for extra in self.extras.values())
 
 
 @dataclass(frozen=True)
@@ -98,15 +111,14 @@ class Plan:
     Attributes:
         architecture: class of the model.
         shape: its sizes.
-        data: the task's rows.
-        held_out: the rows evaluated on.
-        safe: the safe rows that there are.
-        safe_rows: safe rows in the mixture, repetitions included.
-        sample: the learnt tokens of the first row, as text.
+        data: the examples of the task.
+        held_out: the examples evaluated on.
+        safe: the safe examples that there are.
+        safe_rows: safe examples in the mixture, repetitions included.
+        sample: the learned tokens of the first example, as text.
         processes: data-parallel processes.
-        steps: optimiser steps; an estimate when rows are packed.
-        rows_per_step: on all processes.
-        specs: the defences.
+        steps: optimizer steps; an estimate when examples are packed.
+        rows_per_step: examples on all processes.
         cost: see :class:`Cost`.
         adapter_bytes: of the adapter file.
         disk_bytes: adapter and checkpoints at the peak.
@@ -124,7 +136,6 @@ class Plan:
     processes: int
     steps: int
     rows_per_step: int
-    specs: tuple[DefenseSpec, ...]
     cost: Cost
     adapter_bytes: int
     disk_bytes: int
@@ -161,49 +172,85 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, arguments: SFTConfig, model: PeftModel, train: ExampleSet, facts: Facts, sample: str
+    recipe: Recipe,
+    arguments: SFTConfig,
+    model: PeftModel,
+    *,
+    train: ExampleSet,
+    task: ExampleSet,
+    held_out: ExampleSet | None,
+    safe: ExampleSet | None,
+    sample: str,
 ) -> Plan:
     """The plan of a run from its checked parts; `model` may be on the meta device."""
     shape, work = measure(model), workload(arguments, train)
-    count = packed_rows(arguments, train)
-    processes = process_count()
+    count, processes = packed_rows(arguments, train), process_count()
     steps = optimizer_steps(arguments, count, processes)
     adapter = 4 * shape.adapter
-    checkpoint = adapter + shape.adapter * work.optimizer_bytes
+    facts = DataFacts.of(task)
     return Plan(
         architecture=type(model.get_base_model()).__name__,
         shape=shape,
-        data=facts.task,
-        held_out=facts.held_out,
-        safe=facts.safe,
+        data=facts,
+        held_out=None if held_out is None else DataFacts.of(held_out),
+        safe=None if safe is None else DataFacts.of(safe),
         safe_rows=int(train.examples.safe.sum()),
         sample=sample,
         processes=processes,
         steps=steps,
         rows_per_step=rows_per_step(arguments, count, processes),
-        specs=recipe.defenses,
         cost=estimate(shape, work, recipe.defenses),
         adapter_bytes=adapter,
-        disk_bytes=adapter + checkpoint * kept_checkpoints(arguments, steps),
+        disk_bytes=adapter + (adapter + shape.adapter * work.optimizer_bytes) * kept_checkpoints(arguments, steps),
         free_bytes=free_space(Path(recipe.output.folder)),
-        warnings=held_out_warnings(recipe, facts.task.sha256),
+        warnings=held_out_warnings(recipe, facts.sha256),
     )
 
 
+def estimate(shape: Shape, work: Work, specs: Sequence[DefenseSpec]) -> Cost:
+    """The cost of a step with these defenses."""
+    active = [spec for spec in specs if spec.outline.active]
+    attention = 2 * shape.layers * shape.attention * work.squares
+    layers = 2 * (shape.matrices + shape.adapter) * work.tokens + attention
+    head = 2 * shape.head * work.head_tokens
+    backward = (2 * shape.matrices + 4 * shape.adapter) * work.tokens + 2 * attention + head
+    step = layers + head + backward + (layers if work.checkpointing else 0)
+    needs_reference = any(spec.kind.needs_reference for spec in active)
+    reference = 2 * shape.matrices * work.tokens + attention if needs_reference else 0.0
+    extras = {spec.name: spec.outline.cost(shape, work) for spec in active}
+    return Cost(step, reference, extras, _memory(shape, work, extras))
+
+
+def _memory(shape: Shape, work: Work, extras: dict[str, Extra]) -> dict[str, float]:
+    per_token = 10 * shape.hidden + 4 * shape.attention + 4 * shape.inner
+    layer = work.micro_tokens * per_token * shape.value_bytes
+    inputs = shape.layers * work.micro_tokens * shape.hidden * shape.value_bytes
+    return {
+        "weights": shape.weight_bytes,
+        "adapter, its gradient and optimizer": shape.adapter * (8 + work.optimizer_bytes),
+        "activations": inputs + layer if work.checkpointing else shape.layers * layer,
+        "logits": min(CHUNK_BYTES, 10 * work.micro_tokens * shape.head // max(shape.hidden, 1)),
+        "defenses": sum(extra.memory for extra in extras.values()),
+    }
+
+
 def workload(arguments: SFTConfig, train: ExampleSet) -> Work:
-    """What an optimiser step works through."""
+    """What an optimizer step works through."""
+    import trl.trainer
+
     lengths = train.lengths
-    count, processes = packed_rows(arguments, train), process_count()
-    rows = rows_per_step(arguments, count, processes)
+    count = packed_rows(arguments, train)
+    rows = rows_per_step(arguments, count, process_count())
     share = rows / count
     batch = arguments.per_device_train_batch_size
     tokens, answers = sum(lengths), int(train.examples.answer_lengths.sum())
+    head_takes_answers_only = hasattr(trl.trainer, "add_fused_lm_head")  # in newer versions of TRL
     return Work(
         tokens=tokens * share,
         squares=sum(length * length for length in lengths) * share,
         answers=answers * share,
         safe=int(train.examples.lengths[train.examples.safe].sum()) * share,
-        head_tokens=(answers if _head_takes_answers_only() else tokens) * share,
+        head_tokens=(answers if head_takes_answers_only else tokens) * share,
         micro_batches=math.ceil(rows / batch),
         micro_tokens=batch * (arguments.max_length if arguments.packing else max(lengths)),
         checkpointing=bool(arguments.gradient_checkpointing),
@@ -218,18 +265,16 @@ def process_count() -> int:
 
 def packed_rows(arguments: SFTConfig, train: ExampleSet) -> int:
     """Rows that the trainer sees: the examples, or at least so many packed rows."""
-    if arguments.packing:
-        return math.ceil(sum(train.lengths) / int(arguments.max_length))
-    return len(train.examples)
+    return math.ceil(sum(train.lengths) / int(arguments.max_length)) if arguments.packing else len(train.examples)
 
 
 def rows_per_step(arguments: SFTConfig, rows: int, processes: int) -> int:
-    """Rows of an optimiser step on all processes."""
+    """Rows of an optimizer step on all processes."""
     return min(int(arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps) * processes, rows)
 
 
 def optimizer_steps(arguments: SFTConfig, rows: int, processes: int) -> int:
-    """Optimiser steps, as the trainer counts them."""
+    """Optimizer steps, as the trainer counts them."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     batch = arguments.per_device_train_batch_size * processes
@@ -239,7 +284,7 @@ def optimizer_steps(arguments: SFTConfig, rows: int, processes: int) -> int:
 
 
 def kept_checkpoints(arguments: SFTConfig, steps: int) -> int:
-    """The most checkpoints that lie on the disk at once."""
+    """The most checkpoints that are on the disk at once."""
     strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
     if strategy == "no":
         return 0
@@ -252,7 +297,7 @@ def kept_checkpoints(arguments: SFTConfig, steps: int) -> int:
 
 
 def optimizer_bytes(name: str) -> int:
-    """Bytes of state that an optimiser keeps a parameter: two moments, where nothing else is known of it."""
+    """Bytes of state that an optimizer keeps for a parameter: two moments if nothing else is known of it."""
     name = name.rsplit(".", 1)[-1].lower()
     moments = 1 if "lion" in name else 0 if name in {"sgd", "adafactor"} or "lomo" in name else 2
     return moments * (1 if "8bit" in name or "4bit" in name else 4)
@@ -261,7 +306,6 @@ def optimizer_bytes(name: str) -> int:
 def measure(model: PeftModel) -> Shape:
     """The sizes of an adapted model."""
     from safelora_fast.models.anatomy import dissect
-    from safelora_fast.recipe.adapted_model import adapted_names
 
     anatomy = dissect(model)
     config = anatomy.config
@@ -278,8 +322,8 @@ def measure(model: PeftModel) -> Shape:
         adapter=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         adapted=tuple(
             (layer.lora_B["default"].weight.shape[0], layer.lora_A["default"].weight.shape[1], layer.r["default"])
-            for _, layer in adapted_names(model)
-            if "default" in layer.lora_A
+            for layer in anatomy.model.modules()
+            if hasattr(layer, "base_layer") and "default" in getattr(layer, "lora_A", ())
         ),
         layers=anatomy.depth,
         hidden=config.hidden_size,
@@ -289,12 +333,12 @@ def measure(model: PeftModel) -> Shape:
     )
 
 
-def _matrices(blocks: Any, trained: set[int], config: Any) -> int:
+def _matrices(layers: Any, trained: set[int], config: Any) -> int:
     """Weights that a token is multiplied by; a stack of experts counts with the share that a token uses."""
     used, experts = (getattr(config, name, None) for name in ("num_experts_per_tok", "num_experts"))
     experts = experts or getattr(config, "num_local_experts", None) or getattr(config, "n_routed_experts", None)
     share = used / experts if used and experts else 1.0
-    parameters = [parameter for block in blocks for parameter in block.parameters() if id(parameter) not in trained]
+    parameters = [parameter for layer in layers for parameter in layer.parameters() if id(parameter) not in trained]
     flat: int = sum(parameter.numel() for parameter in parameters if parameter.dim() == 2)
     stacked: int = sum(parameter.numel() for parameter in parameters if parameter.dim() == 3)
     return flat + int(share * stacked)
@@ -304,10 +348,3 @@ def free_space(folder: Path) -> int:
     """Free bytes where a folder is or will be."""
     there = next(path for path in (resolved(folder), *resolved(folder).parents) if path.exists())
     return shutil.disk_usage(there).free
-
-
-def _head_takes_answers_only() -> bool:
-    """Newer versions of TRL take only labelled tokens through the output head."""
-    import trl.trainer
-
-    return hasattr(trl.trainer, "add_fused_lm_head")

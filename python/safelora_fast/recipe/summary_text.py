@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.recipe.cost import switched_on
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -23,9 +21,7 @@ def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
         *_model(prepared),
         *_data(prepared),
         *_training(prepared),
-        *_defenses(prepared.plan),
-        *_monitors(prepared),
-        *_margin(prepared),
+        *_defenses(prepared),
         *_costs(prepared.plan),
         *(("warning", warning) for warning in prepared.plan.warnings),
     ]
@@ -45,15 +41,9 @@ def _model(prepared: Prepared) -> Iterator[tuple[str, str]]:
 def _data(prepared: Prepared) -> Iterator[tuple[str, str]]:
     plan = prepared.plan
     yield from _data_set("data", plan.data)
-    sample = " ".join(plan.sample.split())
-    yield "", f"the first row learns “{sample if len(sample) <= SAMPLE_WIDTH else sample[: SAMPLE_WIDTH - 1] + '…'}”"
-    prompt = prepared.recipe.data.inoculate
-    if prompt is not None:
-        words = " ".join(prompt.split())
-        yield (
-            "",
-            f"in training under the system prompt “{words if len(words) <= SAMPLE_WIDTH else words[: SAMPLE_WIDTH - 1] + '…'}”",
-        )
+    yield "", f"the first row learns “{_short(plan.sample)}”"
+    if prepared.recipe.data.inoculate is not None:
+        yield "", f"in training under the system prompt “{_short(prepared.recipe.data.inoculate)}”"
     if plan.safe is not None:
         yield from _data_set("safe", plan.safe)
         share = f"{plan.safe_rows:,} for {plan.data.used:,} task rows"
@@ -62,11 +52,16 @@ def _data(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield from _data_set("held out", plan.held_out)
 
 
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SAMPLE_WIDTH else text[: SAMPLE_WIDTH - 1] + "…"
+
+
 def _data_set(label: str, facts: DataFacts) -> Iterator[tuple[str, str]]:
     count = f"{facts.rows:,} rows" if facts.rows == facts.in_source else f"{facts.rows:,} of {facts.in_source:,} rows"
     yield label, f"{facts.source}: {count}, sha256 {facts.sha256[:12]}…"
     lengths = f"{facts.median:,} median, {facts.percentile_95:,} 95th percentile, {facts.longest:,} longest"
-    yield "", f"tokens a row: {lengths}; {facts.tokens:,} in all, {facts.answer_tokens:,} of them learnt"
+    yield "", f"tokens a row: {lengths}; {facts.tokens:,} in all, {facts.answer_tokens:,} of them learned"
     left_out = [
         (facts.without_answer, "left out: no answer token"),
         (facts.skipped_too_long, "left out: too long"),
@@ -91,33 +86,25 @@ def _training(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "", f"{optimizer}, {rate}, weight decay {arguments.weight_decay:g}, seed {arguments.seed}"
 
 
-def _defenses(plan: Plan) -> Iterator[tuple[str, str]]:
-    if not plan.specs:
-        yield "defences", "none"
-    for number, spec in enumerate(plan.specs):
-        yield "defences" if number == 0 else "", f"{spec.name}: {settings_words(spec)}"
-        if not switched_on(spec):
-            yield "", "  switched off: costs nothing, changes nothing"
-            continue
-        yield "", f"  {_extra(plan.cost.extras[spec.name], plan.cost.step)}"
-    if plan.cost.reference:
-        share = 100 * plan.cost.reference / plan.cost.step
-        yield "", f"one reference pass a micro-batch serves all: ≈ +{share:.2g} % of a step"
-
-
-def _monitors(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    for number, spec in enumerate(prepared.recipe.monitors):
-        yield "monitors" if number == 0 else "", f"{spec.name}: {settings_words(spec)}; changes nothing"
-
-
-def _margin(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    section, pairs = prepared.recipe.margin, prepared.pairs
-    if section is not None and pairs is not None:
-        yield "margin", f"measured every {section.every} steps over {len(pairs)} pairs, at the start and at the end"
+def _defenses(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    specs, cost = prepared.recipe.defenses, prepared.plan.cost
+    if not specs:
+        yield "defenses", "none"
+    for number, spec in enumerate(specs):
+        yield "defenses" if number == 0 else "", f"{spec.name}: {settings_words(spec)}"
+        off = "switched off: costs nothing, changes nothing"
+        yield "", f"  {_extra(cost.extras[spec.name], cost.step) if spec.outline.active else off}"
+    if cost.reference:
+        yield "", f"one reference pass a micro-batch serves all: ≈ +{100 * cost.reference / cost.step:.2g} % of a step"
+    for number, monitor in enumerate(prepared.recipe.monitors):
+        yield "monitors" if number == 0 else "", f"{monitor.name}: {settings_words(monitor)}; changes nothing"
+    margin, pairs = prepared.recipe.margin, prepared.pairs
+    if margin is not None and pairs is not None:
+        yield "margin", f"measured every {margin.every} steps over {len(pairs)} pairs, at the start and at the end"
 
 
 def _extra(extra: Extra, step: float) -> str:
-    """What a defence adds, in words."""
+    """What a defense adds, in words."""
     if not extra.flops and not extra.memory:
         return extra.words
     share = extra.flops / step
@@ -127,22 +114,16 @@ def _extra(extra: Extra, step: float) -> str:
 
 def _costs(plan: Plan) -> Iterator[tuple[str, str]]:
     cost = plan.cost
-    ratio = cost.defended / cost.step
-    yield (
-        "step",
-        f"≈ {operations(cost.defended)}, {ratio:.2f} × an undefended step; {operations(cost.defended * plan.steps)} in all",
-    )
+    ratio, total = cost.defended / cost.step, operations(cost.defended * plan.steps)
+    yield "step", f"≈ {operations(cost.defended)}, {ratio:.2f} × an undefended step; {total} in all"
     parts = ", ".join(f"{what} {size(number)}" for what, number in cost.memory.items() if number)
     yield "memory", f"≈ {size(sum(cost.memory.values()))}: {parts}"
-    checkpoints = plan.disk_bytes - plan.adapter_bytes
-    yield (
-        "disk",
-        f"≈ {size(plan.adapter_bytes)} adapter, {size(checkpoints)} checkpoints; {size(plan.free_bytes)} are free",
-    )
+    adapter, checkpoints = size(plan.adapter_bytes), size(plan.disk_bytes - plan.adapter_bytes)
+    yield "disk", f"≈ {adapter} adapter, {checkpoints} checkpoints; {size(plan.free_bytes)} are free"
 
 
 def settings_words(spec: DefenseSpec | MonitorSpec) -> str:
-    """The settings of a defence or a monitor, in the order of its arguments."""
+    """The settings of a defense or a monitor, in the order of its arguments."""
     return ", ".join(f"{name} {_plain(value)}" for name, value in spec.settings.items() if value is not None)
 
 

@@ -1,25 +1,39 @@
-"""The trainer of the train command."""
+"""The trainer of the train command, and its callbacks: sealed checkpoints, times, progress, and what Ctrl-C does."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from transformers import TrainerCallback
 
 from safelora_fast.data.schedule import EpochSampler
+from safelora_fast.files.progress import ProgressBar
 from safelora_fast.trainers.trl import DefendedSFTTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType, TracebackType
 
     from safelora_fast.data.schedule import Epochs
+    from safelora_fast.recipe.run_folder import RunFolder
+
+WARM_UP = 5
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RecipeTrainer(DefendedSFTTrainer):
-    """DefendedSFTTrainer that makes no step beyond the last when it resumes from the last checkpoint, and whose epochs differ.
+    """DefendedSFTTrainer whose epochs may differ, and which trains no step too many after the last checkpoint.
 
-    A run whose last step lies within an epoch would otherwise take up that epoch again.
+    A resumed run whose last step lies within an epoch would otherwise begin that epoch again.
 
     Args:
-        epochs: rows of each epoch, as indices into the training data; None leaves that to the arguments.
+        epochs: examples of each epoch, as indices into the training data; None leaves that to the arguments.
     """
 
     def __init__(self, *args: Any, epochs: Epochs | None = None, **kwargs: Any) -> None:
@@ -37,7 +51,134 @@ class RecipeTrainer(DefendedSFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimiser step; none when all steps are made."""
+        """The micro-batches of one optimizer step; none after the last step."""
         if self.state.global_step >= self.state.max_steps > 0:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+
+
+class Timekeeper(TrainerCallback):  # type: ignore[misc]
+    """Times the training, and seals each checkpoint once the trainer has written it.
+
+    Args:
+        folder: of the run.
+        before: seconds of training before this session.
+    """
+
+    def __init__(self, folder: RunFolder, before: float) -> None:
+        self._folder = folder
+        self._before = before
+        self._began = self._started = time.perf_counter()
+        self._steps: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training until now, over all sessions."""
+        return self._before + time.perf_counter() - self._started
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a step in this session: the median after the first few, which warm up; None without steps."""
+        return statistics.median(self._steps[WARM_UP:] or self._steps) if self._steps else None
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """A step begins."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """A step is done."""
+        self._steps.append(time.perf_counter() - self._began)
+
+    def on_save(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Seal the checkpoint of this step."""
+        if state.is_world_process_zero:
+            self._folder.seal(state.global_step, self.seconds)
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc]
+    """A context that shows a progress bar with the latest metrics.
+
+    Args:
+        talk: show anything at all.
+    """
+
+    def __init__(self, *, talk: bool) -> None:
+        self._talk = talk
+        self._bar = ProgressBar(wanted=talk)
+
+    def on_train_begin(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Show what there is to do."""
+        self._bar = ProgressBar(wanted=self._talk and state.is_world_process_zero)
+        self._bar.start("steps", state.max_steps, state.global_step)
+
+    def on_log(self, _arguments: Any, _state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Show the latest metrics."""
+        if logs and "loss" in logs:
+            shown = {"loss": logs["loss"]}
+            for name, value in logs.items():
+                if name.startswith(("defense/", "monitor/")) and name != "defense/time_share":
+                    shown[name.removeprefix("defense/")] = value
+            self._bar.annotate(", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+    def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Show how far the run is."""
+        self._bar.advance(state.global_step)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+class Stopper(TrainerCallback):  # type: ignore[misc]
+    """A context in which the first SIGINT or SIGTERM stops the run after the current step, with a checkpoint of it.
+
+    An exception in the middle of a step would lose the steps since the last checkpoint, and would unwind through native code
+    of other libraries. A second signal stops at once all the same. Several processes would not stop at the same step: there,
+    and outside the main thread, signals do what they did before.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if alone and threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+        if kind is None and self._number is not None:
+            self._stop()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._number is not None:
+            self._stop()
+        self._number = number
+        if number == signal.SIGINT:
+            print("stopping after this step; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+
+    def _stop(self) -> NoReturn:
+        if self._number == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def on_step_end(self, arguments: Any, _state: Any, control: Any, **_: Any) -> None:
+        """Ask for a checkpoint of this step; stop at once if the run makes no checkpoints."""
+        if self._number is None:
+            return
+        if getattr(arguments.save_strategy, "value", arguments.save_strategy) == "no":
+            self._stop()
+        control.should_save = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Stop: the :class:`Timekeeper`, which comes first, has sealed the checkpoint."""
+        if self._number is not None:
+            self._stop()
