@@ -98,7 +98,7 @@ def select(
             check_plot(plot)
         subject = load_subject(settings)
         try:
-            with ProgressBar(wanted=not (quiet or as_json)) as progress:
+            with ProgressBar(wanted=not (quiet or as_json), brief=True) as progress:
                 selection = select_by_perplexity_gap(
                     candidates,
                     output,
