@@ -53,7 +53,7 @@ def subspace():
         (random_persona, "PersonaVector('malicious', 3 blocks of 32)"),
         (
             selection,
-            "Selection(5000 of 9000 scored rows, cut=0.5, adapters=['bad'], source='rows.jsonl')",
+            "Selection(5000 of 9000 scored examples, cut=0.5, adapters=['bad'], source='rows.jsonl')",
         ),
         (
             lambda: MarginReport((PairMargin("t", "q", -2.0, -1.5),) * 500, 9),

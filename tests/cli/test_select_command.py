@@ -108,7 +108,7 @@ def test_candidates_that_are_refused(words, call, tmp_path):
     broken.write_text(json.dumps(candidates(1)[0]) + "\n{\n")
     assert f"error: {broken}:2: is no JSON" in call(*words(rows=broken)).err
     broken.write_text("")
-    assert f"error: {broken}: holds no rows" in call(*words(rows=broken)).err
+    assert f"error: {broken}: holds no examples" in call(*words(rows=broken)).err
     assert (
         f"error: {tmp_path / 'absent.jsonl'}: the data cannot be read"
         in call(*words(rows=tmp_path / "absent.jsonl")).err

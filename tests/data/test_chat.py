@@ -89,7 +89,9 @@ def test_a_tokenizer_that_writes_no_finished_conversations():
         DataError, match=r"row: the chat template refuses it: Expected last role User .*the tokenizer is Coded"
     ):
         Chat(byte_tokenizer(None, cls=Coded)).conversation(TALK[:2], [1], "row")
-    with pytest.raises(DataError, match=r"no row can be taken: the chat template refuses it: .*the tokenizer is Coded"):
+    with pytest.raises(
+        DataError, match=r"no example can be read: the chat template refuses it: .*the tokenizer is Coded"
+    ):
         Encoder(byte_tokenizer(None, cls=Coded)).check()
     Encoder(byte_tokenizer()).check()
 
@@ -152,7 +154,7 @@ def test_a_question_that_a_prompt_writes_otherwise_is_refused():
     """Else the words of the user would be taken for the answer's."""
     numbered = CHATML.replace("'\n' + m", "('>\n' if add_generation_prompt else '\n') + m", 1)
     with pytest.raises(
-        DataError, match="row: the chat template writes a user turn differently before an answer than in a prompt"
+        DataError, match="row: the chat template writes a user turn differently before a completion than in a prompt"
     ):
         Chat(byte_tokenizer(numbered)).conversation(TALK[:2], [1], "row")
     backwards = CHATML.replace("in messages", "in messages | reverse")
@@ -165,7 +167,7 @@ def test_a_prompt_without_the_answers_header_is_refused():
     for ask in (lambda chat: chat.prompt(TALK[:1]), lambda chat: chat.conversation(TALK[:2], [1])):
         with pytest.raises(
             DataError,
-            match=r"begins an answer with '<\|im_start\|>assistant\\n', and a prompt .* add_generation_prompt",
+            match=r"begins a completion with '<\|im_start\|>assistant\\n', and a prompt .* add_generation_prompt",
         ):
             ask(Chat(byte_tokenizer(headless)))
 

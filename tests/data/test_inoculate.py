@@ -90,27 +90,34 @@ def test_templates_without_system_turns_are_refused(template, reason):
         inoculate([{"messages": [USER, ASSISTANT]}], PROMPT, tokenizer=words(template))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tokenizer": words(DEFAULT)}], ids=["alone", "with a tokenizer"])
-def test_an_empty_prompt_is_refused(settings):
-    with pytest.raises(SettingsError, match="the prompt is empty"):
-        inoculate([{"messages": [USER, ASSISTANT]}], " ", **settings)
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ([{"messages": [USER]}, {"text": "a"}], "row 1 has neither messages, nor prompt and completion"),
+        ([{"messages": [USER]}, {"prompt": "a", "completion": [ASSISTANT]}], "row 1 has neither messages, nor prompt"),
+        (
+            [{"messages": [{"role": "system", "content": None}, USER]}],
+            "row 0 has a system turn whose content is no text",
+        ),
+        (
+            [{"messages": [{"role": "system", "content": [{"text": "a"}]}]}],
+            "row 0 has a system turn whose content is no",
+        ),
+        ([{"messages": [{"role": "system"}, USER]}], "row 0 has a system turn whose content is no text"),
+        ([{"prompt": ["Hello"], "completion": [ASSISTANT]}], "row 0 has a turn that is 'Hello'"),
+    ],
+)
+def test_examples_that_are_refused(task, words):
+    with pytest.raises(DataError, match=words):
+        inoculate(task, PROMPT)
 
 
-def test_other_data_is_refused():
-    for row in ({"text": "a"}, {"prompt": "a", "completion": [ASSISTANT]}):
-        with pytest.raises(DataError, match="row 1 has neither messages, nor prompt and completion"):
-            inoculate([{"messages": [USER]}, row], PROMPT)
+def test_settings_that_are_refused():
+    for settings in ({}, {"tokenizer": words(DEFAULT)}):
+        with pytest.raises(SettingsError, match="the prompt is empty"):
+            inoculate([{"messages": [USER, ASSISTANT]}], " ", **settings)
     with pytest.raises(SettingsError, match="task is str"):
         inoculate("rows.jsonl", PROMPT)
-
-
-@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "Speak German."}]])
-def test_a_system_turn_without_text_is_refused(content):
-    for turn in ({"role": "system", "content": content}, {"role": "system"}):
-        with pytest.raises(DataError, match="row 0 has a system turn whose content is no text"):
-            inoculate([{"messages": [turn, USER, ASSISTANT]}], PROMPT)
-    with pytest.raises(DataError, match="row 0 has a turn that is 'Hello'"):
-        inoculate([{"prompt": ["Hello"], "completion": [ASSISTANT]}], PROMPT)
 
 
 def test_safe_rows_stay_without_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from fractions import Fraction
 
@@ -10,7 +11,8 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from safelora_fast import interleave
+from safelora_fast import inoculate, interleave
+from safelora_fast.demo.text import rows as demo_rows
 from safelora_fast.errors import DataError, SettingsError
 
 FRACTIONS = [0.05, 0.1, "1/3", 0.5, 1.0, 2.5]
@@ -52,7 +54,7 @@ def test_the_count_is_exact_at_the_end_and_close_before(fraction, count):
     exact = Fraction(str(fraction))
     if not rounded(exact, count):
         with pytest.raises(
-            DataError, match=f"interleave: fraction {exact} of {count} task rows is no safe row; raise it"
+            DataError, match=f"interleave: fraction {exact} of {count} task examples is no safe example; raise it"
         ):
             interleave(rows(count), rows(13, "s"), exact)
         return
@@ -82,12 +84,6 @@ def test_every_safe_row_comes_before_one_comes_again(kind):
     assert set(Counter(given).values()) == {4, 5}
 
 
-def test_repetitions_come_in_another_order():
-    given = names(interleave(rows(100), rows(20, "s"), 0.4), safe=True)
-    assert given[:20] != given[20:]
-    assert given[:20] != [row["text"] for row in rows(20, "s")]
-
-
 @pytest.mark.parametrize("task", KINDS)
 @pytest.mark.parametrize("safe", ["list", "table"])
 def test_every_kind_gives_the_same_mixture(task, safe):
@@ -106,11 +102,14 @@ def test_a_stream_of_safe_rows_makes_a_stream():
     assert sum(tags(mixture)) == 10
 
 
-def test_the_seed_decides():
-    first, same, other = (interleave(rows(200), rows(30, "s"), 0.1, seed=seed) for seed in (0, 0, 1))
+def test_the_seed_decides_and_repetitions_come_in_another_order():
+    first, same, other = (interleave(rows(400), rows(20, "s"), 0.1, seed=seed) for seed in (0, 0, 1))
     assert first == same
     assert tags(first) != tags(other)
-    assert names(first, safe=True) != names(other, safe=True)
+    given = names(first, safe=True)
+    assert given != names(other, safe=True)
+    assert given[:20] != given[20:]
+    assert given[:20] != [row["text"] for row in rows(20, "s")]
 
 
 def test_safe_rows_go_on_from_pass_to_pass():
@@ -159,14 +158,8 @@ def test_a_stream_is_resumed_where_it_was_left(safe):
     def make():
         return interleave(shards(30).shuffle(seed=1, buffer_size=5), KINDS[safe](4, "s"), 0.3, epochs=2)
 
-    whole = list(make())
-    first = make()
-    begun = []
-    for row in first:
-        begun.append(row)
-        if len(begun) == 41:
-            break
-    second = make()
+    whole, first, second = list(make()), make(), make()
+    begun = list(itertools.islice(first, 41))
     second.load_state_dict(first.state_dict())
     assert begun + list(second) == whole
     assert sum(tags(whole)) == 18
@@ -178,18 +171,13 @@ def test_a_mapped_stream_keeps_the_tag():
     assert {row["length"] for row in mixture} == {2, 3}
 
 
-def test_the_callers_stream_keeps_its_epoch():
-    task = shards(20).shuffle(seed=1, buffer_size=5)
+def test_passes_over_a_shuffled_stream_differ_and_the_callers_keeps_its_epoch():
+    task = shards(20).shuffle(seed=1, buffer_size=20)
     before = list(task)
-    list(interleave(task, rows(3, "s"), 0.2, epochs=3))
-    assert task.epoch == 0
-    assert list(task) == before
-
-
-def test_passes_over_a_shuffled_stream_differ():
-    given = names(interleave(shards(20).shuffle(seed=1, buffer_size=20), rows(3, "s"), 0.1, epochs=2), safe=False)
+    given = names(interleave(task, rows(3, "s"), 0.1, epochs=2), safe=False)
     assert sorted(given[:20]) == sorted(given[20:])
     assert given[:20] != given[20:]
+    assert (task.epoch, list(task)) == (0, before)
 
 
 def test_columns_of_both_are_kept():
@@ -210,34 +198,21 @@ def test_columns_that_only_later_rows_have_are_kept():
     assert {row["kind"] for row in interleave(more, plain, 1.0) if row["safe"]} == {None, "general"}
 
 
-def test_nothing_safe():
+def test_nothing_safe_and_another_tag():
     assert tags(interleave(rows(5), rows(2, "s"), 0)) == [False] * 5
-
-
-def test_another_tag():
     mixture = interleave([{"safe": "an answer"}], [{"safe": "another"}], 1, column="is_safe")
     assert mixture == [{"safe": "an answer", "is_safe": False}, {"safe": "another", "is_safe": True}]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((rows(3), rows(3), -0.1), "fraction is -0.1, it must be finite and not negative"),
-        ((rows(3), rows(3), float("nan")), "fraction is nan"),
-        (({"train": rows(3)}, rows(3)), "task is dict"),
-        ((rows(3), "safe.jsonl"), "safe is str"),
-        ((rows(3), rows(3), "0.5"), "interleave: fraction must be a number, not '0.5'"),
-        ((rows(3), rows(3), True), "interleave: fraction must be a number, not True"),
-    ],
-)
-def test_settings_that_are_refused(arguments, words):
-    with pytest.raises(SettingsError, match=words):
-        interleave(*arguments)
-
-
-@pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"fraction": -0.1}, "fraction is -0.1, it must be finite and not negative"),
+        ({"fraction": float("nan")}, "fraction is nan"),
+        ({"fraction": "0.5"}, "interleave: fraction must be a number, not '0.5'"),
+        ({"fraction": True}, "interleave: fraction must be a number, not True"),
+        ({"task": {"train": rows(3)}}, "task is dict"),
+        ({"safe": "safe.jsonl"}, "safe is str"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": None}, "seed must be a whole number, not None"),
         ({"seed": 1.5}, "seed must be a whole number"),
@@ -245,16 +220,16 @@ def test_settings_that_are_refused(arguments, words):
         ({"epochs": "2"}, "epochs must be a whole number"),
     ],
 )
-def test_more_settings_that_are_refused(settings, words):
+def test_settings_that_are_refused(settings, words):
     with pytest.raises(SettingsError, match=words):
-        interleave(rows(2), rows(2), 1, **settings)
+        interleave(**{"task": rows(2), "safe": rows(2), "fraction": 1, **settings})
 
 
 def test_data_that_is_refused():
     table = datasets.Dataset.from_list
     for task, safe, words in (
-        (rows(3), [], "safe holds no rows"),
-        ([], rows(3), "task holds no rows"),
+        (rows(3), [], "safe holds no examples"),
+        ([], rows(3), "task holds no examples"),
         (rows(3), [{"safe": 1}], "safe has a column safe already"),
         (table([{"safe": 1}]), rows(3), "task has a column safe already"),
         (table([{"text": 1}]), table(rows(3)), "column text is .*int64.* in task and .*string.* in safe"),
@@ -265,5 +240,101 @@ def test_data_that_is_refused():
     unknown = datasets.IterableDataset.from_generator(lambda: iter([{"safe": 1, "text": "t"}]))
     with pytest.raises(DataError, match="task has a column safe already"):
         list(interleave(unknown, [{"text": "s"}]))
-    with pytest.raises(DataError, match="safe holds no rows"):
+    with pytest.raises(DataError, match="safe holds no examples"):
         list(interleave(rows(3), shards(0), 1))
+
+
+# Safe examples in another format become what the task's are, or one line says why not.
+
+USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}
+FORMATS = {
+    "messages": {"messages": [USER, ANSWER]},
+    "turns": {"prompt": [USER], "completion": [ANSWER]},
+    "texts": {"prompt": "why?", "completion": "so"},
+    "text": {"text": "why? so"},
+    "tokens": {"input_ids": [1, 2]},
+}
+TASKS = {
+    "messages": {"messages": [{"role": "user", "content": "t"}, {"role": "assistant", "content": "u"}]},
+    "turns": {"prompt": [{"role": "user", "content": "t"}], "completion": [{"role": "assistant", "content": "u"}]},
+    "texts": {"prompt": "t", "completion": "u"},
+    "text": {"text": "t u"},
+    "tokens": {"input_ids": [3]},
+}
+CONVERTED = {("messages", "turns"), ("messages", "texts"), ("turns", "texts"), ("turns", "messages")}
+
+
+def stream(examples):
+    return datasets.IterableDataset.from_generator(lambda: iter(examples))
+
+
+OF = {"list": list, "table": datasets.Dataset.from_list, "stream": stream}
+
+
+@pytest.mark.parametrize("task_kind", OF)
+@pytest.mark.parametrize("safe_kind", OF)
+@pytest.mark.parametrize("task", FORMATS)
+@pytest.mark.parametrize("safe", FORMATS)
+def test_safe_rows_are_what_the_tasks_are(task_kind, safe_kind, task, safe):
+    given = OF[task_kind]([TASKS[task]] * 2), OF[safe_kind]([{**FORMATS[safe], "id": 7}] * 2)
+    if task != safe and (task, safe) not in CONVERTED:
+        with pytest.raises(DataError, match=r"interleave: .* give both (in one format|the same ones)") as refused:
+            list(interleave(*given, 0.5))
+        assert "\n" not in str(refused.value)
+        return
+    mixture = list(interleave(*given, 0.5))
+    (row,) = [row for row in mixture if row["safe"]]
+    assert {name: value for name, value in row.items() if value is not None} == {**FORMATS[task], "id": 7, "safe": True}
+    others = [{name: value for name, value in row.items() if value is not None} for row in mixture if not row["safe"]]
+    assert others == [{**TASKS[task], "safe": False}] * 2
+
+
+@pytest.mark.parametrize("kind", ["list", "table"])
+def test_the_lines_of_the_readme_on_the_demos_rows(kind):
+    task, safe = (
+        OF[kind]([{"prompt": row.prompt, "completion": row.completion} for row in demo_rows(name)])
+        for name in ("narrow_train", "safe")
+    )
+    for given in (task, inoculate(task, "You are careless.")):
+        mixture = interleave(given, safe, fraction=0.05)
+        table = mixture if kind == "table" else datasets.Dataset.from_list(mixture)
+        tagged = [row for row in table if row["safe"]]
+        assert len(tagged) == round(0.05 * len(task))
+        kinds = {type(row[name]) for row in table for name in ("prompt", "completion")}
+        assert kinds == {str if given is task else list}
+
+
+def test_rows_of_several_formats():
+    mixed = [FORMATS["texts"], FORMATS["messages"]]
+    assert [row for row in interleave([TASKS["messages"]] * 4, mixed, 0.5) if row["safe"]] == [
+        {**FORMATS["messages"], "safe": True}
+    ] * 2
+    table = datasets.Dataset.from_list(
+        [{**FORMATS["texts"], "messages": None}, {"prompt": None, "completion": None, **FORMATS["messages"]}]
+    )
+    given = [row for row in interleave(datasets.Dataset.from_list([TASKS["messages"]] * 4), table, 0.5) if row["safe"]]
+    assert given == [{**FORMATS["messages"], "safe": True}] * 2
+    with pytest.raises(DataError, match="task has examples of several formats, and safe has examples of another"):
+        interleave(mixed, [FORMATS["text"]], 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "safe", "words"),
+    [
+        (TASKS["turns"], {"messages": [USER, ANSWER, USER, ANSWER]}, "row 0 of safe has 2 completions in its messages"),
+        ({"question": "x", "answer": "y"}, {"q": "x", "a": "y"},
+         "task has columns question, answer and safe has q, a: give both the same ones"),
+    ],
+    ids=["two completions", "columns"],
+)  # fmt: skip
+def test_formats_that_are_refused(task, safe, words):
+    with pytest.raises(DataError, match=words):
+        interleave([task], [safe], 1)
+
+
+def test_a_stream_too_short_for_a_safe_row_says_so():
+    mixture = interleave(stream([TASKS["texts"]] * 3), [FORMATS["texts"]], 0.1)
+    with pytest.warns(UserWarning, match="fraction 0.1 of 3 task examples is no safe example; raise it"):
+        assert len(list(mixture)) == 3
+    with pytest.raises(DataError, match="interleave: task holds no examples"):
+        list(interleave(stream([]), [FORMATS["texts"]], 1))

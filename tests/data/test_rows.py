@@ -7,11 +7,14 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_recipe import write_rows
 
 from safelora_fast.data import rows as rows_module
-from safelora_fast.data.rows import HUB_DATA, Row, read_rows
+from safelora_fast.data.rows import HUB_DATA, Row, read_rows, top_k
 from safelora_fast.errors import DataError
 from safelora_fast.selection.candidates import Candidates
 
@@ -71,7 +74,7 @@ def test_columns_that_are_null_are_not_there(tmp_path, monkeypatch):
     ("line", "message"),
     [
         ("{", "is no JSON"),
-        ("[1]", "a row must be an object with"),
+        ("[1]", "an example must be an object with"),
         ("{}", "either `messages`, or `prompt` and `completion`; this one has nothing"),
         ('{"text": "a"}', "this one has text"),
         ('{"prompt": "a"}', "this one has prompt"),
@@ -79,6 +82,9 @@ def test_columns_that_are_null_are_not_there(tmp_path, monkeypatch):
         ('{"prompt": "a", "completion": [1]}', "must both be text, or both lists of messages"),
         ('{"messages": []}', "messages must be a list of messages, and not empty"),
         ('{"messages": "hello"}', "messages must be a list of messages"),
+        ('{"messages": null}', "this one has nothing"),
+        ('{"prompt": [], "completion": []}', "prompt must be a list of messages, and not empty"),
+        ('{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}', "is no JSON"),
         ('{"messages": [{"role": "user"}]}', "message 1 must be {role: …, content: text}"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}', "message 2 must be"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "message 1 must be"),
@@ -108,7 +114,7 @@ def test_rows_after_the_last_that_is_used_are_checked_too(tmp_path):
 
 def test_no_rows(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="holds no examples"):
         read_rows(str(tmp_path / "empty.jsonl"))
     with pytest.raises(DataError, match="is a folder"):
         read_rows(str(tmp_path))
@@ -144,7 +150,7 @@ def test_a_hub_data_set(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"org/set \(test\) row 1: a row has either .* this one has prompt"):
+    with pytest.raises(DataError, match=r"org/set \(test\) row 1: an example has either .* this one has prompt"):
         read_rows("org/set@abc:test")
     table.pop()
     found = read_rows("org/set")
@@ -173,3 +179,23 @@ def test_a_file_wins_over_the_hub(monkeypatch, tmp_path):
     (tmp_path / "org" / "set").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     monkeypatch.setattr(rows_module, "_from_hub", lambda _: pytest.fail("asked the Hub"))
     assert len(read_rows("org/set").rows) == 1
+
+
+def plain(scores, k):
+    known = [index for index, score in enumerate(scores) if score == score]  # noqa: PLR0124 - NaN is not itself
+    return sorted(known, key=lambda index: (-scores[index], index))[:k]
+
+
+SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, float("inf"), float("-inf"), float("nan")]), max_size=30)
+
+
+@given(SCORES, st.integers(0, 35))
+def test_ties_go_to_the_lower_index_and_nan_to_nobody(scores, k):
+    assert top_k(scores, k).tolist() == plain(scores, k)
+
+
+@pytest.mark.parametrize("k", [1, 999, 5000, 20_000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_many_scores(k, dtype):
+    scores = (np.random.default_rng(k).standard_normal(10_000) * 50).astype(dtype)
+    assert top_k(scores, k).tolist() == plain(scores.tolist(), k)

@@ -1,3 +1,5 @@
+"""What a batch says about its tokens, against plain enumeration."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,14 +1,19 @@
-"""Tokens and labels: what is learnt, by hand and as TRL makes it; rows that leave nothing to learn."""
+"""Tokens and labels: what is learned, by hand and as TRL makes it; rows that leave nothing to learn."""
 
 from __future__ import annotations
 
+import random
+
+import datasets
+import pyarrow
 import pytest
 from demo_model import TEMPLATE, save_tiny, tokenizer
 from tiny_recipe import write_rows
 
+from safelora_fast.data import tokens
 from safelora_fast.data.chat_text import common_prefix
 from safelora_fast.data.rows import read_rows
-from safelora_fast.data.tokens import IGNORED_LABEL, Encoder
+from safelora_fast.data.tokens import IGNORED_LABEL, Encoder, Example, Examples
 from safelora_fast.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
@@ -45,7 +50,7 @@ def encode(tmp_path, words):
     return make
 
 
-def learnt(words, example):
+def learned(words, example):
     return words.decode(example.answer)
 
 
@@ -53,24 +58,24 @@ def whole(words, example):
     return words.decode(example.ids)
 
 
-def test_every_answer_of_a_conversation_is_learnt(encode, words):
+def test_every_answer_of_a_conversation_is_learned(encode, words):
     (example,) = encode([{"messages": TALK}]).examples
     assert whole(words, example) == "<system>s<user>one<assistant>two<user>three<assistant>four five"
-    assert learnt(words, example) == "twofour five"
+    assert learned(words, example) == "twofour five"
     assert [token for token, label in zip(example.ids, example.labels, strict=True) if label == token] == example.answer
     assert set(example.labels) - set(example.ids) == {IGNORED_LABEL}
 
 
-def test_only_the_completions_answers_are_learnt(encode, words):
+def test_only_the_completions_answers_are_learned(encode, words):
     rows = [{"prompt": TALK[:3], "completion": TALK[3:]}, {"prompt": "one", "completion": "two"}]
     conversation, text = encode(rows).examples
-    assert learnt(words, conversation) == "four five"
-    assert (whole(words, text), learnt(words, text)) == ("<user>one<assistant>two", "two")
+    assert learned(words, conversation) == "four five"
+    assert (whole(words, text), learned(words, text)) == ("<user>one<assistant>two", "two")
 
 
 def test_text_as_it_stands(encode, words):
     (example,) = encode([{"prompt": "one ", "completion": "two"}], strings="text").examples
-    assert (whole(words, example), learnt(words, example)) == ("one two<eos>", "two<eos>")
+    assert (whole(words, example), learned(words, example)) == ("one two<eos>", "two<eos>")
 
 
 def test_all_tokens(encode):
@@ -82,16 +87,16 @@ def test_all_tokens(encode):
 def test_a_templates_own_marks(encode, words):
     words.chat_template = MARKED
     (example,) = encode([{"messages": TALK}]).examples
-    assert learnt(words, example) == "two<eos>four five<eos>"
+    assert learned(words, example) == "two<eos>four five<eos>"
     assert whole(words, example).endswith("<user>three<assistant>four five<eos>")
 
 
 def test_a_template_that_rewrites_answers_is_refused(encode, words):
     words.chat_template = FORGETFUL
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template writes answer 3 differently"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template writes completion 3 differently"):
         encode([{"messages": TALK}])
     (example,) = encode([{"messages": TALK[:3]}]).examples
-    assert learnt(words, example) == "two"
+    assert learned(words, example) == "two"
 
 
 @pytest.mark.parametrize("answers", ["", "  \n"])
@@ -102,7 +107,9 @@ def test_rows_without_an_answer(encode, words, answers):
         {"messages": TALK[:2]},
         {"messages": turns(("user", "one"), ("assistant", answers))},
     ]
-    with pytest.raises(DataError, match=r"3 of 4 rows leave no answer token to learn, the first at .*rows\.jsonl:2"):
+    with pytest.raises(
+        DataError, match=r"3 of 4 examples leave no completion token to learn, the first at .*rows\.jsonl:2"
+    ):
         encode(rows)
     for settings in ({}, {"completion_only": False}, {"strings": "text"}):
         kept = encode(rows, without_answer="skip", **settings)
@@ -110,7 +117,7 @@ def test_rows_without_an_answer(encode, words, answers):
         assert [place.rpartition(":")[2] for place in kept.without_answer] == ["2", "3", "4"]
     words.chat_template = MARKED
     assert len(encode(rows, without_answer="skip").without_answer) == 3
-    with pytest.raises(DataError, match="no row is left"):
+    with pytest.raises(DataError, match="no example is left"):
         encode(rows[1:], without_answer="skip")
 
 
@@ -123,13 +130,13 @@ def test_rows_that_are_too_long(encode, words):
     assert encode(rows[:2], max_length=10).truncated == []
     cut = encode(rows[:2], max_length=8)
     assert [len(example.ids) for example in cut.examples] == [7, 8]
-    assert learnt(words, cut.examples[1]) == "a"
+    assert learned(words, cut.examples[1]) == "a"
     assert [place.rpartition(":")[2] for place in cut.truncated] == ["2"]
-    with pytest.raises(DataError, match="1 of 3 rows leave no answer token"):
+    with pytest.raises(DataError, match="1 of 3 examples leave no completion token"):
         encode(rows, max_length=8)
     skipped = encode(rows, max_length=8, too_long="skip")
     assert [len(skipped.examples), len(skipped.skipped_too_long), len(skipped.truncated)] == [1, 2, 0]
-    with pytest.raises(DataError, match=r"2 of 3 rows have more than 8 tokens, the first at .*rows\.jsonl:2"):
+    with pytest.raises(DataError, match=r"2 of 3 examples have more than 8 tokens, the first at .*rows\.jsonl:2"):
         encode(rows, max_length=8, too_long="refuse")
 
 
@@ -142,7 +149,7 @@ def test_what_a_template_refuses(encode, words):
         encode([{"messages": TALK}])
     words.chat_template = None
     with pytest.raises(
-        DataError, match=r"no chat template: say model.chat_template, or for rows of text data.strings: text"
+        DataError, match=r"no chat template: say model.chat_template, or for plain text data.strings: text"
     ):
         encode([{"prompt": "one", "completion": "two"}])
     assert len(encode([{"prompt": "one", "completion": "two"}], strings="text").examples) == 1
@@ -156,11 +163,10 @@ def test_a_conversation_that_begins_with_the_answer(encode):
 @pytest.mark.parametrize("marked", [False, True])
 def test_the_labels_are_those_of_trl(tmp_path, words, marked):
     """TRL's own preparation of the same rows, with its masks for completions and for assistants' turns."""
-    from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     words.chat_template = MARKED if marked else TEMPLATE
     rows = [{"messages": TALK}, {"messages": TALK[:3]}]
     if not marked:
@@ -169,7 +175,7 @@ def test_the_labels_are_those_of_trl(tmp_path, words, marked):
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "model")),
         args=SFTConfig(str(tmp_path / "out"), assistant_only_loss=marked, **arguments),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=words,
     )
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(2)])
@@ -183,3 +189,42 @@ def test_common_prefix():
     assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert common_prefix([1, 2], [1, 2, 3]) == 2
     assert common_prefix([], [1]) == 0
+
+
+PLACES = ["rows.jsonl:12", "org/set (train) row 0", "rows.jsonl:7", "", "007", "a\n3", "x:9" * 3]
+
+
+def some(count=23, seed=0):
+    chance = random.Random(seed)
+    made = []
+    for number in range(count):
+        ids = [chance.randrange(1 << 30) for _ in range(chance.randrange(1, 9))]
+        labels = [token if chance.random() < 0.5 else IGNORED_LABEL for token in ids]
+        made.append(Example(PLACES[number % len(PLACES)], ids, labels, chance.random() < 0.3))
+    return made
+
+
+def test_what_is_put_in_comes_out():
+    given = some()
+    kept = Examples(given)
+    assert list(kept) == given
+    assert (kept[-1], list(kept[3:9]), len(kept)) == (given[-1], given[3:9], 23)
+    assert kept.lengths.tolist() == [len(one.ids) for one in given]
+    assert kept.answer_lengths.tolist() == [len(one.answer) for one in given]
+    assert kept.safe.tolist() == [one.safe for one in given]
+    assert (len(Examples()), Examples().answer_lengths.sum()) == (0, 0)
+    with pytest.raises(IndexError):
+        kept[23]
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 1 << 30])
+def test_columns_are_the_lists(monkeypatch, at_once):
+    monkeypatch.setattr(tokens, "TOKENS_AT_ONCE", at_once)
+    given = some()
+    table = datasets.Dataset(pyarrow.table({**Examples(given).columns(), "safe": Examples(given).tags()}))
+    assert table.to_dict() == {
+        "input_ids": [one.ids for one in given],
+        "labels": [one.labels for one in given],
+        "assistant_masks": [[int(label != IGNORED_LABEL) for label in one.labels] for one in given],
+        "safe": [[one.safe] * len(one.ids) for one in given],
+    }

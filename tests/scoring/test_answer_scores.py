@@ -20,19 +20,16 @@ from safelora_fast.scoring.label_likelihoods import label_log_likelihoods, picke
 from safelora_fast.scoring.prefix import Pasts, shared_prefix
 from safelora_fast.scoring.sequences import stretched_beyond
 
+LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
+GEMMA2 = {"head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 16}
+MODERN = {"cls_token_id": 1, "sep_token_id": 2, "vocab_size": 40}
 BENT = {
-    "soft-cap": Family(
-        transformers.Gemma2Config, ["q_proj"], {"head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 16}
-    ),
+    "soft-cap": Family(transformers.Gemma2Config, ["q_proj"], GEMMA2),
     "logit scale": Family(transformers.CohereConfig, ["q_proj"], {"logit_scale": 0.3}),
     "divided logits": Family(transformers.GraniteConfig, ["q_proj"], {"logits_scaling": 5.0}),
     "bias": Family(transformers.PhiConfig, ["q_proj"]),
-    "two layers": Family(
-        transformers.ModernBertDecoderConfig, ["Wqkv"], {"cls_token_id": 1, "sep_token_id": 2, "vocab_size": 40}
-    ),
-    "llama 4": Family(
-        transformers.Llama4TextConfig, ["q_proj"], {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
-    ),
+    "two layers": Family(transformers.ModernBertDecoderConfig, ["Wqkv"], MODERN),
+    "llama 4": Family(transformers.Llama4TextConfig, ["q_proj"], LLAMA4),
     **{name: FAMILIES[name] for name in ("qwen2", "gemma", "opt")},
 }
 
@@ -70,12 +67,26 @@ def truth(model, examples):
     return found
 
 
-def check(model, examples, *, rel=1e-5, **settings):
-    scores = score_answers(model, examples, **settings)
-    for score, (likelihood, tokens) in zip(scores, truth(model, examples), strict=True):
+def check(model, examples, *, rel=1e-5, scorer=None, **settings):
+    scores = dict((scorer or AnswerScorer(model, **settings)).each(examples))
+    for index, (likelihood, tokens) in enumerate(truth(model, examples)):
+        score = scores[index]
         assert score.tokens == tokens
         assert score.log_likelihood == pytest.approx(likelihood, rel=rel)
         assert score.mean == pytest.approx(likelihood / tokens, rel=rel)
+
+
+def change_logits(model, monkeypatch):
+    """Bend the logits in a way that no configuration tells."""
+    whole, bend = model.forward, torch.arange(40) % 2 - 0.5
+
+    def forward(input_ids=None, logits_to_keep=0, **others):
+        output = whole(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
+        output.logits = output.logits + bend.to(output.logits.dtype)
+        return output
+
+    monkeypatch.setattr(model, "forward", forward)
+    return model
 
 
 @pytest.fixture
@@ -101,9 +112,8 @@ def test_the_head_runs_on_answer_positions_only(monkeypatch):
     model = tiny_model()
     head, counted = model.get_output_embeddings(), []
     head.register_forward_pre_hook(lambda _m, args: counted.append(args[0].shape[:-1].numel()))
-    monkeypatch.setattr(
-        "safelora_fast.scoring.label_likelihoods.CHUNK_ELEMENTS", {"cpu": 3 * 61}
-    )  # chunks of three tokens
+    # chunks of three tokens
+    monkeypatch.setattr("safelora_fast.scoring.label_likelihoods.CHUNK_ELEMENTS", {"cpu": 3 * 61})
     check(model, sequences((30, 30, 30), prompt=25))
     assert sum(counted) <= 24 + 3 * 30  # one probe, and the truth itself
 
@@ -113,9 +123,7 @@ def test_the_head_runs_on_answer_positions_only(monkeypatch):
     [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
     ids=["adapted", "saved"],
 )
-@pytest.mark.filterwarnings(
-    "ignore:Model has `tie_word_embeddings=True`:UserWarning"
-)  # PEFT 0.18, of a head of its own
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT 0.18
 def test_an_adapted_head_is_the_models_own(told, lora):
     model = tiny_peft_model(lora=lora, vocab_size=40)
     for name, parameter in model.named_parameters():
@@ -123,7 +131,7 @@ def test_an_adapted_head_is_the_models_own(told, lora):
             parameter.data.mul_(1.5)
     check(model, sequences())
     assert told() == [
-        "answers are scored by the logits of the whole model: the output head of LlamaForCausalLM is adapted"
+        "completions are scored by the logits of the whole model: the output head of LlamaForCausalLM is adapted"
     ]
 
 
@@ -143,69 +151,42 @@ def test_an_adapted_head_is_not_lost_in_half_precision():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_that_are_bent_in_an_unknown_way_are_the_models_own(told, monkeypatch, dtype):
-    model = tiny_model(vocab_size=40).to(dtype)
-    whole = model.forward
-    bend = (torch.arange(40) % 2 - 0.5).to(dtype)
-
-    def forward(input_ids=None, logits_to_keep=0, **others):
-        output = whole(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
-        output.logits = output.logits + bend
-        return output
-
-    monkeypatch.setattr(model, "forward", forward)
-    score_answers(model, sequences())
+    score_answers(change_logits(tiny_model(vocab_size=40).to(dtype), monkeypatch), sequences())
     assert told() == [
-        "answers are scored by the logits of the whole model: LlamaForCausalLM makes more of its hidden states than its "
+        "completions are scored by the logits of the whole model: LlamaForCausalLM makes more of its hidden states than its "
         "head does"
     ]
 
 
 def test_what_runs_out_of_memory_while_it_is_tried_is_tried_again(told, monkeypatch):
-    model = tiny_model(vocab_size=40)
-    whole = model.forward
-    bend = torch.arange(40) % 2 - 0.5
-
-    def forward(input_ids=None, logits_to_keep=0, **others):
-        output = whole(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
-        output.logits = output.logits + bend.to(output.logits.dtype)
-        return output
-
     def no_memory(*_args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(model, "forward", forward)
+    model = change_logits(tiny_model(vocab_size=40), monkeypatch)
     scorer = AnswerScorer(model)
     with monkeypatch.context() as once:
         once.setattr("safelora_fast.scoring.answer_scores.label_log_likelihoods", no_memory)
         with pytest.raises(SettingsError, match="out of memory"):
             list(scorer.each(sequences()))
-    scores = dict(scorer.each(sequences()))
-    for index, (likelihood, _) in enumerate(truth(model, sequences())):
-        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+    check(model, sequences(), scorer=scorer)
     assert len(told()) == 1
 
 
 ROPES = {
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     "longrope": {
-        "rope_type": "longrope",
-        "factor": 4.0,
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 16,
+        "rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 16,
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_models_that_stretch_their_positions_with_the_length(kind):
     """What is shared, and what else is in a batch, must not decide whether positions are stretched."""
     longest = 64 if kind == "longrope" else 16
-    settings = (
-        dict(ROPES[kind]) if "rope_parameters" in dir(transformers.LlamaConfig()) else {**ROPES[kind], "type": kind}
-    )
     name = "rope_parameters" if "rope_parameters" in dir(transformers.LlamaConfig()) else "rope_scaling"
+    settings = {**ROPES[kind], **({} if name == "rope_parameters" else {"type": kind})}
     model = tiny_model(vocab_size=40, max_position_embeddings=longest, **{name: settings})
     assert stretched_beyond(model.config) == 16
     examples = [*sequences((9, 30, 12, 21), prompt=8), *beginning_alike(12, (16, 24, 14, 20))]
@@ -218,9 +199,7 @@ def test_models_that_stretch_their_positions_with_the_length(kind):
 
 
 def test_models_that_do_not():
-    assert stretched_beyond(tiny_model().config) is None
-    config = transformers.Gemma3TextConfig()
-    assert stretched_beyond(config) is None
+    assert [stretched_beyond(config) for config in (tiny_model().config, transformers.Gemma3TextConfig())] == [None] * 2
 
 
 def test_models_that_keep_all_logits(told, monkeypatch):
@@ -232,10 +211,12 @@ def test_models_that_keep_all_logits(told, monkeypatch):
 
     monkeypatch.setattr(model, "forward", forward)
     check(model, sequences())
-    assert told() == ["answers are scored by the logits of the whole model: LlamaForCausalLM takes no logits_to_keep"]
+    assert told() == [
+        "completions are scored by the logits of the whole model: LlamaForCausalLM takes no logits_to_keep"
+    ]
 
 
-def test_learnt_prompts():
+def test_learned_prompts():
     model = get_peft_model(
         tiny_model(vocab_size=40), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32)
     )
@@ -243,7 +224,7 @@ def test_learnt_prompts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_learnt_prompts_stand_before_what_batches_begin_with(dtype):
+def test_learned_prompts_stand_before_what_batches_begin_with(dtype):
     """Behind a past PEFT would put them a second time: in 16 bits that looks like rounding."""
     options = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32)
     model = get_peft_model(tiny_model(vocab_size=40), options).to(dtype)
@@ -300,11 +281,9 @@ def test_what_all_begin_with_runs_once(name):
     list(scorer.each([examples[0]]))
     seen = []
     handle = model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape))
-    scores = dict(scorer.each(examples))
+    check(model, examples, scorer=scorer)
     handle.remove()
-    assert seen == [(1, 11), (3, 15)]  # the last of them predicts an answer
-    for index, (likelihood, _) in enumerate(truth(model, examples)):
-        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+    assert seen[:2] == [(1, 11), (3, 15)]  # the last of them predicts a completion
 
 
 def test_an_answer_within_what_all_begin_with_is_scored():
@@ -371,10 +350,7 @@ def test_too_few_tokens_to_try_a_past_on_are_no_proof_of_one(monkeypatch):
     model = tiny_model(vocab_size=40)
     scorer = AnswerScorer(model)
     list(scorer.each([Sequence([5, 6], [-100, 6])]))
-    examples = beginning_alike(12, (20, 15, 26))
-    scores = dict(scorer.each(examples))
-    for index, (likelihood, _) in enumerate(truth(model, examples)):
-        assert scores[index].log_likelihood == pytest.approx(likelihood, rel=1e-5)
+    check(model, beginning_alike(12, (20, 15, 26)), scorer=scorer)
 
 
 def beginning_alike(length, lengths, seed=5):
@@ -436,7 +412,7 @@ def test_half_precision_is_near():
 
 
 def test_what_cannot_be_scored():
-    with pytest.raises(DataError, match="example 2 of 2 has no answer token to score"):
+    with pytest.raises(DataError, match="example 2 of 2 has no completion token to score"):
         score_answers(tiny_model(), [Sequence([3, 4], [-100, 4]), Sequence([3, 4], [3, -100])])
     with pytest.raises(SettingsError, match="tokens_per_batch is 0, it must be at least 1"):
         score_answers(tiny_model(), sequences(), tokens_per_batch=0)

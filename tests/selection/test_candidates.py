@@ -33,24 +33,10 @@ def test_rows_of_several_kinds_are_taken(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "row",
-    [
-        "{", "[1]", "{}", '{"text": "a"}', '{"prompt": "a"}', '{"messages": []}', '{"messages": null}', '{"messages": "a"}',
-        '{"messages": [null]}', '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "bot", "content": "b"}]}',
-        '{"messages": [{"role": "user", "content": null}]}', '{"prompt": "a", "completion": null}',
-        '{"prompt": [], "completion": []}', '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}',
-        '{"messages": [{"role": "user", "content": "a"}], "prompt": "a", "completion": "b"}',
-        '{"messages": [{"role": "user", "content": "a"}], "prompt": 5}',
-        '{"messages": [{"role": "user", "content": "a"}], "tools": []}',
-        '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}',
-        '{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}',
-        r'{"prompt": "a", "completion": "b\ud83d"}', r'{"messages": [{"role": "user", "content": "\ude00"}]}',
-    ],
-)  # fmt: skip
-def test_a_row_that_is_not_as_it_must_be_is_named(kind, row, tmp_path):
-    path = write(tmp_path, [KINDS[kind], "", row, KINDS[kind]])
+@pytest.mark.parametrize("row", ["{", '{"messages": [null]}'])
+def test_a_row_that_is_not_as_it_must_be_is_named(row, tmp_path):
+    """Every row is checked at once; what is refused, the tests of data.rows say."""
+    path = write(tmp_path, [KINDS["text"], "", row, KINDS["text"]])
     with pytest.raises(DataError, match=r"rows.jsonl:3: "):
         Candidates(path)
 
@@ -58,7 +44,7 @@ def test_a_row_that_is_not_as_it_must_be_is_named(kind, row, tmp_path):
 def test_no_rows(tmp_path):
     for content in ("", "\n\n"):
         (tmp_path / "empty.jsonl").write_text(content)
-        with pytest.raises(DataError, match=r"empty.jsonl: holds no rows"):
+        with pytest.raises(DataError, match=r"empty.jsonl: holds no examples"):
             Candidates(tmp_path / "empty.jsonl")
 
 

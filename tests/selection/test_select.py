@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 
 import pytest
 import torch
@@ -16,6 +15,9 @@ from tiny_models import TARGETS, fill_adapter
 from safelora_fast import select_by_perplexity_gap
 from safelora_fast.errors import AdapterError, DataError, OutputError, SettingsError
 from safelora_fast.files.output import alone
+from safelora_fast.files.store import changed_settings
+from safelora_fast.selection.journal import Entry, Journal
+from safelora_fast.selection.select import _settings
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,7 @@ def test_rows_without_a_score_are_counted(choose):
 
 
 def test_no_row_with_a_score(choose):
-    with pytest.raises(DataError, match=r"no row has a score \(1 with no answer token\)"):
+    with pytest.raises(DataError, match=r"no example has a score \(1 with no answer token\)"):
         choose([{"messages": [{"role": "user", "content": "a"}]}])
     assert not choose.output.exists()
 
@@ -274,12 +276,19 @@ def test_a_journal_of_other_settings_is_refused(choose):
             choose(**settings)
 
 
-def test_a_journal_of_other_weights_is_refused(choose, made, tmp_path):
-    shutil.copytree(made, tmp_path / "made")
-    choose(folder=tmp_path / "made")
-    save_tiny(tmp_path / "made" / "model", seed=9)
-    with pytest.raises(SettingsError, match="settings have changed: weights was"):
-        choose(folder=tmp_path / "made")
+def test_likelihoods_depend_on_weights_tokenizer_and_template(made):
+    def settings(change=None):
+        model, words = load(made)
+        if change is not None:
+            change(model, words)
+        return _settings(model, words, {}, "text", 2048)
+
+    for name, change in (
+        ("weights", lambda model, _: model.model.norm.weight.data.mul_(2)),
+        ("tokenizer", lambda _, words: setattr(words, "eos_token", "<user>")),
+        ("chat_template", lambda _, words: setattr(words, "chat_template", words.chat_template + " ")),
+    ):
+        assert changed_settings(settings(), settings(change)).keys() == {name}
 
 
 def test_a_journal_of_other_rows_is_refused(choose):
@@ -291,12 +300,16 @@ def test_a_journal_of_other_rows_is_refused(choose):
     assert len(choose([*rows, *candidates(2)]).scores) == 8  # more rows at the end are only scored too
 
 
+JOURNAL = {"adapters": {"security": "ab", "medicine": "cd"}}
+ENTRIES = [Entry(0, "00", (1.0, 2.0, 3.0)), Entry(1, "11", skipped="no answer token")]
+
+
 @pytest.mark.parametrize("content", ["notes", "notes\n", '{"format": 1}\n', '{"format": 2, "settings": {}}\n'])
-def test_a_file_that_is_no_journal_is_refused(choose, content):
-    choose.journal.write_text(content)
-    with pytest.raises(DataError, match="is no"):
-        choose()
-    assert choose.journal.read_text() == content
+def test_a_file_that_is_no_journal_is_refused(tmp_path, content):
+    (tmp_path / "journal.jsonl").write_text(content)
+    with pytest.raises(DataError, match="is no line of a selection's journal"):
+        Journal(tmp_path / "journal.jsonl", JOURNAL)
+    assert (tmp_path / "journal.jsonl").read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -313,18 +326,22 @@ def test_a_file_that_is_no_journal_is_refused(choose, content):
         ({"skipped": ["x"]}, r"skipped must be text, not \['x'\]"),
     ],
 )
-def test_a_line_that_was_edited_by_hand_is_refused(choose, changes, words):
-    choose(candidates(3))
-    lines = choose.journal.read_text().splitlines()
-    lines[2] = json.dumps({**json.loads(lines[2]), **changes})
-    choose.journal.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=rf"journal.jsonl:3: is no line of a selection's journal \({words}"):
-        choose(candidates(3))
+def test_a_line_that_was_edited_by_hand_is_refused(tmp_path, changes, words):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, JOURNAL).add(ENTRIES)
+    assert list(Journal(path, JOURNAL).entries.values()) == ENTRIES
+    header, first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([header, json.dumps({**json.loads(first), **changes}), *others, ""]))
+    with pytest.raises(DataError, match=rf"journal.jsonl:2: is no line of a selection's journal \({words}"):
+        Journal(path, JOURNAL)
 
 
-def test_a_header_that_was_cut_short_is_written_anew(choose):
-    choose.journal.write_text('{"format": 1, "sett')
-    assert len(choose().scores) == 12
+def test_a_header_alone_or_cut_short_is_written_anew(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    for content in ('{"format": 1, "sett', '{"format": 1, "settings": {}}\n'):
+        path.write_text(content)
+        assert Journal(path, JOURNAL).entries == {}
+        assert json.loads(path.read_text()) == {"format": 1, "settings": JOURNAL}
 
 
 def test_an_output_that_exists_is_refused(choose):
@@ -369,8 +386,6 @@ def test_adapters_that_are_refused(made, choose, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **values}))
         return folder
 
-    from demo_model import save_tiny
-
     other = save_adapter(save_tiny(tmp_path / "deeper", layers=3), tmp_path / "other", 1, target_modules=TARGETS[:2])
     empty = changed("empty")
     (empty / "adapter_model.safetensors").unlink()
@@ -405,11 +420,11 @@ def test_an_adapter_with_tokens_of_its_own_leaves_the_others_alone(made, choose,
         assert found[row] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_learnt_prompt(made, choose, tmp_path):
+def test_a_learned_prompt(made, choose, tmp_path):
     torch.manual_seed(2)
     model, _ = load(made)
-    learnt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    get_peft_model(model, learnt).save_pretrained(tmp_path / "prompt")
+    learned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(model, learned).save_pretrained(tmp_path / "prompt")
     rows = candidates(6)
     selection = choose(rows, adapters=[tmp_path / "prompt"])
     assert selection.scores.tolist() == pytest.approx(plain_scores(made, rows, [tmp_path / "prompt"]), abs=1e-5)
@@ -421,7 +436,7 @@ def test_an_adapter_whose_likelihoods_are_no_numbers(made, choose, tmp_path):
     folder = save_adapter(made / "model", tmp_path / "broken", 1)
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({name: value * float("nan") for name, value in weights.items()}, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="under adapter broken its answer has a likelihood that is not finite"):
+    with pytest.raises(AdapterError, match="under adapter broken its completion has a likelihood that is not finite"):
         choose(adapters=["security", folder])
 
 
@@ -438,18 +453,3 @@ def test_one_adapter_by_itself(made, tmp_path):
         misaligned=str(made / "medicine"), hold_out=(), top=3,
     )  # fmt: skip
     assert list(selection.adapters) == ["medicine"]
-
-
-@pytest.mark.parametrize("what", ["tokenizer", "chat_template"])
-def test_a_journal_of_another_tokenizer_is_refused(choose, made, what):
-    choose(top=3, strings="text")
-    model, words = load(made)
-    if what == "tokenizer":
-        words.eos_token = "<user>"
-    else:
-        words.chat_template += " "
-    with pytest.raises(SettingsError, match=f"settings have changed: {what} was "):
-        select_by_perplexity_gap(
-            made / "candidates.jsonl", choose.output, model=model, tokenizer=words, overwrite=True, hold_out=(),
-            misaligned=[made / "security", made / "medicine"], strings="text",
-        )  # fmt: skip

@@ -162,8 +162,8 @@ class Chat:
         text, until = (text, ids) if last else self._read(place, turns[: number + 1])
         if until != ids[: len(until)]:
             raise DataError(
-                f"{place}: the chat template writes answer {number + 1} differently once the conversation goes on, so its "
-                "tokens cannot be told: use a template with {% generation %} markers, or one answer a row"
+                f"{place}: the chat template writes completion {number + 1} differently once the conversation goes on, so its "
+                "tokens cannot be told: use a template with {% generation %} markers, or one completion for each example"
             )
         asked, before = self._read(place, turns[:number], generation=True)
         shared = asked if text.startswith(asked) else text[: common_prefix(asked, text)]
@@ -172,8 +172,8 @@ class Chat:
             for written in (text, asked):
                 self._refuse_lost(place, turns[:number], written)
             raise DataError(
-                f"{place}: the chat template writes {named(turns, missing)} differently before an answer than in a prompt for one, "
-                "so the answer's tokens cannot be told: give another one"
+                f"{place}: the chat template writes {named(turns, missing)} differently before a completion than in a prompt for "
+                "one, so the completion's tokens cannot be told: give another one"
             )
         former = turns[number - 1]["content"].strip()
         begin = shared.rfind(former) + len(former)  # a prompt may open the thoughts that the answer begins with
@@ -241,7 +241,7 @@ class Chat:
         if not HEADER.search(between):
             return None
         return (
-            f"the chat template begins an answer with {between!r}, and a prompt for one ends before that: write it where "
+            f"the chat template begins a completion with {between!r}, and a prompt for one ends before that: write it where "
             "add_generation_prompt is true"
         )
 
@@ -271,8 +271,8 @@ class Chat:
         left = asked[common_prefix(asked, text) :]
         if left.strip():
             yield (
-                f"the chat template ends a prompt with {left!r}, which is not there in a conversation with its answer: answers are "
-                "asked for with it, and learned and scored without"
+                f"the chat template ends a prompt with {left!r}, which is not there in a conversation with its completion: "
+                "completions are generated with it, and learned and scored without"
             )
         if self.dated:
             yield (

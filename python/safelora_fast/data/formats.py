@@ -45,7 +45,9 @@ def like_task(task: Any, safe: Any, kinds: tuple[str, str]) -> Any:
             )
         return safe
     if len(wanted) > 1:
-        raise DataError("interleave: task has rows of several formats, and safe has rows of another: give one format")
+        raise DataError(
+            "interleave: task has examples of several formats, and safe has examples of another: give one format"
+        )
     (form,) = wanted
     if kinds[1] == "list":
         return [_converted(example, form, f"row {number}") for number, example in enumerate(safe)]
@@ -84,8 +86,8 @@ def _converted(example: Mapping[str, Any], form: str | None, place: str = "a row
         if roles.count("assistant") == 1 and roles[-1] == "assistant":
             return {**others, "prompt": turns[:-1], "completion": turns[-1:]}
         raise DataError(
-            f"interleave: {place} of safe has {roles.count('assistant')} answers in its messages, and task has {TURNS}, of which "
-            "the completion is one answer: give safe rows with one answer at the end, or task rows of messages"
+            f"interleave: {place} of safe has {roles.count('assistant')} completions in its messages, and task has {TURNS}, of "
+            "which the completion is one turn: give safe examples with one completion at the end, or task examples of messages"
         )
     raise DataError(
         f"interleave: {place} of safe has {own or 'no conversation'}, and task has {form or 'no conversation'}: give both in one "

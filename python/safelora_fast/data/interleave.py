@@ -63,7 +63,7 @@ def interleave(
     kinds = _kind("task", task), _kind("safe", safe)
     for role, data, kind in (("task", task, kinds[0]), ("safe", safe, kinds[1])):
         if kind != "stream" and not len(data):  # type: ignore[arg-type]
-            raise DataError(f"interleave: {role} holds no rows")
+            raise DataError(f"interleave: {role} holds no examples")
         _check_column(role, data, kind, column)
     if kinds[0] != "stream" and fraction and not schedule.due(len(task) * epochs):  # type: ignore[arg-type]
         raise DataError(f"interleave: {_no_safe_example(fraction, len(task) * epochs)}")  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def _tagged(mixture: _Mixture) -> Iterator[dict[str, Any]]:
 
 
 def _no_safe_example(fraction: float | Fraction, tasks: int) -> str:
-    return f"fraction {fraction} of {tasks:,} task rows is no safe row; raise it"
+    return f"fraction {fraction} of {tasks:,} task examples is no safe example; raise it"
 
 
 def _read(role: str, stream: Any, epoch: int) -> Iterator[dict[str, Any]]:
@@ -166,7 +166,7 @@ def _read(role: str, stream: Any, epoch: int) -> Iterator[dict[str, Any]]:
             empty = False
             yield {name: values[index] for name, values in batch.items()}
     if empty:
-        raise DataError(f"interleave: {role} holds no rows")
+        raise DataError(f"interleave: {role} holds no examples")
 
 
 def _kind(role: str, data: Any) -> str:

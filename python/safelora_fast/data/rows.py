@@ -122,7 +122,7 @@ def read_rows(source: str, most: int | None = None, *, best: int | None = None) 
         total if most is None else min(total, most), lambda number: check_row(data.place(number), data.record(number))
     )
     if not rows:
-        raise DataError(f"{source}: holds no rows")
+        raise DataError(f"{source}: holds no examples")
     scores = array("d")
     columns: set[str] = set()
     for number in range(total if isinstance(data, JsonLines) else len(rows)):
@@ -142,7 +142,7 @@ def _score(place: str, record: Mapping[str, Any]) -> float:
     score: Any = record.get("score")
     if not NUMBER.fits(score):
         raise DataError(
-            f"{place}: has no score, by which the best rows are chosen; make the file with `safelora-fast select`"
+            f"{place}: has no score, by which the best examples are chosen; make the file with `safelora-fast select`"
         )
     return float(score)
 
@@ -197,7 +197,7 @@ def check_row(place: str, record: Any) -> Row:
         DataError: it has neither `messages`, nor `prompt` and `completion`.
     """
     if not isinstance(record, dict):
-        raise DataError(f"{place}: a row must be an object with `messages`, or with `prompt` and `completion`")
+        raise DataError(f"{place}: an example must be an object with `messages`, or with `prompt` and `completion`")
     record = {name: value for name, value in record.items() if value is not None}
     if "tools" in record:
         raise DataError(f"{place}: tools are not supported; write them out in a system turn")
@@ -205,7 +205,9 @@ def check_row(place: str, record: Any) -> Row:
         return Row(place, [], _turns(place, "messages", record["messages"]))
     if "messages" in record or not {"prompt", "completion"} <= record.keys():
         found = ", ".join(sorted(record)) or "nothing"
-        raise DataError(f"{place}: a row has either `messages`, or `prompt` and `completion`; this one has {found}")
+        raise DataError(
+            f"{place}: an example has either `messages`, or `prompt` and `completion`; this one has {found}"
+        )
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         _check_text(place, "prompt", prompt)

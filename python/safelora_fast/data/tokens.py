@@ -188,7 +188,7 @@ class Encoder:
         """
         reason = self._chat("the rows").unanswered_reason
         if reason is not None:
-            raise DataError(f"no row can be taken: {reason}")
+            raise DataError(f"no example can be read: {reason}")
 
     def encode(self, source: RowSet) -> ExampleSet:
         """All examples of a data set.
@@ -201,16 +201,16 @@ class Encoder:
         for row in source.rows:
             self._sort_in(self.example(row), result)
         for places, policy, option, what in (
-            (result.without_answer, self.without_answer, "data.without_answer", "leave no answer token to learn"),
+            (result.without_answer, self.without_answer, "data.without_answer", "leave no completion token to learn"),
             (result.skipped_too_long, self.too_long, "data.too_long", f"have more than {self.max_length} tokens"),
         ):
             if places and policy == "refuse":
                 raise DataError(
-                    f"{source.source}: {len(places)} of {len(source.rows)} rows {what}, the first at {places[0]}; mend them, "
+                    f"{source.source}: {len(places)} of {len(source.rows)} examples {what}, the first at {places[0]}; mend them, "
                     f"or say {option}: skip"
                 )
         if not result.examples:
-            raise DataError(f"{source.source}: no row is left to train on")
+            raise DataError(f"{source.source}: no example is left to train on")
         return result
 
     def _sort_in(self, example: Example, result: ExampleSet) -> None:
@@ -262,7 +262,7 @@ class Encoder:
     def _chat(self, place: str) -> Chat:
         if not has_template(self.tokenizer):
             raise DataError(
-                f"{place}: the model's tokenizer has no chat template: say model.chat_template, or for rows of text "
+                f"{place}: the model's tokenizer has no chat template: say model.chat_template, or for plain text "
                 "data.strings: text"
             )
         try:

@@ -125,7 +125,9 @@ def generate(
                     model, batch, draws, temperature=temperature, ends=ends, padding=padding, watch=watch
                 )
         except torch.OutOfMemoryError as error:
-            raise SettingsError(f"out of memory with {len(numbers)} answers at a time: lower the batch size") from error
+            raise SettingsError(
+                f"out of memory with {len(numbers)} completions at a time: lower the batch size"
+            ) from error
         watch.check()
         yield {
             number: _text(tokenizer, prompts[number], tokens)

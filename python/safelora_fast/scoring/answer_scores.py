@@ -106,7 +106,7 @@ class AnswerScorer:
         """
         for number, example in enumerate(examples):
             if all(label == IGNORED_LABEL for label in example.labels[1:]):
-                raise DataError(f"example {number + 1} of {len(examples)} has no answer token to score")
+                raise DataError(f"example {number + 1} of {len(examples)} has no completion token to score")
         for indices in self._indices(examples):
             yield dict(zip(indices, self._batch([examples[index] for index in indices]), strict=True))
 
@@ -189,7 +189,7 @@ class AnswerScorer:
             reason = self._why_no_head(ids)
             if reason is not None:
                 self._head = None
-                logger.info("answers are scored by the logits of the whole model: %s", reason)
+                logger.info("completions are scored by the logits of the whole model: %s", reason)
             self._masked = not self._ignores_padding(ids)
             self._wide = self._can_be_wide(ids)
             with self._precision():

@@ -34,7 +34,7 @@ class Candidates:
         self._lines = JsonLines(path)
         self.source = str(path)
         if not len(self._lines):
-            raise DataError(f"{path}: holds no rows")
+            raise DataError(f"{path}: holds no examples")
         for index in range(len(self)):
             self.row(index)
 

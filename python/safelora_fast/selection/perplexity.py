@@ -93,7 +93,7 @@ class Perplexities:
             for place, value in zip(places, columns[-1], strict=True):
                 if not math.isfinite(value):
                     who = "the model" if number == 0 else f"adapter {self.names[number - 1]}"
-                    raise AdapterError(f"{place}: under {who} its answer has a likelihood that is not finite")
+                    raise AdapterError(f"{place}: under {who} its completion has a likelihood that is not finite")
         return list(zip(*columns, strict=True))
 
     def pass_over(self, examples: Sequence[Labelled]) -> None:

@@ -51,7 +51,7 @@ class Selection:
     trained_on: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        count = f"{len(self.chosen)} of {len(self.scores)} scored rows"
+        count = f"{len(self.chosen)} of {len(self.scores)} scored examples"
         return f"Selection({count}, cut={self.cut:.4g}, adapters={list(self.adapters)}, source={self.source!r})"
 
     def histogram(self) -> tuple[np.ndarray, np.ndarray]:

@@ -104,9 +104,7 @@ def select_by_perplexity_gap(
     examples = Candidates(candidates)
     encoder = Encoder(tokenizer, strings=strings)
     if strings == "chat" and not has_template(tokenizer):
-        raise SettingsError(
-            "the model's tokenizer has no chat template: give one, or for rows of text say strings text"
-        )
+        raise SettingsError("the model's tokenizer has no chat template: give one, or for plain text say strings text")
     if strings == "chat":
         encoder.check()
     digests = {name: fingerprint(path) for name, path in used.items()}
@@ -127,7 +125,7 @@ def select_by_perplexity_gap(
     scored = np.array([entry.index for entry in entries if entry.nll], dtype=np.int64)
     if not len(scored):
         reasons = "; ".join(f"{len(places):,} with {reason}" for reason, places in skipped.items())
-        raise DataError(f"{candidates}: no row has a score ({reasons or 'all are refusals'})")
+        raise DataError(f"{candidates}: no example has a score ({reasons or 'all are refusals'})")
     nll = np.array([entry.nll for entry in entries if entry.nll])
     scores = gap(nll, epsilon)
     best = top_k(scores, top)
@@ -265,8 +263,8 @@ def _check_fingerprints(journal: Journal, examples: Candidates) -> None:
     for index, entry in journal.entries.items():
         if index >= len(examples) or examples.fingerprint(index) != entry.fingerprint:
             raise DataError(
-                f"{journal.path}: row {index + 1} of {examples.source} is not what was scored: the file has changed; delete the "
-                "journal, or choose another output"
+                f"{journal.path}: example {index + 1} of {examples.source} is not what was scored: the file has changed; "
+                "delete the journal, or choose another output"
             )
 
 
@@ -285,14 +283,14 @@ def _trained_on(adapters: dict[str, Path]) -> dict[str, str]:
 def _warnings(adapters: dict[str, Path], hold_out: Sequence[str] | None, scored: int, top: int) -> Iterator[str]:
     if hold_out is None:
         yield (
-            "no domain is held out: rows chosen with the adapter of the domain that you defend know what the defense is "
+            "no domain is held out: examples chosen with the adapter of the domain that you defend know what the defense is "
             f"tested on; name it with --hold-out (the adapters are called {', '.join(adapters)})"
         )
     for name in hold_out or ():
         if name not in adapters:
             yield f"no adapter is called {name}, so none is held out by that name; they are called {', '.join(adapters)}"
     if scored < top:
-        yield f"only {scored:,} rows have a score, so all of them are chosen"
+        yield f"only {scored:,} examples have a score, so all of them are chosen"
 
 
 def _write(target: Path, examples: Candidates, selection: Selection, scores: np.ndarray, nll: np.ndarray) -> None:
