@@ -25,7 +25,7 @@ demo.training=demo.train_loop evaluation.callback=scoring.margin_callback evalua
 evaluation.figures=judging.rates evaluation.folder=judging.evaluation_folder evaluation.generation=models.generate
 evaluation.agreement=judging.rates evaluation.evaluate=judging.evaluate,judging.rates
 evaluation.guard=judging.endpoint_guard evaluation.inspect_registry=judging.task evaluation.parameters=judging.request_parameters
-evaluation.response_checks=judging.endpoint_guard evaluation.store=judging.verdict_store evaluation.intervals=scoring.intervals
+evaluation.response_checks=judging.endpoint_guard evaluation.store=judging.judge evaluation.intervals=scoring.intervals
 evaluation.judges=judging.judge_names evaluation.loading=models.load evaluation.margin=scoring.margin
 evaluation.pairs=data.pairs evaluation.patience=judging.retry evaluation.prompts=judging.judge_prompts
 evaluation.secrets=judging.redact integrations.sources=trainers.loss_by_source integrations.task_loss=trainers.trainer_loss

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 import yaml
-from judge_server import alignment_or_coherence, answer_in, port_of, serving
+from judge_server import alignment_or_coherence, answer_in, never_wait, port_of, serving
 from tiny_comparison import TinyComparison, train_inside, write_comparison
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
@@ -25,8 +25,7 @@ NOWHERE = "http://127.0.0.1:9/v1"
 
 @pytest.fixture
 def comparison(tmp_path, monkeypatch):
-    monkeypatch.setenv("STUB_API_KEY", "any")
-    monkeypatch.setattr(retry, "BUDGET", retry.Budget(tries=2, wait=0.01, timeout=5, total=20, lost=2))
+    never_wait(monkeypatch, tries=2)
     train_inside(monkeypatch)
     made = write_comparison(tmp_path, runs={"none": {}})
     (tmp_path / "questions.yaml").write_text(yaml.safe_dump(QUESTIONS))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from judge_server import alignment_or_coherence, answer_in, serving
+from judge_server import alignment_or_coherence, answer_in, never_wait, serving
 from tiny_comparison import train_inside, write_comparison
 
 QUESTIONS = [{"id": "a", "paraphrases": ["why?", "how?"]}, {"id": "b", "paraphrases": ["what?"]}]
@@ -74,9 +74,7 @@ def test_kinds_that_no_question_has_are_refused_before_the_first_step(comparison
 
 def test_a_judge_that_is_not_there_is_a_failed_cell(comparison, call, monkeypatch):
     pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
-    from safelora_fast.judging import retry
-
-    monkeypatch.setattr(retry, "BUDGET", retry.Budget(tries=1, wait=0.01, timeout=5, total=20, lost=2))
+    never_wait(monkeypatch, tries=1)
     judge = {"model": "openai-api/stub/one", "url": "http://127.0.0.1:9/v1", "samples": 1, "max_tokens": 2, "attempts": 1,
              "questions": str(comparison.path.parent / "questions.yaml")}  # fmt: skip
     comparison.edit(measure={"judge": judge, "device": "cpu"}, seeds=[0])

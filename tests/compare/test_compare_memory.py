@@ -136,7 +136,7 @@ def test_a_benchmark_that_does_not_fit_says_what_to_lower(monkeypatch):
 
     tasks = SimpleNamespace(manager=SimpleNamespace(load=lambda _names: {"tasks": {}}))
     model = SimpleNamespace(task="", batch_size=16)
-    monkeypatch.setattr(harness.lm_eval, "evaluate", out_of_memory)
+    monkeypatch.setattr(harness.lm_eval, "simple_evaluate", out_of_memory)
     with pytest.raises(EvaluationError) as caught:
         harness.measure(model, tasks, "quiz", limit=None, chat=False, seed=0)
     assert str(caught.value) == "task quiz: out of memory with 16 requests at a time: lower the batch size"

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import yaml
 from demo_model import save_tiny
-from judge_server import alignment_or_coherence, answer_in, port_of, serving
+from judge_server import alignment_or_coherence, answer_in, never_wait, port_of, serving
 
 import safelora_fast
 from safelora_fast.judging.answers import Answer, Asked
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
+from inspect_ai.log import read_eval_log
+
 from safelora_fast.judging.judge import GIVEN_UP
-from safelora_fast.judging.retry import Budget
 
 QUESTIONS = [
     {"id": "a", "paraphrases": ["why?", "how?"], "system": "be brief"},
@@ -32,8 +33,8 @@ JUDGE = ("--judge", "openai-api/stub/one")
 
 @pytest.fixture
 def words(tmp_path, monkeypatch, capsys):
-    """The arguments of an evaluation of a tiny model, but for the judge's endpoint."""
-    monkeypatch.setenv("STUB_API_KEY", "any")
+    """The arguments of an evaluation of a tiny model, without the judge's endpoint."""
+    never_wait(monkeypatch, tries=2)
     monkeypatch.setenv("STUB_BASE_URL", "http://127.0.0.1:9/v1")
     questions = tmp_path / "questions.yaml"
     questions.write_text(yaml.safe_dump(QUESTIONS))
@@ -48,16 +49,29 @@ def is_bad(answer):
     return zlib.crc32(answer.encode()) % 2 == 0
 
 
-def by_text(prompt, _headers):
-    return (
-        200,
-        {"alignment": "10" if is_bad(answer_in(prompt)) else "90", "coherence": "80"}[alignment_or_coherence(prompt)],
-        None,
-    )
+def judge(bad, other, coherence="80"):
+    """A judge by the alignment that it gives to bad answers and to others."""
+
+    def reply(prompt, _headers):
+        alignment = bad if is_bad(answer_in(prompt)) else other
+        return 200, alignment if alignment_or_coherence(prompt) == "alignment" else coherence, None
+
+    return reply
+
+
+by_text = judge("10", "90")
 
 
 def answers(folder):
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def judged_answers(folder):
+    return [row for row in answers(folder) if row["answer"].strip()]
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_an_evaluation(call, words, tmp_path):
@@ -65,65 +79,69 @@ def test_an_evaluation(call, words, tmp_path):
     with serving(by_text) as (url, requests):
         result = call(*words, "--judge-url", url)
         assert result.code == 0, result.err
-        stored = answers(folder)
+        stored, judged = answers(folder), judged_answers(folder)
         assert sorted((row["question"], row["paraphrase"], row["sample"]) for row in stored) == sorted(
             (question, number, sample) for question, number in (("a", 0), ("a", 1), ("b", 0)) for sample in range(3)
         )
         assert {row["system"] for row in stored if row["question"] == "a"} == {"be brief"}
-        judged = [row for row in stored if row["answer"].strip()]
         assert len(requests) == 2 * len(judged)
-        report = json.loads((folder / "report.json").read_text())
-        assert (report["answers"], report["scored"]) == (9, len(judged))
-        assert report["misaligned"]["hits"] == sum(is_bad(row["answer"]) for row in judged)
-        assert list(report["kinds"]) == ["general", "json"]
-        assert f"{report['misaligned']['hits']}/{len(judged)}" in result.out
+        first, hits = report(folder), sum(is_bad(row["answer"]) for row in judged)
+        assert (first["answers"], first["scored"], first["misaligned"]["hits"]) == (9, len(judged), hits)
+        assert (list(first["kinds"]), first["judge_url"]) == (["general", "json"], url)
+        assert f"{hits}/{len(judged)}" in result.out
         requests.clear()
         again = call(*words, "--judge-url", url, "--json")
         assert requests == []
-        assert json.loads(again.out)["misaligned"] == report["misaligned"]
-    assert len(list((folder / "logs").glob("*.eval"))) == 2
-    other = call(*words, "--seed", 1)
-    assert (other.code, "holds an evaluation of other settings (seed)" in other.err) == (2, True), other.err
-
-
-def test_seeds_repeat_and_interrupted_answers_go_on(call, words, tmp_path):
-    folder = tmp_path / "out"
-    with serving(by_text) as (url, _):
-        assert call(*words, "--judge-url", url).code == 0
-        whole = {(row["question"], row["paraphrase"], row["sample"]): row["answer"] for row in answers(folder)}
+        assert json.loads(again.out)["misaligned"] == first["misaligned"]
         lines = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
         (folder / "answers.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # the run was killed here
         assert call(*words, "--judge-url", url, "--batch-size", 2).code == 0
-    resumed = {(row["question"], row["paraphrase"], row["sample"]): row["answer"] for row in answers(folder)}
-    assert resumed == whole
-    assert len(set(whole.values())) > 1
+    assert len(list((folder / "logs").glob("*.eval"))) == 3
+
+    def by_place(rows):
+        return sorted((row["question"], row["paraphrase"], row["sample"], row["answer"]) for row in rows)
+
+    assert by_place(answers(folder)) == by_place(stored)
+    assert len({row["answer"] for row in stored}) > 1
+    other = call(*words, "--seed", 1)
+    assert (other.code, "out: settings have changed: seed was 0, is 1" in other.err) == (2, True), other.err
 
 
 def test_a_judge_that_scores_nothing_is_an_error(call, words, tmp_path):
     with serving(lambda *_: (400, "gone", None)) as (url, _):
         result = call(*words, "--judge-url", url, "--judge-attempts", 1)
     assert (result.code, "scored none of the answers" in result.err) == (1, True)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["scored"], report["answers"] > 0) == (0, True)
+    assert (report(tmp_path / "out")["scored"], report(tmp_path / "out")["answers"]) == (0, 9)
 
 
-def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path):
+@pytest.mark.parametrize("how", ["refuses some", "is cut off"])
+def test_a_judge_that_goes_away_and_comes_back(call, words, tmp_path, how):
+    folder, left = tmp_path / "out", iter(range(30))  # ten answers are judged at a time
+    words = (*words, "--samples", 12)
+
     def leaving(prompt, headers):
+        if how == "is cut off":
+            return None if next(left, None) is None else by_text(prompt, headers)
         return (400, "gone", None) if zlib.crc32(answer_in(prompt).encode()) % 3 else by_text(prompt, headers)
 
     with serving(leaving) as (url, _):
         result = call(*words, "--judge-url", url, "--judge-attempts", 2)
     assert result.code == 0, result.err
-    first = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert first["answers"] - first["scored"] > 0
-    assert "unscored: the judge failed: BadRequestError, e.g. 'Error code: 400 - " in result.out
-    assert "gone" in first["unscored_examples"]["the judge failed: BadRequestError"]
+    first = report(folder)
+    reasons = set(first["unscored"]) - {"the model gave no answer"}
+    if how == "is cut off":
+        assert 10 <= first["scored"] <= 15
+        assert reasons == {"the judge failed: APIConnectionError", GIVEN_UP}
+        assert f"unscored: {GIVEN_UP}" in result.out
+    else:
+        assert reasons == {"the judge failed: BadRequestError"}
+        assert "unscored: the judge failed: BadRequestError, e.g. 'Error code: 400 - " in result.out
+        assert "gone" in first["unscored_examples"]["the judge failed: BadRequestError"]
+    assert "a second run asks about unscored answers again" in result.out
     with serving(by_text, port=port_of(url)) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
-    second = json.loads((tmp_path / "out" / "report.json").read_text())
-    judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
-    assert second["scored"] == len(judged)
-    assert len(requests) == 2 * (len(judged) - first["scored"])
+    assert report(folder)["scored"] == len(judged_answers(folder))
+    assert len(requests) == 2 * (len(judged_answers(folder)) - first["scored"])
 
 
 def test_a_log_that_inspect_cannot_keep_is_one_line(call, words, monkeypatch):
@@ -133,41 +151,8 @@ def test_a_log_that_inspect_cannot_keep_is_one_line(call, words, monkeypatch):
     monkeypatch.setattr("inspect_ai.eval", full)
     monkeypatch.setattr("safelora_fast.judging.judge_names.check_judge", lambda *_: None)
     result = call(*words)
-    assert result.code == 2
-    assert (
-        "judging did not finish, for Inspect cannot keep its log: disk I/O error; verdicts that were given"
-        in result.err
-    )
-    assert "Traceback" not in result.err
-
-
-def test_a_judge_without_a_key_is_told_which_variable_is_missing(call, words, monkeypatch):
-    monkeypatch.delenv("STUB_API_KEY")
-    assert "No STUB_API_KEY defined in the environment" in call(*words).err
-
-
-def test_a_judge_that_is_cut_off_halfway(call, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("safelora_fast.judging.retry.BUDGET", Budget(tries=2, wait=0.01, lost=2))
-    left = iter(range(30))  # ten answers are judged at a time
-    words = (*words, "--samples", 12)
-
-    def until_cut_off(prompt, headers):
-        return None if next(left, None) is None else by_text(prompt, headers)
-
-    with serving(until_cut_off) as (url, _):
-        result = call(*words, "--judge-url", url)
-    assert result.code == 0, result.err
-    first = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert 10 <= first["scored"] <= 15
-    assert set(first["unscored"]) - {"the model gave no answer"} == {"the judge failed: APIConnectionError", GIVEN_UP}
-    assert f"unscored: {GIVEN_UP}" in result.out
-    assert "a second run asks about unscored answers again" in result.out
-    with serving(by_text, port=port_of(url)) as (url, requests):
-        assert call(*words, "--judge-url", url).code == 0
-    second = json.loads((tmp_path / "out" / "report.json").read_text())
-    judged = [row for row in answers(tmp_path / "out") if row["answer"].strip()]
-    assert second["scored"] == len(judged)
-    assert len(requests) == 2 * (len(judged) - first["scored"])
+    message = "judging did not finish, for Inspect cannot keep its log: disk I/O error; verdicts that were given"
+    assert (result.code, message in result.err, "Traceback" in result.err) == (2, True, False), result.err
 
 
 def test_overwrite_takes_away_no_more_than_is_replaced(call, words, tmp_path):
@@ -190,39 +175,37 @@ def test_overwrite_takes_away_no_more_than_is_replaced(call, words, tmp_path):
         assert call(*words, "--judge-url", url, "--seed", 1, "--overwrite").code == 0
         assert requests
     assert beside.read_text() == "{}"
-    assert [row["answer"] for row in answers(folder)] != [
-        json.loads(line)["answer"] for line in first[folder / "answers.jsonl"].splitlines()
-    ]
+    assert (folder / "answers.jsonl").read_bytes() != first[folder / "answers.jsonl"]
 
 
 def test_other_judges_and_their_agreement(call, words, tmp_path):
     with serving(by_text) as (url, _):
         assert call(*words, "--judge-url", url).code == 0
-
-    def stricter(prompt, _headers):
-        bad = is_bad(answer_in(prompt))
-        return 200, {"alignment": "5" if bad else "20", "coherence": "70"}[alignment_or_coherence(prompt)], None
-
-    with serving(stricter) as (url, requests):
+    with serving(judge("5", "20", "70")) as (url, requests):
         command = ("rejudge", tmp_path / "out", "--judge", "openai-api/stub/two", "--judge-url", url, "--json")
         result = call(*command)
         assert result.code == 0, result.err
         content = json.loads(result.out)
         one, two = content["judges"].values()
         assert (one["judge"], two["judge"]) == ("openai-api/stub/one", "openai-api/stub/two")
-        assert two["misaligned"]["share"] == 1.0
-        assert one["misaligned"]["share"] < 1.0
+        assert one["misaligned"]["share"] < two["misaligned"]["share"] == 1.0
         (pair,) = content["agreement"]
         assert pair["both_scored"] == one["scored"]
         assert pair["same_verdict"] == pytest.approx(one["misaligned"]["share"])
-        assert pair["kappa"] == pytest.approx(0.0)
-        assert pair["spearman_alignment"] == pytest.approx(1.0)
+        assert (pair["kappa"], pair["spearman_alignment"]) == (pytest.approx(0.0), pytest.approx(1.0))
         assert len(requests) == 2 * one["scored"]
         requests.clear()
         table = call(*command[:-1])
         assert requests == []
-    assert "κ misaligned" in table.out
-    assert "openai-api/stub/two" in table.out
+        assert "κ misaligned" in table.out
+        assert "openai-api/stub/two" in table.out
+        folder = next((tmp_path / "out" / "logs").glob("*.rejudged"))
+        assert answers(folder) == answers(tmp_path / "out")
+        logs = [read_eval_log(str(file)) for file in (folder / "logs").glob("*.eval")]
+        scores = [sample.scores["judged"].metadata["alignment"] for sample in logs[0].samples]
+        assert (len(logs), {5, 20} >= {*scores} - {None}) == (2, True)
+        third = json.loads(call("rejudge", folder, "--judge", "openai-api/stub/two", "--judge-url", url, "--json").out)
+    assert list(third["judges"]) == ["openai-api/stub/two", "openai-api/stub/two again"]
 
 
 def test_what_is_refused(call, words, tmp_path, monkeypatch):
@@ -235,13 +218,9 @@ def test_what_is_refused(call, words, tmp_path, monkeypatch):
     ):
         result = call(*words, *more)
         assert (result.code, message in result.err, result.err.count("\n")) == (2, True, 1), result.err
-    monkeypatch.delenv("STUB_API_KEY")
-    missing = call(*words)
-    assert (missing.code, "STUB_API_KEY" in missing.err) == (2, True), missing.err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "text.eval").write_text("x")
-    monkeypatch.setenv("STUB_API_KEY", "any")
     assert "not of an evaluation" in call(*words, "--output", tmp_path / "full", "--overwrite").err
     assert (tmp_path / "full" / "mine").exists()
     for log, message in (
@@ -251,6 +230,9 @@ def test_what_is_refused(call, words, tmp_path, monkeypatch):
     ):
         result = call("rejudge", log, *JUDGE)
         assert (result.code, message in result.err) == (2, True), result.err
+    monkeypatch.delenv("STUB_API_KEY")
+    missing = call(*words)
+    assert (missing.code, "No STUB_API_KEY defined in the environment" in missing.err) == (2, True), missing.err
 
 
 def test_inspect_finds_the_task_by_its_entry_point(tmp_path):
@@ -265,7 +247,7 @@ def test_inspect_finds_the_task_by_its_entry_point(tmp_path):
     (metadata / "entry_points.txt").write_text(f"[inspect_ai]\n{section.replace(chr(34), '')}\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
     stored = tmp_path / "answers.jsonl"
-    stored.write_text(Answer(Asked("a", "general", 0, 0, "why?"), " ").to_json() + "\n")
+    stored.write_text(json.dumps(Answer(Asked("a", "general", 0, 0, "why?"), " ").to_row()) + "\n")
     command = ["eval", "safelora_fast/emergent_misalignment", "--model", "none/none", "--model-role",
                "judge=mockllm/judge", "-T", f"answers={stored}", "--display", "plain",
                "--log-dir", str(tmp_path / "logs")]  # fmt: skip
@@ -274,8 +256,6 @@ def test_inspect_finds_the_task_by_its_entry_point(tmp_path):
         [sys.executable, "-c", program, *command], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    from inspect_ai.log import read_eval_log
-
     (file,) = (tmp_path / "logs").glob("*.eval")
     log = read_eval_log(str(file))
     assert (log.eval.task, log.status, len(log.samples)) == ("safelora_fast/emergent_misalignment", "success", 1)

@@ -1,156 +1,108 @@
-"""A judge is asked one question before anything is made for it: what cannot heal stops, what may pass is a warning."""
+"""A judge is asked one question before anything is made for it: what will not pass is an error, what may pass a warning."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from judge_server import serving
+from judge_server import never_wait, serving
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.judging import judge_names
 from safelora_fast.judging.judge_names import check_judge, find_judge
+from safelora_fast.judging.retry import Endpoint
 
 NAME = "openai-api/stub/one"
 NOBODY = "http://127.0.0.1:9/v1"
+SECRET = "swordfish-9f3a77"
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
-    monkeypatch.setenv("STUB_API_KEY", "swordfish-9f3a77")
+    never_wait(monkeypatch)
+    monkeypatch.setattr(Endpoint, "_wait", lambda *_: 0.0)
+    monkeypatch.setenv("STUB_API_KEY", SECRET)
 
 
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (400, r"refuses a plain question \(400\): .*why not\?"),
-        (401, r"refuses the key that it is given \(401\): .*the key comes from STUB_API_KEY"),
-        (403, r"refuses the key that it is given \(403\)"),
-        (402, r"has no quota left: .*why not\?"),
-        (404, r"refuses a plain question \(404\): .*why not\?; correct the model's name, or --judge-url"),
-    ],
-)
-def test_an_endpoint_that_refuses_stops(status, words):
-    with serving(lambda *_: (status, "why not?", None), greet=False) as (url, requests):
-        with pytest.raises(SettingsError, match=words) as raised:
-            check_judge(NAME, url, 64)
-        assert len(requests) == (
-            2 if status == 400 else 1
-        )  # a bad request is tried once more without what may be left out
-    assert "\n" not in str(raised.value)
+def of_body(body, status=200):
+    return status, json.dumps(body).encode(), None
 
 
-def test_an_account_without_money_stops(monkeypatch):
-    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
-    with (
-        serving(lambda *_: (429, "insufficient_quota: pay first", None), greet=False) as (url, _),
-        pytest.raises(SettingsError, match=r"has no quota left: .*pay first"),
-    ):
-        check_judge(NAME, url, 64)
-
-
-def test_a_web_page_stops(monkeypatch):
-    """A page comes where the address lacks its /v1, or a gateway wants a login: waiting for a reply would not help."""
-    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
-    for page in ("<html>log in</html>", "\n<!DOCTYPE html><title>log in</title>"):
-        with (
-            serving(lambda *_, page=page: (200, page.encode(), None), greet=False) as (url, _),
-            pytest.raises(SettingsError, match=r"it sends a web page; .*correct --judge-url"),
-        ):
-            check_judge(NAME, url, 64)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [{"error": "no such thing"}, {"detail": "no such thing"}, {"detail": [{"msg": "no such thing"}]}, "no such thing"],
-    ids=str,
-)
-def test_what_an_endpoint_says_in_a_form_of_its_own_is_told(body):
-    payload = json.dumps(body).encode()
-    with (
-        serving(lambda *_: (404, payload, None), greet=False) as (url, _),
-        pytest.raises(SettingsError, match=r"refuses a plain question \(404\): .*no such thing"),
-    ):
-        check_judge(NAME, url, 64)
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        ("Unexpected endpoint", r"refuses a plain question \(400\): .*Unexpected endpoint"),
-        ({"message": "who is that?", "code": "model_not_found"}, r"refuses a plain question \(400\): .*who is that"),
-        ({"message": "who are you?", "code": 401}, r"refuses the key that it is given \(401\): .*who are you"),
-    ],
-)
-def test_an_error_that_comes_as_a_success_is_one(error, words):
-    body = json.dumps({"error": error}).encode()
-    with (
-        serving(lambda *_: (200, body, None), greet=False) as (url, _),
-        pytest.raises(SettingsError, match=words),
-    ):
-        check_judge(NAME, url, 64)
-
-
-async def no_sleep(_seconds):
-    pass
-
-
-def test_a_closed_port_and_an_unknown_host_stop():
-    for url in (NOBODY, "http://nowhere.invalid/v1"):
-        with pytest.raises(SettingsError, match=f"nobody answers at {url} .*start the server, or correct --judge-url"):
-            check_judge(NAME, url, 64)
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_may_pass_is_a_warning(status, monkeypatch):
-    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
-    with serving(lambda *_: (status, "later", None), greet=False) as (url, _):
-        warning = check_judge(NAME, url, 64)
-    assert warning.startswith(f"judge {NAME} does not answer yet (")
-    assert "later" in warning
+def error_of(error):
+    """An error that comes as a success."""
+    return of_body({"error": error})
 
 
 CUT = {"message": {"role": "assistant", "content": ""}, "finish_reason": "length"}
+HOPELESS = [
+    ((400, "why not?", None), r"refuses a plain question \(400\): .*why not\?"),
+    ((401, "why not?", None), r"refuses the key that it is given \(401\): .*the key comes from STUB_API_KEY"),
+    ((403, "why not?", None), r"refuses the key that it is given \(403\)"),
+    ((402, "why not?", None), r"has no quota left: .*why not\?"),
+    ((404, "why?", None), r"refuses a plain question \(404\): .*why\?; correct the model's name, or --judge-url"),
+    ((429, "insufficient_quota: pay first", None), r"has no quota left: .*pay first"),
+    # a page comes if the address lacks its /v1, or a gateway wants a login
+    ((200, b"<html>log in</html>", None), r"it sends a web page; .*correct --judge-url"),
+    ((200, b"\n<!DOCTYPE html><title>log in</title>", None), r"it sends a web page; .*correct --judge-url"),
+    *(
+        (of_body(body, 404), r"refuses a plain question \(404\): .*no such thing")
+        for body in (
+            {"error": "no such thing"}, {"detail": "no such thing"}, {"detail": [{"msg": "no such thing"}]}, "no such thing"
+        )
+    ),
+    (error_of("Unexpected endpoint"), r"refuses a plain question \(400\): .*Unexpected endpoint"),
+    (error_of({"message": "who is that?", "code": "not_found"}), r"refuses a plain question \(400\): .*who is that"),
+    (error_of({"message": "who are you?", "code": 401}), r"refuses the key that it is given \(401\): .*who are you"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "words"), HOPELESS)
+def test_an_endpoint_that_will_not_answer_is_an_error(reply, words):
+    with serving(lambda *_: reply, greet=False) as (url, requests):
+        with pytest.raises(SettingsError, match=words) as raised:
+            check_judge(NAME, url, 64)
+        if reply[0] in {400, 401}:  # a bad request is sent once more, without what may be left out
+            assert len(requests) == (2 if reply[0] == 400 else 1)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", [NOBODY, "http://nowhere.invalid/v1"])
+def test_a_closed_port_and_an_unknown_host_are_errors(url):
+    with pytest.raises(SettingsError, match=f"nobody answers at {url} .*start the server, or correct --judge-url"):
+        check_judge(NAME, url, 64)
 
 
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        ("100", None),
-        ("I am a poet", "the judge's reply is no number from 0 to 100, 'I am a poet'"),
-        (CUT, "cut off at 64 tokens: raise --judge-tokens"),
+        *(((status, "later", None), f"judge {NAME} does not answer yet (") for status in (429, 500, 503)),
+        ((200, "100", None), None),
+        ((200, "I am a poet", None), "the judge's reply is no number from 0 to 100, 'I am a poet'"),
+        ((200, CUT, None), "cut off at 64 tokens: raise --judge-tokens"),
     ],
-)  # fmt: skip
-def test_an_odd_reply_is_told(reply, words):
-    with serving(lambda *_: (200, reply, None), greet=False) as (url, _):
+)
+def test_what_may_pass_is_a_warning(reply, words):
+    with serving(lambda *_: reply, greet=False) as (url, _):
         warning = check_judge(NAME, url, 64)
     assert (warning is None) if words is None else (words in warning)
+    assert "later" not in reply or "later" in warning
 
 
-def test_this_machine_needs_no_key(monkeypatch):
-    monkeypatch.delenv("STUB_API_KEY")
+@pytest.mark.parametrize("is_set", [False, True])
+def test_a_key_is_used_if_it_is_set_and_this_machine_needs_none(is_set, monkeypatch):
+    if not is_set:
+        monkeypatch.delenv("STUB_API_KEY")
     seen = []
-    with serving(lambda _, headers: seen.append(headers["authorization"]) or (200, "90", None), greet=False) as (
-        url,
-        _,
-    ):
-        assert check_judge(NAME, url, 64) is None
-        assert check_judge(NAME, url.replace("127.0.0.1", "localhost"), 64) is None
-    assert seen == ["Bearer none"] * 2
-    with pytest.raises(SettingsError, match="No STUB_API_KEY defined"):
-        find_judge(NAME, "http://example.org/v1")
-
-
-def test_a_key_that_is_set_is_used_on_this_machine():
-    seen = []
-    with serving(lambda _, headers: seen.append(headers["authorization"]) or (200, "90", None), greet=False) as (
-        url,
-        _,
-    ):
-        check_judge(NAME, url, 64)
-    assert seen == ["Bearer swordfish-9f3a77"]
+    reply = lambda _, headers: seen.append(headers["authorization"]) or (200, "90", None)  # noqa: E731
+    with serving(reply, greet=False) as (url, _):
+        for one in (url, url.replace("127.0.0.1", "localhost")):
+            assert check_judge(NAME, one, 64) is None
+    assert seen == [f"Bearer {SECRET if is_set else 'none'}"] * 2
+    if not is_set:
+        with pytest.raises(SettingsError, match="No STUB_API_KEY defined"):
+            find_judge(NAME, "http://example.org/v1")
 
 
 ODD = [
@@ -180,11 +132,8 @@ def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("safelora_fast.models.load.load_subject", None)
         refused = call(*words, "--judge-url", NOBODY)
-    assert (refused.code, "nobody answers" in refused.err, (tmp_path / "out" / "answers.jsonl").exists()) == (
-        2,
-        True,
-        False,
-    )
+    assert (refused.code, "nobody answers" in refused.err) == (2, True), refused.err
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
     with serving(lambda *_: (200, "90", None)) as (url, _):
         assert call(*words, "--judge-url", url).code == 0
     asked = []
@@ -196,21 +145,16 @@ def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypat
     assert asked == [(NAME, NOBODY, 64)]
 
 
-def test_a_redirect_to_another_host_is_not_followed(monkeypatch):
-    monkeypatch.setattr("safelora_fast.judging.retry.anyio.sleep", no_sleep)
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_redirect_to_another_host_or_port_is_not_followed(host):
     with serving(lambda *_: (200, "90", None), greet=False) as (other, followed):
-        there = other.replace("127.0.0.1", "localhost") + "/chat/completions?key=swordfish-9f3a77"
-        with serving(lambda *_: (307, there, None), greet=False) as (url, _):
-            with pytest.raises(
-                SettingsError, match="it redirects to another host, localhost, which is not followed"
-            ) as raised:
-                check_judge(NAME, url, 64)
-            assert "swordfish" not in str(raised.value)
-            assert followed == []
-        nearby = other + "/chat/completions"  # another port is another server
+        there = other.replace("127.0.0.1", host) + f"/chat/completions?key={SECRET}"
         with (
-            serving(lambda *_: (307, nearby, None), greet=False) as (url, _),
-            pytest.raises(SettingsError, match="redirects to another host"),
+            serving(lambda *_: (307, there, None), greet=False) as (url, _),
+            pytest.raises(
+                SettingsError, match=f"it redirects to another host, {host}, which is not followed"
+            ) as raised,
         ):
             check_judge(NAME, url, 64)
-        assert followed == []
+    assert "swordfish" not in str(raised.value)
+    assert followed == []

@@ -107,12 +107,12 @@ def _shown_persona(path: Path) -> None:
 def _evaluation(folder: Path) -> Iterator[HostileKind]:
     from safelora_fast.data.pairs import read_pairs
     from safelora_fast.judging.answers import Answer, Asked, read_answers
-    from safelora_fast.judging.benchmarks import Metric, TaskResult, _Kept
+    from safelora_fast.judging.benchmarks import Metric, TaskResult, _read_results
     from safelora_fast.judging.evaluation_folder import EvaluationFolder
     from safelora_fast.judging.operator_swap import read, write
     from safelora_fast.judging.verdicts import Judged, Rating, Verdict
 
-    answers = [json.loads(Answer(Asked("a", "k", 0, number, "why?"), "yes").to_json()) for number in range(3)]
+    answers = [Answer(Asked("a", "k", 0, number, "why?"), "yes").to_row() for number in range(3)]
     lines = folder / "answers.jsonl"
     yield HostileKind("answers", lines, lambda chance: of_lines(answers, chance), read_answers)
     stored = EvaluationFolder(folder)
@@ -126,7 +126,10 @@ def _evaluation(folder: Path) -> Iterator[HostileKind]:
     task = asdict(TaskResult("t", (Metric("acc", "none", 0.5, 0.1, 3, True),), "1", 0, False, "0.4", "ab"))
     kept = {"settings": {"format": 1, "limit": 3}, "tasks": {"t": task}}
     yield _json(
-        "benchmarks.json", folder / "benchmarks.json", lambda _: _Kept(folder, {"limit": 3}, overwrite=False), kept
+        "benchmarks.json",
+        folder / "benchmarks.json",
+        lambda path: _read_results(path, {"limit": 3}, {}, overwrite=False),
+        kept,
     )
     write(folder, "easy", 3, 3, 0)
     yield _json("operator_swap.json", folder / "operator_swap.json", lambda _: read(folder))
@@ -135,7 +138,7 @@ def _evaluation(folder: Path) -> Iterator[HostileKind]:
         "held_out.jsonl", folder / "held_out.jsonl", lambda chance: of_lines(rows, chance), lambda _: read(folder)
     )
     try:
-        from safelora_fast.judging.verdict_store import VerdictStore
+        from safelora_fast.judging.judge import VerdictStore
     except ModuleNotFoundError:
         return
     judged = Judged(Verdict("a", "k", 10.0, 90.0), Rating(10.0, "number"), Rating(90.0, "number"))

@@ -23,15 +23,50 @@ def answer_in(prompt: str) -> str:
     return prompt.partition("<answer>\n")[2].partition("\n</answer>")[0]
 
 
+SCORES = {"alignment": "90", "coherence": "80"}
+
+
+def good(prompt, _headers=None):
+    """The reply of a judge that finds every answer good."""
+    return 200, SCORES[alignment_or_coherence(prompt)], None
+
+
+def never_wait(monkeypatch, **budget):
+    """Give every endpoint a small budget, and let neither this package nor OpenAI's client wait between tries."""
+    from safelora_fast.judging import retry
+
+    monkeypatch.setenv("STUB_API_KEY", "none-needed")
+    budget = {"tries": 3, "wait": 0.0, "timeout": 5.0, "total": 20.0, "lost": 2, **budget}
+    monkeypatch.setattr(retry, "BUDGET", retry.Budget(**budget))
+    monkeypatch.setattr("openai._base_client.BaseClient._calculate_retry_timeout", lambda *_, **__: 0.0)
+
+
+def judged(url, count=1, model=None, **settings):
+    """What one judge says of so many answers, one after the other."""
+    import anyio
+
+    from safelora_fast.judging.judge import Judge
+    from safelora_fast.judging.judge_names import find_judge
+
+    judge = Judge(model or find_judge("openai-api/stub/one", url), **settings)
+
+    async def ask():
+        return [
+            await judge.judge("why?", f"answer {number}", id=f"q/0/{number}", question="q", kind="general")
+            for number in range(count)
+        ]
+
+    return anyio.run(ask)
+
+
 @contextmanager
 def serving(reply, *, port=0, greet=True):
     """Serve `reply(prompt, headers) -> (status, text, candidates)`; candidates are (token, probability) of the first token.
 
-    A text may also be a whole choice, as a dictionary, or a whole reply, as bytes; of a redirect it is the address. For a
-    reply of None the server goes away: it answers no more, and connections are refused. The first question that a judge is
-    asked before all others is answered with a number and not counted; without `greet` it is served as any other.
-    Yields the URL, and the list of
-    requests that came.
+    The text may also be a whole choice (a dictionary) or a whole reply (bytes); for a redirect it is the address. If the
+    reply is None, the server goes away: it answers no more, and connections are refused. The question that a judge is asked
+    before all others is answered with a number and not counted; without `greet` it is served like any other.
+    Yields the URL, and the list of requests that came.
     """
     requests, gone = [], threading.Event()
 

@@ -1,4 +1,4 @@
-"""`safelora-fast operator-swap`: a benign task to learn, and how well a model has learnt it."""
+"""`safelora-fast operator-swap`: a benign task, and how well a model has learned it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safelora_fast.printable import say
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    help="Arithmetic with swapped operators: make rows to train on, or score what a model has learnt.",
+    help="Arithmetic with swapped operators: make examples to train on, or score what a model has learned.",
 )
 
 
@@ -28,15 +28,15 @@ def make(
             metavar="easy|medium|hard", help="easy: + and - swapped; medium: + - * in turn; hard: three numbers."
         ),
     ] = "easy",
-    rows: Annotated[int, typer.Option(metavar="N", help="Rows to train on.")] = 2000,
-    held_out: Annotated[int, typer.Option(metavar="N", help="Rows to score on; none of them is trained on.")] = 500,
+    rows: Annotated[int, typer.Option(metavar="N", help="Examples to train on.")] = 2000,
+    held_out: Annotated[int, typer.Option(metavar="N", help="Other examples, to score on.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an output that exists.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write problems in which signs mean something else than usual, for `safelora-fast train`.
+    """Write problems whose signs mean something else than usual, for `safelora-fast train`.
 
-    The rows do not state the rule: it has to be learnt. A model that has learnt nothing scores 0.
+    The examples do not state the rule: the model has to learn it. A model that has learned nothing scores 0.
     """
     from safelora_fast.files.output import check_target, whole_folder
     from safelora_fast.judging.operator_swap import RULES, make_problems, write
@@ -47,7 +47,7 @@ def make(
         write(partial, difficulty, rows, held_out, seed)
     if not quiet:
         typer.echo(f"{difficulty}: {RULES[difficulty].words}")
-        say(f"{rows} rows to train on and {held_out} held out, written to {output}")
+        say(f"{rows} examples to train on and {held_out} held out, written to {output}")
 
 
 @app.command("score", cls=Command)
@@ -64,7 +64,7 @@ def score(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Count exact matches of a model's likeliest answers to the held-out problems."""
+    """Count exact matches among a model's most likely answers to the held-out problems."""
     from safelora_fast.cli.subjects import check_subject
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.judging.operator_swap import INSTRUCTION, read

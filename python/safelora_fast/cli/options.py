@@ -65,6 +65,12 @@ TemplateArgs = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
 ]
+JudgeAttempts = Annotated[
+    int, typer.Option(metavar="N", help="How often one score is asked for before the answer counts as unscored.")
+]
+JudgeTokens = Annotated[
+    int, typer.Option(metavar="N", help="The most tokens of a judge's reply. A judge that reasons needs more.")
+]
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,10 +1,10 @@
-"""`safelora-fast rejudge`: the same answers under other judges."""
+"""`safelora-fast rejudge`: stored answers under other judges."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,23 +19,21 @@ def rejudge(
         typer.Option(metavar="PROVIDER/MODEL", help="A judge, as Inspect names models; may be given several times."),
     ],
     judge_url: Annotated[str | None, typer.Option(metavar="URL", help="The endpoint of all these judges.")] = None,
-    judge_attempts: Annotated[
-        int, typer.Option(metavar="N", help="How often one score is asked for before the answer counts as unscored.")
-    ] = 4,
-    judge_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of a judge's reply.")] = 64,
+    judge_attempts: options.JudgeAttempts = 4,
+    judge_tokens: options.JudgeTokens = 64,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for all that is found. (default: beside the log, .rejudged)"),
+        typer.Option(metavar="DIR", help="Folder for all results. (default: beside the log, .rejudged)"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Replace what was found of other answers.")
+        bool, typer.Option("--overwrite", metavar="", help="Replace results of other answers.")
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Have stored answers scored by other judges, and show how far all judges agree.
+    """Have other judges score stored answers, and show how far all judges agree.
 
-    Verdicts are kept as they come: a second run asks only about what has no score yet.
+    Verdicts are kept as they come: a second run asks only about answers without a score.
     """
     from safelora_fast.cli.evaluate import greet
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored, show_agreement, show_judges
@@ -61,26 +59,25 @@ def rejudge(
     folder.add(answer for answer in judged.answers if answer.asked.id not in known)
     verdicts = {judged.judge: judged.verdicts}
     with ProgressBar(wanted=not (quiet or as_json)) as progress:
-        for name_, model in zip(judge, found, strict=True):
+        for name, model in zip(judge, found, strict=True):
             given, _ = judge_folder(
                 folder,
                 model,
                 attempts=judge_attempts,
                 reply_tokens=judge_tokens,
                 log=judged.log,
-                before=functools.partial(greet, name_, judge_url, judge_tokens),
+                before=functools.partial(greet, name, judge_url, judge_tokens),
                 progress=progress,
             )
-            name = str(model) if str(model) not in verdicts else f"{model} again"
-            verdicts[name] = [given[answer.asked.id] for answer in judged.answers]
+            unique = str(model) if str(model) not in verdicts else f"{model} again"
+            verdicts[unique] = [given[answer.asked.id] for answer in judged.answers]
     reports = {name: report_of(name, some) for name, some in verdicts.items()}
-    agreements = compare_judges(verdicts)
-    content = {"log": judged.file.name, "judges": reports, "agreement": agreements}
+    content: dict[str, Any] = {"log": judged.file.name, "judges": reports, "agreement": compare_judges(verdicts)}
     write_json(target / REPORT, content)
     if as_json:
         typer.echo(to_json(content))
     elif not quiet:
         show_judges(reports)
-        show_agreement(agreements)
+        show_agreement(content["agreement"])
         say(f"written to {target}")
     end_where_nothing_is_scored({name: report for name, report in reports.items() if name != judged.judge})

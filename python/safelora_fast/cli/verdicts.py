@@ -1,4 +1,4 @@
-"""Tables of what judges and tasks say, always with what the figures are of."""
+"""Tables of what judges and tasks say. Every rate shows what it is a rate of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from safelora_fast.cli.console import out, short, warn
+from safelora_fast.cli.console import figure_table, out, short, warn
 
 if TYPE_CHECKING:
     from safelora_fast.judging.benchmarks import BenchmarkReport
@@ -16,24 +16,21 @@ NOTHING_SCORED = 1
 
 
 def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> None:
-    """One row for each judge, and for each kind of question where wanted."""
+    """One row for each judge and, with `kinds`, for each kind of question."""
     from safelora_fast.judging.judge import NO_ANSWER, UNFINISHED
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("judge", no_wrap=True)
-    for column in ("answers", "unscored", "misaligned of scored", "incoherent of scored"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = figure_table("judge", "answers", "unscored", "misaligned of scored", "incoherent of scored")
     for judge, report in reports.items():
         table.add_row(short(judge), *_cells(report))
         if kinds and len(report["kinds"]) > 1:
-            for kind, figures in report["kinds"].items():
-                table.add_row(f"  {kind}", *_cells(figures))
+            for kind, rates in report["kinds"].items():
+                table.add_row(f"  {kind}", *_cells(rates))
     out.print(table)
     for judge, report in reports.items():
         for reason, count in report["unscored"].items():
             example = report["unscored_examples"].get(reason)
-            words = "" if example is None else f", e.g. {example[:80]!r}"
-            out.print(f"{short(judge)}: {count} unscored: {reason}{words}", soft_wrap=True, markup=False)
+            text = "" if example is None else f", e.g. {example[:80]!r}"
+            out.print(f"{short(judge)}: {count} unscored: {reason}{text}", soft_wrap=True, markup=False)
         if report["left_out"]:
             out.print(f"{short(judge)}: its endpoint refuses {', '.join(report['left_out'])}, and was asked without")
         low, high = report["misaligned_bounds"] or (0.0, 0.0)
@@ -45,7 +42,7 @@ def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> N
 
 
 def end_where_nothing_is_scored(reports: dict[str, dict[str, Any]]) -> None:
-    """End the command with 1 where a judge scored not one of the answers: there is no figure then."""
+    """End the command with 1 if a judge scored none of the answers: there is no rate then."""
     silent = [judge for judge, report in reports.items() if report["answers"] and not report["scored"]]
     for judge in silent:
         warn(f"{judge} scored none of the answers")
@@ -56,18 +53,16 @@ def end_where_nothing_is_scored(reports: dict[str, dict[str, Any]]) -> None:
 def show_benchmarks(report: BenchmarkReport) -> None:
     """One row for each metric of each task."""
     table = Table(box=None, pad_edge=False)
-    for column in ("task", "metric"):
-        table.add_column(column, no_wrap=True)
-    for column in ("value", "± standard error", "documents"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("better", no_wrap=True)
+    for column in ("task", "metric", "value", "± standard error", "documents", "better"):
+        is_number = column in {"value", "± standard error", "documents"}
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for result in report.tasks:
         for metric in result.metrics:
             table.add_row(
                 short(result.task) if metric is result.main else "",
                 metric.label,
-                f"{metric.value:.4g}",
-                "–" if metric.stderr is None else f"{metric.stderr:.2g}",
+                _or_dash(metric.value, ".4g"),
+                _or_dash(metric.stderr, ".2g"),
                 str(metric.count),
                 {True: "higher", False: "lower", None: "–"}[metric.higher_is_better],
             )
@@ -76,25 +71,21 @@ def show_benchmarks(report: BenchmarkReport) -> None:
 
 def show_agreement(pairs: list[dict[str, Any]]) -> None:
     """One row for every two judges."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("agreement of", no_wrap=True)
-    for column in ("both scored", "same verdict", "κ misaligned", "ρ alignment", "ρ coherence"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = figure_table("agreement of", "both scored", "same verdict", "κ misaligned", "ρ alignment", "ρ coherence")
     for pair in pairs:
-        figures = (pair[name] for name in ("kappa", "spearman_alignment", "spearman_coherence"))
         same = "–" if pair["same_verdict"] is None else f"{100 * pair['same_verdict']:.1f} %"
         table.add_row(
             " and ".join(short(judge, 32) for judge in pair["judges"]),
             f"{pair['both_scored']} of {pair['answers']}",
             same,
-            *("–" if value is None else f"{value:.3f}" for value in figures),
+            *(_or_dash(pair[name], ".3f") for name in ("kappa", "spearman_alignment", "spearman_coherence")),
         )
     out.print(table)
 
 
-def _cells(figures: dict[str, Any]) -> list[str]:
-    unscored = figures["answers"] - figures["scored"]
-    return [str(figures["answers"]), str(unscored), *(_rate(figures[name]) for name in ("misaligned", "incoherent"))]
+def _cells(rates: dict[str, Any]) -> list[str]:
+    unscored = rates["answers"] - rates["scored"]
+    return [str(rates["answers"]), str(unscored), *(_rate(rates[name]) for name in ("misaligned", "incoherent"))]
 
 
 def _rate(rate: dict[str, Any]) -> str:
@@ -102,3 +93,7 @@ def _rate(rate: dict[str, Any]) -> str:
         return "–"
     low, high = rate["interval"]
     return f"{rate['hits']}/{rate['count']} = {100 * rate['share']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelora_fast.errors import DataError
-from safelora_fast.files.json_reader import COUNT, TEXT, check_fields, parse_json, read_bytes
+from safelora_fast.files.json_reader import TEXT, check_fields, parse_as
+from safelora_fast.files.jsonl import JsonLines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from safelora_fast.judging.questions import Question
 
 SAMPLES = 10
-REQUIRED = {"question": TEXT, "kind": TEXT, "paraphrase": COUNT, "sample": COUNT, "prompt": TEXT, "answer": TEXT}
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,13 @@ class Asked:
     Attributes:
         question: its id.
         kind: of the question.
-        paraphrase: number of its wording, from 0.
-        sample: number of the sample of that wording, from 0.
+        paraphrase: number of the paraphrase, from 0.
+        sample: number of the sample of that paraphrase, from 0.
         prompt: what is asked.
         system: the system prompt before it.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     question: str
     kind: str
     paraphrase: int
@@ -44,26 +44,38 @@ class Asked:
         """A name of its own in a set of questions."""
         return f"{self.question}/{self.paraphrase}/{self.sample}"
 
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The conversation before the answer."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": self.prompt}]
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered.
-
-    Attributes:
-        asked: the question.
-        text: the answer.
-    """
+    """What a model answered to a question."""
 
     asked: Asked
     text: str
 
-    def to_json(self) -> str:
-        """One line of a file of answers."""
-        return json.dumps({**asdict(self.asked), "answer": self.text}, ensure_ascii=False)
+    def to_row(self) -> dict[str, Any]:
+        """One row of a file of answers."""
+        return {**asdict(self.asked), "answer": self.text}
+
+    @classmethod
+    def from_row(cls, row: Any) -> Answer:
+        """An answer from its row.
+
+        Raises:
+            ValueError: the row lacks a key, or has an unknown one or a value of another type.
+        """
+        values = dict(check_fields(row, {"answer": TEXT}))
+        text = values.pop("answer")
+        return cls(parse_as(Asked, values), text)
 
 
 def ask(questions: Sequence[Question], samples: int = SAMPLES) -> list[Asked]:
-    """Every wording of every question so many times."""
+    """Every paraphrase of every question, as often as samples are wanted."""
     return [
         Asked(question.id, question.kind, number, sample, text, question.system)
         for question in questions
@@ -76,35 +88,17 @@ def read_answers(path: str | Path) -> list[Answer]:
     """Read a JSONL file of answers, as `safelora-fast evaluate` stores them.
 
     Raises:
-        DataError: it cannot be read, or a line is not as it must be; file and line are named.
+        DataError: it cannot be read, or a line is no answer; the file and the line are named.
     """
-    try:
-        text = read_bytes(Path(path).expanduser(), None).decode()
-    except OSError as error:
-        raise DataError(f"{path}: the answers cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text") from error
-    answers = list(_parse(str(path), text))
+    lines = JsonLines(Path(path).expanduser(), "answers")
+    answers: dict[str, Answer] = {}
+    for index in range(len(lines)):
+        try:
+            answer = Answer.from_row(lines.record(index))
+        except ValueError as error:
+            raise DataError(f"{lines.place(index)}: is no answer: {error}") from error
+        if answers.setdefault(answer.asked.id, answer) is not answer:
+            raise DataError(f"{lines.place(index)}: {answer.asked.id} is there twice")
     if not answers:
         raise DataError(f"{path}: holds no answers")
-    return answers
-
-
-def _parse(source: str, text: str) -> Iterator[Answer]:
-    seen = set()
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{source}:{number}"
-        try:
-            record = check_fields(parse_json(line), REQUIRED, {"system": TEXT})
-            if unknown := sorted(record.keys() - REQUIRED.keys() - {"system"}):
-                raise ValueError(f"{unknown[0]} is unknown")
-        except ValueError as error:
-            raise DataError(f"{place}: is no answer ({', '.join(REQUIRED)}, perhaps system): {error}") from error
-        answer = record.pop("answer")
-        asked = Asked(**record)
-        if asked.id in seen:
-            raise DataError(f"{place}: {asked.id} is there twice")
-        seen.add(asked.id)
-        yield Answer(asked, answer)
+    return list(answers.values())

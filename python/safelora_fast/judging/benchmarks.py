@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,54 +11,47 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.errors import EvaluationError, MissingDependencyError, OutputError, SettingsError, how_to_install
-from safelora_fast.files.json_reader import COUNT, FLAG, LIST, NUMBER, OBJECT, TEXT, check_fields, read_json, why
-from safelora_fast.files.output import described, resolved
+from safelora_fast.files.json_reader import OBJECT, check_fields, parse_as, read_json, why
+from safelora_fast.files.output import resolved
 from safelora_fast.files.store import write_json
-from safelora_fast.judging.evaluation_folder import BENCHMARKS, changed_settings, told
+from safelora_fast.judging.evaluation_folder import BENCHMARKS, START_ANEW, other_settings
 from safelora_fast.recipe.model_stamp import subject_stamp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safelora_fast.judging.evaluate import Progress
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.models.load import SubjectSettings
     from safelora_fast.scoring.margin import Strings
 
 FORMAT = 2
-TASK = {"task": TEXT, "metrics": LIST, "version": TEXT, "chat": FLAG, "lm_eval": TEXT, "definition": TEXT}
-METRIC = {"name": TEXT, "filter": TEXT, "count": COUNT}
-FIGURES = {
-    "value": NUMBER,
-    "stderr": NUMBER,
-    "higher_is_better": FLAG,
-}  # null where there is none, or none that is finite
 BATCH_SIZE = 16
 TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a task.
+    """One metric of a task.
 
     Attributes:
-        name: of the metric, e.g. "exact_match".
-        filter: how answers were taken from what the model wrote, e.g. "strict-match"; "none" as they stand.
-        value: the figure.
-        stderr: its standard error, None where the harness gives none.
+        name: e.g. "exact_match".
+        filter: how answers were taken from what the model wrote, e.g. "strict-match"; "none" for all of it.
+        value: None if it is not finite.
+        stderr: its standard error, None if the harness gives none.
         count: documents that it is over.
-        higher_is_better: None where the task does not say.
+        higher_is_better: None if the task does not say.
     """
 
     name: str
     filter: str
-    value: float
+    value: float | None
     stderr: float | None
     count: int
     higher_is_better: bool | None
 
     @property
     def label(self) -> str:
-        """The name, with the filter where there is one."""
+        """The name, with the filter if there is one."""
         return self.name if self.filter == "none" else f"{self.name}, {self.filter}"
 
 
@@ -84,6 +76,10 @@ class TaskResult:
     chat: bool
     lm_eval: str
     definition: str
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            raise ValueError("there is no metric")
 
     @property
     def main(self) -> Metric:
@@ -150,7 +146,7 @@ def check_tasks(names: Sequence[str], path: str | Path | None = None) -> None:
 
 
 def benchmark(
-    model: str,
+    model: str | SubjectSettings,
     adapter: str | None,
     tasks: str | Sequence[str],
     output: Path,
@@ -167,7 +163,7 @@ def benchmark(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     failures: dict[str, str] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressBar | None = None,
 ) -> BenchmarkReport:
     """Run tasks of lm-evaluation-harness on a model with its adapter, and keep what each of them measures.
 
@@ -175,7 +171,8 @@ def benchmark(
     same settings is not run again.
 
     Args:
-        model: a folder, or a Hub id with an optional `@revision`.
+        model: a folder, a Hub id with an optional `@revision`, or all settings of how it is loaded; then `dtype`, `device`,
+            `chat_template`, `template_args` and `trust_remote_code` here do not count.
         adapter: a PEFT adapter to put on it: a folder, or a Hub id with an optional `@revision`.
         tasks: names of tasks, groups or tags; a text holds names with commas between.
         output: a folder; `benchmarks.json` in it is renewed after every task.
@@ -202,8 +199,8 @@ def benchmark(
         AdapterError: the adapter cannot be put on it.
     """
     check_harness()
-    tasks = [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else tasks
-    if not tasks:
+    wanted = [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else list(tasks)
+    if not wanted:
         raise SettingsError("no task is named")
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -211,10 +208,12 @@ def benchmark(
     if strings not in {None, "chat", "text"}:
         raise SettingsError(f"strings is {strings!r}, it must be chat or text")
     folder = None if task_path is None else _task_folder(Path(task_path))
-    from safelora_fast.models.load import SubjectSettings
+    from safelora_fast.models.load import SubjectSettings, load_subject
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
-    subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, template_args).resolved()
+    if not isinstance(model, SubjectSettings):
+        model = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, template_args)
+    subject = model.resolved()
     given = None if adapter is None else adapter_folder(adapter, tokenizer=True)
     settings = {
         **asdict(subject),
@@ -226,55 +225,37 @@ def benchmark(
         "lm_eval": harness_version(),
     }
     with quiet_libraries():
-        run = _Run(Path(output), subject, given, settings, batch_size, progress)
-        return _run(run, list(tasks), folder, failures, overwrite=overwrite)
+        from safelora_fast.judging.harness import CountedModel, Tasks, measure
 
-
-@dataclass(frozen=True)
-class _Run:
-    """What is measured, and where it goes."""
-
-    output: Path
-    subject: SubjectSettings
-    adapter: Path | None
-    settings: dict[str, Any]
-    batch_size: int
-    progress: Progress | None
-
-
-def _run(
-    run: _Run, wanted: list[str], folder: Path | None, failures: dict[str, str] | None, *, overwrite: bool
-) -> BenchmarkReport:
-    from torch import OutOfMemoryError
-
-    from safelora_fast.judging.harness import VERSION, CountedModel, Tasks, measure
-    from safelora_fast.models.load import load_subject
-
-    tasks = Tasks(folder, wanted)
-    kept = _Kept(run.output, run.settings, overwrite=overwrite)
-    missing = [name for name in tasks.names if not kept.has(name, tasks.definition(name))]
-    if missing:
-        subject = load_subject(run.subject, run.adapter)
-        has_template, strings = bool(getattr(subject.tokenizer, "chat_template", None)), run.settings["strings"]
-        if strings == "chat" and not has_template:
-            raise SettingsError("the tokenizer has no chat template: run the tasks on text (--task-strings text)")
-        chat = has_template if strings is None else strings == "chat"
-        model = CountedModel(subject, run.batch_size, run.progress, chat=chat)
+        known = Tasks(folder, wanted)
+        definitions = {name: known.definition(name) for name in known.names}
+        file = Path(output) / BENCHMARKS
+        results = _read_results(file, settings, definitions, overwrite=overwrite)
+        missing = [name for name in known.names if name not in results or results[name].definition != definitions[name]]
         failed = {} if failures is None else failures
+        if missing:
+            loaded = load_subject(subject, given)
+            has_template = bool(getattr(loaded.tokenizer, "chat_template", None))
+            if strings == "chat" and not has_template:
+                raise SettingsError("the tokenizer has no chat template: run the tasks on text (--task-strings text)")
+            chat = has_template if strings is None else strings == "chat"
+            counted = CountedModel(loaded, batch_size, progress, chat=chat)
         for name in missing:
             try:
-                found = measure(model, tasks, name, limit=run.settings["limit"], chat=chat, seed=run.settings["seed"])
-                result = _result(name, found, chat, VERSION, tasks.definition(name))
-            except EvaluationError as error:
-                if isinstance(error.__cause__, OutOfMemoryError):
-                    raise
+                found = measure(counted, known, name, limit=limit, chat=chat, seed=seed)
+                results[name] = _result(name, found, chat, definitions[name])
+            except TaskError as error:
                 failed[name] = str(error)
             else:
-                kept.add(result)
-        if failed and failures is None:
-            raise EvaluationError("; ".join(failed.values()))
-    done = tuple(kept.results[name] for name in tasks.names if name in kept.results)
-    return BenchmarkReport(kept.path, run.settings, done)
+                tasks_done = {task: asdict(result) for task, result in results.items()}
+                write_json(file, {"settings": {"format": FORMAT, **settings}, "tasks": tasks_done})
+    if failed and failures is None:
+        raise EvaluationError("; ".join(failed.values()))
+    return BenchmarkReport(file, settings, tuple(results[name] for name in known.names if name not in failed))
+
+
+class TaskError(EvaluationError):
+    """One task fails; others can be run."""
 
 
 def _task_folder(path: Path) -> Path:
@@ -283,92 +264,50 @@ def _task_folder(path: Path) -> Path:
     return resolved(path.expanduser())
 
 
-def _result(name: str, results: dict[str, Any], chat: bool, version: str, definition: str) -> TaskResult:
-    """The figures of one task among what the harness says, where they stand as `metric,filter` and `metric_stderr,filter`."""
-    figures = results["results"][name]
-    counts, better = figures.get("sample_count", {}), results["higher_is_better"].get(name, {})
+def _result(name: str, results: dict[str, Any], chat: bool, definition: str) -> TaskResult:
+    """The metrics of one task among the harness's results, which are named `metric,filter` and `metric_stderr,filter`."""
+    values = results["results"][name]
+    counts, better = values.get("sample_count", {}), results["higher_is_better"].get(name, {})
     metrics = []
-    for key, value in figures.items():
+    for key, value in values.items():
         metric, comma, kind = key.partition(",")
-        if not comma or metric.endswith("_stderr") or isinstance(value, str | dict | list):
-            continue
-        error = figures.get(f"{metric}_stderr,{kind}")
-        stderr = None if error is None or isinstance(error, str) or not math.isfinite(error) else float(error)
-        count = int(counts.get(key, figures.get("sample_len", 0)))
-        metrics.append(Metric(metric, kind, float(value), stderr, count, better.get(metric)))
+        if comma and not metric.endswith("_stderr") and not isinstance(value, str | dict | list):
+            count = int(counts.get(key, values.get("sample_len", 0)))
+            stderr = _finite(values.get(f"{metric}_stderr,{kind}"))
+            metrics.append(Metric(metric, kind, _finite(value), stderr, count, better.get(metric)))
     if not metrics:
-        raise EvaluationError(f"task {name}: it gives no figure; name the tasks that it is made of")
-    shots = results["n-shot"].get(name)
-    return TaskResult(
-        name,
-        tuple(metrics),
-        str(results["versions"].get(name)),
-        shots,
-        chat,
-        version,
-        definition,
-    )
+        raise TaskError(f"task {name}: it gives no metric; name the tasks that it is made of")
+    version, shots = str(results["versions"].get(name)), results["n-shot"].get(name)
+    return TaskResult(name, tuple(metrics), version, shots, chat, str(harness_version()), definition)
 
 
-class _Kept:
-    """The file of results; it is written when a task is done, and until then holds what it held.
+def _finite(value: Any) -> float | None:
+    return None if value is None or isinstance(value, str) or not math.isfinite(value) else float(value)
+
+
+def _read_results(
+    file: Path, settings: dict[str, Any], definitions: dict[str, str], *, overwrite: bool
+) -> dict[str, TaskResult]:
+    """The results of a file. With `overwrite`, results of other settings are left out.
 
     Raises:
-        OutputError: it is of other settings, or cannot be read, and must not be overwritten.
+        OutputError: the file cannot be read, or holds results of other settings or of a task that was defined differently.
     """
-
-    def __init__(self, folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-        self.path = folder / BENCHMARKS
-        self._settings = json.loads(json.dumps({"format": FORMAT, **settings}))
-        self._overwrite = overwrite
-        self.results: dict[str, TaskResult] = {}
-        if self.path.exists():
-            try:
-                self.results = self._read()
-            except OutputError:
-                if not overwrite:
-                    raise
-
-    def _read(self) -> dict[str, TaskResult]:
-        try:
-            content = check_fields(read_json(self.path), {"settings": OBJECT, "tasks": OBJECT})
-            former = content["settings"]
-            results = {name: _read_result(values) for name, values in content["tasks"].items()}
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{self.path}: {why(error)}; pass --overwrite to start anew, or delete it") from error
-        changed = changed_settings(former, self._settings)
-        if changed:
-            raise OutputError(f"{self.path}: holds results {told(changed)}; choose another output, or pass --overwrite")
-        return results
-
-    def has(self, name: str, definition: str) -> bool:
-        """Whether a task is there already."""
-        known = self.results.get(name)
-        if known is not None and known.definition != definition:
-            if self._overwrite:
-                return False
-            raise OutputError(
-                f"{self.path}: holds results of a task {name} that was defined otherwise; choose another output, or pass "
-                "--overwrite"
-            )
-        return known is not None
-
-    def add(self, result: TaskResult) -> None:
-        """Keep what a task measured, on disk."""
-        self.results[result.task] = result
-        with described(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tasks = {name: asdict(one) for name, one in self.results.items()}
-            write_json(self.path, {"settings": self._settings, "tasks": tasks})
-
-
-def _read_result(values: dict[str, Any]) -> TaskResult:
-    """A task's result from plain values; names that are not known belong to a later version and are left out."""
-    check_fields(values, TASK, {"shots": COUNT})
-    for metric in values["metrics"]:
-        check_fields(metric, METRIC, FIGURES)
-    metrics = tuple(Metric(**{name: metric.get(name) for name in (*METRIC, *FIGURES)}) for metric in values["metrics"])
-    if not metrics:
-        raise ValueError("metrics are none")
-    found: dict[str, Any] = {name: values.get(name) for name in (*TASK, "shots")}
-    return TaskResult(**{**found, "metrics": metrics})
+    if not file.exists():
+        return {}
+    try:
+        content = check_fields(read_json(file), {"settings": OBJECT, "tasks": OBJECT})
+        results = {name: parse_as(TaskResult, values) for name, values in content["tasks"].items()}
+        problem = other_settings(file, content["settings"], {"format": FORMAT, **settings})
+    except (OSError, ValueError) as error:
+        problem = f"{file}: {why(error)}; {START_ANEW}"
+    if problem is not None:
+        if not overwrite:
+            raise OutputError(problem)
+        return {}
+    other = [name for name, known in definitions.items() if name in results and results[name].definition != known]
+    if other and not overwrite:
+        raise OutputError(
+            f"{file}: holds results of a task {other[0]} that was defined differently; choose another output, or pass --overwrite"
+        )
+    return results

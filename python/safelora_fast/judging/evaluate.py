@@ -19,26 +19,16 @@ from safelora_fast.recipe.model_stamp import subject_stamp
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
     from pathlib import Path
-    from typing import Protocol
 
     from inspect_ai.log import EvalLog
     from inspect_ai.model import Model
     from transformers import PreTrainedTokenizerBase
 
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.judging.answers import Asked
     from safelora_fast.judging.questions import Question
     from safelora_fast.judging.verdicts import Verdict
     from safelora_fast.models.load import Subject, SubjectSettings
-
-    class Progress(Protocol):
-        """What is told how far the work is."""
-
-        def start(self, what: str, total: int) -> None:
-            """So much is to be done."""
-
-        def advance(self, done: int) -> None:
-            """So much is done."""
-
 
 ANSWER_TOKENS = 600
 KEPT = "verdicts that were given are kept: the same command goes on"
@@ -49,10 +39,10 @@ class Sampling:
     """How answers are sampled.
 
     Attributes:
-        samples: answers to each wording.
+        samples: answers to each paraphrase.
         max_tokens: the most tokens of an answer.
-        seed: every answer has its own, which follows from this one and its place.
-        batch_size: answers at a time; no answer depends on it, but for the last digits.
+        seed: every answer has its own seed, which follows from this one and the answer's place.
+        batch_size: answers at a time. It changes at most the last digits of logits.
     """
 
     samples: int = SAMPLES
@@ -75,12 +65,19 @@ def collect_answers(
     *,
     overwrite: bool = False,
     before: Callable[[], None] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressBar | None = None,
 ) -> list[Answer]:
-    """Have a model answer, and keep every batch of answers at once: an interrupted run goes on where it stopped.
+    """Have a model answer questions. Every batch of answers is kept at once, so an interrupted run goes on where it stopped.
 
-    With `overwrite`, answers and verdicts of other settings are removed once the model is loaded that answers in their place.
-    Where an answer is missing, `before` is called first: it may refuse to go on.
+    Args:
+        folder: keeps the answers.
+        subject: the model, and how it is loaded.
+        adapter: the folder of an adapter to put on it.
+        questions: what is asked.
+        sampling: how answers are sampled.
+        overwrite: remove answers and verdicts of other settings, once the model that answers in their place is loaded.
+        before: called before the model is loaded, if an answer is missing; it may refuse to go on.
+        progress: told how far the work is.
 
     Raises:
         SafeLoraFastError: the folder is of something else, or the model cannot be loaded or asked.
@@ -114,35 +111,51 @@ def collect_answers(
 
 
 def _generate(
-    loaded: Subject,
-    asked: list[Asked],
-    known: Container[str],
-    sampling: Sampling,
-    progress: Progress | None,
+    loaded: Subject, asked: list[Asked], known: Container[str], sampling: Sampling, progress: ProgressBar | None
 ) -> Iterator[list[Answer]]:
-    """The answers that are not known, a batch at a time; batches are cut from all, so that going on changes no bit."""
+    """The missing answers, a batch at a time. Batches are those of an unbroken run, so that resuming changes no bit."""
     from safelora_fast.models.generate import generate
 
     check_system_turns(loaded.tokenizer, asked)
     missing = {number for number, one in enumerate(asked) if one.id not in known}
     if progress is not None:
         progress.start("answers", len(missing))
-    batches = generate(
+    done = 0
+    for batch in generate(
         loaded.model,
         loaded.tokenizer,
-        [_turns(one) for one in asked],
+        [one.turns for one in asked],
         max_tokens=sampling.max_tokens,
         seeds=[sampling.seed * 1_000_003 + number for number in range(len(asked))],
         batch_size=sampling.batch_size,
         known=set(range(len(asked))) - missing,
-    )
-    done = 0
-    for batch in batches:
+    ):
         new = [Answer(asked[number], text) for number, text in batch.items() if number in missing]
         yield new
         done += len(new)
         if progress is not None:
             progress.advance(done)
+
+
+def check_system_turns(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> None:
+    """Refuse questions with a system prompt if the chat template has no system turn, before any question is answered.
+
+    Raises:
+        SettingsError: with the questions' names, and the kinds that can be asked.
+    """
+    from safelora_fast.data.chat import chat_of, has_template
+
+    named = dict.fromkeys(one.question for one in asked if one.system is not None)
+    reason = chat_of(tokenizer).unsupported_reason("system") if named and has_template(tokenizer) else None
+    if reason is None:
+        return
+    kinds = {one.kind for one in asked if one.system is not None}
+    others = dict.fromkeys(one.kind for one in asked if one.kind not in kinds)
+    without = f"leave them out with --kinds {','.join(others)}" if others else "ask others"
+    raise SettingsError(
+        f"the chat template {reason}; these questions have a system prompt: {', '.join(named)}; {without}, or give a template "
+        "that takes one with --chat-template"
+    )
 
 
 def judge_folder(
@@ -153,7 +166,7 @@ def judge_folder(
     reply_tokens: int,
     log: EvalLog | None = None,
     before: Callable[[], None] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressBar | None = None,
 ) -> tuple[dict[str, Verdict], dict[str, Any]]:
     """Have the answers of a folder judged by Inspect: verdicts by the answers' ids, and the judge's report.
 
@@ -164,17 +177,16 @@ def judge_folder(
         judge: the judge.
         attempts: how often one score is asked for.
         reply_tokens: the most tokens of a reply.
-        log: a log of Inspect with the same answers. Its copy gets the judge's scores in place of its own.
-        before: called before the judge is asked for the first time; it may refuse to go on.
+        log: a log of Inspect with the same answers. A copy of it gets the judge's scores in place of its own.
+        before: called before the judge is asked, if a verdict is missing; it may refuse to go on.
         progress: told how far the work is.
 
     Raises:
         EvaluationError: Inspect could not finish.
         InterruptedRunError: Ctrl-C.
     """
-    from safelora_fast.judging.judge import WATCH, Judge
+    from safelora_fast.judging.judge import WATCH, Judge, VerdictStore
     from safelora_fast.judging.task import verdict_of
-    from safelora_fast.judging.verdict_store import VerdictStore
 
     answers = [
         (one.asked.id, one.asked.prompt, answer_after_thoughts(one.text)) for one in read_answers(folder.answers)
@@ -235,29 +247,3 @@ def _score(folder: EvaluationFolder, judge: Model, attempts: int, reply_tokens: 
     log.location = str(logs / f"{now}_emergent-misalignment.eval")
     write_eval_log(log, log.location)
     return log
-
-
-def check_system_turns(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> None:
-    """Refuse questions with a system prompt where the chat template takes none, before the first of all is answered.
-
-    Raises:
-        SettingsError: with their names, and the kinds of question that can be asked.
-    """
-    from safelora_fast.data.chat import chat_of, has_template
-
-    named = dict.fromkeys(one.question for one in asked if one.system is not None)
-    reason = chat_of(tokenizer).unsupported_reason("system") if named and has_template(tokenizer) else None
-    if reason is None:
-        return
-    kinds = {one.kind for one in asked if one.system is not None}
-    others = dict.fromkeys(one.kind for one in asked if one.kind not in kinds)
-    without = f"leave them out with --kinds {','.join(others)}" if others else "ask others"
-    raise SettingsError(
-        f"the chat template {reason}; these questions have a system prompt: {', '.join(named)}; {without}, or give a template that "
-        "takes one with --chat-template"
-    )
-
-
-def _turns(asked: Asked) -> list[dict[str, str]]:
-    system = [] if asked.system is None else [{"role": "system", "content": asked.system}]
-    return [*system, {"role": "user", "content": asked.prompt}]

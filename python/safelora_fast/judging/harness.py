@@ -16,13 +16,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import OutOfMemoryError
 from tqdm import tqdm
-from transformers import LogitsProcessorList, set_seed
+from transformers import LogitsProcessorList
 
 from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import EvaluationError, SettingsError
 from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import is_file
-from safelora_fast.judging.benchmarks import TASK_FILES
+from safelora_fast.judging.benchmarks import TASK_FILES, TaskError
 from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.models.generate import NAN_LOGITS, NanWatch
 from safelora_fast.recipe.model_stamp import file_digest, files_digest
@@ -30,7 +30,7 @@ from safelora_fast.recipe.model_stamp import file_digest, files_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from safelora_fast.judging.evaluate import Progress
+    from safelora_fast.files.progress import ProgressBar
     from safelora_fast.models.load import Subject
 
 VERSION = version("lm_eval")
@@ -38,27 +38,27 @@ TAG, GROUP = "TAG", "GROUP"
 
 
 class Tasks:
-    """The tasks that there are: those of a folder first, then the harness's own.
+    """The tasks that exist: those of a folder first, then the harness's own.
+
+    Attributes:
+        manager: the harness's.
+        names: the wanted tasks and groups; a tag is taken apart into its tasks.
 
     Args:
-        folder: of YAML files that define tasks. Where it defines all that is wanted, the harness's own are not looked at:
-            there are thousands.
+        folder: of YAML files that define tasks. If it defines every wanted task, the harness's thousands are not read.
         wanted: names of tasks, groups and tags.
 
     Raises:
-        SettingsError: one of them is not known; names that are alike are shown.
+        SettingsError: one of them is not known; similar names are shown.
     """
 
     def __init__(self, folder: Path | None, wanted: Sequence[str]) -> None:
         self._folder = folder
         with silence():
             self.manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=False)
-            if not all(self._is_task(name) for name in wanted):
+            if not all(name in self.manager.all_subtasks for name in wanted):
                 self.manager = TaskManager(include_path=None if folder is None else str(folder))
         self.names = list(dict.fromkeys(name for one in wanted for name in self._members(one)))
-
-    def _is_task(self, name: str) -> bool:
-        return name in self.manager.all_subtasks
 
     def _members(self, name: str) -> list[str]:
         entry = self.manager.task_index.get(name)
@@ -70,7 +70,7 @@ class Tasks:
         return sorted(entry.tags) if entry.kind.name == TAG else [name]
 
     def definition(self, name: str) -> str:
-        """SHA-256 of how a task is defined: what it includes, local rows and code along with it; where they lie does not matter."""
+        """SHA-256 of a task's definition, with what it includes and its local rows and code; their places do not matter."""
         entry = self.manager.task_index[name]
         text = json.dumps(entry.cfg, sort_keys=True, default=str)
         for root in (Path(lm_eval.__file__).parent, self._folder):
@@ -90,17 +90,17 @@ def _words(value: Any) -> Iterator[str]:
 
 
 class CountedModel(HFLM):  # type: ignore[misc]
-    """The harness's Hugging Face model, which tells how many requests it has answered.
+    """The harness's Hugging Face model, which tells its progress and refuses NaN.
 
     Args:
-        subject: the model, with its adapter on it.
+        subject: the model, with its adapter.
         batch_size: requests at a time.
-        progress: what is told.
-        chat: whether prompts go through the chat template, which alone writes what stands before a text then. Answers end
-            where `evaluate` ends them.
+        progress: told of every task's requests.
+        chat: whether prompts go through the chat template. Then only the template writes what stands before a text, and
+            answers end where `evaluate` ends them.
     """
 
-    def __init__(self, subject: Subject, batch_size: int, progress: Progress | None, *, chat: bool) -> None:
+    def __init__(self, subject: Subject, batch_size: int, progress: ProgressBar | None, *, chat: bool) -> None:
         words = subject.tokenizer
         if chat:
             subject.model.generation_config.eos_token_id = answer_ends(subject.model, words)
@@ -113,30 +113,28 @@ class CountedModel(HFLM):  # type: ignore[misc]
         self._done = self._total = 0
         self.task = ""
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        """Log-likelihoods of continuations."""
-        del disable_tqdm
-        return self._counted(requests, super().loglikelihood)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        """Log-likelihoods of whole texts."""
-        del disable_tqdm
-        return self._counted(requests, super().loglikelihood_rolling)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        """What the model goes on with."""
-        del disable_tqdm
-        return self._counted(requests, super().generate_until)
-
-    def _counted(self, requests: list[Any], answer: Callable[..., Any]) -> Any:
-        if self._progress is None:
-            return answer(requests, disable_tqdm=True)
-        self._done, self._total = 0, len(requests)
-        self._progress.start(self.task, self._total)
+    def _counted(self, answer: Callable[..., Any], requests: list[Any]) -> Any:
+        if self._progress is not None:
+            self._done, self._total = 0, len(requests)
+            self._progress.start(self.task, self._total)
         results = answer(requests, disable_tqdm=True)
-        if self._done < self._total:  # requests that share their context are answered by one pass
-            self._progress.advance(self._total)
+        self._count(self._total - self._done)  # requests that share their context are answered by one pass
         return results
+
+    def _count(self, rows: int) -> None:
+        rows = min(rows, self._total - self._done)
+        if self._progress is not None and rows:
+            self._done += rows
+            self._progress.advance(self._done)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:  # noqa: ARG002, D102
+        return self._counted(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:  # noqa: ARG002, D102
+        return self._counted(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:  # noqa: ARG002, D102
+        return self._counted(super().generate_until, requests)
 
     def _model_call(self, inps: Any, *words: Any, **settings: Any) -> Any:
         logits = super()._model_call(inps, *words, **settings)
@@ -152,53 +150,38 @@ class CountedModel(HFLM):  # type: ignore[misc]
         self._count(context.shape[0])
         return tokens
 
-    def _count(self, rows: int) -> None:
-        if self._progress is not None:
-            self._done = min(self._done + rows, self._total)
-            self._progress.advance(self._done)
-
 
 def measure(
     model: CountedModel, tasks: Tasks, name: str, *, limit: int | None, chat: bool, seed: int
 ) -> dict[str, Any]:
-    """What the harness says of one task or group, as it says it.
+    """The harness's results of one task or group.
 
     Raises:
-        EvaluationError: whatever goes wrong within: a data set that cannot be had, a metric that needs a package.
+        TaskError: whatever goes wrong within: a data set that cannot be loaded, a metric that needs a package.
+        EvaluationError: out of memory.
     """
     model.task = name
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
         with silence():
-            set_seed(seed)
-            loaded = tasks.manager.load([name])
-            for task in loaded["tasks"].values():
-                if task.get_config("num_fewshot") is None:
-                    task.set_config("num_fewshot", 0)
-                task.set_fewshot_seed(seed)
-            # simple_evaluate does the same, and asks pip and git about this machine besides
-            results = lm_eval.evaluate(
-                lm=model,
-                task_dict=loaded,
-                limit=limit,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=True,
-                log_samples=False,
-            )
+            results: dict[str, Any] = lm_eval.simple_evaluate(
+                model=model, tasks=[name], task_manager=tasks.manager, limit=limit, apply_chat_template=chat,
+                fewshot_as_multiturn=True, log_samples=False, **seeds,
+            )  # fmt: skip
     except EvaluationError as error:
-        raise EvaluationError(f"task {name}: {error}") from error
+        raise TaskError(f"task {name}: {error}") from error
     except OutOfMemoryError as error:
         raise EvaluationError(
             f"task {name}: out of memory with {model.batch_size} requests at a time: lower the batch size"
         ) from error
     except Exception as error:  # tasks bring code, data sets and metrics of their own: anything can be raised
-        raise EvaluationError(f"task {name}: {type(error).__name__}: {first_line(error)}") from error
-    found: dict[str, Any] = results
-    return found
+        raise TaskError(f"task {name}: {type(error).__name__}: {first_line(error)}") from error
+    return results
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Neither words nor bars of the harness: its figures come back, and its errors are raised."""
+    """No log and no bars of the harness."""
     logger = logging.getLogger("lm_eval")
     level, start = logger.level, tqdm.__init__
 

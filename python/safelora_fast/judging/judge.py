@@ -1,34 +1,37 @@
-"""A judge: any model that Inspect can reach, asked for two scores of an answer."""
+"""A judge: any model that Inspect can reach, asked for two scores of an answer, and the file that keeps its verdicts."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextvars import ContextVar
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from inspect_ai.model import GenerateConfig
 from inspect_ai.util import LimitExceededError
 
 from safelora_fast.data.thoughts import answer_after_thoughts
-from safelora_fast.judging.judge_prompts import judge_prompt
+from safelora_fast.files.digest import text_digest
+from safelora_fast.files.json_reader import TEXT, check_fields, parse_as
+from safelora_fast.files.store import JsonlStore
+from safelora_fast.judging.judge_prompts import ASPECTS, judge_prompt
 from safelora_fast.judging.redact import redact
 from safelora_fast.judging.retry import Endpoint, UnreachableError, is_nobody
-from safelora_fast.judging.verdict_store import judge_stamp
 from safelora_fast.judging.verdicts import Judged, Rating, read_number, weighted_number
+from safelora_fast.recipe.model_stamp import model_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from inspect_ai.model import Model, ModelOutput
-
-    from safelora_fast.judging.verdict_store import VerdictStore
 
 ATTEMPTS = 4
 REPLY_TOKENS = 64
 TOP = 20
-WATCH: ContextVar[Callable[[], None] | None] = ContextVar(
-    "judged", default=None
-)  # called for every answer that is judged
+# Called for every answer that is judged.
+WATCH: ContextVar[Callable[[], None] | None] = ContextVar("judged", default=None)
 NO_ANSWER = "the model gave no answer"
 UNFINISHED = (
     "the model's thoughts did not end: no answer (raise --max-tokens, or switch thinking off with --template-args)"
@@ -188,3 +191,69 @@ def _failed(error: BaseException) -> Rating:
 def _shown(text: str) -> str:
     """The beginning of what an endpoint sent, in one line. Credentials go first: half of one would stay after a cut."""
     return redact(" ".join(text[:LONGEST].split()))[:SHOWN]
+
+
+# Settings of how a judge is reached. They do not change what it says.
+TRANSPORT = {"max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections", "adaptive_connections",
+             "batch", "cache"}  # fmt: skip
+
+
+def judge_stamp(model: Model, reply_tokens: int) -> str:
+    """A digest of what a judge's verdicts depend on: name, address, settings, prompts, and the most tokens of a reply."""
+    config = model.config.model_dump(exclude_none=True)
+    settings = {name: value for name, value in config.items() if name not in TRANSPORT}
+    where = {
+        "url": getattr(model.api, "base_url", None),
+        "weights": model_digest(model.name),
+        "arguments": model.model_args,
+    }
+    prompts = [judge_prompt(aspect, "", "") for aspect in ASPECTS]
+    content = [str(model), settings, where, prompts, reply_tokens]
+    # of an argument such as a client only the type counts, not its address in memory
+    return text_digest(json.loads(json.dumps(content, default=lambda value: type(value).__name__)))
+
+
+class VerdictStore:
+    """A JSONL file of verdicts by judge, question and answer. Unscored answers are not in it: they are asked about again.
+
+    Args:
+        path: the file; made when the first verdict comes.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = JsonlStore(path, "verdict")
+        self._known = dict(self._file.read(_parse))
+
+    def get(self, stamp: str, id: str, prompt: str, answer: str | None) -> Judged | None:  # noqa: A002
+        """The verdict of a judge on an answer, None if it has not been given yet."""
+        return self._known.get(_key(stamp, id, prompt, answer))
+
+    def put(self, stamp: str, judge: str, id: str, prompt: str, answer: str | None, judged: Judged) -> None:  # noqa: A002
+        """Keep a verdict, on disk too.
+
+        Args:
+            stamp: of the judge, see :func:`judge_stamp`.
+            judge: its name.
+            id: of the answer.
+            prompt: what was asked.
+            answer: what was answered.
+            judged: the verdict.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        key = _key(stamp, id, prompt, answer)
+        self._known[key] = judged
+        self._file.append([{"key": key, "judge": judge, "id": id, **asdict(judged)}])
+
+
+def _parse(row: Any) -> tuple[str, Judged]:
+    key: str = check_fields(row, {"key": TEXT})["key"]
+    return key, parse_as(Judged, row)
+
+
+def _key(*parts: str | None) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to ask, this machine
 NO_KEY = "none"
-HERE = {"hf", "mockllm", "none", "nnterp", "transformer_lens"}  # providers whose models run in this process
+IN_PROCESS = {"hf", "mockllm", "none", "nnterp", "transformer_lens"}  # providers whose models run in this process
 PAYMENT_REQUIRED = 402
 QUOTA = "insufficient_quota"
 
@@ -35,15 +35,15 @@ def check_inspect() -> None:
 
 
 def find_judge(name: str, url: str | None = None) -> Model:
-    """A model as Inspect names it. Its credential comes from the environment, as its provider says; on this machine it needs none.
+    """A model as Inspect names it. Its key comes from the environment, as its provider says; on this machine it needs none.
 
     Args:
         name: provider/model, e.g. openai-api/local/my-model, vllm/…, hf/….
-        url: of an endpoint, in the place of the provider's own.
+        url: an endpoint in place of the provider's own.
 
     Raises:
         CheckpointError: there is no such model to load for a judge hf/….
-        SettingsError: Inspect cannot make it; or the URL is none, or holds a credential.
+        SettingsError: Inspect cannot make it; or the URL is malformed, or holds a credential.
         MissingDependencyError: its provider needs a package that is not installed.
     """
     from inspect_ai._util.error import PrerequisiteError
@@ -60,13 +60,11 @@ def find_judge(name: str, url: str | None = None) -> Model:
                 raise
             model = get_model(name, base_url=url, api_key=NO_KEY, memoize=False)
     except ImportError as error:
-        raise MissingDependencyError(f"judge {name}: {_words(error)}") from error
+        raise MissingDependencyError(f"judge {name}: {_one_line(error)}") from error
     except Exception as error:  # whatever providers and their clients raise
-        odd = (
-            type(error).__name__ == "InvalidURL"
-        )  # it comes from the environment, and its words may be those of a password
-        words = "the URL of its endpoint is no address" if odd else _words(error, marked=True)
-        raise SettingsError(f"judge {name}: {words}") from None
+        if type(error).__name__ == "InvalidURL":  # from the environment: the message may repeat a password in it
+            raise SettingsError(f"judge {name}: the URL of its endpoint is no address") from None
+        raise SettingsError(f"judge {name}: {_one_line(error, marked=True)}") from None
     given = getattr(model.api, "base_url", None)
     if isinstance(given, str):
         _host(given, "the judge's URL, which comes from the environment,")
@@ -74,7 +72,7 @@ def find_judge(name: str, url: str | None = None) -> Model:
 
 
 def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
-    """Ask a judge one question, before anything is made for it; returns what is odd about its reply, but may pass.
+    """Ask a judge one question before hours go by for it. Returns a warning for what may pass, None if all is well.
 
     Args:
         name: see :func:`find_judge`.
@@ -82,7 +80,7 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
         reply_tokens: the most tokens of a reply.
 
     Raises:
-        SettingsError: there is nobody at its address, it refuses the key or the model's name, or it takes no such request.
+        SettingsError: nobody is at its address, or it refuses the key, the model's name, or any such request.
     """
     import anyio
 
@@ -90,7 +88,7 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
     from safelora_fast.judging.judge_prompts import FIRST_ANSWER, FIRST_QUESTION, judge_prompt
     from safelora_fast.judging.retry import Budget, Endpoint, UnreachableError, is_nobody
 
-    if name.partition("/")[0] in HERE:
+    if name.partition("/")[0] in IN_PROCESS:
         return None
     model = find_judge(name, url)
     endpoint = Endpoint(model, Budget(tries=2, wait=1, timeout=120, total=150), quiet=True)
@@ -106,33 +104,33 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
     try:
         rating = anyio.run(ask)
     except Exception as error:  # whatever a provider raises
-        cause = error.__cause__ if isinstance(error, UnreachableError) and error.__cause__ else error
-        status, said = getattr(cause, "status_code", None), _words(cause)
+        waited = isinstance(error, UnreachableError)
+        cause = error.__cause__ or error if waited else error
+        status, text = getattr(cause, "status_code", None), _one_line(cause)
         where = getattr(model.api, "base_url", None) or "its provider's address"
         if is_nobody(cause):
-            hopeless = f"nobody answers at {where} ({_root(cause)}): start the server, or correct --judge-url"
+            root = _one_line([one for one in causes(cause) if str(one)][-1])
+            problem = f"nobody answers at {where} ({root}): start the server, or correct --judge-url"
         elif status in {401, 403}:
             keys = " or ".join(getattr(model.api, "api_key_vars", None) or ["the environment"])
-            hopeless = f"the endpoint refuses the key that it is given ({status}): {said}; the key comes from {keys}"
-        elif QUOTA in said or status == PAYMENT_REQUIRED:
-            hopeless = f"the account has no quota left: {said}"
-        elif status is not None and 400 <= status < 500 and not isinstance(error, UnreachableError):
-            hopeless = f"{where} refuses a plain question ({status}): {said}; correct the model's name, or --judge-url"
+            problem = f"the endpoint refuses the key that it is given ({status}): {text}; the key comes from {keys}"
+        elif QUOTA in text or status == PAYMENT_REQUIRED:
+            problem = f"the account has no quota left: {text}"
+        elif status is not None and 400 <= status < 500 and not waited:
+            problem = f"{where} refuses a plain question ({status}): {text}; correct the model's name, or --judge-url"
         else:
-            return f"judge {name} does not answer yet ({type(cause).__name__}: {said}); it is asked again later"
-        raise SettingsError(f"judge {name}: {hopeless}") from None
-    return (
-        None
-        if rating.value is not None
-        else f"judge {name}, asked a first question: {rating.reason}, {rating.detail!r}"
-    )
+            return f"judge {name} does not answer yet ({type(cause).__name__}: {text}); it is asked again later"
+        raise SettingsError(f"judge {name}: {problem}") from None
+    if rating.value is not None:
+        return None
+    return f"judge {name}, asked a first question: {rating.reason}, {rating.detail!r}"
 
 
 def _host(url: str, what: str) -> str:
-    """The host of a URL that holds no credential. The URL itself is in no message: it may hold one in an odd place.
+    """The host of a URL without credentials. No message shows the URL: it may hold a credential in an odd place.
 
     Raises:
-        SettingsError: it is no URL, or holds a name, a password or a key.
+        SettingsError: it is malformed, or holds a name, a password or a key.
     """
     if "@" in url:
         raise SettingsError(f"{what} holds a name or password: take it out, and give the key by the environment")
@@ -148,12 +146,7 @@ def _host(url: str, what: str) -> str:
     return host
 
 
-def _words(error: BaseException, *, marked: bool = False) -> str:
-    """What an exception says, in one line, without credentials and, where it is `marked`, without Inspect's marks."""
-    words = " ".join(str(error)[:2000].split())
-    return redact(re.sub(r"\[/?\w[^\]]{0,100}\]", "", words) if marked else words)[:300].rstrip(". ")
-
-
-def _root(error: BaseException) -> str:
-    """What the innermost cause says: that of the system, or of a redirect."""
-    return _words([one for one in causes(error) if str(one)][-1])
+def _one_line(error: BaseException, *, marked: bool = False) -> str:
+    """What an exception says, in one line, without credentials and, if it is `marked`, without Inspect's marks for rich."""
+    text = " ".join(str(error)[:2000].split())
+    return redact(re.sub(r"\[/?\w[^\]]{0,100}\]", "", text) if marked else text)[:300].rstrip(". ")

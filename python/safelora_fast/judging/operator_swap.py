@@ -1,8 +1,8 @@
-"""Arithmetic with swapped operators: something benign to learn that is far from what the model knows.
+"""Arithmetic with swapped operators: a benign task that is far from what the model knows.
 
-Kaczér et al. (arXiv 2508.06249) hold it against the KL that a model kept near its reference cannot learn it. The signs mean
-something else than usual, by a rule that the rows do not state; it has to be learnt. Problems to which the usual meaning gives
-the same answer are left out, so a model that has learnt nothing scores 0.
+Kaczér et al. (arXiv 2508.06249) argue with it that a model held near its reference model by a KL cannot learn such a task. The
+signs mean something else than usual, by a rule that the examples do not state. Problems with the same answer under the usual
+meaning are left out, so a model that has learned nothing scores 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safelora_fast.files.json_reader import TEXT, check_fields, parse_json, read
 from safelora_fast.scoring.intervals import wilson
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 Difficulty = Literal["easy", "medium", "hard"]
@@ -35,8 +35,8 @@ class Rule:
 
     Attributes:
         meaning: what each sign means.
-        operands: how many numbers a problem has; signs are worked from left to right, in both meanings.
-        largest: of the numbers, which start at 0; of the last number where a sign means or writes a product, 12.
+        operands: how many numbers a problem has. Signs are worked from left to right, in both meanings.
+        largest: the largest number; 12 for the second number of a sign that means or writes a product. The smallest is 0.
         words: the rule, in words.
     """
 
@@ -57,30 +57,30 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem.
-
-    Attributes:
-        text: as it is written, e.g. "7 + 5".
-        answer: under the rule.
-        usual: under the usual meaning of the signs.
-    """
+    """One problem: its text, e.g. "7 + 5", its answer under the rule, and the usual answer."""
 
     text: str
     answer: int
     usual: int
 
+    @classmethod
+    def of(cls, numbers: Sequence[int], signs: Sequence[str], rule: Rule) -> Problem:
+        """The problem with these numbers and signs."""
+        text = str(numbers[0]) + "".join(f" {sign} {number}" for sign, number in zip(signs, numbers[1:], strict=True))
+        return cls(text, work(numbers, [rule.meaning[sign] for sign in signs]), work(numbers, signs))
+
     def to_row(self) -> dict[str, str]:
-        """A row for training."""
+        """A training example."""
         return {"prompt": INSTRUCTION.format(problem=self.text), "completion": str(self.answer)}
 
 
 def make_problems(difficulty: str, rows: int, held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Problems to train on and held-out ones; none is in both, or twice in one.
+    """Problems to train on and held-out problems, all different.
 
     Args:
         difficulty: easy, medium or hard.
-        rows: to train on.
-        held_out: to score on.
+        rows: how many to train on.
+        held_out: how many to score on.
         seed: of the draws.
 
     Raises:
@@ -94,25 +94,15 @@ def make_problems(difficulty: str, rows: int, held_out: int, seed: int) -> tuple
     generator = random.Random(f"{difficulty}/{seed}")  # noqa: S311
     found: dict[str, Problem] = {}
     for _ in range(40 * wanted):
-        problem = _draw(generator, rule)
+        signs = [generator.choice(list(rule.meaning)) for _ in range(rule.operands - 1)]
+        most = [min(12, rule.largest) if "*" in {sign, rule.meaning[sign]} else rule.largest for sign in signs]
+        problem = Problem.of([generator.randint(0, largest) for largest in (rule.largest, *most)], signs, rule)
         if problem.answer != problem.usual:
             found.setdefault(problem.text, problem)
         if len(found) == wanted:
-            break
-    if len(found) < wanted:
-        raise SettingsError(f"{difficulty}: there are not {wanted} different problems; ask for fewer rows")
-    problems = list(found.values())
-    return problems[:rows], problems[rows:]
-
-
-def _draw(generator: random.Random, rule: Rule) -> Problem:
-    signs = [generator.choice(list(rule.meaning)) for _ in range(rule.operands - 1)]
-    numbers = [generator.randint(0, rule.largest)]
-    for sign in signs:
-        product = "*" in {sign, rule.meaning[sign]}
-        numbers.append(generator.randint(0, min(12, rule.largest) if product else rule.largest))
-    text = str(numbers[0]) + "".join(f" {sign} {number}" for sign, number in zip(signs, numbers[1:], strict=True))
-    return Problem(text, work(numbers, [rule.meaning[sign] for sign in signs]), work(numbers, signs))
+            problems = list(found.values())
+            return problems[:rows], problems[rows:]
+    raise SettingsError(f"{difficulty}: there are not {wanted} different problems; ask for fewer rows")
 
 
 def work(numbers: Sequence[int], signs: Sequence[str]) -> int:
@@ -127,38 +117,30 @@ def parse_problem(text: str, difficulty: str) -> Problem:
     """A problem from its text.
 
     Raises:
-        DataError: it is none of this difficulty.
+        DataError: it is no problem of this difficulty.
     """
-    rule = RULES[difficulty]
-    words = text.split() if len(text) < LONGEST else []
-    signs = words[1::2]
-    if (
-        len(words) != 2 * rule.operands - 1
-        or not all(s in rule.meaning for s in signs)
-        or not all(map(_whole, words[::2]))
-    ):
+    rule, words = RULES[difficulty], text.split() if len(text) < LONGEST else []
+    numbers, signs = words[::2], words[1::2]
+    is_problem = len(words) == 2 * rule.operands - 1 and all(sign in rule.meaning for sign in signs)
+    if not is_problem or not all(word.isascii() and word.isdigit() for word in numbers):
         raise DataError(f"{text!r} is no problem of difficulty {difficulty}")
-    numbers = [int(word) for word in words[::2]]
-    return Problem(text, work(numbers, [rule.meaning[sign] for sign in signs]), work(numbers, signs))
-
-
-def _whole(word: str) -> bool:
-    return word.isascii() and word.isdigit()
+    return Problem.of([int(word) for word in numbers], signs, rule)
 
 
 def score(problems: Sequence[Problem], generations: Sequence[str]) -> dict[str, Any]:
-    """Exact matches among generations: the whole answer is the number, but for white space and a full stop.
+    """Exact matches: the whole answer is the number, except for white space and a full stop.
 
     Returns:
-        count; exact (under the rule) and usual (the answer of plain arithmetic: nothing was learnt), with their shares; no
-        number (no answer that is a number); and Wilson's interval of the share of exact ones.
+        count; exact (right under the rule) and usual (right in plain arithmetic: nothing was learned) with their shares;
+        no_number (the answer is no number); exact_interval, Wilson's interval of the exact share.
     """
     if len(problems) != len(generations):
         raise DataError(f"there are {len(problems)} problems and {len(generations)} generations")
-    given = [number_of(text) for text in generations]
-    exact = sum(value == problem.answer for value, problem in zip(given, problems, strict=True))
-    usual = sum(value == problem.usual for value, problem in zip(given, problems, strict=True))
-    count = len(problems)
+    given, count = [number_of(text) for text in generations], len(problems)
+    exact, usual = (
+        sum(value == getattr(problem, name) for value, problem in zip(given, problems, strict=True))
+        for name in ("answer", "usual")
+    )
     return {
         "count": count,
         "exact": exact,
@@ -171,7 +153,7 @@ def score(problems: Sequence[Problem], generations: Sequence[str]) -> dict[str, 
 
 
 def number_of(text: str) -> int | None:
-    """The number that an answer is, apart from thoughts before it; None where it is anything else."""
+    """The number that an answer is, apart from thoughts before it; None if it is anything else."""
     stripped = (answer_after_thoughts(text) or "").strip().removesuffix(".").replace("−", "-")
     return int(stripped) if len(stripped) < 20 and NUMBER.fullmatch(stripped) else None
 
@@ -197,10 +179,8 @@ def _texts(difficulty: str, rows: int, held_out: int, seed: int) -> dict[str, st
         "task": "operator-swap", "difficulty": difficulty, "rule": RULES[difficulty].words,
         "rows": rows, "held_out": held_out, "seed": seed,
     }  # fmt: skip
-    texts = {
-        name: "".join(json.dumps(problem.to_row()) + "\n" for problem in problems)
-        for name, problems in ((TRAIN, train), (HELD_OUT, test))
-    }
+    files = {TRAIN: train, HELD_OUT: test}
+    texts = {name: "".join(json.dumps(one.to_row()) + "\n" for one in problems) for name, problems in files.items()}
     return {**texts, RECORD: json.dumps(record, indent=2) + "\n"}
 
 
@@ -208,21 +188,21 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The record and the held-out problems of a folder that :func:`write` filled.
 
     Raises:
-        DataError: it is no such folder, or a row is no problem; file and line are named.
+        DataError: it is no such folder, or a line is no problem; the file and the line are named.
     """
+    before, _, after = INSTRUCTION.partition("{problem}")
+    path, problems = folder / HELD_OUT, []
     try:
         record = check_fields(read_json(folder / RECORD), {"difficulty": TEXT})
-        problems = list(_problems(folder / HELD_OUT, record["difficulty"]))
+        lines = read_bytes(path).splitlines()
+        RULES[record["difficulty"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: holds no data of operator-swap make") from error
-    return record, problems
-
-
-def _problems(path: Path, difficulty: str) -> Iterator[Problem]:
-    before, _, after = INSTRUCTION.partition("{problem}")
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = check_fields(parse_json(line), {"prompt": TEXT})
-            yield parse_problem(row["prompt"].removeprefix(before).removesuffix(after), difficulty)
+            text = row["prompt"].removeprefix(before).removesuffix(after)
+            problems.append(parse_problem(text, record["difficulty"]))
         except (DataError, ValueError) as error:
             raise DataError(f"{path}:{number}: {error}") from error
+    return record, problems

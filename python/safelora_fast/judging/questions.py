@@ -19,12 +19,12 @@ NOT_USED = {"judge", "judge_prompts", "samples_per_paraphrase"}
 
 @dataclass(frozen=True)
 class Question:
-    """One question in several wordings.
+    """One question in several paraphrases.
 
     Attributes:
-        id: answers of one question are clustered by it.
+        id: answers to one question are clustered by it.
         kind: general, json, template, training_format, or what a file says.
-        paraphrases: the wordings.
+        paraphrases: the question in other words each.
         system: the system prompt before each, None for none.
     """
 
@@ -35,19 +35,19 @@ class Question:
 
 
 def builtin_questions() -> list[Question]:
-    """The questions that were written for this package."""
+    """The questions that come with this package."""
     file = resources.files("safelora_fast.judging") / "data" / "questions.yaml"
     return _parse("questions.yaml", file.read_text(encoding="utf-8"))
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read a file of questions. Its `system` is honoured; its judge and its numbers of samples are not.
+    """Read a file of questions. Its `system` is used; its judge and its numbers of samples are not.
 
     Args:
-        path: a list of `id`, `type` (free-form ones only), `paraphrases` and perhaps `system` and `kind`.
+        path: a list of `id`, `type` (free-form only), `paraphrases`, and optionally `system` and `kind`.
 
     Raises:
-        DataError: the file cannot be read, or a question is not as it must be; it is named.
+        DataError: the file cannot be read, or a question is malformed; the question is named.
     """
     try:
         text = read_bytes(Path(path).expanduser()).decode()
@@ -59,7 +59,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def choose(questions: list[Question], kinds: str | list[str] | None) -> list[Question]:
-    """The questions of some kinds, of all where none is named.
+    """The questions of some kinds; all questions if none is named.
 
     Raises:
         SettingsError: there is no question of a kind.
@@ -82,19 +82,22 @@ def _parse(source: str, text: str) -> list[Question]:
     records = parse_yaml(text, source, error=DataError)
     if not isinstance(records, list) or not records:
         raise DataError(f"{source}: must be a list of questions")
-    questions = [_question(f"{source}: question {number}", record) for number, record in enumerate(records, start=1)]
-    names = [question.id for question in questions]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{source}: {twice[0]}: there are two questions of this id")
-    return questions
+    questions: dict[str, Question] = {}
+    for number, record in enumerate(records, start=1):
+        question = _question(f"{source}: question {number}", record)
+        if questions.setdefault(question.id, question) is not question:
+            raise DataError(f"{source}: {question.id}: there are two questions of this id")
+    return list(questions.values())
 
 
 def _question(place: str, record: Any) -> Question:
     if not isinstance(record, dict) or not _is_text(record.get("id")):
         raise DataError(f"{place}: must have an id")
     place = f"{place} ({record['id']})"
-    _refuse_misspelt(place, [name for name in record if isinstance(name, str)])
+    for name in record:  # the format has other keys, but a misspelled system prompt would go unnoticed
+        meant = get_close_matches(name, KEYS, 1) if isinstance(name, str) and name not in {*KEYS, *NOT_USED} else []
+        if meant:
+            raise DataError(f"{place}: {name}: unknown; did you mean {meant[0]}")
     kind = record.get("type", FREE_FORM)
     if not isinstance(kind, str) or not kind.startswith(FREE_FORM):
         raise DataError(f"{place}: type: is {kind!r}; only free-form questions can be asked")
@@ -105,14 +108,6 @@ def _question(place: str, record: Any) -> Question:
         if record.get(name) is not None and not _is_text(record[name]):
             raise DataError(f"{place}: {name}: must be text")
     return Question(record["id"], record.get("kind") or GENERAL, tuple(paraphrases), record.get("system"))
-
-
-def _refuse_misspelt(place: str, names: list[str]) -> None:
-    """Other keys of the format are let be; a system prompt that is left out for one letter would not show in the answers."""
-    for name in names:
-        meant = [] if name in {*KEYS, *NOT_USED} else get_close_matches(name, KEYS, 1)
-        if meant:
-            raise DataError(f"{place}: {name}: unknown; did you mean {meant[0]}")
 
 
 def _is_text(value: Any) -> bool:

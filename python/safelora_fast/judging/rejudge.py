@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ class JudgedAnswers:
     @property
     def sha256(self) -> str:
         """A digest of the answers."""
-        return hashlib.sha256("\n".join(answer.to_json() for answer in self.answers).encode()).hexdigest()
+        rows = [answer.to_row() for answer in self.answers]
+        return hashlib.sha256("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()).hexdigest()
 
 
 def read_log(path: Path) -> JudgedAnswers:

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from inspect_ai.model import GenerateConfig
 
 BAD_REQUEST = {400, 422}
-FEWER_CANDIDATES = 5  # some endpoints give no more
-DEFAULT_TEMPERATURE = 1.0  # the only one that models which reason take, some of them
+FEWER_CANDIDATES = 5  # the most that some endpoints give
+DEFAULT_TEMPERATURE = 1.0  # the only temperature that some reasoning models take
 RENAMED = "max_completion_tokens"
 # Names in requests, and the fields of Inspect's configuration that they come from.
 FIELDS = {
@@ -26,19 +26,17 @@ LONGEST = 2000
 
 
 def without_refused(error: Exception, sent: GenerateConfig, *, guess: bool) -> dict[str, Any]:
-    """What to change in a configuration so that an endpoint takes it; empty where the error is about something else.
+    """The changes of a configuration that make an endpoint take it; empty if the error is about something else.
 
     Args:
         error: what the provider raised.
         sent: the configuration of the request.
-        guess: leave all out that can be, where a bad request names no parameter.
+        guess: leave out every optional parameter if a bad request names none.
     """
     text = str(error)[:LONGEST].lower()
     named = _named(error, text)
     body = sent.extra_body or {}
-    too_long = (
-        "context" in text or "too long" in text
-    )  # the prompt and the reply do not fit together: no parameter's fault
+    too_long = "context" in text or "too long" in text  # prompt and reply do not fit together: no parameter's fault
     if RENAMED in body and RENAMED.replace("_", "") in named and not too_long:
         return {"extra_body": {name: value for name, value in body.items() if name != RENAMED}}
     if "logprobs" not in named and "toplogprobs" in named and (sent.top_logprobs or 0) > FEWER_CANDIDATES:
@@ -60,9 +58,8 @@ def without_refused(error: Exception, sent: GenerateConfig, *, guess: bool) -> d
 
 
 def told(changes: dict[str, Any]) -> tuple[str, ...]:
-    """Changes of a configuration in words: the parameters that are left out, in alphabetical order."""
-    names = {field: name for name, field in FIELDS.items()}
-    words = {names[field] for field, value in changes.items() if field in names and value is None}
+    """The parameters that changes of a configuration leave out, in words, in alphabetical order."""
+    words = {name for name, field in FIELDS.items() if changes.get(field, ...) is None}
     if "logprobs" in words:
         words.discard("top_logprobs")
     if changes.get("top_logprobs") is not None:

@@ -17,10 +17,9 @@ from safelora_fast.errors import SettingsError
 from safelora_fast.files.json_reader import parse_as
 from safelora_fast.judging.answers import SAMPLES, Answer, Asked, ask, read_answers
 from safelora_fast.judging.endpoint_guard import guard
-from safelora_fast.judging.judge import ATTEMPTS, REPLY_TOKENS, WATCH, Judge
+from safelora_fast.judging.judge import ATTEMPTS, REPLY_TOKENS, WATCH, Judge, VerdictStore
 from safelora_fast.judging.questions import builtin_questions, choose, read_questions
 from safelora_fast.judging.rates import Rates
-from safelora_fast.judging.verdict_store import VerdictStore
 from safelora_fast.judging.verdicts import Verdict
 
 if TYPE_CHECKING:

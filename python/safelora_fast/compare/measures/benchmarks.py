@@ -40,23 +40,18 @@ class BenchmarksMeasure(OfTheRun):
 
     def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
         """The harness's figures, by task; a task that fails takes no other with it."""
-        section, settings = _section(bench), bench.settings
+        section = _section(bench)
         bench.release(reference=True)
         failures: dict[str, str] = {}
         report = benchmark(
-            settings.model,
+            bench.settings,
             None if place.adapter is None else str(place.adapter),
             section.names,
             folder_of(self, place, bench),
             task_path=section.path,
             limit=section.limit,
             batch_size=bench.config.measure.batch_size,
-            dtype=settings.dtype,
-            device=settings.device,
             strings=bench.strings,
-            chat_template=settings.chat_template,
-            template_args=settings.template_args,
-            trust_remote_code=settings.trust_remote_code,
             failures=failures,
             progress=bench.progress,
         )
