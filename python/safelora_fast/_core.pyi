@@ -146,6 +146,12 @@ class FactorOutcome:
         range of that dtype.
         """
 
+    def projected_lora_a(self) -> bytes | None:
+        """What A becomes, (r, n) row-major, in its stored dtype; None where the operator leaves A as it is.
+
+        Raises AdapterError as `projected`.
+        """
+
 @final
 class JobOutcome:
     @property
@@ -184,6 +190,15 @@ class Operator:
     @staticmethod
     def orthogonal(*, rank: int | None = None, energy: float | None = None) -> Operator:
         """Raises SettingsError unless exactly one is given: a rank of at least 1, or a share above 0 and up to 1."""
+    @staticmethod
+    def attenuate(
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        keep: float,
+        sides: Literal["both", "left"] = "both",
+    ) -> Operator:
+        """Raises SettingsError as `orthogonal`, or when `keep` does not lie between 0 and 1."""
     @staticmethod
     def zero() -> Operator: ...
 

@@ -84,8 +84,8 @@ def paper_operator(v: Array) -> Array:
     return v @ v.T / np.linalg.norm(v)
 
 
-def truth(v: Array, left: Array, right: Array, operator: Array | None = None) -> Truth:
-    """Figures of one adapter under `operator`, the paper's C by default; the cosine is always that of C."""
+def truth(v: Array, left: Array, right: Array, operator: Array | None = None, on_a: Array | None = None) -> Truth:
+    """Metrics of one adapter: `operator` acts on B, the paper's C by default, `on_a` on A; the cosine is always that of C."""
     paper = paper_operator(v)
     operator = paper if operator is None else operator
     update = left @ right
@@ -97,13 +97,13 @@ def truth(v: Array, left: Array, right: Array, operator: Array | None = None) ->
         gain=float(np.linalg.norm(projected) / np.linalg.norm(left)),
         left_norm=float(np.linalg.norm(left)),
         update_norm=float(np.linalg.norm(update)),
-        update_norm_projected=float(np.linalg.norm(projected @ right)),
+        update_norm_projected=float(np.linalg.norm(projected @ (right if on_a is None else right @ on_a))),
     )
 
 
 def start(jobs: list[_core.Job], **options: Any) -> _core.ProjectionStream:
     """A stream of jobs; options are settings of a projection and arguments of the stream."""
-    names = ("operator", "normalize", "rank", "energy")
+    names = ("operator", "normalize", "rank", "energy", "keep", "sides")
     settings = Settings(**{name: options.pop(name) for name in names if name in options})
     return _core.ProjectionStream(jobs, settings.described_operator.in_rust(vars(settings)), **options)
 

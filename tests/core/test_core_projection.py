@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from dense import Module, module, paper_operator, rounded, start, truth, whole, write
+from dense import Module, decode, module, paper_operator, rounded, start, truth, whole, write
 
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError
@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
 
 
-def assert_close(outcome: _core.JobOutcome, given: Module, operator: np.ndarray | None = None, tolerance: float = 1e-5):
-    """Every figure of every adapter against the dense truth."""
+def assert_close(
+    outcome: _core.JobOutcome,
+    given: Module,
+    operator: np.ndarray | None = None,
+    tolerance: float = 1e-5,
+    on_a: np.ndarray | None = None,
+):
+    """Every metric of every adapter against the dense truth."""
     assert outcome.v_norm == pytest.approx(np.linalg.norm(given.v), rel=1e-6)
     for adapter, (factors, (left, right)) in enumerate(zip(outcome.factors, given.adapters, strict=True)):
-        expected = truth(given.v, left, right, operator)
+        expected = truth(given.v, left, right, operator, on_a)
         assert factors.cosine == pytest.approx(expected.cosine, abs=1e-6)
         assert factors.gain == pytest.approx(expected.gain, rel=tolerance)
         assert factors.lora_b_norm == pytest.approx(expected.left_norm, rel=1e-12)
@@ -40,6 +46,13 @@ def assert_close(outcome: _core.JobOutcome, given: Module, operator: np.ndarray 
         assert (np.abs(found - expected.projected) <= allowed).all()
 
 
+OPTIONS = [
+    {},
+    {"normalize": "spectral"},
+    {"operator": "orthogonal", "rank": 6},
+    {"operator": "orthogonal", "energy": 0.9},
+    {"operator": "attenuate", "rank": 6, "keep": 0.2},
+]
 DTYPES = ["F32", "BF16", "F16"]
 SHAPES = [(1, 1), (1, 40), (40, 1), (33, 200), (300, 31), (129, 513)]
 MODULES = [
@@ -70,7 +83,7 @@ def test_zero_leaves_nothing_and_has_the_papers_cosine(tmp_path: Path, transpose
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalize": "spectral"}, {"operator": "orthogonal", "rank": 6}, {"operator": "orthogonal", "energy": 0.5}],
+    OPTIONS,
     ids=str,
 )
 def test_an_adapter_alone_and_among_others_gives_the_same_bytes(tmp_path: Path, options: dict) -> None:
@@ -84,13 +97,14 @@ def test_an_adapter_alone_and_among_others_gives_the_same_bytes(tmp_path: Path, 
         job = _core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])
         (alone,) = start([job], **options)
         assert alone.factors[0].projected() == outcome.factors[index].projected()
+        assert alone.factors[0].projected_lora_a() == outcome.factors[index].projected_lora_a()
         assert alone.factors[0].cosine == outcome.factors[index].cosine
         assert alone.rank == outcome.rank
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalize": "spectral"}, {"operator": "orthogonal", "rank": 6}, {"operator": "orthogonal", "energy": 0.9}],
+    OPTIONS,
     ids=str,
 )
 @pytest.mark.parametrize("transposed", [False, True])
@@ -111,6 +125,7 @@ def test_thread_count_does_not_change_a_bit(tmp_path: Path, options: dict, trans
                 expected.update_norm_projected,
             )
             assert found.projected() == expected.projected()
+            assert found.projected_lora_a() == expected.projected_lora_a()
 
 
 def test_factors_are_read_through_strides(tmp_path: Path) -> None:
@@ -168,6 +183,29 @@ def test_orthogonal_by_rank_is_the_projector_of_the_svd(
     assert outcome.energy == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), rel=1e-5)
     assert outcome.spectral_norm == pytest.approx(s[0], rel=1e-6)
     assert_close(outcome, given, u[:, :rank] @ u[:, :rank].T, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("sides", [None, "both", "left"])
+@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(("shape", "transposed"), [((120, 200), False), ((200, 120), True)])
+def test_attenuation_shrinks_what_lies_outside_of_the_leading_directions(
+    tmp_path: Path, shape: tuple[int, int], transposed: bool, dtype: str, keep: float, sides: str | None
+) -> None:
+    rng = np.random.default_rng(25)
+    v = decaying(rng, shape, 0.3 * 0.9 ** np.arange(120))
+    given = module(tmp_path, rng, shape=shape, v=v, transposed=transposed, dtype=dtype, ranks=(4, 7))
+    u, _, w = np.linalg.svd(given.v)
+    on_b, on_a = (keep * np.eye(len(p)) + (1 - keep) * p for p in (u[:, :9] @ u[:, :9].T, w[:9].T @ w[:9]))
+    outcome = given.run(operator="attenuate", rank=9, keep=keep, sides=sides)
+    assert outcome.rank == 9
+    assert_close(outcome, given, on_b, tolerance=2e-4, on_a=None if sides == "left" else on_a)
+    for factors, (_, lora_a) in zip(outcome.factors, given.adapters, strict=True):
+        written = factors.projected_lora_a()
+        assert (written is None) == (sides == "left")
+        if written is not None:
+            error = np.linalg.norm(decode(written, dtype, lora_a.shape) - lora_a @ on_a)
+            assert error <= (2e-4 + ROUNDING[dtype]) * np.linalg.norm(lora_a @ on_a)
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.99, 1.0])
@@ -288,9 +326,7 @@ def test_seed_and_name_decide_the_random_start(tmp_path: Path) -> None:
     assert renamed.run(**options).factors[0].projected() != alone.factors[0].projected()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"operator": "zero"}, {"normalize": "spectral"}, {"operator": "orthogonal", "energy": 0.5}], ids=str
-)
+@pytest.mark.parametrize("options", [*OPTIONS, {"operator": "zero"}], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_zero_v_leaves_the_adapter_alone(tmp_path: Path, options: dict, transposed: bool) -> None:
     given = module(tmp_path, np.random.default_rng(14), v=np.zeros((70, 130)), dtype="BF16", transposed=transposed)
@@ -300,7 +336,8 @@ def test_zero_v_leaves_the_adapter_alone(tmp_path: Path, options: dict, transpos
     assert math.isnan(factors.cosine)
     assert (factors.gain, factors.lora_b_norm_projected) == (1, factors.lora_b_norm)
     assert np.array_equal(given.projected(outcome), left)
-    assert outcome.rank == (0 if "energy" in options else None)
+    assert factors.projected_lora_a() is None
+    assert outcome.rank == (0 if options.keys() & {"rank", "energy"} else None)
 
 
 @pytest.mark.parametrize("zero", ["B", "A"])

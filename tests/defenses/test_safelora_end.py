@@ -40,6 +40,7 @@ OPERATORS = {
     "spectral": {"normalize": "spectral", "threshold": 0.9},
     "orthogonal": {"operator": "orthogonal", "rank": 3, "select": "number", "num_layers": 5},
     "zero": {"operator": "zero", "threshold": 0.7},
+    "attenuate": {"operator": "attenuate", "rank": 3, "keep": 0.2, "select": "number", "num_layers": 5},
 }
 
 

@@ -74,6 +74,8 @@ SETTINGS = [
     {"normalize": "spectral", "select": "all"},
     {"operator": "orthogonal", "rank": 5, "select": "all"},
     {"operator": "orthogonal", "energy": 0.8, "select": "number", "num_layers": 9},
+    {"operator": "attenuate", "rank": 5, "keep": 0.25, "select": "number", "num_layers": 4},
+    {"operator": "attenuate", "energy": 0.8, "keep": 0.5, "sides": "left", "select": "all"},
 ]
 
 

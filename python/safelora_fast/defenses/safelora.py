@@ -9,7 +9,7 @@ from safelora_fast.defenses.step_cost import Extra
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import patterns
 from safelora_fast.projection.operators import Name as Operator
-from safelora_fast.projection.operators import Normalize
+from safelora_fast.projection.operators import Normalize, Sides, owners
 from safelora_fast.projection.settings import Select, Settings
 
 if TYPE_CHECKING:
@@ -36,15 +36,17 @@ class SafeLora(Defense):
             (:meth:`SafeSubspace.from_sources`).
         at: when to project, "end" or "step".
         every: at "step": k, in optimizer steps, counted from the start of the run, also after a resume; 1 by default.
-        operator: "safelora" (the default at the end), "orthogonal" (the only one at a step) or "zero".
+        operator: "safelora" (the default at the end), "orthogonal" (the only one at a step), "attenuate" or "zero".
         normalize: "frobenius" (the default) or "spectral", for operator safelora.
-        rank: columns of U_k, for operator orthogonal at the end; by default what the subspace was built with.
+        rank: columns of U_k at the end, for operators orthogonal and attenuate; by default what the subspace was built with.
         energy: share of ‖V‖²_F that U_k must hold, instead of rank.
         select: which modules are projected at the end: "threshold" (the default), "number" or "all".
         threshold: cosines at most this; 0.5 by default.
         num_layers: how many of the lowest cosines; 10 by default.
         threads: threads of the projection at the end; all cores by default.
         exclude: names or patterns ("lm_head", "layers.0.*") of modules that are not projected.
+        keep: the share of what lies outside of U_k (and W_k) that stays, for operator attenuate.
+        sides: "both" (the default) changes B and A, "left" only B, for operator attenuate.
 
     Attributes:
         settings: the settings of the projection at the end, None at a step.
@@ -70,6 +72,8 @@ class SafeLora(Defense):
         num_layers: int | None = None,
         threads: int | None = None,
         exclude: list[str] | None = None,
+        keep: float | None = None,
+        sides: Sides | None = None,
     ) -> None:
         if at not in get_args(When):
             raise SettingsError(f'SafeLora: at is {at!r}, it must be "end" or "step"')
@@ -88,17 +92,29 @@ class SafeLora(Defense):
                 "threshold": threshold,
                 "num_layers": num_layers,
                 "threads": threads,
+                "keep": keep,
+                "sides": sides,
             }
             self._check_step(operator, [name for name, value in only_at_end.items() if value is not None])
             return
         if every is not None:
             raise SettingsError('SafeLora: every belongs to at="step"; at the end the adapter is projected once')
-        if operator == "orthogonal" and rank is None and energy is None:
+        if operator in owners("rank") and rank is None and energy is None:
             rank, energy = subspace.settings.get("rank"), subspace.settings.get("energy")
         operator, select = operator or "safelora", select or "threshold"
         try:
             self.settings = Settings(
-                operator, normalize, rank, energy, select, threshold, num_layers, threads, self.exclude
+                operator,
+                normalize,
+                rank,
+                energy,
+                select,
+                threshold,
+                num_layers,
+                threads,
+                self.exclude,
+                keep=keep,
+                sides=sides,
             )
         except SettingsError as error:
             raise SettingsError(f"SafeLora: {error}") from None

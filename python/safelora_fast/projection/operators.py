@@ -13,8 +13,10 @@ from safelora_fast import _core
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Name = Literal["safelora", "orthogonal", "zero"]
+Name = Literal["safelora", "orthogonal", "attenuate", "zero"]
 Normalize = Literal["frobenius", "spectral"]
+Sides = Literal["both", "left"]
+HOW_MUCH = "how much of V to keep, e.g. rank 64"
 
 
 @dataclass(frozen=True)
@@ -24,54 +26,72 @@ class Operator:
     Attributes:
         name: as `--operator` spells it.
         words: what it is called in titles and cards.
-        formula: what B becomes.
+        formula: what B becomes, and A if it changes.
         variant: the constructor of `_core.Operator`, and the name of its arithmetic on a device.
-        normalize: the form, for an operator that has several.
-        arguments: settings that belong to this operator; the constructor takes them by name.
-        one_of: the arguments of which exactly one must be given.
+        form: the setting that chooses between the forms of an operator, and its value for this form; the first is the default.
+        arguments: settings that the constructor takes by name.
+        required: groups of arguments, of which exactly one must be given, with what it says.
     """
 
     name: Name
     words: str
     formula: str
     variant: str
-    normalize: Normalize | None = None
+    form: tuple[str, str] | None = None
     arguments: tuple[str, ...] = ()
-    one_of: tuple[str, ...] = ()
+    required: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def in_rust(self, settings: Mapping[str, Any]) -> _core.Operator:
         """The operator that the extension runs."""
         make = getattr(_core.Operator, self.variant)
-        made: _core.Operator = make(**{name: settings[name] for name in self.arguments})
+        given = {name: settings[name] for name in self.arguments if settings[name] is not None}
+        made: _core.Operator = make(**given)
         return made
 
     def title(self, settings: Mapping[str, Any]) -> str:
-        """The operator with its arguments, in words."""
-        given = [f"{name} {settings[name]:g}" for name in self.arguments if settings.get(name) is not None]
+        """The operator with its numbers, in words."""
+        numbers = {name: settings.get(name) for name in self.arguments}
+        given = [f"{name} {value:g}" for name, value in numbers.items() if isinstance(value, int | float)]
         return f"{self.words} ({', '.join(given)})" if given else self.words
 
 
 OPERATORS = (
-    Operator("safelora", "SafeLoRA", "V·Vᵀ·B/‖V‖_F", "frobenius", normalize="frobenius"),
-    Operator("safelora", "spectral SafeLoRA", "V·Vᵀ·B/σ₁(V)²", "spectral", normalize="spectral"),
+    Operator("safelora", "SafeLoRA", "V·Vᵀ·B/‖V‖_F", "frobenius", form=("normalize", "frobenius")),
+    Operator("safelora", "spectral SafeLoRA", "V·Vᵀ·B/σ₁(V)²", "spectral", form=("normalize", "spectral")),
     Operator(
         "orthogonal",
         "the orthogonal projection",
         "U_k·U_kᵀ·B",
         "orthogonal",
         arguments=("rank", "energy"),
-        one_of=("rank", "energy"),
+        required=((("rank", "energy"), HOW_MUCH),),
+    ),
+    *(
+        Operator(
+            "attenuate",
+            words,
+            formula,
+            "attenuate",
+            form=("sides", sides),
+            arguments=("rank", "energy", "keep", "sides"),
+            required=((("rank", "energy"), HOW_MUCH), (("keep",), "the share of the rest that stays, e.g. keep 0.1")),
+        )
+        for sides, words, formula in (
+            ("both", "attenuation", "U_k·U_kᵀ·B + keep·(B − U_k·U_kᵀ·B), A ← A·W_k·W_kᵀ + keep·(A − A·W_k·W_kᵀ)"),
+            ("left", "attenuation of B", "U_k·U_kᵀ·B + keep·(B − U_k·U_kᵀ·B)"),
+        )
     ),
     Operator("zero", "the zero control", "0", "zero"),
 )
 
 
 def operator_of(settings: Mapping[str, Any]) -> Operator:
-    """The operator that settings name; without `normalize`, the first form."""
+    """The operator that settings name; the first form where they name none."""
     return next(
         operator
         for operator in OPERATORS
-        if operator.name == settings["operator"] and settings.get("normalize") in {None, operator.normalize}
+        if operator.name == settings["operator"]
+        and (operator.form is None or settings.get(operator.form[0]) in {None, operator.form[1]})
     )
 
 
@@ -80,6 +100,6 @@ def owners(argument: str) -> list[str]:
     takers = (
         operator.name
         for operator in OPERATORS
-        if argument in operator.arguments or (argument == "normalize" and operator.normalize is not None)
+        if argument in operator.arguments or argument in (operator.form or ())[:1]
     )
     return list(dict.fromkeys(takers))

@@ -69,6 +69,8 @@ def project_adapter(
     strict: bool = False,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
+    keep: float | None = None,
+    sides: str | None = None,
 ) -> ProjectionReport:
     """Project one or several PEFT adapters with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) and write the results.
 
@@ -80,10 +82,11 @@ def project_adapter(
         aligned: the model that the adapter was trained on: path or Hub id, with `@revision` if need be.
         base: the model before alignment.
         output: the folder to make; with several adapters it gets one sub-folder each, named as theirs. None writes nothing.
-        operator: what selected modules become: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ) or "zero".
+        operator: what selected modules become: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ), "attenuate" (what lies
+            outside of the leading directions shrinks) or "zero".
         normalize: "frobenius" (default, the paper's) or "spectral"; for safelora.
-        rank: columns of U_k; for orthogonal.
-        energy: share of ‖V‖²_F that U_k must hold; for orthogonal, instead of rank.
+        rank: columns of U_k; for orthogonal and attenuate.
+        energy: share of ‖V‖²_F that U_k must hold, instead of rank.
         select: "threshold" (cosine ≤ threshold), "number" (the lowest cosines) or "all".
         threshold: 0.5 where not given.
         num_layers: 10 where not given.
@@ -93,6 +96,9 @@ def project_adapter(
         overwrite: replace an output folder that exists.
         progress: told about every module; None shows a bar where standard error is a terminal, False nothing.
 
+        keep: the share of what lies outside of U_k (and W_k) that stays; for attenuate.
+        sides: "both" (default) changes B and A, "left" only B; for attenuate.
+
     Returns:
         What was done, as it is also written to `safelora_report.json`.
 
@@ -100,7 +106,7 @@ def project_adapter(
         SafeLoraFastError: any bad input, in one line; nothing is written then.
     """
     chosen_settings = (operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude, strict)
-    settings = Settings(*chosen_settings)  # type: ignore[arg-type]
+    settings = Settings(*chosen_settings, keep=keep, sides=sides)  # type: ignore[arg-type]
     with bar_on_a_terminal(progress) as told:
         report = project_folders(
             adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=told

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import number, patterns, whole_number
-from safelora_fast.projection.operators import Name, Normalize, Operator, operator_of, owners
+from safelora_fast.projection.operators import Name, Normalize, Operator, Sides, operator_of, owners
 
 Select = Literal["threshold", "number", "all"]
 
@@ -51,6 +51,8 @@ OPTIONS = {
     "normalize": Option("frobenius (default) is the paper's; spectral has gain at most 1.", Normalize),
     "rank": Option("Leading singular vectors of V to keep.", int, "K", low=1, high=2**31 - 1),
     "energy": Option("Share of ‖V‖² to keep, instead of --rank.", float, "E", low=0, high=1, above=True),
+    "keep": Option("Share of what lies outside of these directions that stays.", float, "C", low=0, high=1),
+    "sides": Option("both (default) changes lora_B and lora_A, left only lora_B.", Sides),
     "select": Option("Which modules are projected, by the paper's cosine whatever the operator.", Select),
     "threshold": Option("Cosines at most this. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
     "num_layers": Option("How many of the lowest. (default 10)", int, "N", low=1, select="number"),
@@ -62,9 +64,9 @@ OPTIONS = {
 class Settings:
     """Settings of one projection (docs/methods.md).
 
-    projection/operators.py says which operators `normalize`, `rank` and `energy` belong to; `threshold` and `num_layers`
-    belong to the selection of that name. None means the default where there is one. `exclude` names modules that stay as
-    they are, `strict` refuses adapters with trained tensors that are not LoRA factors.
+    projection/operators.py says which operators `normalize`, `rank`, `energy`, `keep` and `sides` belong to; `threshold` and
+    `num_layers` belong to the selection of that name. None means the default where there is one. `exclude` names modules
+    that stay as they are, `strict` refuses adapters with trained tensors that are not LoRA factors.
 
     Raises:
         SettingsError: options contradict each other, are out of range or of another type.
@@ -80,6 +82,8 @@ class Settings:
     threads: int | None = None
     exclude: tuple[str, ...] = ()
     strict: bool = False
+    keep: float | None = None
+    sides: Sides | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", patterns("exclude", self.exclude))
@@ -93,11 +97,12 @@ class Settings:
                 raise SettingsError(f"{name} applies to operator {' and '.join(takers)} only")
             if option.select not in {None, self.select}:
                 raise SettingsError(f"{name} applies to select {option.select} only")
-        one_of = self.described_operator.one_of
-        count = len(given.keys() & set(one_of))
-        if one_of and count != 1:
-            wanted = f"one of {' and '.join(one_of)}, not both" if count else f"either {' or '.join(one_of)}"
-            raise SettingsError(f"operator {self.operator} needs {wanted}: how much of V to keep, e.g. rank 64")
+        for group, what in self.described_operator.required:
+            count = len(given.keys() & set(group))
+            if count != 1:
+                either = f"either {' or '.join(group)}" if len(group) > 1 else group[0]
+                wanted = f"one of {' and '.join(group)}, not both" if count else either
+                raise SettingsError(f"operator {self.operator} needs {wanted}: {what}")
 
     @property
     def described_operator(self) -> Operator:
@@ -116,9 +121,10 @@ class Settings:
 
     def effective(self) -> dict[str, Any]:
         """All settings with the defaults that took effect, for the report."""
+        form = self.described_operator.form
         return {
             **asdict(self),
-            "normalize": self.described_operator.normalize,
+            **({} if form is None else dict([form])),
             "threshold": self.effective_threshold if self.select == "threshold" else None,
             "num_layers": self.effective_num_layers if self.select == "number" else None,
         }

@@ -74,7 +74,7 @@ class Output:
 
     def __init__(self, adapter: int, settings: Settings, writer: AdapterWriter | None) -> None:
         self.adapter, self.settings, self.writer = adapter, settings, writer
-        self._modules: list[tuple[ModuleReport, AdapterFactors, AdapterError | None]] = []
+        self._modules: list[tuple[ModuleReport, list[Slice], AdapterError | None]] = []
 
     def add(self, report: ModuleReport, factors: AdapterFactors, outcome: FactorOutcome) -> None:
         """Take a module, and write it where it may be selected.
@@ -82,15 +82,21 @@ class Output:
         Raises:
             AdapterError: the projected factor leaves the range of its dtype, and the module is surely selected.
         """
-        failure = None
+        failure, written = None, []
         if self.writer is not None and chosen({report.name: report.cosine}, self.settings):
             try:
-                self.writer.write(factors.lora_b, outcome.projected())
+                for block, values in (
+                    (factors.lora_b, outcome.projected()),
+                    (factors.lora_a, outcome.projected_lora_a()),
+                ):
+                    if values is not None:
+                        self.writer.write(block, values)
+                        written.append(block)
             except AdapterError as error:
                 if self.settings.select != "number":
                     raise
                 failure = error  # of a module that may not be selected in the end
-        self._modules.append((report, factors, failure))
+        self._modules.append((report, written, failure))
 
     def settled(self) -> list[ModuleReport]:
         """Mark the selected modules, and restore the others in the file."""
@@ -98,7 +104,7 @@ class Output:
         return [self._settled(*module, projected=module[0].name in selected) for module in self._modules]
 
     def _settled(
-        self, report: ModuleReport, factors: AdapterFactors, failure: AdapterError | None, *, projected: bool
+        self, report: ModuleReport, written: list[Slice], failure: AdapterError | None, *, projected: bool
     ) -> ModuleReport:
         reason = self.settings.why(report.cosine, projected=projected)
         if projected:
@@ -106,7 +112,8 @@ class Output:
                 raise failure
             return replace(report, projected=True, reason=reason)
         if self.writer is not None:
-            self.writer.restore(factors.lora_b)
+            for block in written:
+                self.writer.restore(block)
         if report.v_norm == 0:
             reason = "V is zero: aligned and base agree here"
         elif report.update_norm == 0:

@@ -31,6 +31,20 @@ impl Operator {
     }
 
     #[staticmethod]
+    #[pyo3(signature = (*, rank=None, energy=None, keep, sides="both"))]
+    fn attenuate(rank: Option<usize>, energy: Option<f64>, keep: f64, sides: &str) -> PyResult<Self> {
+        if !(0.0..=1.0).contains(&keep) {
+            return Err(SettingsError::new_err(format!("keep is {keep}; give a share from 0 to 1")));
+        }
+        let both = match sides {
+            "both" => true,
+            "left" => false,
+            _ => return Err(SettingsError::new_err(format!("sides is {sides:?}; use \"both\" or \"left\""))),
+        };
+        Ok(Self { inner: core::Operator::Attenuate { extent: extent(rank, energy)?, keep, both } })
+    }
+
+    #[staticmethod]
     const fn zero() -> Self {
         Self { inner: core::Operator::Zero }
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use safelora_fast_core::checkpoint::View;
 use safelora_fast_core::projection as core;
 use safelora_fast_core::stream::{Next, Stream};
 
@@ -58,27 +59,34 @@ impl FactorOutcome {
     }
 
     fn projected<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let Some(bytes) = &self.inner.projected else {
-            return Err(PyValueError::new_err("the stream was made with keep_projected=False"));
-        };
-        let Some(overflow) = self.inner.overflow else {
-            return Ok(PyBytes::new(py, bytes));
-        };
-        let lora_b = self.job.factors()[self.position].lora_b();
-        Err(AdapterError::new_err(format!(
-            "{}: tensor {:?}, once projected, holds {:.4e} at row {}, column {}, beyond the range of {:?}; store the \
-             adapter in float32",
-            lora_b.file().path().display(),
-            lora_b.tensor(),
-            overflow.value,
-            overflow.row,
-            overflow.col,
-            lora_b.dtype(),
-        )))
+        let missing = || PyValueError::new_err("the stream was made with keep_projected=False");
+        bytes(py, self.inner.lora_b.as_ref().ok_or_else(missing)?, self.job.factors()[self.position].lora_b())
+    }
+
+    fn projected_lora_a<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let view = self.job.factors()[self.position].lora_a();
+        self.inner.lora_a.as_ref().map(|rounded| bytes(py, rounded, view)).transpose()
     }
 
     fn __repr__(&self) -> String {
         format!("FactorOutcome(cosine={:.6}, gain={:.6})", self.inner.cosine, self.inner.gain)
+    }
+}
+
+/// The elements of a projected factor, or the error that its dtype cannot hold one.
+fn bytes<'py>(py: Python<'py>, rounded: &core::Rounded, view: &View) -> PyResult<Bound<'py, PyBytes>> {
+    match rounded.overflow {
+        None => Ok(PyBytes::new(py, &rounded.bytes)),
+        Some(overflow) => Err(AdapterError::new_err(format!(
+            "{}: tensor {:?}, once projected, holds {:.4e} at row {}, column {}, beyond the range of {:?}; store the \
+             adapter in float32",
+            view.file().path().display(),
+            view.tensor(),
+            overflow.value,
+            overflow.row,
+            overflow.col,
+            view.dtype(),
+        ))),
     }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from safelora_fast.projection.settings import Settings
 
 
+WITH_VECTORS = {"orthogonal", "attenuate"}  # variants of operators that use leading singular vectors of V
+
+
 @dataclass(frozen=True)
 class DeviceFactorOutcome:
     """One adapter's factors in one module; the metrics are those of `_core.FactorOutcome`."""
@@ -33,9 +36,10 @@ class DeviceFactorOutcome:
     lora_b_norm_projected: float
     update_norm: float
     update_norm_projected: float
-    stored_as: str
-    where: tuple[str, str]
+    lora_b: Factor
+    lora_a: Factor
     result: torch.Tensor | None
+    result_a: torch.Tensor | None
 
     def projected(self) -> bytes:
         """O·B, (m, r) row-major, in the stored dtype of B.
@@ -45,15 +49,28 @@ class DeviceFactorOutcome:
         """
         if self.result is None:
             raise ValueError("the stream was made with keep_projected=False")
-        rounded = self.result.to(DTYPES[self.stored_as])
-        if not bool(rounded.isfinite().all()):
-            row, column = (~rounded.isfinite()).nonzero()[0].tolist()
-            path, tensor = self.where
-            raise AdapterError(
-                f'{path}: tensor "{tensor}", once projected, holds {float(self.result[row, column]):.4e} at row {row}, '
-                f"column {column}, beyond the range of {self.stored_as}; store the adapter in float32"
-            )
-        return bytes(rounded.contiguous().view(torch.uint8).numpy())
+        return _stored(self.result, self.lora_b)
+
+    def projected_lora_a(self) -> bytes | None:
+        """What A becomes, (r, n) row-major, in its stored dtype; None where it stays.
+
+        Raises:
+            AdapterError: a value leaves the range of that dtype.
+        """
+        return None if self.result_a is None else _stored(self.result_a, self.lora_a)
+
+
+def _stored(result: torch.Tensor, factor: Factor) -> bytes:
+    """A projected factor in the dtype that it is stored in."""
+    rounded = result.to(DTYPES[factor.stored_as])
+    if not bool(rounded.isfinite().all()):
+        row, column = (~rounded.isfinite()).nonzero()[0].tolist()
+        path, tensor = factor.where
+        raise AdapterError(
+            f'{path}: tensor "{tensor}", once projected, holds {float(result[row, column]):.4e} at row {row}, '
+            f"column {column}, beyond the range of {factor.stored_as}; store the adapter in float32"
+        )
+    return bytes(rounded.contiguous().view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
@@ -78,9 +95,10 @@ class BatchProjector:
 
     def __init__(self, factors: FactorReader, settings: Settings, *, keep_projected: bool) -> None:
         self._factors, self._keep = factors, keep_projected
-        self._variant = settings.described_operator.variant
+        self._variant, self._sides = settings.described_operator.variant, settings.sides
+        self._stays = settings.keep or 0.0
         self._extent: Extent | None = None
-        if self._variant == "orthogonal":
+        if self._variant in WITH_VECTORS:
             self._extent = Extent(settings.rank, settings.energy)
         elif self._variant == "spectral":
             self._extent = Extent(rank=1)
@@ -107,23 +125,25 @@ class BatchProjector:
             for pair, norm in zip(pairs, norms, strict=True)
         ]
         operated = self._operated(papers, leading, stacked)
+        right = self._right_vectors(pairs, leading)
         flipped = [factor.values.mT for factors in lora_a for factor in factors]
         grams = iter(transposed_products(flipped, flipped)[0])
         outcomes = []
         for index, pair in enumerate(batch):
             norm, found = norms[index], leading[index]
-            is_orthogonal = self._variant == "orthogonal"
+            with_vectors = self._variant in WITH_VECTORS
             share = None if found is None else min(float(found.values.square().sum()) / norm**2, 1.0)
             outcomes.append(
                 DeviceOutcome(
                     pair.wanted.index,
                     norm,
-                    (0 if found is None else len(found.values)) if is_orthogonal else None,
-                    share if is_orthogonal else None,
+                    (0 if found is None else len(found.values)) if with_vectors else None,
+                    share if with_vectors else None,
                     self._metrics(
                         papers[index],
                         operated[index],
                         self._factor(norm, found),
+                        right[index],
                         [(b, a, next(grams)) for b, a in zip(lora_b[index], lora_a[index], strict=True)],
                     ),
                 )
@@ -133,14 +153,35 @@ class BatchProjector:
     def _operated(
         self, papers: list[Projection], leading: Sequence[Leading | None], stacked: Sequence[torch.Tensor]
     ) -> list[Projection]:
-        """O·B up to a factor: C·B, or U_k·U_kᵀ·B."""
+        """O·B up to a factor: C·B, or U_k·U_kᵀ·B and a share of the rest."""
         wanted = [index for index, found in enumerate(leading) if found is not None]
-        if self._variant != "orthogonal" or not wanted:
+        if self._variant not in WITH_VECTORS or not wanted:
             return papers
         bases = [found.vectors for found in leading if found is not None]
         projected = subspace_projections(bases, [stacked[index] for index in wanted])
-        found = dict(zip(wanted, projected, strict=True))
+        found = {index: self._with_rest(one, stacked[index]) for index, one in zip(wanted, projected, strict=True)}
         return [found.get(index, paper) for index, paper in enumerate(papers)]
+
+    def _with_rest(self, inside: Projection, whole: torch.Tensor) -> Projection:
+        if not self._stays:
+            return inside
+        product = self._stays * whole.double() + (1 - self._stays) * inside.product.double()
+        return replace(inside, product=product, product_gram=product.mT @ product)
+
+    def _right_vectors(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], leading: Sequence[Leading | None]
+    ) -> list[torch.Tensor | None]:
+        """W_k = VᵀU_k/σ [n, k] of every module, float64, where the operator changes A."""
+        if self._variant != "attenuate" or self._sides == "left":
+            return [None] * len(pairs)
+        right: list[torch.Tensor | None] = []
+        for pair, found in zip(pairs, leading, strict=True):
+            if found is None:
+                right.append(None)
+                continue
+            ((images,), _) = transposed_products([pair], [found.vectors])
+            right.append(torch.linalg.qr(images.double() / found.values.to(images.device))[0])
+        return right
 
     def _factor(self, norm: float, leading: Leading | None) -> float:
         """The rest of O. Where V is zero, every operator leaves B as it is."""
@@ -155,6 +196,7 @@ class BatchProjector:
         paper: Projection,
         operated: Projection,
         factor: float,
+        right: torch.Tensor | None,
         adapters: Sequence[tuple[Factor, Factor, torch.Tensor]],
     ) -> list[DeviceFactorOutcome]:
         """Metrics of every adapter from r×r Grams, in float64 (docs/methods.md).
@@ -163,6 +205,7 @@ class BatchProjector:
             paper: C·B.
             operated: O·B up to `factor`.
             factor: the rest of O.
+            right: W_k, where A changes.
             adapters: B, A and A·Aᵀ of each.
         """
         plain, cross, product, after = (
@@ -170,12 +213,19 @@ class BatchProjector:
         )
         result = (operated.product.double() * factor).cpu() if self._keep else None
         outcomes, end = [], 0
-        for lora_b, lora_a, right in adapters:
+        for lora_b, lora_a, a_gram in adapters:
             share = slice(end, end := end + lora_b.values.shape[1])
-            gram = right.double().cpu()
-            update, inner, update_after, update_operated = (
-                max(float((matrix[share, share] * gram).sum()), 0.0) for matrix in (plain, cross, product, after)
+            gram = a_gram.double().cpu()
+            result_a, gram_after = None, gram
+            if right is not None:
+                a = lora_a.values.double()
+                a = self._stays * a + (1 - self._stays) * (a @ right) @ right.mT
+                gram_after = (a @ a.mT).cpu()
+                result_a = (a * lora_a.scale).cpu() if self._keep else None
+            update, inner, update_after = (
+                max(float((matrix[share, share] * gram).sum()), 0.0) for matrix in (plain, cross, product)
             )
+            update_operated = max(float((after[share, share] * gram_after).sum()), 0.0)
             norm = lora_b.scale * float(plain[share, share].trace()) ** 0.5
             norm_after = factor * lora_b.scale * float(after[share, share].trace()) ** 0.5
             scale, norms = lora_b.scale * lora_a.scale, (update * update_after) ** 0.5
@@ -188,9 +238,10 @@ class BatchProjector:
                     lora_b_norm_projected=norm_after,
                     update_norm=scale * update**0.5,
                     update_norm_projected=factor * scale * update_operated**0.5,
-                    stored_as=lora_b.stored_as,
-                    where=lora_b.where,
+                    lora_b=lora_b._replace(values=torch.empty(0)),
+                    lora_a=lora_a._replace(values=torch.empty(0)),
                     result=None if result is None else result[:, share] * lora_b.scale,
+                    result_a=result_a,
                 )
             )
         return outcomes

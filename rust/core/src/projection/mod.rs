@@ -20,7 +20,7 @@ pub use error::ProjectionError;
 pub use factors::{NotFinite, Walk, append};
 pub use job::{Factors, Job, JobError, Part};
 pub use operator::{Operator, Settings};
-pub use outcome::{FactorOutcome, JobOutcome};
+pub use outcome::{FactorOutcome, JobOutcome, Rounded};
 pub use projector::Projector;
 pub use random::Random;
 pub use round::{Overflow, write_rounded};

@@ -17,9 +17,18 @@ pub struct FactorOutcome {
     pub update_norm: f64,
     /// ‖O·B·A‖.
     pub update_norm_projected: f64,
-    /// O·B, (m, r) row-major, in the dtype of B.
-    pub projected: Option<Vec<u8>>,
-    /// The first element of O·B that the dtype of B cannot hold.
+    /// O·B, (m, r).
+    pub lora_b: Option<Rounded>,
+    /// What A becomes, (r, n), where the operator changes it.
+    pub lora_a: Option<Rounded>,
+}
+
+/// A projected factor, row-major in its stored dtype.
+#[derive(Clone, Debug)]
+pub struct Rounded {
+    /// Its elements.
+    pub bytes: Vec<u8>,
+    /// The first element that the dtype cannot hold.
     pub overflow: Option<Overflow>,
 }
 
@@ -60,7 +69,7 @@ impl Grams {
 
     /// ‖X·A‖ for XᵀX.
     pub(super) fn of_update(&self, gram: &[f64]) -> f64 {
-        trace(gram, &self.lora_a).max(0.0).sqrt()
+        product_norm(gram, &self.lora_a)
     }
 
     /// Cosine of C·ΔW and ΔW from TᵀT and SᵀS, where T = VᵀB/t and S = V·T.
@@ -70,6 +79,11 @@ impl Grams {
         // C·ΔW = 0 makes both sides zero, and 0/0 is NaN as promised.
         (inner / norms).clamp(-1.0, 1.0)
     }
+}
+
+/// ‖X·Y‖ from XᵀX and Y·Yᵀ.
+pub(super) fn product_norm(left: &[f64], right: &[f64]) -> f64 {
+    trace(left, right).max(0.0).sqrt()
 }
 
 /// Trace of an (n, n) matrix.

@@ -5,11 +5,13 @@ use std::sync::atomic::AtomicBool;
 
 use super::factors::{append_columns, append_rows, first_not_finite};
 use super::operator::{Products, Projected};
-use super::outcome::{Grams, diagonal};
+use super::outcome::{Grams, diagonal, product_norm};
 use super::subspace::{Iteration, start_count};
 use super::{
-    FactorOutcome, Factors, Job, JobOutcome, Leading, ProjectionError, Random, Settings, Stacked, write_rounded,
+    FactorOutcome, Factors, Job, JobOutcome, Leading, Overflow, ProjectionError, Random, Rounded, Settings, Stacked,
+    write_rounded,
 };
+use crate::checkpoint::View;
 use crate::kernels::{Engine, ShapeError};
 use crate::linalg::{gram, orthonormal};
 
@@ -90,10 +92,16 @@ impl Projector {
             Some(_) => Some(Leading::default()),
             None => None,
         };
+        let right = match &leading {
+            Some(leading) if self.settings.operator.changes_lora_a() => {
+                self.right_vectors(&mut v, leading).map_err(shape)?
+            }
+            _ => Vec::new(),
+        };
         let mut factors = Vec::with_capacity(shares.len());
         for share in shares {
             let outcome = if v_norm > 0.0 {
-                self.project(job, &share, v_norm, leading.as_ref())?
+                self.project(job, &share, v_norm, leading.as_ref(), &right)?
             } else {
                 self.unchanged(&share)
             };
@@ -132,6 +140,7 @@ impl Projector {
         share: &Share<'_>,
         v_norm: f64,
         leading: Option<&Leading>,
+        right: &[f32],
     ) -> Result<FactorOutcome, ProjectionError> {
         let (m, n) = job.shape();
         let Range { start, end } = share.columns;
@@ -150,33 +159,66 @@ impl Projector {
             v_norm,
             leading,
         };
-        let projected = self.settings.operator.apply(&products, &self.engine);
-        Ok(self.outcome(share, &projected, share.grams.cosine(&reduced_gram, &applied_gram, share.scale)))
+        let operator = self.settings.operator;
+        let lora_b = operator.apply(&products, &self.engine);
+        let lora_a = if operator.changes_lora_a() {
+            let mut values = Vec::new();
+            append_rows(share.factors.lora_a(), &mut values)?;
+            self.engine.install(|| operator.apply_to_lora_a(right, &values, n))
+        } else {
+            None
+        };
+        let cosine = share.grams.cosine(&reduced_gram, &applied_gram, share.scale);
+        Ok(self.outcome(share, &lora_b, lora_a.as_ref(), cosine))
     }
 
-    fn outcome(&self, share: &Share<'_>, projected: &Projected<'_>, cosine: f64) -> FactorOutcome {
-        let (grams, view) = (&share.grams, share.factors.lora_b());
-        let (m, rank, dtype) = (view.rows(), view.cols(), view.dtype());
+    /// The right singular vectors W = VᵀU/σ, (k, n), orthonormal.
+    fn right_vectors(&mut self, v: &mut Stacked<'_>, leading: &Leading) -> Result<Vec<f32>, ShapeError> {
+        let (n, count) = (v.shape().1, leading.values.len());
+        let mut images = vec![0.0; count * n];
+        if count > 0 {
+            v.transposed_product(&mut self.engine, &leading.vectors, count, &mut images)?;
+        }
+        for (image, value) in images.chunks_exact_mut(n).zip(&leading.values) {
+            for element in image {
+                *element = (f64::from(*element) / value) as f32;
+            }
+        }
+        Ok(self.engine.install(|| orthonormal(&images, &[], n)))
+    }
+
+    fn outcome(
+        &self,
+        share: &Share<'_>,
+        projected: &Projected<'_>,
+        lora_a: Option<&Projected<'_>>,
+        cosine: f64,
+    ) -> FactorOutcome {
+        let (grams, rank) = (&share.grams, share.factors.rank());
         let lora_b_norm = grams.lora_b_norm(rank);
         let lora_b_norm_projected = projected.factor * diagonal(&projected.gram, rank).sqrt();
         let update_norm = grams.update_norm();
-        let mut outcome = FactorOutcome {
+        let gram_a = lora_a.map_or(&*grams.lora_a, |lora_a| &*lora_a.gram);
+        let keep = self.settings.keep_projected;
+        FactorOutcome {
             cosine,
             gain: if update_norm > 0.0 { lora_b_norm_projected / lora_b_norm } else { f64::NAN },
             lora_b_norm,
             lora_b_norm_projected,
             update_norm,
-            update_norm_projected: projected.factor * grams.of_update(&projected.gram),
-            projected: None,
-            overflow: None,
-        };
-        if self.settings.keep_projected {
-            let mut bytes = vec![0; view.nbytes()];
-            let offset = |row: usize, col: usize| (row * rank + col) * dtype.size();
-            outcome.overflow = write_rounded(&projected.columns, m, projected.factor, dtype, offset, &mut bytes);
-            outcome.projected = Some(bytes);
+            update_norm_projected: projected.factor * product_norm(&projected.gram, gram_a),
+            lora_b: keep.then(|| {
+                let size = share.factors.lora_b().dtype().size();
+                rounded(projected, share.factors.lora_b(), |row, col| (row * rank + col) * size)
+            }),
+            lora_a: lora_a.filter(|_| keep).map(|lora_a| {
+                // Its vectors are the rows of A.
+                let (view, size) = (share.factors.lora_a(), share.factors.lora_a().dtype().size());
+                let Rounded { bytes, overflow } = rounded(lora_a, view, |col, row| (row * view.cols() + col) * size);
+                let overflow = overflow.map(|Overflow { row, col, value }| Overflow { row: col, col: row, value });
+                Rounded { bytes, overflow }
+            }),
         }
-        outcome
     }
 
     /// The outcome where V is zero: B stays as it is.
@@ -202,10 +244,18 @@ impl Projector {
             lora_b_norm_projected: lora_b_norm,
             update_norm,
             update_norm_projected: update_norm,
-            projected,
-            overflow: None,
+            lora_b: projected.map(|bytes| Rounded { bytes, overflow: None }),
+            lora_a: None,
         }
     }
+}
+
+/// The vectors of a projected factor in the dtype of its view; `element` has the place of an element of a vector.
+fn rounded(projected: &Projected<'_>, view: &View, element: impl Fn(usize, usize) -> usize) -> Rounded {
+    let mut bytes = vec![0; view.nbytes()];
+    let length = projected.columns.len() / projected.count();
+    let overflow = write_rounded(&projected.columns, length, projected.factor, view.dtype(), element, &mut bytes);
+    Rounded { bytes, overflow }
 }
 
 /// Divides by the power of two just above the largest magnitude, which is returned; so a second product with V
