@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from families import EXPERTS, FAMILIES, Family, adapt, assert_projected, project, rewrite, save, weights
+from families import EXPERTS, FAMILIES, Family, adapt, check_projection, project, rewrite, save
 from safetensors.torch import load_file
 
 from safelora_fast.errors import PairingError
@@ -63,11 +63,7 @@ def test_all_linear(tmp_path, family, parameters):
     made = MADE[family]
     known = [parameter for parameter in parameters or [] if parameter in made.experts] or None
     config = {"target_modules": "all-linear", "target_parameters": known}
-    models = made.make(1), made.make(2)
-    folders = save(models[0], tmp_path / "aligned"), save(models[1], tmp_path / "base")
-    base_weights, adapted = weights(adapt(models[1], **config)), adapt(models[0], **config)
-    (result,) = project([save(adapted, tmp_path / "adapter")], *folders, tmp_path / "output")
-    assert_projected(result, adapted, base_weights)
+    check_projection(tmp_path, (made.make(1), made.make(2)), config)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import transformers
-from families import adapt, assert_projected, project, rewrite, save, weights
+from families import adapt, check_projection, rewrite, save
 from safetensors.torch import load_file
 from small_models import experts, linears, read, small_model
 
@@ -100,15 +100,11 @@ def test_what_is_read_is_what_transformers_loads(tmp_path, model_type):
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_of_converted_models(tmp_path, model_type):
     """Adapters have the loaded model's names, whatever those on disk."""
-    models = made(model_type, 1), made(model_type, 2)
-    folders = [save(model, tmp_path / role) for model, role in zip(models, ("aligned", "base"), strict=True)]
     # PEFT refuses out_proj of Mamba.
     target = {"target_modules": "all-linear", "exclude_modules": ["out_proj"], "task_type": "CAUSAL_LM"}
-    base_weights, adapted = weights(adapt(models[1], **target)), adapt(models[0], **target)
-    (result,) = project([save(adapted, tmp_path / "adapter")], *folders, tmp_path / "output")
-    assert_projected(result, adapted, base_weights)
+    check_projection(tmp_path, (made(model_type, 1), made(model_type, 2)), target)
     adapter, written = tmp_path / "adapter", tmp_path / "written"
-    project_adapter(adapter, aligned=folders[0], base=folders[1], output=written)
+    project_adapter(adapter, aligned=tmp_path / "aligned", base=tmp_path / "base", output=written)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (written, adapter))
     assert ours.keys() == theirs.keys()
 

@@ -30,7 +30,7 @@ def project(tmp_path, aligned, base, output, layers=2):
 
 
 @pytest.mark.usefixtures("hub")
-def test__ids_give_what_folders_give(tmp_path):
+def test_ids_give_what_folders_give(tmp_path):
     _, local = project(tmp_path, tmp_path / "aligned", tmp_path / "base", "local")
     report, remote = project(tmp_path, "some/aligned", "some/base@v1", "remote")
     assert remote == local
@@ -77,7 +77,7 @@ def test_a_second_run_takes_everything_from_the_cache(hub, tmp_path, monkeypatch
 
 def single_file(folder, seed):
     """The same model in one file, as small models are kept on the Hub."""
-    sharded = write_model(folder / "sharded", seed)
+    sharded = write_model(folder / f"sharded-{seed}", seed)
     tensors = {name: tensor for shard in sharded.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     (folder / "single").mkdir()
     save_file(tensors, folder / "single" / "model.safetensors", {"format": "pt"})
@@ -107,10 +107,19 @@ def test_every_file_is_of_the_commit_that_the_report_names(hub, monkeypatch):
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("name", ["models--meta-llama--Llama-2-7b", "a..b/c"])
-def test_a_name_that_the_hub_does_not_allow(name):
-    with pytest.raises(CheckpointError, match="neither a local path nor a name that the Hub allows"):
-        open_checkpoint(name, role="aligned")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("models--meta-llama--Llama-2-7b", "neither a local path nor a name that the Hub allows"),
+        ("a..b/c", "neither a local path nor a name that the Hub allows"),
+        ("nobody/nothing", "nobody/nothing: the base model is neither a local path nor a repository"),
+        ("some/base@v9", "some/base: has no revision 'v9'"),
+        ("some/old", r"older \.bin checkpoints: load it with transformers"),
+    ],
+)
+def test_ids_that_are_refused(name, words):
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(name, role="base")
 
 
 def test_a_remote_index_that_promises_too_much(hub, tmp_path):
@@ -189,26 +198,6 @@ def test_a_subspace_of_ids_stays_with_their_commits(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("hub")
-def test_an_unknown_repository():
-    with pytest.raises(
-        CheckpointError, match="nobody/nothing: the base model is neither a local path nor a repository"
-    ):
-        open_checkpoint("nobody/nothing", role="base")
-
-
-@pytest.mark.usefixtures("hub")
-def test_an_unknown_revision():
-    with pytest.raises(CheckpointError, match="some/base: has no revision 'v9'"):
-        open_checkpoint("some/base@v9", role="base")
-
-
-@pytest.mark.usefixtures("hub")
-def test_an_old_repository():
-    with pytest.raises(CheckpointError, match=r"older \.bin checkpoints: load it with transformers"):
-        open_checkpoint("some/old", role="base")
-
-
-@pytest.mark.usefixtures("hub")
 def test_a_remote_index_that_escapes(tmp_path):
     index = tmp_path / "base" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -220,12 +209,8 @@ def test_a_remote_index_that_escapes(tmp_path):
 
 def test_every_kind_of_local_source_gives_the_same(tmp_path):
     sharded = write_model(tmp_path / "aligned", 1)
-    tensors = {}
-    for shard in sorted(sharded.glob("*.safetensors")):
-        tensors.update(load_file(shard))
-    single = tmp_path / "single"
-    single.mkdir()
-    save_file(tensors, single / "model.safetensors")
+    tensors = {name: tensor for shard in sharded.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    single = single_file(tmp_path, 1)
     unindexed = tmp_path / "unindexed"
     unindexed.mkdir()
     names = sorted(tensors)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import transformers
-from families import adapt, assert_projected, project, rewrite, save, weights
+from families import adapt, assert_projected, check_projection, project, rewrite, save, weights
 
 from safelora_fast.checkpoints.tensor_names import NameIndex, tower_of, tower_of_class
 from safelora_fast.errors import PairingError
@@ -36,6 +34,7 @@ AUDIO = {
     "num_hidden_layers": 2,
     "enable_fusion": False,
 }
+FLAVA = {"image_config": VISION, "text_config": TEXT, "multimodal_config": SIDE}
 CLIP = {"text_config": TEXT, "vision_config": VISION}
 ATTENTION = ["q_proj", "fc1"]
 BERT = ["query", "dense"]
@@ -51,24 +50,9 @@ TOWERS = {
     "metaclip-2-text": ("MetaClip2Model", CLIP, "text_model", ATTENTION),
     "blip-vision": ("BlipModel", CLIP, "vision_model", ["qkv", "fc1"]),
     "blip-text": ("BlipModel", CLIP, "text_model", BERT),
-    "flava-image": (
-        "FlavaModel",
-        {"image_config": VISION, "text_config": TEXT, "multimodal_config": SIDE},
-        "image_model",
-        BERT,
-    ),
-    "flava-text": (
-        "FlavaModel",
-        {"image_config": VISION, "text_config": TEXT, "multimodal_config": SIDE},
-        "text_model",
-        BERT,
-    ),
-    "flava-multimodal": (
-        "FlavaModel",
-        {"image_config": VISION, "text_config": TEXT, "multimodal_config": SIDE},
-        "multimodal_model",
-        BERT,
-    ),
+    "flava-image": ("FlavaModel", FLAVA, "image_model", BERT),
+    "flava-text": ("FlavaModel", FLAVA, "text_model", BERT),
+    "flava-multimodal": ("FlavaModel", FLAVA, "multimodal_model", BERT),
     "clap-audio": ("ClapModel", {"text_config": TEXT, "audio_config": AUDIO}, "audio_model", BERT),
     "clap-text": ("ClapModel", {"text_config": TEXT, "audio_config": AUDIO}, "text_model", BERT),
     "align-text": ("AlignModel", {"text_config": TEXT, "vision_config": {}}, "text_model", BERT),
@@ -88,18 +72,12 @@ def make(name, seed):
     return whole, getattr(whole, tower), {"target_modules": targets}
 
 
-def pair(tmp_path, name):
-    """Folders of whole models, an adapter of one tower, the adapted tower, and the base's weights."""
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_class_tells_the_tower(tmp_path, name):
     (aligned, ours, target), (base, theirs, _) = make(name, 1), make(name, 2)
     folders = save(aligned, tmp_path / "aligned"), save(base, tmp_path / "base")
     base_weights, adapted = weights(adapt(theirs, **target)), adapt(ours, **target)
-    return folders, save(adapted, tmp_path / "adapter"), adapted, base_weights
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_the_class_tells_the_tower(tmp_path, name):
-    folders, adapter, adapted, base_weights = pair(tmp_path, name)
-    (result,) = project([adapter], *folders, tmp_path / "output")
+    (result,) = project([save(adapted, tmp_path / "adapter")], *folders, tmp_path / "output")
     assert_projected(result, adapted, base_weights)
     tower = TOWERS[name][2]
     assert all(source.aligned.startswith(f"{tower}.") for module in result.plan.modules for source in module.sources)
@@ -108,21 +86,18 @@ def test_the_class_tells_the_tower(tmp_path, name):
 @pytest.mark.parametrize("name", ["clip-vision", "clip-text", "siglip-vision", "flava-image", "metaclip-2-text"])
 def test_nothing_tells_the_tower(tmp_path, name):
     """PEFT leaves the class out where a task is given."""
-    folders, adapter, _, _ = pair(tmp_path, name)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({**config, "auto_mapping": None, "task_type": "FEATURE_EXTRACTION"})
-    )
+    (aligned, ours, target), (base, *_) = make(name, 1), make(name, 2)
+    folders = save(aligned, tmp_path / "aligned"), save(base, tmp_path / "base")
+    adapter = save(adapt(ours, **target), tmp_path / "adapter")
+    settings = {"auto_mapping": None, "task_type": "FEATURE_EXTRACTION"}
+    adapter = rewrite(adapter, tmp_path / "other", config=settings, file="adapter_model.safetensors")
     with pytest.raises(PairingError, match=r"several tensors that may be meant: \w+_model\..*, \w+_model\..*class"):
         project([adapter], *folders, tmp_path / "output")
 
 
 def test_an_adapter_of_the_whole_model(tmp_path):
     (aligned, _, target), (base, _, _) = make("clip-vision", 1), make("clip-vision", 2)
-    folders = save(aligned, tmp_path / "aligned"), save(base, tmp_path / "base")
-    base_weights, adapted = weights(adapt(base, **target)), adapt(aligned, **target)
-    (result,) = project([save(adapted, tmp_path / "adapter")], *folders, tmp_path / "output")
-    assert_projected(result, adapted, base_weights)
+    check_projection(tmp_path, (aligned, base), target)
 
 
 def test_a_tower_that_is_a_checkpoint_of_its_own(tmp_path):
@@ -132,20 +107,11 @@ def test_a_tower_that_is_a_checkpoint_of_its_own(tmp_path):
     for seed in (1, 2):
         torch.manual_seed(seed)
         models.append(transformers.CLIPVisionModel(vision))
-    folders = [
-        rewrite(
-            save(model, tmp_path / f"{index}"),
-            tmp_path / f"{index}-prefixed",
-            lambda tensors: {f"vision_model.{name.removeprefix('vision_model.')}": tensors[name] for name in tensors},
-        )
-        for index, model in enumerate(models)
-    ]
-    base_weights, adapted = (
-        weights(adapt(models[1], target_modules=ATTENTION)),
-        adapt(models[0], target_modules=ATTENTION),
-    )
-    (result,) = project([save(adapted, tmp_path / "adapter")], *folders, tmp_path / "output")
-    assert_projected(result, adapted, base_weights)
+
+    def prefixed(tensors):
+        return {f"vision_model.{name.removeprefix('vision_model.')}": tensors[name] for name in tensors}
+
+    check_projection(tmp_path, models, {"target_modules": ATTENTION}, (prefixed, prefixed))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.projection.plan import plan_projection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from safelora_fast.projection.jobs import Plan
@@ -231,6 +231,31 @@ def project(adapters: list[Path], aligned: Path, base: Path, output: Path) -> li
         save_file(tensors[index], folder / "adapter_model.safetensors", {"format": "pt"})
         results.append(Projected(folder, plan, cosines[index], norms[index]))
     return results
+
+
+def check_projection(
+    folder: Path,
+    models: Sequence[torch.nn.Module],
+    target: dict[str, Any],
+    change: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+) -> Projected:
+    """Project an adapter of the first of two models, and compare as :func:`assert_projected` does.
+
+    Args:
+        folder: an empty folder.
+        models: the aligned model and the base.
+        target: settings of the adapter.
+        change: what to do to the tensors of each checkpoint on disk.
+    """
+    folders = [save(model, folder / role) for model, role in zip(models, ("aligned", "base"), strict=True)]
+    if change is not None:
+        folders = [
+            rewrite(each, folder / f"{each.name}-changed", how) for each, how in zip(folders, change, strict=True)
+        ]
+    base_weights, adapted = weights(adapt(models[1], **target)), adapt(models[0], **target)
+    (result,) = project([save(adapted, folder / "adapter")], *folders, folder / "out")
+    assert_projected(result, adapted, base_weights)
+    return result
 
 
 def assert_projected(

@@ -269,7 +269,7 @@ def _module(
     parameters = parameters_of(name, targets)
     if kind == "linear" and (parameters or name.endswith(".experts")):
         kind = "parameter"
-    elif depth:
+    elif kind == "linear" and depth:
         raise AdapterError(
             f"{folder}: {factors['B']!r} lies below base_layer, as PEFT names an adapter inside another one; save this adapter "
             "alone, with PEFT's save_pretrained"
