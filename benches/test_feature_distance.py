@@ -228,7 +228,7 @@ def test_share_of_a_training_step(benchmark: Callable[..., None], add_row: Calla
 
     def alone(student: Capture) -> float:
         """The distance and its gradient with respect to the captured states, and adding that to another gradient."""
-        blocks = {index: block.detach().requires_grad_() for index, block in student.blocks.items()}
+        blocks = {index: block.detach().requires_grad_() for index, block in student.layers.items()}
         others = [torch.zeros_like(block) for block in blocks.values()]
         start = time.perf_counter()
         value = defense.loss(Observation(anatomy, Capture(blocks), reference, spans)) / 4

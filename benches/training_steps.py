@@ -147,7 +147,7 @@ class Steps:
         random = np.random.default_rng(0)
         modules = {}
         for module in adapted_modules(self.model.get_base_model(), owner="bench"):
-            rows, columns = module.left.shape[0], module.right.shape[1]
+            rows, columns = module.lora_b.shape[0], module.lora_a.shape[1]
             vectors = np.linalg.qr(random.standard_normal((rows, SUBSPACE_RANK)))[0].astype(np.float32)
             modules[module.name] = ModuleSubspace(vectors, np.ones(SUBSPACE_RANK, dtype=np.float32), 10.0, columns)
         safe = SafeModules(self.model.get_base_model(), SafeSubspace(modules, {}), owner="bench")

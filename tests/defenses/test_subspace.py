@@ -22,7 +22,7 @@ def outside(model, subspace):
     result = {}
     for module in adapted_modules(model.get_base_model(), owner="test"):
         vectors = torch.from_numpy(subspace.find(module.name).left_vectors).double()
-        update = module.scale * module.left.detach().double() @ module.right.detach().double()
+        update = module.scale * module.lora_b.detach().double() @ module.lora_a.detach().double()
         result[module.name] = (update - vectors @ (vectors.T @ update)).square().sum().item()
     return result
 
@@ -114,7 +114,7 @@ def test_bfloat16_factors():
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     ours, truth = (SafeModules(m.get_base_model(), subspace, owner="test") for m in (model, exact.double()))
     vectors = {m.name: truth.vectors(m).double() for m in truth.modules}
-    expected = sum(subspace_penalty(m.left, m.right, m.scale, vectors[m.name]) for m in truth.modules)
+    expected = sum(subspace_penalty(m.lora_b, m.lora_a, m.scale, vectors[m.name]) for m in truth.modules)
     total = sum(value for _, value in ours.penalties())
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -125,11 +125,11 @@ def test_bfloat16_factors():
     for left, right in zip(*gradients, strict=True):
         assert left.dtype == torch.bfloat16
         assert (left.double() - right).norm() < 5e-3 * right.norm()
-    projected = {m.name: vectors[m.name] @ (vectors[m.name].T @ m.left.detach()) for m in truth.modules}
+    projected = {m.name: vectors[m.name] @ (vectors[m.name].T @ m.lora_b.detach()) for m in truth.modules}
     ours.project(1)
     for module in ours.modules:
-        assert module.left.dtype == torch.bfloat16
-        assert (module.left.double() - projected[module.name]).norm() < 3e-3 * projected[module.name].norm()
+        assert module.lora_b.dtype == torch.bfloat16
+        assert (module.lora_b.double() - projected[module.name]).norm() < 3e-3 * projected[module.name].norm()
 
 
 def broken_model(name):
@@ -233,7 +233,7 @@ def with_bias():
     def updates():
         return {
             module.name: module.scale
-            * torch.cat([module.left @ module.right, module.bias[:, None]], dim=1).detach().double()
+            * torch.cat([module.lora_b @ module.lora_a, module.bias[:, None]], dim=1).detach().double()
             for module in adapted_modules(model.get_base_model(), owner="test")
         }
 

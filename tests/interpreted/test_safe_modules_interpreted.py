@@ -38,7 +38,7 @@ def test_a_step_of_a_model(dtype, launches):
     modules = SafeModules(model.get_base_model(), subspace, owner="test")
     vectors = {module.name: modules.vectors(module).double() for module in modules.modules}
     before = {
-        module.name: (module.left.detach().double(), module.right.detach().double()) for module in modules.modules
+        module.name: (module.lora_b.detach().double(), module.lora_a.detach().double()) for module in modules.modules
     }
     for module, (name, value) in zip(modules.modules, modules.penalties(), strict=True):
         exact = subspace_penalty(*before[name], module.scale, vectors[name])
@@ -52,7 +52,7 @@ def test_a_step_of_a_model(dtype, launches):
     for module in modules.modules:
         left, right = before[module.name]
         projected = vectors[module.name] @ (vectors[module.name].T @ left)
-        assert (module.left.double() - projected).norm() < (
+        assert (module.lora_b.double() - projected).norm() < (
             1e-6 if dtype == torch.float32 else 4e-3 * 2
         ) * projected.norm()
         update = projected @ right
@@ -64,8 +64,8 @@ def test_an_infinity_is_named_and_nothing_written():
     model = tiny_peft_model(lora={"r": 3})
     modules = SafeModules(model.get_base_model(), random_subspace(model), owner="test")
     bad = modules.modules[4]
-    bad.left.data[3, 1] = torch.inf
-    before = [module.left.detach().clone() for module in modules.modules]
+    bad.lora_b.data[3, 1] = torch.inf
+    before = [module.lora_b.detach().clone() for module in modules.modules]
     with pytest.raises(TrainingError, match=bad.name):
         modules.project(7)
-    assert all(torch.equal(module.left, left) for module, left in zip(modules.modules, before, strict=True))
+    assert all(torch.equal(module.lora_b, left) for module, left in zip(modules.modules, before, strict=True))

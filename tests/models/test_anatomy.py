@@ -30,4 +30,4 @@ def test_blocks_whatever_the_model_calls_them(name):
     model = ODD[name].make(1)
     anatomy = dissect(model)
     assert anatomy.decoder is model.model
-    assert list(anatomy.blocks) == list(model.model.layers)
+    assert list(anatomy.layers) == list(model.model.layers)

@@ -39,7 +39,7 @@ def sharded(model):
     from torch.distributed.fsdp import fully_shard
 
     base = model.get_base_model()
-    for block in (*dissect(model).blocks, *base.model.vision_tower.modules()):
+    for block in (*dissect(model).layers, *base.model.vision_tower.modules()):
         if isinstance(block, torch.nn.Module) and type(block).__name__.endswith(("DecoderLayer", "EncoderLayer")):
             fully_shard(block)
     fully_shard(base.model)

@@ -51,7 +51,7 @@ def random_subspace(model, rank=3, seed=0):
     random = np.random.default_rng(seed)
     modules = {}
     for module in adapted_modules(model.get_base_model(), owner="test"):
-        rows_, columns = module.left.shape[0], module.right.shape[1]
+        rows_, columns = module.lora_b.shape[0], module.lora_a.shape[1]
         vectors = np.linalg.qr(random.standard_normal((rows_, rank)))[0].astype(np.float32)
         values = np.sort(random.random(rank).astype(np.float32))[::-1].copy()
         modules[module.name] = ModuleSubspace(vectors, values, 2.0, columns)

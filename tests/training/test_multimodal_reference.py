@@ -48,7 +48,7 @@ def run(model, batch):
     features = []
     handles = [
         block.register_forward_hook(lambda _m, _a, out: features.append(out[0] if isinstance(out, tuple) else out))
-        for block in dissect(model).blocks
+        for block in dissect(model).layers
     ]
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
     for handle in handles:

@@ -74,7 +74,7 @@ class FeatureDistance(BatchDefense):
             return list(range(0, depth, _every(self.layers)))
         if isinstance(self.layers, int):
             return evenly_spaced(depth, self.layers)
-        chosen = [anatomy.block(index, owner="FeatureDistance") for index in self.layers]
+        chosen = [anatomy.layer(index, owner="FeatureDistance") for index in self.layers]
         if len(set(chosen)) != len(chosen):
             raise SettingsError(f"FeatureDistance: layers {self.layers} name one of the {depth} layers twice")
         return sorted(chosen)
@@ -90,8 +90,8 @@ class FeatureDistance(BatchDefense):
         spans, mask = observation.spans, self.mask(observation.spans)
         layers = self.recorded_layers(observation.anatomy)
         mean = feature_distance(
-            [observation.student.blocks[index] for index in layers],
-            [observation.reference.blocks[index] for index in layers],
+            [observation.student.layers[index] for index in layers],
+            [observation.reference.layers[index] for index in layers],
             mask,
             normalize=self.normalize,
             segments=spans.segments,

@@ -72,14 +72,14 @@ class Steering(Defense):
 
     def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> list[Any]:
         """Add the vector to the layer's output while `engaged()`. Returns the handle that stops it."""
-        from safelora_fast.models.capture import block_states
+        from safelora_fast.models.capture import layer_states
 
-        layer = anatomy.blocks[anatomy.block(self.layer, owner="Steering")]
+        layer = anatomy.layers[anatomy.layer(self.layer, owner="Steering")]
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             if not engaged():
                 return None
-            block_states(output)  # refuses several states per token, to each of which the vector would be added
+            layer_states(output)  # refuses several states per token, to each of which the vector would be added
             shift = self.coefficient * self.vector  # now, for the coefficient may change while training
             if isinstance(output, tuple):
                 return (output[0] + shift.to(output[0]), *output[1:])

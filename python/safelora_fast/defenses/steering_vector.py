@@ -75,7 +75,7 @@ class Direction:
                 f"{owner}: {self.persona.name} has vectors of {self.persona.blocks} layers, the model has {anatomy.depth}: it "
                 "was extracted from another model"
             )
-        anatomy.block(self.layer, owner=owner)
+        anatomy.layer(self.layer, owner=owner)
         width = anatomy.config.hidden_size
         if len(self.values) != width:
             which = "the vector" if self.persona is None else self.persona.name

@@ -29,19 +29,24 @@ class Head:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal language model that defenses look at; `blocks` are the decoder's layers."""
+    """The parts of a causal language model that defenses look at."""
 
     model: nn.Module
     decoder: nn.Module
-    blocks: tuple[nn.Module, ...]
+    layers: tuple[nn.Module, ...]
     config: Any
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The layers, under the name that 0.1.0 had for them."""
+        return self.layers
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return len(self.blocks)
+        return len(self.layers)
 
-    def block(self, index: int, *, owner: str) -> int:
+    def layer(self, index: int, *, owner: str) -> int:
         """Check a layer's index (negative counts from the end) and return it as a non-negative number."""
         if not -self.depth <= index < self.depth:
             raise SettingsError(f"{owner}: layer {index} does not exist, the model has {self.depth} layers")

@@ -59,12 +59,12 @@ class Capture:
     """Hidden states [batch, tokens, hidden] of one forward pass.
 
     Attributes:
-        blocks: outputs of the layers, by index.
+        layers: outputs of the layers, by index.
         hidden: the decoder's output, after its final norm.
         autocast: the dtype of autocast at the decoder's end, None if it was off.
     """
 
-    blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    layers: dict[int, torch.Tensor] = field(default_factory=dict)
     hidden: torch.Tensor | None = None
     autocast: torch.dtype | None = None
 
@@ -84,7 +84,7 @@ def first_tensor(output: Any) -> torch.Tensor:
     return output[0] if hidden is None else hidden
 
 
-def block_states(output: Any) -> torch.Tensor:
+def layer_states(output: Any) -> torch.Tensor:
     """The hidden states [batch, tokens, hidden] in the output of a layer.
 
     Raises:
@@ -107,16 +107,16 @@ class Tap:
     and it gets its gradient function when the layer is left.
     """
 
-    def __init__(self, anatomy: Anatomy, blocks: Iterable[int]) -> None:
+    def __init__(self, anatomy: Anatomy, layers: Iterable[int]) -> None:
         self.anatomy = anatomy
-        self.indices = sorted(set(blocks))
+        self.indices = sorted(set(layers))
         self._open: Capture | None = None
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Install the hooks."""
         for index in self.indices:
-            self._handles.append(self.anatomy.blocks[index].register_forward_hook(self._block_hook(index)))
+            self._handles.append(self.anatomy.layers[index].register_forward_hook(self._layer_hook(index)))
         self._handles.append(self.anatomy.decoder.register_forward_hook(self._decoder_hook))
 
     def detach(self) -> None:
@@ -149,10 +149,10 @@ class Tap:
         """Drop an open capture, after a forward pass that failed."""
         self._open = None
 
-    def _block_hook(self, index: int) -> Callable[[Any, Any, Any], None]:
+    def _layer_hook(self, index: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             if (capture := self._recording) is not None:
-                capture.blocks[index] = block_states(output)
+                capture.layers[index] = layer_states(output)
 
         return hook
 

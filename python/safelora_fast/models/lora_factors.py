@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One adapted module: ΔW = scale · left @ right.
+    """One adapted module: ΔW = scale · lora_b @ lora_a.
 
     Attributes:
         name: the module's name in the model without PEFT.
-        left: lora_B's weight [m, r].
-        right: lora_A's weight [r, n].
+        lora_b: lora_B's weight [m, r].
+        lora_a: lora_A's weight [r, n].
         scale: LoRA's scale s.
         bias: lora_B's bias [m], which s multiplies too; None without one.
     """
 
     name: str
-    left: torch.Tensor
-    right: torch.Tensor
+    lora_b: torch.Tensor
+    lora_a: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
 
@@ -120,12 +120,12 @@ def _one(name: str, layer: nn.Module, adapter: str, owner: str) -> AdaptedModule
         raise SettingsError(f"{owner}: {name} is adapted by a variant of LoRA that is not B·A: use plain LoRA")
     if adapter not in layer.lora_B or hasattr(layer, "parameter_name"):
         raise SettingsError(f"{owner}: {name} adapts embeddings or expert parameters: exclude it from the adapter")
-    left, right = (getattr(factors[adapter], "weight", None) for factors in (layer.lora_B, layer.lora_A))
-    if left is None or right is None:
+    lora_b, lora_a = (getattr(factors[adapter], "weight", None) for factors in (layer.lora_B, layer.lora_A))
+    if lora_b is None or lora_a is None:
         raise SettingsError(
             f"{owner}: {name} is adapted by {type(layer).__module__.split('.')[-2]}, whose update is not B·A: use plain LoRA"
         )
-    if left.dim() != 2:
+    if lora_b.dim() != 2:
         raise SettingsError(f"{owner}: {name} is a convolution: exclude it from the adapter")
     bias = getattr(layer.lora_B[adapter], "bias", None)
-    return AdaptedModule(name, left, right, float(layer.scaling[adapter]), bias)
+    return AdaptedModule(name, lora_b, lora_a, float(layer.scaling[adapter]), bias)

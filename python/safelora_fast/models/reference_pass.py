@@ -37,13 +37,13 @@ class ReferencePass:
         anatomy: its parts.
         reference: "base" for the same model with its adapters disabled, the name of a frozen adapter of the model, or
             a second model.
-        blocks: the layers to capture.
+        layers: indices of the layers to capture.
 
     Raises:
         SettingsError: disabling the adapters would not give the original model, or the adapter does not exist.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, reference: Reference, blocks: list[int]) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, reference: Reference, layers: list[int]) -> None:
         self._layers = [layer for _, layer in adapter_layers(anatomy.model)]
         self._student = anatomy.model
         self._own = isinstance(reference, str)
@@ -62,7 +62,7 @@ class ReferencePass:
             for name in ("running_mean", "running_var")
             if isinstance(getattr(module, name, None), torch.Tensor)
         ]
-        self.tap = Tap(self.anatomy, blocks)
+        self.tap = Tap(self.anatomy, layers)
 
     def run(self, whole: Call | None, decoder: Call, *, around: Callable[[], Any]) -> Capture:
         """Run the reference on the inputs of the student's pass.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from safelora_fast.models.capture import block_states
+from safelora_fast.models.capture import layer_states
 from safelora_fast.persona_vector import Separation
 
 if TYPE_CHECKING:
@@ -69,14 +69,14 @@ def _batch_means(anatomy: Anatomy, batch: Sequence[tuple[Sequence[int], Sequence
 
     def averaging(layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            states = block_states(output)
+            states = layer_states(output)
             states = states.to(torch.promote_types(states.dtype, torch.float32))
             found[layer] = torch.einsum("bt,bth->bh", weights.to(states), states)
 
         return hook
 
     with torch.no_grad(), ExitStack() as stack:
-        for layer, block in enumerate(anatomy.blocks):
+        for layer, block in enumerate(anatomy.layers):
             stack.callback(block.register_forward_hook(averaging(layer)).remove)
         anatomy.decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
     return torch.stack([found[layer].to(device) for layer in range(anatomy.depth)], dim=1)

@@ -317,7 +317,7 @@ def measure(model: PeftModel) -> Shape:
     return Shape(
         parameters=sum(parameter.numel() for parameter in frozen),
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in frozen),
-        matrices=_matrices(anatomy.blocks, trained, config),
+        matrices=_matrices(anatomy.layers, trained, config),
         head=0 if head is None else sum(parameter.numel() for parameter in head.parameters()),
         adapter=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         adapted=tuple(

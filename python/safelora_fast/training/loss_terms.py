@@ -160,9 +160,9 @@ def _first_bad_states(observation: Observation) -> str:
     def bad(states: torch.Tensor | None) -> bool:
         return states is not None and not states[mask.to(states.device)].isfinite().all()
 
-    for index in sorted(observation.reference.blocks):
+    for index in sorted(observation.reference.layers):
         for who, capture in both:
-            if bad(capture.blocks[index]):
+            if bad(capture.layers[index]):
                 return f"layer {index} of the {who} gives NaN or Inf"
     for who, capture in both:
         if bad(capture.hidden):

@@ -41,7 +41,7 @@ class Monitors:
         for monitor in monitors:
             monitor.direction.check(anatomy, owner="DriftMonitor")
         self._monitors = {
-            monitor.name: (anatomy.block(monitor.direction.layer, owner="DriftMonitor"), monitor.unit)
+            monitor.name: (anatomy.layer(monitor.direction.layer, owner="DriftMonitor"), monitor.unit)
             for monitor in monitors
         }
         self.layers = sorted({layer for layer, _ in self._monitors.values()})
@@ -57,7 +57,7 @@ class Monitors:
         weights, responses = response_weights(spans)
         with torch.no_grad():
             for name, (layer, unit) in self._monitors.items():
-                along = projections(capture.blocks[layer].detach(), unit)
+                along = projections(capture.layers[layer].detach(), unit)
                 self._sums.add(name, (along * weights.to(along.device)).sum().to(responses.device))
         self._sums.add(RESPONSES, responses)
 

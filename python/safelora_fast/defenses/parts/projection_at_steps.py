@@ -113,7 +113,7 @@ class ProjectionAtSteps(Attached):
         if self._modes_tried or not has_modes(optimizer):
             return
         self._modes_tried, modules = True, self._modules
-        if any(True for module in modules.modules for _ in weight_copies(optimizer, module.left)):
+        if any(True for module in modules.modules for _ in weight_copies(optimizer, module.lora_b)):
             return  # known, and projected
         optimizer.eval()
         outside = modules.outside()

@@ -47,7 +47,7 @@ class SafeModules(Attached):
         model = unwrap(model)
         for module in adapted_modules(model, owner=owner, exclude=exclude):
             found = subspace.find(module.name, tower_of_class(type(model).__name__))
-            shape, given = (module.left.shape[0], module.right.shape[1]), (len(found.left_vectors), found.columns)
+            shape, given = (module.lora_b.shape[0], module.lora_a.shape[1]), (len(found.left_vectors), found.columns)
             if shape != given:
                 raise PairingError(
                     f"{owner}: {module.name} is {shape}, the subspace has {given}: it is of another model, or exclude "
@@ -56,7 +56,7 @@ class SafeModules(Attached):
             if found.rank:
                 self.modules.append(module)
                 if module.bias is not None:
-                    self.modules.append(replace(module, left=module.bias, right=torch.ones(1, 1), bias=None))
+                    self.modules.append(replace(module, lora_b=module.bias, lora_a=torch.ones(1, 1), bias=None))
                 self._vectors[module.name] = torch.from_numpy(found.left_vectors)
         if not self.modules:
             raise PairingError(
@@ -65,21 +65,21 @@ class SafeModules(Attached):
 
     def factors(self) -> Iterable[tuple[str, torch.Tensor]]:
         """(module, lora_B) of every module."""
-        return [(module.name, module.left) for module in self.modules]
+        return [(module.name, module.lora_b) for module in self.modules]
 
     def vectors(self, module: AdaptedModule) -> torch.Tensor:
         """U_k [m, k], float32, on the device of the module's factors."""
-        device = module.left.device
+        device = module.lora_b.device
         if self._vectors[module.name].device != device:
             self._vectors[module.name] = self._vectors[module.name].to(device)
         return self._vectors[module.name]
 
     def penalties(self) -> list[tuple[str, torch.Tensor]]:
         """(module, ‖(I − P_k)ΔW‖²_F), differentiable, float32 whatever autocast says."""
-        with torch.autocast(self.modules[0].left.device.type, enabled=False):
-            lefts = [_matrix(gathered(module.left).float()) for module in self.modules]
+        with torch.autocast(self.modules[0].lora_b.device.type, enabled=False):
+            lefts = [_matrix(gathered(module.lora_b).float()) for module in self.modules]
             factors = [
-                (left, gathered(module.right).float().to(left.device))
+                (left, gathered(module.lora_a).float().to(left.device))
                 for left, module in zip(lefts, self.modules, strict=True)
             ]
             values: dict[int, torch.Tensor] = {}
@@ -109,18 +109,18 @@ class SafeModules(Attached):
         """
         modules = list(self.modules)
         if copies is not None:
-            modules += [replace(module, left=copy) for module in self.modules for copy in copies(module.left)]
-        with torch.no_grad(), torch.autocast(self.modules[0].left.device.type, enabled=False):
-            lefts = [_matrix(held_rows(module.left)) for module in modules]
+            modules += [replace(module, lora_b=copy) for module in self.modules for copy in copies(module.lora_b)]
+        with torch.no_grad(), torch.autocast(self.modules[0].lora_b.device.type, enabled=False):
+            lefts = [_matrix(held_rows(module.lora_b)) for module in modules]
             bases = [self._held_vectors(module) for module in modules]
             inners, grams = self._summed_products(modules, bases, lefts)
             self._check_finite(modules, [*inners, *grams], step)
             for module, product in zip(modules, _products(bases, inners), strict=True):
-                write_rows(module.left, product if module.left.dim() > 1 else product.squeeze(1))
+                write_rows(module.lora_b, product if module.lora_b.dim() > 1 else product.squeeze(1))
             cosines: list[torch.Tensor] = []
             for ours in _by_device(lefts[: len(self.modules)]):
                 inner = [inners[index] for index in ours]
-                flipped = [gathered(modules[index].right).float().to(lefts[index].device).mT for index in ours]
+                flipped = [gathered(modules[index].lora_a).float().to(lefts[index].device).mT for index in ours]
                 found, _ = transposed_products([*inner, *flipped], [*inner, *flipped])
                 cosines.append(_lowest(found[: len(inner)], [grams[index] for index in ours], found[len(inner) :]))
         lowest = torch.stack([cosine.to(cosines[0].device) for cosine in cosines])
@@ -129,22 +129,22 @@ class SafeModules(Attached):
 
     def norms(self) -> torch.Tensor:
         """‖B‖_F of this process's rows of every module, on one device: shows that weights have moved."""
-        found = [local_rows(module.left).detach().float().norm() for module in self.modules]
+        found = [local_rows(module.lora_b).detach().float().norm() for module in self.modules]
         return torch.stack([norm.to(found[0].device) for norm in found])
 
     def outside(self) -> float:
         """The largest ‖B − P_k·B‖ / ‖B‖ of the modules, in units of B's rounding; of finite ones. Collective like `project`."""
-        with torch.no_grad(), torch.autocast(self.modules[0].left.device.type, enabled=False):
-            lefts = [_matrix(held_rows(module.left)) for module in self.modules]
+        with torch.no_grad(), torch.autocast(self.modules[0].lora_b.device.type, enabled=False):
+            lefts = [_matrix(held_rows(module.lora_b)) for module in self.modules]
             bases = [self._held_vectors(module) for module in self.modules]
             inners, grams = self._summed_products(self.modules, bases, lefts)
             rests = [
                 (left - product).square().sum() for left, product in zip(lefts, _products(bases, inners), strict=True)
             ]
-            summed = sum_over_shards([module.left for module in self.modules], rests, owner=self._owner)
+            summed = sum_over_shards([module.lora_b for module in self.modules], rests, owner=self._owner)
         shares = [
             float(rest.sqrt() / gram.trace().sqrt().clamp(min=torch.finfo(torch.float32).tiny))
-            / torch.finfo(module.left.dtype).eps
+            / torch.finfo(module.lora_b.dtype).eps
             for rest, gram, module in zip(summed, grams, self.modules, strict=True)
         ]
         return max((share for share in shares if math.isfinite(share)), default=0.0)
@@ -160,7 +160,7 @@ class SafeModules(Attached):
             found, _ = transposed_products([*vectors, *ours], [*ours, *ours])
             inners.update(zip(chosen, found[: len(chosen)], strict=True))
             grams.update(zip(chosen, found[len(chosen) :], strict=True))
-        count, parameters = len(lefts), [module.left for module in modules]
+        count, parameters = len(lefts), [module.lora_b for module in modules]
         partial = [part[index] for part in (inners, grams) for index in range(count)]
         products = sum_over_shards([*parameters, *parameters], partial, owner=self._owner)
         return products[:count], products[count:]
@@ -179,8 +179,8 @@ class SafeModules(Attached):
     def _held_vectors(self, module: AdaptedModule) -> torch.Tensor:
         """The rows of U_k beside this process's rows of B, on their device."""
         if module.name not in self._held:
-            rows = matching_rows(module.left, self._vectors[module.name], owner=self._owner)
-            self._held[module.name] = rows.to(module.left.device)
+            rows = matching_rows(module.lora_b, self._vectors[module.name], owner=self._owner)
+            self._held[module.name] = rows.to(module.lora_b.device)
         return self._held[module.name]
 
 
