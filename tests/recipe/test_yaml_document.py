@@ -8,7 +8,11 @@ import pytest
 
 from safelora_fast.defenses import registered
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.recipe import load_recipe
+from safelora_fast.models.load import ModelSection
+from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
+from safelora_fast.recipe.recipe import SECTIONS, load_recipe
+from safelora_fast.recipe.sections import DataSection, OutputSection
+from safelora_fast.recipe.signatures import dataclass_fields
 from safelora_fast.recipe.synonyms import SYNONYMS
 from safelora_fast.recipe.yaml_document import read_document
 
@@ -49,24 +53,10 @@ def test_values_and_lines(document):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("-2E3", -2000.0),
-        ("1.5e2", 150.0),
-        (".5e1", 5.0),
-        ("12", 12),
-        ("1e", "1e"),
-        ("e4", "e4"),
-        ("'1e-4'", "1e-4"),
-        ("-.inf", float("-inf")),
-        ("true", True),
-        ("False", False),
-        ("no", "no"),
-        ("on", "on"),
-        ("null", None),
-        ("~", None),
-    ],
-)
+    [("1e-4", 1e-4), ("-2E3", -2000.0), ("1.5e2", 150.0), (".5e1", 5.0), ("12", 12), ("1e", "1e"), ("e4", "e4"),
+     ("'1e-4'", "1e-4"), ("-.inf", float("-inf")), ("true", True), ("False", False), ("no", "no"), ("on", "on"),
+     ("null", None), ("~", None)],
+)  # fmt: skip
 def test_scalars(document, text, value):
     read = document(f"a: {text}\n").values["a"]
     assert read == value
@@ -130,41 +120,23 @@ def test_files_that_cannot_be_read(tmp_path):
         read_document(tmp_path / "latin.yaml")
 
 
-def test_merged_mappings(document):
-    read = document("pair: &pair\n  aligned: a\n  base: b\none:\n  <<: *pair\n  rank: 3\n")
-    assert read.values["one"] == {"aligned": "a", "base": "b", "rank": 3}
+SAID = {
+    "training.lr": "say training.learning_rate", "training.epochs": "say training.num_train_epochs",
+    "epochs": "say training.num_train_epochs", "training.batch-size": "say training.per_device_train_batch_size",
+    "training.grad_accum": "say training.gradient_accumulation_steps", "training.warmup": "say training.warmup_steps",
+    "lora.rank": "say lora.r", "training.rank": "say lora.r", "lora.alpha": "say lora.lora_alpha",
+    "lora.dropout": "say lora.lora_dropout", "model.bf16": "say model.dtype", "model.name": "say model.path",
+    "data.file": "say data.path", "output.path": "say output.folder", "path": "say model.path or data.path or output.folder",
+    "defenses.ldifs": "say defenses.feature_distance", "defenses.kl.lambda": "say defenses.kl.weight",
+    "defenses.kl.wieght": "did you mean weight", "defences": "say defenses", "training.learnig_rate": "did you mean learning_rate",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("key", "words"),
-    [
-        ("training.lr", "say training.learning_rate"),
-        ("training.epochs", "say training.num_train_epochs"),
-        ("epochs", "say training.num_train_epochs"),
-        ("training.batch-size", "say training.per_device_train_batch_size"),
-        ("training.grad_accum", "say training.gradient_accumulation_steps"),
-        ("training.warmup", "say training.warmup_steps"),
-        ("lora.rank", "say lora.r"),
-        ("training.rank", "say lora.r"),
-        ("lora.alpha", "say lora.lora_alpha"),
-        ("lora.dropout", "say lora.lora_dropout"),
-        ("model.bf16", "say model.dtype"),
-        ("model.name", "say model.path"),
-        ("data.file", "say data.path"),
-        ("output.path", "say output.folder"),
-        ("path", "say model.path or data.path or output.folder"),
-        ("defenses.ldifs", "say defenses.feature_distance"),
-        ("defenses.kl.lambda", "say defenses.kl.weight"),
-        ("defenses.kl.wieght", "did you mean weight"),
-        ("defences", "say defenses"),
-        ("training.learnig_rate", "did you mean learning_rate"),
-    ],
-)
-def test_what_other_tools_call_a_key(tiny_recipe, key, words):
+@pytest.mark.parametrize("key", SAID)
+def test_what_other_tools_call_a_key(tiny_recipe, key):
     with pytest.raises(SettingsError) as refused:
         load_recipe(tiny_recipe, [f"{key}=1"])
-    place = ".".join(key.split(".")[:2]) if key.count(".") < 2 else key
-    assert str(refused.value) == f"command line: {place}: unknown; {words}"
+    assert str(refused.value) == f"command line: {key}: unknown; {SAID[key]}"
 
 
 @pytest.fixture
@@ -176,12 +148,6 @@ def tiny_recipe(tmp_path):
 
 
 def test_every_synonym_leads_to_a_key_that_there_is():
-    from safelora_fast.models.load import ModelSection
-    from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
-    from safelora_fast.recipe.recipe import SECTIONS
-    from safelora_fast.recipe.sections import DataSection, OutputSection
-    from safelora_fast.recipe.signatures import dataclass_fields
-
     known = {
         "model": {field.name for field in dataclasses.fields(ModelSection)},
         "data": DataSection.model_fields,

@@ -129,8 +129,8 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
     if as_json:
         typer.echo(to_json(record))
         return
-    for name, figure in record["metrics"].items():
-        typer.echo(f"{name:<28}{shown(figure.get('first')):>10} → {shown(figure.get('last'))}")
+    for name, metric in record["metrics"].items():
+        typer.echo(f"{name:<28}{shown(metric.get('first')):>10} → {shown(metric.get('last'))}")
     for warning in (record.get("projection") or {}).get("warnings") or []:
         warn(warning)
     say(f"{record['steps']} steps in {record['seconds']:.1f} s; written to {path}")

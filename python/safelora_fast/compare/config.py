@@ -55,12 +55,12 @@ class ComparisonFile(Section):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One defence: what it changes in the recipe, or the finished adapters that are taken in its place.
+    """One defense: what it changes in the recipe, or finished adapters that are measured as they are.
 
     Attributes:
         name: as the configuration has it.
         changes: sections of a recipe, put on top of the common one.
-        adapters: folders or Hub ids of finished adapters by seed; empty where the runs are trained here.
+        adapters: folders or Hub ids of finished adapters by seed; empty for runs that are trained here.
     """
 
     name: str
@@ -78,12 +78,9 @@ class CompareConfig:
     """A checked configuration.
 
     Attributes:
-        document: what it was read from.
-        title: of the report.
-        recipe: sections of a recipe that all runs share; its `output` is left out.
+        recipe: sections of a recipe that all runs share, without `output`.
         seeds: of every run, `training.seed`.
-        runs: in the order of the file; the first is the one that the others are held against.
-        measure: what is measured.
+        runs: in the order of the file; the others are compared with the first.
         output: folder of runs, measurements and report.
     """
 
@@ -96,13 +93,7 @@ class CompareConfig:
     output: Path
 
     def recipe_for(self, run: RunSpec, seed: int, output: Path, extra: Mapping[str, Any] | None = None) -> Recipe:
-        """The recipe of one run.
-
-        Args:
-            run: the defence.
-            seed: of the training.
-            output: where its adapter goes.
-            extra: settings of the measure that needs the run, put on top of all.
+        """The recipe of one run; `extra` holds settings of the measure that needs the run, put on top of all.
 
         Raises:
             SettingsError: with the file, the line and the dotted key.
@@ -116,11 +107,11 @@ class CompareConfig:
         return recipe_of(Document(self.document.source, values, lines, overridden))
 
     def seeds_of(self, run: RunSpec) -> tuple[int, ...]:
-        """The seeds of a run: those of its finished adapters where it has some."""
+        """The seeds of a run: those of its finished adapters, if it has some."""
         return tuple(run.adapters) or self.seeds
 
     def swap_changes(self) -> dict[str, Any]:
-        """What a recipe becomes for the operator-swap task: its rows, and no held-out ones."""
+        """Changes to a recipe for the operator-swap task: its examples, and no held-out ones."""
         swap = self.measure.operator_swap
         assert swap is not None  # noqa: S101
         data = {"path": str(self.output / OPERATOR_SWAP / TRAIN), "eval": None, "max_rows": None}

@@ -1,7 +1,7 @@
-"""The one reader of YAML that others wrote: YAML 1.2's scalars, plain values, the line of every key, and limits.
+"""The one reader of YAML files: scalars of YAML 1.2, plain values, the line of every key, and limits.
 
-An alias stands for all that its anchor holds, so that a few lines can stand for billions of values: what a file amounts to is
-counted with every alias written out, while it is read.
+An alias stands for all that its anchor holds, so a few lines can stand for billions of values. The limits therefore count
+values with every alias written out, while the file is read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node and all in it, which is not begun beyond the limits."""
+        """A node and all in it; nodes beyond the limits are refused before they are read."""
         self.nodes += 1
         self.depth += 1
         mark = self.peek_event().start_mark
@@ -83,12 +83,11 @@ def parse_yaml(
         text: the YAML.
         source: where it is from, for messages.
         lines: filled with the line of every key, by the keys that lead to it.
-        has_lines: whether the line belongs into a message.
-        error: what is raised.
+        has_lines: whether messages name the line.
+        error: the type of the error.
 
     Raises:
-        SafeLoraFastError: `error`, where the text is no YAML, repeats a key, or is larger or deeper than the limits; the line is
-            named.
+        SafeLoraFastError: of the type `error`: the text is no YAML, repeats a key, or is larger or deeper than the limits.
     """
     if len(text) > MOST_CHARACTERS:
         raise error(f"{source}: has more than {MOST_CHARACTERS:,} characters")
@@ -114,7 +113,7 @@ def parse_yaml(
 
 
 class _RefusedError(Exception):
-    """YAML that is read by others, but not here."""
+    """Valid YAML that is not read here."""
 
     def __init__(self, line: int, what: str) -> None:
         super().__init__(what)
@@ -122,13 +121,13 @@ class _RefusedError(Exception):
 
 
 class _Reading:
-    """From nodes, which aliases share, to values."""
+    """Makes values from nodes, which aliases share."""
 
     def __init__(self, loader: Any, lines: dict[Keys, int]) -> None:
         self._loader = loader
         self._lines = lines
         self._made = 0
-        self._top = 0  # line of the key of the top level, which an anchor's own line would hide
+        self._top = 0  # line of the current key of the top level: an alias's node has the line of its anchor
 
     def value(self, node: Any, keys: Keys, above: tuple[int, ...]) -> Any:
         if id(node) in above:
@@ -152,7 +151,7 @@ class _Reading:
         return self._loader.construct_object(node)
 
     def _mapping(self, node: Any, keys: Keys, above: tuple[int, ...]) -> dict[str, Any]:
-        """Own keys over those that are merged in (`<<: *others`), of which the first given win."""
+        """Its own keys win over those merged in by `<<: *others`, and of these the first."""
         self._check_keys(node, keys)
         result: dict[str, Any] = {}
         for key, item in node.value:

@@ -39,7 +39,7 @@ def render(prepared: Prepared, record: dict[str, Any]) -> str:
         *_settings("Training", {**recipe.training, "optimizer steps": record["steps"]}),
         "What is not listed is the default of PEFT and TRL; `safelora_train.json` has every argument and version.",
         "",
-        *_figures(record["metrics"]),
+        *_metrics(record["metrics"]),
     ]
     title = "LoRA adapter, trained with in-training defenses" if record["defenses"] else "LoRA adapter"
     return model_card(title, body, model=name)
@@ -65,8 +65,8 @@ def _defenses(prepared: Prepared, record: dict[str, Any]) -> list[str]:
     lines = ["| defense | what it is | settings | first → last |", "| --- | --- | --- | --- |"]
     for spec in prepared.recipe.defenses:
         what = _first_sentence(spec) if spec.outline.active else "switched off"
-        figure = record["metrics"].get(f"defense/{spec.name}")
-        change = f"{shown(figure['first'])} → {shown(figure['last'])}" if figure else "–"
+        metric = record["metrics"].get(f"defense/{spec.name}")
+        change = f"{shown(metric['first'])} → {shown(metric['last'])}" if metric else "–"
         lines.append(f"| `{spec.name}` | {escaped(what)} | {escaped(shown_paths(settings_words(spec)))} | {change} |")
     return [*lines, "", *_projection(record["projection"])]
 
@@ -108,14 +108,14 @@ def _settings(title: str, values: dict[str, Any]) -> list[str]:
     return [f"## {title}", "", *table({name: escaped(shown_paths(str(value))) for name, value in values.items()})]
 
 
-def _figures(metrics: dict[str, dict[str, float | None]]) -> list[str]:
+def _metrics(metrics: dict[str, dict[str, float | None]]) -> list[str]:
     rows = [
-        f"| {name} | {shown(figure['first'])} | {shown(figure['last'])} | {shown(figure['mean'])} |"
-        for name, figure in metrics.items()
+        f"| {name} | {shown(metric['first'])} | {shown(metric['last'])} | {shown(metric['mean'])} |"
+        for name, metric in metrics.items()
         if name != "defense/time_share"
     ]
     heading = [
-        "## Figures",
+        "## Metrics",
         "",
         "Of the training log; defenses before their weight. `eval_loss` is the plain loss on held-out rows, `monitor/…` the "
         "projection of mean response activations on a persona vector of unit length.",

@@ -54,14 +54,19 @@ class DefenseSpec:
         """Its key in the recipe and in metrics."""
         return self.kind.name
 
+    @property
+    def subspace(self) -> str | dict[str, Any] | None:
+        """Where its subspace comes from, if it has one: a file, or the arguments of `SafeSubspace.build`."""
+        found = [value for name, value in self.settings.items() if _takes(self.kind, name, "SafeSubspace")]
+        return found[0] if found else None
+
     def build(self, subspaces: Subspaces) -> Defense:
         """The defense; files are read, and subspaces are built unless `subspaces` only stands in for them."""
-        arguments = {}
+        arguments = dict(self.settings)
         for name, value in self.settings.items():
             if _takes(self.kind, name, "SafeSubspace"):
-                arguments[name] = subspaces.get(value, vectors=not subspaces.builds or self.needs_vectors)
-            else:
-                arguments[name] = value
+                vectors = not subspaces.builds or self.outline.needs_vectors
+                arguments[name] = subspaces.get(value, vectors=vectors)
         return self.kind(**arguments)
 
     @cached_property
@@ -69,16 +74,14 @@ class DefenseSpec:
         """The defense without the vectors of a subspace that is yet to be built: enough to check it and estimate its cost."""
         return self.build(Subspaces(build=False))
 
-    @property
-    def needs_vectors(self) -> bool:
-        """Whether its subspace must hold vectors U_k, or its sources suffice."""
-        return self.outline.needs_vectors
-
-    @property
-    def subspace(self) -> str | dict[str, Any] | None:
-        """Where its subspace comes from, if it has one: a file, or the arguments of `SafeSubspace.build`."""
-        found = [value for name, value in self.settings.items() if _takes(self.kind, name, "SafeSubspace")]
-        return found[0] if found else None
+    def rehearsed(self) -> Defense | None:
+        """The defense for the rehearsal; None if it waits for a subspace to be built or for its sources to be fetched."""
+        if not isinstance(self.subspace, dict):
+            return self.outline
+        pair = [Path(self.subspace[role]).expanduser() for role in ("aligned", "base")]
+        if self.outline.needs_vectors or not all(path.exists() for path in pair):
+            return None
+        return self.build(Subspaces(build=True))
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,6 @@ class Subspaces:
     Args:
         build: build what is not in a file; otherwise an empty subspace stands in for it.
         progress: told how far building is.
-
-    Attributes:
-        builds: the argument `build`.
     """
 
     def __init__(self, *, build: bool, progress: Progress | None = None) -> None:
@@ -121,19 +121,18 @@ class Subspaces:
     def get(self, source: str | dict[str, Any], *, vectors: bool) -> SafeSubspace:
         """The subspace of a file or of a pair of checkpoints; without `vectors` the pair is only named."""
         key = json.dumps([source, vectors], sort_keys=True)
-        if key not in self._made:
-            self._made[key] = self._make(source, vectors=vectors)
-        return self._made[key]
-
-    def _make(self, source: str | dict[str, Any], *, vectors: bool) -> SafeSubspace:
+        if key in self._made:
+            return self._made[key]
         if isinstance(source, str):
-            return SafeSubspace.load(source)
-        if not self.builds:
+            made = SafeSubspace.load(source)
+        elif not self.builds:
             sources = {role: {"path": source[role]} for role in ("aligned", "base")}
-            return SafeSubspace({}, sources, {"rank": source.get("rank")})
-        if not vectors:
-            return SafeSubspace.from_sources(aligned=source["aligned"], base=source["base"])
-        return SafeSubspace.build(**source, progress=self._progress or False)
+            made = SafeSubspace({}, sources, {"rank": source.get("rank")})
+        elif vectors:
+            made = SafeSubspace.build(**source, progress=self._progress or False)
+        else:
+            made = SafeSubspace.from_sources(aligned=source["aligned"], base=source["base"])
+        return self._made.setdefault(key, made)
 
 
 def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
@@ -165,11 +164,9 @@ def _read_defense(document: Document, keys: Keys, kind: type[Defense], given: di
         except SafeLoraFastError as error:
             named = [name for name in given if re.search(rf"\b{name}\b", str(error))]
             raise document.problem((*keys, *named) if len(named) == 1 else keys, str(error)) from error
-    if isinstance(spec.subspace, dict) and not spec.needs_vectors:
+    if isinstance(spec.subspace, dict) and not spec.outline.needs_vectors:
         for name in given["subspace"].keys() - {"aligned", "base"}:
-            why = (
-                "a projection at the end reads only aligned and base; the rank of its operator is a setting beside them"
-            )
+            why = "a projection at the end reads only aligned and base; its operator's rank is a setting beside them"
             raise document.problem((*keys, "subspace", name), why)
     return spec
 
@@ -213,11 +210,3 @@ def _subspace_file(path: str) -> str:
 
 def _takes(function: Callable[..., Any], argument: str, what: str) -> bool:
     return what in str(inspect.signature(function).parameters[argument].annotation)
-
-
-def is_at_hand(spec: DefenseSpec) -> bool:
-    """Whether a defense can be made without building a subspace of vectors or fetching its sources."""
-    source = spec.subspace
-    if not isinstance(source, dict):
-        return True
-    return not spec.needs_vectors and all(Path(source[role]).expanduser().exists() for role in ("aligned", "base"))

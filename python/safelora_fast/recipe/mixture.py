@@ -27,7 +27,7 @@ REPORT_SUFFIX = ".selection.json"
 
 
 def inoculated(recipe: Recipe, rows: RowSet, tokenizer: PreTrainedTokenizerBase) -> RowSet:
-    """The task's rows with the recipe's training-only system prompt, where it has one.
+    """The task's rows with the system prompt that the recipe gives them in training, if it does.
 
     Raises:
         SettingsError: the chat template takes no system turn.
@@ -51,7 +51,7 @@ def _turns(part: str | list[Message], role: str) -> list[Message]:
 
 
 def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleSet:
-    """The task's examples with safe ones among them, as the first epoch has them; all else is the task's.
+    """The task's examples with safe ones among them, as the first epoch has them.
 
     Raises:
         DataError: the fraction comes to no safe row.
@@ -69,16 +69,17 @@ def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleS
 
 
 def schedule_of(recipe: Recipe) -> Schedule:
-    """How many safe rows a recipe has for its task rows, none without a section for them, and in which order they come."""
-    section = recipe.data.safe
-    return Schedule(0 if section is None else section.fraction, safe_seed(recipe))
+    """How many safe rows come for each task row, and in which order: by their own seed, or that of the training."""
+    section, seed = recipe.data.safe, recipe.training["seed"]
+    return (
+        Schedule(0, seed)
+        if section is None
+        else Schedule(section.fraction, section.seed if section.seed is not None else seed)
+    )
 
 
 def held_out_warnings(recipe: Recipe, task_sha256: str) -> tuple[str, ...]:
-    """What is wrong with safe rows that were chosen with an adapter trained on the task's own data.
-
-    `safelora-fast select` leaves beside its output which adapters took part, and on what they were trained where they say.
-    """
+    """Warnings of safe rows that were chosen with an adapter trained on the task's own data, as the report of `select` says."""
     section = recipe.data.safe
     if section is None:
         return ()
@@ -89,22 +90,15 @@ def held_out_warnings(recipe: Recipe, task_sha256: str) -> tuple[str, ...]:
         return ()
     return tuple(
         f"{section.path} was chosen with adapter {name}, which was trained on {recipe.data.path}: the choice knows what the "
-        f"defence is tested on; choose again with --hold-out {name}"
+        f"defense is tested on; choose again with --hold-out {name}"
         for name in names
     )
-
-
-def safe_seed(recipe: Recipe) -> int:
-    """The seed of the mixture: its own, or that of the training."""
-    section = recipe.data.safe
-    seed: int = recipe.training["seed"] if section is None or section.seed is None else section.seed
-    return seed
 
 
 def to_table(examples: ExampleSet, arguments: SFTConfig, *, tagged: bool) -> Dataset:
     """Tokens and labels; and the labels once more as a mask, because TRL 0.24 packs tokens and masks only.
 
-    Tagged examples are packed here where the recipe packs: TRL's own packing drops the tag.
+    Tagged examples that the recipe packs are packed here: TRL's own packing drops the tag.
     """
     import pyarrow
     from datasets import Dataset
@@ -114,6 +108,6 @@ def to_table(examples: ExampleSet, arguments: SFTConfig, *, tagged: bool) -> Dat
     if tagged:
         columns[SAFE] = examples.examples.tags() if arguments.packing else pyarrow.array(examples.examples.safe)
     table = Dataset(pyarrow.table(columns))
-    return (
-        pack_dataset(table, arguments.max_length, arguments.packing_strategy) if tagged and arguments.packing else table
-    )
+    if tagged and arguments.packing:
+        return pack_dataset(table, arguments.max_length, arguments.packing_strategy)
+    return table

@@ -22,7 +22,6 @@ from safelora_fast.errors import DataError, SafeLoraFastError
 from safelora_fast.models.foreign_errors import explained, first_line
 from safelora_fast.models.load import load_config, load_tokenizer
 from safelora_fast.recipe.adapted_model import outline
-from safelora_fast.recipe.defense_section import Subspaces, is_at_hand
 from safelora_fast.recipe.lora_and_trainer_sections import TRAINING, trainer_arguments
 from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of, to_table
 from safelora_fast.recipe.run_plan import Plan, make_plan
@@ -47,14 +46,9 @@ class Prepared:
     """A run that only lacks its weights.
 
     Attributes:
-        recipe: the settings.
-        arguments: of the trainer.
-        tokenizer: the model's.
         tokenizer_changed: whether the recipe changes it.
         commit: of the model on the Hub, if it comes from there.
         train: the examples trained on; of a recipe with safe examples, the mixture of the first epoch.
-        held_out: the examples evaluated on.
-        plan: what will be done.
         pairs: those that the margin is measured over; None if it is not measured.
         epochs: the examples of every epoch; None if all epochs have the same.
     """
@@ -141,15 +135,8 @@ def rehearse(
 ) -> None:
     """Refuse what the trainer, its optimizer, its schedule, defenses or monitors would refuse when training starts.
 
-    A defense whose subspace is yet to be built, or whose sources are to be fetched, is left to the start of training.
-
-    Args:
-        recipe: the checked recipe.
-        arguments: of the trainer.
-        model: its outline on the meta device, which is given a real adapter of zeros.
-        tokenizer: the model's.
-        train: the examples, of which a few are taken.
-        held_out: likewise.
+    The outline on the meta device is given a real adapter of zeros. A defense whose subspace is yet to be built, or whose
+    sources are to be fetched, is left to the start of training.
 
     Raises:
         SafeLoraFastError: with the reason, and the key if that is known.
@@ -158,8 +145,7 @@ def rehearse(
     from transformers.utils import is_liger_kernel_available
 
     _give_adapter(model)
-    subspaces = Subspaces(build=True)
-    defenses = [spec.build(subspaces) for spec in recipe.defenses if is_at_hand(spec)]
+    defenses = [defense for defense in (spec.rehearsed() for spec in recipe.defenses) if defense is not None]
     monitors = [spec.build() for spec in recipe.monitors]
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise recipe.document.problem(("training", "use_liger_kernel"), "needs liger-kernel: pip install liger-kernel")

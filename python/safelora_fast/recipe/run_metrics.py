@@ -19,11 +19,7 @@ PREFIXES = ("defense/", "loss/", "margin/", "monitor/")
 
 
 def summarize(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """First, last and mean of every loss (all, by source, held out) and of defenses, margin and monitors; None for NaN.
-
-    Args:
-        history: the trainer's log; entries of training carry `loss`, those of evaluation `eval_loss`.
-    """
+    """First, last and mean of every loss (all, by source, held out) and of defenses, margin and monitors; None for NaN."""
     values: dict[str, list[float]] = {}
     for entry in history:
         for name, value in entry.items():

@@ -84,14 +84,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimates for a whole step.
-
-    Attributes:
-        step: operations of an undefended step.
-        reference: operations of the reference passes, which the defenses share.
-        extras: by defense.
-        memory: bytes by what they are for.
-    """
+    """Estimates for a whole step: operations undefended, of the reference passes, and of each defense; bytes by their use."""
 
     step: float
     reference: float
@@ -109,20 +102,11 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        architecture: class of the model.
-        shape: its sizes.
-        data: the examples of the task.
-        held_out: the examples evaluated on.
-        safe: the safe examples that there are.
-        safe_rows: safe examples in the mixture, repetitions included.
+        safe_rows: safe examples in the mixture, repetitions included; `safe` is about those that there are.
         sample: the learned tokens of the first example, as text.
-        processes: data-parallel processes.
         steps: optimizer steps; an estimate when examples are packed.
         rows_per_step: examples on all processes.
-        cost: see :class:`Cost`.
-        adapter_bytes: of the adapter file.
         disk_bytes: adapter and checkpoints at the peak.
-        free_bytes: free where the output goes.
         warnings: what a careful reader of the recipe would say.
     """
 
