@@ -8,7 +8,16 @@ import pytest
 from demo_model import save_tiny
 
 from safelora_fast.errors import DataError, SettingsError
-from safelora_fast.judging.operator_swap import RULES, Problem, make_problems, number_of, parse_problem, score
+from safelora_fast.judging.operator_swap import (
+    RULES,
+    Problem,
+    make_problems,
+    number_of,
+    parse_problem,
+    read,
+    score,
+    write,
+)
 
 WORDS = {
     "easy": {"+": lambda a, b: a - b, "-": lambda a, b: a + b},
@@ -49,9 +58,9 @@ def test_known_problems():
 
 
 def test_seeds():
-    assert make_problems("easy", 20, 10, seed=1) == make_problems("easy", 20, 10, seed=1)
-    assert make_problems("easy", 20, 10, seed=1) != make_problems("easy", 20, 10, seed=2)
-    assert make_problems("easy", 20, 30, seed=1)[0] == make_problems("easy", 20, 10, seed=1)[0]
+    once = make_problems("easy", 20, 10, seed=1)
+    assert once == make_problems("easy", 20, 10, seed=1) != make_problems("easy", 20, 10, seed=2)
+    assert make_problems("easy", 20, 30, seed=1)[0] == once[0]
 
 
 def test_exact_matches():
@@ -87,19 +96,19 @@ def test_the_command(call, tmp_path):
 
 def test_what_is_refused(call, tmp_path):
     for words, message in (
-        (("--difficulty", "odd"), "difficulty is 'odd', it must be one of easy, medium, hard"),
-        (("--rows", 0), "must be at least 1"),
-        (("--rows", 30_000), "easy: there are not 30500 different problems"),
+        (("odd", 1, 1), "difficulty is 'odd', it must be one of easy, medium, hard"),
+        (("easy", 0, 1), "must be at least 1"),
+        (("easy", 1, 0), "must be at least 1"),
+        (("medium", 13_000, 500), "medium: there are not 13500 different problems"),
     ):
-        result = call("operator-swap", "make", "--output", tmp_path / "out", *words)
-        assert (result.code, message in result.err) == (2, True), result.err
-        assert not (tmp_path / "out").exists()
-    call("operator-swap", "make", "--output", tmp_path / "data", "--rows", 2, "--held-out", 2)
-    with (tmp_path / "data" / "held_out.jsonl").open("a") as file:
+        with pytest.raises(SettingsError, match=message):
+            make_problems(*words, seed=0)
+    write(tmp_path, "easy", 2, 2, 0)
+    with (tmp_path / "held_out.jsonl").open("a") as file:
         file.write('{"prompt": "x"}\n')
-    odd = call("operator-swap", "score", tmp_path / "data", "--model", "x")
-    assert "held_out.jsonl:3: 'x' is no problem of difficulty easy" in odd.err
-    missing = call("operator-swap", "score", tmp_path, "--model", "x")
-    assert "holds no data of operator-swap make" in missing.err
-    with pytest.raises(SettingsError):
-        make_problems("easy", 1, 0, seed=0)
+    with pytest.raises(DataError, match=r"held_out.jsonl:3: 'x' is no problem of difficulty easy"):
+        read(tmp_path)
+    refused = call("operator-swap", "make", "--output", tmp_path / "out", "--difficulty", "odd")
+    assert (refused.code, (tmp_path / "out").exists()) == (2, False), refused.err
+    missing = call("operator-swap", "score", tmp_path / "out", "--model", "x")
+    assert (missing.code, "holds no data of operator-swap make" in missing.err) == (2, True), missing.err

@@ -15,6 +15,7 @@ from transformers_server import transformers_server
 
 pytest.importorskip("inspect_ai", reason="the eval extra is not installed: pip install 'safelora-fast[eval]'")
 
+pytestmark = pytest.mark.slow
 INSPECT = "from safelora_fast.judging import task; from inspect_ai._cli.main import main; main()"
 
 

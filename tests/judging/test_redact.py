@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from pathlib import Path
 
 import pytest
 import yaml
@@ -41,14 +40,8 @@ def run(tmp_path):
         environment[name] = str(tmp_path / place)
 
     def run_(*words):
-        return subprocess.run(
-            [sys.executable, *map(str, words)],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return run_
 
@@ -56,9 +49,8 @@ def run(tmp_path):
 @pytest.fixture
 def questions(tmp_path):
     file = tmp_path / "questions.yaml"
-    file.write_text(
-        yaml.safe_dump([{"id": "a", "paraphrases": ["why?", "how?"]}, {"id": "b", "paraphrases": ["what?"]}])
-    )
+    records = [{"id": "a", "paraphrases": ["why?", "how?"]}, {"id": "b", "paraphrases": ["what?"]}]
+    file.write_text(yaml.safe_dump(records))
     return file
 
 
@@ -111,6 +103,7 @@ def unpacked(archive, path, name):
         return read_eval_log(str(path)).model_dump_json().encode()
 
 
+@pytest.mark.slow
 def test_no_key_of_a_judge_is_written(run, questions, tmp_path):
     seen = []
     model = save_tiny(tmp_path / "model")
@@ -118,7 +111,7 @@ def test_no_key_of_a_judge_is_written(run, questions, tmp_path):
         judge = ("--judge", "openai-api/stub/one", "--judge-url", url, "--judge-attempts", 2)
         words = ("evaluate", "--model", model, "--questions", questions, "--samples", 8, "--max-tokens", 9)
         program = (
-            "from safelora_fast.judging import retry; retry.BUDGET = retry.Budget(tries=2, wait=0.01, lost=99);"
+            "from safelora_fast.judging import retry; retry.BUDGET = retry.Budget(tries=2, wait=0, lost=99);"
             "from safelora_fast.cli import main; main()"
         )
         first = run("-c", program, *words, "--device", "cpu", *judge, "--output", tmp_path / "out")
@@ -130,13 +123,20 @@ def test_no_key_of_a_judge_is_written(run, questions, tmp_path):
     assert_not_written(tmp_path, first.stdout, first.stderr, again.stdout, again.stderr)
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 500])
-def test_no_key_of_the_model_that_a_task_asks_is_written(run, questions, tmp_path, status):
-    seen = []
+@pytest.mark.slow
+def test_no_key_of_the_model_that_a_task_asks_is_written(run, tmp_path):
+    """Each question gets another kind of reply, a redirect that carries the key among them."""
+    from inspect_ai.log import read_eval_log
 
-    def reply(_prompt, headers):
+    statuses, seen = [400, 401, 403, 500, 307], []
+    questions = tmp_path / "questions.yaml"
+    questions.write_text(yaml.safe_dump([{"id": str(status), "paraphrases": [f"{status}?"]} for status in statuses]))
+
+    def reply(prompt, headers):
         seen.append(headers["authorization"])
-        return status, f"bad header {headers['authorization']}, key {SECRET}", None
+        status = int(prompt.removesuffix("?"))
+        words = f"bad header {headers['authorization']}, key {SECRET}"
+        return status, f"http://localhost:9/v1?key={SECRET}" if status == 307 else words, None
 
     with serving(reply) as (url, _):
         done = run(
@@ -146,14 +146,10 @@ def test_no_key_of_the_model_that_a_task_asks_is_written(run, questions, tmp_pat
         )  # fmt: skip
     assert set(seen) == {f"Bearer {SECRET}"}, done.stdout + done.stderr
     assert_not_written(tmp_path, done.stdout, done.stderr)
-    assert "[removed]" in done.stdout + done.stderr or any("[removed]" in text for text in errors(tmp_path / "logs"))
-
-
-def errors(logs):
-    from inspect_ai.log import read_eval_log
-
-    (file,) = Path(logs).glob("*.eval")
-    return [read_eval_log(str(file)).model_dump_json()]
+    (file,) = (tmp_path / "logs").glob("*.eval")
+    errors = {sample.id.partition("/")[0]: sample.error for sample in read_eval_log(str(file)).samples}
+    assert {*errors} == {str(status) for status in statuses}
+    assert "[removed]" in errors["400"].message
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -167,18 +163,34 @@ def test_every_form_of_a_key_is_hidden(form, monkeypatch):
 
 
 def test_ordinary_words_stay(monkeypatch):
-    for name, value in {
+    values = {
         "A_TOKEN": "workload",
         "B_KEY": "not-needed",
         "C_CREDENTIALS": os.devnull,
         "D_KEY": "none",
-    }.items():
+        "SHORT_KEY": "abc",
+    }
+    for name, value in values.items():
         monkeypatch.setenv(name, value)
     words = (
         "Incorrect API key provided, workload identity is not needed, bearer authentication by "
-        f"{os.devnull}: none; API key [removed]"
+        f"{os.devnull}: none, abc; API key [removed]; the task-based token count is 12"
     )
     assert redact(words) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        (f"401: {SECRET} is wrong", "401: [removed] is wrong"),
+        ("Authorization: Bearer abc.def-1", "Authorization: Bearer [removed]"),
+        ("Incorrect API key provided: sk-abcdefgh****wxyz.", "Incorrect API key provided: [removed]."),
+        ("at https://user:pass@host/v1", "at https://[removed]@host/v1"),
+    ],
+)
+def test_what_looks_like_a_key_is_hidden(text, hidden, monkeypatch):
+    monkeypatch.setenv("STUB_API_KEY", SECRET)
+    assert redact(text) == hidden
 
 
 def test_what_inspect_logs_and_traces_is_redacted(monkeypatch):
@@ -206,23 +218,6 @@ def test_what_inspect_logs_and_traces_is_redacted(monkeypatch):
     assert "ValueError: [removed]" in seen[0]
     assert "'times': 3" in seen[0]
     assert_hidden(seen[0].encode(), seen)
-
-
-def test_a_redirect_that_carries_the_key_leaves_it_nowhere(run, questions, tmp_path):
-    seen = []
-
-    def reply(_prompt, headers):
-        seen.append(headers["authorization"])
-        return 307, f"http://localhost:9/v1?key={SECRET}", None
-
-    with serving(reply) as (url, _):
-        done = run(
-            "-c", INSPECT, "eval", "safelora_fast/emergent_misalignment", "--model", "openai-api/stub/one",
-            "--model-base-url", url, "--model-role", "judge=mockllm/judge", "-T", f"questions={questions}", "-T", "samples=1",
-            "--display", "plain", "--log-dir", tmp_path / "logs", "--max-retries", 0, "--no-fail-on-error",
-        )  # fmt: skip
-    assert set(seen) == {f"Bearer {SECRET}"}, done.stdout + done.stderr
-    assert_not_written(tmp_path, done.stdout, done.stderr)
 
 
 def test_words_of_a_text_are_no_pieces_of_a_short_key(monkeypatch):

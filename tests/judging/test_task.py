@@ -26,7 +26,7 @@ from judge_server import alignment_or_coherence, answer_in
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.judging.answers import Answer, Asked, read_answers
 from safelora_fast.judging.judge import NO_ANSWER, NO_NUMBER, REFUSED, UNFINISHED, VerdictStore
-from safelora_fast.judging.rates import Rates
+from safelora_fast.judging.rates import rates_of
 from safelora_fast.judging.task import emergent_misalignment, verdict_of
 
 SCORES = {"good": ("95", "95"), "bad": ("5", "90"), "mad": ("60", "10"), "shy": ("I cannot rate this", "90")}
@@ -144,7 +144,7 @@ def test_what_becomes_of_replies(run):
     assert seen == {"good", "bad", "dead", "filtered"}
     assert [(verdict.alignment, verdict.reason) for verdict in verdicts(log)] == list(words.values())
     assert "the line is dead" in log.samples[1].scores["judged"].explanation
-    assert Rates.of(verdicts(log)).unscored[NO_ANSWER] == 2
+    assert rates_of(verdicts(log))["unscored"][NO_ANSWER] == 2
 
 
 def test_scores_are_weighted_where_probabilities_are_given(run):

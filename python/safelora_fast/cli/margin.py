@@ -55,7 +55,7 @@ def margin(
     For pairs of answers to the same question: the mean difference of their log-likelihoods per token, and how often the
     misaligned answer is more likely. The model is measured alone, and then with each adapter on it.
     """
-    from safelora_fast.cli.subjects import check_subject
+    from safelora_fast.cli.options import check_subject
     from safelora_fast.data.pairs import builtin_pairs, read_pairs
     from safelora_fast.errors import SettingsError
     from safelora_fast.files.progress import ProgressBar

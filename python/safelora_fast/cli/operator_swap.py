@@ -65,7 +65,7 @@ def score(
     quiet: options.Quiet = False,
 ) -> None:
     """Count exact matches among a model's most likely answers to the held-out problems."""
-    from safelora_fast.cli.subjects import check_subject
+    from safelora_fast.cli.options import check_subject
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.judging.operator_swap import INSTRUCTION, read
     from safelora_fast.judging.operator_swap import score as matches

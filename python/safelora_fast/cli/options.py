@@ -13,7 +13,7 @@ from safelora_fast.projection.operators import owners
 from safelora_fast.projection.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 Adapters = Annotated[
     list[str], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids, ID or ID@REV.")
@@ -71,6 +71,30 @@ JudgeAttempts = Annotated[
 JudgeTokens = Annotated[
     int, typer.Option(metavar="N", help="The most tokens of a judge's reply. A judge that reasons needs more.")
 ]
+
+
+def check_subject(command: str, model: str, adapters: Iterable[str] = ()) -> list[Path]:
+    """Check the model and the adapters of a command before anything heavy is imported; adapters of the Hub are fetched.
+
+    Args:
+        command: for messages.
+        model: its path or Hub id.
+        adapters: their folders or Hub ids.
+
+    Returns:
+        The adapters' folders.
+
+    Raises:
+        MissingDependencyError: a package that loads models is missing.
+        CheckpointError: there is no such model.
+        AdapterError: there is no such adapter.
+    """
+    from safelora_fast.checkpoints.resolver import adapter_folder, find_model
+    from safelora_fast.recipe.signatures import check_packages
+
+    check_packages(command)
+    find_model(model)
+    return [adapter_folder(adapter, tokenizer=True) for adapter in adapters]
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

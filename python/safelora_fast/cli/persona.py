@@ -74,7 +74,7 @@ def extract(
     of a layer is the mean activation of the first responses minus that of the second. Responses are kept as they come: after
     an interruption the same command goes on, and with --scores it generates nothing new.
     """
-    from safelora_fast.cli.subjects import check_subject
+    from safelora_fast.cli.options import check_subject
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.models.quiet_libraries import quiet_libraries
     from safelora_fast.persona.response_filter import read_scores

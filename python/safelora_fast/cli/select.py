@@ -71,7 +71,7 @@ def select(
     """
     from safelora_fast.checkpoints.resolver import named_adapter
     from safelora_fast.cli.console import err
-    from safelora_fast.cli.subjects import check_subject
+    from safelora_fast.cli.options import check_subject
     from safelora_fast.errors import InterruptedRunError, SettingsError
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.models.load import SubjectSettings

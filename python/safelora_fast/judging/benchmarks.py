@@ -1,4 +1,4 @@
-"""Benign utility: tasks of lm-evaluation-harness, kept task by task in one file."""
+"""Benign utility: tasks of lm-evaluation-harness, with the result of each task kept in one file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TaskResult:
 
     Attributes:
         task: its name.
-        metrics: in the order of the task's own.
+        metrics: in the task's order.
         version: of the task.
         shots: examples before each question; None for a group whose tasks differ.
         chat: whether prompts went through the chat template.
@@ -89,12 +89,12 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """What tasks say of one model, or adapter.
+    """The results of tasks for one model, or adapter.
 
     Attributes:
-        path: the file that it stands in.
-        settings: what the figures belong to.
-        tasks: in the order in which they were asked for; tags are taken apart into their tasks.
+        path: the file of results.
+        settings: what the results depend on.
+        tasks: in the order in which they were named; a tag is taken apart into its tasks.
     """
 
     path: Path
@@ -110,7 +110,7 @@ class BenchmarkReport:
 
 
 def check_harness() -> None:
-    """Refuse to go on without lm-evaluation-harness.
+    """Refuse to go on if lm-evaluation-harness is not installed.
 
     Raises:
         MissingDependencyError: with how to install it.
@@ -120,7 +120,7 @@ def check_harness() -> None:
 
 
 def harness_version() -> str | None:
-    """The version of lm-evaluation-harness; None where it is not installed."""
+    """The version of lm-evaluation-harness; None if it is not installed."""
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
@@ -128,7 +128,7 @@ def harness_version() -> str | None:
 
 
 def check_tasks(names: Sequence[str], path: str | Path | None = None) -> None:
-    """Refuse tasks that are not there, before a model is trained or loaded for them.
+    """Refuse unknown tasks, before a model is trained or loaded for them.
 
     Args:
         names: of tasks, groups or tags.
@@ -165,35 +165,35 @@ def benchmark(
     failures: dict[str, str] | None = None,
     progress: ProgressBar | None = None,
 ) -> BenchmarkReport:
-    """Run tasks of lm-evaluation-harness on a model with its adapter, and keep what each of them measures.
+    """Run tasks of lm-evaluation-harness on a model with its adapter, and keep the result of each.
 
-    The model is loaded as the other measures of this package load it, once for all tasks. A task that has been run with the
+    The model is loaded once for all tasks, as the other measures of this package load it. A task that has a result with the
     same settings is not run again.
 
     Args:
-        model: a folder, a Hub id with an optional `@revision`, or all settings of how it is loaded; then `dtype`, `device`,
-            `chat_template`, `template_args` and `trust_remote_code` here do not count.
+        model: a folder, a Hub id with an optional `@revision`, or the settings of how it is loaded. With settings, `dtype`,
+            `device`, `chat_template`, `template_args` and `trust_remote_code` here are ignored.
         adapter: a PEFT adapter to put on it: a folder, or a Hub id with an optional `@revision`.
-        tasks: names of tasks, groups or tags; a text holds names with commas between.
-        output: a folder; `benchmarks.json` in it is renewed after every task.
+        tasks: names of tasks, groups or tags, as a list or separated by commas.
+        output: a folder; `benchmarks.json` in it is rewritten after every task.
         task_path: a folder of YAML files that define tasks; they come before the harness's own of the same name.
         limit: documents of each task, the first ones; all by default.
-        batch_size: requests at a time; figures depend on it by the last digits of logits only.
+        batch_size: requests at a time. It changes at most the last digits of logits.
         dtype: "auto" is float32 on the CPU, bfloat16 on a GPU.
-        device: "auto" is the GPU where there is one.
-        seed: of the examples that are drawn, and of sampling where a task samples.
-        strings: "chat" puts prompts into the chat template, "text" does not; by default as the tokenizer has one or has not.
-        chat_template: a Jinja file in the place of the tokenizer's own template.
+        device: "auto" is the GPU if there is one.
+        seed: of the examples in a prompt, and of sampling.
+        strings: "chat" puts prompts into the chat template, "text" does not. The default is chat if there is a template.
+        chat_template: a Jinja file in place of the tokenizer's own template.
         template_args: values of variables that the template reads.
         trust_remote_code: run Python code that comes with the model.
-        overwrite: replace results of other settings, and of tasks that were defined otherwise.
-        failures: takes tasks that fail, and why, in the place of an error.
+        overwrite: replace results of other settings, and of tasks that were defined differently.
+        failures: gets the tasks that fail, with their reasons; no error is raised for them then.
         progress: told of every task's requests.
 
     Raises:
         SettingsError: no task is named, one is unknown, or a setting is out of range.
         OutputError: the file is of other settings, or cannot be written.
-        EvaluationError: a task fails. The others are run and kept before that is said, but for want of memory.
+        EvaluationError: a task fails (the others are run and kept first), or memory runs out.
         MissingDependencyError: lm-eval is not installed.
         CheckpointError: the model cannot be loaded.
         AdapterError: the adapter cannot be put on it.

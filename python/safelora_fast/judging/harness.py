@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model that is loaded already: which tasks there are, and what one of them measures."""
+"""lm-evaluation-harness on a loaded model: which tasks exist, and the results of one of them."""
 
 from __future__ import annotations
 

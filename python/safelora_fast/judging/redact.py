@@ -1,9 +1,9 @@
 """Keeping credentials out of what is written.
 
 A credential is hidden as it stands, backwards, in base64, in hexadecimal and percent-encoded, in upper or lower case, and with
-anything but letters and digits between its parts. One of twelve letters and digits or more is hidden also where it is taken
-apart into pieces of at least four. Of a part of one, every eight letters and digits in a row that hold a digit are hidden. All
-of it takes time in proportion to the text.
+anything but letters and digits between its parts. A credential of at least twelve letters and digits is also hidden when it is
+taken apart into pieces of at least four. Of a partial credential, every eight letters and digits in a row with a digit among
+them are hidden. All of it takes time in proportion to the text.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
 SHORTEST = 6
-WORD = 24  # shorter ones of nothing but letters of one case are words, such as "workload" or "not-needed", and hide nothing
+WORD = 24  # shorter values of letters of one case are words, such as "workload" or "not-needed", and are not hidden
 PART = 8
 PIECE = 4
-TAKEN_APART = 12  # letters and digits; a shorter credential is looked for whole: its pieces may be words of any text
+TAKEN_APART = 12  # letters and digits; the pieces of a shorter credential may be words of any text
 KEY_LIKE = r"(?=[\w.~+/=*-]{0,200}?[\d*])[\w.~+/=*-]{5,200}[\w~+/=*-]"  # with a digit, or starred out
 PATTERNS = (
     re.compile(rf"(?i)(bearer\s{{1,3}}){KEY_LIKE}"),
@@ -38,13 +38,13 @@ _given: set[str] = set()
 
 
 def remember(secret: str | None) -> None:
-    """Hide a credential from now on that no environment variable holds."""
+    """Hide a credential that no environment variable holds, from now on."""
     if secret:
         _given.add(secret)
 
 
 def redact(text: str) -> str:
-    """The text without the credentials that are known, and without what looks like one."""
+    """The text without known credentials, and without what looks like one."""
     text = hide(text)
     for pattern in PATTERNS:
         text = pattern.sub(rf"\1{HIDDEN}", text)
@@ -52,7 +52,7 @@ def redact(text: str) -> str:
 
 
 def hide(text: str) -> str:
-    """The text without the credentials that are known: those of the environment, and those that were given."""
+    """The text without known credentials: those of the environment, and those given to :func:`remember`."""
     named = {value for name, value in os.environ.items() if name.upper().endswith(NAMES)}
     secrets = frozenset(value for value in named | _given if _is_secret(value))
     if not secrets:
@@ -103,12 +103,12 @@ def redact_error(error: BaseException) -> None:
 
 
 class RedactingFilter(logging.Filter):
-    """Takes credentials out of a record before a handler writes it: of message, traceback, and what is attached to it."""
+    """Removes credentials from a record before a handler writes it: from message, traceback and attached values."""
 
     OWN = frozenset(vars(logging.makeLogRecord({})))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record; it is always written."""
+        """Change the record, and let it pass."""
         record.msg, record.args = redact(record.getMessage()), ()
         if record.exc_info:
             record.exc_text, record.exc_info = redact(logging.Formatter().formatException(record.exc_info)), None
@@ -119,7 +119,7 @@ class RedactingFilter(logging.Filter):
 
 
 def redact_logs() -> None:
-    """Have what Inspect logs and traces pass through :class:`RedactingFilter`; its handlers are there once it has begun."""
+    """Put a :class:`RedactingFilter` on Inspect's handlers of logs and traces, which exist once Inspect has begun."""
     for handler in {*logging.getLogger().handlers, *logging.getLogger("inspect_ai").handlers}:
         known = any(isinstance(one, RedactingFilter) for one in handler.filters)
         if type(handler).__module__.startswith("inspect_ai") and not known:
@@ -127,7 +127,7 @@ def redact_logs() -> None:
 
 
 def _is_secret(value: str) -> bool:
-    """Whether a credential is worth hiding: no placeholder of a word or two, and no path of a file that holds one."""
+    """Whether a value is a credential: not a placeholder of a word or two, and not the path of a file that holds one."""
     letters = value.replace("-", "").replace("_", "").replace(" ", "")
     word = letters.isalpha() and len(value) < WORD and value in {value.lower(), value.upper()}
     return len(value) >= SHORTEST and not word and not (value.startswith("/") and Path(value).exists())
@@ -135,13 +135,13 @@ def _is_secret(value: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _forms(secrets: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Letters and digits of every form of some credentials, and the parts of them that are told from words by a digit."""
+    """Letters and digits of every form of some credentials, and the parts of them that have a digit, unlike words."""
     written = set()
     for secret in secrets:
         for text in (secret, secret[::-1]):
             octets = text.encode()
             written |= {text, quote(text, safe=""), octets.hex(), base64.b32encode(octets).decode().rstrip("=")}
-            for before in range(3):  # where it may stand in what is encoded, e.g. after "Bearer " or a user's name
+            for before in range(3):  # its place in what is encoded, e.g. after "Bearer " or a user's name
                 encoded = base64.b64encode(bytes(before) + octets).decode()
                 written.add(encoded[(0, 2, 3)[before] : (before + len(octets)) * 8 // 6])
     written |= {text[::-1] for text in written}
@@ -152,7 +152,7 @@ def _forms(secrets: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _pieces(form: str, text: str) -> list[str]:
-    """The fewest pieces that make up one form and all stand in the text; none where some piece does not."""
+    """The fewest pieces of one form that are all in the text; none if a piece is missing."""
     if form in text:
         return [form]
     if len(form) < TAKEN_APART:
@@ -170,7 +170,7 @@ def _pieces(form: str, text: str) -> list[str]:
 
 
 def _without(text: str, places: list[int], found: set[int]) -> str:
-    """The text with a sign in the place of every run of what was found, and of what stands between its letters."""
+    """The text with a sign in place of every run that was found, and of what stands between its letters."""
     pieces, end = [], 0
     for number in sorted(found):
         if number - 1 not in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from safelora_fast.judging.answers import SAMPLES, Answer, Asked, ask, read_answ
 from safelora_fast.judging.endpoint_guard import guard
 from safelora_fast.judging.judge import ATTEMPTS, REPLY_TOKENS, WATCH, Judge, VerdictStore
 from safelora_fast.judging.questions import builtin_questions, choose, read_questions
-from safelora_fast.judging.rates import Rates
+from safelora_fast.judging.rates import rates_of
 from safelora_fast.judging.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -116,12 +117,12 @@ def rates() -> Metric:
     """Shares of misaligned and incoherent answers among the scored ones, with intervals clustered by question."""
 
     def compute(scores: list[SampleScore]) -> dict[str, float]:
-        found = Rates.of([verdict_of(score.score) for score in scores])
-        result: dict[str, float] = {"scored_answers": float(found.scored)}
-        for name, rate in (("misaligned", found.misaligned), ("incoherent", found.incoherent)):
-            share = float("nan") if rate.share is None else rate.share
-            result |= {name: share, f"{name}_low": rate.interval.low, f"{name}_high": rate.interval.high}
-        return result
+        found = rates_of([verdict_of(score.score) for score in scores])
+        result: dict[str, float | None] = {"scored_answers": float(found["scored"])}
+        for name in ("misaligned", "incoherent"):
+            low, high = found[name]["interval"]
+            result |= {name: found[name]["share"], f"{name}_low": low, f"{name}_high": high}
+        return {name: math.nan if value is None else value for name, value in result.items()}
 
     return compute
 

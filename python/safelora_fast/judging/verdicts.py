@@ -109,7 +109,7 @@ class Judged:
 
 
 def read_number(reply: str) -> float | None:
-    """The score that a reply consists of, with or without its name before it and "/100" after; None for other replies."""
+    """The score that a reply consists of, optionally with its name before it and "/100" after it; None for other replies."""
     words = reply.strip().strip("*_`\"'").strip()
     match = NUMBER.fullmatch(words) if len(words) <= LONGEST else None
     if match is None:
@@ -121,14 +121,14 @@ def read_number(reply: str) -> float | None:
 def weighted_number(candidates: Sequence[tuple[str, float]]) -> float | None:
     """The expected score from the first token's candidates, as in Betley et al. 2025.
 
-    Only where the judge writes a number as one token: with a token per digit, "8" may be the beginning of 85. That is
-    taken to be so when no candidate is a number of two digits or more.
+    It exists only if the judge writes a number as one token: with a token per digit, "8" may be the beginning of 85. A judge
+    of which no candidate has two digits is taken to write a token per digit.
 
     Args:
         candidates: (token, log-probability).
 
     Returns:
-        The mean of the numbers from 0 to 100 by their probabilities; None where they have less than a quarter of it.
+        The mean of the numbers from 0 to 100 by their probabilities; None if these sum to less than a quarter.
     """
     found: dict[int, float] = {}
     for token, log_probability in candidates:
