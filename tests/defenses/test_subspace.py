@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from plain_loop import make_step, train_windows
 from tiny_models import adapter_weights, collate, furthest, random_subspace, rows, tiny_peft_model
-from train_runs import run_transformers, sgd
+from train_runs import sgd
 
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
 from safelora_fast.defenses.parts.safe_modules import SafeModules
@@ -49,29 +50,16 @@ def test_penalty_is_accurate_just_after_a_projection():
     assert subspace_penalty(left, right, 1.0, vectors).item() == pytest.approx(expected, rel=0.05)
 
 
-def train_one_step(micro_batches, *, weight=0.5):
-    model = tiny_peft_model()
-    subspace = random_subspace(model)
-    optimizer = sgd(model)
-    with defend(model, [SubspacePenalty(subspace, weight)], optimizer=optimizer) as defended:
-        totals = defended.totals(micro_batches)
-        for batch in micro_batches:
-            defended.loss(batch, totals=totals).backward()
-        optimizer.step()
-        return adapter_weights(model), defended.metrics()
-
-
 def test_penalty_is_counted_once_an_optimizer_step():
-    examples = rows([7, 3, 9, 4])
-    whole, figures = train_one_step([collate(examples)])
-    parts, figures_of_parts = train_one_step([collate(examples[:2]), collate(examples[2:])])
-    undefended, _ = train_one_step([collate(examples)], weight=0.0)
-    assert furthest(whole, parts) < 1e-5
-    assert furthest(whole, undefended) > 1e-2
-    model = tiny_peft_model()
-    expected = sum(outside(model, random_subspace(model)).values())
-    for logged in (figures, figures_of_parts):
-        assert logged["defense/subspace_penalty"] == pytest.approx(expected, rel=1e-5)
+    examples, model = rows([7, 3, 9, 4]), tiny_peft_model()
+    subspace = random_subspace(model)
+    whole, parts = [collate(examples)], [collate(examples[:2]), collate(examples[2:])]
+    found = [train_windows([window], [SubspacePenalty(subspace, 0.5)]) for window in (whole, parts)]
+    undefended, _ = train_windows([whole], [SubspacePenalty(subspace, 0.0)])
+    assert furthest(found[0][0], found[1][0]) < 1e-5
+    assert furthest(found[0][0], undefended) > 1e-2
+    for _, metrics in found:
+        assert metrics["defense/subspace_penalty"] == pytest.approx(sum(outside(model, subspace).values()), rel=1e-5)
 
 
 def test_projection_after_every_second_step():
@@ -81,29 +69,12 @@ def test_projection_after_every_second_step():
     left_over = []
     with defend(model, [SafeLora(subspace, at="step", every=2)], optimizer=optimizer) as defended:
         for _ in range(4):
-            defended.loss(collate(rows([7, 3]))).backward()
-            optimizer.step()
+            make_step(optimizer, defended.loss(collate(rows([7, 3]))))
             left_over.append(max(outside(model, subspace).values()))
         figures = defended.metrics()
     assert [value < 1e-8 for value in left_over] == [False, True, False, True]
     assert figures["defense/modules_projected"] == 21
     assert 0 < figures["defense/cosine_min"] < 1
-
-
-def test_resume_keeps_the_schedule(tmp_path):
-    def run(folder, resume=None):
-        model = tiny_peft_model(dropout=0.2)
-        defenses = [
-            SafeLora(random_subspace(model), at="step", every=2),
-            SubspacePenalty(random_subspace(model, seed=1), 0.1),
-        ]
-        arguments = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 9}
-        spec = {"batch": 2, "accumulation": 2, "steps": 4, "arguments": arguments, "resume": resume}
-        return adapter_weights(run_transformers(spec, folder, model=model, defenses=defenses)[0])
-
-    unbroken = run(tmp_path / "run")
-    resumed = run(tmp_path / "again", resume=str(tmp_path / "run" / "checkpoint-1"))
-    assert furthest(unbroken, resumed) == 0
 
 
 def test_bfloat16_factors():
@@ -132,37 +103,19 @@ def test_bfloat16_factors():
         assert (module.lora_b.double() - projected[module.name]).norm() < 3e-3 * projected[module.name].norm()
 
 
-def broken_model(name):
-    """A model with an infinity in one row of a module's lora_B, and that matrix."""
-    model = tiny_peft_model()
+@pytest.mark.parametrize(
+    ("make", "window"),
+    [(SubspacePenalty, [collate(rows([7, 3]))]), (lambda subspace: SafeLora(subspace, at="step"), [])],
+    ids=["penalty", "projection"],
+)
+def test_a_factor_that_is_not_finite_is_named_and_nothing_is_written(make, window):
+    model, name = tiny_peft_model(), "model.layers.1.mlp.up_proj"
     left = dict(model.named_parameters())[f"base_model.model.{name}.lora_B.default.weight"]
     left.data[3, 1] = float("inf")
-    return model, left
-
-
-def test_a_penalty_that_is_not_finite_names_the_module():
-    name = "model.layers.1.mlp.up_proj"
-    model, _ = broken_model(name)
-    subspace = random_subspace(model)
-    message = rf"subspace_penalty is not finite at optimizer step 6: module {name}"
-    with (
-        defend(model, [SubspacePenalty(subspace)], optimizer=sgd(model), first_step=5) as defended,
-        pytest.raises(TrainingError, match=message),
-    ):
-        defended.loss(collate(rows([7, 3])))
-
-
-def test_a_factor_that_is_not_finite_is_named_and_not_projected():
-    name = "model.layers.1.mlp.up_proj"
-    model, left = broken_model(name)
-    before = adapter_weights(model)
-    optimizer = sgd(model)
-    message = rf"safelora is not finite after optimizer step 6: lora_B of module {name}"
-    with (
-        defend(model, [SafeLora(random_subspace(model), at="step")], optimizer=optimizer, first_step=5),
-        pytest.raises(TrainingError, match=message),
-    ):
-        optimizer.step()
+    before, defense = adapter_weights(model), make(random_subspace(model))
+    message = rf"{defense.name} is not finite (at|after) optimizer step 6: (lora_B of )?module {name}"
+    with pytest.raises(TrainingError, match=message):
+        train_windows([window], [defense], model=model, first_step=5)
     left.data[3, 1] = before[f"base_model.model.{name}.lora_B.default.weight"][3, 1] = 0.0
     assert furthest(before, adapter_weights(model)) == 0
 
@@ -203,9 +156,6 @@ def test_a_subspace_that_does_not_fit_is_refused_by_name():
 def test_refusals():
     model = tiny_peft_model()
     subspace = random_subspace(model)
-    for operator in ("safelora", "zero"):
-        with pytest.raises(SettingsError, match="would drive it to zero"):
-            SafeLora(subspace, at="step", operator=operator)
     with pytest.raises(SettingsError, match="needs the optimizer"):
         defend(model, [SafeLora(subspace, at="step")]).attach()
     dora = tiny_peft_model(lora={"use_dora": True})
@@ -214,16 +164,13 @@ def test_refusals():
 
 
 def test_off_and_beside_other_defenses():
-    batch = collate(rows([7, 3]))
     model = tiny_peft_model()
-    subspace = random_subspace(model)
-    with defend(model, [KL(2.0)]) as defended:
-        alone = defended.loss(batch).item()
-    with defend(model, [KL(2.0), SubspacePenalty(subspace, 0.0)]) as defended:
-        assert defended.loss(batch).item() == alone
-    with defend(model, [KL(2.0), SubspacePenalty(subspace, 0.5)]) as defended:
-        expected = alone + 0.5 * sum(outside(model, subspace).values())
-        assert defended.loss(batch).item() == pytest.approx(expected, rel=1e-5)
+    subspace, losses = random_subspace(model), []
+    for beside in ([], [SubspacePenalty(subspace, 0.0)], [SubspacePenalty(subspace, 0.5)]):
+        with defend(model, [KL(2.0), *beside]) as defended:
+            losses.append(defended.loss(collate(rows([7, 3]))).item())
+    assert losses[1] == losses[0]
+    assert losses[2] == pytest.approx(losses[0] + 0.5 * sum(outside(model, subspace).values()), rel=1e-5)
 
 
 def with_bias():
@@ -258,8 +205,7 @@ def test_the_bias_of_lora_b_is_projected_and_penalized_like_a_column():
         defended.loss(collate(rows([7, 3])))
         assert defended.metrics()["defense/subspace_penalty"] == pytest.approx(sum(n**2 for n in norms), rel=1e-5)
     with defend(model, [SafeLora(subspace, at="step")], optimizer=optimizer) as defended:
-        defended.loss(collate(rows([7, 3]))).backward()
-        optimizer.step()
+        make_step(optimizer, defended.loss(collate(rows([7, 3]))))
         assert defended.metrics()["defense/modules_projected"] == 21
     assert max(left_over(updates(), subspace).values()) < 10 * torch.finfo(torch.float32).eps
     assert min(left_over(before, subspace).values()) > 0.1

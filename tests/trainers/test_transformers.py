@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import adapter_weights, collate, furthest, rows, tiny_model, tiny_peft_model
-from train_runs import LENGTHS, run_transformers, trainer_arguments
+from tiny_models import adapter_weights, collate, furthest, random_subspace, rows, tiny_model, tiny_peft_model
+from train_runs import run_transformers, trainer_arguments
 from transformers import Trainer, TrainingArguments
 
-from safelora_fast.defenses import KL, FeatureDistance, Steering
+from safelora_fast.defenses import KL, FeatureDistance, SafeLora, Steering, SubspacePenalty
 from safelora_fast.errors import SettingsError, TrainingError
 from safelora_fast.trainers.transformers import DefendedMixin, DefendedTrainer
 
@@ -49,12 +49,21 @@ def test_evaluation_is_the_plain_task_loss_and_metrics_are_logged(tmp_path):
             assert 0 < logs["defense/time_share"] < 1
 
 
-def test_a_resumed_run_gives_the_weights_of_an_unbroken_one(tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 5}
+@pytest.mark.parametrize("checkpoint", [1, 2])
+def test_a_resumed_run_gives_the_weights_of_an_unbroken_one(checkpoint, tmp_path):
+    """From the middle of two projections and from one, with dropout and a steered model."""
+    arguments = {"save_strategy": "steps", "save_steps": checkpoint, "logging_steps": 5}
     spec = {**SPEC, "steps": 4, "arguments": arguments}
-    unbroken, _ = run_transformers(spec, tmp_path / "run", defenses=strong())
-    checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    resumed, trainer = run_transformers({**spec, "resume": checkpoint}, tmp_path / "again", defenses=strong())
+
+    def train(folder, **settings):
+        model = tiny_peft_model(**SPEC["model"])
+        penalty = SubspacePenalty(random_subspace(model, seed=1), 0.1)
+        projection = SafeLora(random_subspace(model), at="step", every=2)
+        defenses = [*strong(), penalty, projection, Steering([0.5] * 32, 1, 2.0)]
+        return run_transformers({**spec, **settings}, folder, model, defenses=defenses)
+
+    unbroken, _ = train(tmp_path / "run")
+    resumed, trainer = train(tmp_path / "again", resume=str(tmp_path / "run" / f"checkpoint-{checkpoint}"))
     assert trainer.state.global_step == 4
     assert furthest(adapter_weights(unbroken), adapter_weights(resumed)) == 0
 
@@ -155,7 +164,3 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
     with pytest.raises(SettingsError, match="DataParallel, which drops the defenses' hooks"):
         run_transformers(SPEC, tmp_path, defenses=strong())
-
-
-def test_lengths_are_unequal():
-    assert len(set(LENGTHS)) > 4

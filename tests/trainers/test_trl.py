@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_models import TARGETS, adapter_weights, furthest, random_subspace, rows, tiny_model, tiny_peft_model
+from tiny_models import TARGETS, adapter_weights, furthest, rows, tiny_model
 from train_runs import completions, run, run_trl
-from trl import SFTTrainer
 
-from safelora_fast.defenses import KL, FeatureDistance, SafeLora, Steering
+from safelora_fast.defenses import KL, FeatureDistance
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
 
@@ -34,35 +33,12 @@ def test_packed_documents_are_sequences(batch, tmp_path):
         assert packed_figures[name] == pytest.approx(figures[name], rel=1e-4)
 
 
-def test_off_means_off(tmp_path):
-    plain, _ = run_trl(SPEC, tmp_path / "plain", trainer_class=SFTTrainer)
-    off, _ = run_trl(SPEC, tmp_path / "off", defenses=[KL(0.0)])
-    assert furthest(adapter_weights(plain), adapter_weights(off)) == 0
-
-
 def test_evaluation_is_the_plain_task_loss(tmp_path):
     evaluated = {"eval_dataset": Dataset.from_list(completions(rows([5, 8, 6], seed=9)))}
     _, trainer = run_trl(SPEC, tmp_path / "on", defenses=strong(), **evaluated)
     with_defenses = trainer.evaluate()["eval_loss"]
     trainer.defenses = []
     assert trainer.evaluate()["eval_loss"] == with_defenses
-
-
-def test_a_resumed_run_gives_the_weights_of_an_unbroken_one(tmp_path):
-    """From a checkpoint between two projections, with dropout and a steered model."""
-    arguments = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 9}
-    spec = {**SPEC, "steps": 4, "arguments": arguments}
-
-    def train(folder, **settings):
-        model = tiny_peft_model(**SPEC["model"])
-        projection = SafeLora(random_subspace(model), at="step", every=2)
-        defenses = [*strong(), projection, Steering([0.5] * 32, 1, 2.0)]
-        return adapter_weights(run_trl({**spec, **settings}, folder, model=model, defenses=defenses)[0])
-
-    unbroken = train(tmp_path / "run")
-    for step in (1, 2):  # not 3: within a second epoch transformers 4.57 resumes with other batches, defended or not
-        resumed = train(tmp_path / f"again-{step}", resume=str(tmp_path / "run" / f"checkpoint-{step}"))
-        assert furthest(unbroken, resumed) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -7,6 +7,7 @@ import torch
 from closeness import rounded
 from personas import random_persona, save_persona
 from plain_defenses import documents, forward
+from plain_loop import enable_checkpointing
 from tiny_models import adapter_weights, collate, furthest, pack, rows, tiny_model, tiny_peft_model
 from train_runs import run_transformers, run_trl, sgd
 
@@ -98,10 +99,7 @@ def test_checkpointing_and_a_model_without_adapter():
     expected, _ = plain_projection(tiny_model(), batch, 1, PERSONA.vectors[1])
     for reentrant in (False, True):
         model = tiny_model().train()
-        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        enable = getattr(model, f"{name}_checkpointing_enable")
-        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
-        model.enable_input_require_grads()
+        enable_checkpointing(model, reentrant=reentrant)
         with defend(model, [], monitors=[DriftMonitor(PERSONA, 1)]) as defended:
             defended.loss(batch).backward()
             assert defended.metrics()["monitor/malicious"] == close(expected)

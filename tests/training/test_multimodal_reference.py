@@ -12,6 +12,7 @@ import torch
 from multimodal_models import MAKERS, PLACE, make
 from peft import LoraConfig, get_peft_model
 from plain_defenses import feature_distance_sum, kl_sum
+from plain_loop import enable_checkpointing
 from tiny_models import collate, fill_adapter, rows, tiny_peft_model
 from transformers import LlamaForCausalLM
 
@@ -173,13 +174,7 @@ def text_model(model):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the frozen tower, re-entrant
 def test_gradient_checkpointing(reentrant):
     model, before, batch = adapted("llava", target_modules=DECODER, modules_to_save=["multi_modal_projector"])
-    settings = {"use_reentrant": reentrant}
-    base = model.get_base_model()
-    if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    model.enable_input_require_grads()
+    enable_checkpointing(model, reentrant=reentrant)
     check(model, before, batch)
 
 

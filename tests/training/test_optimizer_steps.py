@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from odd_optimizers import InBackward, trained
+from plain_loop import make_step
 from tiny_models import adapter_weights, collate, furthest, random_subspace, rows, tiny_peft_model
 from train_runs import sgd
 
@@ -20,12 +23,16 @@ VECTOR = torch.linspace(-1, 1, 32)
 class Breakable:
     """A model whose reference gives NaN while `broken`."""
 
-    def __init__(self, **settings):
-        self.model, self.broken = tiny_peft_model(**settings), False
+    def __init__(self):
+        self.model, self.broken = tiny_peft_model(), False
         self.model.get_base_model().model.layers[0].register_forward_hook(self._hook)
 
     def _hook(self, _module, _inputs, output):
         return output * float("nan") if self.broken and not torch.is_grad_enabled() else None
+
+    def add_up(self, defended, states, totals):
+        for batch, self.broken in zip(WINDOW, states, strict=True):
+            defended.loss(batch, totals=totals).backward()
 
 
 @pytest.mark.parametrize("with_totals", [True, False])
@@ -37,9 +44,7 @@ def test_a_window_with_a_broken_micro_batch_is_left_out_whole(with_totals, broke
     with defend(given.model, [KL(3.0)], optimizer=optimizer, on_nonfinite="skip", share_logits=False) as defended:
         for states in (broken, [False, False]):
             before = adapter_weights(given.model)
-            totals = defended.totals(WINDOW) if with_totals else None
-            for batch, given.broken in zip(WINDOW, states, strict=True):
-                defended.loss(batch, totals=totals).backward()
+            given.add_up(defended, states, defended.totals(WINDOW) if with_totals else None)
             optimizer.step()
             optimizer.zero_grad()
             assert (furthest(before, adapter_weights(given.model)) > 0) == (not any(states))
@@ -48,16 +53,12 @@ def test_a_window_with_a_broken_micro_batch_is_left_out_whole(with_totals, broke
 def test_figures_are_means_over_the_steps_that_were_made():
     given = Breakable()
     optimizer = sgd(given.model, lr=0.0)
-    monitor = DriftMonitor(VECTOR, layer=1)
-    with defend(
-        given.model, [KL(3.0)], optimizer=optimizer, on_nonfinite="skip", monitors=[monitor], share_logits=False
-    ) as defended:
+    settings = {"on_nonfinite": "skip", "monitors": [DriftMonitor(VECTOR, layer=1)], "share_logits": False}
+    with defend(given.model, [KL(3.0)], optimizer=optimizer, **settings) as defended:
 
         def steps(broken):
             for first in broken:
-                totals = defended.totals(WINDOW)
-                for batch, given.broken in zip(WINDOW, (first, False), strict=True):
-                    defended.loss(batch, totals=totals).backward()
+                given.add_up(defended, (first, False), defended.totals(WINDOW))
                 optimizer.step()
                 optimizer.zero_grad()
             return defended.metrics()
@@ -78,11 +79,15 @@ def test_monitors_forget_a_model_that_was_not_finite():
     monitor = DriftMonitor(VECTOR, layer=1)
     with defend(model, [KL(3.0)], optimizer=optimizer, on_nonfinite="skip", monitors=[monitor]) as defended:
         for broken[0] in (False, True):
-            defended.loss(WINDOW[0]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        figures = defended.metrics()
-    assert all(value == value for value in figures.values())  # noqa: PLR0124
+            make_step(optimizer, defended.loss(WINDOW[0]))
+        assert not any(math.isnan(value) for value in defended.metrics().values())
+
+
+@contextmanager
+def watched(caplog, model, defenses, **settings):
+    """A defended model, whose warnings are kept."""
+    with caplog.at_level(logging.WARNING, logger="safelora_fast"), defend(model, defenses, **settings) as defended:
+        yield defended
 
 
 def warned(caplog):
@@ -90,31 +95,21 @@ def warned(caplog):
 
 
 def plain_step(model, optimizer):
-    model(**WINDOW[0]).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    make_step(optimizer, model(**WINDOW[0]).loss)
 
 
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize(
-    ("make", "owner"),
-    [
-        (lambda _: KL(1.0), "KL"),
-        (lambda _: FeatureDistance(1.0, layers=2), "FeatureDistance"),
-        (lambda model: SubspacePenalty(random_subspace(model)), "SubspacePenalty"),
-    ],
-)
-def test_steps_without_a_loss_are_worth_one_word(make, owner, given, caplog):
+@pytest.mark.parametrize("kind", [KL, FeatureDistance, SubspacePenalty])
+def test_steps_without_a_loss_are_worth_one_warning(kind, given, caplog):
     model = tiny_peft_model()
     optimizer = sgd(model)
-    with (
-        caplog.at_level(logging.WARNING, logger="safelora_fast"),
-        defend(model, [make(model)], optimizer=optimizer if given else None),
-    ):
+    arguments = {FeatureDistance: {"layers": 2}, SubspacePenalty: {"subspace": random_subspace(model)}}
+    defense = kind(**arguments.get(kind, {}))
+    with watched(caplog, model, [defense], optimizer=optimizer if given else None):
         for _ in range(3):
             plain_step(model, optimizer)
     (message,) = warned(caplog)
-    assert f"so {owner} did nothing" in message
+    assert f"so {kind.__name__} did nothing" in message
     plain_step(model, optimizer)
     assert len(warned(caplog)) == 1
 
@@ -122,10 +117,7 @@ def test_steps_without_a_loss_are_worth_one_word(make, owner, given, caplog):
 def test_a_loss_that_is_asked_for_only_sometimes(caplog):
     model = tiny_peft_model()
     optimizer, other = sgd(model), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    with (
-        caplog.at_level(logging.WARNING, logger="safelora_fast"),
-        defend(model, [KL(1.0)], optimizer=optimizer) as defended,
-    ):
+    with watched(caplog, model, [KL(1.0)], optimizer=optimizer) as defended:
         defended.loss(WINDOW[0]).backward()
         other.step()
         other.step()  # of nobody's parameters here
@@ -138,7 +130,7 @@ def test_a_loss_that_is_asked_for_only_sometimes(caplog):
 def test_two_optimizers_of_one_model_share_a_loss(caplog):
     model = tiny_peft_model()
     halves = [torch.optim.SGD(trained(model)[start::2], lr=0.01) for start in (0, 1)]
-    with caplog.at_level(logging.WARNING, logger="safelora_fast"), defend(model, [KL(1.0)]) as defended:
+    with watched(caplog, model, [KL(1.0)]) as defended:
         for _ in range(2):
             defended.loss(WINDOW[0]).backward()
             for optimizer in halves:
@@ -149,10 +141,7 @@ def test_two_optimizers_of_one_model_share_a_loss(caplog):
 def test_an_engines_steps_without_a_loss(caplog):
     model = tiny_peft_model()
     optimizer = InBackward(trained(model))
-    with (
-        caplog.at_level(logging.WARNING, logger="safelora_fast"),
-        defend(model, [KL(1.0)], optimizer=optimizer) as defended,
-    ):
+    with watched(caplog, model, [KL(1.0)], optimizer=optimizer) as defended:
         optimizer.fused_backward(model(**WINDOW[0]).loss, lr=0.01)
         defended.engine_stepped()
     assert len(warned(caplog)) == 1
@@ -161,7 +150,8 @@ def test_an_engines_steps_without_a_loss(caplog):
 def test_defenses_that_need_no_loss(caplog):
     model = tiny_peft_model()
     optimizer = sgd(model)
-    defenses = [Steering(VECTOR, 1), SafeLora(random_subspace(model), at="step")]
-    with caplog.at_level(logging.WARNING, logger="safelora_fast"), defend(model, defenses, optimizer=optimizer):
+    with watched(
+        caplog, model, [Steering(VECTOR, 1), SafeLora(random_subspace(model), at="step")], optimizer=optimizer
+    ):
         plain_step(model, optimizer)
     assert not caplog.records

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from odd_optimizers import InBackward, LayerWise, Lookahead, ScheduleFree, SwapsAtTheEnd, trained
+from plain_loop import make_step
 from safetensors.torch import load_file
 from tiny_models import (
     adapter_weights,
@@ -80,19 +81,13 @@ def saved_by(trainer, folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def step(optimizer, loss):
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def test_weights_for_evaluation_and_for_training_are_projected_at_a_step():
     model = tiny_peft_model()
     subspace, optimizer = random_subspace(model), ScheduleFree(trained(model))
     optimizer.train()
     with defend(model, [SafeLora(subspace, at="step", every=2)], optimizer=optimizer) as defended:
         for _ in range(4):
-            step(optimizer, defended.loss(BATCH))
+            make_step(optimizer, defended.loss(BATCH))
         for switch in (optimizer.eval, optimizer.train, optimizer.eval):
             switch()
             assert roundings_outside(model, subspace) < 8
@@ -124,7 +119,7 @@ def test_the_weights_for_evaluation_are_projected_at_the_end(sources, at_end, tm
         optimizer.train()
         with defend(model, defenses, optimizer=optimizer) as defended:
             for _ in range(3):
-                step(optimizer, defended.loss(BATCH))
+                make_step(optimizer, defended.loss(BATCH))
         return model, optimizer
 
     plain, optimizer = train([])
@@ -302,13 +297,13 @@ def test_training_on_after_the_projection_ends_with_another_one(sources, at_end,
         with defend(model, defenses, optimizer=optimizer) as defended:
             defended.finish()
             again(model)
-            step(optimizer, defended.loss(BATCH))
+            make_step(optimizer, defended.loss(BATCH))
         return model
 
     middle = adapter_weights(train([at_end], lambda _model: None))
     plain = tiny_peft_model()
     fill_adapter(plain, seed=8)
-    step(sgd(plain), defend(plain, []).loss(BATCH))
+    make_step(sgd(plain), defend(plain, []).loss(BATCH))
     expected = from_disk(plain, sources, tmp_path)
     found = train([at_end], lambda model: fill_adapter(model, seed=8))
     assert furthest(adapter_weights(found), middle) > 0.1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from closeness import assert_as_close_as_torch
 from plain_defenses import forward, kl_sum, reference_forward
-from tiny_models import adapter_weights, collate, furthest, gradients, pack, rows, tiny_peft_model
+from plain_loop import train_windows
+from tiny_models import collate, furthest, gradients, pack, rows, tiny_peft_model
 
 from safelora_fast.data.collate import TaggedCollator
 from safelora_fast.data.spans import read_spans
@@ -53,34 +54,21 @@ def test_the_kl_of_safe_rows_is_the_plain_one(make, share_logits):
     assert_as_close_as_torch(gradients(model), exact[1], plain[1])
 
 
-def step(windows, defenses):
-    model = tiny_peft_model()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    with defend(model, defenses, optimizer=optimizer) as defended:
-        for window in windows:
-            totals = defended.totals(window)
-            for batch in window:
-                defended.loss(batch, totals=totals).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return adapter_weights(model)
-
-
 def test_accumulation_gives_the_weights_of_one_batch():
     """The last micro-batch has no safe row; the counts are over the window."""
     lengths, safe = [*LENGTHS, 5, 8], [*SAFE, False, False]
     defenses = [KL(60.0, tokens="safe"), FeatureDistance(40.0, layers=2, tokens="safe")]
     whole = tagged(collate, lengths, safe)
     batches = [{name: value[part] for name, value in whole.items()} for part in (slice(2), slice(2, 5), slice(5, 7))]
-    parts = step([batches], defenses)
-    assert furthest(step([[whole]], defenses), parts) < 1e-5
-    assert furthest(step([[whole]], []), parts) > 1e-2
+    parts, _ = train_windows([batches], defenses)
+    assert furthest(train_windows([[whole]], defenses)[0], parts) < 1e-5
+    assert furthest(train_windows([[whole]], [])[0], parts) > 1e-2
 
 
 def test_without_a_safe_row_only_the_task_is_left():
     batch = tagged(collate, safe=[False] * 5)
-    defended = step([[batch]], [KL(60.0, tokens="safe")])
-    assert furthest(defended, step([[batch]], [])) < 1e-6
+    defended, undefended = (train_windows([[batch]], given)[0] for given in ([KL(60.0, tokens="safe")], []))
+    assert furthest(defended, undefended) < 1e-6
 
 
 @pytest.mark.parametrize("defense", [KL(1.0, tokens="safe"), FeatureDistance(1.0, tokens="safe", layers=2)], ids=repr)
