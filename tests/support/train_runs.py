@@ -41,12 +41,14 @@ def defenses(weights, model):
     return made
 
 
-def silenced(examples, spec):
-    """The rows, those that a spec calls silent without labels."""
-    silent = set(spec.get("silent_rows", []))
-    return [
-        {**row, "labels": [-100] * len(row["labels"])} if index in silent else row for index, row in enumerate(examples)
-    ]
+def window_of(spec):
+    """This process's micro-batches of a step; the rows that a spec calls silent have no labels."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    examples = rows(spec.get("lengths", LENGTHS))
+    for index in spec.get("silent_rows", []):
+        examples[index]["labels"] = [-100] * len(examples[index]["labels"])
+    examples = examples[rank::world]
+    return [collate(examples[start : start + spec["batch"]]) for start in range(0, len(examples), spec["batch"])]
 
 
 def settings(spec):
@@ -166,7 +168,7 @@ def run_trl(spec, output, model=None, trainer_class=None, **kwargs):
     return model, trainer
 
 
-def run_loop(spec, output):  # noqa: ARG001
+def run_loop(spec):
     """A plain loop; under torchrun the model is wrapped in DistributedDataParallel."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
@@ -174,9 +176,7 @@ def run_loop(spec, output):  # noqa: ARG001
     model = tiny_peft_model(**spec.get("model", {}))
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     optimizer = sgd(model)
-    examples = silenced(rows(spec.get("lengths", LENGTHS)), spec)[rank::world]
-    size = spec["batch"]
-    window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    window = window_of(spec)
     if rank == spec.get("broken_rank"):
         block = model.get_base_model().model.layers[0]
         block.register_forward_hook(lambda _m, _a, out: out if torch.is_grad_enabled() else out * float("nan"))
@@ -190,7 +190,7 @@ def run_loop(spec, output):  # noqa: ARG001
             optimizer.step()
             optimizer.zero_grad()
         figures = defended.metrics()
-    return model, figures
+    return adapter_weights(model), figures
 
 
 def deepspeed_config(spec):
@@ -205,19 +205,16 @@ def deepspeed_config(spec):
     }
 
 
-def run_deepspeed(spec, output):  # noqa: ARG001
+def run_deepspeed(spec):
     """A plain loop over DeepSpeed's engine; returns its float32 copies of the weights."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     deepspeed.init_distributed(dist_backend="gloo")
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     model = tiny_peft_model()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, optimizer, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=deepspeed_config(spec))
-    examples = rows(spec.get("lengths", LENGTHS))[rank::world]
-    size = spec["batch"]
-    window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    window = window_of(spec)
     with defend(engine, defenses(spec["defenses"], model), optimizer=optimizer, **settings(spec)) as defended:
         for _ in range(spec.get("steps", 1)):
             totals = defended.totals(window)
@@ -232,7 +229,7 @@ def run_deepspeed(spec, output):  # noqa: ARG001
     return copies, figures
 
 
-def run_fsdp(spec, output):  # noqa: ARG001
+def run_fsdp(spec):
     """A plain loop over a model that FSDP2 shards; returns the gathered weights, and counts the step's messages."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -240,8 +237,7 @@ def run_fsdp(spec, output):  # noqa: ARG001
     from torch.distributed.tensor.debug import CommDebugMode
 
     torch.distributed.init_process_group("gloo")
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    shape = tuple(spec.get("mesh", [world]))
+    shape = tuple(spec.get("mesh", [torch.distributed.get_world_size()]))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     model = tiny_peft_model(**spec.get("model", {}))
     for block in model.get_base_model().model.layers:
@@ -249,9 +245,7 @@ def run_fsdp(spec, output):  # noqa: ARG001
     fully_shard(model, mesh=mesh, reshard_after_forward=spec.get("reshard"))
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = sgd(model)
-    examples = silenced(rows(spec.get("lengths", LENGTHS)), spec)[rank::world]
-    size = spec["batch"]
-    window = [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    window = window_of(spec)
     with defend(model, defenses(spec["defenses"], model), optimizer=optimizer, **settings(spec)) as defended:
         for _ in range(spec.get("steps", 1)):
             totals = defended.totals(window)
@@ -265,7 +259,7 @@ def run_fsdp(spec, output):  # noqa: ARG001
     return {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}, figures
 
 
-def run_accelerate(spec, output):  # noqa: ARG001
+def run_accelerate(spec):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=spec.get("accumulation", 1))
@@ -283,34 +277,22 @@ def run_accelerate(spec, output):  # noqa: ARG001
                 optimizer.step()
                 optimizer.zero_grad()
         figures = defended.metrics()
-    return model, figures
+    return adapter_weights(model), figures
 
 
 def run(spec, output):
-    """Weights and logged figures of the run that a spec describes."""
-    if spec["kind"] == "transformers":
-        model = tiny_peft_model()
-        model, trainer = run_transformers(
-            spec, output, model, defenses=defenses(spec["defenses"], model), **settings(spec)
-        )
-        figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
-    elif spec["kind"] == "trl":
-        model = tiny_peft_model()
-        model, trainer = run_trl(spec, output, model, defenses=defenses(spec["defenses"], model), **settings(spec))
-        figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
-    elif spec["kind"] == "fsdp":
-        return run_fsdp(spec, output)
-    elif spec["kind"] == "multimodal":
+    """Weights and logged metrics of the run that a spec describes."""
+    kind = spec["kind"]
+    if kind in {"transformers", "trl"}:
+        model, train = tiny_peft_model(), run_transformers if kind == "transformers" else run_trl
+        _, trainer = train(spec, output, model, defenses=defenses(spec["defenses"], model), **settings(spec))
+        return adapter_weights(model), next(logs for logs in trainer.state.log_history if "loss" in logs)
+    if kind == "multimodal":
         from multimodal_runs import run_multimodal
 
         return run_multimodal(spec)
-    elif spec["kind"] == "deepspeed":
-        return run_deepspeed(spec, output)
-    elif spec["kind"] == "loop":
-        model, figures = run_loop(spec, output)
-    else:
-        model, figures = run_accelerate(spec, output)
-    return adapter_weights(model), figures
+    loops = {"loop": run_loop, "fsdp": run_fsdp, "deepspeed": run_deepspeed, "accelerate": run_accelerate}
+    return loops[kind](spec)
 
 
 def run_two_processes(spec, folder: Path, launcher: str = "torchrun"):

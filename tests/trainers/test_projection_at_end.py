@@ -1,17 +1,16 @@
-"""SafeLora at the end of a trainer's run: what is saved when, resumed runs, the best model, and two processes."""
+"""SafeLora at the end of a trainer's run: what is saved when, resumed runs, and two processes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import adapter_weights, furthest, rows, save_pair, tiny_peft_model
-from train_runs import run, run_transformers, run_trl, run_two_processes
+from tiny_models import adapter_weights, furthest, save_pair, tiny_peft_model
+from train_runs import run, run_transformers, run_two_processes
 from transformers import Trainer, TrainerCallback
 
 from safelora_fast import project_adapter
 from safelora_fast.defenses import KL, SafeLora
-from safelora_fast.errors import CheckpointError
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
@@ -72,24 +71,6 @@ def test_a_resumed_run_ends_as_an_unbroken_one(at_end, tmp_path, checkpoint):
     assert furthest(adapter_weights(unbroken), adapter_weights(resumed)) == 0
 
 
-def test_the_best_model_is_projected(sources, at_end, tmp_path):
-    arguments = {
-        **SAVING,
-        "save_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": True,  # the worst one, so that it is not the last
-    }
-    spec = {**SPEC, "arguments": arguments}
-    _, trainer = run_transformers(spec, tmp_path / "run", defenses=[at_end], eval_dataset=rows([5, 8, 6], seed=9))
-    best = tmp_path / "run" / trainer.state.best_model_checkpoint.rpartition("/")[2]
-    assert best.name != "checkpoint-4"
-    _, expected = projected(best, sources, tmp_path / "expected")
-    assert equal(saved_by(trainer, tmp_path / "saved"), expected)
-
-
 def test_callbacks_see_the_projected_model_and_open_trackers(at_end, tmp_path):
     seen = {}
 
@@ -122,29 +103,6 @@ def test_a_run_that_fails_is_not_projected(at_end, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_transformers(SPEC, tmp_path / "run", model=model, defenses=[at_end], callbacks=[Stop()])
     assert furthest(adapter_weights(plain), adapter_weights(model)) == 0
-
-
-def test_missing_sources_are_refused_by_the_trainer_itself(sources, at_end, tmp_path):
-    (sources["aligned"] / "model.safetensors").unlink()
-    steps = []
-
-    class Counter(TrainerCallback):
-        def on_train_begin(self, *_args, **_kwargs):
-            steps.append(1)
-
-    with pytest.raises(CheckpointError, match=r"SafeLora: .*holds no safetensors file"):
-        run_transformers(SPEC, tmp_path, defenses=[at_end], callbacks=[Counter()])
-    assert not steps
-
-
-def test_trl(sources, at_end, tmp_path):
-    from trl import SFTTrainer
-
-    _, plain = run_trl(SPEC, tmp_path / "plain", trainer_class=SFTTrainer)
-    saved_by(plain, tmp_path / "trained")
-    _, expected = projected(tmp_path / "trained", sources, tmp_path / "expected")
-    _, trainer = run_trl(SPEC, tmp_path / "run", defenses=[at_end])
-    assert equal(saved_by(trainer, tmp_path / "saved"), expected)
 
 
 @pytest.mark.slow
