@@ -55,7 +55,7 @@ def test_build_writes_what_the_function_builds(pair, call, words, output):
 
 
 def test_energy_modules_and_seed(call, words, output):
-    assert call(*words("--energy", "0.9", "--modules", "q_proj, v_proj", "--seed", "3")).code == 0
+    assert call(*words("--energy", "0.9", "--modules", "q_proj, v_proj", "--seed", "3", "--threads", "2")).code == 0
     subspace = SafeSubspace.load(output)
     assert set(subspace.modules) == {name for name in module_names() if not name.endswith("down_proj")}
     assert all(module.energy >= 0.9 - 1e-6 for module in subspace.modules.values())
@@ -63,13 +63,6 @@ def test_energy_modules_and_seed(call, words, output):
     assert call(*words("--modules", "q_proj", "--modules", "down_proj", "--overwrite")).code == 0
     assert len(SafeSubspace.load(output).modules) == 4
     assert SafeSubspace.load(output).settings["rank"] == 64
-
-
-def test_same_bytes_whatever_the_number_of_threads(call, words, tmp_path):
-    files = [tmp_path / f"{threads}.safetensors" for threads in (1, 2, 5)]
-    for file in files:
-        assert call(*words("--rank", "4", "--threads", file.stem, output=file)).code == 0
-    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_on_a_device(pair, call, words, output):
@@ -140,20 +133,6 @@ def nan_weight(pair, _):
     save_file(tensors, pair.shard("base"))
 
 
-def missing_shard(pair, _):
-    pair.shard("base", 2).unlink()
-
-
-def other_shape(pair, _):
-    tensors = load_file(pair.shard("base"))
-    save_file({**tensors, f"{Q}.weight": np.ones((24, 18), np.float32)}, pair.shard("base"))
-
-
-def same_model(pair, _):
-    for file, content in contents(pair.aligned).items():
-        (pair.base / file).write_bytes(content)
-
-
 def output_exists(_, output):
     output.parent.mkdir()
     output.write_text("mine")
@@ -169,9 +148,6 @@ def output_below_a_file(_, output):
 
 CASES = [
     (nan_weight, "row 3, column 5"),
-    (missing_shard, "model-00002-of-00002.safetensors"),
-    (other_shape, "the weights differ in shape"),
-    (same_model, "the same weights in every module"),
     (output_exists, "--overwrite"),
     (output_is_a_folder, "is a folder"),
     (output_below_a_file, "is not a folder"),
@@ -194,14 +170,9 @@ def test_one_line_and_nothing_written(pair, call, words, output, tmp_path, spoil
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "0"], "rank must lie between 1 and"),
-        (["--rank", "3", "--energy", "0.5"], "one of rank and energy, not both"),
         (["--energy", "nan"], "energy"),
-        (["--threads", "0"], "threads"),
-        (["--seed", "-1"], "seed"),
         (["--modules", ""], "modules"),
         (["--device", "tpu"], "device must be one of cpu, cuda, xpu, with a number if need be, not 'tpu'"),
-        (["--modules", "c_attn"], "no module ends in 'c_attn'; its modules end in down_proj, norm, q_proj, v_proj"),
     ],
     ids=" ".join,
 )
@@ -234,13 +205,6 @@ def test_show_refuses_other_files(pair, call, tmp_path):
         assert (code, out) == (2, "")
         assert message in err
         assert err.count("\n") == 1
-
-
-def test_help(call):
-    for words in (["subspace", "--help"], ["subspace", "build", "--help"], ["subspace", "show", "-h"]):
-        code, out, err = call(*words)
-        assert (code, err) == (0, "")
-        assert "Usage: safelora-fast subspace" in out
 
 
 def test_no_torch_is_imported(tmp_path):

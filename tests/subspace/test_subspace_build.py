@@ -212,18 +212,25 @@ def test_refusals(build, checkpoints, tmp_path):
     save_file({"model.layers.0.self_attn.q_proj.weight": np.ones((48, 40), np.float32)}, tmp_path / "part.safetensors")
     with pytest.raises(PairingError, match=r"layers\.0\.mlp\.down_proj: the base model .* has no tensor"):
         build(aligned=checkpoints["aligned"], base=tmp_path / "part.safetensors")
-    for wrong in (
-        {"rank": 0},
-        {"energy": 1.5},
-        {"rank": 2, "energy": 0.5},
-        {"seed": -1},
-        {"threads": 0},
-        {"modules": []},
-        {"device": "tpu"},
-        {"device": "meta"},
-    ):
-        with pytest.raises(SettingsError, match=next(iter(wrong))):
-            build(**{**checkpoints, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"rank": 0}, "rank must lie between 1 and"),
+        ({"energy": 1.5}, "energy"),
+        ({"rank": 2, "energy": 0.5}, "one of rank and energy, not both"),
+        ({"seed": -1}, "seed"),
+        ({"threads": 0}, "threads"),
+        ({"modules": []}, "modules"),
+        ({"device": "tpu"}, "device must be one of cpu, cuda, xpu"),
+        ({"device": "meta"}, "device"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(build, checkpoints, wrong, words):
+    with pytest.raises(SettingsError, match=words):
+        build(**{**checkpoints, **wrong})
 
 
 def test_the_file_is_whole_or_absent(checkpoints, tmp_path, monkeypatch):

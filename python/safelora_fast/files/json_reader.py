@@ -1,7 +1,7 @@
-"""The one reader of JSON that others wrote: limits on size and nesting, and values of the types that are asked for.
+"""Reading JSON that others wrote: limits on size and nesting, and checks of types.
 
-What cannot be read is an :class:`OSError` with a `strerror` of one line, what is not as it must be a :class:`ValueError` of one
-line; callers put the file's name before :func:`why` and give it the class that is theirs.
+A file that cannot be read raises :class:`OSError`, and wrong content raises :class:`ValueError`, with one line each. Callers put
+the file's name before :func:`why` and raise an error class of their own.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST_BYTES = 1 << 26  # of one document; parsed, it may take twenty times as much memory
-MOST_DEPTH = 100  # beyond that, whatever walks over the values would end in a RecursionError
+MOST_DEPTH = 100  # deeper values would cause a RecursionError in whatever walks over them
 MOST_WHOLE = 2**63
 SECONDS_FOR_A_WRITER = 5
 _TOO_DEEP = f"is nested too deeply, in more than {MOST_DEPTH} levels"
 
 
 class Kind(NamedTuple):
-    """A type of values: its name in messages, and whether a value is of it."""
+    """A type of values: its name in messages, and a test for it."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -70,11 +70,11 @@ TEXTS = Kind("a list of texts", _is_texts)
 
 
 def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
-    """The content of a file, or of a pipe that something writes to; what is neither is not waited for.
+    """The content of a file, or of a pipe that has a writer. Never waits for anything else.
 
     Args:
         path: the file.
-        most: the most bytes, None for any number.
+        most: the most bytes; None for any number.
 
     Raises:
         OSError: it cannot be read, is too large, or is a folder, a device or a socket.
@@ -88,7 +88,7 @@ def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
         if not is_pipe:
             check_regular(path)
         written = is_pipe and _is_written(descriptor)
-        os.set_blocking(descriptor, True)  # a pipe's writer is waited for, and where there is none this ends at once
+        os.set_blocking(descriptor, True)  # wait for the pipe's writer; without one this ends at once
         content = _read(file, most)
     if is_pipe and not content and not written:
         raise OSError(errno.EINVAL, "Is a pipe that nothing writes to", str(path))
@@ -98,14 +98,14 @@ def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
 
 
 def _is_written(pipe: int) -> bool:
-    """Whether a writer comes, or has been there, within a few seconds."""
+    """Whether a pipe has a writer, or gets one within a few seconds."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN | select.POLLHUP)
     return bool(poll.poll(SECONDS_FOR_A_WRITER * 1000))
 
 
 def _read(file: Any, most: int | None) -> bytes:
-    """All of a file, or one byte more than the most."""
+    """All of a file, up to one byte more than the most."""
     if most is None:
         whole: bytes = file.read()
         return whole
@@ -119,7 +119,7 @@ def _read(file: Any, most: int | None) -> bytes:
 
 @contextlib.contextmanager
 def readable(name: object, error: type[SafeLoraFastError]) -> Iterator[None]:
-    """Turn what the system refuses into an error that names the file: a path that is too long, a folder that may not be read."""
+    """Turn an OSError, e.g. for a path that is too long, into `error` with the file's name."""
     try:
         yield
     except OSError as refused:
@@ -127,16 +127,12 @@ def readable(name: object, error: type[SafeLoraFastError]) -> Iterator[None]:
 
 
 def is_file(path: str | Path) -> bool:
-    """`Path.is_file`, which before Python 3.14 raises where a path is too long or may not be looked at."""
+    """`Path.is_file` without its OSError for paths that are too long or not accessible (before Python 3.14)."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse a pipe, which opening could wait for, and all else that is no file.
-
-    Raises:
-        OSError: it is not there, or is no regular file.
-    """
+    """Raise OSError if a path is no regular file. Opening a pipe could wait forever."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - text too
     except ValueError as error:
@@ -148,7 +144,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
     Raises:
         ValueError: it is no JSON, no UTF-8, or nested too deeply.
@@ -168,7 +164,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file says.
+    """The value of a JSON file.
 
     Raises:
         OSError, ValueError: as :func:`read_bytes` and :func:`parse_json`.
@@ -177,7 +173,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """What a JSON file says that holds an object.
+    """The object in a JSON file.
 
     Raises:
         OSError, ValueError: as :func:`read_json`, or it holds something else.
@@ -186,16 +182,12 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def why(error: Exception) -> str:
-    """What comes after the file's name in a message."""
+    """What a message says after the file's name."""
     return f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 
 
 def of_kind(value: Any, kind: Kind, name: str) -> Any:
-    """The value.
-
-    Raises:
-        ValueError: it is of another kind; the message has the name.
-    """
+    """The value; ValueError with its name if it is of another kind."""
     if not kind.fits(value):
         raise ValueError(f"{name} must be {kind.words}, not {reprlib.repr(value)}".lstrip())
     return value
@@ -204,10 +196,10 @@ def of_kind(value: Any, kind: Kind, name: str) -> Any:
 def check_fields(
     record: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None
 ) -> dict[str, Any]:
-    """The record, whose values of these names are of these kinds; an optional one may be null or absent.
+    """The record, if its values of these names are of these kinds. Optional values may be null or absent.
 
     Raises:
-        ValueError: it is no object, or lacks a value, or has one of another kind; the key is named.
+        ValueError: it is no object, lacks a value, or has one of another kind; the key is named.
     """
     fields: dict[str, Any] = of_kind(record, OBJECT, "")
     for name, kind in required.items():
@@ -244,7 +236,7 @@ def _adapter(kind: Any) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether it is nested in more than the most levels."""
+    """Whether a value has more than MOST_DEPTH levels."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MOST_DEPTH):
         level = [

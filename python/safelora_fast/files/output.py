@@ -1,9 +1,8 @@
 """Output folders and files that are either whole or absent.
 
-Everything is written under a temporary name beside the target and renamed at the end. A run that is killed leaves what
-it had written (named `.<target>.partial-…`) and the target as it was. A run holds a lock on its temporary folder, so that a
-later one can tell what was left from what is being written; it names what was left and deletes nothing, as locks do not reach
-other machines on every network file system.
+Everything is written under a temporary name beside the target and renamed at the end. A killed run leaves the target as it was,
+and its temporary folder (`.<target>.partial-…`). A run locks its temporary folder, so a later run can tell a leftover from
+one in use. It names leftovers and deletes nothing, because locks do not reach other machines on every network file system.
 """
 
 from __future__ import annotations
@@ -28,16 +27,12 @@ AT_FDCWD = -100
 
 
 def resolved(path: Path) -> Path:
-    """`path.resolve()`, which raises no RuntimeError where links lead in a circle."""
+    """`path.resolve()`, but without a RuntimeError for links in a circle."""
     return Path(os.path.realpath(path))
 
 
 def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse a file that exists, lies in an input, or cannot be written.
-
-    Raises:
-        OutputError: with the reason.
-    """
+    """Raise OutputError if a file exists, lies in an input, or cannot be written."""
     with described(target):
         own = resolved(target)
         for source in inputs:
@@ -53,18 +48,14 @@ def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None
 def check_target(
     target: Path, inputs: Sequence[Path], *, overwrite: bool, nbytes: int, mark: str | None = None
 ) -> None:
-    """Refuse a target that exists, holds or lies in an input, cannot be written, or has no room for `nbytes` bytes.
+    """Raise OutputError if a folder exists, holds or lies in an input, cannot be written, or has no room.
 
     Args:
         target: the folder to make.
         inputs: what is read.
         overwrite: whether an earlier output may be replaced.
         nbytes: how much will be written.
-        mark: the file that tells an earlier output, or each of its sub-folders, from a folder of somebody else's; None
-            leaves that to the caller.
-
-    Raises:
-        OutputError: with the reason.
+        mark: a file that marks an earlier output, in the folder or in each of its sub-folders; None leaves that to the caller.
     """
     with described(target):
         own = resolved(target)
@@ -107,7 +98,7 @@ def _writable_parent(target: Path) -> Path:
 
 
 def abandoned(target: Path) -> list[Path]:
-    """Temporary folders and files of this target that no process holds: what killed runs have left."""
+    """Temporary folders and files of this target that no process holds: leftovers of killed runs."""
     try:
         beside = sorted(target.absolute().parent.iterdir())
     except OSError:
@@ -129,7 +120,7 @@ def _is_free(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """A lock that ends with this process, however that ends."""
+    """Lock a path; the lock ends with this process."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -140,18 +131,32 @@ def _held(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _with_parents(target: Path) -> Iterator[None]:
+    """Make the missing folders above a target; remove them afterwards if they are empty."""
+    absent = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with described(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in absent:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def alone(target: Path) -> Iterator[None]:
-    """Keep other processes from writing to `target` meanwhile; a lock beside it that ends with this process.
+    """Keep other processes from writing to `target`, by a lock file beside it. The lock ends with this process.
 
     Raises:
         OutputError: another process has it.
     """
-    absent = [folder for folder in target.parents if not folder.exists()]
-    with described(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = target.with_name(f".{target.name}.lock")
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_with_parents(target))
+        with described(target):
+            lock = target.with_name(f".{target.name}.lock")
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        stack.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -160,89 +165,67 @@ def alone(target: Path) -> Iterator[None]:
                 f"{target}: another run (process {other}) is writing there; choose another place"
             ) from None
         except OSError:  # a file system without locks
-            yield
-            return
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            for made in absent:
-                made.rmdir()
+            pass
+        else:
+            stack.callback(lock.unlink, missing_ok=True)
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
 
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `target` if the block succeeds, and is deleted if it fails.
 
     Args:
         target: a folder that does not exist, or is empty.
-        overwrite: replace what stands there.
-        keep_others: what a replaced folder holds under other names moves into the new one; else it is deleted.
+        overwrite: replace an existing folder.
+        keep_others: files of a replaced folder under other names move into the new one; else they are deleted.
 
     Raises:
-        OutputError: when the system refuses to write, or something appeared under the name meanwhile.
+        OutputError: the system refuses to write, or something appeared under the name meanwhile.
     """
-    absent = [folder for folder in target.parents if not folder.exists()]
-    with described(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _with_parents(target), described(target):
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        with described(target), _held(partial):
-            yield partial
-            for folder, _, files in os.walk(partial):
-                for file in files:
-                    sync(Path(folder, file))
-                sync(Path(folder))
-            partial.chmod(0o777 & ~_umask())
-            replaced = _put(partial, target, overwrite=overwrite)
-            if replaced and keep_others:
-                _move_others(partial, target)
-            sync(target.parent)
-        if replaced:
+        try:
+            with _held(partial):
+                yield partial
+                for folder, _, files in os.walk(partial):
+                    for file in files:
+                        sync(Path(folder, file))
+                    sync(Path(folder))
+                partial.chmod(0o777 & ~_umask())
+                if _put(partial, target, overwrite=overwrite) and keep_others:
+                    _move_others(partial, target)
+                sync(target.parent)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for made in absent:
-                made.rmdir()
-        raise
 
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary file that becomes `target` when the block ends well, and vanishes when it does not.
+    """A temporary file that becomes `target` if the block succeeds, and is deleted if it fails.
 
     Raises:
-        OutputError: when the system refuses to write.
+        OutputError: the system refuses to write.
     """
-    absent = [folder for folder in target.parents if not folder.exists()]
-    with described(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _with_parents(target), described(target):
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
         os.close(descriptor)
-    partial = Path(name)
-    try:
-        with described(target), _held(partial):
-            yield partial
-            sync(partial)
-            partial.chmod(0o666 & ~_umask())
-            partial.replace(target)
-            sync(target.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            for made in absent:
-                made.rmdir()
-        raise
+        partial = Path(name)
+        try:
+            with _held(partial):
+                yield partial
+                sync(partial)
+                partial.chmod(0o666 & ~_umask())
+                partial.replace(target)
+                sync(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _put(partial: Path, target: Path, *, overwrite: bool) -> bool:
-    """Give the folder its final name in one step; True when `partial` now holds what stood there before."""
+    """Give the folder its final name in one step; True if `partial` now holds the replaced folder."""
     try:
         partial.rename(target)  # onto nothing, or onto an empty folder
     except OSError as error:
@@ -282,7 +265,7 @@ def _umask() -> int:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk."""
+    """Write a file or folder to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -292,7 +275,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def described(target: Path) -> Iterator[None]:
-    """Turn what the system refuses into an :class:`OutputError` that names the target."""
+    """Turn an OSError into an :class:`OutputError` that names the target."""
     try:
         yield
     except OSError as error:
