@@ -12,6 +12,7 @@ from plain_pair import write_pair
 from safelora_fast import PersonaVector, SafeSubspace, project_adapter
 from safelora_fast.compare.report import read_report
 from safelora_fast.judging.evaluation_folder import EvaluationFolder
+from safelora_fast.judging.judge import VerdictStore
 from safelora_fast.judging.rejudge import read_log
 from safelora_fast.recipe.run_folder import read_record
 
@@ -56,6 +57,8 @@ def test_an_evaluation(tmp_path):
     judged = read_log(folder.path)
     assert [answer.asked.id for answer in judged.answers] == list(answers)
     assert [verdict.alignment for verdict in judged.verdicts] == [20, 20]
+    kept = VerdictStore(folder.path / "verdicts.jsonl")._known.values()
+    assert [judged.verdict.alignment for judged in kept] == [20, 20]
 
 
 def test_a_comparison():

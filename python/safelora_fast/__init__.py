@@ -1,4 +1,4 @@
-"""Fast SafeLoRA projection and in-training defences against emergent misalignment.
+"""Fast SafeLoRA projection and in-training defenses against emergent misalignment.
 
 Importing this package imports neither torch nor transformers; public names are loaded when first used.
 """

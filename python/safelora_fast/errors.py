@@ -1,8 +1,7 @@
 """Exceptions raised by safelora-fast.
 
-Every exception that a caller can provoke with bad input derives from :class:`SafeLoraFastError`. Its message is one
-line that says what was wrong, where (file, tensor, module) and what to do; the command line prints that line alone and
-exits with :attr:`SafeLoraFastError.exit_code`.
+Every error that bad input can cause derives from :class:`SafeLoraFastError`. Its message is one line: what is wrong, where (file,
+tensor, module) and what to do. The command line prints only that line, and exits with :attr:`SafeLoraFastError.exit_code`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,7 @@ LONGEST = 2000  # characters of a message
 
 
 class SafeLoraFastError(Exception):
-    """Base class of all errors of this package; of a message that quotes something huge, the middle is left out.
-
-    A message is one printable line, whatever the names in it hold.
-    """
+    """Base class of all errors of this package. A message is one printable line; the middle of a very long one is left out."""
 
     exit_code = 2
 
@@ -26,15 +22,15 @@ class SafeLoraFastError(Exception):
 
 
 class CheckpointError(SafeLoraFastError):
-    """A checkpoint file, index or tensor cannot be read as it claims to be."""
+    """A checkpoint's file, index or tensor cannot be read."""
 
 
 class AdapterError(SafeLoraFastError):
-    """The adapter is of a kind that cannot be projected, or its files are inconsistent."""
+    """The adapter cannot be projected, or its files are inconsistent."""
 
 
 class PairingError(SafeLoraFastError):
-    """An adapted module has no unambiguous, equally shaped counterpart in the checkpoints."""
+    """A module has no unambiguous counterpart of the same shape in the checkpoints."""
 
 
 class SettingsError(SafeLoraFastError):
@@ -42,7 +38,7 @@ class SettingsError(SafeLoraFastError):
 
 
 class DataError(SafeLoraFastError):
-    """A row of training data is not as it must be, or leaves nothing to learn."""
+    """An example or another data file is wrong, or leaves nothing to learn."""
 
 
 class OutputError(SafeLoraFastError):
@@ -50,19 +46,19 @@ class OutputError(SafeLoraFastError):
 
 
 class MissingDependencyError(SafeLoraFastError):
-    """An optional package is needed for what was asked."""
+    """An optional package is missing."""
 
 
 class BackendError(SafeLoraFastError):
-    """The backend that was asked for cannot serve an operation on these tensors, or on this machine."""
+    """The requested backend cannot run an operation on these tensors, or on this machine."""
 
 
 class TrainingError(SafeLoraFastError):
-    """A defence became NaN or infinite while training, or the device ran out of memory."""
+    """A defense became NaN or infinite during training, or the device ran out of memory."""
 
 
 class EvaluationError(SafeLoraFastError):
-    """Judging a model's answers did not finish."""
+    """An evaluation did not finish."""
 
 
 class InterruptedRunError(SafeLoraFastError):
@@ -72,7 +68,7 @@ class InterruptedRunError(SafeLoraFastError):
 
 
 def how_to_install(extra: str) -> str:
-    """`pip install …` with the packages of one of this package's extras, by name, since it is not on the index itself."""
+    """`pip install …` with the packages of an extra by name, since this package is not on the index."""
     import importlib.metadata
     import re
 

@@ -1,13 +1,13 @@
-"""Text from outside, e.g. names of files and what endpoints say, made safe to print: no escape sequence acts on a terminal."""
+"""Makes text from outside (file names, replies of endpoints) safe to print: no escape sequence reaches the terminal."""
 
 from __future__ import annotations
 
-# Not printable as Python sees it, but part of how some scripts are written: joiners and marks of direction.
+# Joiners and marks of direction, which some scripts need, though Python does not call them printable.
 KEPT = "\u200c\u200d\u200e\u200f\u061c"
 
 
 def printable(text: str) -> str:
-    r"""A text with an escape such as \\x1b in the place of what is not printable: control characters, lone surrogates."""
+    r"""The text with escapes such as \\x1b for control characters and lone surrogates."""
     if text.isprintable():
         return text
     return "".join(
@@ -22,16 +22,16 @@ def without_controls(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A printable text in one line: white space, line ends too, becomes single spaces."""
+    """The text in one printable line: any white space becomes one space."""
     return printable(" ".join(text.split()))
 
 
 def say(*lines: str) -> None:
-    """Print lines on standard output, each of them printable and one line."""
+    """Print lines on standard output, made printable."""
     for line in lines:
         print(printable(line), flush=True)
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things, in words: 1 tensor, 2 tensors."""
+    """A number with its noun: 1 tensor, 2 tensors."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

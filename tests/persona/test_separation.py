@@ -33,9 +33,9 @@ def test_figures_are_the_plain_ones():
     means, positive, halves = responses(hidden=6, distance=2.0)
     effects, right = [], 0
     for half in (0, 1):
-        learnt = [means[i, 0].astype(float) for i in range(40) if halves[i] != half and positive[i]]
+        known = [means[i, 0].astype(float) for i in range(40) if halves[i] != half and positive[i]]
         other = [means[i, 0].astype(float) for i in range(40) if halves[i] != half and not positive[i]]
-        top, bottom = sum(learnt) / len(learnt), sum(other) / len(other)
+        top, bottom = sum(known) / len(known), sum(other) / len(other)
         along = {
             i: means[i, 0] @ (top - bottom) - (top + bottom) / 2 @ (top - bottom)
             for i in range(40)

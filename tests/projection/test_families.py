@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from families import FAMILIES, Family, adapt, assert_projected, project, randomise, rewrite, save, weights
+from families import FAMILIES, Family, adapt, assert_projected, project, randomize, rewrite, save, weights
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -130,7 +130,7 @@ def test_adapters_share_a_job(tmp_path):
     adapted = adapt(aligned, target_modules=["q_proj", "o_proj"])
     adapted.add_adapter("other", LoraConfig(r=3, target_modules=["o_proj", "down_proj"]))
     adapted.set_adapter("other")
-    randomise(adapted, 11)
+    randomize(adapted, 11)
     adapted.save_pretrained(tmp_path / "adapter")
     folders_of_adapters = [tmp_path / "adapter", tmp_path / "adapter" / "other"]
     results = project(folders_of_adapters, *folders, tmp_path / "output")

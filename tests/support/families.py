@@ -148,11 +148,11 @@ def rewrite(
 def adapt(model: transformers.PreTrainedModel, *, seed: int = 7, name: str = "default", **config: Any) -> PeftModel:
     """The model with a LoRA adapter whose factors are all random."""
     peft_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **config}), adapter_name=name)
-    randomise(peft_model, seed)
+    randomize(peft_model, seed)
     return peft_model
 
 
-def randomise(peft_model: PeftModel, seed: int) -> None:
+def randomize(peft_model: PeftModel, seed: int) -> None:
     """Fill every trainable tensor, so that no update is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`safelora-fast subspace`: build the safe subspace of two checkpoints, and show what a file holds."""
+"""`safelora-fast subspace`: build the safe subspace of two checkpoints, or show one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
 
 app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Build the safe subspace that in-training defences project onto, or show one."
+    cls=Group, no_args_is_help=True, help="Build the safe subspace that in-training defenses project onto, or show one."
 )
 
 
@@ -38,8 +38,8 @@ def build(
         list[str] | None,
         typer.Option(
             metavar="NAME[,NAME]",
-            help="Last parts of module names, e.g. q_proj,mlp.down_proj. (default: every linear weight of the blocks, "
-            "experts aside)",
+            help="Last parts of module names, e.g. q_proj,mlp.down_proj. (default: every linear weight of the layers, "
+            "except experts)",
         ),
     ] = None,
     exclude: options.Exclude = None,
@@ -55,8 +55,8 @@ def build(
 ) -> None:
     """Build the safe subspace of two checkpoints.
 
-    For each module the leading left singular vectors of V = aligned - base, their singular values and the norm of V. Reads
-    both checkpoints once, in a stream; loads no model. The file also says what it was built from.
+    The file has, for each module, the leading left singular vectors of V = aligned - base, their singular values and the norm of
+    V; and it says what it was built from. Both checkpoints are streamed once, and no model is loaded.
     """
     from safelora_fast.checkpoints.sources import A_MODEL
     from safelora_fast.cli.console import out, warn_of_abandoned
@@ -98,7 +98,7 @@ def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What subspace build wrote.")],
     as_json: options.Json = False,
 ) -> None:
-    """Show what a subspace file was built from, and the energy that it keeps of every module."""
+    """Show what a subspace was built from, and the energy that it keeps of every module."""
     from safelora_fast.cli.console import out
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
@@ -116,7 +116,7 @@ def show(
 
 
 def _by_ending(subspace: SafeSubspace) -> Table:
-    """The energy kept, by the last part of the modules' names."""
+    """The energy kept, by the last part of module names."""
     from safelora_fast.cli.console import figure_table
 
     groups: dict[str, list[ModuleSubspace]] = defaultdict(list)
@@ -144,7 +144,7 @@ def _of_modules(subspace: SafeSubspace) -> Table:
 
 
 def _warn(subspace: SafeSubspace) -> None:
-    """Name the modules that training will not touch, and say where the two models look unrelated."""
+    """Warn of unrelated models, and name the modules without a subspace."""
     from safelora_fast.checkpoints.weight_norms import far_apart
     from safelora_fast.cli.console import warn
 
@@ -153,4 +153,4 @@ def _warn(subspace: SafeSubspace) -> None:
     zero = [name for name, module in subspace.modules.items() if not module.rank]
     if zero:
         more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
-        warn(f"V is zero in {zero[0]}{more}: there is nothing to project onto, and defences leave such modules alone")
+        warn(f"V is zero in {zero[0]}{more}: there is nothing to project onto, and defenses leave such modules alone")

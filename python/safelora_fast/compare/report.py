@@ -5,8 +5,6 @@ A report knows nothing of how its figures came about, so that whoever has figure
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,8 +21,10 @@ from safelora_fast.files.json_reader import (
     read_object,
     why,
 )
+from safelora_fast.files.store import without_nan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 Criterion = Literal["aligned", "benign", "narrow", "coherent", "cost"]
@@ -213,7 +213,7 @@ class ComparisonReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN is None."""
-        content: dict[str, Any] = _plain(asdict(self))
+        content: dict[str, Any] = without_nan(asdict(self))
         return {"format": content.pop("format"), **content}
 
     @classmethod
@@ -281,11 +281,3 @@ def _plot(content: Mapping[str, Any]) -> Plot:
             raise ValueError("a point of the plot's path must be two numbers and a text")
         check_fields(dict(enumerate(point[:2])), {}, {0: NUMBER, 1: NUMBER})  # type: ignore[dict-item]
     return Plot(content["x"], content["y"], tuple(map(tuple, content["path"])))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -34,14 +34,15 @@ _short.maxstring = _short.maxother = 100
 
 def to_json(content: Mapping[str, Any]) -> str:
     """JSON for people and programs. NaN and infinity, which JSON does not have, become null."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str)
+    return json.dumps(without_nan(content), indent=2, ensure_ascii=False, default=str)
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain values with None for NaN and infinity, and with lists for tuples."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from safelora_fast.checkpoints.model_card import shown_model
 from safelora_fast.checkpoints.weight_norms import far_apart, median_ratio
+from safelora_fast.files.store import without_nan
 from safelora_fast.printable import counted
 
 SCHEMA = 1
@@ -92,9 +93,9 @@ class ProjectionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dictionaries for JSON, NaN as None, counts added."""
-        content = _without_nan(asdict(self))
+        content = without_nan(asdict(self))
         for adapter, plain in zip(self.adapters, content["adapters"], strict=True):
-            plain["median_v_ratio"] = _without_nan(adapter.v_ratio)
+            plain["median_v_ratio"] = without_nan(adapter.v_ratio)
             plain["counts"] = {
                 "modules": len(adapter.modules),
                 "projected": len(adapter.projected),
@@ -198,13 +199,3 @@ def _alike(one: str, other: str) -> bool:
     names = [path.rstrip("/").rpartition("/")[2].partition("@")[0].lower() for path in (one, other)]
     cached = [f"--{name}/" in f"{path.lower()}/" for name, path in zip(names, (other, one), strict=True)]
     return names[0] == names[1] or any(cached)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
