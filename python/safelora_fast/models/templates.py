@@ -67,7 +67,9 @@ def give_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
         if not re.search(rf"\b{name}\b", json.dumps(template)):
             raise SettingsError(f"template_args: the chat template does not read {name}: see which variables it has")
         lines.append(f"{{% set {name} = {_literal(name, value)} %}}\n")  # Jinja drops the newline after a block
-    head = "".join(["{% set null = none %}\n", *lines])
+    head = "".join(lines)
+    if "null" in head:  # JSON's name for Jinja's none
+        head = "{% set null = none %}\n" + head
     if isinstance(template, dict):
         tokenizer.chat_template = {key: head + one for key, one in template.items()}
     else:
