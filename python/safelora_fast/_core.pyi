@@ -204,7 +204,7 @@ class Operator:
 
 @final
 class ProjectionStream(Iterator[JobOutcome]):
-    """Runs jobs in the order given and yields their outcomes in that order; `next()` honours Ctrl-C.
+    """Runs jobs in the order given and yields their outcomes in that order; `next()` honors Ctrl-C.
 
     `next()` raises CheckpointError where a weight or factor is NaN or infinite; nothing comes after an error.
     Outcomes of a job do not depend on the jobs and adapters beside it, on their order or on `threads`. The orthogonal

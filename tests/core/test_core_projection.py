@@ -151,7 +151,7 @@ def test_factors_are_read_through_strides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (3, 50), (50, 2)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_spectral_normalisation_has_gain_one_at_most(tmp_path: Path, shape: tuple[int, int], transposed: bool) -> None:
+def test_spectral_normalization_has_gain_one_at_most(tmp_path: Path, shape: tuple[int, int], transposed: bool) -> None:
     given = module(tmp_path, np.random.default_rng(8), shape=shape, transposed=transposed)
     largest = np.linalg.svd(given.v, compute_uv=False)[0]
     outcome = given.run(normalize="spectral")

@@ -86,7 +86,7 @@ def test_what_has_no_cosine_has_neither_point_nor_name(monkeypatch, tmp_path):
     assert "1 without a cosine" in left.get_title("left")
 
 
-def test_more_kinds_than_colours_are_told_apart(monkeypatch, tmp_path):
+def test_more_kinds_than_colors_are_told_apart(monkeypatch, tmp_path):
     modules = [module(f"model.layers.0.kind_{number:02d}") for number in range(20)]
     _, right = draw(modules, monkeypatch, tmp_path)
     styles = {(line.get_color(), line.get_marker()) for line in right.get_legend().get_lines()}

@@ -32,7 +32,7 @@ def render(report: ProjectionReport, index: int) -> str:
                 "base model": _source(report.base),
                 "operator": f"{operator.title(settings)}: B ← {operator.formula}",
                 "selection": report.selection,
-                "median ‖V‖/‖W_aligned‖": _figure(adapter.v_ratio),
+                "median ‖V‖/‖W_aligned‖": _number(adapter.v_ratio),
                 "safelora-fast": report.versions["safelora-fast"],
             }
         ),
@@ -54,8 +54,8 @@ def render(report: ProjectionReport, index: int) -> str:
 
 def _row(module: ModuleReport) -> str:
     done = "yes" if module.projected else f"no: {module.reason}"
-    figures = (module.gain, module.b_norm, module.b_norm_after, module.v_norm)
-    cosine, *others = (_figure(value) for value in (module.cosine, *figures))
+    metrics = (module.gain, module.b_norm, module.b_norm_after, module.v_norm)
+    cosine, *others = (_number(value) for value in (module.cosine, *metrics))
     return f"| {code(module.name)} | {cosine} | {done} | {' | '.join(others)} |"
 
 
@@ -84,5 +84,5 @@ def _source(source: dict[str, object]) -> str:
     return code(str(source["source"])) + revision
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"

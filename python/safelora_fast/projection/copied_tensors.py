@@ -1,4 +1,4 @@
-"""The tensors of an adapter that are not LoRA factors: they are copied unchanged, so what training did to them is not projected."""
+"""Tensors of an adapter that are not LoRA factors: they are copied unchanged, so training's changes to them stay."""
 
 from __future__ import annotations
 

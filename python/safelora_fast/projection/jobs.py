@@ -1,4 +1,4 @@
-"""V of one weight, from blocks of two checkpoints, and the factors that meet it: what becomes a job of the extension."""
+"""The modules of a plan: V of each from blocks of two checkpoints, the factors that belong to it, and the extension's job."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AdapterFactors:
 
 @dataclass
 class Group:
-    """V (m, n) as blocks of rows of both checkpoints, and the factors of all adapters that meet it."""
+    """V (m, n) as blocks of rows of both checkpoints, and the factors of every adapter that adapts this weight."""
 
     name: str
     aligned: tuple[Block, ...]
@@ -57,7 +57,7 @@ class Group:
 
     @property
     def identity(self) -> object:
-        """What tells one V from another."""
+        """Equal for groups with the same V."""
         return self.transposed, tuple(block.identity for block in self.aligned + self.base)
 
 
@@ -88,7 +88,7 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The modules in the order in which the bytes of the aligned checkpoint lie, and the adapters that they are of."""
+    """The modules in the byte order of the aligned checkpoint, and the adapters that they belong to."""
 
     modules: tuple[PlannedModule, ...]
     adapters: tuple[Adapter, ...]
@@ -113,32 +113,35 @@ class Start(Protocol):
 
 
 def meet(name: str, aligned: Matrix, base: Matrix, factors: AdapterFactors | None = None) -> Group:
-    """V of a module, and the factors that meet it if there are any.
+    """V of a module, with an adapter's factors if there are any.
 
     Raises:
-        PairingError: when the two weights, or they and the update, differ in shape or orientation.
+        PairingError: the two weights, or they and the update, differ in shape or orientation.
     """
     update = aligned.shape if factors is None else (factors.lora_b.rows, factors.lora_a.cols)
-    if aligned.shape == base.shape == update and aligned.transposed == base.transposed:
-        blocks = cut_together(aligned, base)
-        return Group(name, *blocks, update, aligned.transposed, [] if factors is None else [factors])
     shapes = (
         f"aligned {list(aligned.shape)} ({aligned.blocks[0].tensor}), base {list(base.shape)} ({base.blocks[0].tensor})"
     )
-    if aligned.shape == base.shape == update:
-        raise PairingError(f"{name}: one of the two checkpoints keeps it transposed: {shapes}")
     if aligned.vocabulary and aligned.shape != base.shape:
         raise PairingError(
             f"{name}: the vocabulary was resized between the two models, so their difference is not defined: {shapes}; "
             "resize one to the other (resize_token_embeddings)"
         )
-    if factors is None:
-        raise PairingError(f"{name}: the weights differ in shape: {shapes}")
-    raise PairingError(f"{name}: the adapter's update is {list(update)}, but the weights are {shapes}")
+    if not aligned.shape == base.shape == update:
+        what = (
+            "weights differ in shape: "
+            if factors is None
+            else f"adapter's update is {list(update)}, but the weights are "
+        )
+        raise PairingError(f"{name}: the {what}{shapes}")
+    if aligned.transposed != base.transposed:
+        raise PairingError(f"{name}: one of the two checkpoints keeps it transposed: {shapes}")
+    blocks = cut_together(aligned, base)
+    return Group(name, *blocks, update, aligned.transposed, [] if factors is None else [factors])
 
 
 def plan_groups(groups: Iterable[Group], adapters: Sequence[Adapter] = ()) -> Plan:
-    """The jobs of the groups, in the order of their bytes."""
+    """The plan of some groups, in the order of their bytes."""
     ordered = sorted(groups, key=lambda group: (group.aligned[0].file.path, group.aligned[0].begin, group.name))
     planned = tuple(_planned(group, adapters) for group in ordered)
     return Plan(planned, tuple(adapters), sum(module.job.nbytes for module in planned))
@@ -150,7 +153,7 @@ def start_stream(
     """Start the work on a plan; the stream must be closed.
 
     Raises:
-        SettingsError: when the system refuses so many threads.
+        SettingsError: the system refuses so many threads.
     """
     try:
         return _core.ProjectionStream(
@@ -166,13 +169,10 @@ def start_stream(
 
 
 def refuse_equal(norms: Sequence[float]) -> None:
-    """Refuse a pair of checkpoints that are one model.
-
-    Args:
-        norms: ‖V‖_F of every module.
+    """Refuse two checkpoints that are the same model.
 
     Raises:
-        PairingError: all are zero.
+        PairingError: every norm ‖V‖_F is zero.
     """
     if norms and not any(norms):
         raise PairingError(
@@ -182,7 +182,7 @@ def refuse_equal(norms: Sequence[float]) -> None:
 
 
 def collect(problems: Problems, name: str, into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]
-    """Extend a list by what some work on a module gives, or note its problem."""
+    """Extend `into` by the result of some work on a module, or note its problem."""
     try:
         into.extend(work())
     except PairingError as problem:
@@ -190,10 +190,10 @@ def collect(problems: Problems, name: str, into: list, work: Callable[[], Iterab
 
 
 def raise_first(problems: Problems, others: int) -> None:
-    """Raise the first of several problems, say how many more there are, and how to go on without these modules.
+    """Raise the first problem, with how many more there are and how to exclude these modules.
 
     Args:
-        problems: what is wrong, with the name of the module.
+        problems: with the name of the module each.
         others: how many modules have no problem.
     """
     if not problems:
@@ -206,7 +206,7 @@ def raise_first(problems: Problems, others: int) -> None:
 
 
 def _patterns(names: set[str]) -> list[str]:
-    """Few patterns that match these modules: their names, their layers, or the ends of their names."""
+    """At most three patterns that match these modules: their names, their layers, or the ends of their names."""
     layers = {f"{match[0]}.*" if (match := LAYER.match(name)) else name for name in names}
     ends = {name.rpartition(".")[2] for name in names}
     return next((sorted(few) for few in (names, layers, ends) if len(few) <= MOST_TO_EXCLUDE), ["PATTERN"])
@@ -221,13 +221,6 @@ def _planned(group: Group, adapters: Sequence[Adapter]) -> PlannedModule:
     return PlannedModule(group, _core.Job(group.name, parts, factors, transposed=group.transposed))
 
 
-def _view(adapter: Adapter, matrix: Slice) -> _core.View:
-    return _core.View(
-        adapter.file,
-        matrix.key,
-        offset=matrix.offset,
-        rows=matrix.rows,
-        cols=matrix.cols,
-        row_stride=matrix.row_stride,
-        col_stride=matrix.col_stride,
-    )
+def _view(adapter: Adapter, part: Slice) -> _core.View:
+    strides = {"row_stride": part.row_stride, "col_stride": part.col_stride}
+    return _core.View(adapter.file, part.key, offset=part.offset, rows=part.rows, cols=part.cols, **strides)

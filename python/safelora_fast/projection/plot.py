@@ -1,4 +1,4 @@
-"""A picture of cosine and gain by depth, with the threshold drawn in."""
+"""A plot of cosine and gain by layer, with the threshold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport
 
-# Modules outside the blocks are named below the axis.
+# Modules outside the layers are named below the axis.
 OUTSIDE = {"color": "0.35", "marker": "*"}
 
 
@@ -25,7 +25,7 @@ def plot_report(report: ProjectionReport, path: Path) -> None:
     """Draw cosine and gain of every module by depth: one row of two panels for each adapter.
 
     Filled markers are projected modules, hollow ones were left alone; modules without a cosine have no point. The modules of
-    one kind are joined, through the median where a block holds several experts.
+    one kind are joined, through the median where a layer holds several experts.
 
     Raises:
         MissingDependencyError, OutputError: see :func:`~safelora_fast.plotting.plot_file`.
@@ -65,8 +65,8 @@ def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any])
         right.set_yscale("log")
     elif gains:
         right.set_ylim(0, 1.1 * max(gains))
-    left.set(title="Cosine of C·ΔW and ΔW", ylabel="cosine", xlabel="block")
-    right.set(title=f"Gain of {operator_of(settings).title(settings)}", ylabel="‖projected B‖ / ‖B‖", xlabel="block")
+    left.set(title="Cosine of C·ΔW and ΔW", ylabel="cosine", xlabel="layer")
+    right.set(title=f"Gain of {operator_of(settings).title(settings)}", ylabel="‖projected B‖ / ‖B‖", xlabel="layer")
     without = f"; {len(adapter.modules) - len(shown)} without a cosine" if len(shown) < len(adapter.modules) else ""
     counts = f"{len(adapter.projected)} of {len(adapter.modules)} selected (filled){without}"
     left.set_title(f"{Path(adapter.adapter).name}: {counts}", loc="left", fontsize=8, y=1.06)
@@ -88,12 +88,12 @@ def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def _places(modules: Sequence[ModuleReport]) -> dict[str, float]:
-    """Where each module stands on the axis: at its block's number, or beside the blocks."""
-    blocks = {module.name: block_of(module.name) for module in modules}
-    numbers = [block for block in blocks.values() if block is not None] or [0]
-    places: dict[str, float] = {name: block for name, block in blocks.items() if block is not None}
+    """Where each module stands on the axis: at its layer's number, or beside the layers."""
+    layers = {module.name: block_of(module.name) for module in modules}
+    numbers = [layer for layer in layers.values() if layer is not None] or [0]
+    places: dict[str, float] = {name: layer for name, layer in layers.items() if layer is not None}
     step = max(1.0, (max(numbers) - min(numbers)) / 12)
-    outside = [name for name, block in blocks.items() if block is None]
+    outside = [name for name, layer in layers.items() if layer is None]
     before = [name for name in outside if not is_after_the_blocks(name)]
     after = [name for name in outside if is_after_the_blocks(name)]
     places |= {name: min(numbers) - step * distance for distance, name in enumerate(reversed(before), 1)}
@@ -101,13 +101,13 @@ def _places(modules: Sequence[ModuleReport]) -> dict[str, float]:
 
 
 def _label_places(axis: Any, names: dict[str, str], places: dict[str, float]) -> None:
-    """Ticks at whole blocks, and one with its name for every module outside them."""
+    """Ticks at whole layers, and one with its name for every module outside them."""
     from matplotlib.ticker import MaxNLocator
 
-    blocks = [place for name, place in places.items() if block_of(name) is not None]
+    layers = [place for name, place in places.items() if block_of(name) is not None]
     ticks = []
-    if blocks:
-        first, last = min(blocks), max(blocks)
+    if layers:
+        first, last = min(layers), max(layers)
         candidates = MaxNLocator(8, integer=True).tick_values(first, last) if first < last else [first]
         ticks = [tick for tick in candidates if first <= tick <= last]
     outside = [name for name in places if block_of(name) is None]
@@ -118,7 +118,7 @@ def _label_places(axis: Any, names: dict[str, str], places: dict[str, float]) ->
 
 
 def _medians(points: Sequence[tuple[float, float, bool]]) -> tuple[list[float], list[float]]:
-    """One point a block for the line: the median of the experts where a kind has several modules there."""
+    """One point a layer for the line: the median of the experts where a kind has several modules there."""
     values: dict[float, list[float]] = defaultdict(list)
     for place, value, _ in points:
         values[place].append(value)

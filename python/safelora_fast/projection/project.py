@@ -127,9 +127,9 @@ def project_folders(
     start: Start = start_stream,
     keep_keys: bool = False,
 ) -> ProjectionReport:
-    """What :func:`project_adapter` does, with checked settings, by the extension or by whatever else `start` starts.
+    """Project adapters with checked settings; `start` starts the extension or another stream.
 
-    With `keep_keys` the adapters are of a model at hand: their keys are written as they are.
+    `keep_keys` writes the keys as they are: the adapters come from a model in memory.
     """
     paths = _paths(adapter)
     if output is not None:
@@ -193,17 +193,9 @@ def prepare(
     copies: int = 1,
     keep_keys: bool = False,
 ) -> tuple[Plan, list[Adapter], tuple[Checkpoint, Checkpoint]]:
-    """Everything that can be refused before the first byte of a weight is read.
+    """Check everything that can be refused before the first byte of a weight is read.
 
-    Args:
-        adapters: to project.
-        aligned: path or Hub id of the model that they were trained on.
-        base: path or Hub id of the model before alignment.
-        output: the folder to make.
-        overwrite: replace it.
-        mark: the file by which an earlier output is known.
-        copies: how many times each adapter is written.
-        keep_keys: as of :func:`project_folders`.
+    An output with the file `mark` may be overwritten; each adapter is written `copies` times.
 
     Returns:
         The plan, the adapters with the keys to write them under, and the two checkpoints.
@@ -222,7 +214,7 @@ def prepare(
 
 
 def run_plan(plan: Plan, stream: Stream, outputs: Sequence[Output], progress: Progress | None) -> None:
-    """Offer every module of a plan to the outputs of its adapters.
+    """Give every module of a plan to the outputs of its adapters.
 
     Raises:
         PairingError: aligned and base hold the same weights in every module.
@@ -273,7 +265,7 @@ def _paths(adapter: PathLike | Sequence[PathLike]) -> list[PathLike]:
 
 
 def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | None]:
-    """Where each adapter goes: the output itself, or a sub-folder of the same name each."""
+    """Where each adapter goes: the output itself, or a sub-folder named after it."""
     if output is None:
         return [None] * len(adapters)
     if len(adapters) == 1:
@@ -286,7 +278,7 @@ def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | No
 
 
 def _write(path: Path, text: str) -> None:
-    """Paths in it may hold bytes that are no UTF-8: they are escaped as JSON does."""
+    """Write text; bytes of paths that are not UTF-8 are escaped as in JSON."""
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

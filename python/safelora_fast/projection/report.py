@@ -44,9 +44,9 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter: where it came from, where it went, its modules in checkpoint order, and the model that it names.
+    """One adapter: its source, its output, its modules in checkpoint order, and the model that it names.
 
-    `copied` lists the tensors that are no factors, as of :func:`~safelora_fast.projection.copied_tensors.copied_tensors`.
+    `copied` lists the tensors that are not factors, from :func:`~safelora_fast.projection.copied_tensors.copied_tensors`.
     `notes` are warnings about the adapter's own files, `excluded` the modules that were excluded as asked.
     """
 
@@ -115,7 +115,7 @@ class ProjectionReport:
 
     @property
     def warnings(self) -> list[str]:
-        """What a careful reader of the figures would tell the user."""
+        """What a careful reader of the metrics would tell the user."""
         found = [*self.aligned.get("warnings", ()), *self.base.get("warnings", ())]
         kinds = [str(model.get("model_type") or "").removesuffix("_text") for model in (self.aligned, self.base)]
         if all(kinds) and kinds[0] != kinds[1]:
@@ -152,13 +152,13 @@ class ProjectionReport:
         return found
 
     def _of_pair(self, adapter: AdapterReport) -> list[str]:
-        """Whether the two models belong together, and to the adapter."""
+        """Warnings that the two models may not belong together, or to the adapter."""
         found = [apart] if (apart := far_apart(adapter.v_ratio)) else []
         if zero := sum(module.v_norm == 0 for module in adapter.modules):
             modules = counted(len(adapter.modules), "module")
             found.append(f"aligned and base hold the same weights in {zero} of {modules}, which stay as they are")
         if (trained_on := adapter.trained_on) and not _alike(trained_on, str(self.aligned["source"])):
-            doubt = f"but aligned is {self.aligned['source']}; see that they are the same model"
+            doubt = f"but aligned is {self.aligned['source']}; check that they are the same model"
             if _alike(trained_on, str(self.base["source"])):
                 doubt = (
                     "which is given as base: are the two models swapped? The projection is the same, but not the card"

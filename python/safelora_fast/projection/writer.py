@@ -77,10 +77,10 @@ class Output:
         self._modules: list[tuple[ModuleReport, list[Slice], AdapterError | None]] = []
 
     def add(self, report: ModuleReport, factors: AdapterFactors, outcome: FactorOutcome) -> None:
-        """Take a module, and write it where it may be selected.
+        """Add a module, and write it if it may be selected.
 
         Raises:
-            AdapterError: the projected factor leaves the range of its dtype, and the module is surely selected.
+            AdapterError: a projected factor leaves the range of its dtype, and the module is certainly selected.
         """
         failure, written = None, []
         if self.writer is not None and chosen({report.name: report.cosine}, self.settings):

@@ -1,4 +1,4 @@
-"""The keys that a projected adapter is written under: those of its modules in the aligned model's class, where that is certain."""
+"""The keys that a projected adapter is written under: its modules' names in the aligned model's class, where they are certain."""
 
 from __future__ import annotations
 
@@ -22,12 +22,7 @@ SEVERAL_PARTS = re.compile(r"(text|vision|audio|language|llm|thinker|talker)_con
 
 
 def settled_adapters(plan: Plan, aligned: Checkpoint) -> list[Adapter]:
-    """The adapters of a plan with the keys that their modules have in the aligned model's class, and notes about them.
-
-    Args:
-        plan: which tensor meets which module.
-        aligned: the model that the adapters were trained on.
-    """
+    """The adapters of a plan with the keys that their modules have in the class of the aligned model, and notes about them."""
     met: list[list[tuple[str, str]]] = [[] for _ in plan.adapters]
     for planned in plan.modules:
         for factors in planned.group.factors:
@@ -36,7 +31,7 @@ def settled_adapters(plan: Plan, aligned: Checkpoint) -> list[Adapter]:
 
 
 def _settled(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned: Checkpoint) -> Adapter:
-    """One of them; `modules` are its modules, each with the tensor of the aligned checkpoint that holds its weight."""
+    """One adapter; `modules` has the name of each module and the aligned tensor that holds its weight."""
     keys = _with_decoder(adapter, modules, aligned)
     notes = [
         *_renaming_note(keys),
@@ -47,9 +42,9 @@ def _settled(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned: Chec
 
 
 def _with_decoder(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned: Checkpoint) -> Mapping[str, str]:
-    """Keys with the name of the decoder put in where it is cut off, or taken out where it is there twice.
+    """Keys with the decoder's name added where it is missing, or removed where it stands twice.
 
-    Certain for causal text models only: there the names on disk are those of the class, and none begins with a layer.
+    Only for causal text models: their names on disk are those of the class, and none begins with a layer.
     """
     if adapter.config.get("task_type") != "CAUSAL_LM" or _of_several_parts(aligned.config or {}):
         return adapter.keys
@@ -81,13 +76,13 @@ def _with_decoder(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned:
 
 
 def _named_as(keys: Mapping[str, str], adapter: Adapter) -> list[str]:
-    """The modules of LoRA factors, experts aside, by the names that they are written under."""
+    """The names under which modules with LoRA factors are written, except experts."""
     found = (FACTOR.fullmatch(keys[module.left_key]) for module in adapter.modules if module.kind != "parameter")
     return [match[1].removeprefix(PREFIX).rpartition(".")[0] for match in found if match is not None]
 
 
 def _renaming_note(keys: Mapping[str, str]) -> list[str]:
-    """A warning about keys that PEFT would not read as they are."""
+    """A warning about renamed keys."""
     changed = [key for key, new in keys.items() if key != new]
     if not changed:
         return []
@@ -98,7 +93,7 @@ def _renaming_note(keys: Mapping[str, str]) -> list[str]:
 
 
 def _class_note(modules: Sequence[tuple[str, str]], config: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    """A warning where the modules are named as in another class than that of a causal text model."""
+    """A warning if the modules are named as in another class than that of a causal text model."""
     if config.get("task_type") != "CAUSAL_LM" or not model or _of_several_parts(model):
         return []
     for name, tensor in modules:
@@ -112,7 +107,7 @@ def _class_note(modules: Sequence[tuple[str, str]], config: Mapping[str, Any], m
 
 
 def _untargeted_note(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """A warning about factors that PEFT leaves out because the configuration does not ask for their modules."""
+    """A warning about factors that PEFT ignores because the configuration does not name their modules."""
     left_out = [name for name in names if not is_targeted(name, config)]
     if not left_out:
         return []
@@ -124,7 +119,7 @@ def _untargeted_note(names: Iterable[str], config: Mapping[str, Any]) -> list[st
 
 
 def _fronts(name: str, tensor: str) -> tuple[str, str]:
-    """What stands before the common end of two dotted names, each with its last dot."""
+    """The parts of two dotted names before their common end, each with its last dot."""
     ours, theirs = name.split("."), tensor.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
@@ -133,5 +128,5 @@ def _fronts(name: str, tensor: str) -> tuple[str, str]:
 
 
 def _of_several_parts(model: Mapping[str, Any]) -> bool:
-    """Whether a model has other towers beside its text model, so that names on disk need not be those of its class."""
+    """Whether a model has towers besides its text model, so that names on disk may differ from those of its class."""
     return any(SEVERAL_PARTS.fullmatch(key) and value for key, value in model.items())

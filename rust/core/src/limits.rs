@@ -7,7 +7,7 @@ use crate::kernels::{Level, fused_chains, prefetch};
 
 /// Bytes that one thread reads of a region before it turns to the next region.
 const STRETCH: usize = 1 << 14;
-/// The same where a region is written too: memory takes shorter turns of reading and writing better.
+/// The same where a region is also written: memory is faster with shorter turns of reading and writing.
 const UPDATE_STRETCH: usize = 1 << 12;
 /// Distance of the software prefetch, in bytes.
 const AHEAD: usize = 1 << 12;

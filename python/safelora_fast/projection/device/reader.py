@@ -1,8 +1,7 @@
-"""Pairs of weights on a device, batch by batch: the next batch is read from the files while this one is worked on.
+"""Pairs of weights on a device, batch by batch: the next batch is read from the files while this one is used.
 
-Two buffers in (pinned) memory of the host take turns, each of at most BATCH_BYTES, or of one module where that is larger;
-the device holds one batch, and the factors and products that belong to it. Weights that lie on the device already, because a
-model has them, are not read.
+Two buffers in (pinned) host memory take turns, each of at most BATCH_BYTES, or of one module where that is larger. The
+device holds one batch with its factors and products. Weights that a model already has on the device are not read.
 """
 
 from __future__ import annotations
@@ -30,13 +29,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class Wanted:
-    """A module whose weights are wanted.
-
-    Attributes:
-        index: its position in the plan.
-        planned: the module.
-        resident: the aligned weight as it is stored, where the device has it.
-    """
+    """A module whose weights are wanted: its position in the plan, and the aligned weight if the device already has it."""
 
     index: int
     planned: PlannedModule
@@ -44,7 +37,7 @@ class Wanted:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """What is read: the blocks of the base, and before them those of the aligned weight that is not resident."""
+        """The blocks to read: those of the aligned weight, unless the device has it, then those of the base."""
         group = self.planned.group
         return group.base if self.resident is not None else group.aligned + group.base
 
@@ -61,7 +54,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two weights of a module on the device, [m, n] each; `parts` are the blocks as they were read."""
+    """Both weights of a module on the device, [m, n] each; `parts` are the blocks as they were read."""
 
     wanted: Wanted
     aligned: torch.Tensor
@@ -70,7 +63,7 @@ class Pair:
 
 
 class WeightReader:
-    """Yields batches of pairs; what it yields holds until the next one is asked for.
+    """Yields batches of pairs; a batch is valid until the next one is asked for.
 
     Args:
         modules: in the order in which they are read.
@@ -99,14 +92,14 @@ class WeightReader:
             if self._closed:
                 return
             ahead.result()
-            # The other buffer is free: what came of its batch has been read.
+            # The other buffer is free: its batch is on the device.
             if number + 1 < len(self._batches):
                 ahead = self._read(number + 1, buffers)
             filled = buffers[number % 2][: sum(wanted.room for wanted in batch)]
             yield _cut(batch, filled.to(self._device, non_blocking=True))
 
     def close(self) -> None:
-        """Stop reading; what is being read is waited for, and whether it fails no longer matters."""
+        """Stop reading: wait for the read in progress, and ignore its failure."""
         self._closed = True
         self._reader.shutdown(cancel_futures=True)
 
@@ -117,10 +110,7 @@ class WeightReader:
 
 
 def _fill(buffer: torch.Tensor, views: Sequence[_core.View], threads: int | None) -> None:
-    """Copy views into a buffer, each from a multiple of ALIGNMENT.
-
-    The call holds the buffer: who asked for it, and the iteration that owned it, may be gone before it has written.
-    """
+    """Copy views into a buffer, each at a multiple of ALIGNMENT. The call keeps the buffer alive while it writes."""
     targets, place = [], buffer.data_ptr()
     for view in views:
         targets.append((place, view.nbytes))
@@ -149,7 +139,7 @@ def _batches(modules: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
 
 
 def _cut(batch: Sequence[Wanted], whole: torch.Tensor) -> list[Pair]:
-    """The pairs of a batch, as views of the memory that it came in."""
+    """The pairs of a batch, as views of its memory."""
     pairs, place = [], 0
     for wanted in batch:
         parts = []

@@ -1,4 +1,4 @@
-"""Aligned weights that a loaded model has on its device already, so that only those of the base must be read."""
+"""Aligned weights that a loaded model already has on its device, so that only those of the base must be read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ ROWS = 16  # of each block that are compared with the checkpoint
 
 
 def resident_weights(model: Any, plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
-    """The weights of a model that are, as they lie, those of the aligned checkpoint, by the names of the plan.
+    """The weights of a model that equal those of the aligned checkpoint, by the names of the plan.
 
-    A weight counts where its device, dtype and shape are those wanted, and 16 rows of each of its blocks, spread evenly,
-    hold the same bits: training changes nearly every row. Everything else (quantised weights, another dtype, experts that
-    the model keeps in one tensor) is left to be read.
+    A weight counts if its device, dtype and shape match and 16 rows of each of its blocks, spread evenly, have the same bits:
+    training changes nearly every row. All others (quantized, of another dtype, experts in one tensor) are read.
 
     Args:
         model: a PeftModel.

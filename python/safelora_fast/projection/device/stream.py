@@ -1,6 +1,6 @@
 """Streams on a torch device: what `_core.ProjectionStream` does, by the grouped operations of ops/.
 
-Sums are float32 there, so that figures agree with those of the extension to about 1e-6 and not to the bit.
+Sums are float32 there, so metrics agree with those of the extension to about 1e-6, not to the bit.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ Outcome = TypeVar("Outcome")
 
 
 class BatchStream(Generic[Outcome]):
-    """Runs the modules of a plan through some work on a device, in order.
+    """Runs the modules of a plan through some work on a device, in order, and reads the next batch meanwhile.
 
-    The device holds the weights of one batch at a time (BATCH_BYTES, or one module where that is larger), the host two; what
-    the work needs comes on top. While a batch is worked on, the next one is read.
+    The device holds the weights of one batch, the host of two; what the work needs comes on top.
 
     Args:
         modules: in the order of the plan.
-        work: gives the outcomes of a batch, in its order.
-        device: as :func:`torch_device` gives it.
+        work: returns the outcomes of a batch, in its order.
+        device: from :func:`torch_device`.
         threads: that read.
-        batch_bytes: most bytes that a batch holds.
+        batch_bytes: most bytes that a batch holds, unless one module is larger.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class BatchStream(Generic[Outcome]):
         self._reader = WeightReader(modules, device, threads=threads, batch_bytes=batch_bytes)
 
     def __iter__(self) -> Iterator[Outcome]:
-        """The outcomes; work on a batch starts when its first one is asked for.
+        """The outcomes. Work on a batch starts when its first outcome is asked for.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, or too large for products in float32.
@@ -85,11 +84,10 @@ class DeviceStream(BatchStream[DeviceOutcome]):
 
     Args:
         plan: the modules.
-        settings: of the projection; `threads` is the number of those that read.
-        device: as :func:`torch_device` gives it.
+        settings: of the projection; `threads` read.
+        device, batch_bytes: as of :class:`BatchStream`.
         keep_projected: whether projected factors are wanted.
-        resident: aligned weights that lie on the device already, as they are stored, by the names of the plan.
-        batch_bytes: most bytes that a batch holds.
+        resident: aligned weights that are on the device already, as they are stored, by the names of the plan.
     """
 
     def __init__(
@@ -113,8 +111,8 @@ def torch_device(name: str | torch.device) -> torch.device:
     """The device of this name, with its number.
 
     Raises:
-        SettingsError: torch knows no such device, or nothing is computed there.
-        BackendError: this machine has none.
+        SettingsError: torch has no such device, or nothing can be computed there.
+        BackendError: this machine has no such device.
     """
     try:
         device = torch.device(name)

@@ -21,18 +21,14 @@ if TYPE_CHECKING:
     from safelora_fast.projection.settings import Settings
 
 ELEMENTS = 1 << 22  # of V that are squared at a time
-HEADROOM = 8  # n normal numbers are a vector shorter than 8·√n, and its product with V is at most ‖V‖ times as long
+HEADROOM = 8  # a vector of n normal numbers is shorter than 8·√n, and V stretches it by at most ‖V‖
 
 
 @dataclass(frozen=True)
 class DeviceSubspace:
-    """One module, on the CPU; the metrics are those of `_core.JobOutcome`.
+    """One module, on the CPU, with the attributes of `_core.JobOutcome`.
 
-    Attributes:
-        index: its position in the plan.
-        v_norm: ‖V‖_F.
-        vectors: U_k [m, k] float32; the largest element of each is positive.
-        values: σ_k [k] float64, descending.
+    `vectors` is U_k [m, k] float32, the largest element of each vector positive; `values` is σ_k [k] float64, descending.
     """
 
     index: int
@@ -55,10 +51,9 @@ class SubspaceStream(BatchStream[DeviceSubspace]):
 
     Args:
         plan: the modules.
-        settings: rank or energy; `threads` is the number of those that read.
-        device: as `torch_device` gives it.
+        settings: rank or energy; `threads` read.
+        device, batch_bytes: as of :class:`BatchStream`.
         seed: of the random start.
-        batch_bytes: most bytes that a batch holds.
     """
 
     def __init__(
@@ -83,7 +78,7 @@ class SubspaceStream(BatchStream[DeviceSubspace]):
 
 
 def _norm(pair: Pair) -> float:
-    """‖V‖_F with squares in float64, which the smallest and the largest float32 do not leave; a few rows at a time."""
+    """‖V‖_F, a few rows at a time, with squares in float64: no float32 leaves its range."""
     rows = max(ELEMENTS // pair.aligned.shape[1], 1)
     norms = [
         torch.linalg.vector_norm(aligned.float() - base.float(), dtype=torch.float64)
@@ -93,6 +88,6 @@ def _norm(pair: Pair) -> float:
 
 
 def _with_signs(vectors: torch.Tensor) -> torch.Tensor:
-    """The vectors, each turned so that its largest element is positive."""
+    """The vectors with signs such that the largest element of each is positive."""
     largest = vectors.abs().argmax(0, keepdim=True)
     return vectors * vectors.gather(0, largest).sign()

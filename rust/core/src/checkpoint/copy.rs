@@ -4,11 +4,11 @@ use std::sync::{Mutex, PoisonError};
 
 use super::View;
 
-/// Bytes that a thread copies at once: what one has to wait for at the end, and enough to read ahead by.
+/// Bytes that a thread copies at once: few enough that threads end together, and enough for reading ahead.
 const PIECE: usize = 4 << 20;
 
 /// Copies the bytes of each view, from its first element to its last, to the memory beside it, by up to `threads` threads.
-/// Pages are asked for ahead of each piece and given back behind it.
+/// Pages are mapped before each piece is copied, and given back afterwards.
 ///
 /// # Panics
 /// When the memory beside a view is not as long as its bytes.
@@ -33,7 +33,7 @@ pub fn copy(views: Vec<(&View, &mut [u8])>, threads: usize) {
     };
     std::thread::scope(|scope| {
         for _ in 0..helpers {
-            // Where the system refuses a thread, the others do its work.
+            // If the system refuses a thread, the others do its work.
             let _ = std::thread::Builder::new().name("safelora-fast-copy".to_owned()).spawn_scoped(scope, work);
         }
         work();

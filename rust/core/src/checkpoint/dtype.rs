@@ -15,7 +15,7 @@ pub const fn kernel_dtype(stored: Stored) -> Option<Dtype> {
     }
 }
 
-/// The element type that a header spells so, if safetensors knows it.
+/// The element type with this name in a header, if safetensors defines it.
 pub(super) fn parse(word: &str) -> Option<Stored> {
     serde_json::from_value(serde_json::Value::String(word.to_owned())).ok()
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A checkpoint file, index or tensor that cannot be read as it claims to be: one line with file, fault and remedy.
+/// A checkpoint file, index or tensor that is not what it claims to be: one line with file, fault and remedy.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {fault}", path.display())]
 pub struct CheckpointError {
@@ -82,7 +82,7 @@ pub enum Fault {
         /// The byte after its last.
         end: u64,
     },
-    /// Shape and dtype of a tensor need another number of bytes than its offsets give it.
+    /// The shape and dtype of a tensor need a different number of bytes than its offsets span.
     #[error("corrupted header: tensor {tensor:?} of shape {shape:?} and dtype {dtype} needs {} bytes, its offsets give it {}; download it again", grouped(*.needed), grouped(*.given))]
     WrongLength {
         /// Name of the tensor.
@@ -145,7 +145,7 @@ pub enum Fault {
     #[error("no tensor {0:?} in this file; check that index and shard belong together")]
     NoSuchTensor(String),
     /// A dtype that the kernels cannot compute with.
-    #[error("tensor {tensor:?} is {dtype}; only F32, BF16 and F16 can be projected: dequantise the checkpoint first")]
+    #[error("tensor {tensor:?} is {dtype}; only F32, BF16 and F16 can be projected: dequantize the checkpoint first")]
     UnsupportedDtype {
         /// Name of the tensor.
         tensor: String,

@@ -35,7 +35,7 @@ impl TensorEntry {
     }
 }
 
-/// A header all of whose promises the file can keep: the tensors cover every byte after it exactly once.
+/// A checked header: its tensors cover every byte after it exactly once.
 #[derive(Clone, Debug, Default)]
 pub struct Header {
     /// Offset of the first tensor byte from the start of the file.
@@ -107,7 +107,7 @@ fn place(stored: Vec<(String, Info)>, data_start: u64, present: u64) -> Result<B
     Ok(entries.collect())
 }
 
-/// A tensor whose dtype is known and whose shape fills its offsets, with those offsets.
+/// Checks that the dtype is known and that the shape fills the offsets; returns the tensor with its offsets.
 fn check(tensor: String, info: Info) -> Result<(String, TensorEntry, (u64, u64)), Fault> {
     let Some(dtype) = dtype::parse(&info.dtype) else {
         return Err(Fault::UnknownDtype { tensor, dtype: info.dtype });

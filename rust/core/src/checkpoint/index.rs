@@ -77,7 +77,7 @@ pub fn parse_index(bytes: &[u8]) -> Result<WeightMap, Fault> {
     Ok(index.weight_map.entries)
 }
 
-/// Whether a name leads to a file below the folder that it is relative to, on this system and on Windows.
+/// Whether a relative name stays below its folder, on this system and on Windows.
 fn stays_inside(shard: &str) -> bool {
     let windows = shard.contains('\\') || shard.contains(':');
     let mut components = Path::new(shard).components().peekable();

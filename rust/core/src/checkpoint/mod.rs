@@ -1,7 +1,7 @@
 //! Checkpoints on disk: safetensors files, sharded indices, and bounds-checked views of their tensors.
 //!
-//! Files are mapped, never copied. Whoever truncates a mapped file takes the process down, as with every mapped file;
-//! a file that merely lies about its contents is refused with a [`CheckpointError`].
+//! Files are mapped, never copied. Truncating a mapped file kills the process, as with every mapped file. A file whose header
+//! does not fit its contents is refused with a [`CheckpointError`].
 
 mod copy;
 mod dtype;

@@ -2,7 +2,7 @@
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 
-/// No system in use has larger pages, so neighbours of a stretch that is cut to multiples of it are left alone.
+/// No system in use has larger pages. A stretch that is cut to multiples of it does not touch its neighbors' pages.
 const LARGEST_PAGE: usize = 65536;
 
 /// The pages that hold a stretch of a mapped file. Advice is a hint: where the system refuses it, nothing happens.
@@ -41,13 +41,13 @@ impl<'a> Pages<'a> {
         let _ = self.map.advise_range(Advice::WillNeed, self.begin, self.len());
     }
 
-    /// Reads the stretch from disk where needed and maps it, so that nobody has to wait for it later.
+    /// Reads the stretch from disk where needed and maps it, so that later reads do not wait.
     pub fn populate(&self) {
         #[cfg(target_os = "linux")]
         let _ = self.map.advise_range(Advice::PopulateRead, self.begin, self.len());
     }
 
-    /// Gives back the pages that lie in the stretch as a whole; they are read again when they are touched again.
+    /// Gives back the pages that lie completely in the stretch; the system reads them again when they are used again.
     pub fn give_back(&self) {
         let begin = self.begin.next_multiple_of(LARGEST_PAGE);
         let end = if self.end == self.map.len() { self.end } else { self.end / LARGEST_PAGE * LARGEST_PAGE };

@@ -54,7 +54,7 @@ pub fn backward(engine: &Engine, gradients: &mut [Gradient<'_>], weight: f64) ->
     Ok(())
 }
 
-/// Neighbouring tokens of a block.
+/// Neighboring tokens of a block.
 struct Unit<'a> {
     block: &'a Pair<'a>,
     first: usize,

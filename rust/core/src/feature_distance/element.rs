@@ -1,4 +1,4 @@
-//! Stored element types. A level takes 32 neighbours as 2 × 16 lanes, in the order that is cheapest for the type: a sum may run
+//! Stored element types. A level takes 32 neighbors as 2 × 16 lanes, in the order that is cheapest for the type: a sum may run
 //! in any order, as long as it is the same on every level.
 
 use crate::kernels::Dtype;
@@ -43,7 +43,7 @@ impl Element for Bf16 {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(group: *const u8, part: usize) -> [S::Register; 2] {
-        // SAFETY: passed on to the caller; a part is `2·WIDTH` neighbours of two bytes.
+        // SAFETY: passed on to the caller; a part is `2·WIDTH` neighbors of two bytes.
         unsafe { S::split_bf16(group.add(part * 4 * S::WIDTH)) }
     }
 

@@ -55,7 +55,7 @@ pub fn forward(
     Ok(total * share)
 }
 
-/// Neighbouring tokens of a block, and what is kept of them.
+/// Neighboring tokens of a block, and what is kept of them.
 struct Unit<'a> {
     block: &'a Pair<'a>,
     first: usize,

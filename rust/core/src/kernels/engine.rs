@@ -60,7 +60,7 @@ impl Engine {
     }
 
     /// Does `work` on every item, each once, on the calling thread and as many of the engine's as make up its number: the
-    /// caller starts at once, while the others wake up. Each takes a stretch of neighbours in their order, because memory
+    /// caller starts at once, while the others wake up. Each takes a stretch of neighbors in their order, because memory
     /// is read fastest so, and helps with what is left of the others' when its own is done.
     pub fn share<T: Send>(&self, mut items: Vec<T>, work: impl Fn(T) + Sync) {
         let size = items.len().div_ceil(self.threads()).max(1);

@@ -85,7 +85,7 @@ fn pack<L: Kernels>(x: &[f32], rank: usize, cols: usize, start: usize, packed: &
     }
 }
 
-/// Neighbouring rows that one thread works on.
+/// Neighboring rows that one thread works on.
 struct Unit<'a> {
     v: &'a Difference<'a>,
     packed: &'a [f32],

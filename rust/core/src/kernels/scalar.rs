@@ -9,7 +9,7 @@ pub(crate) struct Scalar;
 ///
 /// The product of two f32 is exact in f64. Its sum with `c` is rounded to odd (the last bit records whether anything
 /// was lost), so that rounding it again to f32 gives the correctly rounded result (Boldo and Melquiond 2008). Unlike a
-/// call of libm's `fmaf` this needs no FMA instruction to be fast, and vectorises.
+/// call of libm's `fmaf` this needs no FMA instruction to be fast, and vectorizes.
 #[inline(always)]
 fn fused(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {

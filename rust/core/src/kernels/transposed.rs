@@ -73,7 +73,7 @@ fn pack(x: &[f32], rank: usize, rows: usize, start: usize, packed: &mut [f32]) {
     }
 }
 
-/// Neighbouring groups of 32 columns that one thread works on.
+/// Neighboring groups of 32 columns that one thread works on.
 struct Unit<'a> {
     v: &'a Difference<'a>,
     packed: &'a [f32],

@@ -11,7 +11,7 @@ pub struct Eigen {
     pub vectors: Vec<f64>,
 }
 
-/// Decomposes a symmetric (n, n) matrix; nothing comes out of one that is not finite.
+/// Decomposes a symmetric (n, n) matrix; empty for a matrix that is not finite.
 ///
 /// # Panics
 /// When the matrix is not n×n.

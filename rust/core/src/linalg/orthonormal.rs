@@ -16,7 +16,7 @@ pub fn orthonormal(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> 
     in_order(&removed(&once, against, length), length)
 }
 
-/// What is left of each vector beside `against`, where that is more than rounding.
+/// The part of each vector outside of `against`, where that is more than rounding.
 fn independent(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> {
     let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
     let rest = removed(vectors, against, length);

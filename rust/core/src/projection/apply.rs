@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use super::projector::normalise;
+use super::projector::normalize;
 use super::subspace::{Extent, Iteration, start_count};
 use super::{ProjectionError, Random, Stacked};
 use crate::kernels::Engine;
@@ -44,7 +44,7 @@ pub fn apply(
     let rank = lora_b.len() / m;
     let mut reduced = vec![0.0; rank * n];
     v.transposed_product(engine, lora_b, rank, &mut reduced).map_err(shape)?;
-    let scale = normalise(&mut reduced);
+    let scale = normalize(&mut reduced);
     let mut columns = vec![0.0; rank * m];
     v.product(engine, &reduced, rank, &mut columns).map_err(shape)?;
     let v_norm = v.norm_squared().map_or(f64::NAN, f64::sqrt);

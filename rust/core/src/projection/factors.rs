@@ -95,7 +95,7 @@ fn convert<const SIZE: usize>(
     let first = vectors.len();
     vectors.resize(first + outer * inner, 0.0);
     for (tile, vectors) in vectors[first..].chunks_mut(TILE * inner).enumerate() {
-        // Neighbouring vectors may share cache lines: take a stretch of each before going on.
+        // Neighboring vectors may share cache lines: take a stretch of each before going on.
         for block in (0..inner).step_by(BLOCK) {
             for (i, vector) in vectors.chunks_exact_mut(inner).enumerate() {
                 let from = start + (tile * TILE + i) * outer_stride + block * inner_stride;

@@ -2,7 +2,7 @@
 
 use super::{Leading, Overflow};
 
-/// What projection does to one adapter's factors in one module; the stub of the Python class of this name defines the metrics.
+/// What projection does to one adapter's factors in one module. The stub of the Python class of this name defines the metrics.
 #[derive(Clone, Debug)]
 pub struct FactorOutcome {
     /// Frobenius cosine of C·ΔW and ΔW, whatever the operator.

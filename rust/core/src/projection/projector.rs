@@ -67,7 +67,7 @@ impl Projector {
         self.reduced.resize((rank + started) * n, 0.0);
         v.transposed_product(&mut self.engine, &self.lora_b, rank + started, &mut self.reduced).map_err(shape)?;
         for share in &mut shares {
-            share.scale = normalise(&mut self.reduced[share.columns.start * n..share.columns.end * n]);
+            share.scale = normalize(&mut self.reduced[share.columns.start * n..share.columns.end * n]);
         }
         let right = self.engine.install(|| orthonormal(&self.reduced[rank * n..], &[], n));
         self.reduced.truncate(rank * n);
@@ -250,7 +250,7 @@ impl Projector {
     }
 }
 
-/// The vectors of a projected factor in the dtype of its view; `element` has the place of an element of a vector.
+/// Rounds a projected factor to the dtype of its view; `element(i, j)` is the place of element i of vector j.
 fn rounded(projected: &Projected<'_>, view: &View, element: impl Fn(usize, usize) -> usize) -> Rounded {
     let mut bytes = vec![0; view.nbytes()];
     let length = projected.columns.len() / projected.count();
@@ -258,9 +258,9 @@ fn rounded(projected: &Projected<'_>, view: &View, element: impl Fn(usize, usize
     Rounded { bytes, overflow }
 }
 
-/// Divides by the power of two just above the largest magnitude, which is returned; so a second product with V
-/// neither overflows nor falls below the smallest normal number where the result itself does not.
-pub(super) fn normalise(values: &mut [f32]) -> f64 {
+/// Divides by the power of two just above the largest magnitude, and returns it. A second product with V then overflows, or
+/// falls below the smallest normal number, only where the result itself does.
+pub(super) fn normalize(values: &mut [f32]) -> f64 {
     let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
     if largest == 0.0 || !largest.is_finite() {
         return 1.0;

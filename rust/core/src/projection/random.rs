@@ -5,7 +5,7 @@
 pub struct Random(u64);
 
 impl Random {
-    /// The stream of this seed and name: other modules of a run, their order and threads do not matter.
+    /// The stream of this seed and name. It does not depend on other modules, their order or threads.
     #[must_use]
     pub fn new(seed: u64, name: &str) -> Self {
         let start = seed ^ 0xcbf2_9ce4_8422_2325;

@@ -65,7 +65,7 @@ fn write<const SIZE: usize>(
     output: &mut [u8],
 ) -> Option<Overflow> {
     let mut overflow = None;
-    // Neighbouring columns share cache lines of a row-major output: write a few rows of all before going on.
+    // Neighboring columns share cache lines of a row-major output: write a few rows of all before going on.
     for block in (0..rows).step_by(BLOCK) {
         for (col, column) in columns.chunks_exact(rows).enumerate() {
             for (row, value) in column.iter().enumerate().skip(block).take(BLOCK) {

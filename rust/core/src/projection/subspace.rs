@@ -11,13 +11,13 @@ use super::{ProjectionError, Random, Stacked};
 use crate::kernels::{Engine, ShapeError};
 use crate::linalg::{Eigen, combine, gram, inner_products, orthonormal, removed, symmetric_eigen};
 
-/// Ritz vectors beyond those wanted that are improved along with them.
+/// Extra Ritz vectors that are improved along with the wanted ones.
 const OVERSAMPLING: usize = 8;
 /// Residual, relative to σ₁, at which a singular vector counts as converged.
 const TOLERANCE: f64 = 1e-5;
-/// Blocks after which a singular vector that has not converged is taken as it is.
+/// After this many blocks the iteration stops, even where a singular vector has not converged.
 const MOST_BLOCKS: usize = 48;
-/// Singular values below this share of σ₁ drown in the rounding of the products with V.
+/// Singular values below this share of σ₁ are lost in the rounding of the products with V.
 const NUMERICAL_RANK: f64 = TOLERANCE;
 
 /// How many leading singular vectors of V are wanted.
@@ -143,7 +143,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         }
     }
 
-    /// New directions: residuals of the vectors that have not converged, or random ones where those are exhausted.
+    /// New directions: residuals of the vectors that have not converged, or random ones where there are none left.
     fn next_block(&mut self, ritz: &Eigen, wanted: Option<usize>) -> Result<Vec<f32>, ShapeError> {
         let (m, n) = self.v.shape();
         let (count, room) = (self.count(), n - self.count());
@@ -154,7 +154,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         self.v.transposed_product(self.engine, &ritz_left, improved, &mut images)?;
         let limit = TOLERANCE * ritz.values.first().map_or(0.0, |value| value.max(0.0).sqrt());
         let right = &self.right;
-        // Zᵀ·Vᵀ·U = YᵀU = Q·σ: what lies in Z need not be measured.
+        // Zᵀ·Vᵀ·U = YᵀU = Q·σ: the part inside Z is known.
         let mut inside = columns(ritz, improved);
         for row in inside.chunks_exact_mut(improved.max(1)) {
             for (weight, value) in row.iter_mut().zip(&ritz.values) {
@@ -193,7 +193,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         Ok(block)
     }
 
-    /// The first `count` Ritz vectors on the side of the rows, without those that drown in rounding.
+    /// The first `count` Ritz vectors on the side of the rows, without those that are lost in rounding.
     fn rotated_left(&self, ritz: &Eigen, count: usize) -> Vec<f32> {
         let m = self.v.shape().0;
         let floor = ritz.values.first().map_or(0.0, |value| value * NUMERICAL_RANK * NUMERICAL_RANK);
@@ -278,7 +278,7 @@ impl Failure {
     }
 }
 
-/// Those images of random vectors of which more than rounding is left outside of `right`.
+/// The images of random vectors that have more than rounding outside of `right`.
 fn beyond_rounding(images: &[f32], right: &[f32], n: usize, limit: f64) -> Vec<f32> {
     let rest = removed(images, right, n);
     let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>().sqrt();

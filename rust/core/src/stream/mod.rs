@@ -1,4 +1,4 @@
-//! Many modules in a row: pages are asked for ahead of the work and given back behind it.
+//! Many modules in a row: pages are mapped before the work needs them, and given back afterwards.
 
 mod prefetch;
 mod threads;
@@ -136,7 +136,7 @@ impl Stream {
         *self.receiver.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
-            // A panic has become an outcome already; there is nothing to add to it.
+            // A panic has been reported as an outcome.
             let _ = thread.join();
         }
     }

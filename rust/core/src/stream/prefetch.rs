@@ -1,4 +1,4 @@
-//! The thread that has pages ready ahead of the work and gives them back behind it.
+//! The thread that maps pages before the work needs them, and gives them back afterwards.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -25,7 +25,7 @@ struct State {
 }
 
 impl Progress {
-    /// Notes that the job at this position is finished, and all before it.
+    /// Notes that the job at this position and all jobs before it are finished.
     pub(super) fn finish(&self, index: usize) {
         self.lock().finished = index + 1;
         self.changed.notify_all();

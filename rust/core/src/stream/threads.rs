@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// The environment variable that sets the number of threads.
 pub const THREADS_VARIABLE: &str = "SAFELORA_FAST_NUM_THREADS";
 
-/// More threads than this share the memory bandwidth of any machine without gain.
+/// More threads than this gain nothing: they share the machine's memory bandwidth.
 const MOST: usize = 64;
 
-/// What the system lets this process use, or zero before it was asked: the answer takes longer than a small kernel. No lock,
+/// The threads that the system lets this process use; zero before it was asked. Asking takes longer than a small kernel. No lock,
 /// which a fork could leave locked.
 static AVAILABLE: AtomicUsize = AtomicUsize::new(0);
 
-/// A value of the environment variable that is no number of threads.
+/// A value of the environment variable that is not a number of threads.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{THREADS_VARIABLE} is {0:?}; use a whole number from 1 to {MOST}")]
 pub struct ThreadsError(pub String);
