@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +37,36 @@ ON_NONFINITE = "on_nonfinite"
 MONITORS = "monitors"
 
 
+class Subspaces:
+    """The subspaces that defenses share: each file is read once, each pair of checkpoints streamed once.
+
+    Args:
+        build: build what is not in a file; otherwise an empty subspace stands in for it.
+        progress: told how far building is.
+    """
+
+    def __init__(self, *, build: bool, progress: Progress | None = None) -> None:
+        self._build = build
+        self._progress = progress
+        self._made: dict[str, SafeSubspace] = {}
+
+    def get(self, source: str | dict[str, Any], *, vectors: bool) -> SafeSubspace:
+        """The subspace of a file or of a pair of checkpoints; without `vectors` the pair is only named."""
+        key = json.dumps([source, vectors], sort_keys=True)
+        if key in self._made:
+            return self._made[key]
+        if isinstance(source, str):
+            made = SafeSubspace.load(source)
+        elif not self._build:
+            sources = {role: {"path": source[role]} for role in ("aligned", "base")}
+            made = SafeSubspace({}, sources, {"rank": source.get("rank")})
+        elif vectors:
+            made = SafeSubspace.build(**source, progress=self._progress or False)
+        else:
+            made = SafeSubspace.from_sources(aligned=source["aligned"], base=source["base"])
+        return self._made.setdefault(key, made)
+
+
 @dataclass(frozen=True)
 class DefenseSpec:
     """One defense as the recipe asks for it.
@@ -44,10 +74,12 @@ class DefenseSpec:
     Attributes:
         kind: its class.
         settings: every argument of the constructor, defaults included, as YAML can say it.
+        known: the subspaces that are in files.
     """
 
     kind: type[Defense]
     settings: Mapping[str, Any]
+    known: Subspaces = field(default_factory=lambda: Subspaces(build=False), compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -60,28 +92,29 @@ class DefenseSpec:
         found = [value for name, value in self.settings.items() if _takes(self.kind, name, "SafeSubspace")]
         return found[0] if found else None
 
-    def build(self, subspaces: Subspaces) -> Defense:
-        """The defense; files are read, and subspaces are built unless `subspaces` only stands in for them."""
-        arguments = dict(self.settings)
-        for name, value in self.settings.items():
-            if _takes(self.kind, name, "SafeSubspace"):
-                vectors = not subspaces.builds or self.outline.needs_vectors
-                arguments[name] = subspaces.get(value, vectors=vectors)
-        return self.kind(**arguments)
-
     @cached_property
     def outline(self) -> Defense:
-        """The defense without the vectors of a subspace that is yet to be built: enough to check it and estimate its cost."""
-        return self.build(Subspaces(build=False))
+        """The defense, without the vectors of a subspace that is yet to be built: enough to check and to estimate it."""
+        return self._with(lambda source: self.known.get(source, vectors=True))
+
+    def build(self, subspaces: Subspaces) -> Defense:
+        """The defense for the training, whose subspace is built if it is not in a file."""
+        if not isinstance(self.subspace, dict):
+            return self.outline
+        return self._with(lambda source: subspaces.get(source, vectors=self.outline.needs_vectors))
 
     def rehearsed(self) -> Defense | None:
         """The defense for the rehearsal; None if it waits for a subspace to be built or for its sources to be fetched."""
-        if not isinstance(self.subspace, dict):
-            return self.outline
-        pair = [Path(self.subspace[role]).expanduser() for role in ("aligned", "base")]
-        if self.outline.needs_vectors or not all(path.exists() for path in pair):
-            return None
+        if isinstance(self.subspace, dict):
+            pair = [Path(self.subspace[role]).expanduser() for role in ("aligned", "base")]
+            if self.outline.needs_vectors or not all(path.exists() for path in pair):
+                return None
         return self.build(Subspaces(build=True))
+
+    def _with(self, subspace: Callable[[Any], SafeSubspace]) -> Defense:
+        takes = {name for name in self.settings if _takes(self.kind, name, "SafeSubspace")}
+        arguments = {name: subspace(value) if name in takes else value for name, value in self.settings.items()}
+        return self.kind(**arguments)
 
 
 @dataclass(frozen=True)
@@ -105,43 +138,13 @@ class MonitorSpec:
         return DriftMonitor(**self.settings, name=self.name)
 
 
-class Subspaces:
-    """The subspaces that defenses share: each file is read once, each pair of checkpoints streamed once.
-
-    Args:
-        build: build what is not in a file; otherwise an empty subspace stands in for it.
-        progress: told how far building is.
-    """
-
-    def __init__(self, *, build: bool, progress: Progress | None = None) -> None:
-        self.builds = build
-        self._progress = progress
-        self._made: dict[str, SafeSubspace] = {}
-
-    def get(self, source: str | dict[str, Any], *, vectors: bool) -> SafeSubspace:
-        """The subspace of a file or of a pair of checkpoints; without `vectors` the pair is only named."""
-        key = json.dumps([source, vectors], sort_keys=True)
-        if key in self._made:
-            return self._made[key]
-        if isinstance(source, str):
-            made = SafeSubspace.load(source)
-        elif not self.builds:
-            sources = {role: {"path": source[role]} for role in ("aligned", "base")}
-            made = SafeSubspace({}, sources, {"rank": source.get("rank")})
-        elif vectors:
-            made = SafeSubspace.build(**source, progress=self._progress or False)
-        else:
-            made = SafeSubspace.from_sources(aligned=source["aligned"], base=source["base"])
-        return self._made.setdefault(key, made)
-
-
 def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
     """The checked section. `NAME:` alone and `NAME: true` take the defaults, `NAME: false` leaves the defense out.
 
     Raises:
         SettingsError: a defense or a setting does not exist, is missing, of another type, or refused by the defense.
     """
-    known = registered()
+    known, subspaces = registered(), Subspaces(build=False)
     specs = []
     for name, given in document.section(SECTION).items():
         keys = (SECTION, name)
@@ -152,12 +155,14 @@ def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
         settings = {} if given is None or given is True else given
         if not isinstance(settings, dict):
             raise document.problem(keys, f"must be a mapping of settings, true or false, not {given!r}")
-        specs.append(_read_defense(document, keys, known[name], settings))
+        specs.append(_read_defense(document, keys, known[name], settings, subspaces))
     return tuple(specs)
 
 
-def _read_defense(document: Document, keys: Keys, kind: type[Defense], given: dict[str, Any]) -> DefenseSpec:
-    spec = DefenseSpec(kind, check(document, keys, _section(kind), given).model_dump())
+def _read_defense(
+    document: Document, keys: Keys, kind: type[Defense], given: dict[str, Any], subspaces: Subspaces
+) -> DefenseSpec:
+    spec = DefenseSpec(kind, check(document, keys, _section(kind), given).model_dump(), subspaces)
     if not any(_takes(kind, name, "Tensor") for name in spec.settings):  # making one imports torch
         try:
             _ = spec.outline

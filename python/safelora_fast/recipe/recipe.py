@@ -135,9 +135,11 @@ def _check(recipe: Recipe) -> None:
             raise document.problem(where, "is safe, and there are no safe rows; say data.safe")
     if training.get("max_steps") == 0:
         raise document.problem(("training", "max_steps"), "is 0: nothing would be trained; -1 leaves it to the epochs")
-    evaluates = training.get("eval_strategy", "no") not in {"no", False} or training.get("eval_on_start")
-    if evaluates and data.eval is None:
-        key = "eval_on_start" if training.get("eval_on_start") else "eval_strategy"
+    evaluates = {
+        "eval_on_start": bool(training.get("eval_on_start")),
+        "eval_strategy": training.get("eval_strategy", "no") not in ("no", False),
+    }
+    for key in (key for key, wanted in evaluates.items() if wanted and data.eval is None):
         raise document.problem(("training", key), "there is nothing to evaluate on; say data.eval")
     if training.get("packing") and training.get("max_length") is None:
         raise document.problem(("training", "packing"), "needs training.max_length, the length of a packed row")
