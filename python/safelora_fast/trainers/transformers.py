@@ -61,12 +61,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
     Args:
         *args: the trainer's own.
         defenses: the defenses; without one that is switched on, and without monitors, the trainer is unchanged.
-        reference: the model that the defenses keep the model near: "base" (the same model, adapters disabled), the name
-            of a frozen adapter of the model, or a second model.
-        on_nonfinite: when a defense is NaN or infinite, "raise" `TrainingError` or "skip" the optimizer step.
-        share_logits: let KL compute the task's loss too, where that is the plain cross-entropy (see
-            :func:`~safelora_fast.training.defend`).
-        monitors: their metrics go to the log as `monitor/<name>`; they change no loss.
+        reference, on_nonfinite, share_logits, monitors: as for :func:`~safelora_fast.training.defend`.
         **kwargs: the trainer's own.
 
     Attributes:
@@ -189,7 +184,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
     def _shared_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], factor: int, owner: type, items: Any
     ) -> torch.Tensor | None:
-        """The loss with the task's part from the KL's logits; None where the trainer counts labels in another way."""
+        """The loss with the task's part from KL's logits; None where the trainer counts labels in another way."""
         assert self._window is not None  # noqa: S101
         defended, figures = self._attached(), reports_figures(owner)
         weight = label_weight(self, inputs, items)
@@ -270,7 +265,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
             self._signature_columns.append(SAFE)
 
     def finish_defenses(self) -> None:
-        """What the defenses do when training ends; called then."""
+        """Called when training has ended well."""
         defended = self._attached()
         self.projection_report = defended.finish()
         if self.projection_report is not None:
@@ -289,7 +284,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         )
 
     def step_ended(self) -> None:
-        """An optimizer step has been made, or left out; called then."""
+        """Called when an optimizer step has been made or left out."""
         if self._defended is not None and not self._steps_in_backward:
             self._defended.engine_stepped()
 

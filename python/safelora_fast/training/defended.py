@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from safelora_fast.data.spans import read_spans
 from safelora_fast.defenses.base import Attached, BatchDefense, Defense, Run, Weighted, check_still_off, checked
@@ -42,7 +41,7 @@ class Defended:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: torch.nn.Module,
         defenses: Sequence[Defense],
         *,
         optimizer: torch.optim.Optimizer | None = None,
@@ -119,17 +118,17 @@ class Defended:
             self.detach()
 
     def attach(self) -> None:
-        """Install the hooks; does nothing when they are in, or when nothing is defended or watched."""
+        """Install the hooks; does nothing when they are installed, or when nothing is defended or watched."""
         if self._hooked or self._passes is None:
             return
         for _, attached in self._attached:
             attached.start()
         self._steps.check({type(defense).__name__: attached.factors() for defense, attached in self._attached})
-        self._hooked = True
-        self._handles.extend(self._passes.install(self.defenses))
         needing_loss = [type(defense).__name__ for defense in self.defenses if isinstance(defense, Weighted)]
         needing_loss += [] if self._monitors is None else ["the monitors"]
+        self._handles.extend(self._passes.install(self.defenses))
         self._handles.extend(self._steps.attach(self.model.parameters(), needing_loss=needing_loss))
+        self._hooked = True
 
     def detach(self) -> None:
         """Take the hooks out; the model is as it was found."""
@@ -158,7 +157,7 @@ class Defended:
 
         Raises:
             TrainingError: a defense is NaN or infinite.
-            SettingsError: the model gives no loss, or was wrapped for data-parallel training after it was given.
+            SettingsError: the model gives no loss, or was wrapped for data-parallel training after defend().
         """
         check_gradients_are_shared(self.model)
         if totals is None:
@@ -169,16 +168,13 @@ class Defended:
             task = self._task_loss.of(batch, totals)
         return task + self.regularizer(totals).to(task.device)
 
-    def shares_logits(self, model: nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
-        """Whether :meth:`shared_loss` gives the loss of this batch; if not, the log says why, once.
-
-        `unless` is a reason of the caller's against it.
-        """
+    def shares_logits(self, model: torch.nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
+        """Whether :meth:`shared_loss` gives this batch's loss, unless the caller has a reason; the log says why not, once."""
         return self._passes is not None and self._sharing.allowed(model, batch, unless=unless)
 
     def shared_loss(
         self,
-        model: nn.Module,
+        model: torch.nn.Module,
         batch: Mapping[str, Any],
         totals: Totals,
         *,
@@ -208,7 +204,7 @@ class Defended:
         """Record the model's training pass on `batch` that happens inside, for :meth:`regularizer`.
 
         Raises:
-            SettingsError: the defenses are not attached, or a defense is not right for this model or batch.
+            SettingsError: the defenses are not attached, or one is not right for this model or batch.
         """
         check_still_off(self._off)
         if self._passes is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -78,21 +78,13 @@ class SafeModules(Attached):
         """(module, ‖(I − P_k)ΔW‖²_F), differentiable, float32 whatever autocast says."""
         with torch.autocast(self.modules[0].lora_b.device.type, enabled=False):
             lefts = [_matrix(gathered(module.lora_b).float()) for module in self.modules]
-            factors = [
-                (left, gathered(module.lora_a).float().to(left.device))
-                for left, module in zip(lefts, self.modules, strict=True)
+            rights = [
+                gathered(module.lora_a).float().to(left.device)
+                for module, left in zip(self.modules, lefts, strict=True)
             ]
-            values: dict[int, torch.Tensor] = {}
-            for chosen in _by_device([left for left, _ in factors]):
-                modules = [self.modules[index] for index in chosen]
-                bases, scales = [self.vectors(module) for module in modules], [module.scale for module in modules]
-                ours, rights = zip(*(factors[index] for index in chosen), strict=True)
-                if is_grouped([*bases, *ours, *rights]):
-                    found = subspace_penalties(bases, ours, rights, scales)
-                else:
-                    found = [subspace_penalty(*parts) for parts in zip(ours, rights, scales, bases, strict=True)]
-                values.update(zip(chosen, found, strict=True))
-        return [(module.name, values[index]) for index, module in enumerate(self.modules)]
+            bases, scales = [self.vectors(module) for module in self.modules], [module.scale for module in self.modules]
+            values = _per_device(_penalties, lefts, rights, scales, bases)
+        return [(module.name, value) for module, value in zip(self.modules, values, strict=True)]
 
     def project(self, step: int, copies: Callable[[torch.Tensor], Iterable[torch.Tensor]] | None = None) -> float:
         """B ← P_k·B for every module, in place; returns the lowest cosine of P_k·ΔW and ΔW before (NaN at ΔW = 0).
@@ -115,7 +107,7 @@ class SafeModules(Attached):
             bases = [self._held_vectors(module) for module in modules]
             inners, grams = self._summed_products(modules, bases, lefts)
             self._check_finite(modules, [*inners, *grams], step)
-            for module, product in zip(modules, _products(bases, inners), strict=True):
+            for module, product in zip(modules, _per_device(matrix_products, bases, inners), strict=True):
                 write_rows(module.lora_b, product if module.lora_b.dim() > 1 else product.squeeze(1))
             cosines: list[torch.Tensor] = []
             for ours in _by_device(lefts[: len(self.modules)]):
@@ -138,9 +130,8 @@ class SafeModules(Attached):
             lefts = [_matrix(held_rows(module.lora_b)) for module in self.modules]
             bases = [self._held_vectors(module) for module in self.modules]
             inners, grams = self._summed_products(self.modules, bases, lefts)
-            rests = [
-                (left - product).square().sum() for left, product in zip(lefts, _products(bases, inners), strict=True)
-            ]
+            products = _per_device(matrix_products, bases, inners)
+            rests = [(left - product).square().sum() for left, product in zip(lefts, products, strict=True)]
             summed = sum_over_shards([module.lora_b for module in self.modules], rests, owner=self._owner)
         shares = [
             float(rest.sqrt() / gram.trace().sqrt().clamp(min=torch.finfo(torch.float32).tiny))
@@ -153,21 +144,15 @@ class SafeModules(Attached):
         self, modules: list[AdaptedModule], bases: list[torch.Tensor], lefts: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """UᵀB [k, r] and BᵀB [r, r] of every module, from the rows of all processes."""
-        inners: dict[int, torch.Tensor] = {}
-        grams: dict[int, torch.Tensor] = {}
-        for chosen in _by_device(lefts):
-            ours, vectors = [lefts[index] for index in chosen], [bases[index] for index in chosen]
-            found, _ = transposed_products([*vectors, *ours], [*ours, *ours])
-            inners.update(zip(chosen, found[: len(chosen)], strict=True))
-            grams.update(zip(chosen, found[len(chosen) :], strict=True))
+        partial = _per_device(_inner_products, lefts, bases)
         count, parameters = len(lefts), [module.lora_b for module in modules]
-        partial = [part[index] for part in (inners, grams) for index in range(count)]
-        products = sum_over_shards([*parameters, *parameters], partial, owner=self._owner)
+        products = sum_over_shards(
+            [*parameters, *parameters], [part[which] for which in (0, 1) for part in partial], owner=self._owner
+        )
         return products[:count], products[count:]
 
     def _check_finite(self, modules: list[AdaptedModule], products: list[torch.Tensor], step: int) -> None:
-        total = torch.nn.utils.get_total_norm(products)
-        if total.isfinite():
+        if torch.nn.utils.get_total_norm(products).isfinite():
             return
         for place, product in enumerate(products):
             if not product.isfinite().all():
@@ -189,13 +174,27 @@ def _matrix(factor: torch.Tensor) -> torch.Tensor:
     return factor if factor.dim() > 1 else factor[:, None]
 
 
-def _products(bases: list[torch.Tensor], inners: list[torch.Tensor]) -> list[torch.Tensor]:
-    """U·(UᵀB) of every module, those of one device in one call."""
-    found: dict[int, torch.Tensor] = {}
-    for chosen in _by_device(inners):
-        products = matrix_products([bases[index] for index in chosen], [inners[index] for index in chosen])
-        found.update(zip(chosen, products, strict=True))
-    return [found[index] for index in range(len(inners))]
+def _penalties(
+    lefts: list[torch.Tensor], rights: list[torch.Tensor], scales: list[float], bases: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    if is_grouped([*bases, *lefts, *rights]):
+        return subspace_penalties(bases, lefts, rights, scales)
+    return [subspace_penalty(*parts) for parts in zip(lefts, rights, scales, bases, strict=True)]
+
+
+def _inner_products(lefts: list[torch.Tensor], bases: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(UᵀB, BᵀB) of every module, by one call."""
+    found, _ = transposed_products([*bases, *lefts], [*lefts, *lefts])
+    return list(zip(found[: len(lefts)], found[len(lefts) :], strict=True))
+
+
+def _per_device(function: Callable[..., list[Any]], tensors: list[torch.Tensor], *others: list[Any]) -> list[Any]:
+    """Call a function of lists for the tensors of one device at a time; returns its results in the tensors' order."""
+    found: dict[int, Any] = {}
+    for chosen in _by_device(tensors):
+        results = function(*([column[index] for index in chosen] for column in (tensors, *others)))
+        found.update(zip(chosen, results, strict=True))
+    return [found[index] for index in range(len(tensors))]
 
 
 def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:
