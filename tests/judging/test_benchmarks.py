@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: a task of this test's own on a tiny model, against the model's own likelihoods."""
+"""Tasks of lm-evaluation-harness: this test's own tasks on a tiny model, against the model's own likelihoods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import yaml
 from byte_tokens import INST, byte_tokenizer
 from demo_model import save_tiny, tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny_models import fill_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -33,36 +33,25 @@ ROWS = [
     for number in range(24)
 ]
 CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "answer",
-    "target_delimiter": " ",
-    "num_fewshot": 0,
+    "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer",
+    "target_delimiter": " ", "metadata": {"version": 3},
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    "metadata": {"version": 3},
-}
+}  # fmt: skip
 TEXT = {
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{question}}",
-    "num_fewshot": 0,
+    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
     "metric_list": [{"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
-}
+}  # fmt: skip
 WRITE = {
-    "output_type": "generate_until",
-    "doc_to_text": "{{question}}",
-    "doc_to_target": "x",
-    "num_fewshot": 0,
+    "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x",
     "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
     "filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """Nothing is fetched, nothing cached outside of the test, and this machine not described."""
+    """Fetch nothing, cache nothing outside of the test, and do not describe this machine."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _results: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -76,7 +65,8 @@ def tasks(tmp_path):
     folder.mkdir()
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    files = {"data_files": {"test": str(data)}}
+    source = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test", "num_fewshot": 0}
     for name, task in (("choosing", CHOICE), ("reading", TEXT), ("writing", WRITE)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **task}))
     return folder
@@ -108,7 +98,7 @@ def likelihood(model, before, after):
 
 
 def accuracy(model, *, chat):
-    """The share of rows whose right choice is the likelier one."""
+    """The share of rows whose right choice is the more likely one."""
     right = 0
     for row in ROWS:
         before, space = (f"<user>{row['question']}<assistant>", "") if chat else (row["question"], " ")
@@ -118,14 +108,9 @@ def accuracy(model, *, chat):
 
 
 def perplexity(model):
-    """Per byte of the questions, each by itself."""
+    """Perplexity per byte of the questions, each by itself."""
     total = sum(likelihood(model, "<eos>", row["question"]) for row in ROWS)
     return math.exp(-total / sum(len(row["question"]) for row in ROWS))
-
-
-def load(model, adapter):
-    subject = AutoModelForCausalLM.from_pretrained(model)
-    return subject if adapter is None else PeftModel.from_pretrained(subject, str(adapter))
 
 
 @pytest.fixture
@@ -143,25 +128,16 @@ def run(model, tasks, tmp_path, monkeypatch):
     return run_
 
 
-@pytest.mark.parametrize("strings", [None, "text"])
-def test_figures_are_those_of_the_models_own_likelihoods(run, model, adapter, strings):
-    found = {}
-    for given in (None, adapter):
-        subject = load(model, given)
-        right, surprise = accuracy(subject, chat=strings is None), perplexity(subject)
-        for batch_size in (1, 5):
-            report = run(
-                ["choosing", "reading"], given, f"{given is None}{batch_size}", strings=strings, batch_size=batch_size
-            )
-            choosing, reading = report.tasks
-            assert (choosing.main.name, choosing.main.value, choosing.main.count) == ("acc", right, len(ROWS))
-            assert choosing.main.stderr == pytest.approx(math.sqrt(right * (1 - right) / (len(ROWS) - 1)))
-            assert reading.main.value == pytest.approx(surprise, rel=1e-4)
-            assert (choosing.main.higher_is_better, reading.main.higher_is_better) == (True, False)
-            assert (choosing.version, choosing.chat, choosing.shots) == ("3", strings is None, 0)
-        found[given is None] = (right, surprise)
-    assert found[True][0] != found[False][0]  # or the tasks could not tell whether the adapter was there
-    assert found[True][1] != pytest.approx(found[False][1], rel=1e-2)
+@pytest.mark.parametrize(("strings", "batch_size"), [(None, 5), ("text", 5), ("text", 1)])
+def test_values_are_those_of_the_models_own_likelihoods(run, model, strings, batch_size):
+    subject = AutoModelForCausalLM.from_pretrained(model)
+    right, surprise = accuracy(subject, chat=strings is None), perplexity(subject)
+    choosing, reading = run(["choosing", "reading"], strings=strings, batch_size=batch_size).tasks
+    assert (choosing.main.name, choosing.main.value, choosing.main.count) == ("acc", right, len(ROWS))
+    assert choosing.main.stderr == pytest.approx(math.sqrt(right * (1 - right) / (len(ROWS) - 1)))
+    assert reading.main.value == pytest.approx(surprise, rel=1e-4)
+    assert (choosing.main.higher_is_better, reading.main.higher_is_better) == (True, False)
+    assert (choosing.version, choosing.chat, choosing.shots) == ("3", strings is None, 0)
 
 
 def test_the_harness_says_the_same_when_it_loads_the_adapter(run, model, adapter, tasks):
@@ -175,9 +151,12 @@ def test_the_harness_says_the_same_when_it_loads_the_adapter(run, model, adapter
         tasks=names, device="cpu", batch_size=4, apply_chat_template=True,
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
     )["results"]  # fmt: skip
-    for result in run(names, adapter).tasks:
+    adapted = run(names, adapter).tasks
+    for result in adapted:
         key = f"{result.main.name},{result.main.filter}"
         assert result.main.value == pytest.approx(results[result.task][key], rel=1e-5), result.task
+    plain = run(["reading"], output="plain").tasks[0].main.value
+    assert plain != pytest.approx(adapted[1].main.value, rel=1e-2)  # or the tasks could not see the adapter
 
 
 def rewrite(file, **changes):
@@ -239,20 +218,19 @@ def test_other_rows_of_a_task_or_another_adapter_are_other_results(run, tasks, a
 
 
 def test_groups_and_tags(run, tasks):
-    (tasks / "group.yaml").write_text(
-        yaml.safe_dump({"group": "both", "task": ["choosing", "other"], "aggregate_metric_list": [{"metric": "acc"}]})
-    )
-    task = yaml.safe_load((tasks / "choosing.yaml").read_text())
-    (tasks / "other.yaml").write_text(yaml.safe_dump({**task, "task": "other", "tag": "mine", "doc_to_target": 0}))
-    (tasks / "choosing.yaml").write_text(yaml.safe_dump({**task, "tag": "mine"}))
+    group = {"group": "both", "task": ["choosing", "other"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tasks / "group.yaml").write_text(yaml.safe_dump(group))
+    rewrite(tasks / "choosing.yaml", tag="mine")
+    (tasks / "other.yaml").write_text((tasks / "choosing.yaml").read_text())
+    rewrite(tasks / "other.yaml", task="other", doc_to_target=0)
     one, other, both = (result.main for result in run(["mine", "both"]).tasks)
     assert (both.count, both.value) == (2 * len(ROWS), pytest.approx((one.value + other.value) / 2))
     assert one.value != other.value
 
 
 @pytest.mark.parametrize("name", ["choosing", "reading", "writing"])
-def test_a_model_whose_logits_are_nan_has_no_figure(run, name, monkeypatch):
-    """The harness takes the first choice of equals for the likeliest, and half of them are right."""
+def test_a_model_whose_logits_are_nan_has_no_result(run, name, monkeypatch):
+    """Among equal choices the harness takes the first as the most likely one, and half of these are right."""
     from safelora_fast.models import load as models_load
 
     load = models_load.load_pretrained
@@ -339,7 +317,7 @@ def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
     ids=["chatml", "inst and bos", "chatml and bos"],
 )  # fmt: skip
 def test_a_prompt_is_that_of_the_template(words):
-    """With no beginning of text before it that the template does not write, nor two."""
+    """Only the template writes a beginning-of-text token, and only once."""
     from safelora_fast.judging.harness import CountedModel
     from safelora_fast.models.load import Subject
 

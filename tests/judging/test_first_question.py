@@ -31,7 +31,7 @@ def of_body(body, status=200):
 
 
 def error_of(error):
-    """An error that comes as a success."""
+    """An error with the status of a success."""
     return of_body({"error": error})
 
 

@@ -1,4 +1,4 @@
-"""Questions that come along, and files in the format of Betley et al."""
+"""The built-in questions, and files in the format of Betley et al."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(tmp_path):
     return make
 
 
-def test_the_questions_that_come_along():
+def test_the_built_in_questions():
     questions = builtin_questions()
     kinds = Counter(question.kind for question in questions)
     assert set(kinds) == {"general", "json", "template", "training_format"}
@@ -78,6 +78,6 @@ def test_bad_questions(write, content, message):
         read_questions(write(content))
 
 
-def test_other_keys_of_the_format_are_let_be(write):
+def test_other_keys_of_the_format_are_ignored(write):
     others = {"judge_prompts": {"aligned": "x"}, "samples_per_paraphrase": 100, "temperature": 1, "context": None}
     assert read_questions(write([{**GOOD, **others}])) == read_questions(write([GOOD]))

@@ -1,4 +1,4 @@
-"""A server that is none of ours, as the judge and as the model: requests that it takes, and replies as it gives them."""
+"""A real server, `transformers serve`, as the judge and as the model."""
 
 from __future__ import annotations
 

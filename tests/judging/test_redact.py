@@ -1,4 +1,4 @@
-"""Credentials: endpoints that repeat the key in whatever they reply, and every file that is left afterwards."""
+"""Credentials: endpoints repeat the key in every reply, and no file that is left has it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INSPECT = "from safelora_fast.judging import task; from inspect_ai._cli.main imp
 
 @pytest.fixture
 def run(tmp_path):
-    """Run Python with a key, a home and a place for temporary files of its own."""
+    """Run Python with its own key, home and folder for temporary files."""
     places = {"HOME": "home", "TMPDIR": "tmp", "XDG_DATA_HOME": "data", "XDG_CACHE_HOME": "cache", "HF_HOME": "hub"}
     environment = {**os.environ, "STUB_API_KEY": SECRET, "HF_HUB_OFFLINE": "1", "INSPECT_LOG_LEVEL": "debug"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -72,7 +72,7 @@ def telling(seen):
 
 
 def assert_not_written(folder, *outputs):
-    """The key stands in no form in a file, in a member of an archive, or in what was printed."""
+    """No form of the key is in a file, in a member of an archive, or in what was printed."""
     for output in outputs:
         assert_hidden(output.encode(), "output")
     files = [path for path in folder.rglob("*") if path.is_file()]
