@@ -30,6 +30,7 @@ def test_what_serves_is_said(call):
     assert set(rows(out)) == set(OPERATIONS)
     assert rows(out)["feature_distance"].startswith("CPU: native; GPU: ")
     assert "self-test" not in out
+    assert all(word in out for word in ("safelora-fast", "python", "kernels", "CPU"))
 
 
 def test_the_variable_is_said_and_checked(call, monkeypatch):

@@ -157,16 +157,6 @@ def test_tensors_of_the_aligned_model_do_not_go_around(pair, call):
     assert (result.code, result.err) == (0, "")
 
 
-@pytest.mark.parametrize("words", [(), ("--select", "all"), ("--operator", "orthogonal", "--rank", "3")])
-def test_same_bytes_whatever_the_number_of_threads(pair, call, tmp_path, words):
-    files = []
-    for threads in (1, 2, 5):
-        output = tmp_path / f"threads-{threads}"
-        assert call(*pair.command(*words, "--threads", threads, "--output", output, output=False)).code == 0
-        files.append((output / "adapter_model.safetensors").read_bytes())
-    assert files[0] == files[1] == files[2]
-
-
 def test_swapped_models_give_the_same_bytes(pair, call, tmp_path):
     """C is even in V."""
     call(*pair.command("--select", "all"))
@@ -348,13 +338,6 @@ def test_modules_are_listed_in_the_order_of_the_blocks(tmp_path, call):
     assert call(*pair.command()).code == 0
     rows = [line for line in (pair.output / "README.md").read_text().splitlines() if line.startswith("| `model.layers")]
     assert [int(row.split(".")[2]) for row in rows if "q_proj" in row] == list(range(12))
-
-
-def test_env_names_the_kernels(call):
-    code, out, _ = call("env")
-    assert code == 0
-    for words in ("safelora-fast", "python", "kernels", "CPU"):
-        assert words in out
 
 
 COMMANDS = ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "select", "persona"]

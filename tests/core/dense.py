@@ -101,6 +101,11 @@ def truth(v: Array, left: Array, right: Array, operator: Array | None = None, on
     )
 
 
+def lora(file: _core.SafetensorsFile) -> _core.Factors:
+    """The factors in a file."""
+    return _core.Factors(whole(file, "B"), whole(file, "A"))
+
+
 def start(jobs: list[_core.Job], **options: Any) -> _core.ProjectionStream:
     """A stream of jobs; options are settings of a projection and arguments of the stream."""
     names = ("operator", "normalize", "rank", "energy", "keep", "sides")
@@ -113,6 +118,7 @@ class Module:
     """A module on disk and its values as stored."""
 
     job: _core.Job
+    parts: list[_core.Part]
     v: Array
     adapters: list[tuple[Array, Array]]
     dtype: str
@@ -163,8 +169,8 @@ def module(
         right = rounded(rng.standard_normal((rank, n)) / np.sqrt(n), dtype)
         file = write(folder / f"adapter{index}.safetensors", {"B": (dtype, left), "A": (dtype, right)}, padding)
         adapters.append((left, right))
-        factors.append(_core.Factors(whole(file, "B"), whole(file, "A")))
+        factors.append(lora(file))
     pairs = [_core.Part(whole(files[0], f"part{i}"), whole(files[1], f"part{i}")) for i in range(len(rows))]
     # The kernels form V in float32.
     difference = (aligned.astype(np.float32) - base.astype(np.float32)).astype(np.float64)
-    return Module(_core.Job(name, pairs, factors, transposed=transposed), difference, adapters, dtype)
+    return Module(_core.Job(name, pairs, factors, transposed=transposed), pairs, difference, adapters, dtype)

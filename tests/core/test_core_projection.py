@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from dense import Module, decode, module, paper_operator, rounded, start, truth, whole, write
+from dense import Module, decode, lora, module, paper_operator, rounded, start, truth, whole, write
 
 from safelora_fast import _core
 from safelora_fast.errors import AdapterError
@@ -90,11 +90,9 @@ def test_an_adapter_alone_and_among_others_gives_the_same_bytes(tmp_path: Path, 
     rng = np.random.default_rng(5)
     together = module(tmp_path / "together", rng, ranks=(4, 1, 9))
     outcome = together.run(**options)
-    files = [_core.SafetensorsFile(str(tmp_path / "together" / f"{side}.safetensors")) for side in ("aligned", "base")]
-    part = _core.Part(whole(files[0], "part0"), whole(files[1], "part0"))
     for index in range(3):
         file = _core.SafetensorsFile(str(tmp_path / "together" / f"adapter{index}.safetensors"))
-        job = _core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])
+        job = _core.Job("layer", together.parts, [lora(file)])
         (alone,) = start([job], **options)
         assert alone.factors[0].projected() == outcome.factors[index].projected()
         assert alone.factors[0].projected_lora_a() == outcome.factors[index].projected_lora_a()
@@ -138,13 +136,11 @@ def test_factors_are_read_through_strides(tmp_path: Path) -> None:
     wide = rng.standard_normal((5, 260))
     wide[:, 1::2] = right
     file = write(tmp_path / "strided.safetensors", {"framed": ("F32", framed), "wide": ("F32", wide)})
-    files = [_core.SafetensorsFile(str(tmp_path / f"{side}.safetensors")) for side in ("aligned", "base")]
     factors = _core.Factors(
         _core.View(file, "framed", offset=2 * 80 + 4, rows=70, cols=5, row_stride=1, col_stride=80),
         _core.View(file, "wide", offset=1, rows=5, cols=130, row_stride=260, col_stride=2),
     )
-    job = _core.Job("layer", [_core.Part(whole(files[0], "part0"), whole(files[1], "part0"))], [factors])
-    (found,) = start([job])
+    (found,) = start([_core.Job("layer", given.parts, [factors])])
     assert found.factors[0].projected() == given.run().factors[0].projected()
     assert found.factors[0].cosine == given.run().factors[0].cosine
 
@@ -274,17 +270,11 @@ def test_the_kept_subspace_is_that_of_the_svd(
         assert again.left_vectors() == outcome.left_vectors()
         assert again.singular_values() == outcome.singular_values()
     beside = module(tmp_path / "beside", rng, ranks=(4, 9))
-    parts = [
-        _core.Part(
-            *(whole(_core.SafetensorsFile(str(tmp_path / f"{side}.safetensors")), name) for side in ("aligned", "base"))
-        )
-        for name in ("part0", "part1")
-    ]
     file = write(
         tmp_path / "factors.safetensors",
         {"B": ("F32", rng.standard_normal((shape[0], 4))), "A": ("F32", rng.standard_normal((4, shape[1])))},
     )
-    job = _core.Job("layer", parts, [_core.Factors(whole(file, "B"), whole(file, "A"))], transposed=transposed)
+    job = _core.Job("layer", bare.parts, [lora(file)], transposed=transposed)
     _, among = start([beside.job, job], operator="orthogonal", keep_subspace=True, **options)
     assert among.left_vectors() == outcome.left_vectors()
 
@@ -346,9 +336,7 @@ def test_zero_factors_have_no_cosine(tmp_path: Path, zero: str) -> None:
     left, right = given.adapters[0]
     factors = {"B": ("F32", left * (zero != "B")), "A": ("F32", right * (zero != "A"))}
     file = write(tmp_path / "zero.safetensors", factors)
-    files = [_core.SafetensorsFile(str(tmp_path / f"{side}.safetensors")) for side in ("aligned", "base")]
-    part = _core.Part(whole(files[0], "part0"), whole(files[1], "part0"))
-    (outcome,) = start([_core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])])
+    (outcome,) = start([_core.Job("layer", given.parts, [lora(file)])])
     assert math.isnan(outcome.factors[0].cosine)
     assert math.isnan(outcome.factors[0].gain)
     assert outcome.factors[0].update_norm == 0
@@ -363,8 +351,7 @@ def test_scale_of_v_does_not_change_the_cosine(tmp_path: Path, scale: float) -> 
     aligned = write(tmp_path / "aligned.safetensors", {"part0": ("F32", v)})
     file = _core.SafetensorsFile(str(tmp_path / "adapter0.safetensors"))
     part = _core.Part(whole(aligned, "part0"), whole(base, "part0"))
-    job = _core.Job("layer", [part], [_core.Factors(whole(file, "B"), whole(file, "A"))])
-    scaled = Module(job, rounded(v, "F32"), given.adapters, "F32")
+    scaled = Module(_core.Job("layer", [part], [lora(file)]), [part], rounded(v, "F32"), given.adapters, "F32")
     assert_close(scaled.run(), scaled)
 
 

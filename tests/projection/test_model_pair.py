@@ -75,19 +75,8 @@ def test_the_command_shows_the_ratio(tmp_path):
 def test_a_subspace_of_unrelated_models(tmp_path):
     pair = write_pair(tmp_path)
     pair = replace(pair, base=unrelated(tmp_path / "other"))
-    command = [
-        "subspace",
-        "build",
-        "--aligned",
-        pair.aligned,
-        "--base",
-        pair.base,
-        "--output",
-        tmp_path / "s",
-        "--rank",
-        2,
-    ]
-    code, _, err = run(command)
+    words = ["--aligned", pair.aligned, "--base", pair.base, "--output", tmp_path / "s", "--rank", 2]
+    code, _, err = run(["subspace", "build", *words])
     assert code == 0
     assert "as unrelated models do" in " ".join(err.split())
     ours, theirs = weights_of(pair.aligned), weights_of(pair.base)

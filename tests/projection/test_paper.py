@@ -84,25 +84,3 @@ def test_number(case, number):
 
 def test_all(case):
     check(case, lambda paper: set(paper.cosines), "all", select="all")
-
-
-def test_the_cosine_is_the_papers_whatever_the_operator(case):
-    _folder, (aligned, base), adapter, paper, _ = case
-    for settings in ({"operator": "zero"}, {"operator": "orthogonal", "rank": 3}, {"normalize": "spectral"}):
-        report = project_adapter(adapter, aligned=aligned, base=base, output=None, **settings)
-        for module in report.adapters[0].modules:
-            assert module.cosine == pytest.approx(paper.cosines[module.name], abs=1e-6)
-
-
-def test_spectral_has_gain_at_most_one_and_the_direction_of_the_papers(case):
-    folder, (aligned, base), adapter, paper, dtype = case
-    report = project_adapter(
-        adapter, aligned=aligned, base=base, output=folder / "spectral", select="all", normalize="spectral"
-    )
-    after = load_file(folder / "spectral" / "adapter_model.safetensors")
-    for module in report.adapters[0].modules:
-        assert 0 < module.gain <= 1
-        truth = paper.projected[module.name]
-        written = after[f"base_model.model.{module.name}.lora_B.weight"].double()
-        cosine = (written * truth).sum() / written.norm() / truth.norm()
-        assert cosine > 1 - (1e-9 if dtype is torch.float32 else 1e-4)

@@ -12,14 +12,15 @@ from safelora_fast import project_adapter, project_peft_model
 from safelora_fast.errors import AdapterError, BackendError, CheckpointError, SettingsError
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder, family = tmp_path_factory.mktemp("llama"), FAMILIES["llama"]
+    return {"aligned": save(family.make(1), folder / "aligned"), "base": save(family.make(2), folder / "base")}
+
+
 @pytest.fixture
-def case(tmp_path):
-    family = FAMILIES["llama"]
-    aligned = save(family.make(1), tmp_path / "aligned")
-    base = save(family.make(2), tmp_path / "base")
-    adapted = adapt(family.make(1), **family.target)
-    adapter = save(adapted, tmp_path / "adapter")
-    return adapted, adapter, {"aligned": aligned, "base": base}
+def model():
+    return adapt(FAMILIES["llama"].make(1), **FAMILIES["llama"].target)
 
 
 def lora(model, name):
@@ -30,8 +31,8 @@ def lora(model, name):
     }
 
 
-def test_equals_the_projection_from_disk(case, tmp_path):
-    model, adapter, sources = case
+def test_equals_the_projection_from_disk(model, sources, tmp_path):
+    adapter = save(model, tmp_path / "adapter")
     ids = torch.arange(8).reshape(1, 8) + 3
     model.eval()
     with torch.no_grad():
@@ -53,8 +54,7 @@ def test_equals_the_projection_from_disk(case, tmp_path):
         torch.testing.assert_close(model(ids).logits, loaded(ids).logits, rtol=0, atol=0)
 
 
-def test_the_rest_is_left_alone(case):
-    model, _, sources = case
+def test_the_rest_is_left_alone(model, sources):
     model.train()
     original = {name: value.detach().clone() for name, value in model.named_parameters()}
     trained = {name: value.requires_grad for name, value in model.named_parameters()}
@@ -67,8 +67,7 @@ def test_the_rest_is_left_alone(case):
     assert model.training
 
 
-def test_another_adapter_and_another_name(case):
-    model, _, sources = case
+def test_another_adapter_and_another_name(model, sources):
     model.add_adapter("narrow", adapt(FAMILIES["llama"].make(1), r=3, target_modules=["v_proj"]).peft_config["default"])
     generator = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():
@@ -84,8 +83,7 @@ def test_another_adapter_and_another_name(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dtype_of_the_original(case, dtype):
-    model, _, sources = case
+def test_dtype_of_the_original(model, sources, dtype):
     model.to(dtype)
     project_peft_model(model, **sources, select="all")
     assert {value.dtype for value in lora(model, "safe").values()} == {dtype}
@@ -95,9 +93,8 @@ SIX = {"select": "number", "num_layers": 6}
 
 
 @pytest.mark.parametrize("settings", [SIX, {**SIX, "operator": "zero"}, {**SIX, "normalize": "spectral"}], ids=str)
-def test_on_a_device_with_the_weights_that_the_model_has(case, settings):
+def test_on_a_device_with_the_weights_that_the_model_has(model, sources, settings):
     """The CPU stands in for the device; what lies in the model is not read again."""
-    model, _, sources = case
     expected = project_peft_model(model, **sources, new_adapter_name="extension", **settings)
     report = project_peft_model(model, **sources, new_adapter_name="device", device="cpu", **settings)
     assert 2 * report.bytes_read == expected.bytes_read
@@ -111,9 +108,8 @@ def test_on_a_device_with_the_weights_that_the_model_has(case, settings):
     assert any(not torch.equal(found[key], tensor) for key, tensor in lora(model, "default").items())
 
 
-def test_a_model_whose_weights_are_not_the_aligned_ones_is_no_source(case):
+def test_a_model_whose_weights_are_not_the_aligned_ones_is_no_source(model, sources):
     """Another dtype, or a module that was trained on: V is that of the checkpoints all the same."""
-    model, _, sources = case
     expected = project_peft_model(model, **sources, new_adapter_name="extension", select="all")
     module = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
     with torch.no_grad():
@@ -128,36 +124,37 @@ def test_a_model_whose_weights_are_not_the_aligned_ones_is_no_source(case):
         assert ours.cosine == pytest.approx(theirs.cosine, abs=1e-6)
 
 
-def test_a_device_that_is_none_leaves_the_model_as_it_was(case):
-    model, _, sources = case
-    with pytest.raises(SettingsError, match="device must be one of cpu, cuda, xpu"):
-        project_peft_model(model, **sources, device="tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(BackendError, match="device 'cuda' cannot be used"):
-            project_peft_model(model, **sources, device="cuda")
-    assert list(model.peft_config) == ["default"]
-
-
-def test_a_merged_adapter_is_refused(case):
-    model, _, sources = case
+def test_a_merged_adapter_is_refused(model, sources):
     model.merge_adapter()
     with pytest.raises(SettingsError, match="merged into the model's weights"):
         project_peft_model(model, **sources)
     assert all(module.merged for module in model.modules() if hasattr(module, "lora_A"))
 
 
-def test_errors_leave_the_model_as_it_was(case, tmp_path):
-    model, _, sources = case
+REFUSED = [
+    ({"adapter_name": "other"}, "no adapter 'other'; it has 'default'"),
+    ({"adapter_name": ["default"]}, r"no adapter \['default'\]"),
+    ({"new_adapter_name": "default"}, "has an adapter 'default' already"),
+    *(({"new_adapter_name": name}, "cannot name an adapter") for name in ("safe.v2", "", "keys", None, ["safe"])),
+    ({"output": "x"}, "output cannot be set here"),
+    ({"threshold": 3.0}, "threshold"),
+    ({"device": "tpu"}, "device must be one of cpu, cuda, xpu"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_errors_leave_the_model_as_it_was(model, sources, options, message):
     names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(SettingsError, match="no adapter 'other'; it has 'default'"):
-        project_peft_model(model, **sources, adapter_name="other")
-    with pytest.raises(SettingsError, match="has an adapter 'default' already"):
-        project_peft_model(model, **sources, new_adapter_name="default")
-    with pytest.raises(SettingsError, match="output cannot be set here"):
-        project_peft_model(model, **sources, output=tmp_path / "x")
-    with pytest.raises(SettingsError, match="threshold"):
-        project_peft_model(model, **sources, threshold=3.0)
+    with pytest.raises(SettingsError, match=message):
+        project_peft_model(model, **sources, **options)
     assert [name for name, _ in model.named_parameters()] == names
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(model, sources):
+    with pytest.raises(BackendError, match="device 'cuda' cannot be used"):
+        project_peft_model(model, **sources, device="cuda")
     assert list(model.peft_config) == ["default"]
 
 
@@ -167,23 +164,8 @@ def test_what_is_no_peft_model(model):
         project_peft_model(model, aligned="a", base="b")
 
 
-@pytest.mark.parametrize("name", ["safe.v2", "", "keys", None, ["safe"]])
-def test_names_that_peft_cannot_use(case, name):
-    model, _, sources = case
-    with pytest.raises(SettingsError, match="cannot name an adapter"):
-        project_peft_model(model, **sources, new_adapter_name=name)
-    assert list(model.peft_config) == ["default"]
-
-
-def test_an_adapter_name_of_another_type(case):
-    model, _, sources = case
-    with pytest.raises(SettingsError, match="no adapter \\['default'\\]"):
-        project_peft_model(model, **sources, adapter_name=["default"])
-
-
 @pytest.mark.parametrize("name", ["default", "narrow"])
-def test_a_refusal_names_the_adapter_instead_of_a_temporary_folder(case, name):
-    _, _, sources = case
+def test_a_refusal_names_the_adapter_instead_of_a_temporary_folder(sources, name):
     family = FAMILIES["llama"]
     model = adapt(family.make(1), name=name, use_dora=True, **family.target)
     with pytest.raises(AdapterError) as refused:
@@ -191,8 +173,7 @@ def test_a_refusal_names_the_adapter_instead_of_a_temporary_folder(case, name):
     assert str(refused.value).startswith(f"adapter '{name}': use_dora is set")
 
 
-def test_a_factor_that_is_not_finite_is_named_by_adapter_and_tensor(case):
-    model, _, sources = case
+def test_a_factor_that_is_not_finite_is_named_by_adapter_and_tensor(model, sources):
     tensor = "model.layers.0.mlp.down_proj.lora_A.default.weight"
     dict(model.named_parameters())[f"base_model.model.{tensor}"].data[0, 0] = torch.nan
     with pytest.raises(CheckpointError) as refused:
