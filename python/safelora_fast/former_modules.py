@@ -58,7 +58,9 @@ recipe.kinds=recipe.signatures recipe.loading=models.load,recipe.adapted_model r
 recipe.monitors=recipe.defense_section recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries
 recipe.results=recipe.run_metrics recipe.rows=data.rows recipe.section=recipe.yaml_section
 recipe.stopping=recipe.trainer recipe.tokens=data.tokens recipe.words=recipe.summary_text
-scoring.answers=scoring.answer_scores scoring.head=scoring.label_likelihoods scoring.precision=scoring.answer_scores
+scoring.answers=scoring.answer_scores scoring.batches=scoring.sequences scoring.positions=scoring.sequences
+selection.low_rank=selection.perplexity selection.plot=selection.report
+scoring.head=scoring.label_likelihoods scoring.precision=scoring.answer_scores
 subspace_build=subspace.plan,subspace.safe_subspace
 training.adapted=models.lora_factors training.anatomy=models.anatomy training.batch=data.spans
 training.capture=models.capture training.distributed=models.distributed training.drift=training.monitors

@@ -1,4 +1,4 @@
-"""Where the decoder and its blocks are, in models that name them in ways of their own."""
+"""Where the decoder and its layers are, in models that name them in ways of their own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_families(name):
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_blocks_whatever_the_model_calls_them(name):
+def test_layers_whatever_the_model_calls_them(name):
     model = ODD[name].make(1)
     anatomy = dissect(model)
     assert anatomy.decoder is model.model

@@ -26,33 +26,23 @@ class LocalEntryNotFoundError(OSError):
     """As huggingface_hub names it."""
 
 
+GATED = "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b-1.\n401"
+ABSENT = "x/y is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'\nIf"
+MEMORY = "CUDA out of memory. Tried to allocate 2 GiB."
+FLASH = "FlashAttention2 has been toggled on, but the package is missing"
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (
-            caused(
-                OSError(
-                    "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b-1.\n401"
-                ),
-                GatedRepoError("401"),
-            ),
-            "the repository is gated: accept its terms at https://huggingface.co/a/b-1, and log in",
+            caused(OSError(GATED), GatedRepoError("401")),
+            "is gated: accept its terms at https://huggingface.co/a/b-1, and log in",
         ),
-        (
-            OSError(
-                "x/y is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'\nIf"
-            ),
-            "there is no such repository on the Hub, or it is private",
-        ),
+        (OSError(ABSENT), "there is no such repository on the Hub, or it is private"),
         (caused(OSError("We had no luck"), LocalEntryNotFoundError("offline")), "the Hub cannot be reached"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-            "out of memory (CUDA out of memory. Tried",
-        ),
-        (
-            ImportError("FlashAttention2 has been toggled on, but the package is missing"),
-            "choose another attention (sdpa or eager)",
-        ),
+        (torch.OutOfMemoryError(MEMORY), "out of memory (CUDA out of memory. Tried"),
+        (ImportError(FLASH), "choose another attention (sdpa or eager)"),
         (KeyError("base_model.model.score.weight"), "KeyError: 'base_model.model.score.weight'"),
         (RuntimeError(""), "RuntimeError"),
         (ValueError("one\n\ttwo   three"), "one two three"),
@@ -77,19 +67,11 @@ def test_allocating_too_much_is_told():
     assert explained(raised.value).startswith("out of memory (")
 
 
-def shapes(raised_by):
-    with pytest.raises(RuntimeError) as raised:
-        raised_by()
-    return explained(raised.value)
-
-
 def test_shapes_that_differ_are_named():
     module = torch.nn.Linear(3, 2)
-    state = {"weight": torch.ones(5, 3), "bias": torch.ones(5)}
-    assert (
-        shapes(lambda: module.load_state_dict(state))
-        == "weight is [5, 3] in the file, but [2, 3] in the model (and 1 more)"
-    )
+    with pytest.raises(RuntimeError) as raised:
+        module.load_state_dict({"weight": torch.ones(5, 3), "bias": torch.ones(5)})
+    assert explained(raised.value) == "weight is [5, 3] in the file, but [2, 3] in the model (and 1 more)"
 
 
 @pytest.fixture

@@ -113,6 +113,18 @@ def is_parallel(model: nn.Module) -> bool:
     return isinstance(model, nn.parallel.DistributedDataParallel) or "DeepSpeedEngine" in kinds
 
 
+def without_parallel(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or DeepSpeed's engine."""
+    while is_parallel(model):
+        model = model.module
+    return model
+
+
+def adapter_configs(model: nn.Module) -> dict[str, Any]:
+    """The configurations of a PEFT model's adapters by name; empty without PEFT."""
+    return dict(getattr(without_parallel(model), "peft_config", None) or {})
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Take DistributedDataParallel, DeepSpeed's engine and PEFT wrappers off.
 
@@ -131,7 +143,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             "fully_shard (fsdp_version 2)"
         )
     if is_parallel(model):
-        return unwrap(model.module)
+        return unwrap(without_parallel(model))
     if hasattr(model, "_orig_mod"):
         raise SettingsError(
             "torch.compile(model) wraps the model and hides the modules that the defenses hook: compile it in place, "

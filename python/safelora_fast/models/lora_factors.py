@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.errors import SettingsError
-from safelora_fast.models.anatomy import adapter_layers, is_parallel
+from safelora_fast.models.anatomy import adapter_configs, adapter_layers, without_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,27 +78,23 @@ def active_adapter(model: nn.Module, *, owner: str) -> str:
 
 
 def adapter_holder(model: nn.Module, *, owner: str) -> Any:
-    """The model that knows its adapters by `peft_config`, out of DistributedDataParallel or DeepSpeed's engine.
+    """The PEFT model inside DistributedDataParallel or DeepSpeed's engine.
 
     Raises:
         SettingsError: there is none.
     """
-    while is_parallel(model):
-        model = model.module
-    if not hasattr(model, "peft_config"):
+    if not adapter_configs(model):
         raise SettingsError(f"{owner}: the model has no active LoRA adapter")
-    return model
+    return without_parallel(model)
 
 
 def check_no_prompt_learning(model: nn.Module) -> None:
-    """Refuse adapters that are virtual tokens: the model sees other positions than the batch and the reference have.
+    """Refuse adapters of virtual tokens: the model's positions would not be those of the batch and the reference.
 
     Raises:
         SettingsError: with the kind of adapter.
     """
-    while is_parallel(model):
-        model = model.module
-    for config in (getattr(model, "peft_config", None) or {}).values():
+    for config in adapter_configs(model).values():
         if getattr(config, "is_prompt_learning", False):
             kind = str(getattr(config.peft_type, "value", config.peft_type))
             raise SettingsError(

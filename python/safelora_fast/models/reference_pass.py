@@ -11,7 +11,7 @@ from torch import nn
 
 from safelora_fast.checkpoints.lora_config import KEEPS_BASE_WEIGHTS
 from safelora_fast.errors import SettingsError
-from safelora_fast.models.anatomy import Anatomy, above, adapter_layers, dissect
+from safelora_fast.models.anatomy import Anatomy, above, adapter_configs, adapter_layers, dissect
 from safelora_fast.models.capture import Call, Capture, Tap
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _check_base_reference(model: nn.Module) -> None:
         raise SettingsError(
             "the model has no adapter to disable: wrap it with PEFT, or give the model before fine-tuning as reference="
         )
-    for name, config in _adapter_configs(model).items():
+    for name, config in adapter_configs(model).items():
         if getattr(config, "is_prompt_learning", False):
             raise SettingsError(f"adapter {name!r} adds tokens to the prompt, which the reference lacks")
         start = getattr(config, "init_lora_weights", True)
@@ -299,7 +299,7 @@ def _check_named_reference(model: nn.Module, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name and parameter.requires_grad:
             raise SettingsError(f"reference adapter {name!r} is trained ({parameter_name}): freeze it")
-    for adapter, config in _adapter_configs(model).items():
+    for adapter, config in adapter_configs(model).items():
         _check_bias(adapter, config)
     _check_trained(model, named)
 
@@ -341,12 +341,6 @@ def _check_bias(name: str, config: Any) -> None:
             f'adapter {name!r} trains biases (bias="{bias}"), which switching it off does not undo: use bias="none", '
             "or give a second model as reference="
         )
-
-
-def _adapter_configs(model: nn.Module) -> dict[str, Any]:
-    while isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return dict(getattr(model, "peft_config", None) or {})
 
 
 def _adapter_names(layer: nn.Module) -> set[str]:

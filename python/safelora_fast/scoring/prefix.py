@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.data.tokens import IGNORED_LABEL
-from safelora_fast.models.anatomy import is_parallel
+from safelora_fast.models.anatomy import adapter_configs
 from safelora_fast.models.reference_pass import CACHES
 
 if TYPE_CHECKING:
@@ -80,11 +80,8 @@ def reads_whole_inputs(model: nn.Module) -> bool:
     PEFT puts a learned prompt before every input, also behind a past, and looks for the tokens that activate an aLoRA in the
     input only.
     """
-    while is_parallel(model):
-        model = model.module
-    configs = (getattr(model, "peft_config", None) or {}).values()
     names = ("is_prompt_learning", "alora_invocation_tokens")
-    return any(getattr(config, name, None) for config in configs for name in names)
+    return any(getattr(config, name, None) for config in adapter_configs(model).values() for name in names)
 
 
 def _worth(saved: int, tokens: int) -> bool:
