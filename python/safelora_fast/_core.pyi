@@ -1,7 +1,7 @@
 """Types of the Rust extension module. Python decides what to compute; this module reads the bytes and computes it."""
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, final
 
 __all__ = [
     "Cuda",
@@ -348,6 +348,27 @@ class Cuda:
         A token's gradient is a·(h − h₀) − b·h with (a, b) from `factors` [blocks, batch, tokens, 2], float32. Tokens
         whose a is zero, as those that do not count, get zeros and are not read.
         """
+    def plan(
+        self,
+        place: tuple[int, int],
+        matrices: Sequence[Any],
+        factors: Sequence[Any],
+        dtypes: Mapping[Any, str],
+        *,
+        transposed: bool,
+        captured: bool,
+    ) -> CudaPlan | None:
+        """The plan of the products of these torch tensors, made once for as long as they stay where they are.
+
+        A matrix is a tensor V or a tuple (aligned, base), V = aligned − base. The products are VᵀX where `transposed`, else
+        VX. A plan is of one stream. The 16 that were used last are kept, and for good those found while a CUDA graph is
+        `captured`. `dtypes` has the names "F32", "BF16" and "F16" of torch's dtypes. None: a tensor must be copied first, so
+        that the weights of a pair have one dtype, rows or columns are contiguous, and factors are contiguous float32 at a
+        multiple of 16 bytes. Raises ValueError when operands are too large, or a factor is empty.
+        """
+    @property
+    def plans(self) -> list[int]:
+        """How many plans are kept for now, and for good."""
     def products(self, place: tuple[int, int], plan: CudaPlan, memory: tuple[int, int, int, int, int]) -> None:
         """Put the products of a plan on the stream.
 
@@ -358,37 +379,25 @@ class Cuda:
 
 @final
 class CudaPlan:
-    """How products of many matrices V with thin factors X are cut into blocks of one launch.
+    """How products of many matrices V with thin factors X are cut into blocks of launches.
 
-    Bits of the results depend on shapes alone. Raises ValueError when operands are too large, or a factor is empty or
-    lies at no multiple of 16 bytes.
+    Bits of the results depend on shapes alone.
     """
 
-    def __new__(
-        cls,
-        operands: Sequence[tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, int]],
-        *,
-        form: Literal["transposed", "straight"],
-        dtype: Literal["F32", "BF16", "F16"],
-        is_pair: bool,
-    ) -> CudaPlan:
-        """Each operand is ((aligned, row_stride), (base, row_stride), (rows, columns), factor, rank).
-
-        Columns of the weights are contiguous; V is aligned − base where `is_pair`, else aligned. The factor is
-        contiguous float32: [rows, rank] for the transposed form VᵀX, [columns, rank] for the straight form VX.
-        """
     @property
     def table(self) -> bytes:
-        """What the launch needs on the device."""
+        """What the launches need on the device."""
     @property
-    def offsets(self) -> list[int]:
-        """First element of each module's result among all results."""
+    def places(self) -> list[tuple[int, int, tuple[int, int]]]:
+        """Of each module: first element of its result among all results, place of its square, and shape of its result."""
     @property
-    def results(self) -> int: ...
+    def sizes(self) -> tuple[int, int, int]:
+        """Elements of results, partial sums and partial squares."""
     @property
-    def partial(self) -> int: ...
-    @property
-    def partial_squares(self) -> int: ...
+    def memory(self) -> Any:
+        """What `keep` was given; None before."""
+    def keep(self, memory: object) -> None:
+        """Keep what holds the table on the device as long as the plan."""
 
 def cuda_kernels(source: str, architecture: str, *, nvrtc: Sequence[str], cache: str | None = None) -> bytes:
     """Machine code of one file of kernels ("feature_distance.cu") for one architecture ("sm_90"); needs no GPU.

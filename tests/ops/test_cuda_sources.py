@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from disassembly import ARCHITECTURES, kernels
+from sanitizer_report import CUDA, TRITON, errors
 
 from safelora_fast import _core
 from safelora_fast.errors import BackendError
@@ -71,3 +72,16 @@ def test_no_nvrtc_and_no_such_source():
         _core.cuda_kernels("feature_distance.cu", "sm_90", nvrtc=["/nowhere/libnvrtc.so.13"])
     with pytest.raises(ValueError, match="no file of kernels"):
         _core.cuda_kernels("absent.cu", "sm_90", nvrtc=[])
+
+
+def test_a_sanitizer_report_is_read_for_our_kernels_only():
+    blocks = [
+        "========= COMPUTE-SANITIZER\n",
+        "========= Invalid __global__ read of size 4 bytes\n=========     at 0x70 in void at::native::add<float>(float *)\n",
+        "========= Program hit cudaErrorNotReady (error 600) on CUDA API call to cudaEventQuery.\n",
+        "========= Invalid __global__ write of size 4 bytes\n=========     at token_sums_bf16+0x70 in feature_distance.cu:91\n",
+        "========= Error: Race reported between Write access at linear_loss+0x70\n",
+    ]
+    report = "=========\n".join(blocks)
+    assert errors(report, CUDA) == [blocks[3]]
+    assert errors(report, f"{CUDA}|{TRITON}") == [blocks[3], blocks[4]]

@@ -7,7 +7,7 @@ import torch
 from emulated_cuda import emulated, record
 from nobody_waits import NobodyWaits
 
-from safelora_fast.ops import plans, subspace_projection, subspace_projections
+from safelora_fast.ops import cuda_runtime, plans, subspace_projection, subspace_projections
 from safelora_fast.ops.base import served_by
 from safelora_fast.ops.plans import KEPT
 from safelora_fast.ops.subspace_penalties import subspace_penalties, subspace_penalty
@@ -248,6 +248,16 @@ class TestCuda:
             matrices, [random(m[0].shape[0], 4) for m in matrices], [random(m[0].shape[1], 16) for m in matrices]
         )
         assert self.launches() == ["transposed_pair_bf16_16", "add_squares", "straight_pair_bf16_16", "add_squares"]
+
+    def test_plans_are_kept_as_long_as_operands_stay(self):
+        matrices, left = [pair(20, 20)], random(20, 4)
+        first = transposed_products(matrices, [left])[0][0]
+        assert torch.equal(transposed_products(matrices, [left])[0][0], first)
+        assert cuda_runtime.runtime().plans == [1, 0]
+        lefts = [random(20, 4) for _ in range(KEPT + 3)]
+        for factor in lefts:
+            transposed_products(matrices, [factor])
+        assert cuda_runtime.runtime().plans == [KEPT, 0]
 
     @EVERY_DTYPE
     def test_weights_that_are_stored_transposed(self, dtype):

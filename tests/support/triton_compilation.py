@@ -1,7 +1,6 @@
-"""Compiles every kernel as a launch on a GPU would, for a GPU that is not there; run as a script by test_triton_compiled.
+"""Compiles kernels as a launch on a GPU would, for a GPU that is not there: `triton_compilation.py ARCHITECTURE [part of a name]`.
 
-Prints one line of JSON per kernel and architecture: what it was compiled for, registers, spills, and the loads of its
-loops.
+Prints one line of JSON per kernel: registers, spills, and the loads of its loops. test_triton_compiled.py runs it.
 """
 
 from __future__ import annotations
@@ -126,23 +125,24 @@ def resources(ptx, architecture):
     return int(re.search(r"Used (\d+) registers", run.stderr).group(1)), spills
 
 
-def main():
-    for architecture in map(int, sys.argv[1:]):
-        for name, kernel, signature, constants, options in variants():
-            built = triton.compile(
-                source(kernel, signature, constants),
-                target=GPUTarget("cuda", architecture, 32),
-                options={**options, "enable_fp_fusion": True},
-            )
-            registers, spills = resources(built.asm["ptx"], architecture)
-            wide = re.findall(r"(?:ld\.global|cp\.async\S*global)\S*", built.asm["ptx"])
-            print(json.dumps({
-                "kernel": name, "architecture": architecture, "registers": registers, "spills": spills,
-                "shared": built.metadata.shared, "cubin": len(built.asm["cubin"]),
-                "loads": sorted(set(wide)), "copies_16": len(re.findall(r"cp\.async.*0x10", built.asm["ptx"])),
-                "mma": len(re.findall(r"mma\.sync|wgmma|tcgen05\.mma", built.asm["ptx"])),
-            }))  # fmt: skip
+def main(architecture, only=""):
+    for name, kernel, signature, constants, options in variants():
+        if only not in name:
+            continue
+        built = triton.compile(
+            source(kernel, signature, constants),
+            target=GPUTarget("cuda", architecture, 32),
+            options={**options, "enable_fp_fusion": True},
+        )
+        registers, spills = resources(built.asm["ptx"], architecture)
+        wide = re.findall(r"(?:ld\.global|cp\.async\S*global)\S*", built.asm["ptx"])
+        print(json.dumps({
+            "kernel": name, "registers": registers, "spills": spills,
+            "shared": built.metadata.shared, "cubin": len(built.asm["cubin"]),
+            "loads": sorted(set(wide)), "copies_16": len(re.findall(r"cp\.async.*0x10", built.asm["ptx"])),
+            "mma": len(re.findall(r"mma\.sync|wgmma|tcgen05\.mma", built.asm["ptx"])),
+        }))  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Plans of grouped launches, with what is uploaded for them: kept for as long as the operands stay where they are."""
+"""Plans of grouped launches by Triton, and uploads: kept for as long as the operands stay where they are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-KEPT = 16
+KEPT = 16  # as in rust/cuda/src/subspace_projection.rs
 ALIGNMENT = 256  # bytes
+SPARE = 1 << 20  # bytes
 
 Plan = TypeVar("Plan")
 
@@ -65,7 +66,7 @@ def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[t
     """
     is_pinned = device.type == "cuda"
     *starts, size = itertools.accumulate([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays], initial=0)
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+    host = _pinned(size, is_captured(device)) if is_pinned else torch.empty(size, dtype=torch.uint8)
     for start, array in zip(starts, arrays, strict=True):
         host.numpy()[start : start + array.nbytes] = array.reshape(-1).view("uint8")
     there = host.to(device, non_blocking=is_pinned)
@@ -74,6 +75,19 @@ def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[t
         for start, array in zip(starts, arrays, strict=True)
     ]
     return tensors, host
+
+
+# Pinned memory for what CUDA graphs upload: older torch cannot allocate it while a stream is captured.
+_spare: list[torch.Tensor] = []
+
+
+def _pinned(size: int, in_graph: bool) -> torch.Tensor:
+    if in_graph and _spare and len(_spare[0]) >= size:
+        host, _spare[0] = _spare[0][:size], _spare[0][size:]
+        return host
+    if not in_graph and (not _spare or len(_spare[0]) < SPARE // 2):
+        _spare[:] = [torch.empty(SPARE, dtype=torch.uint8, pin_memory=True)]
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _stream(device: torch.device) -> Hashable:

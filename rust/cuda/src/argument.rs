@@ -1,4 +1,4 @@
-//! Arguments of kernels: numbers that fit, and where they are.
+//! Parameters of kernels: numbers that fit, and where they are.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -15,7 +15,24 @@ pub(crate) fn long(strides: [usize; 2]) -> Result<[i64; 2], CudaError> {
         .map_err(|_| CudaError::Operands(format!("strides {strides:?} are larger than memory")))
 }
 
-/// The address of an argument, as the driver wants it.
-pub(crate) fn at<T>(argument: &mut T) -> *mut c_void {
-    ptr::from_mut(argument).cast()
+/// The values of a kernel's parameters, in their order; the driver wants the address of each.
+pub(crate) trait Parameters {
+    fn with_addresses<Result>(&mut self, call: impl FnOnce(&mut [*mut c_void]) -> Result) -> Result;
 }
+
+macro_rules! parameters {
+    ($($name:ident)*) => {
+        impl<$($name),*> Parameters for ($($name,)*) {
+            #[allow(non_snake_case, reason = "a value is named after its type")]
+            fn with_addresses<Result>(&mut self, call: impl FnOnce(&mut [*mut c_void]) -> Result) -> Result {
+                let ($($name,)*) = self;
+                call(&mut [$(ptr::from_mut($name).cast()),*])
+            }
+        }
+    };
+}
+
+parameters!(A B C);
+parameters!(A B C D);
+parameters!(A B C D E F);
+parameters!(A B C D E F G);

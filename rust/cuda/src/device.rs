@@ -1,9 +1,10 @@
 //! One GPU: its primary context, the kernels loaded there, and launches.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::argument::Parameters;
 use crate::driver::{Driver, Handle};
 use crate::library::Library;
 use crate::{CudaError, Source};
@@ -95,14 +96,14 @@ impl Stream<'_> {
     /// Launches a kernel of a library; nothing where there is no block to run.
     ///
     /// # Safety
-    /// `arguments` point to values of the types of the kernel's parameters, in their order, and what those point to on the device
-    /// stays valid until the kernel has run.
+    /// The parameters are those of the kernel, in their order, and what their addresses point to on the device stays valid until
+    /// the kernel has run.
     pub(crate) unsafe fn launch(
         &self,
         library: &Library,
-        name: &'static str,
+        name: &str,
         grid: Grid,
-        arguments: &mut [*mut c_void],
+        mut parameters: impl Parameters,
     ) -> Result<(), CudaError> {
         let (across, down) = grid.blocks;
         if across == 0 || down == 0 {
@@ -111,10 +112,11 @@ impl Stream<'_> {
         let too_many = |_| CudaError::Operands(format!("{name} cannot run {across} by {down} blocks: split the batch"));
         let across = i32::try_from(across).map_err(too_many)?.cast_unsigned();
         let down = u16::try_from(down).map_err(too_many)?;
-        // SAFETY: the function is the library's; the caller vouches for the arguments.
-        let code = unsafe {
+        let function = library.function(name)?;
+        // SAFETY: the function is the library's; the caller vouches for the parameters.
+        let code = parameters.with_addresses(|addresses| unsafe {
             (self.driver.functions.launch)(
-                library.function(name)?,
+                function,
                 across,
                 u32::from(down),
                 1,
@@ -123,10 +125,10 @@ impl Stream<'_> {
                 1,
                 0,
                 self.stream,
-                arguments.as_mut_ptr(),
+                addresses.as_mut_ptr(),
                 ptr::null_mut(),
             )
-        };
+        });
         self.driver.check("cuLaunchKernel", code)
     }
 }

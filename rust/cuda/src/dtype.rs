@@ -16,6 +16,17 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    pub(crate) const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
+
+    /// As in the names of kernels.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
     /// Bytes of one element.
     pub(crate) const fn size(self) -> usize {
         match self {

@@ -1,6 +1,6 @@
 //! The feature distance and its gradient: from operands to launches.
 
-use crate::argument::{at, int, long};
+use crate::argument::{int, long};
 use crate::device::Grid;
 use crate::{Cuda, CudaError, Dtype, Source};
 
@@ -95,6 +95,7 @@ struct Layer {
 
 /// As `Tokens` in the kernels' source.
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct TokensArgument {
     mask: usize,
     mask_strides: [i64; 2],
@@ -125,44 +126,30 @@ impl Cuda {
         results: Results,
     ) -> Result<(), CudaError> {
         let launches = Launch::all(pairs.iter().map(|pair| (pair, 0)))?;
-        let mut argument = tokens.argument()?;
+        let argument = tokens.argument()?;
         let device = self.device(device)?;
         let library = self.library(&device, Source::FeatureDistance)?;
         let [batch, length] = tokens.shape;
         let layers = int("layers", pairs.len())?;
-        let mut results = results;
+        let Results { sums, factors, distances, sequences, share, distance } = results;
         device.on_stream(self.driver(), stream, |stream| {
             for launch in launches {
-                let Launch { dtype, mut layers, mut first, count } = launch;
-                let grid = Grid { blocks: ((batch * length).div_ceil(WARPS), count), threads: 32 * WARPS as u32 };
-                let mut arguments = [at(&mut layers), at(&mut argument), at(&mut first), at(&mut results.sums)];
+                let grid =
+                    Grid { blocks: ((batch * length).div_ceil(WARPS), launch.count), threads: 32 * WARPS as u32 };
                 // SAFETY: the parameters are Layers, Tokens, int and Sums*; the caller vouches for the addresses.
-                unsafe { stream.launch(&library, sums(dtype), grid, &mut arguments)? };
+                unsafe {
+                    let name = format!("token_sums_{}", launch.dtype.name());
+                    stream.launch(&library, &name, grid, (launch.layers, argument, launch.first, sums))?;
+                }
             }
             let grid = Grid { blocks: (batch, pairs.len()), threads: 128 };
-            let mut normalize = normalize as i32;
-            let mut arguments = [
-                at(&mut argument),
-                at(&mut normalize),
-                at(&mut results.sums),
-                at(&mut results.factors),
-                at(&mut results.distances),
-                at(&mut results.sequences),
-            ];
+            let parameters = (argument, normalize as i32, sums, factors, distances, sequences);
             // SAFETY: the parameters are Tokens, int, Sums*, Factor*, double* and int*; the caller vouches for the addresses.
-            unsafe { stream.launch(&library, "sequence_factors", grid, &mut arguments)? };
-            let (mut layers, mut rows) = (layers, argument.batch);
-            let mut arguments = [
-                at(&mut layers),
-                at(&mut rows),
-                at(&mut results.distances),
-                at(&mut results.sequences),
-                at(&mut results.share),
-                at(&mut results.distance),
-            ];
+            unsafe { stream.launch(&library, "sequence_factors", grid, parameters)? };
             let grid = Grid { blocks: (1, 1), threads: 32 };
+            let parameters = (layers, argument.batch, distances, sequences, share, distance);
             // SAFETY: the parameters are int, int, double*, int*, float* and float*; the caller vouches for the addresses.
-            unsafe { stream.launch(&library, "total_distance", grid, &mut arguments) }
+            unsafe { stream.launch(&library, "total_distance", grid, parameters) }
         })
     }
 
@@ -189,32 +176,24 @@ impl Cuda {
             return Err(CudaError::Operands(format!("{} layers, but {} gradients", pairs.len(), gradients.len())));
         }
         let launches = Launch::all(pairs.iter().zip(gradients.iter().copied()))?;
-        let [mut batch, mut length] = [int("rows of the batch", shape[0])?, int("tokens of a row", shape[1])?];
-        let [mut factors, mut weight] = [factors, weight];
+        let [batch, length] = [int("rows of the batch", shape[0])?, int("tokens of a row", shape[1])?];
         let device = self.device(device)?;
         let library = self.library(&device, Source::FeatureDistance)?;
         device.on_stream(self.driver(), stream, |stream| {
             for launch in launches {
-                let Launch { dtype, mut layers, mut first, count } = launch;
-                let blocks = ((shape[0] * shape[1]).div_ceil(WARPS), count);
-                let mut arguments = [
-                    at(&mut layers),
-                    at(&mut batch),
-                    at(&mut length),
-                    at(&mut first),
-                    at(&mut factors),
-                    at(&mut weight),
-                ];
+                let blocks = ((shape[0] * shape[1]).div_ceil(WARPS), launch.count);
                 let grid = Grid { blocks, threads: 32 * WARPS as u32 };
+                let name = format!("gradient_{}", launch.dtype.name());
+                let parameters = (launch.layers, batch, length, launch.first, factors, weight);
                 // SAFETY: the parameters are Layers, int, int, int, Factor* and float*; the caller vouches for the addresses.
-                unsafe { stream.launch(&library, gradient(dtype), grid, &mut arguments)? };
+                unsafe { stream.launch(&library, &name, grid, parameters)? };
             }
             Ok(())
         })
     }
 }
 
-/// Neighbouring layers of one dtype, that are read in one launch.
+/// Neighboring layers of one dtype, that are read in one launch.
 struct Launch {
     dtype: Dtype,
     layers: [Layer; LAYERS],
@@ -287,18 +266,9 @@ impl Tokens {
     }
 }
 
-const fn sums(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::F32 => "token_sums_f32",
-        Dtype::Bf16 => "token_sums_bf16",
-        Dtype::F16 => "token_sums_f16",
-    }
-}
-
-const fn gradient(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::F32 => "gradient_f32",
-        Dtype::Bf16 => "gradient_bf16",
-        Dtype::F16 => "gradient_f16",
-    }
+pub(crate) fn kernels() -> Vec<String> {
+    let of_dtypes = ["token_sums", "gradient"]
+        .into_iter()
+        .flat_map(|kernel| Dtype::ALL.into_iter().map(move |dtype| format!("{kernel}_{}", dtype.name())));
+    of_dtypes.chain(["sequence_factors", "total_distance"].map(str::to_owned)).collect()
 }

@@ -9,7 +9,7 @@ use crate::{CudaError, Source};
 
 /// Loaded code and its kernels by name.
 pub(crate) struct Library {
-    kernels: HashMap<&'static str, Handle>,
+    kernels: HashMap<String, Handle>,
 }
 
 // SAFETY: handles of the driver may be used from any thread.
@@ -46,10 +46,10 @@ impl Library {
     }
 
     /// The kernels as functions of the current context: asking for them loads them, which a launch need not do then.
-    fn functions(driver: &Driver, source: Source, library: Handle) -> Result<HashMap<&'static str, Handle>, CudaError> {
+    fn functions(driver: &Driver, source: Source, library: Handle) -> Result<HashMap<String, Handle>, CudaError> {
         let mut functions = HashMap::new();
         for name in source.kernels() {
-            let symbol = CString::new(*name).map_err(|error| CudaError::Operands(error.to_string()))?;
+            let symbol = CString::new(name.as_str()).map_err(|error| CudaError::Operands(error.to_string()))?;
             let (mut kernel, mut function) = (ptr::null_mut(), ptr::null_mut());
             // SAFETY: the library is loaded, and the name lives until the call returns.
             let code = unsafe { (driver.functions.library_kernel)(&raw mut kernel, library, symbol.as_ptr()) };
@@ -58,12 +58,12 @@ impl Library {
             driver.check("cuKernelGetFunction", unsafe {
                 (driver.functions.kernel_function)(&raw mut function, kernel)
             })?;
-            functions.insert(*name, function);
+            functions.insert(name, function);
         }
         Ok(functions)
     }
 
-    pub(crate) fn function(&self, name: &'static str) -> Result<Handle, CudaError> {
+    pub(crate) fn function(&self, name: &str) -> Result<Handle, CudaError> {
         let function = self.kernels.get(name).copied();
         function.ok_or_else(|| CudaError::Operands(format!("there is no kernel {name}")))
     }

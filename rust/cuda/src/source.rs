@@ -1,5 +1,7 @@
 //! The kernels' sources, embedded.
 
+use crate::{feature_distance, subspace_projection};
+
 /// A file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
@@ -43,46 +45,10 @@ impl Source {
 
     /// Names of the kernels, which are `extern "C"`.
     #[must_use]
-    pub const fn kernels(self) -> &'static [&'static str] {
+    pub fn kernels(self) -> Vec<String> {
         match self {
-            Self::FeatureDistance => &[
-                "token_sums_f32",
-                "token_sums_bf16",
-                "token_sums_f16",
-                "sequence_factors",
-                "total_distance",
-                "gradient_f32",
-                "gradient_bf16",
-                "gradient_f16",
-            ],
-            Self::SubspaceProjection => &[
-                "transposed_single_f32_16",
-                "transposed_single_f32_32",
-                "transposed_single_bf16_16",
-                "transposed_single_bf16_32",
-                "transposed_single_f16_16",
-                "transposed_single_f16_32",
-                "transposed_pair_f32_16",
-                "transposed_pair_f32_32",
-                "transposed_pair_bf16_16",
-                "transposed_pair_bf16_32",
-                "transposed_pair_f16_16",
-                "transposed_pair_f16_32",
-                "straight_single_f32_16",
-                "straight_single_f32_32",
-                "straight_single_bf16_16",
-                "straight_single_bf16_32",
-                "straight_single_f16_16",
-                "straight_single_f16_32",
-                "straight_pair_f32_16",
-                "straight_pair_f32_32",
-                "straight_pair_bf16_16",
-                "straight_pair_bf16_32",
-                "straight_pair_f16_16",
-                "straight_pair_f16_32",
-                "add_chunks",
-                "add_squares",
-            ],
+            Self::FeatureDistance => feature_distance::kernels(),
+            Self::SubspaceProjection => subspace_projection::kernels(),
         }
     }
 }

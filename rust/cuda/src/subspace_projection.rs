@@ -1,10 +1,13 @@
 //! Products of many matrices V with thin factors X, all in one launch: Vᵀ·X or V·X, and ‖V‖² of pairs on the way.
 //!
-//! Which block computes what is settled once, in a [`Plan`]: a table that the caller copies to the device and keeps for as long as
-//! its operands stay where they are. Blocks are alike but for those at edges, so none waits for a long one at the end, and the
+//! Which block computes what is settled once, in a [`Plan`]: a table that is copied to the device and kept for as long as its
+//! operands stay where they are ([`Plans`]). Blocks are alike but for those at edges, so none waits for a long one at the end, and the
 //! order of a launch is that of the modules. How a module is cut depends on shapes alone, and so do the bits of its result.
 
-use crate::argument::{at, int};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::argument::int;
 use crate::device::Grid;
 use crate::{Cuda, CudaError, Dtype, Source};
 
@@ -38,7 +41,7 @@ pub struct Kind {
 }
 
 /// One module's operands, by their addresses on the device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand {
     /// [rows, columns] with contiguous columns.
     pub aligned: usize,
@@ -76,16 +79,25 @@ struct Module {
     first_finished: i32,
 }
 
-/// How the work of a launch is cut.
+/// How the work of one launch is cut: modules of one kind.
 #[derive(Clone, Debug)]
-pub struct Plan {
+struct Group {
     kind: Kind,
     ranks: usize,
     length: usize,
     modules: Vec<Module>,
     /// The module of each block, and of each block that adds chunks.
     owners: [Vec<i32>; 2],
+    /// Elements of the results of this group and those before.
     results: usize,
+}
+
+/// Products of modules of any kinds: a launch for each kind.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    groups: Vec<Group>,
+    /// Of each module, in the order given: first element of its result, and place among the squares.
+    places: Vec<(usize, usize)>,
 }
 
 /// Addresses of what a launch reads and writes besides the operands.
@@ -99,7 +111,7 @@ pub struct Memory {
     pub partial: usize,
     /// float64 for its own use, [`Plan::partial_squares`] elements.
     pub partial_squares: usize,
-    /// float32 [modules]: ‖V‖²; written for pairs alone.
+    /// float32 [modules]: ‖V‖² in the order of the kinds; written for pairs alone.
     pub squares: usize,
 }
 
@@ -108,7 +120,69 @@ impl Plan {
     ///
     /// # Errors
     /// When there is no operand, or one is larger than a kernel can count.
-    pub fn new(kind: Kind, operands: &[Operand]) -> Result<Self, CudaError> {
+    pub fn new(modules: &[(Kind, Operand)]) -> Result<Self, CudaError> {
+        let mut kinds: Vec<Kind> = Vec::new();
+        for (kind, _) in modules {
+            if !kinds.contains(kind) {
+                kinds.push(*kind);
+            }
+        }
+        let mut plan = Self { groups: Vec::new(), places: vec![(0, 0); modules.len()] };
+        let (mut results, mut square) = (0, 0);
+        for kind in kinds {
+            let chosen: Vec<usize> = (0..modules.len()).filter(|index| modules[*index].0 == kind).collect();
+            let operands: Vec<Operand> = chosen.iter().map(|index| modules[*index].1).collect();
+            let group = Group::new(kind, &operands, results)?;
+            for (module, index) in group.modules.iter().zip(chosen) {
+                plan.places[index] = (module.result as usize, square);
+                square += 1;
+            }
+            results = group.results;
+            plan.groups.push(group);
+        }
+        if plan.groups.is_empty() {
+            return Err(CudaError::Operands("there is nothing to multiply".to_owned()));
+        }
+        Ok(plan)
+    }
+
+    /// What is copied to the device.
+    #[must_use]
+    pub fn table(&self) -> Vec<u8> {
+        let mut table = Vec::new();
+        for group in &self.groups {
+            group.write(&mut table);
+        }
+        table
+    }
+
+    /// Of each module, in the order given: first element of its result, [columns or rows of V, rank], and place among the squares.
+    #[must_use]
+    pub fn places(&self) -> &[(usize, usize)] {
+        &self.places
+    }
+
+    /// Elements of all results.
+    #[must_use]
+    pub fn results(&self) -> usize {
+        self.groups.last().map_or(0, |group| group.results)
+    }
+
+    /// Elements that sums of chunks take; launches of one stream take turns.
+    #[must_use]
+    pub fn partial(&self) -> usize {
+        self.groups.iter().map(Group::partial).max().unwrap_or(0)
+    }
+
+    /// Elements that squares take.
+    #[must_use]
+    pub fn partial_squares(&self) -> usize {
+        self.groups.iter().map(Group::partial_squares).max().unwrap_or(0)
+    }
+}
+
+impl Group {
+    fn new(kind: Kind, operands: &[Operand], results: usize) -> Result<Self, CudaError> {
         let widest = operands.iter().map(|operand| operand.rank).max().unwrap_or(0);
         let ranks = if widest <= 16 { 16 } else { 32 };
         let blocks = |length: usize| -> usize {
@@ -119,14 +193,11 @@ impl Plan {
         };
         let length = LENGTHS.into_iter().find(|length| blocks(*length) >= ENOUGH).unwrap_or(LENGTHS[LENGTHS.len() - 1]);
         int("blocks", blocks(length))?;
-        let mut plan = Self { kind, ranks, length, modules: Vec::new(), owners: [Vec::new(), Vec::new()], results: 0 };
+        let mut group = Self { kind, ranks, length, modules: Vec::new(), owners: [Vec::new(), Vec::new()], results };
         for (index, operand) in operands.iter().enumerate() {
-            plan.add(int("modules", index)?, operand)?;
+            group.add(int("modules", index)?, operand)?;
         }
-        if plan.owners[0].is_empty() {
-            return Err(CudaError::Operands("there is nothing to multiply".to_owned()));
-        }
-        Ok(plan)
+        Ok(group)
     }
 
     fn add(&mut self, index: i32, operand: &Operand) -> Result<(), CudaError> {
@@ -182,11 +253,9 @@ impl Plan {
         Ok(())
     }
 
-    /// What the caller copies to the device.
-    #[must_use]
-    pub fn table(&self) -> Vec<u8> {
+    /// Appends the modules and the owners, up to a multiple of what a module is aligned to.
+    fn write(&self, table: &mut Vec<u8>) {
         let words = |values: &[i32]| values.iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<u8>>();
-        let mut table = Vec::with_capacity(self.modules.len() * size_of::<Module>());
         for module in &self.modules {
             for word in [module.aligned, module.base, module.factor] {
                 table.extend_from_slice(&word.to_ne_bytes());
@@ -198,30 +267,21 @@ impl Plan {
             table.extend(words(&[rows, columns, rank, is_aligned, tiles, chunks, first, first_finished]));
         }
         self.owners.iter().for_each(|owners| table.extend(words(owners)));
-        table
+        table.resize(table.len().next_multiple_of(WIDE), 0);
     }
 
-    /// First element of each module's result, [columns or rows of V, rank], among all.
-    #[must_use]
-    pub fn offsets(&self) -> Vec<usize> {
-        self.modules.iter().map(|module| module.result as usize).collect()
+    /// Where the owners of blocks start in the table after this group's start, those of blocks that add chunks, and the next group.
+    fn starts(&self) -> [usize; 3] {
+        let owners = self.modules.len() * size_of::<Module>();
+        let finished = owners + self.owners[0].len() * size_of::<i32>();
+        [owners, finished, (finished + self.owners[1].len() * size_of::<i32>()).next_multiple_of(WIDE)]
     }
 
-    /// Elements of all results.
-    #[must_use]
-    pub const fn results(&self) -> usize {
-        self.results
-    }
-
-    /// Elements that sums of chunks take.
-    #[must_use]
-    pub fn partial(&self) -> usize {
+    fn partial(&self) -> usize {
         if self.owners[1].is_empty() { 0 } else { self.owners[0].len() * self.kind.tile() * self.ranks }
     }
 
-    /// Elements that squares take.
-    #[must_use]
-    pub fn partial_squares(&self) -> usize {
+    fn partial_squares(&self) -> usize {
         if self.kind.is_pair { self.owners[0].len() * WARPS } else { 0 }
     }
 }
@@ -253,26 +313,26 @@ impl Kind {
         if contracted <= length { 1 } else { contracted.div_ceil(length) }
     }
 
-    const fn kernel(self, ranks: usize) -> &'static str {
-        macro_rules! names {
-            ($form:literal, $kind:literal) => {
-                match (self.dtype, ranks) {
-                    (Dtype::F32, 16) => concat!($form, "_", $kind, "_f32_16"),
-                    (Dtype::F32, _) => concat!($form, "_", $kind, "_f32_32"),
-                    (Dtype::Bf16, 16) => concat!($form, "_", $kind, "_bf16_16"),
-                    (Dtype::Bf16, _) => concat!($form, "_", $kind, "_bf16_32"),
-                    (Dtype::F16, 16) => concat!($form, "_", $kind, "_f16_16"),
-                    (Dtype::F16, _) => concat!($form, "_", $kind, "_f16_32"),
-                }
-            };
-        }
-        match (self.form, self.is_pair) {
-            (Form::Transposed, false) => names!("transposed", "single"),
-            (Form::Transposed, true) => names!("transposed", "pair"),
-            (Form::Straight, false) => names!("straight", "single"),
-            (Form::Straight, true) => names!("straight", "pair"),
+    fn kernel(self, ranks: usize) -> String {
+        let form = match self.form {
+            Form::Transposed => "transposed",
+            Form::Straight => "straight",
+        };
+        let pair = if self.is_pair { "pair" } else { "single" };
+        format!("{form}_{pair}_{}_{ranks}", self.dtype.name())
+    }
+}
+
+pub(crate) fn kernels() -> Vec<String> {
+    let mut names: Vec<String> = ["add_chunks", "add_squares"].map(str::to_owned).into();
+    for form in [Form::Transposed, Form::Straight] {
+        for is_pair in [false, true] {
+            for dtype in Dtype::ALL {
+                names.extend([16, 32].map(|ranks| Kind { form, dtype, is_pair }.kernel(ranks)));
+            }
         }
     }
+    names
 }
 
 impl Cuda {
@@ -287,43 +347,103 @@ impl Cuda {
     pub unsafe fn products(&self, device: i32, stream: usize, plan: &Plan, memory: Memory) -> Result<(), CudaError> {
         let device = self.device(device)?;
         let library = self.library(&device, Source::SubspaceProjection)?;
-        let mut memory = memory;
-        let mut owners = memory.table + plan.modules.len() * size_of::<Module>();
-        let mut finished = owners + plan.owners[0].len() * size_of::<i32>();
-        let (mut length, mut tile, mut ranks) =
-            (int("elements", plan.length)?, int("elements", plan.kind.tile())?, int("columns", plan.ranks)?);
-        let mut of_columns = i32::from(plan.kind.form == Form::Transposed);
+        let Memory { mut table, results, partial, partial_squares, mut squares } = memory;
         device.on_stream(self.driver(), stream, |stream| {
-            let grid = Grid { blocks: (plan.owners[0].len(), 1), threads: 32 * WARPS as u32 };
-            let mut arguments = [
-                at(&mut memory.table),
-                at(&mut owners),
-                at(&mut length),
-                at(&mut memory.results),
-                at(&mut memory.partial),
-                at(&mut memory.partial_squares),
-            ];
-            // SAFETY: the parameters are Module*, int*, int, float*, float* and double*; the caller vouches for the addresses.
-            unsafe { stream.launch(&library, plan.kind.kernel(plan.ranks), grid, &mut arguments)? };
-            let mut arguments = [
-                at(&mut memory.table),
-                at(&mut finished),
-                at(&mut tile),
-                at(&mut ranks),
-                at(&mut of_columns),
-                at(&mut memory.results),
-                at(&mut memory.partial),
-            ];
-            let grid = Grid { blocks: (plan.owners[1].len(), 1), ..grid };
-            // SAFETY: the parameters are Module*, int*, int, int, int, float* and float*; the caller vouches for the addresses.
-            unsafe { stream.launch(&library, "add_chunks", grid, &mut arguments)? };
-            if plan.kind.is_pair {
-                let mut arguments = [at(&mut memory.table), at(&mut memory.partial_squares), at(&mut memory.squares)];
-                let grid = Grid { blocks: (plan.modules.len(), 1), threads: 32 };
-                // SAFETY: the parameters are Module*, double* and float*; the caller vouches for the addresses.
-                unsafe { stream.launch(&library, "add_squares", grid, &mut arguments)? };
+            for group in &plan.groups {
+                let [owners, finished, next] = group.starts().map(|start| table + start);
+                let Group { kind, ranks, .. } = *group;
+                let (length, tile) = (int("elements", group.length)?, int("elements", kind.tile())?);
+                let grid = Grid { blocks: (group.owners[0].len(), 1), threads: 32 * WARPS as u32 };
+                let parameters = (table, owners, length, results, partial, partial_squares);
+                // SAFETY: the parameters are Module*, int*, int, float*, float* and double*; the caller vouches for the addresses.
+                unsafe { stream.launch(&library, &kind.kernel(ranks), grid, parameters)? };
+                let grid = Grid { blocks: (group.owners[1].len(), 1), ..grid };
+                let of_columns = i32::from(kind.form == Form::Transposed);
+                let parameters = (table, finished, tile, int("columns", ranks)?, of_columns, results, partial);
+                // SAFETY: the parameters are Module*, int*, int, int, int, float* and float*; the caller vouches for the addresses.
+                unsafe { stream.launch(&library, "add_chunks", grid, parameters)? };
+                if kind.is_pair {
+                    let grid = Grid { blocks: (group.modules.len(), 1), threads: 32 };
+                    // SAFETY: the parameters are Module*, double* and float*; the caller vouches for the addresses.
+                    unsafe { stream.launch(&library, "add_squares", grid, (table, partial_squares, squares))? };
+                }
+                table = next;
+                squares += group.modules.len() * size_of::<f32>();
             }
             Ok(())
         })
+    }
+}
+
+/// Plans that were made, each with what the caller keeps beside it (its table on the device).
+///
+/// A plan is of one stream: on another one its table might be read before it is there, or be given up while it is read. Those used
+/// last are kept, and for good those that a CUDA graph reads whenever it is replayed.
+#[derive(Debug)]
+pub struct Plans<Kept> {
+    recent: VecDeque<(Request, Arc<Kept>)>,
+    captured: Vec<Arc<Kept>>,
+}
+
+/// What a plan is found by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Number of the device and address of the stream.
+    pub place: (i32, usize),
+    /// The modules.
+    pub modules: Vec<(Kind, Operand)>,
+}
+
+impl<Kept> Default for Plans<Kept> {
+    fn default() -> Self {
+        Self { recent: VecDeque::new(), captured: Vec::new() }
+    }
+}
+
+impl<Kept> Plans<Kept> {
+    /// Plans that are kept.
+    pub const MOST: usize = 16;
+
+    /// The plan for a request, made where there is none.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn find<Error>(
+        &mut self,
+        request: Request,
+        is_captured: bool,
+        make: impl FnOnce(&Request) -> Result<Kept, Error>,
+    ) -> Result<Arc<Kept>, Error> {
+        let known = self.recent.iter().position(|(known, _)| *known == request);
+        let mut kept = known.and_then(|index| self.recent.remove(index)).map(|(_, kept)| kept);
+        if kept.is_none() && is_captured {
+            // Uploaded before the capture began, for which the device was waited for.
+            let same = self.recent.iter().find(|(known, _)| known.modules == request.modules);
+            let Some((_, found)) = same else {
+                // Uploaded when the graph runs, and not before: of no use to anybody else.
+                let made = Arc::new(make(&request)?);
+                self.captured.push(Arc::clone(&made));
+                return Ok(made);
+            };
+            kept = Some(Arc::clone(found));
+        }
+        let kept = match kept {
+            Some(kept) => kept,
+            None => Arc::new(make(&request)?),
+        };
+        if is_captured {
+            self.captured.push(Arc::clone(&kept));
+        }
+        self.recent.push_back((request, Arc::clone(&kept)));
+        if self.recent.len() > Self::MOST {
+            self.recent.pop_front();
+        }
+        Ok(kept)
+    }
+
+    /// Number of plans that are kept for now, and for good.
+    #[must_use]
+    pub fn counts(&self) -> [usize; 2] {
+        [self.recent.len(), self.captured.len()]
     }
 }

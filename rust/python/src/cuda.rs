@@ -1,15 +1,16 @@
 //! Kernels on NVIDIA GPUs, on tensors that Python keeps alive.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyDict};
 use safelora_fast_cuda::feature_distance::{Normalize, Packing, Pair, Results, Tokens};
-use safelora_fast_cuda::subspace_projection::Memory;
+use safelora_fast_cuda::subspace_projection::{Form, Memory, Plans, Request};
 use safelora_fast_cuda::{Cache, CudaError, Dtype, Nvrtc, Source};
 
-use crate::cuda_plan::CudaPlan;
+use crate::cuda_plan::{CudaPlan, modules};
 use crate::errors::BackendError;
 
 /// (address, dtype, (batch, tokens, hidden), (`batch_stride`, `token_stride`)).
@@ -19,6 +20,7 @@ type Spec = (usize, String, (usize, usize, usize), (usize, usize));
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct Cuda {
     cuda: safelora_fast_cuda::Cuda,
+    plans: Mutex<Plans<Py<CudaPlan>>>,
 }
 
 #[pymethods]
@@ -28,7 +30,7 @@ impl Cuda {
     #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
     fn new(py: Python<'_>, driver: Vec<String>, nvrtc: Vec<String>, cache: Option<PathBuf>) -> PyResult<Self> {
         let cuda = py.detach(|| safelora_fast_cuda::Cuda::open(&driver, nvrtc, cache));
-        Ok(Self { cuda: cuda.map_err(|error| backend_error(&error))? })
+        Ok(Self { cuda: cuda.map_err(|error| backend_error(&error))?, plans: Mutex::default() })
     }
 
     #[getter]
@@ -109,6 +111,35 @@ impl Cuda {
         launched.map_err(|error| backend_error(&error))
     }
 
+    #[pyo3(signature = (place, matrices, factors, dtypes, *, transposed, captured))]
+    #[allow(clippy::too_many_arguments, reason = "the token and the arguments of Python")]
+    #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+    fn plan(
+        &self,
+        py: Python<'_>,
+        place: (i32, usize),
+        matrices: Bound<'_, PyAny>,
+        factors: Bound<'_, PyAny>,
+        dtypes: Bound<'_, PyDict>,
+        transposed: bool,
+        captured: bool,
+    ) -> PyResult<Option<Py<CudaPlan>>> {
+        let names = dtypes.iter().map(|(dtype, name)| Ok((dtype, parse(&name.extract::<String>()?)?)));
+        let form = if transposed { Form::Transposed } else { Form::Straight };
+        let Some(modules) = modules(&matrices, &factors, &names.collect::<PyResult<Vec<_>>>()?, form)? else {
+            return Ok(None);
+        };
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = plans
+            .find(Request { place, modules }, captured, |request| Py::new(py, CudaPlan::new(&request.modules)?))?;
+        Ok(Some(plan.clone_ref(py)))
+    }
+
+    #[getter]
+    fn plans(&self) -> [usize; 2] {
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner).counts()
+    }
+
     fn products(
         &self,
         py: Python<'_>,
@@ -146,6 +177,10 @@ fn find(name: &str) -> PyResult<Source> {
     found.ok_or_else(|| PyValueError::new_err(format!("there is no file of kernels {name:?}")))
 }
 
+fn parse(dtype: &str) -> PyResult<Dtype> {
+    dtype.parse().map_err(|error: CudaError| PyValueError::new_err(error.to_string()))
+}
+
 /// The layers, each checked against its reference, and the tokens that all of them have.
 fn pairs(features: &[Spec], reference: &[Spec]) -> PyResult<(Vec<Pair>, [usize; 2])> {
     let Some((_, _, (batch, tokens, _), _)) = features.first() else {
@@ -169,7 +204,7 @@ fn pairs(features: &[Spec], reference: &[Spec]) -> PyResult<(Vec<Pair>, [usize; 
             )));
         }
         pairs.push(Pair {
-            dtype: dtype.parse::<Dtype>().map_err(|error| PyValueError::new_err(error.to_string()))?,
+            dtype: parse(dtype)?,
             hidden: shape.2,
             features: *address,
             reference: *reference,

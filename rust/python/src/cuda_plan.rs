@@ -1,77 +1,144 @@
-//! How the work of a grouped launch is cut.
+//! Plans of grouped products, made from torch tensors and kept with their tables on the device.
+
+use std::sync::OnceLock;
 
 use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyTuple};
 use safelora_fast_cuda::Dtype;
 use safelora_fast_cuda::subspace_projection::{Form, Kind, Operand, Plan};
 
-/// ((aligned, stride), (base, stride), (rows, cols), factor, rank).
-type Spec = ((usize, usize), (usize, usize), (usize, usize), usize, usize);
+/// Bytes that the address of a factor is a multiple of.
+const ALIGNMENT: usize = 16;
 
-/// Products of many matrices with thin factors, as blocks of a launch.
+/// How products of many matrices with thin factors are cut into blocks of launches.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct CudaPlan {
     pub(crate) plan: Plan,
+    /// Rows and columns of each result.
+    shapes: Vec<(usize, usize)>,
+    memory: OnceLock<Py<PyAny>>,
+}
+
+impl CudaPlan {
+    pub(crate) fn new(modules: &[(Kind, Operand)]) -> PyResult<Self> {
+        let plan = Plan::new(modules).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let shapes = modules.iter().map(|(kind, operand)| {
+            let (rows, columns) = operand.shape;
+            (if kind.form == Form::Transposed { columns } else { rows }, operand.rank)
+        });
+        Ok(Self { plan, shapes: shapes.collect(), memory: OnceLock::new() })
+    }
 }
 
 #[pymethods]
 impl CudaPlan {
-    #[new]
-    #[pyo3(signature = (operands, *, form, dtype, is_pair))]
-    #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
-    fn new(operands: Vec<Spec>, form: &str, dtype: &str, is_pair: bool) -> PyResult<Self> {
-        let form = match form {
-            "transposed" => Form::Transposed,
-            "straight" => Form::Straight,
-            _ => {
-                return Err(PyValueError::new_err(format!("form is {form:?}; use \"transposed\" or \"straight\"")));
-            }
-        };
-        let dtype: Dtype = dtype.parse().map_err(value_error)?;
-        let operands: Vec<Operand> = operands
-            .into_iter()
-            .map(|((aligned, aligned_stride), (base, base_stride), shape, factor, rank)| Operand {
-                aligned,
-                base,
-                aligned_stride,
-                base_stride,
-                shape,
-                factor,
-                rank,
-            })
-            .collect();
-        let plan = Plan::new(Kind { form, dtype, is_pair }, &operands).map_err(value_error)?;
-        Ok(Self { plan })
-    }
-
     #[getter]
     fn table<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.plan.table())
     }
 
     #[getter]
-    fn offsets(&self) -> Vec<usize> {
-        self.plan.offsets()
+    fn places(&self) -> Vec<(usize, usize, (usize, usize))> {
+        self.plan.places().iter().zip(&self.shapes).map(|((start, square), shape)| (*start, *square, *shape)).collect()
     }
 
     #[getter]
-    fn results(&self) -> usize {
-        self.plan.results()
+    fn sizes(&self) -> (usize, usize, usize) {
+        (self.plan.results(), self.plan.partial(), self.plan.partial_squares())
     }
 
     #[getter]
-    fn partial(&self) -> usize {
-        self.plan.partial()
+    fn memory(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.memory.get().map(|memory| memory.clone_ref(py))
     }
 
-    #[getter]
-    fn partial_squares(&self) -> usize {
-        self.plan.partial_squares()
+    fn keep(&self, memory: Py<PyAny>) {
+        // Who came second uploaded the same.
+        let _ = self.memory.set(memory);
     }
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "the shape of map_err")]
-fn value_error(error: safelora_fast_cuda::CudaError) -> PyErr {
-    PyValueError::new_err(error.to_string())
+/// What is read of a torch tensor.
+#[derive(Clone, Copy)]
+struct Tensor {
+    address: usize,
+    dtype: Option<Dtype>,
+    shape: (usize, usize),
+    strides: (usize, usize),
+}
+
+impl Tensor {
+    fn read(tensor: &Bound<'_, PyAny>, dtypes: &[(Bound<'_, PyAny>, Dtype)]) -> PyResult<Self> {
+        let py = tensor.py();
+        let dtype = tensor.getattr(intern!(py, "dtype"))?;
+        Ok(Self {
+            address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
+            dtype: dtypes.iter().find(|(known, _)| known.is(&dtype)).map(|(_, dtype)| *dtype),
+            shape: tensor.getattr(intern!(py, "shape"))?.extract()?,
+            strides: tensor.call_method0(intern!(py, "stride"))?.extract()?,
+        })
+    }
+
+    const fn turned(self) -> Self {
+        let ((rows, columns), (row, column)) = (self.shape, self.strides);
+        Self { shape: (columns, rows), strides: (column, row), ..self }
+    }
+
+    const fn has_contiguous_rows(&self) -> bool {
+        (self.strides.1 == 1 || self.shape.1 == 1) && self.strides.0 >= self.shape.1
+    }
+
+    fn is_factor(&self) -> bool {
+        let (rows, columns) = self.shape;
+        let is_contiguous = (self.strides.1 == 1 || columns == 1) && (self.strides.0 == columns || rows == 1);
+        self.dtype == Some(Dtype::F32) && is_contiguous && self.address.is_multiple_of(ALIGNMENT)
+    }
+}
+
+/// The modules as the kernels take them, None where a tensor must be copied first; a matrix whose columns are contiguous is read as
+/// its transpose.
+pub(crate) fn modules(
+    matrices: &Bound<'_, PyAny>,
+    factors: &Bound<'_, PyAny>,
+    dtypes: &[(Bound<'_, PyAny>, Dtype)],
+    form: Form,
+) -> PyResult<Option<Vec<(Kind, Operand)>>> {
+    let mut found = Vec::with_capacity(matrices.len()?);
+    for (matrix, factor) in matrices.try_iter()?.zip(factors.try_iter()?) {
+        let (matrix, factor) = (matrix?, Tensor::read(&factor?, dtypes)?);
+        let (first, second) = match matrix.cast::<PyTuple>() {
+            Ok(pair) => (Tensor::read(&pair.get_item(0)?, dtypes)?, Some(Tensor::read(&pair.get_item(1)?, dtypes)?)),
+            Err(_) => (Tensor::read(&matrix, dtypes)?, None),
+        };
+        let Some(module) = module(first, second, &factor, form) else { return Ok(None) };
+        found.push(module);
+    }
+    Ok(Some(found))
+}
+
+fn module(first: Tensor, second: Option<Tensor>, factor: &Tensor, form: Form) -> Option<(Kind, Operand)> {
+    let other = second.unwrap_or(first);
+    let dtype = first.dtype.filter(|dtype| other.dtype == Some(*dtype))?;
+    let (first, other, form) = if first.has_contiguous_rows() && other.has_contiguous_rows() {
+        (first, other, form)
+    } else {
+        let turned = if form == Form::Transposed { Form::Straight } else { Form::Transposed };
+        (first.turned(), other.turned(), turned)
+    };
+    if !(first.has_contiguous_rows() && other.has_contiguous_rows() && factor.is_factor()) {
+        return None;
+    }
+    let kind = Kind { form, dtype, is_pair: second.is_some() };
+    let operand = Operand {
+        aligned: first.address,
+        base: other.address,
+        aligned_stride: first.strides.0,
+        base_stride: other.strides.0,
+        shape: first.shape,
+        factor: factor.address,
+        rank: factor.shape.1,
+    };
+    Some((kind, operand))
 }

@@ -1,0 +1,19 @@
+"""What compute-sanitizer reports of this package's kernels: torch's own, and what the driver says to its calls, are not ours."""
+
+from __future__ import annotations
+
+import re
+
+CUDA = (
+    r"(feature_distance|subspace_projection)\.cu|total_distance|add_chunks|add_squares"
+    r"|\b((token_sums|gradient)_b?f(16|32)|(transposed|straight)_(single|pair)_\w+)"
+)
+TRITON = (
+    r"triton_kernels\.py"
+    r"|\b(linear_loss|(transposed|combine)_parts|sequence_bounds|(token|sequence)_factors|token_sums|gradients)\b"
+)
+
+
+def errors(report, kernels):
+    """The errors that name one of the kernels."""
+    return [block for block in re.split(r"^=========\s*$", report, flags=re.MULTILINE) if re.search(kernels, block)]
