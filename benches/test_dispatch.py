@@ -1,4 +1,4 @@
-"""What torch's dispatcher adds to a small call: why calls that are not compiled go to the backend at once."""
+"""What stands between a call and its kernel: torch's dispatcher, which direct calls pass by, and the host's work for a launch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from emulated_cuda import emulated
 
+from safelora_fast.ops.base import served_by
 from safelora_fast.ops.feature_distance import OP, feature_distance
 from safelora_fast.ops.feature_distance import _node as node
+from safelora_fast.ops.subspace_projection import matrix_products, transposed_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CALLS, ROUNDS = 200, 30
+CALLS, ROUNDS, MODULES = 200, 30, 196
 
 
 @pytest.mark.parametrize("blocks", [1, 5])
@@ -53,3 +56,19 @@ def test_dispatch(benchmark: Callable[..., None], add_row: Callable[..., None], 
             blocks=blocks, passes=passes, direct_us=round(ours, 1), dispatched_us=round(theirs, 1), ratio=round(theirs / ours, 2)
         )  # fmt: skip
     assert OP.choose(features).name == "native"
+
+
+def test_host_of_a_training_step(
+    benchmark: Callable[..., None], add_row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the host does for the CUDA launches of a projection of 196 modules, by a driver that runs no kernel."""
+    emulated(monkeypatch, runs_kernels=False)
+    bases, factors = [torch.randn(64, 16) for _ in range(MODULES)], [torch.randn(64, 8) for _ in range(MODULES)]
+
+    def step() -> None:
+        inner, _ = transposed_products([*bases, *factors], [*factors, *factors])
+        matrix_products(bases, inner[:MODULES])
+
+    with served_by("cuda"):
+        benchmark.pedantic(step, rounds=2 * ROUNDS, warmup_rounds=3)
+    add_row(modules=MODULES, host_ms=round(benchmark.stats.stats.min * 1e3, 2))

@@ -295,7 +295,7 @@ def feature_distance_gradient(
 class Cuda:
     """The CUDA driver, and kernels that are compiled when first used and kept for each device until the process ends.
 
-    The first of `driver` (names and paths) that can be loaded is initialised; NVRTC is looked for among `nvrtc` once a
+    The first of `driver` (names and paths) that can be loaded is initialized; NVRTC is looked for among `nvrtc` once a
     kernel is needed. Compiled kernels are kept in the folder `cache`, safe against other processes; one that cannot be
     written is done without. Every method raises BackendError where driver or compiler is missing or refuses.
 
@@ -328,7 +328,7 @@ class Cuda:
         """Sum over blocks, mean over sequences, of the squared distance of (unit) hidden states.
 
         Blocks and `mask` are as in the function of this name. `packing` holds the addresses of int32 order [batch,
-        tokens], starts [batch, tokens + 1] and counts [batch], as ops/feature_distance/packing.py makes them; None: a
+        tokens], starts [batch, tokens + 1] and counts [batch], as ops/feature_distance/cuda.py makes them; None: a
         row is a sequence. `results` are the addresses of float64 sums [blocks, batch, tokens, 3], float32 factors
         [blocks, batch, tokens, 2], float64 distances [blocks, batch], int32 sequences [batch], a float32 share (one
         divided by the number of sequences, by which factors are still to be multiplied) and the float32 distance; all

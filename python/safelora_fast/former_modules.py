@@ -36,8 +36,9 @@ ops.linear_kl.eager=ops.linear_kl.torch_impl ops.linear_kl.fused=ops.linear_kl o
 ops.linear_kl.library=ops.linear_kl ops.linear_kl.passes=ops.linear_kl.chunks ops.linear_kl.reference=ops.linear_kl.torch_impl
 ops.linear_kl.rows=ops.linear_kl.chunks ops.once=ops.base ops.operands=ops.base
 ops.subspace_projection.eager=ops.subspace_projection.torch_impl ops.subspace_projection.grouped=ops.subspace_projection
-ops.subspace_projection.leading=ops.leading_vectors ops.subspace_projection.library=ops.subspace_projection
-ops.subspace_projection.penalties=ops.subspace_penalties ops.subspace_projection.reference=ops.subspace_projection.torch_impl
+ops.subspace_projection.leading=projection.device.leading_vectors ops.subspace_projection.library=ops.subspace_projection
+ops.subspace_projection.penalties=defenses.parts.grouped_penalties
+ops.subspace_projection.reference=ops.subspace_projection.torch_impl
 persona.generation=models.generate persona.judging=persona.response_filter
 persona.journal=persona.responses persona.model=persona.source_model persona.picture=persona.plot
 persona.prompts=persona.source_model persona.requests=persona.source_model persona.separation=persona.activations

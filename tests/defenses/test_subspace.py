@@ -10,10 +10,10 @@ from tiny_models import adapter_weights, collate, furthest, random_subspace, row
 from train_runs import sgd
 
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty
+from safelora_fast.defenses.parts.grouped_penalties import subspace_penalty
 from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import CheckpointError, PairingError, SettingsError, TrainingError
 from safelora_fast.models.lora_factors import adapted_modules
-from safelora_fast.ops.subspace_penalties import subspace_penalty
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 from safelora_fast.training import defend
 

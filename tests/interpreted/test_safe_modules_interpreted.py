@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import random_subspace, tiny_peft_model
 
+from safelora_fast.defenses.parts.grouped_penalties import subspace_penalty
 from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.errors import TrainingError
-from safelora_fast.ops.subspace_penalties import subspace_penalty
 from safelora_fast.ops.subspace_projection import triton_kernels
 
 
@@ -31,9 +31,8 @@ def launches(monkeypatch):
     return lambda: {name: kernel.launches for name, kernel in counted.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_step_of_a_model(dtype, launches):
-    model = tiny_peft_model(lora={"r": 3}).to(dtype)
+def test_a_step_of_a_model(launches):
+    model = tiny_peft_model(lora={"r": 3}).bfloat16()
     subspace = random_subspace(model)
     modules = SafeModules(model.get_base_model(), subspace, owner="test")
     vectors = {module.name: modules.vectors(module).double() for module in modules.modules}
@@ -52,9 +51,7 @@ def test_a_step_of_a_model(dtype, launches):
     for module in modules.modules:
         left, right = before[module.name]
         projected = vectors[module.name] @ (vectors[module.name].T @ left)
-        assert (module.lora_b.double() - projected).norm() < (
-            1e-6 if dtype == torch.float32 else 4e-3 * 2
-        ) * projected.norm()
+        assert (module.lora_b.double() - projected).norm() < 8e-3 * projected.norm()
         update = projected @ right
         cosines.append((update.norm() / (left @ right).norm()).item())
     assert cosine == pytest.approx(min(cosines), rel=1e-5)

@@ -7,10 +7,10 @@ import torch
 from emulated_cuda import emulated, record
 from nobody_waits import NobodyWaits
 
+from safelora_fast.defenses.parts.grouped_penalties import subspace_penalties, subspace_penalty
 from safelora_fast.ops import cuda_runtime, plans, subspace_projection, subspace_projections
 from safelora_fast.ops.base import served_by
 from safelora_fast.ops.plans import KEPT
-from safelora_fast.ops.subspace_penalties import subspace_penalties, subspace_penalty
 from safelora_fast.ops.subspace_projection import OP, matrix_products, transposed_products, triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

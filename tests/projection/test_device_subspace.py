@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import BackendError, CheckpointError, PairingError, how_to_install
-from safelora_fast.ops.leading_vectors import Extent, leading_vectors
 from safelora_fast.projection.device import subspace_stream
+from safelora_fast.projection.device.leading_vectors import Extent, leading_vectors
 from safelora_fast.projection.device.subspace_stream import SubspaceStream
 from safelora_fast.projection.settings import Settings
 from safelora_fast.subspace.plan import plan_subspace

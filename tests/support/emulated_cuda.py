@@ -49,6 +49,7 @@ def _build(folder: Path) -> None:
     part = folder / "driver.o"
     subprocess.run(["gcc", *common, "-c", SOURCES / "driver.c", "-o", part], check=True)
     subprocess.run(["g++", "-std=c++17", *common, "-shared", *kernels, part, "-o", folder / "libdriver.so"], check=True)
+    subprocess.run(["gcc", *common, "-shared", SOURCES / "driver.c", "-o", folder / "libhost.so"], check=True)
     subprocess.run(["gcc", *common, "-shared", SOURCES / "nvrtc.c", "-o", folder / "libnvrtc.so"], check=True)
 
 
@@ -59,9 +60,11 @@ def record() -> list[str]:
     return function().decode().splitlines()
 
 
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the operations' `cuda` modules run on tensors of the CPU, by the stand-in driver."""
+def emulated(monkeypatch: pytest.MonkeyPatch, *, runs_kernels: bool = True) -> None:
+    """Let the operations' `cuda` modules run on tensors of the CPU, by the stand-in driver; without kernels only the host works."""
     driver, nvrtc = libraries()
+    if not runs_kernels:
+        driver = driver.with_name("libhost.so")
     runtime = _core.Cuda(driver=[str(driver)], nvrtc=[str(nvrtc)])
     monkeypatch.setattr(cuda_runtime, "runtime", lambda: runtime)
     monkeypatch.setattr(cuda_runtime, "place", lambda device: (device.index or 0, STREAM))

@@ -84,7 +84,7 @@ __device__ inline void store_bits(char* address, unsigned bits) {
     }
 }
 
-// The first `count` of WIDTH neighbours one by one, then zeros: the same bits that an aligned load gives.
+// The first `count` of WIDTH neighbors one by one, then zeros: the same bits that an aligned load gives.
 template <class Element>
 __device__ inline uint4 load_some(const char* address, int count) {
     unsigned words[4] = {0, 0, 0, 0};

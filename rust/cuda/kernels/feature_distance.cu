@@ -2,7 +2,7 @@
 //
 // With d = h - h0 the forward reduces |d|^2, <d, h0> and |h0|^2 of every token in one read, then tokens to sequences and sequences
 // to one number, each in a fixed order. d is formed in float32 and the sums are in float64, where products of float32 are exact:
-// where states mostly grow or shrink the three sums nearly cancel. GPUs for data centres have the rate for it; on others it takes
+// where states mostly grow or shrink the three sums nearly cancel. GPUs for data centers have the rate for it; on others it takes
 // about twice as long as the read.
 
 constexpr int LAYERS = 48;  // 48 * 64 bytes, within the 4 KiB of a launch's parameters

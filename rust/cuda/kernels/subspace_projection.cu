@@ -5,7 +5,7 @@
 // the products of parts those are left out that float32 would round away. Each step of 16 is summed from zero on the tensor
 // core, which truncates, and added to the rest in float32, which rounds.
 //
-// The order of a contraction is free as long as both operands share it, so that every lane loads 16 neighbours of a row of V and
+// The order of a contraction is free as long as both operands share it, so that every lane loads 16 neighbors of a row of V and
 // uses them where they are; nothing is exchanged, and no shared memory is used. A block takes a tile of V; sums of tiles that
 // belong together are written apart and added in the order in which they stand.
 
@@ -64,7 +64,7 @@ __device__ inline void step(float (&total)[4], const unsigned (&a)[A_PARTS][4], 
     for (int index = 0; index < 4; ++index) total[index] += sum[index];
 }
 
-// What a loop needs of a module, in registers. FAST: every group of neighbours is whole and lies at a multiple of its size. Then
+// What a loop needs of a module, in registers. FAST: every group of neighbors is whole and lies at a multiple of its size. Then
 // what is beyond an edge is loaded from before it, without a branch: X is zero there, or the result is not stored.
 template <class Element, bool PAIR, bool FAST>
 struct Operands {
@@ -79,7 +79,7 @@ struct Operands {
 
     __device__ bool has(int row, int column) const { return row < rows && column < columns; }
 
-    // WIDTH neighbours of one row of both weights.
+    // WIDTH neighbors of one row of both weights.
     __device__ void load(int row, int column, uint4& left, uint4& right) const {
         if (FAST) {
             const int inside = min(row, rows - 1), offset = min(column, columns - Element::WIDTH) * Element::SIZE;
@@ -92,7 +92,7 @@ struct Operands {
         }
     }
 
-    // COUNT neighbours of one row of X, of which there are `length`; zeros beyond its edges.
+    // COUNT neighbors of one row of X, of which there are `length`; zeros beyond its edges.
     template <int COUNT>
     __device__ void load_factor(int length, int row, int column, float (&x)[COUNT]) const {
         if (FAST) {
@@ -172,7 +172,7 @@ struct Target {
 template <class Element, bool PAIR, int V_PARTS, int RANK_TILES>
 struct Transposed {
     static constexpr int WIDTH = Element::WIDTH, COLUMNS = 8 * WIDTH, TILE = WARPS * COLUMNS, RANKS = 16 * RANK_TILES;
-    static constexpr int NEIGHBOURS = 2;  // of a row of X
+    static constexpr int NEIGHBORS = 2;  // of a row of X
     float sums[RANK_TILES][WIDTH][4] = {};
     double square = 0.0;
 
@@ -242,8 +242,8 @@ struct Transposed {
 template <class Element, bool PAIR, int V_PARTS, int RANK_TILES>
 struct Straight {
     static constexpr int WIDTH = Element::WIDTH, COLUMNS = 4 * WIDTH, ROWS = 32, TILE = WARPS * ROWS, RANKS = 16 * RANK_TILES;
-    static constexpr int NEIGHBOURS = 2 * RANK_TILES;  // lane g has columns NEIGHBOURS * g and on of X
-    float sums[2][NEIGHBOURS][4] = {};
+    static constexpr int NEIGHBORS = 2 * RANK_TILES;  // lane g has columns NEIGHBORS * g and on of X
+    float sums[2][NEIGHBORS][4] = {};
     double square = 0.0;
 
     __device__ static int places(const Module& module) { return module.rows; }
@@ -254,12 +254,12 @@ struct Straight {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = top + g;
         for (int column = start + WIDTH * t; column - WIDTH * t < end; column += COLUMNS) {
             uint4 aligned[4], base[4];
-            float x[WIDTH][NEIGHBOURS];
+            float x[WIDTH][NEIGHBORS];
 #pragma unroll
             for (int index = 0; index < 4; ++index) operands.load(row + 8 * index, column, aligned[index], base[index]);
 #pragma unroll
             for (int index = 0; index < WIDTH; ++index)
-                operands.load_factor(operands.columns, column + index, rank + NEIGHBOURS * g, x[index]);
+                operands.load_factor(operands.columns, column + index, rank + NEIGHBORS * g, x[index]);
             float v[4][WIDTH];
 #pragma unroll
             for (int index = 0; index < 4; ++index) {
@@ -279,12 +279,12 @@ struct Straight {
                     for (int part = 0; part < V_PARTS; ++part) a[half / 4][part][half % 4] = parts[part];
                 }
 #pragma unroll
-                for (int neighbour = 0; neighbour < NEIGHBOURS; ++neighbour) {
+                for (int neighbor = 0; neighbor < NEIGHBORS; ++neighbor) {
                     unsigned b[2][3];
-                    split<3>(x[four][neighbour], x[four + 1][neighbour], b[0]);
-                    split<3>(x[four + 2][neighbour], x[four + 3][neighbour], b[1]);
+                    split<3>(x[four][neighbor], x[four + 1][neighbor], b[0]);
+                    split<3>(x[four + 2][neighbor], x[four + 3][neighbor], b[1]);
 #pragma unroll
-                    for (int rows = 0; rows < 2; ++rows) step<V_PARTS, 3>(sums[rows][neighbour], a[rows], b);
+                    for (int rows = 0; rows < 2; ++rows) step<V_PARTS, 3>(sums[rows][neighbor], a[rows], b);
                 }
             }
         }
@@ -295,13 +295,13 @@ struct Straight {
 #pragma unroll
         for (int rows = 0; rows < 2; ++rows) {
 #pragma unroll
-            for (int neighbour = 0; neighbour < NEIGHBOURS; ++neighbour) {
-                const float(&sum)[4] = sums[rows][neighbour];
-                const int place = warp * ROWS + 16 * rows + g, rank = NEIGHBOURS * 2 * t + neighbour;
+            for (int neighbor = 0; neighbor < NEIGHBORS; ++neighbor) {
+                const float(&sum)[4] = sums[rows][neighbor];
+                const int place = warp * ROWS + 16 * rows + g, rank = NEIGHBORS * 2 * t + neighbor;
                 target.put(place, rank, sum[0]);
-                target.put(place, rank + NEIGHBOURS, sum[1]);
+                target.put(place, rank + NEIGHBORS, sum[1]);
                 target.put(place + 8, rank, sum[2]);
-                target.put(place + 8, rank + NEIGHBOURS, sum[3]);
+                target.put(place + 8, rank + NEIGHBORS, sum[3]);
             }
         }
     }
@@ -317,7 +317,7 @@ __device__ inline void multiply(const Module* modules, const int* owners, int le
     const int start = block.chunk * length, end = min(start + length, Product::contracted(module));
     Product product;
     if (first < Product::places(module)) {
-        if (module.is_aligned && module.rank % Product::NEIGHBOURS == 0) {
+        if (module.is_aligned && module.rank % Product::NEIGHBORS == 0) {
             product.add(Operands<Element, PAIR, true>(module), first, rank, start, end);
         } else {
             product.add(Operands<Element, PAIR, false>(module), first, rank, start, end);

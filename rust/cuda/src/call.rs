@@ -11,7 +11,7 @@ use crate::CudaError;
 pub(crate) fn open(what: &'static str, candidates: &[String]) -> Result<(Library, String), CudaError> {
     let mut reason = "nothing was given to look for".to_owned();
     for candidate in candidates {
-        // SAFETY: the caller vouches that these are the driver or NVRTC, whose initialisers may run at any time.
+        // SAFETY: the caller vouches that these are the driver or NVRTC, whose initializers may run at any time.
         match unsafe { Library::new(OsStr::new(candidate)) } {
             Ok(library) => return Ok((library, candidate.clone())),
             // The error itself says that the loader refused, its source why.

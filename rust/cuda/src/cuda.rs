@@ -19,10 +19,10 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// Loads the first driver of `drivers` (names and paths) and initialises it. NVRTC is loaded once a kernel is needed.
+    /// Loads the first driver of `drivers` (names and paths) and initializes it. NVRTC is loaded once a kernel is needed.
     ///
     /// # Errors
-    /// When there is no driver, it is too old, or it refuses to be initialised.
+    /// When there is no driver, it is too old, or it refuses to be initialized.
     pub fn open(drivers: &[String], nvrtc: Vec<String>, cache: Option<PathBuf>) -> Result<Self, CudaError> {
         Ok(Self {
             driver: Driver::open(drivers)?,

@@ -35,7 +35,7 @@ functions! {
     }
 }
 
-/// The driver, initialised.
+/// The driver, initialized.
 pub(crate) struct Driver {
     pub(crate) functions: Functions,
 }

@@ -11,11 +11,11 @@ import torch
 
 from safelora_fast.checkpoints.tensor_names import tower_of_class
 from safelora_fast.defenses.base import Attached
+from safelora_fast.defenses.parts.grouped_penalties import is_grouped, subspace_penalties, subspace_penalty
 from safelora_fast.errors import PairingError, TrainingError
 from safelora_fast.models.anatomy import gathered, unwrap
 from safelora_fast.models.lora_factors import AdaptedModule, adapted_modules
 from safelora_fast.models.shards import held_rows, local_rows, matching_rows, sum_over_shards, write_rows
-from safelora_fast.ops.subspace_penalties import is_grouped, subspace_penalties, subspace_penalty
 from safelora_fast.ops.subspace_projection import matrix_products, transposed_products
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 A row is read twice and its gradient written once. The first reading goes a tile at a time and keeps sums about the running
 mean of δ = z − z₀ under the reference q, so that nothing cancels while student and reference are close (eager.py has the
-algebra): with f(x) = eˣ − 1 − x, moving the centre of N = Σ q·f and A = Σ q·x·(eˣ − 1) by s, where Σ q·x = 0, gives
+algebra): with f(x) = eˣ − 1 − x, moving the center of N = Σ q·f and A = Σ q·x·(eˣ − 1) by s, where Σ q·x = 0, gives
 e⁻ˢ·N + q·f(−s) and e⁻ˢ·(A − s·N) − q·s·(e⁻ˢ − 1).
 """
 
@@ -64,8 +64,8 @@ def _logits(raw, delta, bias, column, inside, scale, softcap, HAS_BIAS: tl.const
 
 
 @triton.jit
-def _recentred(excess, moved, weight, shift):
-    """(N, A) about a centre that lies `shift` further."""
+def _recentered(excess, moved, weight, shift):
+    """(N, A) about a center that lies `shift` further."""
     shrink = tl.exp(-shift)
     return (
         shrink * excess + weight * _excess(-shift),
@@ -155,8 +155,8 @@ def linear_loss(
         tile_shift = shift - gap
         mean = tl.where(q_sum > 0, mean + shift, tile_mean)
         farthest = tl.maximum(farthest, tl.abs(gap))
-        excess, moved = _recentred(excess, moved, q_sum, shift)
-        tile_excess, tile_moved = _recentred(tile_excess, tile_moved, tile_sum, tile_shift)
+        excess, moved = _recentered(excess, moved, q_sum, shift)
+        tile_excess, tile_moved = _recentered(tile_excess, tile_moved, tile_sum, tile_shift)
         excess = shrink * excess + tile_shrink * tile_excess
         moved = shrink * moved + tile_shrink * tile_moved
         q_max, q_sum = largest, both

@@ -191,18 +191,19 @@ def _check(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], axis: in
     """Raise ValueError unless every factor has `matrix.shape[axis]` rows, on the device of all."""
     if len(matrices) != len(factors) or not factors:
         raise ValueError(f"{len(matrices)} matrices and {len(factors)} factors; one factor belongs to each matrix")
-    require_tensors(**{f"operands[{index}]": tensor for index, tensor in enumerate([*_parts(matrices), *factors])})
+    operands = [*_parts(matrices), *factors]
+    if not all(isinstance(operand, torch.Tensor) for operand in operands):
+        require_tensors(**{f"operands[{index}]": operand for index, operand in enumerate(operands)})
     device = factors[0].device
     for index, (matrix, factor) in enumerate(zip(matrices, factors, strict=True)):
         parts = matrix if isinstance(matrix, tuple) else (matrix,)
-        if any(part.ndim != 2 or part.shape != parts[0].shape for part in parts) or factor.ndim != 2:
+        shape = parts[0].shape
+        if len(shape) != 2 or parts[-1].shape != shape or factor.ndim != 2:
             shapes = ", ".join(str(list(part.shape)) for part in (*parts, factor))
             raise ValueError(f"module {index}: {shapes} are not matrices that fit")
-        if parts[0].shape[axis] != factor.shape[0]:
-            raise ValueError(
-                f"module {index}: the factor has {factor.shape[0]} rows, but the matrix is {list(parts[0].shape)}"
-            )
-        if any(part.device != device for part in (*parts, factor)):
+        if shape[axis] != factor.shape[0]:
+            raise ValueError(f"module {index}: the factor has {factor.shape[0]} rows, but the matrix is {list(shape)}")
+        if factor.device != device or any(part.device != device for part in parts):
             raise ValueError(f"module {index} is not on {device}, where the first one is; group modules by device")
 
 

@@ -47,17 +47,16 @@ def _products(
         plan = runtime.plan(place, *given, DTYPE_NAMES, transposed=transposed, captured=in_graph)
         assert plan is not None  # noqa: S101
     if plan.memory is None:
-        plan.keep(uploaded([np.frombuffer(plan.table, np.uint8)], device))
-    (table,), _ = plan.memory
+        plan.keep((uploaded([np.frombuffer(plan.table, np.uint8)], device), plan.places))
+    ((table,), _), places = plan.memory
     results, partial, partial_squares = plan.sizes
     flat, sums = (torch.empty(size, dtype=torch.float32, device=device) for size in (results, partial))
     parts = torch.empty(partial_squares, dtype=torch.float64, device=device)
     squares = torch.zeros(len(factors), dtype=torch.float32, device=device)
     addresses = (table.data_ptr(), flat.data_ptr(), sums.data_ptr(), parts.data_ptr(), squares.data_ptr())
     runtime.products(place, plan, addresses)
-    places = plan.places
-    found = [flat[start : start + rows * rank].view(rows, rank) for start, _, (rows, rank) in places]
-    if any(square != index for index, (_, square, _) in enumerate(places)):
+    found = [flat.as_strided((rows, rank), (rank, 1), start) for start, _, (rows, rank) in places]
+    if transposed and any(square != index for index, (_, square, _) in enumerate(places)):
         squares = torch.stack([squares[square] for _, square, _ in places])
     return found, squares
 

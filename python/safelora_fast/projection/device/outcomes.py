@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.errors import AdapterError
-from safelora_fast.ops.leading_vectors import Extent, Leading, leading_vectors
 from safelora_fast.ops.subspace_projection import subspace_projections, transposed_products
 from safelora_fast.projection.device.factors import damage
+from safelora_fast.projection.device.leading_vectors import Extent, Leading, leading_vectors
 from safelora_fast.projection.device.reader import DTYPES
 
 if TYPE_CHECKING:

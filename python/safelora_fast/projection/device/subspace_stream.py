@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from safelora_fast.ops.leading_vectors import Extent, leading_vectors
 from safelora_fast.projection.device.factors import damage
+from safelora_fast.projection.device.leading_vectors import Extent, leading_vectors
 from safelora_fast.projection.device.reader import BATCH_BYTES, Wanted
 from safelora_fast.projection.device.stream import BatchStream
 

@@ -17,25 +17,25 @@ def is_grouped(tensors: Sequence[torch.Tensor]) -> bool:
     return OP.choose(tensors).name in {"triton", "cuda"}
 
 
-def subspace_penalty(left: torch.Tensor, right: torch.Tensor, scale: float, vectors: torch.Tensor) -> torch.Tensor:
+def subspace_penalty(lora_b: torch.Tensor, lora_a: torch.Tensor, scale: float, vectors: torch.Tensor) -> torch.Tensor:
     """s²·tr(RᵀR·AAᵀ) with R = B − U(UᵀB), a float32 scalar (float64 for float64 factors), of one module.
 
     Expanding the product would cancel: just after a projection R is a small difference of large matrices.
 
     Args:
-        left: B [m, r].
-        right: A [r, n].
+        lora_b: B [m, r].
+        lora_a: A [r, n].
         scale: s.
         vectors: U [m, k] with orthonormal columns.
     """
-    outside = left - vectors @ (vectors.T @ left)
-    return scale**2 * ((outside.T @ outside) * (right @ right.T)).sum()
+    outside = lora_b - vectors @ (vectors.T @ lora_b)
+    return scale**2 * ((outside.T @ outside) * (lora_a @ lora_a.T)).sum()
 
 
 def subspace_penalties(
     bases: Sequence[torch.Tensor],
-    lefts: Sequence[torch.Tensor],
-    rights: Sequence[torch.Tensor],
+    lora_bs: Sequence[torch.Tensor],
+    lora_as: Sequence[torch.Tensor],
     scales: Sequence[float],
 ) -> list[torch.Tensor]:
     """‖(I − U·Uᵀ)·s·B·A‖²_F of every module (AsFT, arXiv 2506.08473), float32 scalars, differentiable once in B and A.
@@ -44,11 +44,11 @@ def subspace_penalties(
 
     Args:
         bases: U [m, k] with orthonormal columns, float32.
-        lefts: B [m, r].
-        rights: A [r, n].
+        lora_bs: B [m, r].
+        lora_as: A [r, n].
         scales: s.
     """
-    return list(_Penalties.apply(list(bases), list(scales), *lefts, *rights))
+    return list(_Penalties.apply(list(bases), list(scales), *lora_bs, *lora_as))
 
 
 class _Penalties(torch.autograd.Function):  # type: ignore[misc]
@@ -57,29 +57,29 @@ class _Penalties(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any, bases: list[torch.Tensor], scales: list[float], *factors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         count = len(bases)
-        lefts, rights = factors[:count], factors[count:]
-        inner, _ = transposed_products(bases, lefts)
-        outside = [left - inside for left, inside in zip(lefts, matrix_products(bases, inner), strict=True)]
-        flipped = [right.mT for right in rights]
+        lora_bs, lora_as = factors[:count], factors[count:]
+        inner, _ = transposed_products(bases, lora_bs)
+        outside = [lora_b - inside for lora_b, inside in zip(lora_bs, matrix_products(bases, inner), strict=True)]
+        flipped = [lora_a.mT for lora_a in lora_as]
         grams, _ = transposed_products([*outside, *flipped], [*outside, *flipped])
         ctx.scales = scales
-        ctx.save_for_backward(*outside, *rights, *grams)
-        left_grams, right_grams = grams[:count], grams[count:]
+        ctx.save_for_backward(*outside, *lora_as, *grams)
+        b_grams, a_grams = grams[:count], grams[count:]
         return tuple(
-            scale**2 * (left * right).sum() for scale, left, right in zip(scales, left_grams, right_grams, strict=True)
+            scale**2 * (lora_b * lora_a).sum() for scale, lora_b, lora_a in zip(scales, b_grams, a_grams, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         count = len(gradients)
         saved = ctx.saved_tensors
-        outside, rights, grams = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        outside, lora_as, grams = saved[:count], saved[count : 2 * count], saved[2 * count :]
         weights = [2 * scale**2 * gradient for scale, gradient in zip(ctx.scales, gradients, strict=True)]
-        of_lefts = matrix_products(
+        of_lora_b = matrix_products(
             outside, [gram * weight for gram, weight in zip(grams[count:], weights, strict=True)]
         )
-        of_rights = [
-            ((gram * weight) @ right.float()).to(right.dtype)
-            for gram, weight, right in zip(grams[:count], weights, rights, strict=True)
+        of_lora_a = [
+            ((gram * weight) @ lora_a.float()).to(lora_a.dtype)
+            for gram, weight, lora_a in zip(grams[:count], weights, lora_as, strict=True)
         ]
-        return (None, None, *of_lefts, *of_rights)
+        return (None, None, *of_lora_b, *of_lora_a)
