@@ -49,7 +49,7 @@ def test_margin(made, pairs, call):
 @pytest.mark.usefixtures("hub")
 def test_evaluate_and_compare_keep_their_answers_by_what_was_fetched(made, tmp_path, call):
     from safelora_fast.compare.config import RunSpec
-    from safelora_fast.compare.paths import places_of
+    from safelora_fast.compare.runs import runs_of
     from safelora_fast.recipe.model_stamp import adapter_digest
 
     class Config:
@@ -58,9 +58,9 @@ def test_evaluate_and_compare_keep_their_answers_by_what_was_fetched(made, tmp_p
         def seeds_of(self, run):
             return tuple(run.adapters)
 
-    (place,) = places_of(Config(), RunSpec("published", {}, {0: "some/security"}))
-    assert adapter_digest(place.adapter) == adapter_digest(made / "security")
-    (gone,) = places_of(Config(), RunSpec("published", {}, {0: "some/nothing"}))
+    (run,) = runs_of(Config(), RunSpec("published", {}, {0: "some/security"}))
+    assert adapter_digest(run.adapter) == adapter_digest(made / "security")
+    (gone,) = runs_of(Config(), RunSpec("published", {}, {0: "some/nothing"}))
     assert adapter_digest(gone.adapter) is None
     questions = tmp_path / "questions.yaml"
     questions.write_text("- {id: one, paraphrases: [Why]}\n")

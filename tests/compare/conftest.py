@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from command_line import call
-from tiny_comparison import copy_comparison, train_inside, write_comparison
+from tiny_comparison import TinyComparison, copy_comparison, train_inside, write_comparison
 
 __all__ = ["call"]
 
@@ -33,3 +35,29 @@ def copied(made, tmp_path, monkeypatch):
     """The finished comparison in another folder."""
     monkeypatch.chdir(tmp_path)
     return copy_comparison(made, tmp_path)
+
+
+@pytest.fixture
+def unmeasured(copied):
+    """The undefended run of the finished comparison, trained with two seeds and not measured."""
+    for file in [*copied.output.glob("reference/*"), *copied.output.glob("none/seed-*/*.json")]:
+        file.unlink()
+    shutil.rmtree(copied.output / "kl")
+    copied.edit(runs={"none": {}}, measure={"margin": False, "device": "cpu"})
+    return copied
+
+
+@pytest.fixture
+def move(monkeypatch):
+    """A function that moves a comparison to another folder, without some of its files."""
+
+    def move_comparison(comparison, *gone):
+        elsewhere = comparison.path.parent / "elsewhere"
+        shutil.move(comparison.output, elsewhere)
+        comparison.edit(output=str(elsewhere))
+        monkeypatch.chdir(comparison.path.parent)
+        for file in (file for name in gone for file in elsewhere.rglob(name)):
+            file.unlink()
+        return TinyComparison(comparison.path, elsewhere)
+
+    return move_comparison

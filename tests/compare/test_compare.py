@@ -141,7 +141,7 @@ def test_the_path_goes_from_nothing_to_the_whole_update(made):
 
 def test_a_second_run_trains_and_measures_nothing_and_writes_the_same(copied, trained, call, monkeypatch):
     files = {path: path.read_bytes() for path in copied.output.rglob("*") if path.is_file()}
-    monkeypatch.setattr("safelora_fast.compare.measures.take", None)
+    monkeypatch.setattr("safelora_fast.compare.measures.base.Measure.take_and_keep", None)
     result = call(*copied.words())
     assert result.code == 0, result.err
     assert trained == []
@@ -219,7 +219,7 @@ def test_a_measurement_that_fails_is_marked(copied, call, monkeypatch):
 
     for file in copied.output.glob("*/seed-*/margin.json"):
         file.unlink()
-    monkeypatch.setattr("safelora_fast.compare.measures.margin.answer_margin", fail)
+    monkeypatch.setattr("safelora_fast.scoring.margin.answer_margin", fail)
     assert call(*copied.words("-q")).code == 1
     assert [seed["failure"] for seed in copied.cells("KL")["margin_rise"]["seeds"]] == [
         "out of memory with 4096 tokens in a batch"
@@ -297,43 +297,58 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path, call):
     assert [path.name for path in comparison.output.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_run_that_is_interrupted_ends_its_training_and_keeps_its_steps(tmp_path, number, code):
-    """A real process with a real training of its own."""
+    """A real process with a real training of its own, which sees that its parent is gone."""
     comparison = write_comparison(tmp_path, seeds=[0], runs={"none": {}})
-    rows = {name: comparison.values()["measure"][name] for name in ("narrow", "general")}
     recipe = comparison.values()["recipe"]
     recipe["training"] |= {"max_steps": 4000, "save_strategy": "steps", "save_steps": 2000}
-    comparison.edit(recipe=recipe, measure={**rows, "device": "cpu", "margin": False})
+    comparison.edit(recipe=recipe, measure={"device": "cpu", "margin": False})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "safelora_fast", *comparison.words()]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         record = comparison.output / "none" / "seed-0" / "adapter" / "safelora_train.json"
-        deadline = time.monotonic() + 120
-        while not record.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        assert within(120, record.exists)
         time.sleep(1)
         process.send_signal(number)
         said = process.communicate(timeout=120)[1]
     assert process.returncode == code, said
     assert "Traceback" not in said
-    if number == signal.SIGINT:
-        assert "the same command goes on" in said
     assert not json.loads(record.read_text())["finished"]
-    deadline = time.monotonic() + (60 if number == signal.SIGKILL else 0)  # the training sees it, and ends its step
-    while (running := str(comparison.output) in all_processes()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not running
+    all_processes = ["ps", "-eo", "args"]
+    training = str(comparison.output)
+    assert within(
+        60, lambda: training not in subprocess.run(all_processes, capture_output=True, text=True, check=True).stdout
+    )
     if (
-        number == signal.SIGKILL
-    ):  # what it would say in the meantime finds nobody: it may end before it has kept its step
-        return
-    step = max(int(path.name.partition("-")[2]) for path in record.parent.glob("checkpoints/checkpoint-*"))
-    assert 0 < step < 4000
+        number == signal.SIGINT
+    ):  # after a kill, a training whose output finds nobody may end before it has kept its step
+        assert "the same command goes on" in said
+        step = max(int(path.name.partition("-")[2]) for path in record.parent.glob("checkpoints/checkpoint-*"))
+        assert 0 < step < 4000
 
 
-def all_processes():
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+def within(seconds, condition):
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return met
+
+
+def test_a_run_that_is_told_to_end_tells_its_training(tmp_path):
+    child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('ended')); open('{}', 'w').close(); time.sleep(60)"
+    parent = (
+        "import sys; from safelora_fast.compare import train_runs; "
+        "train_runs._run([sys.executable, '-c', sys.argv[1]], talk=True)"
+    )
+    ready = tmp_path / "ready"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", parent, child.format(ready)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert within(120, ready.exists)
+        process.send_signal(signal.SIGTERM)
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("ended\n", 143)
 
 
 @pytest.mark.usefixtures("trained")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from safelora_fast.compare.config import load_config
-from safelora_fast.compare.notes import setting_of
+from safelora_fast.compare.report_texts import setting_of
+from safelora_fast.compare.runs import runs_of
 from safelora_fast.errors import SettingsError
 from safelora_fast.judging.questions import builtin_questions, choose
 
@@ -36,23 +37,28 @@ def read(tmp_path):
     return load
 
 
-def test_runs_are_laid_over_the_recipe(read, tmp_path):
+def recipes(config):
+    """The recipe of each defense's first seed."""
+    return [config.recipe_for(spec, runs_of(config, spec)[0]) for spec in config.runs]
+
+
+def test_runs_are_laid_over_the_recipe(read):
     config = read()
     none, more = config.runs
     assert (none.folder, more.folder, config.seeds_of(more)) == ("none", "kl-more", (3, 1))
-    first, second = (config.recipe_for(run, 3, tmp_path / "adapter") for run in (none, more))
+    first, second = recipes(config)
     assert (first.training["max_steps"], second.training["max_steps"]) == (5, 7)
     assert first.training["learning_rate"] == second.training["learning_rate"] == 1e-3
-    assert (first.training["seed"], second.output.folder) == (3, str(tmp_path / "adapter"))
+    assert (first.training["seed"], second.output.folder) == (3, "out/kl-more/seed-3/adapter")
     assert [spec.name for spec in first.defenses] == []
     assert second.defenses[0].settings["weight"] == 0.5
-    assert config.recipe_for(none, 1, tmp_path).training["max_steps"] == 5, "a run has changed the common recipe"
+    assert recipes(config)[0].training["max_steps"] == 5, "a run has changed the common recipe"
 
 
 def test_overrides_go_on_top(read):
     config = read(PLAIN, "seeds=[7]", "recipe.training.max_steps=2", "measure.narrow=null", "output=elsewhere")
     assert (config.seeds, config.measure.narrow, str(config.output)) == ((7,), None, "elsewhere")
-    assert config.recipe_for(config.runs[0], 7, config.output).training["max_steps"] == 2
+    assert recipes(config)[0].training["max_steps"] == 2
 
 
 @pytest.mark.parametrize(

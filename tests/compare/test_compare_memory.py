@@ -124,7 +124,7 @@ def test_a_batch_that_does_not_fit_says_what_to_lower_here(comparison, call, mon
 
 
 def test_a_failure_leaves_no_model_behind(comparison, live, monkeypatch):
-    monkeypatch.setattr("safelora_fast.compare.measures.drift.answer_drift", out_of_memory)
+    monkeypatch.setattr("safelora_fast.scoring.drift.answer_drift", out_of_memory)
     measure(comparison)
     assert max(live) <= 2
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from safelora_fast.compare.failed_measurements import NOT_FINITE, not_finite
+from safelora_fast.compare.measures.base import NOT_FINITE, not_finite
 
 
 def edit(file, change):

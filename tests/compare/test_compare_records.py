@@ -97,8 +97,10 @@ def test_a_record_that_is_cut_off_can_be_overwritten(copied, trained, call):
     assert len(trained) == 1
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-@pytest.mark.parametrize("kept", [None, 0, 100])
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("adapter_model.safetensors", None), ("adapter_model.safetensors", 100), ("adapter_config.json", 0)],
+)
 def test_an_adapter_that_is_gone_or_damaged_is_trained_again(copied, trained, call, name, kept):
     file = copied.output / "kl" / "seed-1" / "adapter" / name
     before = file.read_bytes()
@@ -118,15 +120,21 @@ def test_a_taken_adapter_without_weights_is_no_run_to_train(copied, made, call, 
     assert reasons(copied, "published", "learned") == [f"{tmp_path / 'published'}: holds no adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("stop", [DataError("no luck"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["_make_swap_data", "_refuse_changed", "_try_recipes"])
+@pytest.mark.parametrize(
+    ("where", "stop"),
+    [
+        ("check_inputs", KeyboardInterrupt()),
+        ("trainings_of", DataError("no luck")),
+        ("_rehearse", KeyboardInterrupt()),
+    ],
+)
 def test_a_first_call_that_ends_early_can_be_repeated(tmp_path, trained, call, monkeypatch, where, stop):
     comparison = write_comparison(tmp_path, seeds=[0], runs={"none": {}})
     comparison.edit(measure={"operator_swap": {"rows": 8, "held_out": 6}, "margin": False, "device": "cpu"})
     whole = getattr(comparing, where)
 
-    def end(*words, **settings):
-        whole(*words, **settings)
+    def end(*words):
+        list(whole(*words) or ())
         raise stop
 
     monkeypatch.setattr(comparing, where, end)
@@ -145,15 +153,14 @@ def test_a_configuration_that_is_refused_does_not_replace_that_of_the_files(copi
     assert (copied.output / "compare.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("kept", [None, 0, 100])
-@pytest.mark.parametrize("name", ["train.jsonl", "held_out.jsonl", "operator_swap.json"])
-def test_rows_of_operator_swap_that_are_gone_or_damaged_are_made_again(copied, trained, call, name, kept):
-    file = copied.output / "operator-swap" / name
-    before = file.read_bytes()
-    file.unlink() if kept is None else file.write_bytes(before[:kept])
-    assert call(*copied.words("--report-only", "-q")).code in {0, 1}
-    assert call(*copied.words("-q")).code == 0
-    assert file.read_bytes() == before
+def test_rows_of_operator_swap_that_are_gone_or_damaged_are_made_again(copied, trained, call):
+    for name, kept in (("train.jsonl", None), ("held_out.jsonl", 100), ("operator_swap.json", 0)):
+        file = copied.output / "operator-swap" / name
+        before = file.read_bytes()
+        file.unlink() if kept is None else file.write_bytes(before[:kept])
+        assert call(*copied.words("--report-only", "-q")).code in {0, 1}
+        assert call(*copied.words("-q")).code == 0
+        assert file.read_bytes() == before
     assert trained == []
 
 
@@ -168,7 +175,7 @@ def test_a_report_of_a_measure_that_is_new(copied, call):
 def test_ctrl_c_while_measuring_keeps_what_is_measured(copied, trained, call, monkeypatch):
     for file in copied.output.glob("*/seed-*/margin.json"):
         file.unlink()
-    from safelora_fast.compare.measures import margin
+    from safelora_fast.scoring import margin
 
     whole, taken = margin.answer_margin, []
 
@@ -187,26 +194,27 @@ def test_ctrl_c_while_measuring_keeps_what_is_measured(copied, trained, call, mo
     assert trained == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"of": 3}', "\x00\xff"])
-def test_a_measurement_that_is_cut_off_is_taken_again(copied, trained, call, content):
+def test_a_measurement_that_is_cut_off_is_taken_again(copied, trained, call):
     file = copied.output / "kl" / "seed-1" / "margin.json"
     before = json.loads(file.read_text())
-    file.write_text(content, encoding="latin-1")
-    call(*copied.words("--report-only", "-q"))
-    assert reasons(copied, "KL", "margin_rise") == [None, "not measured yet"]
+    for content in ("", "{", "[]", '{"of": 3}', "\x00\xff"):
+        file.write_text(content, encoding="latin-1")
+        call(*copied.words("--report-only", "-q"))
+        assert reasons(copied, "KL", "margin_rise") == [None, "not measured yet"]
     assert call(*copied.words("-q")).code == 0
     assert json.loads(file.read_text()) == before
     assert trained == []
 
 
-@pytest.mark.parametrize("damage", [{"pairs": None}, {"pairs": [3]}, {"pairs": [{"aligned": "x"}]}])
-def test_a_measurement_that_was_edited_by_hand_is_refused_by_name(copied, call, damage):
+def test_a_measurement_that_was_edited_by_hand_is_refused_by_name(copied, call):
     file = copied.output / "kl" / "seed-1" / "margin.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
-    result = call(*copied.words("--report-only", "-q"))
-    assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    assert f"{file}, " in result.err
-    assert "what was measured is damaged" in result.err
+    whole = json.loads(file.read_text())
+    for pairs in (None, [3], [{"aligned": "x"}]):
+        file.write_text(json.dumps({**whole, "pairs": pairs}))
+        result = call(*copied.words("--report-only", "-q"))
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert f"{file}, " in result.err
+        assert "what was measured is damaged" in result.err
 
 
 def by_name(comparison, *names):

@@ -9,8 +9,9 @@ from made_comparisons import EVERY, HEBREW, HOSTILE, LONG, OUT_OF_MEMORY, begun,
 from markdown_it import MarkdownIt
 
 from safelora_fast.compare.cell_sources import files, link
-from safelora_fast.compare.number_text import INCOMPLETE
 from safelora_fast.compare.page import escaped, render_markdown
+
+INCOMPLETE = "This comparison is not complete: runs or measures that were asked for are missing."
 
 
 def parsed(text):

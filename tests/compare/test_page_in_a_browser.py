@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import re
@@ -23,6 +24,11 @@ PAPER = {"width": 703, "height": 1017}  # A4 without its margins
 BLUE = (0x00, 0x72, 0xB2)
 
 
+@functools.cache
+def text_of(make):
+    return render_page(make())
+
+
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
@@ -36,7 +42,7 @@ def opened(browser, tmp_path):
     """A function that opens a report; whatever the browser complains about, or asks for, fails the test."""
     contexts, complaints, asked, files = [], [], [], set()
 
-    def open_report(report, viewport=DESK, **options):
+    def open_report(make, viewport=DESK, **options):
         context = browser.new_context(viewport=viewport, **options)
         contexts.append(context)
         page = context.new_page()
@@ -45,7 +51,7 @@ def opened(browser, tmp_path):
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
         page.on("request", lambda request: asked.append(request.url))
         file = tmp_path / f"page-{len(contexts)}.html"
-        file.write_text(render_page(report), encoding="utf-8")
+        file.write_text(text_of(make), encoding="utf-8")
         files.add(file.as_uri())
         page.goto(file.as_uri())
         return page
@@ -63,8 +69,8 @@ def picture(page, **options):
     return np.asarray(image.open(io.BytesIO(page.screenshot(full_page=True, **options))).convert("RGB")).astype(int)
 
 
-def near(pixels, colour, distance=12):
-    return np.abs(pixels - np.array(colour)).max(axis=-1) <= distance
+def near(pixels, color, distance=12):
+    return np.abs(pixels - np.array(color)).max(axis=-1) <= distance
 
 
 def names(page, table="outcomes"):
@@ -76,7 +82,7 @@ def names(page, table="outcomes"):
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_nothing_is_cut_off(opened, make, viewport):
     """No part is wider than the screen; tables scroll by themselves, to their last column, and keep their first."""
-    page = opened(make(), viewport)
+    page = opened(make, viewport)
     width = viewport["width"]
     assert page.evaluate("document.documentElement.scrollWidth") == width
     outside = page.evaluate(
@@ -100,8 +106,8 @@ def test_nothing_is_cut_off(opened, make, viewport):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
 def test_the_picture(opened, viewport, scheme):
-    """Ink on paper, or chalk on a board; and the marks of the first colour in the plot and beside their names."""
-    page = opened(usual(), viewport, color_scheme=scheme)
+    """Ink on paper, or chalk on a board; and the marks of the first color in the plot and beside their names."""
+    page = opened(usual, viewport, color_scheme=scheme)
     pixels = picture(page)
     board = pixels[0, 0]
     assert board.min() > 250 if scheme == "light" else board.max() < 40
@@ -120,8 +126,8 @@ def test_the_picture(opened, viewport, scheme):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(opened, scheme):
     """WCAG 2.2 AA: 4.5 for text, 3 for what is drawn, against the page."""
-    page = opened(usual(), color_scheme=scheme)
-    colours = dict(
+    page = opened(usual, color_scheme=scheme)
+    colors = dict(
         page.evaluate(
             """names => names.map(name => [name, getComputedStyle(document.documentElement).getPropertyValue(name)])""",
             [
@@ -135,22 +141,22 @@ def test_contrast(opened, scheme):
             ],
         )
     )
-    board = luminance(colours.pop("--page"))
-    for name, colour in colours.items():
-        light, dark = max(board, luminance(colour)), min(board, luminance(colour))
+    board = luminance(colors.pop("--page"))
+    for name, color in colors.items():
+        light, dark = max(board, luminance(color)), min(board, luminance(color))
         assert (light + 0.05) / (dark + 0.05) >= (3.0 if name.endswith("-edge") else 4.5), name
 
 
-def luminance(colour):
+def luminance(color):
     """Relative luminance of #rrggbb (WCAG 2.2)."""
-    parts = (int(colour.strip()[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    parts = (int(color.strip()[place : place + 2], 16) / 255 for place in (1, 3, 5))
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
 def test_headings_sort(opened):
     """The good way first, then the other, then as in the report; the reference stays on top, what failed at the end."""
-    page, report = opened(hostile()), hostile()
+    page, report = opened(hostile), hostile()
     usual_order = names(page)
     heading = page.locator("#outcomes-caption ~ thead th[aria-sort]", has_text="learned")
     values = {row.name: row.cells["learned"].value for row in report.rows if "learned" in row.cells}
@@ -168,7 +174,7 @@ def test_headings_sort(opened):
 
 
 def test_headings_sort_by_keyboard_and_by_name(opened):
-    page = opened(usual())
+    page = opened(usual)
     heading = page.locator("#outcomes-caption ~ thead th[aria-sort]", has_text="defense")
     heading.get_by_role("button").focus()
     page.keyboard.press("Enter")
@@ -183,7 +189,7 @@ def test_headings_sort_by_keyboard_and_by_name(opened):
 
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
 def test_a_figure_opens_its_runs_by_keyboard(opened, viewport):
-    page = opened(usual(), viewport)
+    page = opened(usual, viewport)
     button = page.locator("[popovertarget=outcomes-8-0]")
     card = page.locator("#outcomes-8-0")
     button.focus()
@@ -204,7 +210,7 @@ def test_a_figure_opens_its_runs_by_keyboard(opened, viewport):
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_names_in_the_plot_stand_apart(opened, make):
     """Measured by the browser, in the fonts that it has."""
-    page = opened(make())
+    page = opened(make)
     for drawing in page.locator("figure.learning .for-wide svg").all():
         boxes = drawing.evaluate(
             """each => [...each.querySelectorAll(".name text, .step-name text, .mark use")].map(part => {
@@ -228,8 +234,8 @@ def overlap(one, other, slack=1.5):
 
 
 def test_printed(opened):
-    """A4, black on white whatever the screen's colours are, nothing hidden, nothing cut off."""
-    page = opened(usual(), PAPER, color_scheme="dark")
+    """A4, black on white whatever the screen's colors are, nothing hidden, nothing cut off."""
+    page = opened(usual, PAPER, color_scheme="dark")
     printed = page.pdf(prefer_css_page_size=True)
     boxes = {tuple(float(side) for side in box.split()) for box in re.findall(rb"/MediaBox \[([^\]]+)\]", printed)}
     assert {(round(right), round(top)) for _, _, right, top in boxes} == {(595, 842)}
@@ -246,7 +252,7 @@ def test_printed(opened):
 
 
 def test_without_its_script_the_page_is_whole(opened):
-    page = opened(usual(), java_script_enabled=False)
+    page = opened(usual, java_script_enabled=False)
     assert page.locator("thead button").count() == 0
     assert names(page) == [row.name for row in usual().rows]
     page.locator("[popovertarget=outcomes-8-0]").click()
@@ -256,7 +262,7 @@ def test_without_its_script_the_page_is_whole(opened):
 
 
 def test_hostile_text_is_shown_and_does_nothing(opened):
-    page = opened(hostile())
+    page = opened(hostile)
     assert page.locator("h1").inner_text() == HOSTILE
     assert page.locator("img, main script, iframe").count() == 0
     assert page.evaluate("document.title") == HOSTILE

@@ -173,8 +173,9 @@ def _yaml(folder: Path) -> Iterator[HostileKind]:
 
 def _records(folder: Path) -> Iterator[HostileKind]:
     from safelora_fast.cli.train import _show_record
-    from safelora_fast.compare.costs import COSTS
-    from safelora_fast.compare.train_runs import changes
+    from safelora_fast.compare.assemble import costs_of
+    from safelora_fast.compare.runs import Run
+    from safelora_fast.compare.train_runs import Training
     from safelora_fast.recipe.recipe import load_recipe
     from safelora_fast.recipe.run_folder import RunFolder
 
@@ -189,9 +190,8 @@ def _records(folder: Path) -> Iterator[HostileKind]:
         found = run.read_record()
         run.changes(recipe.resolved(), "recipe")
         run.changes({"train": "cd"}, "data")
-        changes(recipe)
-        for _column, cost in COSTS:
-            cost(found, found)
+        Training(Run("kl", 0, run.path, run.path), recipe, "kl").missing()
+        costs_of(found, found)
         if found.get("finished"):
             _show_record(found, run.path, as_json=False, talks=True)
 

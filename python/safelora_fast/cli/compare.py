@@ -1,4 +1,4 @@
-"""`safelora-fast compare`: defences beside each other, in one report."""
+"""`safelora-fast compare`: defenses compared with each other, in one report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from safelora_fast.compare.config import CompareConfig
     from safelora_fast.compare.report import ComparisonReport
 
-FAILED = 1
+INCOMPLETE = 1
 
 
 def compare(
@@ -32,9 +32,9 @@ def compare(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train defences with several seeds, measure what each prevents, allows and costs, and write one report.
+    """Train defenses with several seeds, measure what each prevents, allows and costs, and write one report.
 
-    The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped; what failed is a marked
+    The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped. What failed is a marked
     cell, and is tried again. Exit code 1: the report is there, and something in it failed or is not done yet.
     """
     from safelora_fast.recipe.signatures import check_packages
@@ -42,9 +42,8 @@ def compare(
     check_packages("compare")
     from safelora_fast.compare.config import load_config
 
-    run_and_show(
-        load_config(config, overrides or []), report_only=report_only, overwrite=overwrite, as_json=as_json, quiet=quiet
-    )
+    loaded = load_config(config, overrides or [])
+    run_and_show(loaded, report_only=report_only, overwrite=overwrite, as_json=as_json, quiet=quiet)
 
 
 def run_and_show(
@@ -58,11 +57,10 @@ def run_and_show(
     """Run a comparison with its progress, and print what it found.
 
     Raises:
-        typer.Exit: with 1 where something failed or is not done yet.
+        typer.Exit: with 1 if something failed or is not done yet.
     """
     from safelora_fast.cli.console import err
-    from safelora_fast.compare.compare import compare as run
-    from safelora_fast.compare.compare import report_only as assemble
+    from safelora_fast.compare import compare as room
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.files.store import to_json
     from safelora_fast.models.quiet_libraries import quiet_libraries
@@ -70,9 +68,9 @@ def run_and_show(
     talks = not (quiet or as_json)
     with quiet_libraries(), ProgressBar(wanted=talks, brief=True) as progress:
         if report_only:
-            report = assemble(config)
+            report = room.report_only(config)
         else:
-            report = run(
+            report = room.compare(
                 config,
                 overwrite=overwrite,
                 talk=talks,
@@ -84,18 +82,19 @@ def run_and_show(
     elif not quiet:
         _show(report, config.output)
     if not report.complete:
-        raise typer.Exit(FAILED)
+        raise typer.Exit(INCOMPLETE)
 
 
 def _show(report: ComparisonReport, output: Path) -> None:
     from safelora_fast.cli.console import err, figure_table, out, warn
     from safelora_fast.compare.cell_sources import failures
-    from safelora_fast.compare.number_text import format_cell, format_heading
+    from safelora_fast.compare.words import words
 
+    say = words()
     shown = [column for column in report.columns if column.criterion != "cost" or column.key == "relative"]
-    table = figure_table("", *(format_heading(column).replace(" (", "\n(") for column in shown))
+    table = figure_table("", *(say.heading(column).replace(" (", "\n(") for column in shown))
     for row in report.rows:
-        cells = (format_cell(row.cells.get(column.key), column) for column in shown)
+        cells = (say.cell(row.cells.get(column.key), column) for column in shown)
         table.add_row(row.name, *(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells))
     out.print(table)
     for sentence in report.reading:

@@ -23,10 +23,14 @@ def demo(
     A second run reuses what the first one finished.
     """
     if not train:
-        from safelora_fast.demo import run
+        from safelora_fast.demo.pipeline import run
 
-        return run(output, seed=seed)
+        run(output, seed=seed)
+        return
     from safelora_fast.cli.compare import run_and_show
-    from safelora_fast.demo.comparison import configure
+    from safelora_fast.demo.ingredients import configure
+    from safelora_fast.recipe.signatures import check_packages
 
-    return run_and_show(configure(output, seed=seed))
+    check_packages("demo --train")
+    config, _ = configure("compare.yaml", output, seed=seed)
+    run_and_show(config)

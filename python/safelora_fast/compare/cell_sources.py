@@ -1,19 +1,18 @@
-"""Which run and file each figure came from, and why some have none."""
+"""Which run and file each value of a report came from, and why some values are missing."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from safelora_fast.compare.report import SWEEP_TITLE, is_pending
+from safelora_fast.compare.report import PENDING, SWEEP_TITLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from safelora_fast.compare.report import Cell, Column, ComparisonReport, Failure, Row, SeedValue
-
-    Place = tuple[str, Mapping[str, Cell]]
 
 SWEEP = "SafeLoRA sweep"
 
@@ -38,8 +37,8 @@ class Origin:
 
     @property
     def pending(self) -> bool:
-        """Whether it is a reason that says that nothing has been done yet."""
-        return is_pending(self.what)
+        """Whether the reason is that nothing has been done yet."""
+        return self.what.endswith(PENDING)
 
     @property
     def scope(self) -> str:
@@ -48,27 +47,23 @@ class Origin:
 
 
 def failures(report: ComparisonReport) -> list[Origin]:
-    """The reason of every failure, and what is not done yet, once for each run.
-
-    Of the sweep, thresholds that lack the same stand together.
-    """
+    """The reason of every failure, and what is not done yet, once for each run; thresholds that lack the same stand together."""
     rows = [(row.name, row.cells) for row in report.rows]
     found = _grouped(rows, report.columns, lambda seed: seed.failure, report.failed)
     told = {(one.seed, one.reason) for one in report.failed if one.what == SWEEP_TITLE}
-    alike: dict[tuple[int, str, tuple[str, ...]], list[tuple[float, Origin]]] = {}
+    alike: dict[Origin, list[float]] = defaultdict(list)
     for point in report.sweep:
         for one in _grouped([(SWEEP, point.cells)], report.columns, lambda seed: seed.failure):
             if (one.seed, one.what) not in told:
-                alike.setdefault((one.seed, one.what, one.measures), []).append((point.threshold, one))
-    for some in alike.values():
-        thresholds = [threshold for threshold, _ in some]
+                alike[replace(one, whole=False)].append(point.threshold)
+    for one, thresholds in alike.items():
         place = SWEEP if len(thresholds) == len(report.sweep) > 1 else sweep_place(*thresholds)
-        found.append(replace(some[0][1], place=place))
+        found.append(replace(one, place=place))
     return found
 
 
 def files(report: ComparisonReport) -> list[Origin]:
-    """Every source file, once for each run; those of the sweep together, whatever the threshold."""
+    """Every source file, once for each run; those of the sweep once for all thresholds."""
     places = [(row.name, row.cells) for row in report.rows] + [(SWEEP, one.cells) for one in report.sweep]
     return _grouped(places, report.columns, lambda seed: seed.source or None)
 
@@ -80,17 +75,12 @@ def link(source: str) -> str:
 
 
 def runs(row: Row) -> dict[int, dict[str, SeedValue]]:
-    """The figures of a row by seed, then by the column's key."""
-    found: dict[int, dict[str, SeedValue]] = {}
+    """The values of a row by seed, then by the column's key."""
+    found: dict[int, dict[str, SeedValue]] = defaultdict(dict)
     for key, cell in row.cells.items():
         for seed in cell.seeds:
-            found.setdefault(seed.seed, {})[key] = seed
+            found[seed.seed][key] = seed
     return dict(sorted(found.items()))
-
-
-def has_any(row: Row, columns: Iterable[Column]) -> bool:
-    """Whether the row has at least one of these measures."""
-    return any(column.key in row.cells for column in columns)
 
 
 def sweep_columns(report: ComparisonReport) -> list[Column]:
@@ -99,33 +89,33 @@ def sweep_columns(report: ComparisonReport) -> list[Column]:
 
 
 def sweep_place(*thresholds: float) -> str:
-    """What thresholds of the sweep are called where they stand beside rows."""
+    """The name of thresholds of the sweep beside names of rows."""
     return f"{SWEEP}, τ = {', '.join(f'{threshold:g}' for threshold in thresholds)}"
 
 
 def _grouped(
-    places: Iterable[Place],
-    columns: Sequence[Column],
+    places: Iterable[tuple[str, Mapping[str, Cell]]],
+    columns: Iterable[Column],
     what: Callable[[SeedValue], str | None],
-    others: Iterable[Failure] = (),
+    failed: Iterable[Failure] = (),
 ) -> list[Origin]:
-    """What measures share, by place, then by seed."""
-    measures: dict[tuple[str, int, str], dict[str, None]] = {}
-    asked: dict[tuple[str, int], set[str]] = {}
+    """What measures share, by place in the order of the report, then by seed."""
+    measures: dict[tuple[str, int, str], dict[str, None]] = defaultdict(dict)
+    asked: dict[tuple[str, int], set[str]] = defaultdict(set)
     order: dict[str, int] = {}
     for place, cells in places:
         order.setdefault(place, len(order))
         for column in columns:
             for seed in cells[column.key].seeds if column.key in cells else ():
-                asked.setdefault((place, seed.seed), set()).add(column.title)
+                asked[place, seed.seed].add(column.title)
                 shared = what(seed)
                 if shared is not None:
-                    measures.setdefault((place, seed.seed, shared), {})[column.title] = None
-    for one in others:
-        order.setdefault(one.row, len(order))
-        asked.setdefault((one.row, one.seed), set()).add(one.what)
-        measures.setdefault((one.row, one.seed, one.reason), {})[one.what] = None
-    return [
+                    measures[place, seed.seed, shared][column.title] = None
+    for one in failed:
+        asked[one.row, one.seed].add(one.what)
+        measures[one.row, one.seed, one.reason][one.what] = None
+    found = [
         Origin(place, seed, shared, tuple(titles), titles.keys() == asked[place, seed])
-        for (place, seed, shared), titles in sorted(measures.items(), key=lambda item: (order[item[0][0]], item[0][1]))
+        for (place, seed, shared), titles in measures.items()
     ]
+    return sorted(found, key=lambda one: (order.get(one.place, len(order)), one.seed))

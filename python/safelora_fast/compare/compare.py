@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.compare.config import OPERATOR_SWAP
-from safelora_fast.compare.input_checks import check_inputs
-from safelora_fast.compare.paths import CONFIGURATION, check_place, places_of, reference_of
-from safelora_fast.compare.runs import Runs, trainings_of
-from safelora_fast.compare.train_runs import check_folder, is_finished, train
-from safelora_fast.errors import InterruptedRunError, OutputError, SafeLoraFastError
-from safelora_fast.files.output import alone, described, whole_folder
+from safelora_fast.checkpoints.resolver import adapter_folder, find_model
+from safelora_fast.compare.measurements import RunCheck
+from safelora_fast.compare.measures import MEASURES
+from safelora_fast.compare.runs import CONFIGURATION, check_folder, reference_of, runs_of
+from safelora_fast.compare.train_runs import trainings_of
+from safelora_fast.data.rows import read_rows
+from safelora_fast.errors import (
+    InterruptedRunError,
+    MissingDependencyError,
+    OutputError,
+    SafeLoraFastError,
+    how_to_install,
+)
+from safelora_fast.files.output import alone, described
 from safelora_fast.files.store import write_json
 from safelora_fast.files.yaml_reader import dump_yaml
-from safelora_fast.judging import operator_swap
+from safelora_fast.models.adapters import fit_adapter
+from safelora_fast.models.load import ModelSection, SubjectSettings, bare_outline, load_config
+from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from safelora_fast.compare.config import CompareConfig
-    from safelora_fast.compare.measures import Measure
-    from safelora_fast.compare.paths import Place
     from safelora_fast.compare.report import ComparisonReport
-    from safelora_fast.compare.runs import Training
-    from safelora_fast.compare.shared_models import Workbench
+    from safelora_fast.compare.train_runs import Training
+    from safelora_fast.compare.workbench import Workbench
 
 
 def compare(
@@ -50,23 +58,25 @@ def compare(
         SafeLoraFastError: rows, or the model before the fine-tune, cannot be read.
         InterruptedRunError: Ctrl-C; all that is finished is kept.
     """
-    check_place(config.output)
+    check_folder(config.output)
     check_inputs(config)
     with alone(config.output):
         with described(config.output):
             config.output.mkdir(parents=True, exist_ok=True)
         if not (config.output / CONFIGURATION).is_file():  # it says whose the folder is, whatever ends this call
             _keep_configuration(config)
-        _make_swap_data(config)
+        for measure in MEASURES:
+            measure.prepare(config)
         trainings = list(trainings_of(config))
-        _refuse_changed(trainings, overwrite=overwrite)
-        _try_recipes(trainings)
+        for training in trainings:
+            training.check_folder(overwrite=overwrite)
+        _rehearse(trainings)
         _keep_configuration(config)
         try:
             for number, training in enumerate(trainings, start=1):
-                if not is_finished(training.recipe):
+                if not training.is_finished():
                     announce(f"training {number} of {len(trainings)}: {training.title}")
-                failure = train(training.place, training.recipe, overwrite=overwrite, talk=talk)
+                failure = training.train(overwrite=overwrite, talk=talk)
                 if failure is not None:
                     announce(f"{training.title}: failed: {failure}")
             return _measure(config, progress, announce)
@@ -80,75 +90,51 @@ def report_only(config: CompareConfig) -> ComparisonReport:
     Raises:
         OutputError: there is no comparison, or the report cannot be written.
     """
-    from safelora_fast.compare.shared_models import Workbench
+    from safelora_fast.compare.workbench import Workbench
 
-    check_place(config.output)
+    check_folder(config.output)
     if not (config.output / CONFIGURATION).is_file():
         raise OutputError(f"{config.output}: holds no comparison yet")
-    return _write(config, Workbench(config))
+    return _write_report(Workbench(config))
+
+
+def check_inputs(config: CompareConfig) -> None:
+    """Refuse before the first step rows, adapters, checkpoints, judges, tasks and packages that are not there.
+
+    Raises:
+        SafeLoraFastError: the first that is missing, in one line.
+    """
+    missing = [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(f"the report needs {', '.join(missing)}: {how_to_install('eval')}")
+    section = read_section(config.document, ("recipe", "model"), ModelSection)
+    find_model(section.path)
+    SubjectSettings(section.path, config.measure.dtype, config.measure.device).resolved()
+    adapters = [adapter_folder(adapter, tokenizer=True) for spec in config.runs for adapter in spec.adapters.values()]
+    if adapters:  # they were trained elsewhere, and must fit the model, whose shapes are enough to tell
+        model = bare_outline(section, load_config(section))
+        for adapter in adapters:
+            fit_adapter(adapter, model)
+    rows = config.recipe.get("data", {}).get("path")
+    if isinstance(rows, str) and any(not spec.adapters for spec in config.runs):
+        read_rows(rows)
+    for measure in MEASURES:
+        measure.check_inputs(config)
 
 
 def _keep_configuration(config: CompareConfig) -> None:
     with described(config.output):
-        text = dump_yaml(config.document.values)
-        (config.output / CONFIGURATION).write_text(text, encoding="utf-8")
+        (config.output / CONFIGURATION).write_text(dump_yaml(config.document.values), encoding="utf-8")
 
 
-def _measure(config: CompareConfig, progress: Any, announce: Callable[[str], None]) -> ComparisonReport:
-    from safelora_fast.compare.measures import MEASURES, take
-    from safelora_fast.compare.measures.margin import label
-    from safelora_fast.compare.shared_models import Workbench
-
-    bench, runs = Workbench(config, progress), Runs(config)
-    places = [reference_of(config), *(place for run in config.runs for place in places_of(config, run))]
-    for number, place in enumerate(places, start=1):
-        wanted = [measure for measure in MEASURES if _is_wanted(measure, place, bench, runs)]
-        if not wanted:
-            continue
-        names = ", ".join(measure.title for measure in wanted)
-        announce(f"measuring {number} of {len(places)}: {label(place)}: {names}")
-        for measure in wanted:
-            failure = take(measure, place, bench)
-            if failure is not None:
-                announce(f"{label(place)}, {measure.title}: failed: {failure}")
-        _write(config, bench)
-    return _write(config, bench)
-
-
-def _is_wanted(measure: Measure, place: Place, bench: Workbench, runs: Runs) -> bool:
-    """Whether a measurement is asked for, can be taken, and has not been taken."""
-    from safelora_fast.compare.measures import is_taken
-
-    if not measure.applies(place, bench) or runs.missing(measure.place(place)) is not None:
-        return False
-    return not is_taken(measure, place, bench)
-
-
-def _write(config: CompareConfig, bench: Workbench) -> ComparisonReport:
-    from safelora_fast.compare.assemble import Assembly
-    from safelora_fast.compare.page import render_markdown, render_page
-
-    report = Assembly(config, bench).report()
-    with described(config.output):
-        write_json(config.output / "report.json", report.to_dict())
-        (config.output / "report.md").write_text(render_markdown(report), encoding="utf-8")
-        (config.output / "report.html").write_text(render_page(report), encoding="utf-8")
-    return report
-
-
-def _refuse_changed(trainings: list[Training], *, overwrite: bool) -> None:
+def _rehearse(trainings: list[Training]) -> None:
+    """Refuse a run whose data, model or defenses do not fit, before the first one is trained; its seeds are alike."""
+    rehearsed = set()
     for training in trainings:
-        check_folder(training.recipe, overwrite=overwrite)
-
-
-def _try_recipes(trainings: list[Training]) -> None:
-    """Refuse a run whose data, model or defences do not fit, before the first one is trained; its seeds are alike."""
-    tried = set()
-    for training in trainings:
-        kind = training.place.name, training.place.folder.name
-        if is_finished(training.recipe) or kind in tried:
+        kind = training.run.name, training.run.folder.name
+        if training.is_finished() or kind in rehearsed:
             continue
-        tried.add(kind)
+        rehearsed.add(kind)
         from safelora_fast.recipe.prepare import prepare
 
         try:
@@ -157,12 +143,37 @@ def _try_recipes(trainings: list[Training]) -> None:
             raise type(error)(f"{training.title}: {error}") from error
 
 
-def _make_swap_data(config: CompareConfig) -> None:
-    """The rows of the operator-swap task; any others are replaced, and then runs on those count as changed."""
-    swap = config.measure.operator_swap
-    if swap is None:
-        return
-    folder = config.output / OPERATOR_SWAP
-    if not operator_swap.is_written(folder, **swap.made_from):
-        with whole_folder(folder, overwrite=True) as partial:
-            operator_swap.write(partial, **swap.made_from)
+def _measure(config: CompareConfig, progress: Any, announce: Callable[[str], None]) -> ComparisonReport:
+    from safelora_fast.compare.workbench import Workbench
+
+    bench, check = Workbench(config, progress), RunCheck(config)
+    runs = [reference_of(config), *(run for spec in config.runs for run in runs_of(config, spec))]
+    for number, run in enumerate(runs, start=1):
+        wanted = [
+            measure
+            for measure in MEASURES
+            if measure.applies(run, config)
+            and check.missing(measure.measured_run(run)) is None
+            and not measure.is_taken(run, bench)
+        ]
+        if not wanted:
+            continue
+        announce(f"measuring {number} of {len(runs)}: {run.label}: {', '.join(measure.title for measure in wanted)}")
+        for measure in wanted:
+            failure = measure.take_and_keep(run, bench)
+            if failure is not None:
+                announce(f"{run.label}, {measure.title}: failed: {failure}")
+        _write_report(bench)
+    return _write_report(bench)
+
+
+def _write_report(bench: Workbench) -> ComparisonReport:
+    from safelora_fast.compare.assemble import make_report
+    from safelora_fast.compare.page import render_markdown, render_page
+
+    report, output = make_report(bench), bench.config.output
+    with described(output):
+        write_json(output / "report.json", report.to_dict())
+        (output / "report.md").write_text(render_markdown(report), encoding="utf-8")
+        (output / "report.html").write_text(render_page(report), encoding="utf-8")
+    return report

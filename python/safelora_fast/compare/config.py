@@ -6,26 +6,27 @@ import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError, create_model
 
-from safelora_fast.compare.measure_sections import MeasureSection
+from safelora_fast.compare.measures import MEASURES
+from safelora_fast.compare.runs import OPERATOR_SWAP, REFERENCE
+from safelora_fast.compare.train_runs import trainings_of
 from safelora_fast.errors import SettingsError
-from safelora_fast.judging.operator_swap import TRAIN
 from safelora_fast.recipe.recipe import SECTIONS, recipe_of
+from safelora_fast.recipe.sections import Count
 from safelora_fast.recipe.yaml_document import Document, read_document
 from safelora_fast.recipe.yaml_section import Section, read_section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from safelora_fast.compare.runs import Run
     from safelora_fast.files.yaml_reader import Keys
     from safelora_fast.recipe.recipe import Recipe
 
 FINISHED = "adapters"
-REFERENCE = "reference"
-OPERATOR_SWAP = "operator-swap"
 RESERVED = (REFERENCE, OPERATOR_SWAP)  # folders beside those of the runs
 UNSAFE = re.compile(r"[^\w.-]+")
 
@@ -42,6 +43,26 @@ SHARED: dict[str, Any] = {name: (Any, None) for name in SECTIONS if name != "out
 RecipeSections = create_model("RecipeSections", __base__=Section, **SHARED)
 
 
+class GeneralSettings(Section):
+    """The keys of `measure:` that no single measure has.
+
+    Attributes:
+        costs: show what each training took; leave it out if other work shared the machine.
+        dtype: of the weights that are measured; "auto" is float32 on the CPU, bfloat16 on a GPU.
+        device: "auto" is the GPU where there is one.
+        batch_size: answers that are generated at a time.
+    """
+
+    costs: bool = True
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: Count = 16
+
+
+OF_MEASURES: dict[str, Any] = {key: field for measure in MEASURES for key, field in measure.settings.items()}
+MeasureSection = create_model("MeasureSection", __base__=GeneralSettings, **OF_MEASURES)
+
+
 class ComparisonFile(Section):
     """The keys of the YAML file; recipe and runs are checked together, run by run."""
 
@@ -49,7 +70,7 @@ class ComparisonFile(Section):
     recipe: Any = None
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_all_different)] = [0]  # noqa: RUF012
     runs: Any = None
-    measure: MeasureSection | None = None
+    measure: MeasureSection | None = None  # type: ignore[valid-type]
     output: str
 
 
@@ -78,9 +99,12 @@ class CompareConfig:
     """A checked configuration.
 
     Attributes:
+        document: the YAML file.
+        title: of the report.
         recipe: sections of a recipe that all runs share, without `output`.
         seeds: of every run, `training.seed`.
         runs: in the order of the file; the others are compared with the first.
+        measure: what is measured.
         output: folder of runs, measurements and report.
     """
 
@@ -89,33 +113,31 @@ class CompareConfig:
     recipe: dict[str, Any]
     seeds: tuple[int, ...]
     runs: tuple[RunSpec, ...]
-    measure: MeasureSection
+    measure: Any
     output: Path
 
-    def recipe_for(self, run: RunSpec, seed: int, output: Path, extra: Mapping[str, Any] | None = None) -> Recipe:
-        """The recipe of one run; `extra` holds settings of the measure that needs the run, put on top of all.
+    def recipe_for(self, spec: RunSpec, run: Run, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe of one run.
+
+        Args:
+            spec: the defense.
+            run: has the seed of the training, and where its adapter goes.
+            changes: settings of the measure that needs the run, put on top of all.
 
         Raises:
             SettingsError: with the file, the line and the dotted key.
         """
         values = copy.deepcopy(self.recipe)
-        _put(values, run.changes)
-        _put(values, extra or {})
-        _put(values, {"training": {"seed": seed}, "output": {"folder": str(output)}})
-        common, changed = (self.document.below(keys) for keys in (("recipe",), ("runs", run.name)))
+        _put(values, spec.changes)
+        _put(values, changes or {})
+        _put(values, {"training": {"seed": run.seed}, "output": {"folder": str(run.adapter)}})
+        common, changed = (self.document.below(keys) for keys in (("recipe",), ("runs", spec.name)))
         lines, overridden = common.lines | changed.lines, common.overridden | changed.overridden
         return recipe_of(Document(self.document.source, values, lines, overridden))
 
-    def seeds_of(self, run: RunSpec) -> tuple[int, ...]:
-        """The seeds of a run: those of its finished adapters, if it has some."""
-        return tuple(run.adapters) or self.seeds
-
-    def swap_changes(self) -> dict[str, Any]:
-        """Changes to a recipe for the operator-swap task: its examples, and no held-out ones."""
-        swap = self.measure.operator_swap
-        assert swap is not None  # noqa: S101
-        data = {"path": str(self.output / OPERATOR_SWAP / TRAIN), "eval": None, "max_rows": None}
-        return {"data": data, "training": {"eval_strategy": "no", "eval_on_start": False, **swap.training}}
+    def seeds_of(self, spec: RunSpec) -> tuple[int, ...]:
+        """The seeds of a defense: those of its finished adapters if it has some."""
+        return tuple(spec.adapters) or self.seeds
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
@@ -184,17 +206,13 @@ def _run(document: Document, name: str) -> RunSpec:
 
 
 def _check(config: CompareConfig) -> None:
-    """Refuse what would fail after hours: read the recipe of every run, and hold the measures against the runs."""
-    document, measure = config.document, config.measure
+    """Refuse what would fail after hours: read the recipe of every run, and check the measures against the runs."""
+    document = config.document
     if not document.section("recipe", "model").get("path"):
         raise document.problem(("recipe", "model", "path"), "missing: it is the model that all runs start from")
-    for run in config.runs:
-        for seed in () if run.adapters else config.seeds:
-            config.recipe_for(run, seed, config.output)
-            if measure.operator_swap is not None:
-                config.recipe_for(run, seed, config.output, config.swap_changes())
-    if measure.sweep is not None and not measure.drift and not measure.margin:
-        raise document.problem(("measure", "sweep"), "there is nothing to sweep: measure margin, narrow or general")
+    list(trainings_of(config))
+    for measure in MEASURES:
+        measure.check(config)
     first = config.runs[0]
     if first.adapters and set(first.adapters) != set(config.seeds):
         raise SettingsError(

@@ -1,55 +1,35 @@
-"""What a comparison found, as plain values: the content of `report.json`, and all that a page or a text is made from.
+"""The report of a comparison as plain values: the content of `report.json`, from which the page and the text are made.
 
-A report knows nothing of how its figures came about, so that whoever has figures can make one.
+A report knows nothing of how its values were found, so anybody who has values can make one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelora_fast.errors import DataError
-from safelora_fast.files.json_reader import (
-    COUNT,
-    FLAG,
-    LIST,
-    NUMBER,
-    OBJECT,
-    TEXT,
-    TEXTS,
-    check_fields,
-    read_object,
-    why,
-)
+from safelora_fast.files.json_reader import read_object, why
 from safelora_fast.files.store import without_nan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 Criterion = Literal["aligned", "benign", "narrow", "coherent", "cost"]
 FORMAT = 1
 SWEEP_TITLE = "SafeLoRA by threshold"
-# What a provider must see of each defence (Kaczér et al., arXiv 2508.06249, section 3), and what it costs.
+# What a provider must see of each defense (Kaczér et al., arXiv 2508.06249, section 3), and what it costs.
 CRITERIA: dict[Criterion, str] = {
     "aligned": "no emergent misalignment",
     "benign": "benign tasks still learned",
-    "narrow": "narrow behaviour still learnable",
+    "narrow": "narrow behavior still learnable",
     "coherent": "coherent answers",
     "cost": "cost",
 }
 
-WHOLE = {
-    "title": TEXT, "facts": OBJECT, "columns": LIST, "rows": LIST, "sweep": LIST, "reading": TEXTS, "complete": FLAG,
-}  # fmt: skip
-COLUMN = dict.fromkeys(("key", "criterion", "title", "unit", "note"), TEXT)
-ROW = {"name": TEXT, "setting": TEXT, "kind": TEXT, "cells": OBJECT}
-PLOT = {"x": TEXT, "y": TEXT, "path": LIST}
-POINT = {"threshold": NUMBER, "projected": NUMBER, "modules": COUNT, "cells": OBJECT}
-FAILED = {"row": TEXT, "seed": COUNT, "what": TEXT, "reason": TEXT}
-SEED = {"value": NUMBER, "failure": TEXT}
-
 NOT_TRAINED, NOT_MEASURED = PENDING = "not trained yet", "not measured yet"
+FAILED, NOT_DONE = "failed", "not done yet"
 
 
 @dataclass(frozen=True)
@@ -61,7 +41,7 @@ class Column:
         criterion: what it speaks to, a key of :data:`CRITERIA`.
         title: its name for people, short.
         unit: "%" for shares (values are shares of 1), "nats", "s", "GB", "×" or "".
-        better: which way is good; None where neither is.
+        better: which way is good; None if neither is.
         note: what it is, in a sentence.
     """
 
@@ -75,13 +55,13 @@ class Column:
 
 @dataclass(frozen=True)
 class SeedValue:
-    """What one run came to; the value is None where it failed.
+    """The value of one run; None if it failed.
 
     Attributes:
         seed: of the run.
-        value: its figure.
+        value: of the run.
         source: the file that it came from, relative to the report.
-        failure: why there is none.
+        failure: why there is no value.
     """
 
     seed: int
@@ -90,20 +70,27 @@ class SeedValue:
     failure: str | None = None
 
     @property
+    def missing(self) -> str | None:
+        """Why there is no value, in few words: "failed", or what is not done yet; None if there is a value."""
+        if self.failure is None:
+            return None
+        return next((words for words in PENDING if self.failure.endswith(words)), FAILED)
+
+    @property
     def pending(self) -> bool:
-        """Whether there is no figure because nothing has been done yet, for this run or for what it is held against."""
-        return is_pending(self.failure)
+        """Whether there is no value because nothing has been done yet, for this run or for what it is compared with."""
+        return self.missing in PENDING
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A defence by a measure.
+    """A defense by a measure.
 
     Attributes:
-        value: mean over the seeds that have one; None where none has.
-        low, high: ends of the 95 % interval; None where there is none.
+        value: mean over the seeds that have one; None if none has.
+        low, high: ends of the 95 % interval; None if there is none.
         seeds: one by one.
-        count: what the figure is a share of, in words ("12 of 240 scored, 3 unscored").
+        count: what the value is a share of, in words ("12 of 240 scored, 3 unscored").
     """
 
     value: float | None
@@ -114,13 +101,21 @@ class Cell:
 
     @property
     def failures(self) -> list[SeedValue]:
-        """The runs without a figure, those that are not done yet among them."""
+        """The runs without a value, including those that are not done yet."""
         return [seed for seed in self.seeds if seed.failure is not None]
+
+    @property
+    def missing(self) -> str | None:
+        """Why the cell has no value, in few words; None if it has one, or if there was nothing to measure."""
+        kinds = {seed.missing for seed in self.failures}
+        if self.value is not None or not kinds:
+            return None
+        return FAILED if FAILED in kinds else kinds.pop() if len(kinds) == 1 else NOT_DONE
 
 
 @dataclass(frozen=True)
 class Row:
-    """A defence, or the reference.
+    """A defense, or the reference.
 
     Attributes:
         name: as the configuration has it.
@@ -147,7 +142,7 @@ class Plot:
 
     x: str
     y: str
-    path: tuple[tuple[float, float, str], ...] = ()
+    path: tuple[tuple[float | None, float | None, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,12 +164,12 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed and has no cell, because it is a part of a curve.
+    """Something that failed and has no cell, because it is part of a curve.
 
     Attributes:
         row: name of the row whose run it is.
         seed: of the run.
-        what: was to be measured; :data:`SWEEP_TITLE` for the sweep as a whole.
+        what: what was to be measured; :data:`SWEEP_TITLE` for the sweep as a whole.
         reason: why there is nothing.
     """
 
@@ -190,14 +185,14 @@ class ComparisonReport:
 
     Attributes:
         title: what was compared on what.
-        facts: what a reader must know to read the figures (model, data, steps, seeds, machine), by label.
+        facts: what a reader must know to read the values (model, data, steps, seeds, machine), by label.
         columns: in the order in which they are shown.
-        rows: the reference first, then the undefended run, then the defences.
-        plot: None where its columns were not measured.
-        sweep: by threshold, rising; empty where there was none.
+        rows: the reference first, then the undefended run, then the defenses.
+        plot: None if its columns were not measured.
+        sweep: by threshold, rising; empty if there was none.
         failed: what is missing in the plot's path and in the sweep.
-        reading: sentences that follow from the figures.
-        complete: False while runs or measures are missing that were asked for.
+        reading: sentences that follow from the values.
+        complete: False while runs or measures that were asked for are missing.
     """
 
     title: str
@@ -223,32 +218,16 @@ class ComparisonReport:
         Raises:
             DataError: it is no such content, or of another format.
         """
+        from pydantic import TypeAdapter, ValidationError
+
         if content.get("format") != FORMAT:
             raise DataError(f"this is no comparison report of format {FORMAT}")
         try:
-            check_fields(content, WHOLE, {"plot": OBJECT, "failed": LIST})
-            check_fields(content["facts"], {}, dict.fromkeys(content["facts"], TEXT))
-            plot = content.get("plot")
-            return cls(
-                title=content["title"],
-                facts=dict(content["facts"]),
-                columns=tuple(
-                    Column(**check_fields(column, COLUMN, {"better": TEXT})) for column in content["columns"]
-                ),
-                rows=tuple(Row(**_with_cells(check_fields(row, ROW))) for row in content["rows"]),
-                plot=None if plot is None else _plot(check_fields(plot, PLOT)),
-                sweep=tuple(SweepPoint(**_with_cells(check_fields(point, POINT))) for point in content["sweep"]),
-                failed=tuple(Failure(**check_fields(one, FAILED)) for one in content.get("failed") or ()),
-                reading=tuple(content["reading"]),
-                complete=content["complete"],
-            )
-        except (ValueError, TypeError) as error:  # TypeError: a name that is not known
-            raise DataError(f"this comparison report is damaged: {error}") from error
-
-
-def is_pending(reason: str | None) -> bool:
-    """Whether a reason for want of a figure says that nothing has been done yet."""
-    return reason is not None and reason.endswith(PENDING)
+            return TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DataError(f"this comparison report is damaged: {place}: {first['msg']}") from error
 
 
 def read_report(path: Path) -> ComparisonReport:
@@ -263,21 +242,3 @@ def read_report(path: Path) -> ComparisonReport:
         raise DataError(f"{path}: the report {why(error)}") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def _with_cells(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A row or a point of the sweep, whose cells are objects now."""
-    cells = {}
-    for key, cell in content["cells"].items():
-        check_fields(cell, {"seeds": LIST, "count": TEXT}, dict.fromkeys(("value", "low", "high"), NUMBER))
-        seeds = [check_fields(seed, {"seed": COUNT, "source": TEXT}, SEED) for seed in cell["seeds"]]
-        cells[key] = Cell(**{**cell, "seeds": tuple(SeedValue(**seed) for seed in seeds)})
-    return {**content, "cells": cells}
-
-
-def _plot(content: Mapping[str, Any]) -> Plot:
-    for point in content["path"]:
-        if not (isinstance(point, list) and len(point) == 3 and isinstance(point[2], str)):
-            raise ValueError("a point of the plot's path must be two numbers and a text")
-        check_fields(dict(enumerate(point[:2])), {}, {0: NUMBER, 1: NUMBER})  # type: ignore[dict-item]
-    return Plot(content["x"], content["y"], tuple(map(tuple, content["path"])))

@@ -1,82 +1,131 @@
-"""The runs of a comparison: how each is trained, and whether it is there as a whole."""
+"""The runs of a comparison, and where everything of it lies.
+
+```
+FOLDER/
+  report.html, report.md, report.json
+  compare.yaml                          the configuration that the files belong to, with overrides
+  operator-swap/                        the rows of that task
+  reference/MEASURE.json                the model before the fine-tune
+  RUN/seed-N/recipe.yaml, adapter/      what `safelora-fast train` read and wrote
+  RUN/seed-N/failure.json               why there is no adapter
+  RUN/seed-N/MEASURE.json               a measurement, or why there is none
+  RUN/seed-N/operator-swap/             the same run on that task: recipe.yaml, adapter/, failure.json
+```
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from safelora_fast.checkpoints.adapter import WEIGHTS
-from safelora_fast.compare.paths import places_of
-from safelora_fast.compare.report import NOT_TRAINED
-from safelora_fast.compare.train_runs import changes, failure_of, has_ended, is_finished
+from safelora_fast.checkpoints.resolver import adapter_folder
+from safelora_fast.errors import AdapterError, OutputError
+from safelora_fast.files.json_reader import read_object
+from safelora_fast.recipe.run_folder import RECORD, read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from safelora_fast.compare.config import CompareConfig, RunSpec
 
-    from safelora_fast.compare.config import CompareConfig
-    from safelora_fast.compare.paths import Place
-    from safelora_fast.recipe.recipe import Recipe
-
-DAMAGED = "the adapter of this run is gone or damaged"
+CONFIGURATION = "compare.yaml"
+TRAINING_FAILURE = "failure.json"
+REFERENCE = "reference"
+OPERATOR_SWAP = "operator-swap"
 
 
 @dataclass(frozen=True)
-class Training:
-    """A run to train.
+class Run:
+    """One training of a defense with one seed, or the reference.
 
     Attributes:
-        place: where it lies.
-        recipe: of it.
-        title: for people.
+        name: of the defense, as the configuration has it.
+        seed: of the training; None for the reference.
+        folder: where its files go.
+        adapter: where its adapter lies, or will; None for the reference.
+        is_trained: whether it is trained here, rather than taken as a finished adapter.
     """
 
-    place: Place
-    recipe: Recipe
-    title: str
+    name: str
+    seed: int | None
+    folder: Path
+    adapter: Path | None
+    is_trained: bool = False
+
+    @property
+    def label(self) -> str:
+        """The run in words."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+
+    @property
+    def on_operator_swap(self) -> Run:
+        """The same run, trained on the operator-swap task."""
+        folder = self.folder / OPERATOR_SWAP
+        adapter = None if self.adapter is None else folder / "adapter"
+        return Run(self.name, self.seed, folder, adapter, self.is_trained)
+
+    def is_of(self, spec: RunSpec) -> bool:
+        """Whether it is a seed of a defense."""
+        return self.seed is not None and self.name == spec.name
+
+    def file(self, measure: str) -> Path:
+        """Where a measurement is kept."""
+        return self.folder / f"{measure}.json"
+
+    def read(self, measure: str) -> dict[str, Any]:
+        """The content of the file of a measurement; empty if it cannot be read."""
+        return read_json_file(self.file(measure))
+
+    def record(self) -> dict[str, Any]:
+        """The record of the training; empty if it was not done here."""
+        try:
+            return {} if self.adapter is None else read_record(self.adapter / RECORD)
+        except (OSError, ValueError):
+            return {}
 
 
-def trainings_of(config: CompareConfig) -> Iterator[Training]:
-    """Every run that is trained here, and again on the operator-swap task; the narrow task first."""
-    swap = config.measure.operator_swap
-    runs = [(run, place) for run in config.runs if not run.adapters for place in places_of(config, run)]
-    for run, place in runs:
-        assert place.seed is not None  # noqa: S101
-        assert place.adapter is not None  # noqa: S101
-        recipe = config.recipe_for(run, place.seed, place.adapter)
-        yield Training(place, recipe, f"{run.name}, seed {place.seed}")
-    for run, place in runs:
-        assert place.seed is not None  # noqa: S101
-        if swap is None or (swap.seeds is not None and place.seed not in swap.seeds):
-            continue
-        trained = place.trained
-        assert trained.adapter is not None  # noqa: S101
-        recipe = config.recipe_for(run, place.seed, trained.adapter, config.swap_changes())
-        yield Training(trained, recipe, f"{run.name}, seed {place.seed}, on operator swap")
+def read_json_file(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none that can be read."""
+    try:
+        return read_object(file)
+    except (OSError, ValueError):
+        return {}
 
 
-class Runs:
-    """Whether each run of a comparison is there as a whole; each is looked at once.
+_fetched = functools.cache(lambda source: adapter_folder(source, tokenizer=True))  # the same commit for every measure
 
-    Args:
-        config: the comparison.
+
+def _finished_adapter(source: str) -> Path:
+    """The folder of a finished adapter; if there is none, the path as it was given: its cells say so."""
+    try:
+        return _fetched(source)
+    except AdapterError:
+        return Path(source).expanduser()
+
+
+def runs_of(config: CompareConfig, spec: RunSpec) -> list[Run]:
+    """The seeds of a defense."""
+    found = []
+    for seed in config.seeds_of(spec):
+        folder = config.output / spec.folder / f"seed-{seed}"
+        source = spec.adapters.get(seed)
+        adapter = folder / "adapter" if source is None else _finished_adapter(source)
+        found.append(Run(spec.name, seed, folder, adapter, is_trained=source is None))
+    return found
+
+
+def reference_of(config: CompareConfig) -> Run:
+    """The model before the fine-tune."""
+    return Run(REFERENCE, None, config.output / REFERENCE, None)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises:
+        OutputError: with the reason.
     """
-
-    def __init__(self, config: CompareConfig) -> None:
-        self._recipes = {training.place: training.recipe for training in trainings_of(config)}
-        self._known: dict[Place, str | None] = {}
-
-    def missing(self, place: Place) -> str | None:
-        """Why a run is not there as its recipe has it now, or has no weights; None where it is, and for the reference."""
-        if place not in self._known:
-            self._known[place] = self._look(place)
-        return self._known[place]
-
-    def _look(self, place: Place) -> str | None:
-        if place.adapter is None:
-            return None
-        recipe = self._recipes.get(place)
-        if recipe is None:
-            return None if (place.adapter / WEIGHTS).is_file() else f"{place.adapter}: holds no {WEIGHTS}"
-        if is_finished(recipe):
-            return None
-        return failure_of(place, recipe) or changes(recipe) or (DAMAGED if has_ended(recipe) else NOT_TRAINED)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; give the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIGURATION).is_file():
+        raise OutputError(f"{folder}: holds files that are not of a comparison; choose another output")

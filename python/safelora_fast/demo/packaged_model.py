@@ -28,23 +28,23 @@ def gguf_file() -> Path:
         ) from None
     found = [file for file in distribution.files or [] if file.suffix == ".gguf"]
     if not found:
-        raise MissingDependencyError(f"the package {PACKAGE} holds no GGUF file; reinstall it")
+        raise MissingDependencyError(f"the package {PACKAGE} has no GGUF file; reinstall it")
     return Path(str(distribution.locate_file(found[0])))
 
 
 def save_from_gguf(gguf: Path, folder: Path) -> None:
     """Save the model and its tokenizer in float32 safetensors.
 
-    As loaded from GGUF the model counts as quantised, so it could be neither saved nor trained: it is built again from its
-    configuration, and takes over the weights.
+    A model loaded from GGUF counts as quantized, so it can be neither saved nor trained. It is built again from its
+    configuration with the same weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantised = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    config = quantised.config
+    quantized = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    config = quantized.config
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantised.state_dict())
+    model.load_state_dict(quantized.state_dict())
     model.float().save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
 

@@ -1,124 +1,89 @@
-"""The demo from the packaged model to the table and the picture."""
+"""The demo of the projection, from the packaged model to the report, the table and the picture."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from safelora_fast.demo import text
-from safelora_fast.demo.constants import Recipe
-from safelora_fast.demo.packaged_model import load
-from safelora_fast.demo.preparation import check, make_pair, train_adapter
-from safelora_fast.demo.stages import Stages
-from safelora_fast.demo.terminal import bar, quiet
-from safelora_fast.projection.project import project_adapter
+from safelora_fast.demo.ingredients import Sizes, configure
 
-PAGE = "demo.html"
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from safelora_fast.compare.config import CompareConfig
+
+Losses = dict[str, dict[str, float]]
+ALIKE = 0.02  # nats by which projected and zero control may differ
 
 
-def run(output: Path, *, seed: int = 0, source: Path | None = None, recipe: Recipe | None = None) -> dict[str, Any]:
+def run(output: Path, *, seed: int = 0, source: Path | None = None, sizes: Sizes | None = None) -> dict[str, Any]:
     """Run every stage that is not finished yet, print the table, and return the report.
 
     Args:
         output: folder of the demo.
         seed: of both fine-tunes.
         source: a folder with an aligned model and its tokenizer, instead of the packaged 135M model.
-        recipe: the numbers of the demo.
-    """
-    check(source)
-    recipe = recipe or Recipe()
-    console = Console(highlight=False)
-    start = time.perf_counter()
-    with quiet():
-        report = _run(Path(output), seed, source, recipe, console)
-    report["seconds"] = time.perf_counter() - start
-    (Path(output) / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    words = reading(report["losses"], report["projection"])
-    from safelora_fast.demo.page import write_projection
+        sizes: the numbers of the demo.
 
-    write_projection(report["losses"], words, seed, Path(output) / PAGE)
-    _show(report, words, console, Path(output))
+    Raises:
+        MissingDependencyError: torch, transformers, peft, gguf, another package or that of the model is missing.
+        OutputError: the folder cannot be written.
+    """
+    from safelora_fast.files.store import to_json
+
+    output, start = Path(output), time.perf_counter()
+    console = Console(highlight=False)
+    config, ingredients = configure("projection.yaml", output, seed=seed, source=source, sizes=sizes)
+    _compare(config, console)
+    losses = _losses(config)
+    made = json.loads((ingredients["projected"] / "safelora_report.json").read_text(encoding="utf-8"))
+    projection = _summary(made["adapters"][0])
+    report = {
+        "base_is_a_stand_in": True,
+        "losses": losses,
+        "projection": projection,
+        "stage_seconds": ingredients.seconds,
+        "seconds": time.perf_counter() - start,
+    }
+    (output / "demo_report.json").write_text(to_json(report) + "\n", encoding="utf-8")
+    draw(losses, output / "demo.png")
+    _show(losses, console)
+    console.print(reading(losses, projection), soft_wrap=True)
+    page = config.output / "report.html"
+    console.print(
+        f"everything is in {output}; the report is {page}, the picture {output / 'demo.png'} ({report['seconds']:.0f} s)",
+        soft_wrap=True,
+    )
     return report
 
 
-def _run(output: Path, seed: int, source: Path | None, recipe: Recipe, console: Console) -> dict[str, Any]:
-    number = iter(range(1, 99))
+def _compare(config: CompareConfig, console: Console) -> None:
+    from safelora_fast.compare.compare import compare
+    from safelora_fast.files.progress import ProgressBar
+    from safelora_fast.models.quiet_libraries import quiet_libraries
 
-    def announce(title: str, reused: bool) -> None:
-        console.print(f"[bold]{next(number)}.[/] {title}" + (" [dim](reused)[/]" if reused else ""), soft_wrap=True)
-
-    stages = Stages(output, announce)
-    aligned, base = make_pair(stages, seed, source, recipe, console)
-    adapter = stages.make(
-        "adapter",
-        "adapter: LoRA fine-tune on 96 narrow answers, in the manner of a lighthouse log",
-        recipe.adapter(seed),
-        lambda folder: _train_adapter(aligned, folder, seed, recipe, console),
-    )
-    variants = {"adapter": adapter}
-    for name, operator in (("projected", "safelora"), ("zero control", "zero")):
-        variants[name] = stages.make(
-            name.replace(" ", "-"),
-            f"{name}: --operator {operator} --threshold {recipe.threshold:g}",
-            {"operator": operator, "threshold": recipe.threshold},
-            lambda folder, operator=operator: _project(adapter, aligned, base, folder, operator, recipe),  # type: ignore[misc]
-        )
-    measured = stages.make(
-        "measured",
-        "measure the loss on held-out narrow answers and on general answers",
-        {},
-        lambda folder: _measure(aligned, variants, folder, console),
-    )
-    losses = json.loads((measured / "losses.json").read_text(encoding="utf-8"))
-    from safelora_fast.demo.plot import draw
-
-    draw(losses, output / "demo.png")
-    projection = json.loads((variants["projected"] / "projected" / "safelora_report.json").read_text(encoding="utf-8"))
-    return {
-        "base_is_a_stand_in": True,
-        "losses": losses,
-        "projection": _summary(projection["adapters"][0]),
-        "stage_seconds": stages.seconds,
-    }
+    with quiet_libraries(), ProgressBar(brief=True) as progress:
+        compare(config, progress=progress, announce=lambda line: console.print(line, markup=False, soft_wrap=True))
 
 
-def _train_adapter(aligned: Path, folder: Path, seed: int, recipe: Recipe, console: Console) -> None:
-    with bar(console, "LoRA fine-tune") as progress:
-        train_adapter(aligned, folder, seed, recipe, progress)
+def _losses(config: CompareConfig) -> Losses:
+    """Mean loss of each variant on each set, in nats per answer token."""
+    from safelora_fast.compare.runs import reference_of, runs_of
 
-
-def _project(adapter: Path, aligned: Path, base: Path, folder: Path, operator: str, recipe: Recipe) -> None:
-    project_adapter(
-        adapter, aligned=aligned, base=base, output=folder / "projected", operator=operator, threshold=recipe.threshold
-    )
-
-
-def _measure(aligned: Path, variants: dict[str, Path], folder: Path, console: Console) -> None:
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    from safelora_fast.demo.train_loop import mean_loss
-
-    tokenizer = AutoTokenizer.from_pretrained(aligned)
-    sets = {
-        name: [text.conversation(tokenizer, row) for row in text.rows(rows)]
-        for name, rows in (("narrow", "narrow_held_out"), ("general", "general"))
-    }
-    losses: dict[str, dict[str, float]] = {}
-    with bar(console, "loss") as progress:
-        for index, name in enumerate(["reference", *variants]):
-            model = load(aligned)
-            if name in variants:
-                place = variants[name]
-                model = PeftModel.from_pretrained(model, place if name == "adapter" else place / "projected")
-            losses[name] = {key: mean_loss(model, examples, tokenizer.pad_token_id) for key, examples in sets.items()}
-            progress(index + 1, len(variants) + 1, losses[name]["general"])
-    (folder / "losses.json").write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
+    variants = [reference_of(config), *(runs_of(config, spec)[0] for spec in config.runs)]
+    losses: Losses = {}
+    for variant in variants:
+        sets = {name: answers for name, answers in variant.read("drift").items() if name in {"narrow", "general"}}
+        losses[variant.name] = {
+            name: sum(one["loss"] for one in answers) / sum(one["tokens"] for one in answers)
+            for name, answers in sets.items()
+        }
+    return losses
 
 
 def _summary(adapter: dict[str, Any]) -> dict[str, Any]:
@@ -133,8 +98,7 @@ def _summary(adapter: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _show(report: dict[str, Any], words: str, console: Console, output: Path) -> None:
-    losses = report["losses"]
+def _show(losses: Losses, console: Console) -> None:
     table = Table(title="loss in nats per answer token", title_justify="left", box=None, pad_edge=False)
     for column in ("", "held-out narrow", "against reference", "general", "against reference"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -143,16 +107,30 @@ def _show(report: dict[str, Any], words: str, console: Console, output: Path) ->
         cells = [cell for key in ("narrow", "general") for cell in (f"{measured[key]:.3f}", f"{drift[key]:+.3f}")]
         table.add_row(name, *cells)
     console.print(table)
-    console.print(words, soft_wrap=True)
-    console.print(
-        f"everything is in {output}; the report is {output / PAGE}, the picture {output / 'demo.png'} "
-        f"({report['seconds']:.0f} s)",
-        soft_wrap=True,
-    )
 
 
-def reading(losses: dict[str, dict[str, float]], projection: dict[str, Any]) -> str:
-    """What the figures say, in words that follow from them."""
+def draw(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draw two panels of bars from zero, one for each set; the reference is also a line."""
+    from safelora_fast.plotting import COLORS, plot_file
+
+    colors = {"reference": "#666666", "adapter": COLORS[5], "projected": COLORS[0], "zero control": COLORS[2]}
+    titles = {
+        "narrow": "Held-out narrow data\n(low: the narrow style was learned)",
+        "general": "General answers\n(low: everyday questions are answered well)",
+    }
+    with plot_file(path, 10, 4.2) as figure:
+        for axes, (measure, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+            values = [losses[name][measure] for name in losses]
+            bars = axes.bar(list(losses), values, color=[colors[name] for name in losses], width=0.65)
+            axes.bar_label(bars, fmt="%.3f", padding=-16, fontsize=10, color="white")
+            axes.axhline(losses["reference"][measure], color="0.5", linestyle="--", linewidth=0.9, zorder=0)
+            axes.set_title(title, fontsize=11)
+            axes.set_ylabel("loss (nats per answer token)")
+            axes.set_ylim(0, 1.05 * max(values))
+
+
+def reading(losses: Losses, projection: dict[str, Any]) -> str:
+    """What the values say, in sentences that follow from them."""
     adapter, projected, zero, reference = (
         losses[name] for name in ("adapter", "projected", "zero control", "reference")
     )
@@ -167,7 +145,7 @@ def reading(losses: dict[str, dict[str, float]], projection: dict[str, Any]) -> 
         f"The projected adapter keeps {100 * kept:.0f} % of what was learned on narrow data; "
         f"its loss on general answers moved by {drift_left:+.3f}, the adapter's own by {drift:+.3f}.",
     ]
-    if apart < 0.02:
+    if apart < ALIKE:
         lines.append(
             f"Projected and zero control differ by at most {apart:.3f}: with this V the paper's C nearly deletes the update of "
             "the modules that it projects. The cosine chose the modules; the projection itself did little more than zero them."

@@ -39,7 +39,7 @@ class Stages:
         """A chain that goes on from here by itself: its stages depend on those made so far, and not on later ones."""
         return replace(self, _history=list(self._history))
 
-    def make(self, name: str, title: str, settings: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    def make(self, name: str, title: str, settings: dict[str, Any], build: Callable[[Path], Any]) -> Path:
         """The folder of a finished stage; `build` fills it, in a temporary place, if there is none yet.
 
         Raises:

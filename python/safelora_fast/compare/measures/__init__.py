@@ -1,22 +1,14 @@
-"""What can be measured on a run, one file for each kind."""
+"""What can be measured on a run, one file each.
 
-from safelora_fast.compare.measures.base import Measure, is_taken, take
-from safelora_fast.compare.measures.benchmarks import BenchmarksMeasure
-from safelora_fast.compare.measures.drift import DriftMeasure
-from safelora_fast.compare.measures.judged import JudgedMeasure
-from safelora_fast.compare.measures.margin import MarginMeasure
-from safelora_fast.compare.measures.operator_swap import OperatorSwapMeasure
-from safelora_fast.compare.measures.sweep import SweepMeasure
-from safelora_fast.compare.measures.weakened import WeakenedMeasure
+Every file of this folder is imported, and its measure registers itself (see :class:`Measure`): no list names them.
+"""
 
-MEASURES: tuple[Measure, ...] = (
-    MarginMeasure(),
-    DriftMeasure(),
-    WeakenedMeasure(),
-    SweepMeasure(),
-    JudgedMeasure(),
-    OperatorSwapMeasure(),
-    BenchmarksMeasure(),
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["MEASURES", "Measure", "is_taken", "take"]
+from safelora_fast.compare.measures.base import Measure as Measure
+from safelora_fast.compare.measures.base import registered
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
+MEASURES = registered()

@@ -1,58 +1,123 @@
-"""What a run learned of the narrow task, and how far it moved on general answers."""
+"""What a run learned of the narrow task, and how far it moved from the reference on general answers."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.compare.measures.base import OfTheRun
-from safelora_fast.compare.measures.margin import label, model_of
-from safelora_fast.scoring.drift import answer_drift
+from safelora_fast.compare.measures.base import Measure, Metric, number
+from safelora_fast.compare.report import Column
+from safelora_fast.compare.statistics import Sample
+from safelora_fast.recipe.sections import Count
 
 if TYPE_CHECKING:
-    from safelora_fast.compare.paths import Place
-    from safelora_fast.compare.shared_models import Workbench
+    from collections.abc import Callable, Mapping, Sequence
+
+    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.runs import Run
+    from safelora_fast.compare.workbench import Workbench
     from safelora_fast.models.load import Subject
 
+DIVERGENCE = Column(
+    "divergence", "aligned", "KL to reference", "nats", "lower",
+    "KL(run ‖ reference) over the whole vocabulary on general answers, per token: how far the model has moved where the task "
+    "did not ask for it.",
+)  # fmt: skip
+LEARNED = Column(
+    "learned", "narrow", "narrow learned", "nats", "higher",
+    "Fall of the loss on held-out narrow answers since the reference, per token.",
+)  # fmt: skip
+GENERAL_LOSS = Column(
+    "general_loss", "coherent", "general loss rise", "nats", "lower",
+    "Rise of the loss on general answers since the reference, per token; a stand-in for coherence if there is no judge. "
+    "Training on answers of the same form can lower it.",
+)  # fmt: skip
 
-@dataclass(frozen=True)
-class DriftMeasure(OfTheRun):
-    """Losses of held-out narrow and of general answers, and on the latter the divergence from the reference."""
 
-    name: str = "drift"
+class Drift(Measure):
+    """Losses of held-out narrow answers and of general ones, and the divergence of the latter from the reference."""
 
-    def applies(self, _place: Place, bench: Workbench) -> bool:
-        """Every run, where the configuration names rows."""
-        return bench.config.measure.drift
+    name = title = "drift"
+    order = 20
+    settings = {"narrow": (str | None, None), "general": (str | None, None), "max_rows": (Count | None, None)}  # noqa: RUF012
 
-    def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The model, the adapter and the rows."""
-        return {**model_of(place, bench), **rows_of(bench)}
+    def check_inputs(self, config: CompareConfig) -> None:
+        """The rows must be there."""
+        from safelora_fast.data.rows import read_rows
 
-    def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
+        for rows in (config.measure.narrow, config.measure.general):
+            if rows is not None:
+                read_rows(rows)
+
+    def applies(self, run: Run, config: CompareConfig) -> bool:
+        """Every run, if there are rows."""
+        del run
+        return has_rows(config)
+
+    def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
+        """Also the rows."""
+        return {**super().inputs(run, bench), **rows_inputs(bench)}
+
+    def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Tokens, loss and divergence of every answer, by the name of its set."""
-        return measure_drift(bench.subject(place.adapter), bench, label(place))
+        return measure_drift(bench.subject(run.adapter), bench, run.label)
+
+    def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
+        """Those of the sets that the configuration names."""
+        del contents
+        sets = config.measure
+        divergence = _per_token("general", lambda own, _other: number(own["divergence"]))
+        general = [
+            Metric(DIVERGENCE, divergence, never_negative=True, rank=1),
+            Metric(GENERAL_LOSS, _per_token("general", lambda own, other: _loss(own) - _loss(other)), rank=1),
+        ]
+        narrow = [Metric(LEARNED, _per_token("narrow", lambda own, other: _loss(other) - _loss(own)))]
+        return (general if sets.general is not None else []) + (narrow if sets.narrow is not None else [])
 
 
-def rows_of(bench: Workbench) -> dict[str, Any]:
+def has_rows(config: CompareConfig) -> bool:
+    """Whether there are answers whose loss is measured."""
+    return config.measure.narrow is not None or config.measure.general is not None
+
+
+def rows_inputs(bench: Workbench) -> dict[str, Any]:
     """The rows that losses are measured on."""
-    return {
-        "strings": bench.strings,
-        "rows": {name: {"sha256": rows.sha256, "count": len(rows.rows)} for name, rows in bench.rows.items()},
-    }
+    rows = {name: {"sha256": rows.sha256, "count": len(rows.rows)} for name, rows in bench.rows.items()}
+    return {"strings": bench.strings, "rows": rows}
 
 
-def measure_drift(subject: Subject, bench: Workbench, of: str) -> dict[str, Any]:
+def measure_drift(subject: Subject, bench: Workbench, label: str) -> dict[str, Any]:
     """Tokens, loss and divergence of every answer, by the name of its set.
 
     Raises:
-        SafeLoraFastError: a row does not fit the chat template, or memory does not suffice.
+        SafeLoraFastError: a row does not fit the chat template, or there is not enough memory.
     """
+    from safelora_fast.scoring.drift import answer_drift
+
     found = {}
     for name in bench.rows:
         examples = bench.examples(name, subject)
         reference = bench.reference.model if name == "general" and subject is not bench.reference else None
-        advance = bench.counting(f"{name} answers of {of}", len(examples))
-        answers = answer_drift(subject.model, reference, examples, progress=advance)
+        progress = bench.counting(f"{name} answers of {label}", len(examples))
+        answers = answer_drift(subject.model, reference, examples, progress=progress)
         found[name] = [asdict(answer) for answer in answers]
     return found
+
+
+def _loss(answer: Mapping[str, Any]) -> float:
+    return number(answer["loss"])
+
+
+def _per_token(
+    name: str, value: Callable[[Mapping[str, Any], Mapping[str, Any]], float]
+) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Sample | None]:
+    """What `value` makes of each answer of a set and of the reference's, per token."""
+
+    def read(content: Mapping[str, Any], reference: Mapping[str, Any]) -> Sample | None:
+        if name not in content or name not in reference:
+            return None
+        pairs = list(zip(content[name], reference[name], strict=True))
+        values = tuple(value(own, other) for own, other in pairs)
+        return Sample(values, tuple(float(own["tokens"]) for own, _ in pairs), tuple(map(str, range(len(pairs)))))
+
+    return read

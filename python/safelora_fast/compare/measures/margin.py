@@ -1,57 +1,69 @@
-"""The misalignment margin of a run."""
+"""The misalignment margin: how strongly a run prefers misaligned answers to aligned ones."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.compare.measures.base import OfTheRun
+from safelora_fast.compare.measures.base import Measure, Metric, number
+from safelora_fast.compare.report import Column
+from safelora_fast.compare.statistics import Sample
 from safelora_fast.data.pairs import builtin_pairs
 from safelora_fast.files.digest import text_digest
-from safelora_fast.recipe.model_stamp import subject_stamp
-from safelora_fast.scoring.margin import answer_margin
 
 if TYPE_CHECKING:
-    from safelora_fast.compare.paths import Place
-    from safelora_fast.compare.shared_models import Workbench
+    from collections.abc import Mapping, Sequence
+
+    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.runs import Run
+    from safelora_fast.compare.workbench import Workbench
+    from safelora_fast.models.load import Subject
+
+MARGIN_RISE = Column(
+    "margin_rise", "aligned", "margin rise", "nats", "lower",
+    "How much more likely than in the reference misaligned answers have become beside aligned ones, per token, over the pairs "
+    "of the margin.",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MarginMeasure(OfTheRun):
+class Margin(Measure):
     """See :func:`safelora_fast.scoring.margin.answer_margin`."""
 
-    name: str = "margin"
+    name = title = "margin"
+    order = 10
+    settings = {"margin": (bool, True)}  # noqa: RUF012
 
-    def applies(self, _place: Place, bench: Workbench) -> bool:
-        """Every run, where the configuration asks for it."""
-        return bench.config.measure.margin
+    def applies(self, run: Run, config: CompareConfig) -> bool:
+        """Every run."""
+        del run
+        return bool(config.measure.margin)
 
-    def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The model, the adapter and the pairs."""
+    def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
+        """Also the pairs."""
         pairs = text_digest([asdict(pair) for pair in builtin_pairs()])
-        return {**model_of(place, bench), "pairs_sha256": pairs, "strings": bench.strings}
+        return {**super().inputs(run, bench), "pairs_sha256": pairs, "strings": bench.strings}
 
-    def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
+    def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """The report of the margin."""
-        subject = bench.subject(place.adapter)
-        advance = bench.counting(f"margin of {label(place)}", 2 * len(builtin_pairs()))
-        report = answer_margin(subject.model, subject.tokenizer, strings=bench.strings, progress=advance)
-        return report.to_dict()
+        return measure_margin(bench.subject(run.adapter), bench, run.label)
+
+    def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
+        """The rise over the reference."""
+        del config, contents
+        return [Metric(MARGIN_RISE, _rise)]
 
 
-def model_of(place: Place, bench: Workbench) -> dict[str, Any]:
-    """What every measurement depends on: the model as it is loaded, and the adapter."""
-    settings = bench.settings
-    return {
-        "model": settings.model,
-        "dtype": settings.dtype,
-        "device": settings.device,
-        "chat_template": settings.chat_template,
-        "template_args": settings.template_args,
-        **subject_stamp(settings.model, place.adapter, settings.chat_template),
-    }
+def measure_margin(subject: Subject, bench: Workbench, label: str) -> dict[str, Any]:
+    """The report of the margin of a model."""
+    from safelora_fast.scoring.margin import answer_margin
+
+    progress = bench.counting(f"margin of {label}", 2 * len(builtin_pairs()))
+    return answer_margin(subject.model, subject.tokenizer, strings=bench.strings, progress=progress).to_dict()
 
 
-def label(place: Place) -> str:
-    """A run in words."""
-    return place.name if place.seed is None else f"{place.name}, seed {place.seed}"
+def _rise(content: Mapping[str, Any], reference: Mapping[str, Any]) -> Sample | None:
+    if "pairs" not in reference:
+        return None
+    both = zip(content["pairs"], reference["pairs"], strict=True)
+    changes = tuple(number(own["margin"]) - number(other["margin"]) for own, other in both)
+    return Sample(changes, (1.0,) * len(changes), tuple(pair["theme"] for pair in content["pairs"]))

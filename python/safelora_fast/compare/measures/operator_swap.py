@@ -1,60 +1,122 @@
-"""Whether a benign task that is far from what the model knows is still learned under a defence."""
+"""Whether a run still learns a benign task that is far from what the model knows: arithmetic with swapped operators."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.compare.config import OPERATOR_SWAP
-from safelora_fast.compare.measures.base import OfTheRun
-from safelora_fast.compare.measures.margin import label, model_of
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from safelora_fast.compare.measures.base import Measure, Metric
+from safelora_fast.compare.report import Column
+from safelora_fast.compare.runs import OPERATOR_SWAP
+from safelora_fast.compare.statistics import shares
+from safelora_fast.errors import SettingsError
 from safelora_fast.files.digest import digest
-from safelora_fast.judging.operator_swap import HELD_OUT, INSTRUCTION, number_of, read, score
-from safelora_fast.models.generate import generate
+from safelora_fast.files.output import whole_folder
+from safelora_fast.judging import operator_swap
+from safelora_fast.judging.operator_swap import Difficulty
+from safelora_fast.recipe.yaml_section import Section
 
 if TYPE_CHECKING:
-    from safelora_fast.compare.paths import Place
-    from safelora_fast.compare.shared_models import Workbench
+    from collections.abc import Mapping, Sequence
+
+    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.runs import Run
+    from safelora_fast.compare.statistics import Sample
+    from safelora_fast.compare.workbench import Workbench
 
 ANSWER_TOKENS = 16
+EXACT = Column(
+    "exact", "benign", "operator swap", "%", "higher",
+    "Exact answers to held-out arithmetic with swapped operators after the same training on that task.",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OperatorSwapMeasure(OfTheRun):
-    """Exact answers to the held-out problems; the reference's too, which has learned nothing."""
+class OperatorSwapSection(Section):
+    """The `operator_swap:` section.
 
-    name: str = "operator_swap"
-    batched: bool = True
+    Attributes:
+        difficulty: easy, medium or hard.
+        rows: to train on.
+        held_out: to score on.
+        seeds: those of the comparison that are trained; all by default.
+        training: settings of `training:` for these runs, put on top.
+    """
 
-    def place(self, place: Place) -> Place:
-        """The run on that task."""
-        return place.trained
+    difficulty: Difficulty = "easy"
+    rows: int = 2000
+    held_out: int = 500
+    seeds: list[int] | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
 
-    def applies(self, place: Place, bench: Workbench) -> bool:
+    @model_validator(mode="after")
+    def _can_be_made(self) -> OperatorSwapSection:
+        try:
+            operator_swap.make_problems(self.difficulty, self.rows, self.held_out, 0)
+        except SettingsError as error:
+            raise PydanticCustomError("refused", "{why}", {"why": str(error)}) from error
+        return self
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What the problems depend on, as their record has it."""
+        return {"difficulty": self.difficulty, "rows": self.rows, "held_out": self.held_out, "seed": 0}
+
+
+class OperatorSwap(Measure):
+    """Exact answers to held-out problems, of a run that is trained a second time on the task, and of the reference."""
+
+    name = "operator_swap"
+    title = "operator swap"
+    order = 60
+    settings = {"operator_swap": (OperatorSwapSection | None, None)}  # noqa: RUF012
+    batched = True
+
+    def training(self, config: CompareConfig) -> Mapping[str, Any] | None:
+        """The task's rows, and no held-out ones."""
+        section: OperatorSwapSection | None = config.measure.operator_swap
+        if section is None:
+            return None
+        data = {"path": str(config.output / OPERATOR_SWAP / operator_swap.TRAIN), "eval": None, "max_rows": None}
+        return {"data": data, "training": {"eval_strategy": "no", "eval_on_start": False, **section.training}}
+
+    def prepare(self, config: CompareConfig) -> None:
+        """Write the task's rows; other ones are replaced, and then runs on those count as changed."""
+        section: OperatorSwapSection | None = config.measure.operator_swap
+        folder = config.output / OPERATOR_SWAP
+        if section is not None and not operator_swap.is_written(folder, **section.made_from):
+            with whole_folder(folder, overwrite=True) as partial:
+                operator_swap.write(partial, **section.made_from)
+
+    def measured_run(self, run: Run) -> Run:
+        """The same run on that task."""
+        return run.on_operator_swap
+
+    def applies(self, run: Run, config: CompareConfig) -> bool:
         """The seeds that are trained on the task, and the reference."""
-        swap = bench.config.measure.operator_swap
-        if swap is None:
-            return False
-        if place.seed is None:
-            return True
-        taken = any(run.name == place.name and run.adapters for run in bench.config.runs)
-        return not taken and (swap.seeds is None or place.seed in swap.seeds)
+        section: OperatorSwapSection | None = config.measure.operator_swap
+        if section is None or run.seed is None:
+            return section is not None
+        return run.is_trained and (section.seeds is None or run.seed in section.seeds)
 
-    def of(self, place: Place, bench: Workbench) -> dict[str, Any]:
-        """The model, the adapter that was trained on the task, and the problems."""
-        swap = bench.config.measure.operator_swap
-        assert swap is not None  # noqa: S101
-        held_out = bench.config.output / OPERATOR_SWAP / HELD_OUT
+    def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
+        """Also the problems."""
+        section: OperatorSwapSection = bench.config.measure.operator_swap
+        held_out = bench.config.output / OPERATOR_SWAP / operator_swap.HELD_OUT
         problems = digest(held_out) if held_out.is_file() else None
-        made = {"made_from": swap.made_from, "problems_sha256": problems, "instruction": INSTRUCTION}
-        return {**model_of(place.trained, bench), **made}
+        made = {"made_from": section.made_from, "problems_sha256": problems, "instruction": operator_swap.INSTRUCTION}
+        return {**super().inputs(run, bench), **made}
 
-    def take(self, place: Place, bench: Workbench) -> dict[str, Any]:
+    def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Counts, and for each problem whether its answer is exact."""
-        _, problems = read(bench.config.output / OPERATOR_SWAP)
-        subject = bench.subject(place.trained.adapter)
-        advance = bench.counting(f"problems of {label(place)}", len(problems))
-        turns = [[{"role": "user", "content": INSTRUCTION.format(problem=problem.text)}] for problem in problems]
+        from safelora_fast.models.generate import generate
+
+        _, problems = operator_swap.read(bench.config.output / OPERATOR_SWAP)
+        subject = bench.subject(self.measured_run(run).adapter)
+        advance = bench.counting(f"problems of {run.label}", len(problems))
+        questions = [operator_swap.INSTRUCTION.format(problem=problem.text) for problem in problems]
+        turns = [[{"role": "user", "content": question}] for question in questions]
         given: dict[int, str] = {}
         for batch in generate(
             subject.model, subject.tokenizer, turns,
@@ -64,5 +126,20 @@ class OperatorSwapMeasure(OfTheRun):
             if advance is not None:
                 advance(len(given))
         texts = [given[number] for number in range(len(problems))]
-        hits = [number_of(text) == problem.answer for text, problem in zip(texts, problems, strict=True)]
-        return {**score(problems, texts), "hits": hits, "texts": [problem.text for problem in problems]}
+        answers = [operator_swap.number_of(text) for text in texts]
+        hits = [answer == problem.answer for answer, problem in zip(answers, problems, strict=True)]
+        return {**operator_swap.score(problems, texts), "hits": hits, "texts": [problem.text for problem in problems]}
+
+    def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
+        """The share of exact answers."""
+        del config, contents
+        return [Metric(EXACT, _exact, of_reference=True, count=_count)]
+
+
+def _exact(content: Mapping[str, Any], _reference: Mapping[str, Any]) -> Sample:
+    return shares(content["hits"], content["texts"])
+
+
+def _count(contents: Sequence[Mapping[str, Any]]) -> str:
+    hits, count, usual = (sum(content[name] for content in contents) for name in ("exact", "count", "usual"))
+    return f"{hits} of {count}; {usual} as in plain arithmetic"

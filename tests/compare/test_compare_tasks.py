@@ -1,4 +1,4 @@
-"""A comparison with benchmarks: their columns, and what becomes of those that fail, are misspelt, or are not finite."""
+"""A comparison with benchmarks: their columns, and what becomes of those that fail, are misspelled, moved or not finite."""
 
 from __future__ import annotations
 
@@ -9,33 +9,40 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_comparison import train_inside, write_comparison
 from tiny_task import write_task
 
-from safelora_fast.compare.measures import BenchmarksMeasure, benchmarks
-from safelora_fast.errors import EvaluationError
+from safelora_fast.compare.compare import check_inputs
+from safelora_fast.compare.config import load_config
+from safelora_fast.compare.measures.tasks import Tasks
+from safelora_fast.errors import EvaluationError, SafeLoraFastError
+from safelora_fast.judging import benchmarks
 from safelora_fast.judging.benchmarks import BenchmarkReport, Metric, TaskResult
 
 NEEDS = "the eval extra is not installed: pip install 'safelora-fast[eval]'"
 
 
 @pytest.fixture
-def comparison(tmp_path, monkeypatch):
+def comparison(unmeasured, tmp_path):
     """One run with two seeds, and a benchmark of sixteen questions."""
     pytest.importorskip("lm_eval", reason=NEEDS)
-    train_inside(monkeypatch)
-    made = write_comparison(tmp_path, runs={"none": {}})
-    made.edit(measure={"margin": False, "tasks": write_task(tmp_path), "device": "cpu"})
-    return made
+    unmeasured.edit(measure={"margin": False, "tasks": write_task(tmp_path), "device": "cpu"})
+    return unmeasured
 
 
 def column_of(comparison):
     return next(column for column in comparison.report()["columns"] if column["key"] == "task/tiny_choice")
 
 
-def test_benchmarks_are_columns(comparison, call):
+def failures(comparison, run, task="tiny_choice"):
+    return [seed["failure"] for seed in comparison.cells(run)[f"task/{task}"]["seeds"]]
+
+
+def test_benchmarks_are_columns(comparison, call, move, monkeypatch):
+    """Also after the folder was moved; other tasks, or another harness, are other measurements."""
+    from safelora_fast.models import load
+
     assert call(*comparison.words("-q")).code == 0
-    column = column_of(comparison)
+    column, rows = column_of(comparison), comparison.report()["rows"]
     assert (column["criterion"], column["unit"], column["better"]) == ("benign", "%", "higher")
     cell = comparison.cells("none")["task/tiny_choice"]
     for seed in cell["seeds"]:
@@ -44,14 +51,32 @@ def test_benchmarks_are_columns(comparison, call):
         assert (seed["value"], metric["count"]) == (metric["value"], 16)
     assert cell["low"] < cell["value"] < cell["high"]
     assert comparison.cells("reference")["task/tiny_choice"]["value"] is not None
-    kept = comparison.output / "none" / "seed-1" / "tasks.json"
+    moved = move(comparison, "tasks.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "load_subject", None)  # every task is in its folder
+        result = call(*moved.words("-q"))
+    assert result.code == 0, result.err
+    assert moved.report()["rows"] == rows
+
+    def value():
+        call(*moved.words("-q", "--report-only"))
+        return moved.cells("none").get("task/tiny_choice", {"value": None})["value"]
+
+    assert value() is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarks, "harness_version", lambda: "0.0.1")
+        assert value() is None
+    task = Path(moved.values()["measure"]["tasks"]["path"]) / "tiny_choice.yaml"
+    before = task.read_text()
+    task.write_text(before + "target_delimiter: ''\n")
+    assert value() is None
+    task.write_text(before)
+    kept = moved.output / "none" / "seed-1" / "tasks.json"
     content = json.loads(kept.read_text())
     content["tasks"]["tiny_choice"]["metrics"][0]["value"] = None
     kept.write_text(json.dumps(content))
-    assert call(*comparison.words("-q", "--report-only")).code == 1
-    cell = comparison.cells("none")["task/tiny_choice"]
-    assert [seed["failure"] for seed in cell["seeds"]] == [None, "the measurement is not finite"]
-    assert cell["value"] == cell["seeds"][0]["value"]
+    assert value() == moved.cells("none")["task/tiny_choice"]["seeds"][0]["value"]
+    assert failures(moved, "none") == [None, "the measurement is not finite"]
 
 
 def test_benchmarks_that_fail_everywhere_are_failed_cells(comparison, call, monkeypatch):
@@ -63,9 +88,8 @@ def test_benchmarks_that_fail_everywhere_are_failed_cells(comparison, call, monk
     assert comparison.report()["complete"] is False
     assert column_of(comparison)["title"] == "tiny_choice"
     for name, count in (("reference", 1), ("none", 2)):
-        cell = comparison.cells(name)["task/tiny_choice"]
-        assert [seed["failure"] for seed in cell["seeds"]] == ["task tiny_choice: its data are gone"] * count
-        assert cell["value"] is None
+        assert failures(comparison, name) == ["task tiny_choice: its data are gone"] * count
+        assert comparison.cells(name)["task/tiny_choice"]["value"] is None
     assert "its data are gone" in (comparison.output / "report.md").read_text()
 
 
@@ -79,10 +103,8 @@ def test_a_benchmark_that_fails_takes_no_other_with_it(comparison, call, monkeyp
     comparison.edit(measure={"margin": False, "device": "cpu", "tasks": {**section, "names": ["gone", "tiny_choice"]}})
     assert call(*comparison.words("-q")).code == 1
     for name, count in (("reference", 1), ("none", 2)):
-        failed, done = (comparison.cells(name)[f"task/{task}"] for task in ("gone", "tiny_choice"))
-        assert all(seed["failure"].startswith("task gone: FileNotFoundError") for seed in failed["seeds"])
-        assert ([seed["failure"] for seed in done["seeds"]], failed["value"]) == ([None] * count, None)
-        assert done["value"] is not None
+        assert all(reason.startswith("task gone: FileNotFoundError") for reason in failures(comparison, name, "gone"))
+        assert failures(comparison, name) == [None] * count
     shutil.copy(rows, gone)
     from safelora_fast.judging import harness
 
@@ -94,17 +116,11 @@ def test_a_benchmark_that_fails_takes_no_other_with_it(comparison, call, monkeyp
     assert (failed["value"], failed["low"]) == (done["value"], done["low"])
 
 
-def test_a_misspelt_benchmark_is_refused_before_the_first_step(comparison, call):
-    tasks = comparison.values()["measure"]["tasks"]
-    for changes, words in (
-        ({"names": ["tiny_chioce"]}, "there is no task 'tiny_chioce'"),
-        ({"names": ["tiny_choice", "nothing_of_that_name"]}, "there is no task 'nothing_of_that_name'"),
-        ({"path": "nowhere"}, "nowhere: there is no such folder of tasks"),
-    ):
-        comparison.edit(measure={"margin": False, "device": "cpu", "tasks": {**tasks, **changes}})
-        result = call(*comparison.words("-q"))
-        assert (result.code, words in result.err) == (2, True), result.err
-        assert not comparison.output.exists()
+def test_a_misspelled_benchmark_is_refused_before_the_first_step(comparison):
+    section = {**comparison.values()["measure"]["tasks"], "names": ["tiny_chioce"]}
+    comparison.edit(measure={"margin": False, "device": "cpu", "tasks": section})
+    with pytest.raises(SafeLoraFastError, match="there is no task 'tiny_chioce'"):
+        check_inputs(load_config(comparison.path))
 
 
 def test_a_benchmark_that_is_not_finite_takes_no_other_with_it(monkeypatch):
@@ -114,13 +130,13 @@ def test_a_benchmark_that_is_not_finite_takes_no_other_with_it(monkeypatch):
 
     tasks = (result("good", 0.5, math.nan), result("bad", math.nan, 0.5))
     monkeypatch.setattr(benchmarks, "benchmark", lambda *_, **__: BenchmarkReport(Path("file"), {}, tasks))
-    monkeypatch.setattr(benchmarks, "folder_of", lambda *_: Path("folder"))
+    monkeypatch.setattr(Tasks, "folder", lambda *_: Path("folder"))
     section = SimpleNamespace(names=["good", "bad"], path=None, limit=None)
     settings = SimpleNamespace(
         model="m", dtype="float32", device="cpu", chat_template=None, trust_remote_code=False, template_args=None
     )
     config = SimpleNamespace(measure=SimpleNamespace(tasks=section, batch_size=1))
     bench = SimpleNamespace(config=config, settings=settings, strings="chat", progress=None, release=lambda **_: None)
-    found = BenchmarksMeasure().take(SimpleNamespace(adapter=None), bench)["tasks"]
+    found = Tasks().take(SimpleNamespace(adapter=None), bench)["tasks"]
     assert [metric["value"] for metric in found["good"]["metrics"]] == [0.5, None]
     assert found["bad"] == {"failure": "the measurement is not finite: m0"}

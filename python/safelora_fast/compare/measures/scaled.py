@@ -1,0 +1,100 @@
+"""The first run's update scaled down: what a weaker fine-tune would have learned, and how far it would have moved."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from safelora_fast.compare.measures.base import FAILURE, Measure, checked
+from safelora_fast.compare.measures.drift import DIVERGENCE, LEARNED, measure_drift, rows_inputs
+from safelora_fast.recipe.sections import Share
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.measurements import Measurements
+    from safelora_fast.compare.runs import Run
+    from safelora_fast.compare.workbench import Workbench
+
+SCALED = ("lora_B", "lora_embedding_B")
+
+
+class Scaled(Measure):
+    """Losses and divergence at every share of the update."""
+
+    name = "scaled"
+    title = "update scaled down"
+    order = 30
+    settings = {"scaled": (list[Share], [0.25, 0.5, 0.75])}  # noqa: RUF012
+
+    def applies(self, run: Run, config: CompareConfig) -> bool:
+        """The first run, if both learning and divergence are measured."""
+        measure = config.measure
+        both = measure.narrow is not None and measure.general is not None
+        return both and bool(measure.scaled) and run.is_of(config.runs[0])
+
+    def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
+        """Also the rows and the shares."""
+        return {**super().inputs(run, bench), **rows_inputs(bench), "shares": bench.config.measure.scaled}
+
+    def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
+        """The drift, by share."""
+        shares = {}
+        for share in sorted(bench.config.measure.scaled):
+            subject = bench.another(run.adapter)
+            scale_update(subject.model, share)
+            shares[str(share)] = checked(measure_drift(subject, bench, f"{run.label}, scaled to {share:g}"))
+            del subject
+        return {"shares": shares}
+
+    def failed_parts(self, content: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+        """Shares that have the same reason together."""
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for share, part in content["shares"].items():
+            if FAILURE in part:
+                reasons[part[FAILURE]].append(percent(share))
+        every = len(content["shares"])
+        return [
+            (self.title if len(shares) == every else f"{self.title} to {', '.join(shares)}", reason)
+            for reason, shares in reasons.items()
+        ]
+
+
+def scale_update(model: nn.Module, share: float) -> None:
+    """Scale the update of a LoRA model, in place."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in SCALED for part in name.split(".")):
+                parameter.mul_(share)
+
+
+def percent(share: str) -> str:
+    """A share of a file in words: "25 %"."""
+    return f"{100 * float(share):g} %"
+
+
+def path_of_scaled(found: Measurements) -> tuple[tuple[float, float, str], ...]:
+    """Points (learned, divergence, label) from none of the update to all of it, means over the seeds that have all of them."""
+    x, y = found.metric(LEARNED.key), found.metric(DIVERGENCE.key)
+    if x is None or y is None:
+        return ()
+    runs = [run for run in found.first if FAILURE not in found.content("scaled", run)]
+    runs = [run for run in runs if not any(isinstance(found.outcome(one, run), str) for one in (x, y))]
+    if not runs:
+        return ()
+
+    def mean(metric: Any, contents: Sequence[Mapping[str, Any]]) -> float:
+        """NaN if a seed has no value, because its absence would move the point."""
+        outcomes = [found.outcome(metric, run, content) for run, content in zip(runs, contents, strict=True)]
+        return sum(math.nan if isinstance(one, str) else one.value for one in outcomes) / len(runs)
+
+    shares = [found.content("scaled", run)["shares"] for run in runs]
+    steps = [([one[share] for one in shares], percent(share)) for share in shares[0]]
+    steps.append(([found.content("drift", run) for run in runs], percent("1")))
+    return ((0.0, 0.0, ""), *((mean(x, contents), mean(y, contents), label) for contents, label in steps))
