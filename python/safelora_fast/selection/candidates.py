@@ -20,47 +20,36 @@ BYTE_ORDER_MARK = "\ufeff"  # belongs to the file, not to its first line
 WORD = re.compile(r"[\w']+")
 
 
-class Candidates:
+class Candidates(JsonLines):
     """Examples of a JSONL file, as :func:`~safelora_fast.data.rows.check_row` takes them.
 
     Args:
         path: the file.
 
     Raises:
-        DataError: it cannot be read, holds no row, or a row is not as it must be; file and line are named.
+        DataError: it cannot be read, holds no example, or one is not as it must be; file and line are named.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._lines = JsonLines(path)
+        super().__init__(path)
         self.source = str(path)
-        if not len(self._lines):
+        if not len(self):
             raise DataError(f"{path}: holds no examples")
         for index in range(len(self)):
             self.row(index)
 
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def place(self, index: int) -> str:
-        """Where an example stands, for messages."""
-        return self._lines.place(index)
-
     def row(self, index: int) -> Row:
         """An example."""
-        return check_row(self.place(index), self._lines.record(index))
-
-    def sha256(self) -> str:
-        """Of the file."""
-        return self._lines.sha256()
+        return check_row(self.place(index), self.record(index))
 
     def fingerprint(self, index: int) -> str:
         """Of an example's text: it differs for another example, and for the same one after an edit."""
-        return hashlib.blake2b(self._lines.raw(index), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.raw(index), digest_size=8).hexdigest()
 
     def with_values(self, index: int, values: dict[str, Any]) -> str:
         """The example's line with values added, everything else as it is written there."""
-        raw = self._lines.raw(index).strip()
-        record = self._lines.record(index)
+        raw = self.raw(index).strip()
+        record = self.record(index)
         if record.keys() & values.keys():
             line = json.dumps({**record, **values}, ensure_ascii=False)
             # Half of a surrogate pair, in a column that is not read, can only be written as an escape.
