@@ -1,14 +1,14 @@
-"""Blocks, kinds and reading order of modules, from their names."""
+"""Layers, kinds and reading order of modules, from their names."""
 
 from __future__ import annotations
 
 import pytest
 
-from safelora_fast.checkpoints.module_names import block_of, kinds, natural_order
+from safelora_fast.checkpoints.module_names import kinds, layer_of, natural_order
 
 
 @pytest.mark.parametrize(
-    ("name", "block"),
+    ("name", "layer"),
     [
         ("model.layers.11.self_attn.q_proj", 11),
         ("model.layers.3.mlp.experts.7.gate_up_proj", 3),
@@ -18,8 +18,8 @@ from safelora_fast.checkpoints.module_names import block_of, kinds, natural_orde
         ("visual.merger.mlp.2", None),
     ],
 )
-def test_blocks(name, block):
-    assert block_of(name) == block
+def test_layers(name, layer):
+    assert layer_of(name) == layer
 
 
 def test_kinds_are_told_apart_by_the_shortest_end():

@@ -69,25 +69,25 @@ class LoraModule:
 
     Attributes:
         name: path of the module, without `base_model.model.` and without PEFT's `base_layer`.
-        left_key: tensor of lora_B or lora_embedding_B, (m, r).
-        right_key: tensor of lora_A or lora_embedding_A, (r, n).
+        lora_b_key: tensor of lora_B or lora_embedding_B, (m, r).
+        lora_a_key: tensor of lora_A or lora_embedding_A, (r, n).
         parameters: for "parameter", the names that the pair may stand for, since the keys do not say; empty if unknown.
         depth: for "parameter", how deep PEFT nested the pair: 0 is the outermost.
     """
 
     name: str
     kind: Kind
-    left_key: str
-    right_key: str
-    left_shape: tuple[int, int]
-    right_shape: tuple[int, int]
+    lora_b_key: str
+    lora_a_key: str
+    lora_b_shape: tuple[int, int]
+    lora_a_shape: tuple[int, int]
     parameters: tuple[str, ...] = ()
     depth: int = 0
 
     @property
     def rank(self) -> int:
         """The number of columns of lora_B."""
-        return self.left_shape[1]
+        return self.lora_b_shape[1]
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,9 @@ def expert_factors(module: LoraModule, expert: int, experts: int, *, swapped: bo
         swapped: lora_A has the side of the output.
     """
     total = module.rank
-    rank, b, a = total // experts, module.left_shape[0], module.right_shape[1]
-    side_b = Slice(module.left_key, expert, b, rank, total, experts)
-    side_a = Slice(module.right_key, expert * rank * a, rank, a, a, 1)
+    rank, b, a = total // experts, module.lora_b_shape[0], module.lora_a_shape[1]
+    side_b = Slice(module.lora_b_key, expert, b, rank, total, experts)
+    side_a = Slice(module.lora_a_key, expert * rank * a, rank, a, a, 1)
     return (transpose(side_a), transpose(side_b)) if swapped else (side_b, side_a)
 
 
@@ -74,7 +74,7 @@ def sides_swapped(module: LoraModule, out: int, inner: int, model_type: object, 
     Returns:
         None if the shapes fit neither way.
     """
-    shape = (module.left_shape[0], module.right_shape[1])
+    shape = (module.lora_b_shape[0], module.lora_a_shape[1])
     if out != inner:
         return {(out, inner): False, (inner, out): True}.get(shape)
     if shape != (out, inner):
@@ -105,7 +105,7 @@ def assign(
     found = list(_assignments(modules, weights, model_type, peft_version))
     if len(found) == 1:
         return found[0]
-    updates = ", ".join(str([module.left_shape[0], module.right_shape[1]]) for module in modules)
+    updates = ", ".join(str([module.lora_b_shape[0], module.lora_a_shape[1]]) for module in modules)
     known = ", ".join(f"{parameter} {list(shape)}" for parameter, shape in weights.items()) or "none"
     if not found:
         raise PairingError(

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-AFTER_THE_BLOCKS = {"lm_head", "embed_out", "score", "classifier"}
+AFTER_THE_LAYERS = {"lm_head", "embed_out", "score", "classifier"}
 DIGITS = re.compile(r"(\d+)")
 
 
-def block_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
     """The number of a module's layer: the first number in its path; None outside the layers."""
     *owners, _ = name.split(".")
     return next((int(owner) for owner in owners if owner.isdecimal()), None)
 
 
-def is_after_the_blocks(name: str) -> bool:
+def is_after_the_layers(name: str) -> bool:
     """Whether a module outside the layers comes after them, as a head does."""
-    return name.rpartition(".")[2] in AFTER_THE_BLOCKS
+    return name.rpartition(".")[2] in AFTER_THE_LAYERS
 
 
 def kinds(names: Iterable[str]) -> dict[str, str]:
@@ -36,8 +36,8 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
 
 def natural_order(name: str) -> tuple[int, tuple[tuple[int, str], ...]]:
     """Sort key: modules before the layers, the layers with 2 before 10, modules after the layers."""
-    outside = block_of(name) is None
-    side = (1 if is_after_the_blocks(name) else -1) if outside else 0
+    outside = layer_of(name) is None
+    side = (1 if is_after_the_layers(name) else -1) if outside else 0
     words = (word for word in DIGITS.split(name) if word)
     return side, tuple((int(word), "") if word.isdecimal() else (-1, word) for word in words)
 

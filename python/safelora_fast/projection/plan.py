@@ -47,7 +47,7 @@ class _Unit:
         if isinstance(aligned, ExpertWeights) and isinstance(base, ExpertWeights):
             return self._expert_groups(aligned, base)
         (module,) = self.modules
-        lora_b, lora_a = whole(module.left_key, module.left_shape), whole(module.right_key, module.right_shape)
+        lora_b, lora_a = whole(module.lora_b_key, module.lora_b_shape), whole(module.lora_a_key, module.lora_a_shape)
         aligned_matrix, base_matrix = (
             matrix_of(
                 name,
@@ -142,7 +142,7 @@ def _join(groups: dict[object, Group], group: Group, problems: Problems) -> None
             groups[group.identity, group.name] = group  # tied weights, of which each module has an update of its own
             return
         if other.adapter == ours.adapter:
-            both = f"{other.module.left_key} and {ours.module.left_key}"
+            both = f"{other.module.lora_b_key} and {ours.module.lora_b_key}"
             problem = PairingError(f"{group.name}: the adapter's {both} both belong to {group.aligned[0].tensor}")
             problems.append((ours.module.name, problem))
             return

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.checkpoints.module_names import block_of, is_after_the_blocks, kinds
+from safelora_fast.checkpoints.module_names import is_after_the_layers, kinds, layer_of
 from safelora_fast.plotting import STYLES, mark_line, plot_file
 from safelora_fast.projection.operators import operator_of
 
@@ -79,7 +79,7 @@ def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any])
 
 def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
     """A style for each kind."""
-    inside = dict.fromkeys(kind for name, kind in names.items() if block_of(name) is not None)
+    inside = dict.fromkeys(kind for name, kind in names.items() if layer_of(name) is not None)
     styles = dict.fromkeys(names.values(), OUTSIDE)
     for index, kind in enumerate(inside):
         color, marker = STYLES[index % len(STYLES)]
@@ -89,13 +89,13 @@ def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
 
 def _places(modules: Sequence[ModuleReport]) -> dict[str, float]:
     """Where each module stands on the axis: at its layer's number, or beside the layers."""
-    layers = {module.name: block_of(module.name) for module in modules}
+    layers = {module.name: layer_of(module.name) for module in modules}
     numbers = [layer for layer in layers.values() if layer is not None] or [0]
     places: dict[str, float] = {name: layer for name, layer in layers.items() if layer is not None}
     step = max(1.0, (max(numbers) - min(numbers)) / 12)
     outside = [name for name, layer in layers.items() if layer is None]
-    before = [name for name in outside if not is_after_the_blocks(name)]
-    after = [name for name in outside if is_after_the_blocks(name)]
+    before = [name for name in outside if not is_after_the_layers(name)]
+    after = [name for name in outside if is_after_the_layers(name)]
     places |= {name: min(numbers) - step * distance for distance, name in enumerate(reversed(before), 1)}
     return places | {name: max(numbers) + step * distance for distance, name in enumerate(after, 1)}
 
@@ -104,13 +104,13 @@ def _label_places(axis: Any, names: dict[str, str], places: dict[str, float]) ->
     """Ticks at whole layers, and one with its name for every module outside them."""
     from matplotlib.ticker import MaxNLocator
 
-    layers = [place for name, place in places.items() if block_of(name) is not None]
+    layers = [place for name, place in places.items() if layer_of(name) is not None]
     ticks = []
     if layers:
         first, last = min(layers), max(layers)
         candidates = MaxNLocator(8, integer=True).tick_values(first, last) if first < last else [first]
         ticks = [tick for tick in candidates if first <= tick <= last]
-    outside = [name for name in places if block_of(name) is None]
+    outside = [name for name in places if layer_of(name) is None]
     axis.set_xticks([*ticks, *(places[name] for name in outside)])
     labels = axis.set_xticklabels([*(f"{tick:.0f}" for tick in ticks), *(names[name] for name in outside)])
     for label in labels[len(ticks) :]:

@@ -77,7 +77,7 @@ def _with_decoder(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned:
 
 def _named_as(keys: Mapping[str, str], adapter: Adapter) -> list[str]:
     """The names under which modules with LoRA factors are written, except experts."""
-    found = (FACTOR.fullmatch(keys[module.left_key]) for module in adapter.modules if module.kind != "parameter")
+    found = (FACTOR.fullmatch(keys[module.lora_b_key]) for module in adapter.modules if module.kind != "parameter")
     return [match[1].removeprefix(PREFIX).rpartition(".")[0] for match in found if match is not None]
 
 
