@@ -195,16 +195,3 @@ def test_words(tmp_path):
 def test_optimizer_state():
     names = {"adamw_torch": 8, "OptimizerNames.ADAMW_8BIT": 2, "sgd": 0, "lion_8bit": 1, "adafactor": 0}
     assert {name: optimizer_bytes(name) for name in names} == names
-
-
-def test_a_second_model_of_the_same_name_is_no_folder(tmp_path):
-    tiny = write_recipe(tmp_path)
-    for path, message in (
-        ("no such model!", "neither a file, nor a folder, nor a Hub id"),
-        (str(tmp_path), "there is no config.json"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            prepare(load_recipe(tiny.path, [f"model.path={path}"]))
-    (tiny.model / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="this is a PEFT adapter"):
-        prepare(load_recipe(tiny.path))
