@@ -48,26 +48,32 @@ def test_a_killed_run_can_be_resumed(tmp_path, call, monkeypatch):
     assert f"interrupted after step {last + 3}; the checkpoint of step {last} is whole" in resumed.err
 
 
-WATCHED = """
+TWO_RUNS = """
 import os, sys
+from safelora_fast.cli import main
 from safelora_fast.recipe import trainer
 
 class Watched(trainer.RecipeTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
             rows = self.processing_class.batch_decode(inputs["input_ids"], skip_special_tokens=False)
-            with open(f"{os.environ['FED']}-{os.environ['RANK']}", "a") as file:
+            with open(f"{STAGE}-{os.environ['RANK']}", "a") as file:
                 file.writelines(f"{int(self.state.epoch)} {row.replace('<pad>', '')}\\n" for row in rows)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
-        if self.state.global_step == int(os.environ["STOP"]):
+        if STAGE == "before" and self.state.global_step == 3:
             raise KeyboardInterrupt
         return super().training_step(*args, **kwargs)
 
 trainer.RecipeTrainer = Watched
-from safelora_fast.cli import main
-main()
+words = sys.argv
+for STAGE, more in {"before": ["-q"], "after": ["--resume"]}.items():
+    sys.argv = [*words, *more]
+    try:
+        main()
+    except SystemExit as stopped:
+        assert (stopped.code or 0) == {"before": 130, "after": 0}[STAGE], stopped.code
 """
 
 
@@ -79,24 +85,26 @@ def test_two_processes_share_the_examples_of_every_epoch(tmp_path):
     data = {"eval": 0.25, "safe": {"path": str(safe), "fraction": 0.34}}
     tiny = write_recipe(tmp_path, training=training, data=data)
     write_rows(tiny.data, tiny_rows(16))
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    (tmp_path / "two_runs.py").write_text(TWO_RUNS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two_runs.py"]
+    done = subprocess.run(
+        [*launch, *tiny.words()],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == done.stdout.count("2 × 2 × 2 processes") == 1
 
-    def run(stop, *words):
-        """The examples of each epoch that the two processes were given, and what was printed."""
-        fed = tmp_path / f"until-{stop}"
-        environment = {**ENVIRONMENT, "FED": str(fed), "STOP": str(stop)}
-        done = subprocess.run(
-            [*command, *tiny.words(*words)], env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert (done.returncode == 0) == (stop < 0), done.stderr
-        lines = [line for rank in (0, 1) for line in (tmp_path / f"{fed.name}-{rank}").read_text().splitlines()]
-        return [[line[2:] for line in lines if line.startswith(str(epoch))] for epoch in range(3)], done.stdout
+    def fed(stage):
+        """The examples of each epoch that the two processes were given."""
+        lines = [line for rank in (0, 1) for line in (tmp_path / f"{stage}-{rank}").read_text().splitlines()]
+        return [[line[2:] for line in lines if line.startswith(str(epoch))] for epoch in range(3)]
 
-    before, _ = run(3)
-    after, told = run(-1, "--resume")
-    assert told.count("written to") == told.count("2 × 2 × 2 processes") == 1
+    before, after = fed("before"), fed("after")
     assert [len(rows) for rows in before] == [16, 8, 0]
     assert [len(rows) for rows in after] == [0, 8, 16]
     safe_rows, tasks = [], []
