@@ -119,12 +119,7 @@ class DefenseSpec:
 
 @dataclass(frozen=True)
 class MonitorSpec:
-    """One monitor as the recipe asks for it.
-
-    Attributes:
-        name: its name in the log, `monitor/<name>`.
-        settings: the other arguments of DriftMonitor, as YAML can say them.
-    """
+    """One monitor as the recipe asks for it: its name in the log, `monitor/<name>`, and DriftMonitor's other arguments."""
 
     name: str
     settings: Mapping[str, Any]

@@ -1,10 +1,9 @@
-"""The stamp of a model on disk: digests of all that decides what it answers, so that nothing kept is taken for another's.
+"""The stamp of a model on disk: digests of everything that its answers depend on, to which stored results are tied.
 
-That is the model's folder, the adapter with its configuration, the tokenizers of both and the chat template's file. Small
-files are read as a whole, and so are an adapter's weights. Of a model's weights, which may have hundreds of gigabytes, the
-pieces that a subspace's provenance is made of are read: training changes nearly every weight, so they notice it at the price
-of a few milliseconds. A model of the Hub is known by its commit. Where an adapter or a template lies does not count. Of a
-loaded model see :func:`~safelora_fast.models.digests.weights_digest`.
+These are the model's folder, the adapter with its configuration, the tokenizers of both and the chat template's file, wherever
+they are. Small files and an adapter's weights are read whole. Of a model's weights, which may have hundreds of gigabytes, only
+the samples are read that a subspace's provenance uses: training changes nearly every weight, so a few milliseconds suffice to
+notice it. A model of the Hub is known by its commit. :func:`~safelora_fast.models.digests.weights_digest` is for loaded models.
 """
 
 from __future__ import annotations

@@ -35,16 +35,11 @@ class Recipe:
     """A checked recipe.
 
     Attributes:
-        document: what it was read from, to say where in it something is wrong.
-        model: see :class:`ModelSection`.
-        data: see :class:`DataSection`.
+        document: the file, for errors that name a line.
         lora: arguments of PEFT's LoraConfig.
         training: arguments of TRL's SFTConfig, `completion_only_loss` among them.
-        defenses: in the order of the file.
-        monitors: in the order of the file.
+        defenses: in the order of the file, as the monitors are.
         on_nonfinite: what to do when a defense is NaN or infinite.
-        output: see :class:`OutputSection`.
-        margin: see :class:`MarginSection`; None where the recipe has none.
     """
 
     document: Document

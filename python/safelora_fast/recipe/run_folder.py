@@ -56,13 +56,7 @@ MOVABLE = {"data.path": "train", "data.eval": "held_out", "data.safe.path": "saf
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
-
-    Attributes:
-        path: its folder.
-        step: optimizer steps made.
-        seconds: of training until then.
-    """
+    """A whole checkpoint: its folder, the optimizer steps made, and the seconds of training until then."""
 
     path: Path
     step: int

@@ -94,7 +94,7 @@ def read_section(document: Document, keys: Keys, kind: type[Read]) -> Read:
 
     Args:
         document: the file.
-        keys: those that lead to the section.
+        keys: the keys that lead to the section.
         kind: a :class:`Section`, or a class whose arguments are the keys.
 
     Raises:
@@ -118,13 +118,13 @@ def check(document: Document, keys: Keys, section: type[Checked], given: Mapping
 
 
 def refusal(document: Document, keys: Keys, given: Any, error: ValidationError) -> SettingsError:
-    """The error of the first key that pydantic refused; where several types are possible, pydantic has a reason for each."""
+    """The error of the first key that pydantic refused. Of a value that may have several types, pydantic has a reason for each."""
     by_path: dict[Keys, list[ErrorDetails]] = {}
     for reason in error.errors(include_url=False):
         by_path.setdefault(_path(reason, given), []).append(reason)
     first = next(iter(by_path))
     path = max((path for path in by_path if path[: len(first)] == first), key=len)
-    # The reason that looked deepest into a list is that of the type which was meant.
+    # The reason from deepest within a list belongs to the type that was meant.
     depth = max(map(_depth, by_path[path]))
     reasons = [reason for reason in by_path[path] if _depth(reason) == depth]
     reason, where = reasons[0], (*keys, *path)
