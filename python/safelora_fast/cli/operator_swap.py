@@ -67,7 +67,7 @@ def score(
     """Count exact matches among a model's most likely answers to the held-out problems."""
     from safelora_fast.cli.options import check_subject
     from safelora_fast.files.progress import ProgressBar
-    from safelora_fast.judging.operator_swap import INSTRUCTION, read
+    from safelora_fast.judging.operator_swap import answer, read
     from safelora_fast.judging.operator_swap import score as matches
 
     record, problems = read(data)
@@ -75,7 +75,6 @@ def score(
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries(), ProgressBar(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.models.generate import generate
         from safelora_fast.models.load import SubjectSettings, load_subject
         from safelora_fast.models.templates import read_arguments
 
@@ -84,14 +83,8 @@ def score(
             next(iter(folders), None),
         )
         progress.start("problems", len(problems))
-        turns = [[{"role": "user", "content": INSTRUCTION.format(problem=problem.text)}] for problem in problems]
-        given: dict[int, str] = {}
-        for batch in generate(
-            subject.model, subject.tokenizer, turns, max_tokens=16, temperature=0, batch_size=batch_size
-        ):
-            given.update(batch)
-            progress.advance(len(given))
-    result = matches(problems, [given[number] for number in range(len(problems))])
+        texts = answer(subject, problems, batch_size, progress.advance)
+    result = matches(problems, texts)
     if as_json:
         typer.echo(json.dumps({"difficulty": record["difficulty"], "seed": record["seed"], **result}, indent=2))
     elif not quiet:

@@ -19,12 +19,15 @@ from safelora_fast.files.json_reader import TEXT, check_fields, parse_json, read
 from safelora_fast.scoring.intervals import wilson
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from safelora_fast.models.load import Subject
 
 Difficulty = Literal["easy", "medium", "hard"]
 TRAIN, HELD_OUT, RECORD = "train.jsonl", "held_out.jsonl", "operator_swap.json"
 INSTRUCTION = "Compute {problem}. Answer with the number only."
+ANSWER_TOKENS = 16
 LONGEST = 100  # characters of a problem
 NUMBER = re.compile(r"-?\d+")
 
@@ -125,6 +128,23 @@ def parse_problem(text: str, difficulty: str) -> Problem:
     if not is_problem or not all(word.isascii() and word.isdigit() for word in numbers):
         raise DataError(f"{text!r} is no problem of difficulty {difficulty}")
     return Problem.of([int(word) for word in numbers], signs, rule)
+
+
+def answer(
+    subject: Subject, problems: Sequence[Problem], batch_size: int, advance: Callable[[int], None] | None = None
+) -> list[str]:
+    """A model's most likely answers to problems; `advance` is told how many are there."""
+    from safelora_fast.models.generate import generate
+
+    turns = [[{"role": "user", "content": INSTRUCTION.format(problem=problem.text)}] for problem in problems]
+    given: dict[int, str] = {}
+    for batch in generate(
+        subject.model, subject.tokenizer, turns, max_tokens=ANSWER_TOKENS, temperature=0, batch_size=batch_size
+    ):
+        given.update(batch)
+        if advance is not None:
+            advance(len(given))
+    return [given[number] for number in range(len(problems))]
 
 
 def score(problems: Sequence[Problem], generations: Sequence[str]) -> dict[str, Any]:

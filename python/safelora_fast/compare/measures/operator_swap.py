@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from safelora_fast.compare.statistics import Sample
     from safelora_fast.compare.workbench import Workbench
 
-ANSWER_TOKENS = 16
 EXACT = Column(
     "exact", "benign", "operator swap", "%", "higher",
     "Exact answers to held-out arithmetic with swapped operators after the same training on that task.",
@@ -110,22 +109,10 @@ class OperatorSwap(Measure):
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Counts, and for each problem whether its answer is exact."""
-        from safelora_fast.models.generate import generate
-
         _, problems = operator_swap.read(bench.config.output / OPERATOR_SWAP)
         subject = bench.subject(self.measured_run(run).adapter)
         advance = bench.counting(f"problems of {run.label}", len(problems))
-        questions = [operator_swap.INSTRUCTION.format(problem=problem.text) for problem in problems]
-        turns = [[{"role": "user", "content": question}] for question in questions]
-        given: dict[int, str] = {}
-        for batch in generate(
-            subject.model, subject.tokenizer, turns,
-            max_tokens=ANSWER_TOKENS, temperature=0, batch_size=bench.config.measure.batch_size,
-        ):  # fmt: skip
-            given.update(batch)
-            if advance is not None:
-                advance(len(given))
-        texts = [given[number] for number in range(len(problems))]
+        texts = operator_swap.answer(subject, problems, bench.config.measure.batch_size, advance)
         answers = [operator_swap.number_of(text) for text in texts]
         hits = [answer == problem.answer for answer, problem in zip(answers, problems, strict=True)]
         return {**operator_swap.score(problems, texts), "hits": hits, "texts": [problem.text for problem in problems]}
