@@ -81,10 +81,10 @@ def test_equals_the_projection_of_the_saved_adapter(sources, tmp_path, options, 
     found = defended.projection_report
     assert found.adapters[0].modules == report.adapters[0].modules
     assert (found.adapters[0].adapter, found.adapters[0].output) == ("default", None)
-    figures = defended.metrics()
+    metrics = defended.metrics()
     cosines = [module.cosine for module in report.adapters[0].modules]
-    assert figures["defense/cosine_min"] == min(cosines)
-    assert figures["defense/modules_projected"] == len(report.adapters[0].projected)
+    assert metrics["defense/cosine_min"] == min(cosines)
+    assert metrics["defense/modules_projected"] == len(report.adapters[0].projected)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mixtral", "gpt_oss"])

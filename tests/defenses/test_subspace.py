@@ -71,10 +71,10 @@ def test_projection_after_every_second_step():
         for _ in range(4):
             make_step(optimizer, defended.loss(collate(rows([7, 3]))))
             left_over.append(max(outside(model, subspace).values()))
-        figures = defended.metrics()
+        metrics = defended.metrics()
     assert [value < 1e-8 for value in left_over] == [False, True, False, True]
-    assert figures["defense/modules_projected"] == 21
-    assert 0 < figures["defense/cosine_min"] < 1
+    assert metrics["defense/modules_projected"] == 21
+    assert 0 < metrics["defense/cosine_min"] < 1
 
 
 def test_bfloat16_factors():

@@ -15,7 +15,7 @@ from safelora_fast.training import defend
 
 
 def run_multimodal(spec):
-    """Weights and figures of one SGD step; each process has one of the two rows. `wrapper` is "ddp" or "fsdp"."""
+    """Weights and metrics of one SGD step; each process has one of the two rows. `wrapper` is "ddp" or "fsdp"."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     model, batch = make(spec["model"])
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).train()
@@ -29,9 +29,9 @@ def run_multimodal(spec):
     with defend(wrapped, [KL(30.0), FeatureDistance(30.0, layers=2)], optimizer=optimizer) as defended:
         defended.loss(batch).backward()
         optimizer.step()
-        figures = defended.metrics()
+        metrics = defended.metrics()
     weights = adapter_weights(model)
-    return {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in weights.items()}, figures
+    return {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in weights.items()}, metrics
 
 
 def sharded(model):

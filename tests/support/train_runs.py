@@ -61,7 +61,7 @@ def settings(spec):
 
 
 def trl_fuses_the_head():
-    """Whether this TRL has the figures of every token without the logits; before, it reads the logits."""
+    """Whether this TRL has the metrics of every token without the logits; before, it reads the logits."""
     try:
         from trl.trainer.utils import add_fused_lm_head  # noqa: F401
     except ImportError:
@@ -189,8 +189,8 @@ def run_loop(spec):
                 defended.loss(batch, totals=totals).backward()
             optimizer.step()
             optimizer.zero_grad()
-        figures = defended.metrics()
-    return adapter_weights(model), figures
+        metrics = defended.metrics()
+    return adapter_weights(model), metrics
 
 
 def deepspeed_config(spec):
@@ -222,11 +222,11 @@ def run_deepspeed(spec):
                 engine.backward(defended.loss(batch, totals=totals), scale_wrt_gas=False)
                 engine.step()
             defended.engine_stepped()
-        figures = defended.metrics()
+        metrics = defended.metrics()
     copies = {n: safe_get_full_fp32_param(p) for n, p in model.named_parameters() if p.requires_grad}
     pairs = [(parameter.detach().float(), copies[n]) for n, parameter in model.named_parameters() if n in copies]
-    figures["rounding"] = max(((rounded - copy).norm() / copy.norm()).item() for rounded, copy in pairs)
-    return copies, figures
+    metrics["rounding"] = max(((rounded - copy).norm() / copy.norm()).item() for rounded, copy in pairs)
+    return copies, metrics
 
 
 def run_fsdp(spec):
@@ -254,9 +254,9 @@ def run_fsdp(spec):
             with CommDebugMode() as messages:
                 optimizer.step()
             optimizer.zero_grad()
-        figures = defended.metrics()
-    figures["messages"] = {str(kind): count for kind, count in messages.get_comm_counts().items()}
-    return {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}, figures
+        metrics = defended.metrics()
+    metrics["messages"] = {str(kind): count for kind, count in messages.get_comm_counts().items()}
+    return {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}, metrics
 
 
 def run_accelerate(spec):
@@ -276,8 +276,8 @@ def run_accelerate(spec):
                 accelerator.backward(loss * accelerator.gradient_accumulation_steps)
                 optimizer.step()
                 optimizer.zero_grad()
-        figures = defended.metrics()
-    return adapter_weights(model), figures
+        metrics = defended.metrics()
+    return adapter_weights(model), metrics
 
 
 def run(spec, output):
@@ -311,18 +311,18 @@ def run_two_processes(spec, folder: Path, launcher: str = "torchrun"):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result = torch.load(output, weights_only=True)
-    return result["weights"], result["figures"]
+    return result["weights"], result["metrics"]
 
 
 def work(spec_file, output):
-    weights, figures = run(json.loads(Path(spec_file).read_text()), Path(output).parent)
+    weights, metrics = run(json.loads(Path(spec_file).read_text()), Path(output).parent)
     assert torch.distributed.get_world_size() == 2
     for name, value in weights.items():
         first = value.clone()
         torch.distributed.broadcast(first, src=0)
         assert torch.equal(value, first), f"{name} differs between the processes"
     if torch.distributed.get_rank() == 0:
-        torch.save({"weights": weights, "figures": figures}, output)
+        torch.save({"weights": weights, "metrics": metrics}, output)
     torch.distributed.destroy_process_group()
 
 

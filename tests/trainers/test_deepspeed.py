@@ -23,7 +23,7 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Weights and figures of two steps in a plain loop; the second shows whether the projection of the first was kept."""
+    """Weights and metrics of two steps in a plain loop; the second shows whether the projection of the first was kept."""
     return run({"kind": "loop", "batch": 8, "steps": 2, "defenses": STRONG}, tmp_path_factory.mktemp("plain"))
 
 
@@ -35,18 +35,18 @@ def test_two_processes(plain, kind, stage, tmp_path):
     if kind == "transformers":
         arguments = {"learning_rate": 0.02, "lr_scheduler_type": "constant", "logging_steps": 2}
         spec["arguments"] = {**arguments, "deepspeed": deepspeed_config(spec)}
-    weights, figures = run_two_processes(spec, tmp_path)
+    weights, metrics = run_two_processes(spec, tmp_path)
     assert furthest(weights, plain[0]) < 1e-5
-    assert figures.get("rounding", 0.0) == 0
+    assert metrics.get("rounding", 0.0) == 0
     for name in ("kl", "feature_distance", "subspace_penalty", "cosine_min", "modules_projected"):
-        assert figures[f"defense/{name}"] == pytest.approx(plain[1][f"defense/{name}"], rel=1e-4)
+        assert metrics[f"defense/{name}"] == pytest.approx(plain[1][f"defense/{name}"], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_bfloat16_is_projected_in_float32(tmp_path):
     """In DeepSpeed's float32 copy, from which the parameter is rounded; rounding alone leaves the subspace by 1e-3."""
-    weights, figures = run_two_processes({**SPEC, "kind": "deepspeed", "stage": 2, "bf16": True}, tmp_path)
-    assert 0 < figures["rounding"] < 4e-3
+    weights, metrics = run_two_processes({**SPEC, "kind": "deepspeed", "stage": 2, "bf16": True}, tmp_path)
+    assert 0 < metrics["rounding"] < 4e-3
     subspace = random_subspace(tiny_peft_model(), rank=20, seed=1)
     for name, module in subspace.modules.items():
         left = weights[f"base_model.model.{name}.lora_B.default.weight"]

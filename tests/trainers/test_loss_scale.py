@@ -13,16 +13,16 @@ STRONG = {"kl": 30.0, "feature_distance": 30.0, "subspace_penalty": 0.3, "safelo
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Weights and figures of one step on all eight rows at once, in a plain loop."""
+    """Weights and metrics of one step on all eight rows at once, in a plain loop."""
     return run({"kind": "loop", "batch": 8, "defenses": STRONG}, tmp_path_factory.mktemp("whole"))
 
 
 def same(result, expected):
-    weights, figures = result
+    weights, metrics = result
     assert furthest(weights, expected[0]) < 1e-5
     for name in ("kl", "feature_distance", "subspace_penalty", "cosine_min", "modules_projected"):
-        assert figures[f"defense/{name}"] == pytest.approx(expected[1][f"defense/{name}"], rel=1e-4)
-    assert figures["monitor/drift"] == pytest.approx(expected[1]["monitor/drift"], rel=1e-4)
+        assert metrics[f"defense/{name}"] == pytest.approx(expected[1][f"defense/{name}"], rel=1e-4)
+    assert metrics["monitor/drift"] == pytest.approx(expected[1]["monitor/drift"], rel=1e-4)
 
 
 def test_the_defenses_matter(whole, tmp_path):
@@ -81,9 +81,9 @@ def test_fsdp_where_one_process_has_nothing_to_learn(share_logits, tmp_path):
         "silent_rows": [1, 5, 7],  # the second process has the odd rows, two in a batch
     }
     whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
-    weights, figures = run_two_processes({**spec, "kind": "fsdp", "reshard": True}, tmp_path)
+    weights, metrics = run_two_processes({**spec, "kind": "fsdp", "reshard": True}, tmp_path)
     assert furthest(weights, whole[0]) < 1e-5
-    assert figures["defense/kl"] == pytest.approx(whole[1]["defense/kl"], rel=1e-4)
+    assert metrics["defense/kl"] == pytest.approx(whole[1]["defense/kl"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -100,8 +100,8 @@ def test_a_defense_that_is_not_finite_on_one_process_makes_both_skip_the_step(tm
 def test_a_model_that_sees_on_two_processes(wrapper, tmp_path):
     """The reference runs tower, projector and decoder inside the student's pass, in the same order on both."""
     spec = {"kind": "multimodal", "model": "llava", "wrapper": wrapper}
-    expected, figures = run(spec, tmp_path)
+    expected, metrics = run(spec, tmp_path)
     weights, shared = run_two_processes(spec, tmp_path)
     assert furthest(weights, expected) < 1e-5
     for name in ("defense/kl", "defense/feature_distance"):
-        assert shared[name] == pytest.approx(figures[name], rel=1e-4)
+        assert shared[name] == pytest.approx(metrics[name], rel=1e-4)

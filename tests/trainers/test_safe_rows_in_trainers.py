@@ -67,14 +67,14 @@ def test_the_log_has_the_loss_of_both_sources(defenses, tmp_path):
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
     spec = {**SPEC, "defenses": defenses, "kind": "trl"}
     _, trainer = run_trl(spec, tmp_path, defenses=[KL(weight) for weight in defenses.values()])
-    figures = next(logs for logs in trainer.state.log_history if "loss" in logs)
+    metrics = next(logs for logs in trainer.state.log_history if "loss" in logs)
     if not hasattr(trl.trainer.utils, "add_fused_lm_head"):  # older TRL builds the logits of every token
-        assert not any(name.startswith("loss/") for name in figures)
+        assert not any(name.startswith("loss/") for name in metrics)
         return
     for name, tag in (("task", False), ("safe", True)):
         chosen = losses[torch.tensor(SAFE) == tag]
         count = (labels[torch.tensor(SAFE) == tag] != -100).sum()
-        assert figures[f"loss/{name}"] == pytest.approx((chosen.sum() / count).item(), rel=1e-4)
+        assert metrics[f"loss/{name}"] == pytest.approx((chosen.sum() / count).item(), rel=1e-4)
 
 
 def test_untagged_rows_keep_their_collator(tmp_path):

@@ -96,7 +96,7 @@ def test_rows_without_padding(arguments, tmp_path, caplog):
 
 
 @needs_fused_head
-def test_trls_own_figures_are_logged(tmp_path):
+def test_trls_own_metrics_are_logged(tmp_path):
     """Entropy, accuracy and tokens of a run in which the defense weighs next to nothing are those of TRL itself."""
     spec = {"batch": 4, "arguments": {"learning_rate": 1e-9}}
     watched = Watched()

@@ -23,14 +23,14 @@ def strong():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packed_documents_are_sequences(batch, tmp_path):
     """The step is that of the same documents in padded rows, whatever the packing."""
-    whole, figures = run({"kind": "loop", "batch": 8, "defenses": STRONG}, tmp_path)
+    whole, metrics = run({"kind": "loop", "batch": 8, "defenses": STRONG}, tmp_path)
     arguments = {"packing": True, "max_length": 24}
     accumulation = 2 if batch == 1 else 1
     spec = {"kind": "trl", "batch": batch, "accumulation": accumulation, "defenses": STRONG, "arguments": arguments}
-    packed, packed_figures = run(spec, tmp_path)
+    packed, packed_metrics = run(spec, tmp_path)
     assert furthest(whole, packed) < 1e-5
     for name in ("defense/kl", "defense/feature_distance"):
-        assert packed_figures[name] == pytest.approx(figures[name], rel=1e-4)
+        assert packed_metrics[name] == pytest.approx(metrics[name], rel=1e-4)
 
 
 def test_evaluation_is_the_plain_task_loss(tmp_path):
@@ -50,7 +50,7 @@ def test_the_trainer_makes_the_adapter(checkpointing, tmp_path):
         config = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
         trainer = run_trl(spec, tmp_path, model=tiny_model(), peft_config=config, defenses=defenses)[1]
         results.append(adapter_weights(trainer.model))
-    figures = [logs for logs in trainer.state.log_history if "defense/kl" in logs]
-    assert figures[0]["defense/kl"] == pytest.approx(0, abs=1e-6)
-    assert figures[-1]["defense/kl"] > 1e-4
+    metrics = [logs for logs in trainer.state.log_history if "defense/kl" in logs]
+    assert metrics[0]["defense/kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics[-1]["defense/kl"] > 1e-4
     assert furthest(*results) > 1e-2

@@ -1,4 +1,4 @@
-"""Monitors: the figure against plain arithmetic, and a training that does not notice them."""
+"""Monitors: the value against plain arithmetic, and a training that does not notice them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def padded_left(examples):
 
 
 @pytest.mark.parametrize("make", [collate, padded_left, pack], ids=["right", "left", "packed"])
-def test_the_figure_is_the_plain_one(make):
+def test_the_value_is_the_plain_one(make):
     batch = make(rows(LENGTHS))
     expected, count = plain_projection(tiny_peft_model(), batch, 1, PERSONA.vectors[1])
     assert count == len(LENGTHS)
@@ -85,13 +85,13 @@ def test_training_does_not_notice(defenses):
         with defend(model, defenses, monitors=monitors) as defended:
             loss = defended.loss(batch)
             loss.backward()
-            figures = defended.metrics()
+            metrics = defended.metrics()
         results.append((loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
     assert results[0][0] == results[1][0]
     assert furthest(results[0][1], results[1][1]) == 0
     for name, layer in (("malicious", 1), ("other", 2)):
         expected, _ = plain_projection(tiny_peft_model(), batch, layer, PERSONA.vectors[layer])
-        assert figures[f"monitor/{name}"] == close(expected)
+        assert metrics[f"monitor/{name}"] == close(expected)
 
 
 def test_checkpointing_and_a_model_without_adapter():
@@ -155,7 +155,7 @@ def test_it_follows_where_the_model_goes():
     batch = collate(rows(LENGTHS))
     model, monitor = tiny_peft_model(), DriftMonitor(PERSONA, 1)
     optimizer = sgd(model, lr=0.05)
-    block, states, figures = model.get_base_model().model.layers[1], [], []
+    block, states, metrics = model.get_base_model().model.layers[1], [], []
     hook = block.register_forward_hook(lambda _m, _a, out: states.append(out))
     with defend(model, [], monitors=[monitor]) as defended:
         for _ in range(5):
@@ -163,10 +163,10 @@ def test_it_follows_where_the_model_goes():
             (-(states.pop() @ monitor.unit).mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
-            figures.append(defended.metrics()["monitor/malicious"])
+            metrics.append(defended.metrics()["monitor/malicious"])
     hook.remove()
-    assert figures == sorted(figures)
-    assert figures[-1] > figures[0] + 0.1
+    assert metrics == sorted(metrics)
+    assert metrics[-1] > metrics[0] + 0.1
 
 
 def test_refusals(tmp_path):

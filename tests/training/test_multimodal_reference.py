@@ -81,21 +81,21 @@ def defenses():
 
 
 def check(model, before, batch, *, share=True, **settings):
-    """The loss beside the task's, both figures, and the gradients are those of the plain formulas."""
+    """The loss beside the task's, both metrics, and the gradients are those of the plain formulas."""
     other = copy.deepcopy(model)
     (divergence, distance), expected = plain(other, before, batch)
     task = other(**batch, use_cache=False).loss
     with defend(model, defenses(), share_logits=share, **settings) as defended:
         loss = defended.loss(batch)
-        figures = defended.metrics()
+        metrics = defended.metrics()
         with defended.recording(batch):
             model(**batch)
         defended.regularizer(defended.totals([batch])).backward()
     assert divergence > 1e-3
     assert distance > 1e-3
     assert loss.item() == pytest.approx((task + divergence + distance).item(), rel=1e-6)
-    assert figures["defense/kl"] == pytest.approx(divergence.item(), rel=1e-6)
-    assert figures["defense/feature_distance"] == pytest.approx(distance.item(), rel=1e-6)
+    assert metrics["defense/kl"] == pytest.approx(divergence.item(), rel=1e-6)
+    assert metrics["defense/feature_distance"] == pytest.approx(distance.item(), rel=1e-6)
     found = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

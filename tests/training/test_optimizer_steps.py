@@ -50,7 +50,7 @@ def test_a_window_with_a_broken_micro_batch_is_left_out_whole(with_totals, broke
             assert (furthest(before, adapter_weights(given.model)) > 0) == (not any(states))
 
 
-def test_figures_are_means_over_the_steps_that_were_made():
+def test_metrics_are_means_over_the_steps_that_were_made():
     given = Breakable()
     optimizer = sgd(given.model, lr=0.0)
     settings = {"on_nonfinite": "skip", "monitors": [DriftMonitor(VECTOR, layer=1)], "share_logits": False}

@@ -49,8 +49,8 @@ def test_the_kl_of_safe_rows_is_the_plain_one(make, share_logits):
     with defend(model, [KL(3.0, tokens="safe")], share_logits=share_logits) as defended:
         loss = defended.loss(batch)
         loss.backward()
-        figures = defended.metrics()
-    assert_as_close_as_torch({"loss": loss, "kl": figures["defense/kl"]}, exact[0], plain[0])
+        metrics = defended.metrics()
+    assert_as_close_as_torch({"loss": loss, "kl": metrics["defense/kl"]}, exact[0], plain[0])
     assert_as_close_as_torch(gradients(model), exact[1], plain[1])
 
 

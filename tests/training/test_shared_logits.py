@@ -50,23 +50,23 @@ def loss_and_gradients(model, defenses, batch, **settings):
     with defend(model, defenses, **settings) as defended, head_positions(model) as counted:
         loss = defended.loss(batch)
         loss.backward()
-        figures = defended.metrics()
-    figures.pop("defense/time_share")
+        metrics = defended.metrics()
+    metrics.pop("defense/time_share")
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    return loss.item(), gradients, figures, sum(counted)
+    return loss.item(), gradients, metrics, sum(counted)
 
 
 def same_as_apart(model, defenses, batch):
     """Compare with the losses apart, and see that only one of the two ran the head."""
-    loss, gradients, figures, positions = loss_and_gradients(model, defenses, batch)
-    expected_loss, expected, expected_figures, all_positions = loss_and_gradients(
+    loss, gradients, metrics, positions = loss_and_gradients(model, defenses, batch)
+    expected_loss, expected, expected_metrics, all_positions = loss_and_gradients(
         model, defenses, batch, share_logits=False
     )
     can_be_told = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters  # OPT's, from 5 on
     assert positions == (0 if can_be_told else batch["input_ids"].numel())
     assert all_positions == batch["input_ids"].numel()
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert figures == pytest.approx(expected_figures, rel=1e-4)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-4)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
 
@@ -82,7 +82,7 @@ def same_as_apart(model, defenses, batch):
     ],
     ids=repr,
 )
-def test_the_same_loss_gradients_and_figures_without_the_head(kl, make):
+def test_the_same_loss_gradients_and_metrics_without_the_head(kl, make):
     same_as_apart(tiny_peft_model(), [FeatureDistance(3.0, layers=2), kl], batch_for(61, make))
 
 
