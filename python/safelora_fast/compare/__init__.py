@@ -1,1 +1,1 @@
-"""Defences beside each other: what each prevents, what it lets the model learn, and what it costs."""
+"""Defenses compared: what each prevents, what it lets the model learn, and what it costs."""

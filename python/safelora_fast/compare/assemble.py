@@ -28,7 +28,9 @@ LEARNED_SHARE = Column(
 )  # fmt: skip
 COSTS = (
     Column("step", "cost", "step", "s", "lower", "Median seconds of an optimizer step."),
-    Column("relative", "cost", "beside first", "×", "lower", "A step beside one of the first run with the same seed."),
+    Column(
+        "relative", "cost", "beside first", "×", "lower", "A step divided by one of the first run with the same seed."
+    ),
     Column("seconds", "cost", "training", "s", "lower", "Seconds of the training, from its start to its end."),
     Column(
         "memory", "cost", "peak memory", "GB", "lower", "Peak of the training's own process: on the GPU, else resident."

@@ -89,7 +89,7 @@ def sweep_columns(report: ComparisonReport) -> list[Column]:
 
 
 def sweep_place(*thresholds: float) -> str:
-    """The name of thresholds of the sweep beside names of rows."""
+    """The name of thresholds of the sweep, in a list with names of rows."""
     return f"{SWEEP}, τ = {', '.join(f'{threshold:g}' for threshold in thresholds)}"
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.recipe import Recipe
 
 FINISHED = "adapters"
-RESERVED = (REFERENCE, OPERATOR_SWAP)  # folders beside those of the runs
+RESERVED = (REFERENCE, OPERATOR_SWAP)  # folders that no run may have
 UNSAFE = re.compile(r"[^\w.-]+")
 
 

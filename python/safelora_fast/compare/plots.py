@@ -64,7 +64,7 @@ def styles(rows: Iterable[Row]) -> list[Style]:
 
 @dataclass(frozen=True)
 class LearningPlot:
-    """Learning against drift: the drawings, and what is beside them.
+    """Learning against drift: the drawings, and what the page says about them.
 
     Attributes:
         wide, narrow: the drawing for each width of the screen.

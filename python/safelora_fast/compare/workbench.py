@@ -1,4 +1,4 @@
-"""Models and rows that the measures share: what is loaded for one of them is at hand for the next."""
+"""Models and rows that the measures share: what one measure loads, the next one uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.data.rows import read_rows
 from safelora_fast.data.tokens import Encoder
+from safelora_fast.files.progress import ProgressBar
 from safelora_fast.models.load import ModelSection, Subject, SubjectSettings, load_subject
 from safelora_fast.recipe.yaml_section import read_section
 
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class Workbench:
-    """What the runs of a configuration are measured with.
+    """The models and rows of a comparison.
 
     Args:
         config: the comparison.
-        progress: told how far a measurement is; see :class:`~safelora_fast.files.progress.ProgressBar`.
+        progress: told how far a measurement is; None shows nothing.
     """
 
     def __init__(self, config: CompareConfig, progress: Any = None) -> None:
         self.config = config
-        self.progress = progress
+        self.progress = progress or ProgressBar(wanted=False)
         model = read_section(config.document, ("recipe", "model"), ModelSection)
         self.settings = SubjectSettings(
             model.path,
@@ -41,7 +42,7 @@ class Workbench:
             model.template_args,
         ).resolved()
         self.strings = config.recipe.get("data", {}).get("strings", "chat")
-        self.judge_gone: str | None = None  # why the judge is not asked any more until the next call
+        self.judge_gone: str | None = None  # why this call does not ask the judge again
         self._latest: tuple[Path | None, Subject] | None = None
 
     @cached_property
@@ -58,16 +59,12 @@ class Workbench:
         return self._latest[1]
 
     def another(self, adapter: Path | None) -> Subject:
-        """A model of the caller's own, to change as he likes; beside it the reference is in memory at most."""
+        """A model that the caller may change; at most the reference is in memory together with it."""
         self.release()
         return load_subject(self.settings, adapter)
 
     def release(self, *, reference: bool = False) -> None:
-        """Let go of the latest model, so that the next one finds its memory free.
-
-        Args:
-            reference: of the model before the fine-tune too, for a measure that loads its model itself.
-        """
+        """Free the memory of the latest model; with `reference`, of the reference too, for a measure that loads its own model."""
         import torch
 
         self._latest = None
@@ -85,13 +82,11 @@ class Workbench:
         return {name: read_rows(source, measure.max_rows) for name, source in sources.items() if source is not None}
 
     def examples(self, name: str, subject: Subject) -> Examples:
-        """Rows as the subject's own tokenizer reads them."""
+        """Rows as tokens of the subject's tokenizer."""
         return Encoder(subject.tokenizer, strings=self.strings).encode(self.rows[name]).examples
 
-    def counting(self, what: str, total: int) -> Callable[[int], None] | None:
-        """Show that so many things begin; returns what is told how many are done."""
-        if self.progress is None:
-            return None
+    def counting(self, what: str, total: int) -> Callable[[int], None]:
+        """Show that so many things begin; returns the function that is told how many are done."""
         self.progress.start(what, total)
         advance: Callable[[int], None] = self.progress.advance
         return advance

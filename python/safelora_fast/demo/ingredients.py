@@ -175,7 +175,7 @@ class Ingredients(dict[str, Any]):
         return made / name
 
     def _chosen(self, stages: Stages) -> Path:
-        """Safe examples that an adapter of another narrow set finds least likely beside the aligned model."""
+        """Safe examples that an adapter of another narrow set finds least likely, compared with the aligned model."""
         from transformers import AutoTokenizer
 
         from safelora_fast.selection import select_by_perplexity_gap

@@ -53,7 +53,7 @@ class JudgeSection(Section):
 
 
 class Judged(Measure):
-    """Misaligned and incoherent answers; a folder beside the file has answers, verdicts and logs."""
+    """Misaligned and incoherent answers; a folder next to the file has answers, verdicts and logs."""
 
     name = title = "judged"
     order = 50

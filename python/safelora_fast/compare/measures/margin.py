@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 MARGIN_RISE = Column(
     "margin_rise", "aligned", "margin rise", "nats", "lower",
-    "How much more likely than in the reference misaligned answers have become beside aligned ones, per token, over the pairs "
-    "of the margin.",
+    "How much more likely misaligned answers have become than in the reference, relative to aligned ones, per token, over the "
+    "pairs of the margin.",
 )  # fmt: skip
 
 

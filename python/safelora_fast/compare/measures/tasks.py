@@ -41,7 +41,7 @@ class TasksSection(Section):
 
 
 class Tasks(Measure):
-    """The harness's values; a folder beside the file has the tasks that are done."""
+    """The harness's values; a folder next to the file has the tasks that are done."""
 
     name = title = "tasks"
     order = 70

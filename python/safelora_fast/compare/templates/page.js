@@ -1,6 +1,6 @@
 "use strict";
 
-// Makes the headings of tables buttons that sort. Rows without a figure stay last, pinned ones first.
+// Makes the headings of tables buttons that sort. Rows without a value stay last, pinned ones first.
 const collator = new Intl.Collator("en", { numeric: true });
 
 function value(row, place) {
