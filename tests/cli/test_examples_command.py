@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_recipe import tiny_rows, write_rows
 
 from safelora_fast.compare.config import load_config
+from safelora_fast.compare.runs import runs_of
 from safelora_fast.defenses import registered
 from safelora_fast.examples import FOLDER, copy_example, names
 from safelora_fast.recipe.recipe import load_recipe
@@ -119,8 +120,8 @@ def test_the_comparison_is_one():
     """Its own test trains and measures; here every run of the example is a recipe, over rows that are there."""
     config = load_config(COMPARISON)
     assert config.runs[0].name == "none"
-    for run in config.runs:
-        recipe = config.recipe_for(run, 0, config.output)
+    for spec in config.runs:
+        recipe = config.recipe_for(spec, runs_of(config, spec)[0])
         assert Path(recipe.data.path).is_file()
     assert Path(config.measure.narrow).is_file()
     assert Path(config.measure.general).is_file()

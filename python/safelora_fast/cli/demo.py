@@ -28,9 +28,10 @@ def demo(
         run(output, seed=seed)
         return
     from safelora_fast.cli.compare import run_and_show
-    from safelora_fast.demo.ingredients import configure
-    from safelora_fast.recipe.signatures import check_packages
+    from safelora_fast.demo.ingredients import check_packages, configure
+    from safelora_fast.recipe import signatures
 
-    check_packages("demo --train")
+    check_packages()
+    signatures.check_packages("demo --train")
     config, _ = configure("compare.yaml", output, seed=seed)
     run_and_show(config)

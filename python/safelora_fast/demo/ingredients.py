@@ -41,6 +41,17 @@ class Sizes:
     persona_tokens: int = 48
 
 
+def check_packages() -> None:
+    """Refuse to start without the packages of the demo.
+
+    Raises:
+        MissingDependencyError: with their names and how to install them.
+    """
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(f"the demo needs {', '.join(missing)}: {how_to_install('demo')}")
+
+
 def configure(
     name: str,
     output: Path,
@@ -66,9 +77,7 @@ def configure(
         MissingDependencyError: a package, or that of the model, is missing.
         OutputError: the folder cannot be written.
     """
-    missing = [package for package in NEEDED if find_spec(package) is None]
-    if missing:
-        raise MissingDependencyError(f"the demo needs {', '.join(missing)}: {how_to_install('demo')}")
+    check_packages()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported, which reads it once
     if source is None:
