@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_tensors_on_the_cpu(op):
     assert op.describe().startswith(f"CPU: {choice.name}; GPU: ")
     assert op.choose([torch.zeros(2, device="meta")]).name == "eager"
     assert "not triton: " in op.choose([torch.zeros(2, device="meta")]).reason
+
+
+@EVERY_OP
+def test_an_op_is_one_small_folder(op):
+    files = {file.stem for file in (Path(triton_runtime.__file__).parent / op.name).glob("*.py")}
+    assert len(files) <= 6
+    assert {"__init__", "torch_impl", *op.backends} <= files
 
 
 @EVERY_OP

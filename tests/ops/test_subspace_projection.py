@@ -294,10 +294,11 @@ def test_triton_plans():
         (lambda a, b, left: (a, b, left.mT), r"lora_b has 5 rows, but the weights have 37"),
         (lambda a, b, left: (a.double(), b, left), "float64"),
         (lambda a, b, left: (a, b, left[:, 0]), "must be a matrix"),
+        (lambda a, b, left: (a, b.to("meta"), left), "base_weight is on meta, but lora_b on cpu"),
         (lambda a, b, left: (a, b, left.requires_grad_()), "no_grad"),
         (lambda a, b, left: (a.index_fill(0, torch.tensor([3]), float("nan")), b, left), "NaN"),
     ],
-    ids=["columns", "rows", "dtype", "vector", "gradient", "NaN"],
+    ids=["columns", "rows", "dtype", "vector", "device", "gradient", "NaN"],
 )
 def test_what_does_not_fit_one_module_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -310,8 +311,9 @@ def test_what_does_not_fit_one_module_is_refused(change, message):
         ([random(4, 4)], [(4, 2), (4, 2)], "1 matrices and 2 factors"),
         ([random(4, 3)], [(5, 2)], r"module 0: the factor has 5 rows, but the matrix is \[4, 3\]"),
         ([(random(4, 3), random(3, 4))], [(4, 2)], r"module 0: \[4, 3\], \[3, 4\], \[4, 2\] are not matrices that fit"),
+        ([random(4, 3), random(4, 3).to("meta")], [(4, 2), (4, 2)], "module 1 is not on cpu, where the first one is"),
     ],
-    ids=["number", "rows", "pair"],
+    ids=["number", "rows", "pair", "device"],
 )
 def test_what_does_not_fit_is_refused(matrices, shapes, message):
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,7 @@
 """Triton kernel of KL and cross-entropy over rows of logits, in float32.
 
 A row is read twice and its gradient written once. The first reading goes a tile at a time and keeps sums about the running
-mean of δ = z − z₀ under the reference q, so that nothing cancels while student and reference are close (eager.py has the
+mean of δ = z − z₀ under the reference q, so that nothing cancels while student and reference are close (torch_impl.py has the
 algebra): with f(x) = eˣ − 1 − x, moving the center of N = Σ q·f and A = Σ q·x·(eˣ − 1) by s, where Σ q·x = 0, gives
 e⁻ˢ·N + q·f(−s) and e⁻ˢ·(A − s·N) − q·s·(e⁻ˢ − 1).
 """

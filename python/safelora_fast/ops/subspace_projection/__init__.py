@@ -196,14 +196,14 @@ def _check(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], axis: in
         require_tensors(**{f"operands[{index}]": operand for index, operand in enumerate(operands)})
     device = factors[0].device
     for index, (matrix, factor) in enumerate(zip(matrices, factors, strict=True)):
-        parts = matrix if isinstance(matrix, tuple) else (matrix,)
-        shape = parts[0].shape
-        if len(shape) != 2 or parts[-1].shape != shape or factor.ndim != 2:
-            shapes = ", ".join(str(list(part.shape)) for part in (*parts, factor))
+        first, last = matrix if isinstance(matrix, tuple) else (matrix, matrix)
+        shape = first.shape
+        if len(shape) != 2 or last.shape != shape or factor.ndim != 2:
+            shapes = ", ".join(str(list(part.shape)) for part in (*_parts([matrix]), factor))
             raise ValueError(f"module {index}: {shapes} are not matrices that fit")
         if shape[axis] != factor.shape[0]:
             raise ValueError(f"module {index}: the factor has {factor.shape[0]} rows, but the matrix is {list(shape)}")
-        if factor.device != device or any(part.device != device for part in parts):
+        if factor.device != device or first.device != device or last.device != device:
             raise ValueError(f"module {index} is not on {device}, where the first one is; group modules by device")
 
 

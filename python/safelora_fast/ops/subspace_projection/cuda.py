@@ -63,12 +63,15 @@ def _products(
 
 def _readable(matrix: Matrix) -> Matrix:
     """Weights of one dtype, with contiguous rows or contiguous columns; copies where they are not."""
-    parts = [part.detach() for part in (matrix if isinstance(matrix, tuple) else (matrix,))]
-    if any(part.dtype != parts[0].dtype for part in parts):
-        parts = [part.float() for part in parts]
-    if not (all(map(_has_contiguous_rows, parts)) or all(_has_contiguous_rows(part.mT) for part in parts)):
-        parts = [part.contiguous() for part in parts]
-    return (parts[0], parts[1]) if len(parts) > 1 else parts[0]
+    if not isinstance(matrix, tuple):
+        return matrix if _has_contiguous_rows(matrix) or _has_contiguous_rows(matrix.mT) else matrix.contiguous()
+    first, second = matrix
+    if first.dtype != second.dtype:
+        first, second = first.float(), second.float()
+    for one, other in ((first, second), (first.mT, second.mT)):
+        if _has_contiguous_rows(one) and _has_contiguous_rows(other):
+            return first, second
+    return first.contiguous(), second.contiguous()
 
 
 def _has_contiguous_rows(matrix: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ each module are, as distances in elements from those of the first one, so that i
 import triton
 import triton.language as tl
 
-# Columns of the table: see grouped_triton.py, which fills it.
+# Columns of the table: triton.py fills it.
 MINUEND = tl.constexpr(0)
 MINUEND_STRIDE = tl.constexpr(1)
 SUBTRAHEND = tl.constexpr(2)
