@@ -83,5 +83,5 @@ def test_a_sanitizer_report_is_read_for_our_kernels_only():
         "========= Error: Race reported between Write access at linear_loss+0x70\n",
     ]
     report = "=========\n".join(blocks)
-    assert errors(report, CUDA) == [blocks[3]]
-    assert errors(report, f"{CUDA}|{TRITON}") == [blocks[3], blocks[4]]
+    assert errors(report, CUDA) == [blocks[3].strip()]
+    assert errors(report, f"{CUDA}|{TRITON}") == [blocks[3].strip(), blocks[4].strip()]

@@ -17,21 +17,22 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "support" / "triton_compilation.py"
 
 
+@pytest.fixture(scope="class")
+def compiled(request, tmp_path_factory):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(SCRIPT), str(request.cls.architecture), request.cls.only]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
 class Checks:
     """Those of one architecture; `only` names the kernels that differ most between architectures."""
 
     architecture: int
     only = "bf16"
     fewest = 8
-
-    @pytest.fixture(scope="class")
-    def compiled(self, request, tmp_path_factory):
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
-        environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, str(SCRIPT), str(request.cls.architecture), request.cls.only]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        return [json.loads(line) for line in run.stdout.splitlines()]
 
     def test_nothing_spills(self, compiled):
         assert len(compiled) >= self.fewest

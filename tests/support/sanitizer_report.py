@@ -16,4 +16,5 @@ TRITON = (
 
 def errors(report, kernels):
     """The errors that name one of the kernels."""
-    return [block for block in re.split(r"^=========\s*$", report, flags=re.MULTILINE) if re.search(kernels, block)]
+    blocks = re.split(r"^=========\s*$", report, flags=re.MULTILINE)
+    return [block.strip() for block in blocks if re.search(kernels, block)]
