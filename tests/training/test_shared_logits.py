@@ -11,6 +11,8 @@ import torch
 import transformers
 from families import COMMON, FAMILIES, Family, adapt
 from tiny_models import collate, furthest, pack, rows, tiny_model, tiny_peft_model
+from transformers import LlamaForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from safelora_fast.defenses import KL, FeatureDistance
 from safelora_fast.models.anatomy import unwrap
@@ -134,17 +136,16 @@ def test_bfloat16_autocast_reaches_the_shared_head():
     assert abs(losses[0] - expected) > 1e-6
 
 
-def apart(model, caplog, reason, batch=None, defenses=None):
+def apart(model, caplog, reason, batch=None):
     """The losses stay apart, and the log says why, once."""
     batch = batch_for() if batch is None else batch
-    with caplog.at_level(logging.INFO, logger="safelora_fast"), defend(model, defenses or [KL(5.0)]) as defended:
+    with caplog.at_level(logging.INFO, logger="safelora_fast"), defend(model, [KL(5.0)]) as defended:
         with head_positions(model) as counted:
             losses = [defended.loss(batch) for _ in range(2)]
         assert sum(counted) == 2 * batch["input_ids"].numel()
-    said = [record.message for record in caplog.records if "logits of its own" in record.message]
-    assert len(said) == 1
-    assert reason in said[0]
-    with defend(model, defenses or [KL(5.0)], share_logits=False) as defended:
+    (said,) = [record.message for record in caplog.records if "logits of its own" in record.message]
+    assert reason in said
+    with defend(model, [KL(5.0)], share_logits=False) as defended:
         assert defended.loss(batch).item() == pytest.approx(losses[0].item(), rel=1e-6)
 
 
@@ -152,50 +153,42 @@ def llama():
     return adapt(FAMILIES["llama"].make(seed=0), target_modules=["q_proj"])
 
 
-def test_a_loss_function_of_the_users(caplog):
+class OwnLossFunction(LlamaForCausalLM):
+    def loss_function(self, *args, **kwargs):
+        return 2 * ForCausalLMLoss(*args, **kwargs)
+
+
+class Penalized(LlamaForCausalLM):
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+class Stubborn(LlamaForCausalLM):
+    def forward(self, *args, logits_to_keep=0, **kwargs):  # noqa: ARG002
+        return super().forward(*args, **kwargs)
+
+
+class Older(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OwnLossFunction, "OwnLossFunction has a loss function of its own"),
+        (Penalized, "the model's own loss is not the plain cross-entropy"),
+        (Stubborn, "builds logits that logits_to_keep told it not to keep"),
+        (Older, "Older takes no logits_to_keep"),
+    ],
+)
+def test_models_with_a_loss_or_logits_of_their_own(kind, reason, caplog):
     model = llama()
-    theirs = model.get_base_model().loss_function
-    model.get_base_model().loss_function = lambda *args, **kwargs: 2 * theirs(*args, **kwargs)
-    apart(model, caplog, "LlamaForCausalLM has a loss function of its own")
-
-
-def test_a_loss_that_only_asking_reveals(caplog):
-    model = llama()
-    forward = type(model.get_base_model()).forward
-
-    class Penalised(type(model.get_base_model())):
-        def forward(self, *args, logits_to_keep=0, **kwargs):
-            output = forward(self, *args, logits_to_keep=logits_to_keep, **kwargs)
-            if output.loss is not None:
-                output.loss = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()
-            return output
-
-    model.get_base_model().__class__ = Penalised
-    apart(model, caplog, "the model's own loss is not the plain cross-entropy")
-
-
-def test_a_model_that_builds_logits_anyway(caplog):
-    model = llama()
-    forward = type(model.get_base_model()).forward
-
-    class Stubborn(type(model.get_base_model())):
-        def forward(self, *args, logits_to_keep=0, **kwargs):  # noqa: ARG002
-            return forward(self, *args, **kwargs)
-
-    model.get_base_model().__class__ = Stubborn
-    apart(model, caplog, "builds logits that logits_to_keep told it not to keep")
-
-
-def test_a_model_that_cannot_be_told_which_logits_to_keep(caplog):
-    model = llama()
-    forward = type(model.get_base_model()).forward
-
-    class Older(type(model.get_base_model())):
-        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-            return forward(self, input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-
-    model.get_base_model().__class__ = Older
-    apart(model, caplog, "Older takes no logits_to_keep")
+    model.get_base_model().__class__ = kind
+    apart(model, caplog, reason)
 
 
 @pytest.mark.parametrize("by", ["configuration", "batch"])

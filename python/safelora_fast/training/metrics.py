@@ -55,8 +55,8 @@ class StepSums(Sums):
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
         """Means per optimizer step since the last call, over all processes; none where no step was made. Collective."""
-        sums = self.read([*names, STEPS])
-        steps = sums[STEPS] / world_size()
+        sums = self.read([*names, STEPS] if names else [])  # nothing is sent where there is nothing to sum
+        steps = sums.get(STEPS, 0.0) / world_size()
         return {name: sums[name] / steps for name in names} if steps else {}
 
 
