@@ -74,7 +74,7 @@ class Truth:
     projected: Array
     cosine: float
     gain: float
-    left_norm: float
+    lora_b_norm: float
     update_norm: float
     update_norm_projected: float
 
@@ -84,20 +84,20 @@ def paper_operator(v: Array) -> Array:
     return v @ v.T / np.linalg.norm(v)
 
 
-def truth(v: Array, left: Array, right: Array, operator: Array | None = None, on_a: Array | None = None) -> Truth:
+def truth(v: Array, lora_b: Array, lora_a: Array, operator: Array | None = None, on_a: Array | None = None) -> Truth:
     """Metrics of one adapter: `operator` acts on B, the paper's C by default, `on_a` on A; the cosine is always that of C."""
     paper = paper_operator(v)
     operator = paper if operator is None else operator
-    update = left @ right
+    update = lora_b @ lora_a
     image = paper @ update
-    projected = operator @ left
+    projected = operator @ lora_b
     return Truth(
         projected=projected,
         cosine=float((image * update).sum() / (np.linalg.norm(image) * np.linalg.norm(update))),
-        gain=float(np.linalg.norm(projected) / np.linalg.norm(left)),
-        left_norm=float(np.linalg.norm(left)),
+        gain=float(np.linalg.norm(projected) / np.linalg.norm(lora_b)),
+        lora_b_norm=float(np.linalg.norm(lora_b)),
         update_norm=float(np.linalg.norm(update)),
-        update_norm_projected=float(np.linalg.norm(projected @ (right if on_a is None else right @ on_a))),
+        update_norm_projected=float(np.linalg.norm(projected @ (lora_a if on_a is None else lora_a @ on_a))),
     )
 
 
@@ -132,7 +132,7 @@ class Module:
         return outcomes[0]
 
     def projected(self, outcome: _core.JobOutcome, adapter: int = 0) -> Array:
-        """The projected left factor of an outcome."""
+        """The projected lora_B of an outcome."""
         return decode(outcome.factors[adapter].projected(), self.dtype, self.adapters[adapter][0].shape)
 
 
@@ -165,10 +165,10 @@ def module(
         files.append(write(folder / f"{side}.safetensors", blocks, padding))
     adapters, factors = [], []
     for index, rank in enumerate(ranks):
-        left = rounded(rng.standard_normal((m, rank)), dtype)
-        right = rounded(rng.standard_normal((rank, n)) / np.sqrt(n), dtype)
-        file = write(folder / f"adapter{index}.safetensors", {"B": (dtype, left), "A": (dtype, right)}, padding)
-        adapters.append((left, right))
+        lora_b = rounded(rng.standard_normal((m, rank)), dtype)
+        lora_a = rounded(rng.standard_normal((rank, n)) / np.sqrt(n), dtype)
+        file = write(folder / f"adapter{index}.safetensors", {"B": (dtype, lora_b), "A": (dtype, lora_a)}, padding)
+        adapters.append((lora_b, lora_a))
         factors.append(lora(file))
     pairs = [_core.Part(whole(files[0], f"part{i}"), whole(files[1], f"part{i}")) for i in range(len(rows))]
     # The kernels form V in float32.

@@ -27,11 +27,11 @@ def assert_close(
 ):
     """Every metric of every adapter against the dense truth."""
     assert outcome.v_norm == pytest.approx(np.linalg.norm(given.v), rel=1e-6)
-    for adapter, (factors, (left, right)) in enumerate(zip(outcome.factors, given.adapters, strict=True)):
-        expected = truth(given.v, left, right, operator, on_a)
+    for adapter, (factors, (lora_b, lora_a)) in enumerate(zip(outcome.factors, given.adapters, strict=True)):
+        expected = truth(given.v, lora_b, lora_a, operator, on_a)
         assert factors.cosine == pytest.approx(expected.cosine, abs=1e-6)
         assert factors.gain == pytest.approx(expected.gain, rel=tolerance)
-        assert factors.lora_b_norm == pytest.approx(expected.left_norm, rel=1e-12)
+        assert factors.lora_b_norm == pytest.approx(expected.lora_b_norm, rel=1e-12)
         assert factors.lora_b_norm_projected == pytest.approx(np.linalg.norm(expected.projected), rel=tolerance)
         assert factors.update_norm == pytest.approx(expected.update_norm, rel=1e-12)
         assert factors.update_norm_projected == pytest.approx(expected.update_norm_projected, rel=tolerance)
@@ -129,12 +129,12 @@ def test_thread_count_does_not_change_a_bit(tmp_path: Path, options: dict, trans
 def test_factors_are_read_through_strides(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     given = module(tmp_path, rng)
-    left, right = given.adapters[0]
+    lora_b, lora_a = given.adapters[0]
     # B transposed in the middle of a larger tensor, A as every other column of another.
     framed = rng.standard_normal((9, 80))
-    framed[2:7, 4:74] = left.T
+    framed[2:7, 4:74] = lora_b.T
     wide = rng.standard_normal((5, 260))
-    wide[:, 1::2] = right
+    wide[:, 1::2] = lora_a
     file = write(tmp_path / "strided.safetensors", {"framed": ("F32", framed), "wide": ("F32", wide)})
     factors = _core.Factors(
         _core.View(file, "framed", offset=2 * 80 + 4, rows=70, cols=5, row_stride=1, col_stride=80),
@@ -321,11 +321,11 @@ def test_seed_and_name_decide_the_random_start(tmp_path: Path) -> None:
 def test_zero_v_leaves_the_adapter_alone(tmp_path: Path, options: dict, transposed: bool) -> None:
     given = module(tmp_path, np.random.default_rng(14), v=np.zeros((70, 130)), dtype="BF16", transposed=transposed)
     outcome = given.run(**options)
-    (factors,), ((left, _),) = outcome.factors, given.adapters
+    (factors,), ((lora_b, _),) = outcome.factors, given.adapters
     assert outcome.v_norm == 0
     assert math.isnan(factors.cosine)
     assert (factors.gain, factors.lora_b_norm_projected) == (1, factors.lora_b_norm)
-    assert np.array_equal(given.projected(outcome), left)
+    assert np.array_equal(given.projected(outcome), lora_b)
     assert factors.projected_lora_a() is None
     assert outcome.rank == (0 if options.keys() & {"rank", "energy"} else None)
 
@@ -333,8 +333,8 @@ def test_zero_v_leaves_the_adapter_alone(tmp_path: Path, options: dict, transpos
 @pytest.mark.parametrize("zero", ["B", "A"])
 def test_zero_factors_have_no_cosine(tmp_path: Path, zero: str) -> None:
     given = module(tmp_path, np.random.default_rng(15))
-    left, right = given.adapters[0]
-    factors = {"B": ("F32", left * (zero != "B")), "A": ("F32", right * (zero != "A"))}
+    lora_b, lora_a = given.adapters[0]
+    factors = {"B": ("F32", lora_b * (zero != "B")), "A": ("F32", lora_a * (zero != "A"))}
     file = write(tmp_path / "zero.safetensors", factors)
     (outcome,) = start([_core.Job("layer", given.parts, [lora(file)])])
     assert math.isnan(outcome.factors[0].cosine)

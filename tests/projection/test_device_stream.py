@@ -18,7 +18,7 @@ from safelora_fast.projection.project import project_adapter, project_folders
 from safelora_fast.projection.settings import Settings
 
 CPU = torch.device("cpu")
-FIGURES = ["gain", "b_norm", "b_norm_after", "update_norm", "update_norm_after", "v_norm"]
+METRICS = ["gain", "b_norm", "b_norm_after", "update_norm", "update_norm_after", "v_norm"]
 SMALL_BATCHES = partial(DeviceStream, device=CPU, batch_bytes=8000)  # a few modules, or a single one that is larger
 
 
@@ -40,8 +40,8 @@ def compare(adapter, sources, folder, start=SMALL_BATCHES, **settings):
         assert (one.v_rank, one.sources, one.rank) == (other.v_rank, other.sources, other.rank)
         assert one.cosine == pytest.approx(other.cosine, abs=1e-6, nan_ok=True)
         assert (one.v_energy or 1.0) == pytest.approx(other.v_energy or 1.0, rel=1e-5)
-        for figure in FIGURES:
-            assert getattr(one, figure) == pytest.approx(getattr(other, figure), rel=2e-5, abs=1e-30, nan_ok=True)
+        for metric in METRICS:
+            assert getattr(one, metric) == pytest.approx(getattr(other, metric), rel=2e-5, abs=1e-30, nan_ok=True)
     before, found, expected = (
         load_file(place / "adapter_model.safetensors") for place in (adapter, folder / "device", folder / "extension")
     )
