@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import numpy as np
 import typer
 
 from safelora_fast import _core
@@ -20,6 +19,7 @@ from safelora_fast.files.output import whole_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     from numpy.typing import NDArray
 
 SHAPES = ((4096, 4096), (3584, 18_944))
@@ -67,6 +67,8 @@ def bench(
 
 def _random_pair(rows: int, columns: int) -> Pair:
     """The bits of two random bfloat16 weights that differ by a twentieth."""
+    import numpy as np  # here, because --help must stay fast
+
     rng = np.random.default_rng(0)
     base = rng.standard_normal((rows, columns), np.float32)
     aligned = base + np.float32(0.05) * rng.standard_normal((rows, columns), np.float32)
@@ -75,6 +77,8 @@ def _random_pair(rows: int, columns: int) -> Pair:
 
 def _measure(pair: Pair, rank: int, threads: int) -> Row:
     """One row of the table. Ratios are medians of ratios within a round."""
+    import numpy as np
+
     rows, columns = pair[0].shape
     lora_b = np.random.default_rng(rank).standard_normal((rows, rank), np.float32)
     projected = np.empty_like(lora_b)
@@ -114,6 +118,8 @@ def _timed(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def _by_numpy(pair: Pair, lora_b: NDArray[np.float32]) -> NDArray[np.float32]:
+    import numpy as np
+
     aligned, base = ((weight.astype(np.uint32) << 16).view(np.float32) for weight in pair)
     v = aligned - base
     return np.asarray(v @ (v.T @ lora_b) / np.linalg.norm(v), np.float32)
