@@ -141,8 +141,8 @@ class TensorNames:
             beside += tuple(name.removeprefix(f"{module}.") for name in self._beside[module] - {"weight", "bias"})
         for ending in beside:
             if f"{module}.{ending}" in self.checkpoint:
-                raise CheckpointError(
-                    f"{self.checkpoint.description}: {tensor} is quantized ({module}.{ending} lies beside it); give "
+                raise CheckpointError(  # spelled as in 0.1.0, because scripts look for the word
+                    f"{self.checkpoint.description}: {tensor} is quantised ({module}.{ending} lies beside it); give "
                     f"the weights that the {self.role} model was quantized from"
                 )
 
