@@ -146,6 +146,8 @@ def test_a_second_run_trains_and_measures_nothing_and_writes_the_same(copied, tr
     assert result.code == 0, result.err
     assert trained == []
     assert "training" not in result.err
+    assert "narrow learned" in result.out
+    assert "\\n" not in result.out
     changed = {path.name for path, content in files.items() if path.read_bytes() != content}
     assert changed <= {"compare.yaml", "report.html", "report.md", "report.json"}
     again = copied.output / "report.json"

@@ -10,6 +10,8 @@ import typer
 from safelora_fast.cli import options
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from safelora_fast.compare.config import CompareConfig
     from safelora_fast.compare.report import ComparisonReport
 
@@ -92,10 +94,9 @@ def _show(report: ComparisonReport, output: Path) -> None:
 
     say = words()
     shown = [column for column in report.columns if column.criterion != "cost" or column.key == "relative"]
-    table = figure_table("", *(say.heading(column).replace(" (", "\n(") for column in shown))
+    table = figure_table("", *(_in_lines(say.heading(column)) for column in shown))
     for row in report.rows:
-        cells = (say.cell(row.cells.get(column.key), column) for column in shown)
-        table.add_row(row.name, *(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells))
+        table.add_row(row.name, *(_in_lines(say.cell(row.cells.get(column.key), column)) for column in shown))
     out.print(table)
     for sentence in report.reading:
         out.print(sentence, soft_wrap=True)
@@ -103,3 +104,12 @@ def _show(report: ComparisonReport, output: Path) -> None:
         line = f"{origin.place}, seed {origin.seed}, {origin.scope}: {origin.what}"
         err.print(line, markup=False, soft_wrap=True) if origin.pending else warn(line)
     out.print(f"written to {output / 'report.html'}, report.md and report.json", soft_wrap=True)
+
+
+def _in_lines(text: str) -> Text:
+    """A heading or a cell, with its brackets on lines of their own; as Text, because the console escapes line ends in strings."""
+    from rich.text import Text
+
+    from safelora_fast.printable import printable
+
+    return Text(printable(text).replace(" [", "\n[").replace(" (", "\n("))

@@ -54,7 +54,7 @@ def figure(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 
-def figure_table(first: str, *others: str) -> Table:
+def figure_table(first: str, *others: str | Text) -> Table:
     """An empty table: a column of names, and columns of figures."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
