@@ -108,7 +108,9 @@ def test_the_packaged_configuration_is_whole(source, tmp_path):
     assert SafeSubspace.load(penalty.settings["subspace"]) is not None
 
 
+@pytest.mark.slow
 def test_the_comparison_runs(source, tmp_path):
+    """With trainings in processes of their own."""
     config, _ = configure("compare.yaml", tmp_path, source=source, sizes=SIZES, configuration=SMALL)
     assert not list(tmp_path.glob("train-*")), "nothing is made that no run needs"
     report = compare(config, talk=False)
