@@ -45,7 +45,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
-    output = tmp_path_factory.mktemp("demo") / "output"
+    output = tmp_path_factory.mktemp("demo") / 'out: "put" #1'  # a path that YAML would misread without quotes
     return output, pipeline.run(output, source=source, sizes=SIZES)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -90,7 +90,9 @@ def configure(
         configuration = (files("safelora_fast.demo") / name).read_text(encoding="utf-8")
     with quiet_libraries(), as_file(text.DATA) as data:
         ingredients = Ingredients(output, Path(data), seed, source, sizes or Sizes())
-        filled = Template(configuration).substitute(ingredients)
+        filled = re.sub(  # the placeholders stand between double quotes, so paths are escaped as in JSON
+            r"\$(\w+)", lambda match: json.dumps(str(ingredients[match[1]]), ensure_ascii=False)[1:-1], configuration
+        )
     (output / name).write_text(filled, encoding="utf-8")
     return load_config(output / name, overrides), ingredients
 
