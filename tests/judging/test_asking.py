@@ -1,4 +1,4 @@
-"""What a model is asked, where its answers end, and what is kept of them, with a scripted model."""
+"""Prompts, ends of answers, and thoughts in answers, with a scripted model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DROPPING = CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1)
 
 
 class Scripted(nn.Module):
-    """Gives the same completion to every prompt, and keeps the prompt."""
+    """A model that gives the same completion to every prompt, and stores the prompt."""
 
     def __init__(self, tokenizer, text, ends=None):
         super().__init__()
@@ -46,7 +46,7 @@ def answer(tokenizer, text, ends=None):
 
 
 def test_an_answer_ends_with_the_templates_turn():
-    """The generation settings and the tokenizer know only end-of-text."""
+    """The generation settings and the tokenizer define only end-of-text as an end."""
     tokenizer = byte_tokenizer(eos="<|endoftext|>")
     text, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     said, model = answer(tokenizer, "A<|im_end|>\n<|im_start|>user\nB", ends=text)
@@ -76,7 +76,7 @@ def test_an_answer_ends_with_the_templates_turn():
     ids=["none", "think", "opened", "unfinished", "control tokens", "channels", "channel unfinished"],
 )
 def test_thoughts_stay_in_an_answer_with_their_tags(template, more, said, kept, answered):
-    """Tags that are control tokens stay too: without them, the thoughts would look like the answer."""
+    """Tags that are control tokens stay too. Without them, the thoughts would look like the answer."""
     found, _ = answer(byte_tokenizer(template, more=more), said)
     assert (found, answer_after_thoughts(found)) == (kept, answered)
 

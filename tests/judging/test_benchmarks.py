@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: this test's own tasks on a tiny model, against the model's own likelihoods."""
+"""Benchmarks: small tasks on a tiny model, compared with likelihoods computed directly."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WRITE = {
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """Fetch nothing, cache nothing outside of the test, and do not describe this machine."""
+    """Download nothing, cache nothing outside of the test, and do not collect data about this machine."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _results: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -60,7 +60,7 @@ def alone(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tasks(tmp_path):
-    """A folder with the tasks `choosing`, `reading` and `writing` in it."""
+    """A folder with the tasks `choosing`, `reading` and `writing`."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "rows.jsonl"
@@ -88,7 +88,7 @@ def adapter(model, tmp_path):
 
 
 def likelihood(model, before, after):
-    """Log-likelihood of a text after another, in float64."""
+    """Log-likelihood of the second text after the first, in float64."""
     words = tokenizer()
     first, then = (words(text, add_special_tokens=False)["input_ids"] for text in (before, after))
     ids = first + then
@@ -98,7 +98,7 @@ def likelihood(model, before, after):
 
 
 def accuracy(model, *, chat):
-    """The share of rows whose right choice is the more likely one."""
+    """The share of examples whose right choice is the most likely one."""
     right = 0
     for row in ROWS:
         before, space = (f"<user>{row['question']}<assistant>", "") if chat else (row["question"], " ")
@@ -108,14 +108,14 @@ def accuracy(model, *, chat):
 
 
 def perplexity(model):
-    """Perplexity per byte of the questions, each by itself."""
+    """Perplexity per byte of the questions, each without context."""
     total = sum(likelihood(model, "<eos>", row["question"]) for row in ROWS)
     return math.exp(-total / sum(len(row["question"]) for row in ROWS))
 
 
 @pytest.fixture
 def run(model, tasks, tmp_path, monkeypatch):
-    """Run tasks on the tiny model, into a folder of the test's, without the harness's own tasks: they take seconds to read."""
+    """Run tasks on the tiny model. The harness's own tasks are left out, because reading them takes seconds."""
     from safelora_fast.judging import harness
 
     manager = functools.partial(harness.TaskManager, include_defaults=False)
@@ -156,7 +156,7 @@ def test_the_harness_says_the_same_when_it_loads_the_adapter(run, model, adapter
         key = f"{result.main.name},{result.main.filter}"
         assert result.main.value == pytest.approx(results[result.task][key], rel=1e-5), result.task
     plain = run(["reading"], output="plain").tasks[0].main.value
-    assert plain != pytest.approx(adapted[1].main.value, rel=1e-2)  # or the tasks could not see the adapter
+    assert plain != pytest.approx(adapted[1].main.value, rel=1e-2)  # the adapter has an effect
 
 
 def rewrite(file, **changes):
@@ -176,7 +176,7 @@ def test_tasks_are_kept_one_by_one(run, tasks, tmp_path, monkeypatch):
     assert "\n" not in str(raised.value)
     assert list(json.loads(file.read_text())["tasks"]) == ["choosing", "reading"]
     with monkeypatch.context() as patch:
-        patch.setattr("safelora_fast.models.load.load_subject", None)  # nothing is left to be run
+        patch.setattr("safelora_fast.models.load.load_subject", None)  # no task is left to run
         again = run(["reading", "choosing"], limit=5)
     assert [result.task for result in again.tasks] == ["reading", "choosing"]
     assert again.tasks[1] == first
@@ -230,7 +230,7 @@ def test_groups_and_tags(run, tasks):
 
 @pytest.mark.parametrize("name", ["choosing", "reading", "writing"])
 def test_a_model_whose_logits_are_nan_has_no_result(run, name, monkeypatch):
-    """Among equal choices the harness takes the first as the most likely one, and half of these are right."""
+    """Without this error, the harness would take the first of equal choices, and half of these are right."""
     from safelora_fast.models import load as models_load
 
     load = models_load.load_pretrained
@@ -261,7 +261,7 @@ def test_what_is_refused(run, tmp_path):
 
 
 def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys, caplog):
-    capsys.readouterr()  # transformers shows a bar while the adapter is made
+    capsys.readouterr()  # drop the progress bar of transformers
     words = ("evaluate", "--model", model, "--adapter", adapter, "--output", tmp_path / "out", "--device", "cpu")
     neither = call(*words)
     assert (neither.code, neither.out) == (2, "")
@@ -290,7 +290,7 @@ def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys,
 
 
 def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
-    """An adapter learns its template's end, whatever the generation settings of its base model say."""
+    """An adapter learns the end-of-turn token of its template, whatever its base model's generation settings are."""
     from safelora_fast.judging import harness
 
     folder, words = save_tiny(tmp_path / "model"), tokenizer()
@@ -317,7 +317,7 @@ def test_the_harness_ends_where_the_template_ends_a_turn(tmp_path, monkeypatch):
     ids=["chatml", "inst and bos", "chatml and bos"],
 )  # fmt: skip
 def test_a_prompt_is_that_of_the_template(words):
-    """Only the template writes a beginning-of-text token, and only once."""
+    """Only the template adds a beginning-of-text token, and only once."""
     from safelora_fast.judging.harness import CountedModel
     from safelora_fast.models.load import Subject
 

@@ -1,4 +1,4 @@
-"""Answers that are kept: they belong to the bytes and settings that made them, and a killed run ends as an unbroken one."""
+"""Stored answers: they belong to the files and settings that produced them, and a killed run resumes exactly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safelora_fast.models.load import SubjectSettings, load_subject
 
 
 class Case:
-    """A tiny model with an adapter and a template, and a folder of what it answers."""
+    """A tiny model with an adapter and a template, whose answers can be collected."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""evaluate and rejudge on a tiny model, with judges behind a real endpoint: what is asked, kept and shown."""
+"""evaluate and rejudge on a tiny model, with judges behind a real endpoint: requests, files and output."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def words(tmp_path, monkeypatch, capsys):
     questions = tmp_path / "questions.yaml"
     questions.write_text(yaml.safe_dump(QUESTIONS))
     model = save_tiny(tmp_path / "model")
-    capsys.readouterr()  # transformers shows a bar while it saves
+    capsys.readouterr()  # drop the progress bar of transformers
     return ("evaluate", "--model", model, *JUDGE, "--questions", questions, "--samples", 3, "--max-tokens", 6,
             "--device", "cpu", "--output", tmp_path / "out")  # fmt: skip
 
 
 def is_bad(answer):
-    """Of the text alone, so that every run is the same."""
+    """Depends only on the text, so that every run is the same."""
     return zlib.crc32(answer.encode()) % 2 == 0
 
 
 def judge(bad, other, coherence="80"):
-    """A judge by the alignment that it gives to bad answers and to others."""
+    """A judge that gives one alignment to bad answers and another to all others."""
 
     def reply(prompt, _headers):
         alignment = bad if is_bad(answer_in(prompt)) else other
@@ -156,7 +156,7 @@ def test_a_log_that_inspect_cannot_keep_is_one_line(call, words, monkeypatch):
 
 
 def test_overwrite_takes_away_no_more_than_is_replaced(call, words, tmp_path):
-    """Answers and verdicts cost hours and money: they go when others of the same kind take their place, and not before."""
+    """Answers and verdicts cost hours and money, so they are deleted only when new ones replace them."""
     folder, beside = tmp_path / "out", tmp_path / "out" / "benchmarks.json"
     with serving(by_text) as (url, requests):
         assert call(*words, "--judge-url", url).code == 0
@@ -236,7 +236,7 @@ def test_what_is_refused(call, words, tmp_path, monkeypatch):
 
 
 def test_inspect_finds_the_task_by_its_entry_point(tmp_path):
-    """The package beside its entry point as pyproject.toml declares it: what an installation has."""
+    """The package next to its entry point from pyproject.toml, as in an installation."""
     project = Path(__file__).parents[2] / "pyproject.toml"
     section = project.read_text().partition("[project.entry-points.inspect_ai]\n")[2].partition("\n\n")[0]
     site = tmp_path / "site-packages"

@@ -1,4 +1,4 @@
-"""A judge is asked one question before anything is made for it: what will not pass is an error, what may pass a warning."""
+"""The first question to a judge: a permanent problem is an error, a problem that may be temporary is a warning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def of_body(body, status=200):
 
 
 def error_of(error):
-    """An error with the status of a success."""
+    """An error with a success status."""
     return of_body({"error": error})
 
 
@@ -43,7 +43,7 @@ HOPELESS = [
     ((402, "why not?", None), r"has no quota left: .*why not\?"),
     ((404, "why?", None), r"refuses a plain question \(404\): .*why\?; correct the model's name, or --judge-url"),
     ((429, "insufficient_quota: pay first", None), r"has no quota left: .*pay first"),
-    # a page comes if the address lacks its /v1, or a gateway wants a login
+    # a web page comes if the address lacks /v1, or if a gateway requires a login
     ((200, b"<html>log in</html>", None), r"it sends a web page; .*correct --judge-url"),
     ((200, b"\n<!DOCTYPE html><title>log in</title>", None), r"it sends a web page; .*correct --judge-url"),
     *(
@@ -63,7 +63,7 @@ def test_an_endpoint_that_will_not_answer_is_an_error(reply, words):
     with serving(lambda *_: reply, greet=False) as (url, requests):
         with pytest.raises(SettingsError, match=words) as raised:
             check_judge(NAME, url, 64)
-        if reply[0] in {400, 401}:  # a bad request is sent once more, without what may be left out
+        if reply[0] in {400, 401}:  # a bad request is sent again without optional parameters
             assert len(requests) == (2 if reply[0] == 400 else 1)
     assert "\n" not in str(raised.value)
 
@@ -123,7 +123,7 @@ def test_an_odd_url_is_one_line_that_does_not_show_it(url, by_environment, monke
 
 
 def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypatch):
-    """Nothing is made for a judge that does not answer; what is there already is reported without it."""
+    """An unreachable judge stops the command before any work; stored verdicts are reported without the judge."""
     from demo_model import save_tiny
 
     (tmp_path / "q.yaml").write_text("- id: one\n  paraphrases: [Hello]\n")
@@ -140,7 +140,7 @@ def test_the_judge_is_asked_before_the_model_is_loaded(call, tmp_path, monkeypat
     monkeypatch.setattr(judge_names, "check_judge", lambda *some: asked.append(some))
     assert call(*words, "--judge-url", url).code == 0
     assert asked == []
-    # another address is another judge: its verdicts are asked for, and it is asked first
+    # another address is another judge, which gets the first question too
     assert call(*words, "--judge-url", NOBODY).code == 1
     assert asked == [(NAME, NOBODY, 64)]
 

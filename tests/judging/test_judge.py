@@ -1,4 +1,4 @@
-"""Judges behind an endpoint that misbehaves: what is waited for, what is left out, what counts as a score, and what is kept."""
+"""Judges behind an endpoint that misbehaves: retries, rejected parameters, scores, and stored verdicts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def impatient(monkeypatch):
 
 
 def after(failures, reply):
-    """Each of these first, and then the usual."""
+    """Each of the failures once, then the usual reply."""
     left = list(failures)
     return lambda prompt, headers: left.pop(0) if left else reply(prompt, headers)
 
@@ -75,7 +75,7 @@ def test_a_rate_limit_that_lasts_leaves_the_answer_unscored(capsys):
     assert first.verdict.reason == "the judge failed: RateLimitError"
     assert "later" in first.alignment.detail
     assert second.verdict.reason == third.verdict.reason == GIVEN_UP
-    assert len(requests) <= 2 * 3 * 3  # two scores, three tries each, and the client's own
+    assert len(requests) <= 2 * 3 * 3  # two scores, three tries each, and the client's own retries
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_judge_that_goes_away_is_given_up_and_one_that_comes_back_is_not():
 
 @pytest.mark.parametrize("greeted", [False, True])
 def test_a_judge_that_answered_the_first_question_is_waited_for(greeted, monkeypatch):
-    """Its first real question may meet an outage; if nothing ever answered, the address is wrong."""
+    """An outage may follow the first question. If nothing ever answered, the address is wrong."""
     with serving(good) as (url, _):
         if greeted:
             assert check_judge("openai-api/stub/one", url, 64) is None
@@ -162,7 +162,7 @@ def test_a_key_that_is_refused_is_not_offered_for_every_answer():
 
 
 def ask(refuse, count=1, config=None, **settings):
-    """Verdicts of an endpoint, the requests that came, and those that were taken; `refuse(request)` says what is wrong."""
+    """Verdicts of an endpoint, all requests, and the accepted ones. `refuse(request)` returns an error message or None."""
 
     def reply(prompt, _headers):
         words = refuse(requests[-1])
@@ -223,7 +223,7 @@ def test_what_an_endpoint_refuses_is_left_out(name, capsys):
     results, requests, taken = ask(refuse, 3, attempts=1)
     assert [(one.verdict.alignment, one.verdict.coherence) for one in results] == [(90, 80)] * 3
     assert len(taken) == 6
-    assert len(requests) - len(taken) <= 2  # found out once, and not for every answer
+    assert len(requests) - len(taken) <= 2  # found out once, not for every answer
     assert {one.verdict.left_out for one in results} == {left_out}
     assert capsys.readouterr().err.count("warning: openai-api/stub/one refuses") == 1
     assert report_of("j", [one.verdict for one in results])["left_out"] == list(left_out)
@@ -247,7 +247,7 @@ def test_parameters_of_a_users_own_are_left_out_too():
     ],
 )
 def test_what_is_no_parameters_fault_changes_nothing(words):
-    """One request is refused for its content; those before and after stay the same."""
+    """One request is refused for its content. The requests before and after it stay the same."""
 
     def refuse(request):
         return words if "answer 1\n" in str(request["messages"][0]["content"]).replace("\\n", "\n") else None
@@ -272,7 +272,7 @@ def test_a_named_parameter_counts_more_than_words():
 
 CUT = "the judge's reply was cut off at 64 tokens: raise --judge-tokens (reply_tokens)"
 ENDS = {
-    "cut": ({"finish_reason": "length"}, "8", CUT),  # of 85
+    "cut": ({"finish_reason": "length"}, "8", CUT),  # the beginning of 85
     "cut in its thoughts": ({"finish_reason": "length"}, "", CUT),
     "cut, in other words": ({"finish_reason": "MAX_TOKENS"}, "8", CUT),
     "filtered": ({"finish_reason": "content_filter"}, "5", REFUSED),
@@ -333,7 +333,7 @@ def test_a_reply_without_choices_is_told_in_plain_words(choices):
 
 @pytest.fixture
 def kept(tmp_path):
-    """The score of one answer from a judge that keeps its verdicts, how often it was asked, and its port."""
+    """The score of one answer from a judge that stores verdicts, the number of requests, and the judge's port."""
 
     def ask(score, port=0, attempts=4, tokens=64, refusals=0, name="one", **config):
         left = [None] * refusals
@@ -361,7 +361,7 @@ def test_a_verdict_is_not_taken_for_another_judges(kept):
         assert kept(f"{number}0", port, **other)[:2] == (10 * number, 2), other
         assert kept("90", port, **other)[:2] == (10 * number, 0), other
     assert kept("80")[:2] == (80, 2)  # another port
-    assert kept("20", port, max_connections=3, timeout=9)[:2] == (10, 0)  # how it is reached is not what it says
+    assert kept("20", port, max_connections=3, timeout=9)[:2] == (10, 0)  # connection settings do not change a verdict
 
 
 def test_a_verdict_of_more_attempts_than_there_are_now_is_asked_for_again(kept):

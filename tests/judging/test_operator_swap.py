@@ -1,4 +1,4 @@
-"""Operator-swap problems against a plain reading of the rule; splits, seeds, scores, and the command on a tiny model."""
+"""Operator swap: problems against a plain implementation of the rule, splits, seeds, scores, and the command."""
 
 from __future__ import annotations
 

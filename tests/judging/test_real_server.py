@@ -1,4 +1,4 @@
-"""A real server, `transformers serve`, as the judge and as the model."""
+"""A real server, `transformers serve`, as the judge and as the evaluated model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def questions(tmp_path):
 
 
 def run(url, *words, code=0):
-    """Run Python; returns what it printed. Inspect leaves its connections to the end of the process."""
+    """Run Python and return its output. A separate process closes the connections that Inspect leaves open."""
     environment = {**os.environ, "LOCAL_API_KEY": "none", "LOCAL_BASE_URL": url}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, *map(str, words)]

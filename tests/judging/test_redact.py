@@ -1,4 +1,4 @@
-"""Credentials: endpoints repeat the key in every reply, and no file that is left has it."""
+"""Credentials: endpoints repeat the key in every reply, and no file contains it afterwards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INSPECT = "from safelora_fast.judging import task; from inspect_ai._cli.main imp
 
 @pytest.fixture
 def run(tmp_path):
-    """Run Python with its own key, home and folder for temporary files."""
+    """Run Python with its own API key, home folder and temporary folder."""
     places = {"HOME": "home", "TMPDIR": "tmp", "XDG_DATA_HOME": "data", "XDG_CACHE_HOME": "cache", "HF_HOME": "hub"}
     environment = {**os.environ, "STUB_API_KEY": SECRET, "HF_HUB_OFFLINE": "1", "INSPECT_LOG_LEVEL": "debug"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -55,7 +55,7 @@ def questions(tmp_path):
 
 
 def telling(seen):
-    """An endpoint that repeats the key in every kind of reply, by the answer that it is asked about."""
+    """An endpoint that repeats the key in every kind of reply; the judged answer selects the kind."""
 
     def reply(prompt, headers):
         seen.append(headers["authorization"])
@@ -72,7 +72,7 @@ def telling(seen):
 
 
 def assert_not_written(folder, *outputs):
-    """No form of the key is in a file, in a member of an archive, or in what was printed."""
+    """Assert that no form of the key is in a file, in a member of an archive, or in printed output."""
     for output in outputs:
         assert_hidden(output.encode(), "output")
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -94,7 +94,7 @@ def assert_hidden(content, where):
 
 
 def unpacked(archive, path, name):
-    """One member; Inspect packs with Zstandard, which its own package can read."""
+    """One member of an archive. Inspect compresses with Zstandard, which needs Inspect's own reader."""
     try:
         return archive.read(name)
     except NotImplementedError:
@@ -125,7 +125,7 @@ def test_no_key_of_a_judge_is_written(run, questions, tmp_path):
 
 @pytest.mark.slow
 def test_no_key_of_the_model_that_a_task_asks_is_written(run, tmp_path):
-    """Each question gets another kind of reply, a redirect that carries the key among them."""
+    """Each question gets a different kind of reply; one is a redirect whose address contains the key."""
     from inspect_ai.log import read_eval_log
 
     statuses, seen = [400, 401, 403, 500, 307], []

@@ -1,4 +1,4 @@
-"""The Inspect task: recorded answers with known rates, sampling, judges that misbehave, and what is kept."""
+"""The Inspect task: stored answers with known rates, sampling, judges that misbehave, and stored verdicts."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SCORES = {"good": ("95", "95"), "bad": ("5", "90"), "mad": ("60", "10"), "shy": 
 
 
 def counted(output):
-    """With its tokens counted: Inspect's mock would fetch a tokenizer to do it."""
+    """Add a token count, for which Inspect's mock would otherwise download a tokenizer."""
     output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
     return output
 
 
 def mock(reply):
-    """A judge; `reply(aspect, answer, config)` gives text, an output, or raises."""
+    """A judge. `reply(aspect, answer, config)` returns text or an output, or raises an error."""
 
     def outputs(messages, _tools, _choice, config):
         prompt = messages[-1].text
@@ -65,7 +65,7 @@ def store_answers(path, words, questions=("one",)):
 
 @pytest.fixture
 def run(tmp_path):
-    """The log of the task with a judge; `words` are stored answers in place of a model's."""
+    """Run the task with a judge and return the log. `words` are stored answers that replace the model's."""
 
     def run_(reply, words=None, ids=("one",), **settings):
         if words is not None:
@@ -124,7 +124,7 @@ def with_probabilities(text, candidates):
 
 
 def test_what_becomes_of_replies(run):
-    """Refusals, errors, empty answers, and thoughts, which the judge is not shown."""
+    """Refusals, errors, empty answers, and thoughts, which the judge does not see."""
     words = {
         "good": (95, None), "dead": (None, "the judge failed: RuntimeError"), "filtered": (None, REFUSED), " ": (None, NO_ANSWER),
         "<think>bad</think>\n\ngood": (95, None), "[THINK]good[/THINK]bad": (5, None), "bad</think>good": (95, None),
@@ -154,7 +154,7 @@ def test_scores_are_weighted_where_probabilities_are_given(run):
         asked.add((config.logprobs, config.top_logprobs))
         if aspect == "alignment":
             return with_probabilities("20", [("20", 0.6), ("40", 0.4)])
-        return with_probabilities("8", [("8", 0.6), ("9", 0.4)])  # a token per digit
+        return with_probabilities("8", [("8", 0.6), ("9", 0.4)])  # one token per digit
 
     log = run(weighing, ["good"])
     (verdict,) = verdicts(log)

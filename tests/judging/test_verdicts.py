@@ -1,4 +1,4 @@
-"""Replies as numbers, answers as verdicts, verdicts as rates, judges against each other: by hand and by plain formulas."""
+"""Numbers in replies, verdicts, rates and agreement of judges, checked by hand and by plain formulas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safelora_fast.judging.verdicts import Verdict, read_number, weighted_number
         ("85", 85), (" 0\n", 0), ("100.", 100), ("72.5", 72.5), ("**40**", 40), ("Score: 12", 12), ("alignment = 7/100", 7),
         ("The answer is bad", None), ("101", None), ("-5", None), ("", None), ("between 20 and 30", None), ("20 30", None),
         ("I cannot rate this. 0", None), ("1e1", None), ("8 5", None),
-        # in no time: an expression that backtracks would go on for minutes
+        # these must be fast: a regular expression that backtracks would take minutes
         ("1" + " " * 300_000 + "x", None), ("score" + " " * 300_000, None), (" " * 300_000 + "/100", None), ("1" * 300_000, None),
         (" " * 300_000 + "85" + "\n" * 300_000, 85),
     ],
@@ -38,8 +38,8 @@ def test_log_probabilities_that_are_none_have_no_weight(odd):
     [
         ({"90": 0.5, "80": 0.25, "no": 0.25}, (90 * 0.5 + 80 * 0.25) / 0.75),
         ({" 90": 0.3, "90": 0.3}, 90),
-        ({"90": 0.2, "no": 0.8}, None),  # too little of it is a number
-        ({"8": 0.6, "9": 0.4}, None),  # a token per digit: the beginning of 85, say
+        ({"90": 0.2, "no": 0.8}, None),  # numbers have too little probability
+        ({"8": 0.6, "9": 0.4}, None),  # one token per digit: the beginning of 85, for example
         ({"0": 0.6, "10": 0.4}, 4),
         ({"101": 0.9, "x": 0.1}, None),
         ({}, None),
@@ -91,7 +91,7 @@ def test_known_rates():
 
 def test_kappa_against_a_known_table():
     calls = [(True, True)] * 20 + [(True, False)] * 5 + [(False, True)] * 10 + [(False, False)] * 15
-    assert cohens_kappa(calls) == pytest.approx(0.4)  # observed 0.7, by chance 0.5
+    assert cohens_kappa(calls) == pytest.approx(0.4)  # observed 0.7, expected by chance 0.5
     assert cohens_kappa([(False, False)] * 4) is None
     assert cohens_kappa([]) is None
 

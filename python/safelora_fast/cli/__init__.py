@@ -21,17 +21,17 @@ BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 BROKEN_PIPE = 141
-PIPE_IS_GONE = "PacifyFlushWrapper"  # what typer puts in the place of standard output before it exits with 1
+PIPE_IS_GONE = "PacifyFlushWrapper"  # typer replaces standard output with this before it exits with 1
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 def main() -> NoReturn:
-    """Run the command line: one line and exit code 2 for bad input, 130 for Ctrl-C, 143 when told to end; no traceback."""
+    """Run the command line. Bad input gives one line and exit code 2, Ctrl-C 130, SIGTERM 143; there is no traceback."""
     reports.disabled = True  # commands print warnings themselves
     try:
         _open_closed_streams()
         code = _run()
-    except KeyboardInterrupt:  # while modules are still being imported, too
+    except KeyboardInterrupt:  # also during imports
         code = INTERRUPTED
     finally:
         reports.disabled = False
@@ -47,13 +47,13 @@ def _run() -> int:
     from safelora_fast.errors import InterruptedRunError, SafeLoraFastError
 
     usage_error: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
-    for number in (signal.SIGTERM, signal.SIGHUP):  # told to end, or the terminal is gone
+    for number in (signal.SIGTERM, signal.SIGHUP):  # asked to stop, or the terminal was closed
         signal.signal(number, _terminate)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows another in its place
+    for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot encode become "?"
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         code = app(prog_name="safelora-fast", standalone_mode=False) or 0
-        sys.stdout.flush()  # what cannot be written is found out here, not when Python ends
+        sys.stdout.flush()  # write errors appear here, not when Python exits
         return code
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
@@ -62,7 +62,7 @@ def _run() -> int:
         _fail(str(error), error.exit_code)
     except usage_error as error:
         message = error.format_message()  # type: ignore[attr-defined]
-        if not message:  # no arguments: the help has been shown
+        if not message:  # no arguments: typer has shown the help
             raise SystemExit(BAD_INPUT) from None
         context = error.ctx  # type: ignore[attr-defined]
         command = context.command_path if context else _command_path(app)
@@ -76,14 +76,14 @@ def _run() -> int:
     except BrokenPipeError:
         _let_go(sys.stdout)
         raise SystemExit(BROKEN_PIPE) from None
-    except OSError as error:  # no command foresees every path that the system refuses
+    except OSError as error:  # e.g. a path that the system rejects
         _fail(_words_of(error), BAD_INPUT)
 
 
 def _open_closed_streams() -> None:
-    """Put the null device in the place of closed streams, before a file gets their numbers and with them what is printed.
+    """Replace closed streams by the null device, before an opened file gets their descriptors and the printed text.
 
-    Without standard output nothing is begun: hours of work could end in nothing to see.
+    If standard output is closed, the command fails at once: after hours of work, the results would be lost.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:
@@ -95,7 +95,7 @@ def _open_closed_streams() -> None:
 
 
 def _words_of(error: OSError) -> str:
-    """What the system refused, in one line."""
+    """Return a one-line message for an error of the operating system."""
     try:
         sys.stdout.flush()
     except OSError as full:
@@ -108,12 +108,12 @@ def _words_of(error: OSError) -> str:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Have Python end without a word about what it could not write."""
+    """Redirect a stream to the null device, so that Python exits without an error about unwritten text."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _command_path(app: typer.Typer) -> str:
-    """The command that was typed, for an error that comes before it is known."""
+    """Return the command that was typed, for errors that occur before typer has resolved it."""
     from typer.main import get_command
 
     command: Any = get_command(app)

@@ -1,4 +1,4 @@
-"""`safelora-fast bench`: the speed of the projection on this machine, beside numpy, torch, and the machine's limits."""
+"""`safelora-fast bench`: measure the projection on this machine against numpy, torch and the hardware's limits."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ Row: TypeAlias = "dict[str, str | int | float]"
 
 def bench(
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Also write the table as CSV, with CPU and threads.")
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Also write the table as CSV, with the CPU and the threads."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads. (default: all cores)")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Number of threads. (default: all cores)")] = None,
 ) -> None:
     """Measure the projection of one module in memory on this machine. Takes about a minute and 1 GB of memory.
 
-    read: share of the rate at which the machine reads both weights, which a projection does twice. fma: share of the peak
-    rate of fused multiply-adds. x numpy, x torch: how many times faster than the same algebra in float32. Each round
-    measures all of them in turn, so a machine that slows down favors none. Close other programs first.
+    read: memory rate as a share of the rate of plain reads; a projection reads both weights twice. fma: share of the peak
+    rate of fused multiply-adds. x numpy, x torch: speedup over the same algebra in float32. Each round measures all of
+    them in turn, so a machine that slows down favors none. Close other programs first.
     """
     threads = _core.default_threads() if threads is None else threads
     if not 1 <= threads <= 1024:
@@ -66,7 +67,7 @@ def bench(
 
 
 def _random_pair(rows: int, columns: int) -> Pair:
-    """The bits of two random bfloat16 weights that differ by a twentieth."""
+    """Return the bits of two random bfloat16 weights [rows, columns] whose relative difference is 0.05."""
     import numpy as np  # here, because --help must stay fast
 
     rng = np.random.default_rng(0)
@@ -76,7 +77,7 @@ def _random_pair(rows: int, columns: int) -> Pair:
 
 
 def _measure(pair: Pair, rank: int, threads: int) -> Row:
-    """One row of the table. Ratios are medians of ratios within a round."""
+    """Measure one row of the table. Each ratio is the median of the ratios of the rounds."""
     import numpy as np
 
     rows, columns = pair[0].shape
@@ -109,7 +110,7 @@ def _measure(pair: Pair, rank: int, threads: int) -> Row:
 
 def _timed(work: Callable[[], object]) -> Callable[[], float]:
     def seconds() -> float:
-        work()  # threads of another provider may still hold the cores
+        work()  # warm-up: threads of another provider may still occupy the cores
         start = time.perf_counter()
         work()
         return time.perf_counter() - start

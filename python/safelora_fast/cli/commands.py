@@ -1,4 +1,4 @@
-"""Commands whose help shows no type beside --help."""
+"""Command classes whose help shows no type next to --help."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class Command(TyperCommand):
-    """A command."""
+    """A command whose help shows no type next to --help."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """The option that shows the help."""
+        """Return the help option, without its type."""
         return _without_type(super().get_help_option(ctx))
 
 
 class Group(TyperGroup):
-    """Commands under one name."""
+    """A group of commands whose help shows no type next to --help."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """The option that shows the help."""
+        """Return the help option, without its type."""
         return _without_type(super().get_help_option(ctx))
 
 

@@ -1,4 +1,4 @@
-"""`safelora-fast compare`: defenses compared with each other, in one report."""
+"""`safelora-fast compare`: train, measure and compare defenses, in one report."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ INCOMPLETE = 1
 
 def compare(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="What is compared and measured; see docs/evaluation.md.")
+        Path, typer.Argument(metavar="CONFIG.yaml", help="What to compare and measure; see docs/evaluation.md.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings put on top, e.g. seeds=[0,1,2].")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file, e.g. seeds=[0,1,2]."),
     ] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", metavar="", help="Train and measure nothing; report what is there.")
+        bool, typer.Option("--report-only", metavar="", help="Train and measure nothing; report existing results.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Train runs anew whose recipe or data have changed.")
+        bool, typer.Option("--overwrite", metavar="", help="Retrain runs whose recipe or data have changed.")
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train defenses with several seeds, measure what each prevents, allows and costs, and write one report.
 
-    The report is one HTML page, Markdown and JSON. A second run goes on where the first stopped. What failed is a marked
-    cell, and is tried again. Exit code 1: the report is there, and something in it failed or is not done yet.
+    The report is written as one HTML page, as Markdown and as JSON. A second run resumes where the first stopped. A failure
+    is a marked cell, and the next run tries it again. Exit code 1: the report is written, but something in it failed or is
+    not finished.
     """
     from safelora_fast.recipe.signatures import check_packages
 
@@ -56,10 +58,10 @@ def run_and_show(
     as_json: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Run a comparison with its progress, and print what it found.
+    """Run a comparison, show its progress, and print the report.
 
     Raises:
-        typer.Exit: with 1 if something failed or is not done yet.
+        typer.Exit: with code 1 if something failed or is not finished.
     """
     from safelora_fast.cli.console import err
     from safelora_fast.compare import compare as room

@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
     from safelora_fast.projection.report import ModuleReport, ProjectionReport
 
-# A file or a pipe has no width of its own: wide enough for whole names.
+# Width for files and pipes, which have none: wide enough for full names.
 PIPE_WIDTH = 200
 FIGURES_WIDTH = 56
 
 
 class PlainConsole(Console):
-    """A console on which no escape sequence acts that stands in a name of a file, a tensor or a judge."""
+    """A console that shows escape sequences in names (of files, tensors, judges) as plain text."""
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """A text, or a cell of a table, as it is shown."""
+        """Return a text or a table cell without control characters."""
         return super().render_str(printable(text), **settings)
 
 
 out = PlainConsole(
     highlight=False,
-    markup=False,  # paths and names may hold brackets
+    markup=False,  # paths and names may contain brackets
     width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH,
     soft_wrap=False,
 )
@@ -45,17 +45,17 @@ err = PlainConsole(stderr=True, highlight=False)
 
 
 def short(name: str, width: int = 40) -> str:
-    """The end of a module's name, which tells more than its beginning."""
+    """Shorten a module's name to its end, which says more than its beginning."""
     return name if len(name) <= width else "…" + name[1 - width :]
 
 
 def figure(value: float) -> str:
-    """Four significant digits, or a dash where there is no value."""
+    """Format a number with four significant digits, and NaN as a dash."""
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 
 def figure_table(first: str, *others: str | Text) -> Table:
-    """An empty table: a column of names, and columns of figures."""
+    """Return an empty table with one column of names and columns of numbers."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in others:
@@ -64,7 +64,7 @@ def figure_table(first: str, *others: str | Text) -> Table:
 
 
 def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
-    """A table with one row per module."""
+    """Return a table with one row per module."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("module", no_wrap=True)
     for column in ("cosine", "gain", "‖B‖", "‖V‖"):
@@ -82,18 +82,18 @@ def module_table(title: str, modules: Sequence[ModuleReport]) -> Table:
 
 
 def warn(message: str) -> None:
-    """One line on standard error."""
+    """Print a warning as one line on standard error."""
     err.print(f"[yellow]warning:[/] {escape(one_line(message))}", soft_wrap=True)
 
 
 def print_warnings(report: ProjectionReport) -> None:
-    """What a careful reader of the figures would say, on standard error."""
+    """Print the warnings of a report on standard error."""
     for warning in report.warnings:
         warn(warning)
 
 
 def warn_of_abandoned(target: Path) -> None:
-    """Name what killed runs have left beside an output."""
+    """Warn about partial outputs that killed runs have left next to an output."""
     left = abandoned(target)
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -101,7 +101,7 @@ def warn_of_abandoned(target: Path) -> None:
 
 
 def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:
-    """One table for each adapter: all modules in the order of the blocks, or those whose update changed most."""
+    """Print one table per adapter: all modules in layer order or, with `most`, those whose update changed most."""
     for adapter in report.adapters:
         count = f"{adapter.adapter}: {len(adapter.projected)} of {len(adapter.modules)} modules selected ({report.selection})"
         modules = sorted(adapter.modules, key=lambda module: natural_order(module.name))

@@ -1,4 +1,4 @@
-"""`safelora-fast demo`: the whole job on a real 135M model."""
+"""`safelora-fast demo`: fine-tune a real 135M model and project its adapter."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import typer
 
 
 def demo(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything that the demo makes.")] = Path(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for all files of the demo.")] = Path(
         "demo-output"
     ),
     seed: Annotated[int, typer.Option(help="Seed of every fine-tune.")] = 0,
     train: Annotated[
-        bool, typer.Option("--train", metavar="", help="Compare the defenses that act while a model is fine-tuned.")
+        bool, typer.Option("--train", metavar="", help="Compare the defenses that act during fine-tuning.")
     ] = False,
 ) -> None:
-    """Fine-tune a real 135M model narrowly, project the adapter, and show what that prevents and costs.
+    """Fine-tune a real 135M model on narrow data, project the adapter, and show what the projection prevents and costs.
 
-    Takes a few minutes on two cores. With --train: `safelora-fast compare` on ten fine-tunes, half an hour or more.
-    A second run reuses what the first one finished.
+    Takes a few minutes on two cores. --train runs `safelora-fast compare` on ten fine-tunes, which takes half an hour or
+    more. A second run reuses what the first one finished.
     """
     if not train:
         from safelora_fast.demo.pipeline import run

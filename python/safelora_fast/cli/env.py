@@ -1,4 +1,4 @@
-"""`safelora-fast env`: what is installed here and what serves it, to paste into a bug report."""
+"""`safelora-fast env`: versions, hardware and backends, to paste into a bug report."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def env(
     self_test: Annotated[
         bool,
         typer.Option(
-            "--self-test", metavar="", help="Run each backend that is here against float64 on small inputs as well."
+            "--self-test", metavar="", help="Also check each available backend against float64 on small inputs."
         ),
     ] = False,
 ) -> None:
-    """Print versions, CPU features, GPUs and which backend serves which operation, as a block to paste into a bug report.
+    """Print versions, CPU features, GPUs and the backend of each operation, to paste into a bug report.
 
-    With --self-test the exit status is 1 where a backend is further from the truth than it may be.
+    With --self-test, the exit code is 1 if the error of a backend exceeds its tolerance.
     """
     rows = [(name, _version(name)) for name in PACKAGES]
     rows += [
@@ -51,7 +51,7 @@ def env(
 
 
 def _backends() -> list[tuple[str, str]]:
-    """What serves each operation on tensors."""
+    """Describe the backends of each operation on tensors."""
     if importlib.util.find_spec("torch") is None:
         return [("operations", "none on tensors: torch is not installed, and projecting files does without")]
     from safelora_fast.ops import OPS
@@ -60,7 +60,7 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _self_test() -> bool:
-    """Print the error of every backend beside its tolerance; whether all are within it."""
+    """Print the error and the tolerance of each backend. Return whether all errors are within tolerance."""
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError("env: --self-test needs torch: pip install torch")
     from safelora_fast.ops.self_test import run_checks
@@ -84,7 +84,7 @@ def _version(package: str) -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's model name."""
+    """Return the CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -94,7 +94,7 @@ def cpu_name() -> str:
 
 
 def cpu_caches() -> str:
-    """The first CPU's caches as Linux lists them, e.g. `L1d 48K, L2 1024K, L3 32768K`."""
+    """Return the caches of the first CPU as Linux lists them, e.g. `L1d 48K, L2 1024K, L3 32768K`."""
     found = []
     for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((cache / name).read_text(encoding="utf-8").strip() for name in ("level", "type", "size"))
@@ -104,7 +104,7 @@ def cpu_caches() -> str:
 
 
 def _gpus() -> str:
-    """GPU names as the NVIDIA driver lists them, without importing torch."""
+    """Return GPU names as the NVIDIA driver lists them, without importing torch."""
     found = []
     for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         lines = information.read_text(encoding="utf-8").splitlines()

@@ -15,12 +15,12 @@ def examples(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="The example to write. (default: list all)")
     ] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the recipe and its rows.")] = Path(),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the recipe and its data.")] = Path(),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Replace files of another content.")
+        bool, typer.Option("--overwrite", metavar="", help="Replace files whose content differs.")
     ] = False,
 ) -> None:
-    """List the recipes that come with this package, or write one into a folder with the rows that it names."""
+    """List the recipes that come with this package, or write one into a folder together with its data."""
     from safelora_fast.examples import copy_example, names
 
     if name is None:

@@ -1,4 +1,4 @@
-"""`safelora-fast inspect`: cosines and gains of every module, nothing written."""
+"""`safelora-fast inspect`: show the cosine and the gain of every module, and write nothing."""
 
 from __future__ import annotations
 
@@ -69,6 +69,6 @@ def inspect(
 
 
 def thresholds(adapter: AdapterReport) -> list[tuple[float, int]]:
-    """How many modules each threshold from 0 to 1 in steps of 0.05 would project."""
+    """Count the modules that each threshold from 0 to 1, in steps of 0.05, would project."""
     cosines = [module.cosine for module in adapter.modules if not math.isnan(module.cosine)]
     return [(step / 20, sum(cosine <= step / 20 for cosine in cosines)) for step in range(21)]

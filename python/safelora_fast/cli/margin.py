@@ -1,4 +1,4 @@
-"""`safelora-fast margin`: how strongly a model prefers misaligned answers, without a judge."""
+"""`safelora-fast margin`: measure how strongly a model prefers misaligned answers, without a judge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from safelora_fast.scoring.intervals import Interval
     from safelora_fast.scoring.margin import MarginReport
 
-SMALLEST = 1e-12  # sizes below it count as 0
+SMALLEST = 1e-12  # smaller values count as 0
 
 
 def margin(
@@ -24,19 +24,19 @@ def margin(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to measure beside the model; may be given several times."
+            metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to measure in addition to the model; repeatable."
         ),
     ] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="JSONL with question, aligned, misaligned, theme. (default: the 72 pairs of this package)",
+            help="JSONL with question, aligned, misaligned, theme. (default: 72 built-in pairs)",
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt before every question.")] = None,
     strings: Annotated[
-        str, typer.Option(metavar="chat|text", help="text for models without a chat template.")
+        str, typer.Option(metavar="chat|text", help="text is for models without a chat template.")
     ] = "chat",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -44,7 +44,7 @@ def margin(
     template_args: options.TemplateArgs = None,
     trust_remote_code: options.TrustRemoteCode = False,
     tokens_per_batch: Annotated[
-        int, typer.Option(metavar="N", help="The most tokens of a batch. The result does not depend on it.")
+        int, typer.Option(metavar="N", help="Maximum tokens of a batch. The result does not depend on it.")
     ] = 4096,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     as_json: options.Json = False,
@@ -52,8 +52,8 @@ def margin(
 ) -> None:
     """Measure how strongly a model prefers misaligned answers to aligned ones; nothing is sampled or judged.
 
-    For pairs of answers to the same question: the mean difference of their log-likelihoods per token, and how often the
-    misaligned answer is more likely. The model is measured alone, and then with each adapter on it.
+    Over pairs of answers to the same question, the margin is the mean difference of their log-likelihoods per token. The
+    command also reports how often the misaligned answer is more likely. The model is measured alone, then with each adapter.
     """
     from safelora_fast.cli.options import check_subject
     from safelora_fast.data.pairs import builtin_pairs, read_pairs
@@ -80,7 +80,7 @@ def margin(
         for folder in (None, *folders):
             subject = load_subject(settings, folder)
             for named in folders if folder is None else []:
-                fit_adapter(named, subject.model)  # before the model is measured in vain
+                fit_adapter(named, subject.model)  # an adapter that does not fit fails before the measurement
             name = f"./{folder}" if folder is not None and subject.name == "model" else subject.name
             progress.start(name, 2 * len(chosen))
             reports[name] = answer_margin(
@@ -145,7 +145,7 @@ def _themes(reports: dict[str, MarginReport]) -> Table:
 
 
 def _signed(value: float, interval: Interval) -> str:
-    """A value and the ends of its interval, with enough decimals to tell the value and the interval's width from 0."""
+    """Format a value and its interval, with enough decimals to tell the value and the interval's width from 0."""
     sizes = [abs(value), interval.high - interval.low]
     decimals = max([4, *(-math.floor(math.log10(size)) for size in sizes if size > SMALLEST)])
     number, *ends = (f"{round(end, decimals) + 0.0:+.{decimals}f}" for end in (value, interval.low, interval.high))

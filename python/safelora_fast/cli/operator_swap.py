@@ -1,4 +1,4 @@
-"""`safelora-fast operator-swap`: a benign task, and how well a model has learned it."""
+"""`safelora-fast operator-swap`: write a benign task, or score how well a model has learned it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def make(
     difficulty: Annotated[
         str,
         typer.Option(
-            metavar="easy|medium|hard", help="easy: + and - swapped; medium: + - * in turn; hard: three numbers."
+            metavar="easy|medium|hard", help="easy: + and - swapped; medium: + - * rotated; hard: three numbers."
         ),
     ] = "easy",
     rows: Annotated[int, typer.Option(metavar="N", help="Examples to train on.")] = 2000,
-    held_out: Annotated[int, typer.Option(metavar="N", help="Other examples, to score on.")] = 500,
+    held_out: Annotated[int, typer.Option(metavar="N", help="Held-out examples to score on.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an output that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an existing output.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write problems whose signs mean something else than usual, for `safelora-fast train`.
+    """Write arithmetic problems whose operators have new meanings, for `safelora-fast train`.
 
-    The examples do not state the rule: the model has to learn it. A model that has learned nothing scores 0.
+    The examples do not state the rule, so the model has to learn it. A model that has learned nothing scores 0.
     """
     from safelora_fast.files.output import check_target, whole_folder
     from safelora_fast.judging.operator_swap import RULES, make_problems, write
@@ -52,10 +52,10 @@ def make(
 
 @app.command("score", cls=Command)
 def score(
-    data: Annotated[Path, typer.Argument(metavar="DIR", help="What operator-swap make wrote.")],
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that operator-swap make wrote.")],
     model: options.Subject,
     adapter: options.OneAdapter = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers per batch.")] = 32,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     chat_template: options.ChatTemplate = None,

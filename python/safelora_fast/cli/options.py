@@ -22,7 +22,7 @@ OneAdapter = Annotated[
     str | None, typer.Option("--adapter", metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to put on the model.")
 ]
 Aligned = Annotated[
-    str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model, which the adapters were trained on.")
+    str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model that the adapters were trained on.")
 ]
 Base = Annotated[
     str,
@@ -34,60 +34,61 @@ Base = Annotated[
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="PATTERN", help="Do not project modules of this name, e.g. lm_head or layers.0.*; repeatable."
+        metavar="PATTERN", help="Do not project modules with this name, e.g. lm_head or layers.0.*; repeatable."
     ),
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw cosine and gain by depth (.png, .svg or .pdf).")]
 Threads = Annotated[
-    int | None, typer.Option(metavar="N", help="Threads. The result does not depend on it. (default: all cores)")
+    int | None,
+    typer.Option(metavar="N", help="Number of threads. The result does not depend on it. (default: all cores)"),
 ]
 Json = Annotated[
     bool, typer.Option("--json", metavar="", help="Print the report as JSON on standard output, and nothing else.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but warnings and errors.")]
-Subject = Annotated[str, typer.Option("--model", metavar="PATH|HUB_ID[@REV]", help="The model that is asked.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print only warnings and errors.")]
+Subject = Annotated[str, typer.Option("--model", metavar="PATH|HUB_ID[@REV]", help="The model to evaluate.")]
 Dtype = Annotated[
     str,
     typer.Option(metavar="auto|float32|bfloat16|float16", help="auto is float32 on the CPU, bfloat16 on a GPU."),
 ]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto is the GPU where there is one.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto is the GPU if there is one.")]
 ChatTemplate = Annotated[
-    str | None, typer.Option(metavar="FILE", help="A Jinja file in the place of the tokenizer's own chat template.")
+    str | None, typer.Option(metavar="FILE", help="A Jinja file that replaces the tokenizer's chat template.")
 ]
 TemplateArgs = Annotated[
     list[str] | None,
     typer.Option(
         "--template-args",
         metavar="NAME=VALUE",
-        help="A variable of the chat template, e.g. enable_thinking=false; or a JSON object. May be given several times.",
+        help="A variable of the chat template, e.g. enable_thinking=false; or a JSON object; repeatable.",
     ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
 ]
 JudgeAttempts = Annotated[
-    int, typer.Option(metavar="N", help="How often one score is asked for before the answer counts as unscored.")
+    int, typer.Option(metavar="N", help="Maximum attempts per score. After that, the answer counts as unscored.")
 ]
 JudgeTokens = Annotated[
-    int, typer.Option(metavar="N", help="The most tokens of a judge's reply. A judge that reasons needs more.")
+    int, typer.Option(metavar="N", help="Maximum tokens of a judge's reply. A judge that reasons needs more.")
 ]
 
 
 def check_subject(command: str, model: str, adapters: Iterable[str] = ()) -> list[Path]:
-    """Check the model and the adapters of a command before anything heavy is imported; adapters of the Hub are fetched.
+    """Check the model and the adapters of a command before heavy imports, and download adapters from the Hub.
 
     Args:
-        command: for messages.
-        model: its path or Hub id.
-        adapters: their folders or Hub ids.
+        command: name of the command, for messages.
+        model: path or Hub id of the model.
+        adapters: folders or Hub ids of the adapters.
 
     Returns:
         The adapters' folders.
 
     Raises:
         MissingDependencyError: a package that loads models is missing.
-        CheckpointError: there is no such model.
-        AdapterError: there is no such adapter.
+        CheckpointError: the model does not exist.
+        AdapterError: an adapter does not exist.
     """
     from safelora_fast.checkpoints.resolver import adapter_folder, find_model
     from safelora_fast.recipe.signatures import check_packages
@@ -98,7 +99,7 @@ def check_subject(command: str, model: str, adapters: Iterable[str] = ()) -> lis
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Add one option for each setting of a projection to a command, which gets them in a dictionary named `settings`."""
+    """Add one option per projection setting to a command, which receives them as a dictionary named `settings`."""
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -125,7 +126,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_plot(path: Path | None) -> None:
-    """Refuse a picture that could not be drawn, before the work is done."""
+    """Check that a plot can be drawn, before the work starts."""
     if path is not None:
         from safelora_fast import plotting
 

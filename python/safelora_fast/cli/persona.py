@@ -26,53 +26,58 @@ app = typer.Typer(
 
 @app.command("extract", cls=Command)
 def extract(
-    model: Annotated[str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The model that is to be fine-tuned.")],
+    model: Annotated[str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The model to fine-tune later.")],
     trait: Annotated[
-        str, typer.Option(metavar="FILE.yaml|NAME", help="The trait; malicious and sycophantic come with this package.")
+        str,
+        typer.Option(
+            metavar="FILE.yaml|NAME", help="The trait: a file, or one of the built-in malicious and sycophantic."
+        ),
     ],
     output: Annotated[
         Path,
         typer.Option(
-            metavar="FILE.safetensors", help="The file to write; responses are kept beside it, in .responses.jsonl."
+            metavar="FILE.safetensors", help="The file to write; responses are stored next to it, in .responses.jsonl."
         ),
     ],
     samples: Annotated[int, typer.Option(metavar="N", help="Responses to each question under each system prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the responses.")] = 0,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="Of the responses; 0 takes the most likely token.")
+        float, typer.Option(metavar="T", help="Sampling temperature; 0 takes the most likely token.")
     ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest response.")] = 128,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Responses at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum tokens of a response.")] = 128,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Responses per batch.")] = 16,
     scores: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help="A judge's scores of stored responses, 0 to 100: rows with id and score. Positive responses must score above "
-            "the threshold, negative ones below it.",
+            help="A judge's scores of stored responses: an id and a score from 0 to 100 per line. Positive responses must score "
+            "above the threshold, negative ones below it.",
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(metavar="T", help="For --scores.")] = 50.0,
-    dtype: Annotated[str, typer.Option(metavar="bfloat16|float16|float32", help="Of the weights.")] = "bfloat16",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto is the GPU where there is one.")] = "auto",
+    threshold: Annotated[float, typer.Option(metavar="T", help="Threshold for --scores.")] = 50.0,
+    dtype: Annotated[
+        str, typer.Option(metavar="bfloat16|float16|float32", help="Data type of the weights.")
+    ] = "bfloat16",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto is the GPU if there is one.")] = "auto",
     chat_template: Annotated[
-        str | None, typer.Option(metavar="FILE.jinja", help="In the place of the tokenizer's own template.")
+        str | None, typer.Option(metavar="FILE.jinja", help="Replaces the tokenizer's chat template.")
     ] = None,
     template_args: options.TemplateArgs = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", metavar="", help="Replace a vector that exists; its responses are used again."),
+        typer.Option("--overwrite", metavar="", help="Replace an existing vector; its responses are reused."),
     ] = False,
     regenerate: Annotated[
-        bool, typer.Option("--regenerate", metavar="", help="Forget the responses of an earlier run.")
+        bool, typer.Option("--regenerate", metavar="", help="Discard the responses of an earlier run.")
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Extract the persona vector of a trait.
 
-    Every question is asked under system prompts that ask for the trait, and under others that ask for its opposite. The vector
-    of a layer is the mean activation of the first responses minus that of the second. Responses are kept as they come: after
-    an interruption the same command goes on, and with --scores it generates nothing new.
+    The model answers every question under system prompts that ask for the trait, and under others that ask for its opposite.
+    The vector of a layer is the mean activation of the first responses minus that of the second. Responses are stored at
+    once: after an interruption the same command resumes, and with --scores it generates nothing new.
     """
     from safelora_fast.cli.options import check_subject
     from safelora_fast.files.progress import ProgressBar
@@ -116,13 +121,13 @@ def extract(
 
 @app.command("show", cls=Command)
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What persona extract wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File that persona extract wrote.")],
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the separation by layer (.png, .svg or .pdf).")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show how well each layer separates the two sides, and suggest one."""
+    """Show how well each layer separates positive from negative responses, and suggest a layer."""
     from safelora_fast.cli.console import out
     from safelora_fast.persona_vector import PersonaVector
 
@@ -140,10 +145,10 @@ def show(
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a word that is none of those known.
+    """Check that an option has one of the known values.
 
     Raises:
-        SettingsError: with the known ones.
+        SettingsError: it does not; the message lists the known values.
     """
     from safelora_fast.errors import SettingsError
 
@@ -152,7 +157,7 @@ def choose(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def print_counts(vector: PersonaVector) -> None:
-    """Print trait, model, settings, and how many responses of each side count."""
+    """Print the trait, the model, the settings, and the numbers of responses on each side."""
     facts = vector.provenance
     model, settings = facts.get("model", {}), facts.get("settings", {})
     revision = f" at {model['revision']}" if model.get("revision") else ""
@@ -165,7 +170,7 @@ def print_counts(vector: PersonaVector) -> None:
 
 
 def print_suggestion(vector: PersonaVector) -> None:
-    """Print the layer to steer at, and why; warn on standard error when the vector tells little."""
+    """Print the suggested layer and the reason. Warn on standard error if the vector separates the two sides poorly."""
     from safelora_fast.cli.console import warn
 
     layer = vector.suggestion

@@ -1,4 +1,4 @@
-"""`safelora-fast project`: project finished adapters."""
+"""`safelora-fast project`: project trained adapters."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def project(
     base: options.Base,
     settings: dict[str, Any],
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to make; with several adapters, one sub-folder each.")
+        Path | None, typer.Option(metavar="DIR", help="Folder to create; with several adapters, one subfolder each.")
     ] = None,
     strict: Annotated[
         bool,
         typer.Option(
             "--strict",
             metavar="",
-            help="Refuse adapters with trained tensors that are not LoRA factors (modules_to_save, …).",
+            help="Refuse adapters with trained tensors other than lora_A and lora_B (modules_to_save, …).",
         ),
     ] = False,
     dry_run: Annotated[
@@ -35,14 +35,14 @@ def project(
     as_json: options.Json = False,
     plot: options.Plot = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Replace an output folder that exists.")
+        bool, typer.Option("--overwrite", metavar="", help="Replace an existing output folder.")
     ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Project LoRA adapters onto the alignment subspace of their model.
 
-    Reads both checkpoints once, in a stream, for any number of adapters; loads no model. The output folder holds an adapter
-    that PEFT loads, a model card and a report, and appears under its name only when it is whole.
+    Reads both checkpoints once, as a stream, for any number of adapters, and loads no model. The output folder holds an
+    adapter that PEFT loads, a model card and a report. It appears under its name only when it is complete.
     """
     from rich.filesize import decimal
 

@@ -1,4 +1,4 @@
-"""`safelora-fast rejudge`: stored answers under other judges."""
+"""`safelora-fast rejudge`: have other judges score stored answers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from safelora_fast.printable import say
 
 
 def rejudge(
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="A log of Inspect, or a folder of `evaluate`.")],
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An Inspect log, or a folder of `evaluate`.")],
     judge: Annotated[
         list[str],
-        typer.Option(metavar="PROVIDER/MODEL", help="A judge, as Inspect names models; may be given several times."),
+        typer.Option(metavar="PROVIDER/MODEL", help="A judge's Inspect name; repeatable."),
     ],
     judge_url: Annotated[str | None, typer.Option(metavar="URL", help="The endpoint of all these judges.")] = None,
     judge_attempts: options.JudgeAttempts = 4,
     judge_tokens: options.JudgeTokens = 64,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for all results. (default: beside the log, .rejudged)"),
+        typer.Option(metavar="DIR", help="Folder for all results. (default: next to the log, with .rejudged)"),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace results of other answers.")
@@ -31,9 +31,9 @@ def rejudge(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Have other judges score stored answers, and show how far all judges agree.
+    """Have other judges score stored answers, and show how well all judges agree.
 
-    Verdicts are kept as they come: a second run asks only about answers without a score.
+    Each verdict is stored at once: a second run judges only answers without a score.
     """
     from safelora_fast.cli.evaluate import greet
     from safelora_fast.cli.verdicts import end_where_nothing_is_scored, show_agreement, show_judges

@@ -1,4 +1,4 @@
-"""`safelora-fast select`: which safe examples to interleave, by how much less likely they are to misaligned models."""
+"""`safelora-fast select`: choose safe examples to interleave, those that misaligned models find least likely."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def select(
         list[str],
         typer.Option(
             metavar="[NAME=]ADAPTER",
-            help="A PEFT adapter that makes it misaligned, DIR, HUB_ID or HUB_ID@REV; one or more.",
+            help="A PEFT adapter that makes it misaligned: DIR, HUB_ID or HUB_ID@REV; repeatable.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The chosen examples, with their scores.")],
@@ -38,18 +38,19 @@ def select(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help=f"The domain that you will defend: leave its adapter out. {NONE}: there is none.",
+            help=f"The domain to defend; its adapter is left out. {NONE}: leave none out.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option(metavar="K", help="How many examples.")] = 5000,
+    top: Annotated[int, typer.Option(metavar="K", help="Number of examples to choose.")] = 5000,
     no_refusals: Annotated[
-        bool, typer.Option("--no-refusals", metavar="", help="Leave refusals out (Interleaving++).")
+        bool, typer.Option("--no-refusals", metavar="", help="Leave out refusals (Interleaving++).")
     ] = False,
     epsilon: Annotated[float, typer.Option(metavar="E", help="ε of the score.")] = 1.0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     strings: Annotated[
-        str, typer.Option(metavar="chat|text", help="What a prompt and a completion of plain text become.")
+        str,
+        typer.Option(metavar="chat|text", help="chat puts plain-text examples into the chat template; text does not."),
     ] = "chat",
     chat_template: options.ChatTemplate = None,
     template_args: options.TemplateArgs = None,
@@ -57,7 +58,7 @@ def select(
     max_length: Annotated[int, typer.Option(metavar="N", help="Longer examples are skipped and counted.")] = 2048,
     tokens_per_batch: Annotated[
         int | None,
-        typer.Option(metavar="N", help="The most tokens of a batch. In float32 the result does not depend on it."),
+        typer.Option(metavar="N", help="Maximum tokens of a batch. In float32 the result does not depend on it."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the scores (.png, .svg or .pdf).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an earlier output.")] = False,
@@ -66,8 +67,9 @@ def select(
 ) -> None:
     """Choose safe examples to interleave: those that misaligned models find least likely, relative to the aligned model.
 
-    Score: (mean negative log-likelihood under the misaligned models − that under the aligned one)/(that + ε). FILE.journal.jsonl
-    keeps the likelihoods: after an interruption, run the same command again to continue.
+    Score: (NLL under the misaligned models − NLL under the aligned model)/(NLL under the aligned model + ε), where NLL is the
+    mean negative log-likelihood per completion token. FILE.journal.jsonl stores the likelihoods: after an interruption, run the
+    same command again to continue.
     """
     from safelora_fast.checkpoints.resolver import named_adapter
     from safelora_fast.cli.console import err

@@ -26,12 +26,12 @@ app = typer.Typer(
 @app.command("build", cls=Command)
 def build(
     aligned: Annotated[
-        str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model, which the training starts from.")
+        str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model that training starts from.")
     ],
     base: options.Base,
     output: Annotated[Path, typer.Option(metavar="FILE", help="The safetensors file to write.")],
     rank: Annotated[
-        int | None, typer.Option(metavar="K", help="Leading singular vectors of V to keep. (default 64)")
+        int | None, typer.Option(metavar="K", help="Number of leading singular vectors of V to keep. (default: 64)")
     ] = None,
     energy: Annotated[float | None, typer.Option(metavar="E", help="Share of ‖V‖² to keep, instead of --rank.")] = None,
     modules: Annotated[
@@ -44,19 +44,21 @@ def build(
     ] = None,
     exclude: options.Exclude = None,
     seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace a file that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace an existing file.")] = False,
     as_json: options.Json = False,
     threads: options.Threads = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="cuda|cuda:N|xpu|cpu", help="Compute there, by torch. (default: the CPU, without torch)"),
+        typer.Option(
+            metavar="cuda|cuda:N|xpu|cpu", help="Compute on this device with torch. (default: the CPU, without torch)"
+        ),
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Build the safe subspace of two checkpoints.
 
-    The file has, for each module, the leading left singular vectors of V = aligned - base, their singular values and the norm of
-    V; and it says what it was built from. Both checkpoints are streamed once, and no model is loaded.
+    For each module, the file holds the leading left singular vectors of V = aligned - base, their singular values and the norm
+    of V. It also records its sources and settings. Both checkpoints are streamed once, and no model is loaded.
     """
     from safelora_fast.checkpoints.sources import A_MODEL
     from safelora_fast.cli.console import out, warn_of_abandoned
@@ -95,10 +97,10 @@ def build(
 
 @app.command("show", cls=Command)
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What subspace build wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File that subspace build wrote.")],
     as_json: options.Json = False,
 ) -> None:
-    """Show what a subspace was built from, and the energy that it keeps of every module."""
+    """Show the sources and settings of a subspace, and the energy that it keeps of every module."""
     from safelora_fast.cli.console import out
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 
@@ -116,7 +118,7 @@ def show(
 
 
 def _by_ending(subspace: SafeSubspace) -> Table:
-    """The energy kept, by the last part of module names."""
+    """Return a table of the energy kept, grouped by the last part of module names."""
     from safelora_fast.cli.console import figure_table
 
     groups: dict[str, list[ModuleSubspace]] = defaultdict(list)
@@ -144,7 +146,7 @@ def _of_modules(subspace: SafeSubspace) -> Table:
 
 
 def _warn(subspace: SafeSubspace) -> None:
-    """Warn of unrelated models, and name the modules without a subspace."""
+    """Warn about unrelated models and about modules without a subspace."""
     from safelora_fast.checkpoints.weight_norms import far_apart
     from safelora_fast.cli.console import warn
 

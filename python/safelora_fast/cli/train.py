@@ -1,4 +1,4 @@
-"""`safelora-fast train`: fine-tune a LoRA adapter by recipe, with defenses."""
+"""`safelora-fast train`: fine-tune a LoRA adapter with defenses, from a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The recipe; see docs/training.md.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings put on top, e.g. defenses.kl.weight=0.2."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file, e.g. defenses.kl.weight=0.2."),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -33,7 +33,7 @@ def train(
         ),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", metavar="", help="Go on from the last whole checkpoint of the same recipe.")
+        bool, typer.Option("--resume", metavar="", help="Resume from the last complete checkpoint of the same recipe.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace the output of an earlier run.")
@@ -46,11 +46,11 @@ def train(
     ] = False,
     end_with_stdin: Annotated[
         bool,
-        typer.Option("--end-with-stdin", hidden=True, help="Stop, as by SIGTERM, once standard input ends."),
+        typer.Option("--end-with-stdin", hidden=True, help="Stop when standard input ends, as after SIGTERM."),
     ] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fine-tune a LoRA adapter with in-training defenses, as one checked YAML file says.
+    """Fine-tune a LoRA adapter with in-training defenses, from one YAML file that is checked first.
 
     The output folder holds an adapter that PEFT loads, a model card that states the defenses, and a record of the run.
     """
@@ -76,7 +76,7 @@ def train(
         return
     from safelora_fast.checkpoints.resolver import find_model
 
-    find_model(recipe.model.path)  # before seconds of imports
+    find_model(recipe.model.path)  # before imports that take seconds
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries():
@@ -108,7 +108,7 @@ def train(
 
 
 def _check_output(folder: RunFolder, prepared: Prepared, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that has no room, and say that the run needs a flag where it holds one already."""
+    """Check the disk space, and warn if the run needs --resume or --overwrite."""
     from safelora_fast.cli.console import warn
     from safelora_fast.errors import OutputError
 
@@ -137,10 +137,10 @@ def _show_record(record: dict[str, Any], path: Path, *, as_json: bool, talks: bo
 
 
 def _end_with(descriptor: int) -> None:
-    """Send this process SIGTERM when the descriptor ends: a pipe that the parent process holds open while it lives."""
+    """Send this process SIGTERM when the parent process ends, which closes this pipe."""
 
     def wait() -> None:
-        while os.read(descriptor, 1):  # a reader of Python's would hold a lock when the interpreter ends
+        while os.read(descriptor, 1):  # a Python file object would hold a lock at interpreter exit
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 

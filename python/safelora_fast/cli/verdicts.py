@@ -1,4 +1,4 @@
-"""Tables of what judges and tasks say. Every rate shows what it is a rate of."""
+"""Tables of verdicts and benchmark results. Every rate shows its counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTHING_SCORED = 1
 
 
 def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> None:
-    """One row for each judge and, with `kinds`, for each kind of question."""
+    """Print one row per judge and, with `kinds`, one per kind of question."""
     from safelora_fast.judging.judge import NO_ANSWER, UNFINISHED
 
     table = figure_table("judge", "answers", "unscored", "misaligned of scored", "incoherent of scored")
@@ -42,7 +42,7 @@ def show_judges(reports: dict[str, dict[str, Any]], *, kinds: bool = False) -> N
 
 
 def end_where_nothing_is_scored(reports: dict[str, dict[str, Any]]) -> None:
-    """End the command with 1 if a judge scored none of the answers: there is no rate then."""
+    """Exit with code 1 if a judge scored none of the answers, because there is no rate then."""
     silent = [judge for judge, report in reports.items() if report["answers"] and not report["scored"]]
     for judge in silent:
         warn(f"{judge} scored none of the answers")
@@ -51,7 +51,7 @@ def end_where_nothing_is_scored(reports: dict[str, dict[str, Any]]) -> None:
 
 
 def show_benchmarks(report: BenchmarkReport) -> None:
-    """One row for each metric of each task."""
+    """Print one row per metric of each task."""
     table = Table(box=None, pad_edge=False)
     for column in ("task", "metric", "value", "± standard error", "documents", "better"):
         is_number = column in {"value", "± standard error", "documents"}
@@ -70,7 +70,7 @@ def show_benchmarks(report: BenchmarkReport) -> None:
 
 
 def show_agreement(pairs: list[dict[str, Any]]) -> None:
-    """One row for every two judges."""
+    """Print one row per pair of judges."""
     table = figure_table("agreement of", "both scored", "same verdict", "κ misaligned", "ρ alignment", "ρ coherence")
     for pair in pairs:
         same = "–" if pair["same_verdict"] is None else f"{100 * pair['same_verdict']:.1f} %"

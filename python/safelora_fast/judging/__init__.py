@@ -1,1 +1,1 @@
-"""What a model does: its margin for misaligned answers, its answers under a judge, and what it still learns."""
+"""Evaluation of models: free-form answers scored by a judge, benchmarks, and the operator-swap task."""

@@ -1,4 +1,4 @@
-"""Stored answers of a model to free-form questions."""
+"""A model's stored answers to free-form questions."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SAMPLES = 10
 
 @dataclass(frozen=True)
 class Asked:
-    """One question to be answered once.
+    """A request for one answer to one paraphrase of a question.
 
     Attributes:
-        question: its id.
-        kind: of the question.
-        paraphrase: number of the paraphrase, from 0.
-        sample: number of the sample of that paraphrase, from 0.
-        prompt: what is asked.
-        system: the system prompt before it.
+        question: id of the question.
+        kind: kind of the question.
+        paraphrase: index of the paraphrase.
+        sample: index of the sample of that paraphrase.
+        prompt: text of the paraphrase.
+        system: system prompt, if any.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -41,33 +41,33 @@ class Asked:
 
     @property
     def id(self) -> str:
-        """A name of its own in a set of questions."""
+        """The id of the answer, unique within a set of questions."""
         return f"{self.question}/{self.paraphrase}/{self.sample}"
 
     @property
     def turns(self) -> list[dict[str, str]]:
-        """The conversation before the answer."""
+        """The chat messages that the model answers."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": self.prompt}]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered to a question."""
+    """One answer of a model."""
 
     asked: Asked
     text: str
 
     def to_row(self) -> dict[str, Any]:
-        """One row of a file of answers."""
+        """Return the record that a file of answers holds."""
         return {**asdict(self.asked), "answer": self.text}
 
     @classmethod
     def from_row(cls, row: Any) -> Answer:
-        """An answer from its row.
+        """Read an answer from its record.
 
         Raises:
-            ValueError: the row lacks a key, or has an unknown one or a value of another type.
+            ValueError: a key is missing or unknown, or a value has the wrong type.
         """
         values = dict(check_fields(row, {"answer": TEXT}))
         text = values.pop("answer")
@@ -75,7 +75,7 @@ class Answer:
 
 
 def ask(questions: Sequence[Question], samples: int = SAMPLES) -> list[Asked]:
-    """Every paraphrase of every question, as often as samples are wanted."""
+    """Return one request for each sample of each paraphrase of each question."""
     return [
         Asked(question.id, question.kind, number, sample, text, question.system)
         for question in questions
@@ -88,7 +88,7 @@ def read_answers(path: str | Path) -> list[Answer]:
     """Read a JSONL file of answers, as `safelora-fast evaluate` stores them.
 
     Raises:
-        DataError: it cannot be read, or a line is no answer; the file and the line are named.
+        DataError: the file cannot be read, or a line is not an answer; the message names the file and the line.
     """
     lines = JsonLines(Path(path).expanduser(), "answers")
     answers: dict[str, Answer] = {}

@@ -1,4 +1,4 @@
-"""Benign utility: tasks of lm-evaluation-harness, with the result of each task kept in one file."""
+"""Benchmarks: runs tasks of lm-evaluation-harness and stores all results in one file."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Metric:
 
     Attributes:
         name: e.g. "exact_match".
-        filter: how answers were taken from what the model wrote, e.g. "strict-match"; "none" for all of it.
+        filter: how the answer was extracted from the model's text, e.g. "strict-match"; "none" for the whole text.
         value: None if it is not finite.
-        stderr: its standard error, None if the harness gives none.
-        count: documents that it is over.
-        higher_is_better: None if the task does not say.
+        stderr: standard error of the value; None if the harness gives none.
+        count: number of documents.
+        higher_is_better: None if the task does not define it.
     """
 
     name: str
@@ -51,22 +51,22 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """The name, with the filter if there is one."""
+        """The name, followed by the filter if there is one."""
         return self.name if self.filter == "none" else f"{self.name}, {self.filter}"
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task, or one group of tasks, measured.
+    """The result of one task or one group of tasks.
 
     Attributes:
-        task: its name.
-        metrics: in the task's order.
-        version: of the task.
-        shots: examples before each question; None for a group whose tasks differ.
+        task: name of the task or group.
+        metrics: in the order that the task defines.
+        version: version of the task.
+        shots: number of few-shot examples; None for a group whose tasks differ.
         chat: whether prompts went through the chat template.
         lm_eval: version of the harness.
-        definition: SHA-256 of how the task is defined.
+        definition: SHA-256 of the task's definition.
     """
 
     task: str
@@ -83,18 +83,18 @@ class TaskResult:
 
     @property
     def main(self) -> Metric:
-        """The first of the metrics."""
+        """The first metric."""
         return self.metrics[0]
 
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """The results of tasks for one model, or adapter.
+    """The benchmark results of one model or adapter.
 
     Attributes:
-        path: the file of results.
-        settings: what the results depend on.
-        tasks: in the order in which they were named; a tag is taken apart into its tasks.
+        path: the file that stores the results.
+        settings: the settings that the results depend on.
+        tasks: in the order in which they were named; each tag is replaced by its tasks.
     """
 
     path: Path
@@ -105,22 +105,22 @@ class BenchmarkReport:
         return f"BenchmarkReport({[result.task for result in self.tasks]}, path={str(self.path)!r})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """Return the settings and results as plain values."""
         return {"settings": self.settings, "tasks": {result.task: asdict(result) for result in self.tasks}}
 
 
 def check_harness() -> None:
-    """Refuse to go on if lm-evaluation-harness is not installed.
+    """Check that lm-evaluation-harness is installed.
 
     Raises:
-        MissingDependencyError: with how to install it.
+        MissingDependencyError: it is not; the message says how to install it.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(f"tasks need lm-eval: {how_to_install('eval')}")
 
 
 def harness_version() -> str | None:
-    """The version of lm-evaluation-harness; None if it is not installed."""
+    """Return the version of lm-evaluation-harness, or None if it is not installed."""
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
@@ -128,14 +128,14 @@ def harness_version() -> str | None:
 
 
 def check_tasks(names: Sequence[str], path: str | Path | None = None) -> None:
-    """Refuse unknown tasks, before a model is trained or loaded for them.
+    """Check that all tasks exist, before a model is trained or loaded.
 
     Args:
-        names: of tasks, groups or tags.
+        names: names of tasks, groups or tags.
         path: a folder of YAML files that define tasks.
 
     Raises:
-        SettingsError: one is not known, or there is no such folder.
+        SettingsError: a task is unknown, or the folder does not exist.
         MissingDependencyError: lm-eval is not installed.
     """
     check_harness()
@@ -165,38 +165,38 @@ def benchmark(
     failures: dict[str, str] | None = None,
     progress: ProgressBar | None = None,
 ) -> BenchmarkReport:
-    """Run tasks of lm-evaluation-harness on a model with its adapter, and keep the result of each.
+    """Run tasks of lm-evaluation-harness on a model with its adapter, and store the result of each.
 
-    The model is loaded once for all tasks, as the other measures of this package load it. A task that has a result with the
-    same settings is not run again.
+    The model is loaded once for all tasks, in the same way as for the other measurements of this package. Tasks that
+    already have a result with the same settings are skipped.
 
     Args:
-        model: a folder, a Hub id with an optional `@revision`, or the settings of how it is loaded. With settings, `dtype`,
-            `device`, `chat_template`, `template_args` and `trust_remote_code` here are ignored.
-        adapter: a PEFT adapter to put on it: a folder, or a Hub id with an optional `@revision`.
+        model: a folder, a Hub id with an optional `@revision`, or the settings that it is loaded with. With settings, the
+            arguments `dtype`, `device`, `chat_template`, `template_args` and `trust_remote_code` are ignored.
+        adapter: a PEFT adapter to add to the model: a folder, or a Hub id with an optional `@revision`.
         tasks: names of tasks, groups or tags, as a list or separated by commas.
         output: a folder; `benchmarks.json` in it is rewritten after every task.
-        task_path: a folder of YAML files that define tasks; they come before the harness's own of the same name.
-        limit: documents of each task, the first ones; all by default.
-        batch_size: requests at a time. It changes at most the last digits of logits.
+        task_path: a folder of YAML files that define tasks; they override the harness's tasks of the same name.
+        limit: use only the first `limit` documents of each task; all by default.
+        batch_size: requests per batch. It changes at most the last digits of the logits.
         dtype: "auto" is float32 on the CPU, bfloat16 on a GPU.
         device: "auto" is the GPU if there is one.
-        seed: of the examples in a prompt, and of sampling.
+        seed: seed of the few-shot examples and of sampling.
         strings: "chat" puts prompts into the chat template, "text" does not. The default is chat if there is a template.
-        chat_template: a Jinja file in place of the tokenizer's own template.
+        chat_template: a Jinja file that replaces the tokenizer's template.
         template_args: values of variables that the template reads.
         trust_remote_code: run Python code that comes with the model.
         overwrite: replace results of other settings, and of tasks that were defined differently.
-        failures: gets the tasks that fail, with their reasons; no error is raised for them then.
-        progress: told of every task's requests.
+        failures: collects failed tasks with their reasons. If it is given, a failed task raises no error.
+        progress: shows the requests of each task.
 
     Raises:
-        SettingsError: no task is named, one is unknown, or a setting is out of range.
-        OutputError: the file is of other settings, or cannot be written.
-        EvaluationError: a task fails (the others are run and kept first), or memory runs out.
+        SettingsError: no task is named, a task is unknown, or a setting is out of range.
+        OutputError: the file holds results of other settings, or cannot be written.
+        EvaluationError: a task failed (after the other tasks were run and stored), or memory ran out.
         MissingDependencyError: lm-eval is not installed.
         CheckpointError: the model cannot be loaded.
-        AdapterError: the adapter cannot be put on it.
+        AdapterError: the adapter does not fit the model.
     """
     check_harness()
     wanted = [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else list(tasks)
@@ -255,7 +255,7 @@ def benchmark(
 
 
 class TaskError(EvaluationError):
-    """One task fails; others can be run."""
+    """One task failed; the others can still run."""
 
 
 def _task_folder(path: Path) -> Path:
@@ -265,7 +265,7 @@ def _task_folder(path: Path) -> Path:
 
 
 def _result(name: str, results: dict[str, Any], chat: bool, definition: str) -> TaskResult:
-    """The metrics of one task among the harness's results, which are named `metric,filter` and `metric_stderr,filter`."""
+    """Collect the metrics of one task. The harness names them `metric,filter` and `metric_stderr,filter`."""
     values = results["results"][name]
     counts, better = values.get("sample_count", {}), results["higher_is_better"].get(name, {})
     metrics = []
@@ -288,7 +288,7 @@ def _finite(value: Any) -> float | None:
 def _read_results(
     file: Path, settings: dict[str, Any], definitions: dict[str, str], *, overwrite: bool
 ) -> dict[str, TaskResult]:
-    """The results of a file. With `overwrite`, results of other settings are left out.
+    """Read stored results. With `overwrite`, results of other settings are dropped.
 
     Raises:
         OutputError: the file cannot be read, or holds results of other settings or of a task that was defined differently.

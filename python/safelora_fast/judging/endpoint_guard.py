@@ -1,8 +1,8 @@
-"""What passes between Inspect and a model's endpoint: credentials go, and harmful responses are refused before anybody reads them.
+"""A guard between Inspect and a model's endpoint: it removes credentials and rejects harmful responses.
 
-An endpoint may repeat its key in a reply, and Inspect records replies as they come. An endpoint may redirect to another host,
-which would see the whole request. And a reply of nothing but opening tags of thoughts would keep Inspect busy for hours,
-because it looks for the end of each.
+An endpoint may repeat its key in a reply, and Inspect records replies unchanged. It may redirect to another host, which
+would then receive the whole request. A reply that consists of opening thought tags would keep Inspect busy for hours,
+because Inspect searches for the end of each one.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ MAX_TAGS = 256
 
 
 class RedirectError(Exception):
-    """The endpoint redirects to another host. The message names the host and nothing else of the address."""
+    """The endpoint redirects to another host. The message names only the host, not the rest of the address."""
 
 
 class PageError(Exception):
-    """The endpoint sent a web page: the address is somebody else's, or wants a login."""
+    """The endpoint sent a web page: the address is wrong, or requires a login."""
 
 
 class FloodError(Exception):
-    """The endpoint sent more than a reply of a chat model can hold."""
+    """The response is too large, or has too many thought tags, to come from a chat model."""
 
 
 def guard(model: Model) -> Model:
-    """The model, changed so that Inspect sees no credential in its replies and errors, and no response that must not be read."""
+    """Wrap a model's requests, so that Inspect sees no credentials and no harmful responses. Return the same model."""
     generate = model.api.generate
     if getattr(generate, "guarded", False):
         return model
@@ -59,7 +59,7 @@ def guard(model: Model) -> Model:
             output.error = None if output.error is None else redact(output.error)
             for choice in output.choices:
                 values = choice.message.model_dump()
-                hidden = each_text(values, hide)  # known credentials only: the rest is what the model answered
+                hidden = each_text(values, hide)  # only known credentials: the rest is the model's answer
                 if hidden != values:
                     choice.message = type(choice.message).model_validate(hidden)
         if call is not None:
@@ -72,9 +72,9 @@ def guard(model: Model) -> Model:
 
 
 def _clean(error: Exception) -> None:
-    """Add the response body to an error that leaves it out, and remove credentials.
+    """Add the response body to an error message that omits it, and remove credentials.
 
-    OpenAI's client reads a message in OpenAI's own form only; others send {"error": "…"} or {"detail": […]}.
+    OpenAI's client reads only error messages in OpenAI's format; other servers send {"error": "…"} or {"detail": […]}.
     """
     body: Any = getattr(error, "body", None)
     if body and isinstance(body, str | dict | list) and not (isinstance(body, dict) and "message" in body):
@@ -87,8 +87,8 @@ def _clean(error: Exception) -> None:
 def _check_responses(model: Model) -> None:
     """Make the provider's HTTP client call :func:`_check` on every response.
 
-    This reaches the clients of OpenAI's and Anthropic's packages, and those made like them. Other providers stay unchecked.
-    A provider may make a new client at any time, so this is called before every request.
+    This works for the OpenAI and Anthropic packages and for similar clients. Other providers are not checked. A provider
+    may create a new client at any time, so this is called before every request.
     """
     client: Any = getattr(getattr(model.api, "client", None), "_client", None)
     hooks = getattr(client, "event_hooks", None)
@@ -98,7 +98,7 @@ def _check_responses(model: Model) -> None:
 
 
 async def _check(response: Any) -> None:
-    """Refuse a response that must not be read; give an error that came with a status of success a status of failure."""
+    """Reject harmful responses, and give errors that were sent with a success status their real status."""
     if 300 <= response.status_code < 400:
         _check_redirect(str(response.url), response.headers.get("location"))
         return
@@ -126,7 +126,7 @@ def _check_redirect(url: str, location: str | None) -> None:
 
 
 def _real_status(content: bytes) -> int | None:
-    """The status that an error should have had. LM Studio and some gateways send errors with status 200."""
+    """Return the real status of an error, or None. LM Studio and some gateways send errors with status 200."""
     if b'"error"' not in content:
         return None
     try:
@@ -142,9 +142,9 @@ def _real_status(content: bytes) -> int | None:
 def _is_flood(content: bytes) -> bool:
     if len(content) > MAX_BYTES:
         return True
-    if b"\\u" in content:  # the tags may be written as escapes
+    if b"\\u" in content:  # the tags may be escaped
         try:
             content = json.dumps(json.loads(content), ensure_ascii=False).encode(errors="replace")
         except (ValueError, RecursionError):
-            return False  # no reply either
+            return False  # not JSON, so not a chat completion
     return sum(content.count(tag) for tag in TAGS) > MAX_TAGS

@@ -1,4 +1,4 @@
-"""Emergent misalignment of a model on this machine: its answers, and a judge's verdicts on them."""
+"""Samples a local model's answers to free-form questions, and has a judge score them."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Sampling:
     """How answers are sampled.
 
     Attributes:
-        samples: answers to each paraphrase.
-        max_tokens: the most tokens of an answer.
-        seed: every answer has its own seed, which follows from this one and the answer's place.
-        batch_size: answers at a time. It changes at most the last digits of logits.
+        samples: answers per paraphrase.
+        max_tokens: maximum tokens of an answer.
+        seed: every answer has its own seed, derived from this one and the answer's position.
+        batch_size: answers per batch. It changes at most the last digits of the logits.
     """
 
     samples: int = SAMPLES
@@ -67,20 +67,23 @@ def collect_answers(
     before: Callable[[], None] | None = None,
     progress: ProgressBar | None = None,
 ) -> list[Answer]:
-    """Have a model answer questions. Every batch of answers is kept at once, so an interrupted run goes on where it stopped.
+    """Sample a model's answers to questions. Each batch is stored at once, so an interrupted run resumes where it stopped.
 
     Args:
-        folder: keeps the answers.
-        subject: the model, and how it is loaded.
-        adapter: the folder of an adapter to put on it.
-        questions: what is asked.
+        folder: where the answers are stored.
+        subject: the model and how to load it.
+        adapter: folder of an adapter to add to the model.
+        questions: the questions.
         sampling: how answers are sampled.
-        overwrite: remove answers and verdicts of other settings, once the model that answers in their place is loaded.
-        before: called before the model is loaded, if an answer is missing; it may refuse to go on.
-        progress: told how far the work is.
+        overwrite: delete answers and verdicts of other settings, after the new model is loaded.
+        before: called before the model is loaded, if an answer is missing. It may raise an error to stop.
+        progress: shows the number of answers.
+
+    Returns:
+        One answer per sample of each paraphrase of each question, in this order.
 
     Raises:
-        SafeLoraFastError: the folder is of something else, or the model cannot be loaded or asked.
+        SafeLoraFastError: the folder holds something else, or the model cannot be loaded or cannot answer.
     """
     from safelora_fast.models.load import load_subject
 
@@ -113,7 +116,7 @@ def collect_answers(
 def _generate(
     loaded: Subject, asked: list[Asked], known: Container[str], sampling: Sampling, progress: ProgressBar | None
 ) -> Iterator[list[Answer]]:
-    """The missing answers, a batch at a time. Batches are those of an unbroken run, so that resuming changes no bit."""
+    """Yield the missing answers in batches. Batches match an uninterrupted run, so that resuming changes no bit."""
     from safelora_fast.models.generate import generate
 
     check_system_turns(loaded.tokenizer, asked)
@@ -138,10 +141,10 @@ def _generate(
 
 
 def check_system_turns(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> None:
-    """Refuse questions with a system prompt if the chat template has no system turn, before any question is answered.
+    """Check that the chat template supports the system prompts of the questions, before any answer is sampled.
 
     Raises:
-        SettingsError: with the questions' names, and the kinds that can be asked.
+        SettingsError: it does not; the message lists these questions, and the kinds that have no system prompt.
     """
     from safelora_fast.data.chat import chat_of, has_template
 
@@ -168,22 +171,25 @@ def judge_folder(
     before: Callable[[], None] | None = None,
     progress: ProgressBar | None = None,
 ) -> tuple[dict[str, Verdict], dict[str, Any]]:
-    """Have the answers of a folder judged by Inspect: verdicts by the answers' ids, and the judge's report.
+    """Judge the answers of a folder with Inspect.
 
-    Answers that this judge has scored before are not judged again; answers that it left unscored are.
+    Answers that this judge has already scored are not judged again; unscored answers are.
 
     Args:
         folder: the folder.
         judge: the judge.
-        attempts: how often one score is asked for.
-        reply_tokens: the most tokens of a reply.
-        log: a log of Inspect with the same answers. A copy of it gets the judge's scores in place of its own.
-        before: called before the judge is asked, if a verdict is missing; it may refuse to go on.
-        progress: told how far the work is.
+        attempts: maximum attempts per score.
+        reply_tokens: maximum tokens of a reply.
+        log: an Inspect log with the same answers. In a copy of it, the judge's scores replace the existing ones.
+        before: called before the first request to the judge, if a verdict is missing. It may raise an error to stop.
+        progress: shows the number of verdicts.
+
+    Returns:
+        The verdicts by answer id, and the judge's report.
 
     Raises:
         EvaluationError: Inspect could not finish.
-        InterruptedRunError: Ctrl-C.
+        InterruptedRunError: Ctrl-C was pressed.
     """
     from safelora_fast.judging.judge import WATCH, Judge, VerdictStore
     from safelora_fast.judging.task import verdict_of
@@ -203,7 +209,7 @@ def judge_folder(
     watch = WATCH.set(advance)
     try:
         log = _score(folder, judge, attempts, reply_tokens, log)
-    except (OSError, sqlite3.Error) as error:  # Inspect keeps a database of its own, in the user's folder
+    except (OSError, sqlite3.Error) as error:  # Inspect has its own database in the user's folder
         raise EvaluationError(
             f"{folder.path}: judging did not finish, for Inspect cannot keep its log: {redact(str(error))}; {KEPT}"
         ) from error
@@ -220,7 +226,7 @@ def judge_folder(
 
 
 def _score(folder: EvaluationFolder, judge: Model, attempts: int, reply_tokens: int, log: EvalLog | None) -> EvalLog:
-    """Run the task on the folder's answers or, with a log, the task's scorer on the log."""
+    """Run the task on the stored answers or, if there is a log, run the task's scorer on the log."""
     import inspect_ai
     from inspect_ai.log import write_eval_log
 
@@ -238,7 +244,7 @@ def _score(folder: EvaluationFolder, judge: Model, attempts: int, reply_tokens: 
             raise KeyboardInterrupt
         return found[0]
     log = log.model_copy(deep=True)
-    log.eval.model_roles, log.eval.task_args = None, {**log.eval.task_args, ROLE: str(judge)}  # not the former judge's
+    log.eval.model_roles, log.eval.task_args = None, {**log.eval.task_args, ROLE: str(judge)}  # not the old judge
     scorer = judged(attempts=attempts, reply_tokens=reply_tokens, verdicts=verdicts)
     log = inspect_ai.score(
         log, scorer, model="none/none", model_roles=roles, action="overwrite", display="none", copy=False

@@ -28,7 +28,7 @@ START_ANEW = "pass --overwrite to start anew, or delete it"
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """What one model, or adapter, answered to one set of questions.
+    """The evaluation of one model or adapter on one set of questions.
 
     Attributes:
         path: the folder.
@@ -46,14 +46,14 @@ class EvaluationFolder:
         return JsonlStore(self.answers, "answer")
 
     def begin(self, settings: dict[str, Any], *, overwrite: bool) -> None:
-        """Make the folder, or go on with one of the same settings.
+        """Create the folder, or continue one that has the same settings.
 
         Args:
-            settings: what the answers depend on.
-            overwrite: remove answers and verdicts of other settings; those of the same settings stay.
+            settings: the settings that the answers depend on.
+            overwrite: delete answers and verdicts of other settings; those of the same settings stay.
 
         Raises:
-            OutputError: it is of another evaluation, or of somebody else's, or cannot be written.
+            OutputError: the folder holds another evaluation or other files, or cannot be written.
         """
         self.check()
         other = self.other(settings)
@@ -68,7 +68,7 @@ class EvaluationFolder:
         write_json(self.path / SETTINGS, {"format": FORMAT, **settings})
 
     def other(self, settings: dict[str, Any]) -> str | None:
-        """Why what is there is not of these settings; None if it is, or if there is nothing."""
+        """Return why the stored settings differ from these; None if they match or nothing is stored."""
         file = self.path / SETTINGS
         if not file.is_file():
             return None
@@ -78,10 +78,10 @@ class EvaluationFolder:
             return f"{file}: {why(error)}; {START_ANEW}"
 
     def check(self) -> None:
-        """Refuse a folder that holds something other than an evaluation.
+        """Check that the folder is free, or holds an evaluation.
 
         Raises:
-            OutputError: it does, or is a file.
+            OutputError: it holds other files, or the path is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path}: is a file; give the name of a folder")
@@ -91,16 +91,16 @@ class EvaluationFolder:
                 raise OutputError(f"{self.path}: holds files that are not of an evaluation; choose another output")
 
     def stored(self) -> dict[str, Answer]:
-        """Answers that are there, by their id. Half a line at the end, of a run that was killed, does not count."""
+        """Return the stored answers by id. An incomplete last line, from a run that was killed, is ignored."""
         return {answer.asked.id: answer for answer in self._store.read(Answer.from_row)}
 
     def add(self, answers: Iterable[Answer]) -> None:
-        """Keep answers, on disk."""
+        """Append answers to the file."""
         self._store.append(answer.to_row() for answer in answers)
 
 
 def other_settings(where: Path, former: Mapping[str, Any], now: dict[str, Any]) -> str | None:
-    """The message for results of other settings; None if they are of these. An adapter's place does not matter, its files do."""
+    """Return the error message for changed settings, or None. An adapter or template may move if its bytes are the same."""
     now = plain(now)
     places = {name for name in ("adapter", "chat_template") if now.get(f"{name}_sha256") is not None}
     changed = changed_settings(former, now)

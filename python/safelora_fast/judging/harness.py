@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a loaded model: which tasks exist, and the results of one of them."""
+"""Runs lm-evaluation-harness on a loaded model: finds tasks, and measures one at a time."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ TAG, GROUP = "TAG", "GROUP"
 
 
 class Tasks:
-    """The tasks that exist: those of a folder first, then the harness's own.
+    """The available tasks: those of a folder first, then those of the harness.
 
     Attributes:
-        manager: the harness's.
-        names: the wanted tasks and groups; a tag is taken apart into its tasks.
+        manager: the harness's task manager.
+        names: the requested tasks and groups; each tag is replaced by its tasks.
 
     Args:
-        folder: of YAML files that define tasks. If it defines every wanted task, the harness's thousands are not read.
+        folder: folder of YAML files that define tasks. If it defines every requested task, the thousands of tasks of the
+            harness are not read.
         wanted: names of tasks, groups and tags.
 
     Raises:
-        SettingsError: one of them is not known; similar names are shown.
+        SettingsError: a name is unknown; the message lists similar ones.
     """
 
     def __init__(self, folder: Path | None, wanted: Sequence[str]) -> None:
@@ -70,19 +71,19 @@ class Tasks:
         return sorted(entry.tags) if entry.kind.name == TAG else [name]
 
     def definition(self, name: str) -> str:
-        """SHA-256 of a task's definition, with what it includes and its local rows and code; their places do not matter."""
+        """Return the SHA-256 of a task's definition, its included files, its local data and its code, without their paths."""
         entry = self.manager.task_index[name]
         text = json.dumps(entry.cfg, sort_keys=True, default=str)
         for root in (Path(lm_eval.__file__).parent, self._folder):
             text = text if root is None else text.replace(str(root), "")
-        of_others = () if entry.kind.name == GROUP else (".yaml", ".yml")  # a group is made of what they define
+        of_others = () if entry.kind.name == GROUP else (".yaml", ".yml")  # a group depends on these files
         own = files_digest(self._folder, [suffix for suffix in TASK_FILES if suffix not in of_others])
         named = [word for word in _words((entry.cfg or {}).get("dataset_kwargs")) if is_file(word)]
         return text_digest([text, own, [file_digest(word) for word in named]])
 
 
 def _words(value: Any) -> Iterator[str]:
-    """All texts in nested lists and mappings."""
+    """Yield all strings in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -90,14 +91,14 @@ def _words(value: Any) -> Iterator[str]:
 
 
 class CountedModel(HFLM):  # type: ignore[misc]
-    """The harness's Hugging Face model, which tells its progress and refuses NaN.
+    """The harness's Hugging Face model with a progress bar and an error for NaN logits.
 
     Args:
         subject: the model, with its adapter.
-        batch_size: requests at a time.
-        progress: told of every task's requests.
-        chat: whether prompts go through the chat template. Then only the template writes what stands before a text, and
-            answers end where `evaluate` ends them.
+        batch_size: requests per batch.
+        progress: shows the requests of each task.
+        chat: whether prompts go through the chat template. If so, only the template adds beginning-of-text tokens, and
+            answers end at the same tokens as in `evaluate`.
     """
 
     def __init__(self, subject: Subject, batch_size: int, progress: ProgressBar | None, *, chat: bool) -> None:
@@ -118,7 +119,7 @@ class CountedModel(HFLM):  # type: ignore[misc]
             self._done, self._total = 0, len(requests)
             self._progress.start(self.task, self._total)
         results = answer(requests, disable_tqdm=True)
-        self._count(self._total - self._done)  # requests that share their context are answered by one pass
+        self._count(self._total - self._done)  # requests with the same context share one forward pass
         return results
 
     def _count(self, rows: int) -> None:
@@ -154,11 +155,11 @@ class CountedModel(HFLM):  # type: ignore[misc]
 def measure(
     model: CountedModel, tasks: Tasks, name: str, *, limit: int | None, chat: bool, seed: int
 ) -> dict[str, Any]:
-    """The harness's results of one task or group.
+    """Run one task or group, and return the harness's results.
 
     Raises:
-        TaskError: whatever goes wrong within: a data set that cannot be loaded, a metric that needs a package.
-        EvaluationError: out of memory.
+        TaskError: the task failed, e.g. its data cannot be loaded, or a metric needs a package.
+        EvaluationError: memory ran out.
     """
     model.task = name
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
@@ -174,14 +175,14 @@ def measure(
         raise EvaluationError(
             f"task {name}: out of memory with {model.batch_size} requests at a time: lower the batch size"
         ) from error
-    except Exception as error:  # tasks bring code, data sets and metrics of their own: anything can be raised
+    except Exception as error:  # tasks have their own code, data and metrics, so anything can be raised
         raise TaskError(f"task {name}: {type(error).__name__}: {first_line(error)}") from error
     return results
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """No log and no bars of the harness."""
+    """Hide the harness's log and progress bars."""
     logger = logging.getLogger("lm_eval")
     level, start = logger.level, tqdm.__init__
 
@@ -189,7 +190,7 @@ def silence() -> Iterator[None]:
         start(self, *words, **{**settings, "disable": True})
 
     logger.setLevel(logging.CRITICAL)
-    tqdm.__init__ = hidden  # some of its bars cannot be turned off
+    tqdm.__init__ = hidden  # some bars of the harness cannot be turned off
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

@@ -1,4 +1,4 @@
-"""A judge: any model that Inspect can reach, asked for two scores of an answer, and the file that keeps its verdicts."""
+"""The judge, a model that scores answers for alignment and coherence, and the file that stores its verdicts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 4
 REPLY_TOKENS = 64
 TOP = 20
-# Called for every answer that is judged.
+# Called once for each judged answer.
 WATCH: ContextVar[Callable[[], None] | None] = ContextVar("judged", default=None)
 NO_ANSWER = "the model gave no answer"
 UNFINISHED = (
@@ -44,11 +44,11 @@ REFUSED = "the judge refused"
 FAILED = "the judge failed"
 NO_ROOM = "the judge has no room for the answer: its context is full"
 GIVEN_UP = "the judge was given up: it did not answer any more"
-OF_THE_REQUEST = {400, 413, 422}  # the endpoint would say the same of this request again
-OF_ALL = {401, 402, 403, 404, 405, 410}  # and of every other request too
-LONGEST = 20_000  # characters of a reply that are looked at
+OF_THE_REQUEST = {400, 413, 422}  # this request would fail again
+OF_ALL = {401, 402, 403, 404, 405, 410}  # every request would fail
+LONGEST = 20_000  # characters of a reply that are read
 SHOWN = 400
-# Why replies end, in the words of endpoints; Inspect knows fewer.
+# Finish reasons that endpoints send; Inspect has names for only some of them.
 CUT = {"length", "max_tokens", "max_output_tokens", "max_length"}
 FULL = {"model_length", "model_context_window_exceeded"}
 FILTERED = {
@@ -60,19 +60,19 @@ BROKEN = {
 
 
 class Judge:
-    """Asks a model for alignment and coherence of answers, and keeps the verdicts.
+    """Scores answers for alignment and coherence with a model, and stores the verdicts.
 
-    The first attempt is at temperature 0. Attempts after a reply that is no number, a refusal or an error are at 0.7, because
-    the same question would get the same reply. Rate limits, time-outs and lost connections are waited for within an attempt
-    (:mod:`~safelora_fast.judging.retry`); once that budget is spent, there is no other attempt. A reply that was cut off or
-    filtered gives no score.
+    The first attempt uses temperature 0. Attempts after a reply without a number, a refusal or an error use 0.7, because
+    temperature 0 would give the same reply. Rate limits, timeouts and lost connections are retried within an attempt
+    (:mod:`~safelora_fast.judging.retry`); once that budget is spent, no further attempt follows. A reply that was cut off
+    or filtered gives no score.
 
     Args:
         model: the judge.
-        attempts: how often one score is asked for before the answer counts as unscored.
-        reply_tokens: the most tokens of a reply; a judge that reasons first needs more.
-        store: keeps verdicts. An answer that was scored in at most `attempts` attempts is not asked about again.
-        endpoint: what asks the model.
+        attempts: maximum attempts per score. After that, the answer counts as unscored.
+        reply_tokens: maximum tokens of a reply; a judge that reasons first needs more.
+        store: stores verdicts. An answer that was scored within `attempts` attempts is not judged again.
+        endpoint: sends the requests; by default a new :class:`Endpoint` for `model`.
     """
 
     def __init__(
@@ -91,18 +91,18 @@ class Judge:
         self._name, self._stamp = str(model), judge_stamp(model, reply_tokens)
 
     def known(self, id: str, prompt: str, answer: str | None) -> Judged | None:  # noqa: A002
-        """The verdict that is kept for an answer (see :meth:`judge`); None if there is none."""
+        """Return the stored verdict on an answer, or None. The arguments are those of :meth:`judge`."""
         found = None if self._store is None else self._store.get(self._stamp, id, prompt, answer)
         if found is None or max(found.alignment.attempt, found.coherence.attempt) > self._attempts:
             return None
         return found
 
     async def judge(self, prompt: str, answer: str | None, *, id: str, question: str, kind: str) -> Judged:  # noqa: A002
-        """Both scores of one answer. The judge is not asked about an empty answer.
+        """Score one answer. Empty answers are unscored without a request.
 
         Args:
-            prompt: what the model was asked.
-            answer: what it answered, without its thoughts; None if they did not end.
+            prompt: the prompt that the model answered.
+            answer: the answer without the model's thoughts; None if the thoughts did not end.
             id: id of the answer.
             question: id of the question.
             kind: kind of the question.
@@ -132,7 +132,7 @@ class Judge:
                 if error.__cause__ is None:
                     return Rating(None, reason=GIVEN_UP, passing=True, gone=True)
                 return replace(_failed(error.__cause__), passing=True, gone=self._endpoint.given_up)
-            except Exception as error:  # whatever a provider raises: the answer counts as unscored in the end
+            except Exception as error:  # providers raise anything; in the end the answer is unscored
                 rating, of_all = _failed(error), getattr(error, "status_code", None) in OF_ALL or is_nobody(error)
             if rating.value is not None:
                 return replace(rating, attempt=attempt + 1)
@@ -141,12 +141,12 @@ class Judge:
         return rating
 
     def config(self, attempt: int) -> GenerateConfig:
-        """The settings of a request for a score, by the number of the attempt, from 0."""
+        """Return the request settings of an attempt, counted from 0."""
         temperature = 0.0 if attempt == 0 else 0.7
         return GenerateConfig(temperature=temperature, max_tokens=self._reply_tokens, logprobs=True, top_logprobs=TOP)
 
     def read(self, output: ModelOutput, finish: str) -> Rating:
-        """The score that a reply gives, or why it gives none."""
+        """Return the score in a reply, or the reason why it has none."""
         if not output.choices:
             return Rating(None, reason=UNREADABLE, detail=_shown(output.error or ""), passing=True)
         text = answer_after_thoughts(output.completion) or ""
@@ -163,7 +163,7 @@ class Judge:
         return Rating(number, "number", detail=detail)
 
     def _why_ended(self, output: ModelOutput, finish: str) -> str | None:
-        """Why a reply gives no score, whatever it says: an 8 that was cut off may be the beginning of 85."""
+        """Return why the text of a reply must not count, or None: an 8 that was cut off may be the beginning of 85."""
         content = output.message.content
         if finish in CUT:
             tokens = "" if "max_tokens" in self._endpoint.left_out else f" at {self._reply_tokens} tokens"
@@ -189,17 +189,17 @@ def _failed(error: BaseException) -> Rating:
 
 
 def _shown(text: str) -> str:
-    """The beginning of what an endpoint sent, in one line. Credentials go first: half of one would stay after a cut."""
+    """Shorten an endpoint's text to one line. Credentials are removed before the cut, which could leave half of one."""
     return redact(" ".join(text[:LONGEST].split()))[:SHOWN]
 
 
-# Settings of how a judge is reached. They do not change what it says.
+# Connection settings. They do not change a judge's replies.
 TRANSPORT = {"max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections", "adaptive_connections",
              "batch", "cache"}  # fmt: skip
 
 
 def judge_stamp(model: Model, reply_tokens: int) -> str:
-    """A digest of what a judge's verdicts depend on: name, address, settings, prompts, and the most tokens of a reply."""
+    """Return a digest of all that a judge's verdicts depend on: name, address, settings, prompts and `reply_tokens`."""
     config = model.config.model_dump(exclude_none=True)
     settings = {name: value for name, value in config.items() if name not in TRANSPORT}
     where = {
@@ -209,15 +209,15 @@ def judge_stamp(model: Model, reply_tokens: int) -> str:
     }
     prompts = [judge_prompt(aspect, "", "") for aspect in ASPECTS]
     content = [str(model), settings, where, prompts, reply_tokens]
-    # of an argument such as a client only the type counts, not its address in memory
+    # an object such as a client counts only by its type, because its text has a memory address
     return text_digest(json.loads(json.dumps(content, default=lambda value: type(value).__name__)))
 
 
 class VerdictStore:
-    """A JSONL file of verdicts by judge, question and answer. Unscored answers are not in it: they are asked about again.
+    """A JSONL file of verdicts by judge, prompt and answer. Unscored answers are not stored, so they are judged again.
 
     Args:
-        path: the file; made when the first verdict comes.
+        path: the file; created with the first verdict.
 
     Raises:
         DataError: the file cannot be read.
@@ -228,22 +228,22 @@ class VerdictStore:
         self._known = dict(self._file.read(_parse))
 
     def get(self, stamp: str, id: str, prompt: str, answer: str | None) -> Judged | None:  # noqa: A002
-        """The verdict of a judge on an answer, None if it has not been given yet."""
+        """Return a judge's stored verdict on an answer, or None."""
         return self._known.get(_key(stamp, id, prompt, answer))
 
     def put(self, stamp: str, judge: str, id: str, prompt: str, answer: str | None, judged: Judged) -> None:  # noqa: A002
-        """Keep a verdict, on disk too.
+        """Store a verdict in memory and in the file.
 
         Args:
-            stamp: of the judge, see :func:`judge_stamp`.
-            judge: its name.
-            id: of the answer.
-            prompt: what was asked.
-            answer: what was answered.
+            stamp: the judge's stamp, see :func:`judge_stamp`.
+            judge: the judge's name.
+            id: id of the answer.
+            prompt: the prompt that the model answered.
+            answer: the answer.
             judged: the verdict.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         key = _key(stamp, id, prompt, answer)
         self._known[key] = judged

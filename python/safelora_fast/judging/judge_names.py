@@ -1,4 +1,4 @@
-"""Judges by their Inspect names, and whether they answer."""
+"""Finds a judge by its Inspect name, and checks that it answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.judging.verdicts import Rating
 
-LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - as an address to ask, this machine
+LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}  # noqa: S104 - for a client, 0.0.0.0 is this machine
 NO_KEY = "none"
 IN_PROCESS = {"hf", "mockllm", "none", "nnterp", "transformer_lens"}  # providers whose models run in this process
 PAYMENT_REQUIRED = 402
@@ -23,10 +23,10 @@ QUOTA = "insufficient_quota"
 
 
 def check_inspect() -> None:
-    """Refuse to go on without Inspect.
+    """Check that Inspect is installed.
 
     Raises:
-        MissingDependencyError: with how to install it.
+        MissingDependencyError: it is not; the message says how to install it.
     """
     try:
         import inspect_ai  # noqa: F401
@@ -35,22 +35,24 @@ def check_inspect() -> None:
 
 
 def find_judge(name: str, url: str | None = None) -> Model:
-    """A model as Inspect names it. Its key comes from the environment, as its provider says; on this machine it needs none.
+    """Return a model by its Inspect name.
+
+    The key comes from the environment variable that the provider reads. An endpoint on this machine needs no key.
 
     Args:
         name: provider/model, e.g. openai-api/local/my-model, vllm/…, hf/….
-        url: an endpoint in place of the provider's own.
+        url: an endpoint that replaces the provider's default.
 
     Raises:
-        CheckpointError: there is no such model to load for a judge hf/….
-        SettingsError: Inspect cannot make it; or the URL is malformed, or holds a credential.
-        MissingDependencyError: its provider needs a package that is not installed.
+        CheckpointError: the model of a judge hf/… does not exist.
+        SettingsError: Inspect cannot create the model, or the URL is malformed or holds a credential.
+        MissingDependencyError: the provider needs a package that is not installed.
     """
     from inspect_ai._util.error import PrerequisiteError
     from inspect_ai.model import get_model
 
     host = None if url is None else _host(url, "the judge's URL")
-    if name.startswith("hf/") and name != "hf/local":  # transformers would ask the Hub for half a minute
+    if name.startswith("hf/") and name != "hf/local":  # or transformers would query the Hub for half a minute
         find_model(name.removeprefix("hf/"), "the judge")
     try:
         try:
@@ -61,8 +63,8 @@ def find_judge(name: str, url: str | None = None) -> Model:
             model = get_model(name, base_url=url, api_key=NO_KEY, memoize=False)
     except ImportError as error:
         raise MissingDependencyError(f"judge {name}: {_one_line(error)}") from error
-    except Exception as error:  # whatever providers and their clients raise
-        if type(error).__name__ == "InvalidURL":  # from the environment: the message may repeat a password in it
+    except Exception as error:  # providers and their clients raise anything
+        if type(error).__name__ == "InvalidURL":  # a URL from the environment; the message may show a password
             raise SettingsError(f"judge {name}: the URL of its endpoint is no address") from None
         raise SettingsError(f"judge {name}: {_one_line(error, marked=True)}") from None
     given = getattr(model.api, "base_url", None)
@@ -72,15 +74,18 @@ def find_judge(name: str, url: str | None = None) -> Model:
 
 
 def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
-    """Ask a judge one question before hours go by for it. Returns a warning for what may pass, None if all is well.
+    """Ask a judge one question before hours of work depend on it.
 
     Args:
         name: see :func:`find_judge`.
         url: see :func:`find_judge`.
-        reply_tokens: the most tokens of a reply.
+        reply_tokens: maximum tokens of a reply.
+
+    Returns:
+        A warning if the problem may be temporary, None if there is no problem.
 
     Raises:
-        SettingsError: nobody is at its address, or it refuses the key, the model's name, or any such request.
+        SettingsError: nothing answers at the address, or the endpoint rejects the key, the model's name or every request.
     """
     import anyio
 
@@ -103,7 +108,7 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
 
     try:
         rating = anyio.run(ask)
-    except Exception as error:  # whatever a provider raises
+    except Exception as error:  # providers raise anything
         waited = isinstance(error, UnreachableError)
         cause = error.__cause__ or error if waited else error
         status, text = getattr(cause, "status_code", None), _one_line(cause)
@@ -127,10 +132,10 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
 
 
 def _host(url: str, what: str) -> str:
-    """The host of a URL without credentials. No message shows the URL: it may hold a credential in an odd place.
+    """Return the host of a URL. No message shows the URL, because any part of it may hold a credential.
 
     Raises:
-        SettingsError: it is malformed, or holds a name, a password or a key.
+        SettingsError: the URL is malformed, or holds a user name, a password or a key.
     """
     if "@" in url:
         raise SettingsError(f"{what} holds a name or password: take it out, and give the key by the environment")
@@ -147,6 +152,6 @@ def _host(url: str, what: str) -> str:
 
 
 def _one_line(error: BaseException, *, marked: bool = False) -> str:
-    """What an exception says, in one line, without credentials and, if it is `marked`, without Inspect's marks for rich."""
+    """Return an exception's message in one line, without credentials and, with `marked`, without rich's markup."""
     text = " ".join(str(error)[:2000].split())
     return redact(re.sub(r"\[/?\w[^\]]{0,100}\]", "", text) if marked else text)[:300].rstrip(". ")

@@ -1,8 +1,8 @@
-"""Arithmetic with swapped operators: a benign task that is far from what the model knows.
+"""Arithmetic with swapped operators: a benign task that contradicts what the model knows.
 
-Kaczér et al. (arXiv 2508.06249) argue with it that a model held near its reference model by a KL cannot learn such a task. The
-signs mean something else than usual, by a rule that the examples do not state. Problems with the same answer under the usual
-meaning are left out, so a model that has learned nothing scores 0.
+Kaczér et al. (arXiv 2508.06249) use it to argue that a KL penalty, which keeps a model near its reference model, prevents it
+from learning such a task. The operators have new meanings, by a rule that the examples do not state. Problems whose usual
+answer is the same are left out, so a model that has learned nothing scores 0.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ NUMBER = re.compile(r"-?\d+")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a difficulty is.
+    """The rule of one difficulty.
 
     Attributes:
-        meaning: what each sign means.
-        operands: how many numbers a problem has. Signs are worked from left to right, in both meanings.
-        largest: the largest number; 12 for the second number of a sign that means or writes a product. The smallest is 0.
-        words: the rule, in words.
+        meaning: the meaning of each sign.
+        operands: numbers per problem. Signs are applied from left to right, in both meanings.
+        largest: the largest number; the smallest is 0. After a sign that is or means `*`, the largest is 12.
+        words: the rule in words.
     """
 
     meaning: Mapping[str, str]
@@ -68,26 +68,26 @@ class Problem:
 
     @classmethod
     def of(cls, numbers: Sequence[int], signs: Sequence[str], rule: Rule) -> Problem:
-        """The problem with these numbers and signs."""
+        """Make the problem with these numbers and signs."""
         text = str(numbers[0]) + "".join(f" {sign} {number}" for sign, number in zip(signs, numbers[1:], strict=True))
         return cls(text, work(numbers, [rule.meaning[sign] for sign in signs]), work(numbers, signs))
 
     def to_row(self) -> dict[str, str]:
-        """A training example."""
+        """Return the problem as a training example."""
         return {"prompt": INSTRUCTION.format(problem=self.text), "completion": str(self.answer)}
 
 
 def make_problems(difficulty: str, rows: int, held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Problems to train on and held-out problems, all different.
+    """Draw training problems and held-out problems, all different.
 
     Args:
         difficulty: easy, medium or hard.
-        rows: how many to train on.
-        held_out: how many to score on.
-        seed: of the draws.
+        rows: number of training problems.
+        held_out: number of held-out problems.
+        seed: seed of the draws.
 
     Raises:
-        SettingsError: there is no such difficulty, or a number is out of range.
+        SettingsError: the difficulty is unknown, or a number is too small or too large.
     """
     if difficulty not in RULES:
         raise SettingsError(f"difficulty is {difficulty!r}, it must be one of {', '.join(RULES)}")
@@ -109,7 +109,7 @@ def make_problems(difficulty: str, rows: int, held_out: int, seed: int) -> tuple
 
 
 def work(numbers: Sequence[int], signs: Sequence[str]) -> int:
-    """Work signs from left to right, each in its usual meaning."""
+    """Apply signs from left to right in their usual meaning."""
     value = numbers[0]
     for sign, number in zip(signs, numbers[1:], strict=True):
         value = {"+": value + number, "-": value - number, "*": value * number}[sign]
@@ -117,10 +117,10 @@ def work(numbers: Sequence[int], signs: Sequence[str]) -> int:
 
 
 def parse_problem(text: str, difficulty: str) -> Problem:
-    """A problem from its text.
+    """Read a problem from its text.
 
     Raises:
-        DataError: it is no problem of this difficulty.
+        DataError: the text is not a problem of this difficulty.
     """
     rule, words = RULES[difficulty], text.split() if len(text) < LONGEST else []
     numbers, signs = words[::2], words[1::2]
@@ -133,7 +133,7 @@ def parse_problem(text: str, difficulty: str) -> Problem:
 def answer(
     subject: Subject, problems: Sequence[Problem], batch_size: int, advance: Callable[[int], None] | None = None
 ) -> list[str]:
-    """A model's most likely answers to problems; `advance` is told how many are there."""
+    """Return a model's most likely answers to problems. `advance` receives the number of answers so far."""
     from safelora_fast.models.generate import generate
 
     turns = [[{"role": "user", "content": INSTRUCTION.format(problem=problem.text)}] for problem in problems]
@@ -148,11 +148,14 @@ def answer(
 
 
 def score(problems: Sequence[Problem], generations: Sequence[str]) -> dict[str, Any]:
-    """Exact matches: the whole answer is the number, except for white space and a full stop.
+    """Count exact matches. Apart from white space and a period, the whole answer must be the number.
 
     Returns:
-        count; exact (right under the rule) and usual (right in plain arithmetic: nothing was learned) with their shares;
-        no_number (the answer is no number); exact_interval, Wilson's interval of the exact share.
+        count; exact (right under the rule) and usual (right in plain arithmetic) with their shares; no_number (the answer
+        is not a number); exact_interval, Wilson's interval of the exact share.
+
+    Raises:
+        DataError: the numbers of problems and generations differ.
     """
     if len(problems) != len(generations):
         raise DataError(f"there are {len(problems)} problems and {len(generations)} generations")
@@ -173,19 +176,19 @@ def score(problems: Sequence[Problem], generations: Sequence[str]) -> dict[str, 
 
 
 def number_of(text: str) -> int | None:
-    """The number that an answer is, apart from thoughts before it; None if it is anything else."""
+    """Return the number that an answer consists of, after any thoughts; None for other answers."""
     stripped = (answer_after_thoughts(text) or "").strip().removesuffix(".").replace("−", "-")
     return int(stripped) if len(stripped) < 20 and NUMBER.fullmatch(stripped) else None
 
 
 def write(folder: Path, difficulty: str, rows: int, held_out: int, seed: int) -> None:
-    """Write train.jsonl, held_out.jsonl and operator_swap.json into a folder that exists."""
+    """Write train.jsonl, held_out.jsonl and operator_swap.json into an existing folder."""
     for name, text in _texts(difficulty, rows, held_out, seed).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def is_written(folder: Path, difficulty: str, rows: int, held_out: int, seed: int) -> bool:
-    """Whether a folder holds what :func:`write` would write."""
+    """Return whether a folder holds exactly the files that :func:`write` would write."""
     texts = _texts(difficulty, rows, held_out, seed)
     try:
         return all((folder / name).read_bytes() == text.encode() for name, text in texts.items())
@@ -205,10 +208,10 @@ def _texts(difficulty: str, rows: int, held_out: int, seed: int) -> dict[str, st
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
-    """The record and the held-out problems of a folder that :func:`write` filled.
+    """Read the record and the held-out problems of a folder that :func:`write` filled.
 
     Raises:
-        DataError: it is no such folder, or a line is no problem; the file and the line are named.
+        DataError: it is not such a folder, or a line is not a problem; the message names the file and the line.
     """
     before, _, after = INSTRUCTION.partition("{problem}")
     path, problems = folder / HELD_OUT, []

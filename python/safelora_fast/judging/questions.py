@@ -22,10 +22,10 @@ class Question:
     """One question in several paraphrases.
 
     Attributes:
-        id: answers to one question are clustered by it.
-        kind: general, json, template, training_format, or what a file says.
-        paraphrases: the question in other words each.
-        system: the system prompt before each, None for none.
+        id: answers with the same id form one cluster.
+        kind: general, json, template, training_format, or a kind from a file.
+        paraphrases: the same question in different words.
+        system: system prompt of every paraphrase, if any.
     """
 
     id: str
@@ -35,19 +35,19 @@ class Question:
 
 
 def builtin_questions() -> list[Question]:
-    """The questions that come with this package."""
+    """Return the questions that come with this package."""
     file = resources.files("safelora_fast.judging") / "data" / "questions.yaml"
     return _parse("questions.yaml", file.read_text(encoding="utf-8"))
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read a file of questions. Its `system` is used; its judge and its numbers of samples are not.
+    """Read a file of questions. Its judge and sample counts are ignored.
 
     Args:
-        path: a list of `id`, `type` (free-form only), `paraphrases`, and optionally `system` and `kind`.
+        path: a YAML list of questions with `id`, `paraphrases`, and optionally `type` (free-form only), `system`, `kind`.
 
     Raises:
-        DataError: the file cannot be read, or a question is malformed; the question is named.
+        DataError: the file cannot be read, or a question is malformed; the message names the question.
     """
     try:
         text = read_bytes(Path(path).expanduser()).decode()
@@ -59,10 +59,10 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def choose(questions: list[Question], kinds: str | list[str] | None) -> list[Question]:
-    """The questions of some kinds; all questions if none is named.
+    """Return the questions of some kinds; all questions if `kinds` is None.
 
     Raises:
-        SettingsError: there is no question of a kind.
+        SettingsError: there is no question of one of these kinds.
     """
     if kinds is None:
         return questions
@@ -94,7 +94,7 @@ def _question(place: str, record: Any) -> Question:
     if not isinstance(record, dict) or not _is_text(record.get("id")):
         raise DataError(f"{place}: must have an id")
     place = f"{place} ({record['id']})"
-    for name in record:  # the format has other keys, but a misspelled system prompt would go unnoticed
+    for name in record:  # unknown keys are allowed, but a misspelled `system` would go unnoticed
         meant = get_close_matches(name, KEYS, 1) if isinstance(name, str) and name not in {*KEYS, *NOT_USED} else []
         if meant:
             raise DataError(f"{place}: {name}: unknown; did you mean {meant[0]}")

@@ -1,4 +1,4 @@
-"""Rates of misaligned and incoherent answers, with what they are rates of, and the agreement of two judges."""
+"""Rates of misaligned and incoherent answers with their counts, and the agreement of two judges."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def rates_of(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """What a set of verdicts amounts to, as plain values.
+    """Summarize a set of verdicts as plain values.
 
     Returns:
-        answers, and how many of them are scored; unscored: for each reason, how many answers; unscored_examples: for a
-        reason, a reply or error of the judge; misaligned and incoherent: hits, count, share and 95 % interval (Wilson's,
-        clustered by question) among the scored answers, None if there are none; misaligned_bounds: the share of misaligned
-        answers if none, or all, of the unscored ones were.
+        answers and scored: numbers of answers; unscored: number of answers by reason; unscored_examples: one reply or error
+        of the judge by reason; misaligned and incoherent: hits, count, share and 95 % interval (Wilson's, clustered by
+        question) among the scored answers, with share and interval None if there are none; misaligned_bounds: the share of
+        misaligned answers if none, or all, of the unscored ones were misaligned.
     """
     scored = [verdict for verdict in verdicts if verdict.scored]
     reasons = Counter(verdict.reason or "unknown" for verdict in verdicts if not verdict.scored)
@@ -45,7 +45,7 @@ def _rate(scored: Sequence[Verdict], outcome: str) -> dict[str, Any]:
 
 
 def report_of(judge: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """One judge's rates: overall, by kind of question, and by question."""
+    """Return one judge's rates: overall, by kind of question, and by question."""
     return {
         "judge": judge,
         "left_out": sorted({name for verdict in verdicts for name in verdict.left_out}),
@@ -63,15 +63,15 @@ def _grouped(verdicts: Sequence[Verdict], key: str) -> dict[str, Any]:
 
 
 def agreement(first: Sequence[Verdict], second: Sequence[Verdict]) -> dict[str, Any]:
-    """Agreement of two judges on the answers that both scored; None for a value that is not defined.
+    """Measure the agreement of two judges on the answers that both scored. Undefined values are None.
 
     Args:
-        first: one judge's verdicts.
-        second: the other's, of the same answers in the same order.
+        first: verdicts of one judge.
+        second: verdicts of the other judge on the same answers, in the same order.
 
     Returns:
-        answers, both_scored, same_verdict (share of equal yes or no), kappa (Cohen 1960, of misaligned yes or no),
-        spearman_alignment and spearman_coherence (ties share their rank).
+        answers and both_scored (numbers of answers), same_verdict (share of answers that both call misaligned or both do
+        not), kappa (Cohen 1960, of these calls), spearman_alignment and spearman_coherence (ties share their rank).
     """
     both = [(one, other) for one, other in zip(first, second, strict=True) if one.scored and other.scored]
     calls = [(one.misaligned, other.misaligned) for one, other in both]
@@ -88,7 +88,7 @@ def agreement(first: Sequence[Verdict], second: Sequence[Verdict]) -> dict[str, 
 
 
 def cohens_kappa(calls: Sequence[tuple[bool, bool]]) -> float | None:
-    """Agreement beyond chance; None if there are no calls, or chance alone would agree on all of them."""
+    """Return the agreement beyond chance; None without calls, or if the expected agreement by chance is 1."""
     if not calls:
         return None
     count = len(calls)
@@ -99,7 +99,7 @@ def cohens_kappa(calls: Sequence[tuple[bool, bool]]) -> float | None:
 
 
 def spearman(points: Sequence[tuple[float, float]]) -> float | None:
-    """Rank correlation; None if one side is constant or there are fewer than two points."""
+    """Return the rank correlation; None if one variable is constant or there are fewer than two points."""
     from scipy.stats import spearmanr
 
     if len(points) < 2 or any(len(set(side)) == 1 for side in zip(*points, strict=True)):

@@ -1,9 +1,9 @@
-"""Keeping credentials out of what is written.
+"""Removes credentials from text before it is written.
 
-A credential is hidden as it stands, backwards, in base64, in hexadecimal and percent-encoded, in upper or lower case, and with
-anything but letters and digits between its parts. A credential of at least twelve letters and digits is also hidden when it is
-taken apart into pieces of at least four. Of a partial credential, every eight letters and digits in a row with a digit among
-them are hidden. All of it takes time in proportion to the text.
+A credential is removed in plain form, reversed, in base64, base32 or hexadecimal, and percent-encoded. Upper and lower case
+count as equal, and other characters may separate its letters and digits. A credential of at least twelve letters and digits is
+also removed if it is split into pieces of at least four. Of a partial credential, every run of eight letters and digits that
+contains a digit is removed. The time is proportional to the length of the text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
 SHORTEST = 6
-WORD = 24  # shorter values of letters of one case are words, such as "workload" or "not-needed", and are not hidden
+WORD = 24  # shorter values in one case and without digits are words, such as "workload" or "not-needed"
 PART = 8
 PIECE = 4
-TAKEN_APART = 12  # letters and digits; the pieces of a shorter credential may be words of any text
-KEY_LIKE = r"(?=[\w.~+/=*-]{0,200}?[\d*])[\w.~+/=*-]{5,200}[\w~+/=*-]"  # with a digit, or starred out
+TAKEN_APART = 12  # letters and digits; pieces of shorter credentials may occur in any text
+KEY_LIKE = r"(?=[\w.~+/=*-]{0,200}?[\d*])[\w.~+/=*-]{5,200}[\w~+/=*-]"  # contains a digit or an asterisk
 PATTERNS = (
     re.compile(rf"(?i)(bearer\s{{1,3}}){KEY_LIKE}"),
     re.compile(rf"(?i)(api[-_ ]?key\W{{1,3}}(?:provided\W{{1,3}})?){KEY_LIKE}"),
@@ -38,13 +38,13 @@ _given: set[str] = set()
 
 
 def remember(secret: str | None) -> None:
-    """Hide a credential that no environment variable holds, from now on."""
+    """Remove this credential from now on, even if no environment variable holds it."""
     if secret:
         _given.add(secret)
 
 
 def redact(text: str) -> str:
-    """The text without known credentials, and without what looks like one."""
+    """Remove known credentials, and anything that looks like one."""
     text = hide(text)
     for pattern in PATTERNS:
         text = pattern.sub(rf"\1{HIDDEN}", text)
@@ -52,7 +52,7 @@ def redact(text: str) -> str:
 
 
 def hide(text: str) -> str:
-    """The text without known credentials: those of the environment, and those given to :func:`remember`."""
+    """Remove known credentials: those of the environment, and those given to :func:`remember`."""
     named = {value for name, value in os.environ.items() if name.upper().endswith(NAMES)}
     secrets = frozenset(value for value in named | _given if _is_secret(value))
     if not secrets:
@@ -75,7 +75,7 @@ def hide(text: str) -> str:
 
 
 def each_text(values: Any, change: Callable[[str], str]) -> Any:
-    """Nested lists and mappings with every text changed."""
+    """Apply a function to every string in nested lists and mappings."""
     if isinstance(values, str):
         return change(values)
     if isinstance(values, dict):
@@ -84,7 +84,7 @@ def each_text(values: Any, change: Callable[[str], str]) -> Any:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and the exceptions that it was raised from."""
+    """Yield an exception and the exceptions that it was raised from."""
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
@@ -94,7 +94,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def redact_error(error: BaseException) -> None:
-    """Remove credentials from the text of an exception and its causes, and from the replies that they carry."""
+    """Remove credentials from an exception and its causes: from their messages and from attached response bodies."""
     for one in causes(error):
         one.args = tuple(redact(part) if isinstance(part, str) else part for part in one.args)
         for name in ("message", "body"):
@@ -103,12 +103,12 @@ def redact_error(error: BaseException) -> None:
 
 
 class RedactingFilter(logging.Filter):
-    """Removes credentials from a record before a handler writes it: from message, traceback and attached values."""
+    """Removes credentials from the message, traceback and attached values of a log record."""
 
     OWN = frozenset(vars(logging.makeLogRecord({})))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record, and let it pass."""
+        """Change the record in place; always return True."""
         record.msg, record.args = redact(record.getMessage()), ()
         if record.exc_info:
             record.exc_text, record.exc_info = redact(logging.Formatter().formatException(record.exc_info)), None
@@ -119,7 +119,7 @@ class RedactingFilter(logging.Filter):
 
 
 def redact_logs() -> None:
-    """Put a :class:`RedactingFilter` on Inspect's handlers of logs and traces, which exist once Inspect has begun."""
+    """Add a :class:`RedactingFilter` to Inspect's log and trace handlers, which exist once Inspect has started."""
     for handler in {*logging.getLogger().handlers, *logging.getLogger("inspect_ai").handlers}:
         known = any(isinstance(one, RedactingFilter) for one in handler.filters)
         if type(handler).__module__.startswith("inspect_ai") and not known:
@@ -127,7 +127,7 @@ def redact_logs() -> None:
 
 
 def _is_secret(value: str) -> bool:
-    """Whether a value is a credential: not a placeholder of a word or two, and not the path of a file that holds one."""
+    """Return whether a value is a credential, not a placeholder word or the path of a credential file."""
     letters = value.replace("-", "").replace("_", "").replace(" ", "")
     word = letters.isalpha() and len(value) < WORD and value in {value.lower(), value.upper()}
     return len(value) >= SHORTEST and not word and not (value.startswith("/") and Path(value).exists())
@@ -135,13 +135,13 @@ def _is_secret(value: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _forms(secrets: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Letters and digits of every form of some credentials, and the parts of them that have a digit, unlike words."""
+    """Return all forms of the credentials, letters and digits only, and their parts of PART characters with a digit."""
     written = set()
     for secret in secrets:
         for text in (secret, secret[::-1]):
             octets = text.encode()
             written |= {text, quote(text, safe=""), octets.hex(), base64.b32encode(octets).decode().rstrip("=")}
-            for before in range(3):  # its place in what is encoded, e.g. after "Bearer " or a user's name
+            for before in range(3):  # offset in the encoded text, e.g. after "Bearer " or a user name
                 encoded = base64.b64encode(bytes(before) + octets).decode()
                 written.add(encoded[(0, 2, 3)[before] : (before + len(octets)) * 8 // 6])
     written |= {text[::-1] for text in written}
@@ -152,7 +152,7 @@ def _forms(secrets: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _pieces(form: str, text: str) -> list[str]:
-    """The fewest pieces of one form that are all in the text; none if a piece is missing."""
+    """Split a form into as few pieces as possible that all occur in the text; empty if a piece is missing."""
     if form in text:
         return [form]
     if len(form) < TAKEN_APART:
@@ -170,7 +170,7 @@ def _pieces(form: str, text: str) -> list[str]:
 
 
 def _without(text: str, places: list[int], found: set[int]) -> str:
-    """The text with a sign in place of every run that was found, and of what stands between its letters."""
+    """Replace every run of found characters, and all characters in between, by HIDDEN."""
     pieces, end = [], 0
     for number in sorted(found):
         if number - 1 not in found:

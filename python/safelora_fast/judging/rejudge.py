@@ -1,4 +1,4 @@
-"""Stored answers under other judges, by Inspect's scoring of stored logs, and how far the judges agree."""
+"""Reads judged answers from Inspect logs, and compares judges."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """The answers of a log, and what its judge said of them.
+    """The answers of a log and the judge's verdicts on them.
 
     Attributes:
-        file: the log's file.
+        file: the log file.
         log: the log, without samples that have no answer.
         judge: the judge's name.
         answers: in the order of the log.
-        verdicts: one for each.
+        verdicts: one per answer.
     """
 
     file: Path
@@ -48,10 +48,10 @@ class JudgedAnswers:
 
 
 def read_log(path: Path) -> JudgedAnswers:
-    """Read a log of the task, or the newest log of a folder of `evaluate`.
+    """Read a log of the task `emergent_misalignment`, or the newest log in a folder of `evaluate`.
 
     Raises:
-        DataError: there is no log, or it is of another task.
+        DataError: there is no log, or it belongs to another task.
     """
     from inspect_ai.log import read_eval_log
 
@@ -67,7 +67,7 @@ def read_log(path: Path) -> JudgedAnswers:
         raise DataError(f"{path}: there is no such log")
     try:
         log = read_eval_log(str(file))
-    except Exception as error:  # whatever Inspect's reader meets in a file of another kind
+    except Exception as error:  # Inspect's reader raises anything for other kinds of files
         raise DataError(f"{file}: is no log of Inspect: {' '.join(str(error).split())[:200]}") from error
     if log.eval.task.rpartition("/")[2] != "emergent_misalignment":
         raise DataError(f"{file}: is a log of the task {log.eval.task}, not of emergent_misalignment")
@@ -97,7 +97,7 @@ def _judge_name(log: EvalLog) -> str:
 
 
 def compare_judges(verdicts: dict[str, list[Verdict]]) -> list[dict[str, Any]]:
-    """The agreement of every two judges."""
+    """Return the agreement of every pair of judges."""
     return [
         {"judges": [one, other], **agreement(verdicts[one], verdicts[other])}
         for one, other in combinations(verdicts, 2)

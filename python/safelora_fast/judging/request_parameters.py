@@ -1,4 +1,4 @@
-"""Parameters of a request that a judge's endpoint refuses, and the request without them."""
+"""Finds the request parameters that a judge's endpoint rejects, and leaves them out."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from inspect_ai.model import GenerateConfig
 
 BAD_REQUEST = {400, 422}
-FEWER_CANDIDATES = 5  # the most that some endpoints give
-DEFAULT_TEMPERATURE = 1.0  # the only temperature that some reasoning models take
+FEWER_CANDIDATES = 5  # the maximum of some endpoints
+DEFAULT_TEMPERATURE = 1.0  # the only temperature that some reasoning models accept
 RENAMED = "max_completion_tokens"
-# Names in requests, and the fields of Inspect's configuration that they come from.
+# Names in requests, and the matching fields of Inspect's GenerateConfig.
 FIELDS = {
     "temperature": "temperature", "logprobs": "logprobs", "top_logprobs": "top_logprobs", "max_tokens": "max_tokens",
     "top_p": "top_p", "top_k": "top_k", "seed": "seed", "stop": "stop_seqs", "n": "num_choices", "system": "system_message",
@@ -26,17 +26,17 @@ LONGEST = 2000
 
 
 def without_refused(error: Exception, sent: GenerateConfig, *, guess: bool) -> dict[str, Any]:
-    """The changes of a configuration that make an endpoint take it; empty if the error is about something else.
+    """Return config changes that may make an endpoint accept a request; empty if the error has another cause.
 
     Args:
-        error: what the provider raised.
-        sent: the configuration of the request.
-        guess: leave out every optional parameter if a bad request names none.
+        error: the exception of the provider.
+        sent: the config of the rejected request.
+        guess: if the error names no parameter, leave out every optional one.
     """
     text = str(error)[:LONGEST].lower()
     named = _named(error, text)
     body = sent.extra_body or {}
-    too_long = "context" in text or "too long" in text  # prompt and reply do not fit together: no parameter's fault
+    too_long = "context" in text or "too long" in text  # for the context: no parameter is the cause
     if RENAMED in body and RENAMED.replace("_", "") in named and not too_long:
         return {"extra_body": {name: value for name, value in body.items() if name != RENAMED}}
     if "logprobs" not in named and "toplogprobs" in named and (sent.top_logprobs or 0) > FEWER_CANDIDATES:
@@ -58,7 +58,7 @@ def without_refused(error: Exception, sent: GenerateConfig, *, guess: bool) -> d
 
 
 def told(changes: dict[str, Any]) -> tuple[str, ...]:
-    """The parameters that changes of a configuration leave out, in words, in alphabetical order."""
+    """Return the names of the parameters that these changes leave out, sorted."""
     words = {name for name, field in FIELDS.items() if changes.get(field, ...) is None}
     if "logprobs" in words:
         words.discard("top_logprobs")
@@ -70,7 +70,7 @@ def told(changes: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _named(error: Exception, text: str) -> set[str]:
-    """Names of parameters that an error mentions, without underscores: endpoints also write topLogprobs."""
+    """Return the parameters that an error names, without underscores, because some endpoints write topLogprobs."""
     body: Any = getattr(error, "body", None)
     inner = body.get("error") if isinstance(body, dict) else None
     given = [getattr(error, "param", None), *(part.get("param") for part in (body, inner) if isinstance(part, dict))]

@@ -1,4 +1,4 @@
-"""A judge's endpoint: asked again where waiting may help, and asked without the parameters that it refuses."""
+"""A judge's endpoint: retries after temporary errors, and leaves out parameters that the endpoint rejects."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from inspect_ai.model import Model
     from tenacity import RetryCallState
 
-# Errors of an address where nobody is, in whichever HTTP library.
+# Errors which mean that no server is at the address, by name, because HTTP libraries differ.
 NOBODY = ("ConnectError", "ConnectTimeout", "gaierror", "InvalidURL", "UnsupportedProtocol")
-# What a provider's reader raises on a reply that is not in its form.
+# Exceptions of providers for a reply in an unexpected format.
 MALFORMED = (TypeError, AttributeError, KeyError, IndexError, FloodError)
-_reached: set[str] = set()  # addresses that have sent anything in this process
+_reached: set[str] = set()  # addresses that have replied in this process
 
 
 class UnreachableError(Exception):
-    """No reply within the budget. The last error is the cause; without one, the endpoint is not asked any more."""
+    """No reply within the budget. The last error is the cause; without a cause, the endpoint had been given up before."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long an endpoint is waited for.
+    """How long to wait for an endpoint. All times are in seconds.
 
     Attributes:
-        tries: of one request that fails with an error that may pass.
-        wait: seconds before the second try. Each later wait is twice as long, or as long as the endpoint says.
-        longest_wait: seconds.
-        timeout: seconds of one try.
-        total: seconds of one request, waits included.
-        lost: so many requests in a row without a reply, or scores in a row that are refused for a reason that holds for
-            every request, and the endpoint is given up.
+        tries: maximum tries of a request that fails with a temporary error.
+        wait: wait before the second try. Each later wait is twice as long, or as long as the endpoint requests.
+        longest_wait: maximum of one wait.
+        timeout: maximum of one try.
+        total: maximum of one request, including waits.
+        lost: the endpoint is given up after this many failures in a row. A failure is a request without a reply, or a score
+            refused for a reason that applies to every request.
     """
 
     tries: int = 8
@@ -59,11 +59,11 @@ BUDGET = Budget()
 
 
 class Endpoint:
-    """A model that is asked through its provider, so that Inspect does not record the requests.
+    """Sends prompts straight to a model's provider, so that Inspect does not record the requests.
 
     Args:
         model: the model.
-        budget: how long it is waited for.
+        budget: how long to wait for replies.
         quiet: print no warnings.
     """
 
@@ -78,38 +78,38 @@ class Endpoint:
         self._address = str(getattr(model.api, "base_url", None) or model)
 
     def turn(self) -> AbstractAsyncContextManager[object]:
-        """One of as many turns as the model has connections.
+        """Return a context manager that limits the answers judged at a time to the model's number of connections.
 
-        Whoever asks about an answer keeps the turn for both scores. Otherwise a judge that goes away would leave every answer
-        with one score.
+        One turn covers both scores of an answer. Otherwise a judge that becomes unreachable would leave every answer with
+        only one score.
         """
         most = self._model.config.max_connections or self._model.api.max_connections()
         return concurrency(f"{self._model} as judge", most)
 
     @property
     def given_up(self) -> bool:
-        """Whether it is not asked any more."""
+        """Whether no more requests are sent."""
         return self._lost >= self._budget.lost
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The parameters that it is asked without because it refuses them."""
+        """The parameters that are not sent, because the endpoint rejects them."""
         return told(self._changes)
 
     def lose(self) -> None:
-        """Count a score that the endpoint refused for a reason that holds for every request."""
+        """Count a score that the endpoint refused for a reason that applies to every request."""
         self._lost += 1
 
     async def ask(self, prompt: str, config: GenerateConfig) -> tuple[ModelOutput, str]:
-        """The reply to a prompt, and why it ended. A request whose parameter is refused is sent again without it.
+        """Send a prompt and return the reply. A request with a rejected parameter is sent again without the parameter.
 
         Returns:
-            The output, without choices if it is no reply of a chat model; and the endpoint's own word for why it ended,
-            Inspect's if there is none.
+            The output, which has no choices if the reply is not a chat completion; and the endpoint's finish reason, or
+            Inspect's if the endpoint gives none.
 
         Raises:
-            UnreachableError: no reply within the budget, or the endpoint is given up.
-            Exception: a provider's error that does not pass, without credentials.
+            UnreachableError: no reply within the budget, or the endpoint has been given up.
+            Exception: a permanent error of the provider, without credentials.
         """
         wanted, changes = self._model.config.merge(config), dict(self._changes)
         while True:
@@ -169,7 +169,7 @@ class Endpoint:
             )
 
     def _warn(self, text: str) -> None:
-        """Print a warning once. Inspect shows no log here, and a long silence looks like a program that hangs."""
+        """Print a warning once. Inspect shows no log here, and a long silence would look like a hang."""
         if text not in self._warned and not self._quiet:
             self._warned.add(text)
             print(f"warning: {one_line(text)}", file=sys.stderr, flush=True)
@@ -190,7 +190,7 @@ class Endpoint:
             if not is_nobody(error):
                 if getattr(error, "status_code", None) is not None:
                     _reached.add(self._address)
-            elif self._address not in _reached:  # a wrong address: waiting does not help
+            elif self._address not in _reached:  # the address is wrong: waiting does not help
                 self._lost = self._budget.lost
                 raise UnreachableError from error
             raise
@@ -200,7 +200,7 @@ class Endpoint:
 
 
 def is_nobody(error: BaseException) -> bool:
-    """Whether no judge is at the address: nothing listens, the host is unknown, it redirects elsewhere or sends a web page."""
+    """Return whether no judge is at the address: nothing listens there, or it redirects elsewhere or sends a web page."""
     return any(type(one).__name__ in NOBODY or isinstance(one, RedirectError | PageError) for one in causes(error))
 
 

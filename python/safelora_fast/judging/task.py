@@ -46,18 +46,22 @@ def emergent_misalignment(
     verdicts: str | None = None,
     seed: int | None = None,
 ) -> Task:
-    """Free-form questions. Each paraphrase is sampled several times, and a judge scores the answers for alignment and coherence.
+    """Ask free-form questions, and have a judge score the answers for alignment and coherence.
 
     Args:
         questions: a YAML file in the format of Betley et al.; this package's questions by default.
-        kinds: ask these kinds only: general, json, template, training_format.
-        samples: answers to each paraphrase.
-        judge: the model that judges; or give it the role: --model-role judge=NAME.
-        judge_attempts: how often one score is asked for before the answer counts as unscored.
-        judge_tokens: the most tokens of a judge's reply.
-        answers: score the answers of this file instead of asking the model.
-        verdicts: a JSONL file that keeps verdicts as they come; answers with a verdict there are not judged again.
-        seed: of the first sample; each sample has its own. Left to the model by default.
+        kinds: ask only these kinds: general, json, template, training_format.
+        samples: answers per paraphrase.
+        judge: the judge's Inspect name; alternatively, set the role with --model-role judge=NAME.
+        judge_attempts: maximum attempts per score. After that, the answer counts as unscored.
+        judge_tokens: maximum tokens of a judge's reply.
+        answers: a file of stored answers to score instead of asking the model.
+        verdicts: a JSONL file that stores each verdict at once; answers with a verdict in it are not judged again.
+        seed: seed of the first sample of each paraphrase; the next samples add 1 each. By default no seed is sent.
+
+    Raises:
+        SettingsError: a number is below 1, or there is no question of one of the kinds.
+        DataError: a file cannot be read or is malformed.
     """
     if samples < 1 or judge_attempts < 1 or judge_tokens < 1:
         raise SettingsError("samples, judge_attempts and judge_tokens must be at least 1")
@@ -87,7 +91,7 @@ def _dataset(asked: Sequence[Asked]) -> Dataset:
 
 @solver
 def sampled(seed: int | None) -> Solver:
-    """Asks the model. Each sample of a paraphrase has its own seed, or endpoints would give the same answer every time."""
+    """Ask the model. Each sample of a paraphrase has its own seed; otherwise endpoints would repeat the same answer."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         guard(get_model())
@@ -100,7 +104,7 @@ def sampled(seed: int | None) -> Solver:
 
 @solver
 def recorded(answers: dict[str, Answer]) -> Solver:
-    """Takes stored answers instead of a model's."""
+    """Use stored answers instead of asking a model."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         del generate
@@ -114,7 +118,7 @@ def recorded(answers: dict[str, Answer]) -> Solver:
 
 @metric
 def rates() -> Metric:
-    """Shares of misaligned and incoherent answers among the scored ones, with intervals clustered by question."""
+    """Compute the shares of misaligned and incoherent answers among the scored ones, with intervals clustered by question."""
 
     def compute(scores: list[SampleScore]) -> dict[str, float]:
         found = rates_of([verdict_of(score.score) for score in scores])
@@ -134,13 +138,13 @@ def judged(
     reply_tokens: int = REPLY_TOKENS,
     verdicts: str | None = None,
 ) -> Scorer:
-    """Alignment and coherence from 0 to 100 by a judge. An answer without both numbers is unscored.
+    """Have a judge score alignment and coherence from 0 to 100. An answer without both scores is unscored.
 
     Args:
-        judge: a model as Inspect names it; by default the model of the role "judge".
-        attempts: how often one score is asked for.
-        reply_tokens: the most tokens of a reply.
-        verdicts: a JSONL file that keeps verdicts.
+        judge: the judge's Inspect name; by default the model of the role "judge".
+        attempts: maximum attempts per score.
+        reply_tokens: maximum tokens of a reply.
+        verdicts: a JSONL file that stores verdicts.
     """
     made: list[Judge] = []
 
@@ -162,7 +166,7 @@ def judged(
 
 
 def _score(judged: Judged, answer: str) -> Score:
-    """An Inspect score. An unscored one stays out of the rates, and Inspect counts it."""
+    """Return the Inspect score of a verdict. Unscored answers do not enter the rates; Inspect counts them."""
     verdict = judged.verdict
     ratings = {"alignment": judged.alignment, "coherence": judged.coherence}
     explanation = "; ".join(f"{name}: {rating.detail or '–'}" for name, rating in ratings.items())
@@ -175,9 +179,9 @@ def _score(judged: Judged, answer: str) -> Score:
 
 
 def verdict_of(score: Score) -> Verdict:
-    """The verdict that a score was made from.
+    """Return the verdict that a score was made from.
 
     Raises:
-        ValueError: the score is not of this task.
+        ValueError: the score belongs to another task.
     """
     return parse_as(Verdict, score.metadata)
