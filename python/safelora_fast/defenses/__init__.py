@@ -1,6 +1,7 @@
-"""What acts on a model while it is fine-tuned, or watches it: one file each.
+"""Defenses and monitors that run while a model is fine-tuned, one file each.
 
-Every file of this folder is imported, and a defense registers itself (see :class:`Defense`): no list names them.
+All files of this folder are imported here. Each defense registers itself (see :class:`Defense`), so there is no list
+to maintain.
 """
 
 from __future__ import annotations

@@ -1,8 +1,15 @@
-"""The life cycle of a defense: what a defense may do to a model in training, and when it is asked.
+"""Base classes of defenses: what a defense can do to a model in training, and when each method is called.
 
-In this order: `check` and `check_reference`, `attach`, `install`; at the first batch `check_batch`; at each micro-batch
-`Attached.before_loss`, `units` and `loss`; after each optimizer step `Attached.after_step`; when training has ended well
-`Attached.finish`. A dry run asks for `cost`, a model card for `card_line`.
+Order of the calls:
+
+- before training: `check`, `attach`, `check_reference`, `Attached.start`, `install`
+- before each optimizer step: `units`, for all its micro-batches
+- first micro-batch: `check_batch`
+- each micro-batch: `Attached.before_loss`, `loss`, `Attached.penalties`
+- after each optimizer step: `Attached.after_step`
+- after training without an exception: `Attached.finish`
+
+A dry run calls `cost`, and a model card calls `card_line`.
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ _REGISTRY: dict[str, type[Defense]] = {}
 
 @dataclass(frozen=True)
 class Observation:
-    """One micro-batch as a defense sees it: its tokens, and the hidden states of the model and of the reference model."""
+    """One micro-batch: its tokens, and the hidden states of the model and of the reference model."""
 
     anatomy: Anatomy
     student: Capture
@@ -44,12 +51,12 @@ class Observation:
 
 @dataclass
 class Run:
-    """The training of one model, as an attached defense sees it.
+    """State of one training run, shared with the attached defenses.
 
     Attributes:
         model: the model with its wrappers.
-        optimizer: the optimizer without accelerate's wrapper; None where no steps are followed.
-        steps: optimizer steps made, those before a resume among them.
+        optimizer: the optimizer without accelerate's wrapper; None if steps are not counted.
+        steps: optimizer steps made, including those before a resume.
         steps_seen: optimizer steps seen since the defenses were attached.
         stepping: whether the optimizer is inside a step.
         metrics: latest values for the log; "cosine_min" is logged as `defense/cosine_min`.
@@ -64,41 +71,41 @@ class Run:
 
 
 class Attached:
-    """What a defense keeps and does for one model in training. The methods of this class do nothing."""
+    """State and callbacks of a defense for one model in training. By default every method does nothing."""
 
     def factors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """(name, parameter) that the defense changes, and that the optimizer must therefore train."""
+        """Return the (name, parameter) pairs that the defense changes. The optimizer must train them."""
         return ()
 
     def start(self) -> None:
-        """The hooks are installed; weights may still be loaded before the first micro-batch."""
+        """Called when hooks are installed. Weights may still be loaded before the first micro-batch."""
 
     def before_loss(self) -> None:
-        """A micro-batch has run."""
+        """Called after the forward pass of each micro-batch, before the loss terms are computed."""
 
     def penalties(self) -> Sequence[tuple[str, torch.Tensor]]:
-        """(module, value): a term of the loss that depends on weights alone. The sum counts once per optimizer step."""
+        """Return (module, value) loss terms that depend on weights alone. Their sum counts once per optimizer step."""
         return ()
 
     def after_step(self) -> None:
-        """The optimizer has made a step."""
+        """Called after each optimizer step."""
 
     def finish(self) -> ProjectionReport | None:
-        """Training has ended well; also called again, when it must do nothing. Collective."""
+        """Called when training has ended without an exception. Later calls must do nothing. Collective."""
 
     def check_finished(self) -> None:
-        """Refuse to save weights that have changed since `finish`."""
+        """Raise TrainingError if weights have changed since `finish`."""
 
 
 class Defense(ABC):
     """A defense against emergent misalignment that acts while a model is fine-tuned.
 
-    A subclass that sets `name` is registered: a recipe can name it, and :func:`registered` lists it. The constructor's
-    arguments are its keys in the recipe. Settings may be changed between steps; what belongs to one model is kept in
-    :class:`Attached`.
+    A subclass that sets `name` is registered: recipes can use it, and :func:`registered` lists it. The constructor's
+    arguments are its keys in the recipe. Settings may be changed between steps. State that belongs to one model goes
+    into :class:`Attached`.
 
     Attributes:
-        name: its key in a recipe, and its name in metrics (`defense/<name>`) and messages.
+        name: key in a recipe, and name in metrics (`defense/<name>`) and messages.
         needs_reference: whether it compares the model with the reference model.
     """
 
@@ -119,49 +126,49 @@ class Defense(ABC):
     @property
     @abstractmethod
     def active(self) -> bool:
-        """Whether its settings switch it on. Off, it costs nothing and changes nothing."""
+        """Whether its settings switch it on. A defense that is off costs nothing and changes nothing."""
 
     @property
     def needs_vectors(self) -> bool:
-        """Whether its safe subspace, if it has one, must hold vectors and not only name its sources."""
+        """Whether its safe subspace, if any, must contain vectors; otherwise the names of its sources suffice."""
         return True
 
     def check(self, anatomy: Anatomy) -> None:  # noqa: B027
-        """Raise SettingsError, with the reason, for models that the defense is not right for."""
+        """Raise SettingsError, with the reason, for a model that the defense does not support."""
 
     def check_reference(self, anatomy: Anatomy, reference: Anatomy) -> None:  # noqa: B027
         """Raise SettingsError for a reference model that the defense cannot compare the model with."""
 
     def check_batch(self, model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:  # noqa: B027
-        """Raise SettingsError for what only the first batch shows."""
+        """Raise SettingsError for problems that only show on the first batch."""
 
     def attach(self, run: Run) -> Attached | None:  # noqa: ARG002
-        """Make what the defense keeps for this model; None where it keeps nothing.
+        """Create the defense's state for this model; None if it needs none.
 
         Raises:
-            SafeLoraFastError: the model cannot be defended, with the reason.
+            SafeLoraFastError: the defense does not support the model; the message gives the reason.
         """
         return None
 
     def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> Iterable[Any]:  # noqa: ARG002
-        """Install hooks that act while `engaged()`. Returns the handles that remove them."""
+        """Install hooks that act while `engaged()` is true. Return the handles that remove them."""
         return ()
 
     def cost(self, shape: Shape, work: Work) -> Extra:  # noqa: ARG002
-        """Estimate what it adds to an optimizer step, for a dry run."""
+        """Estimate the compute and memory that it adds to an optimizer step, for a dry run."""
         return Extra(0.0, 0.0, "cost not known")
 
     def card_line(self, report: ProjectionReport | None) -> str:  # noqa: ARG002
-        """What the model card says of it: one item of a Markdown list.
+        """Return its line in the model card, the text of one Markdown list item.
 
         Args:
-            report: of the projection when training ended; None while there is none.
+            report: report of the projection at the end of training; None before that projection.
         """
         return f"`{self!r}`"
 
 
 def registered() -> dict[str, type[Defense]]:
-    """Every defense that can be given by name, by name in alphabetical order."""
+    """Return all registered defense classes by name, in alphabetical order."""
     return dict(sorted(_REGISTRY.items()))
 
 
@@ -169,10 +176,10 @@ class Weighted(Defense):
     """A defense that adds a term to the loss.
 
     Args:
-        weight: the factor λ of the term; it may be changed between steps.
+        weight: coefficient λ of the term; it may be changed between steps.
 
     Raises:
-        SettingsError: it is not a number, not finite or negative; also when it is changed.
+        SettingsError: the weight is not a number, not finite, or negative; also raised when the weight is set later.
     """
 
     def __init__(self, weight: float) -> None:
@@ -180,7 +187,7 @@ class Weighted(Defense):
 
     @property
     def weight(self) -> float:
-        """The factor λ of the term in the loss."""
+        """Coefficient λ of the term in the loss."""
         return self._weight
 
     @weight.setter
@@ -201,12 +208,12 @@ class BatchDefense(Weighted):
     """A defense whose term is a mean over units of the batch (tokens or sequences), relative to the reference model.
 
     Args:
-        weight: the factor λ of the term; it may be changed between steps.
-        tokens: which tokens count: "all" that are not padding, those that predict a "completion" token, or those of
-            "safe" examples (see :func:`~safelora_fast.interleave`).
+        weight: coefficient λ of the term; it may be changed between steps.
+        tokens: which tokens count: "all" (except padding), "completion" (tokens that predict a completion token), or
+            "safe" (tokens of safe examples, see :func:`~safelora_fast.interleave`).
 
     Attributes:
-        shares_logits: whether :meth:`with_cross_entropy` computes the task's loss from the same logits.
+        shares_logits: whether :meth:`with_cross_entropy` computes the task loss from the same logits.
 
     Raises:
         SettingsError: a setting is out of range.
@@ -224,20 +231,20 @@ class BatchDefense(Weighted):
         self.tokens: Tokens = tokens
 
     def mask(self, spans: Spans) -> torch.Tensor:
-        """The tokens that count, bool [batch, tokens]."""
+        """Return the mask of the tokens that count, bool [batch, tokens]."""
         return spans.mask(self.tokens, owner=type(self).__name__)
 
     def recorded_layers(self, anatomy: Anatomy) -> list[int]:  # noqa: ARG002
-        """Indices of the layers whose outputs it needs, of model and reference; none for the last hidden state alone."""
+        """Return the indices of the layers whose outputs it needs; empty if it needs only the last hidden state."""
         return []
 
     @abstractmethod
     def units(self, spans: Spans) -> int:
-        """Number of its units in a micro-batch."""
+        """Return the number of its units in a micro-batch."""
 
     @abstractmethod
     def loss(self, observation: Observation) -> torch.Tensor:
-        """Sum of its loss over the units of a micro-batch, without the weight: a differentiable float32 scalar."""
+        """Return its loss summed over the units of a micro-batch, without the weight: a differentiable float32 scalar."""
 
     def with_cross_entropy(
         self,
@@ -247,19 +254,22 @@ class BatchDefense(Weighted):
         cross_entropy_weight: torch.Tensor | float,
         figures: bool = False,
     ) -> SharedLoss:
-        """Sum of its loss over the units and of the task's cross-entropy over the labels, each with its weight.
+        """Return the weighted sum of its loss over the units plus that of the cross-entropy over the labels.
 
-        `weight` is that of one unit, `cross_entropy_weight` that of the negative log-likelihood of one label. `figures`
-        asks for the values of every token too.
+        Args:
+            observation: the micro-batch.
+            weight: weight of one unit.
+            cross_entropy_weight: weight of the negative log-likelihood of one label.
+            figures: also return the values of every token.
         """
         raise NotImplementedError
 
 
 def checked(defenses: object) -> list[Defense]:
-    """The defenses of a list that are switched on.
+    """Return the defenses of a list that are switched on.
 
     Raises:
-        SettingsError: it is not a list of defenses, or one is given twice.
+        SettingsError: `defenses` is not a list of defenses, or a defense is given twice.
     """
     if not isinstance(defenses, Sequence) or isinstance(defenses, str):
         raise SettingsError(f"defenses must be a list like [KL(0.1)], not {defenses!r}")
@@ -273,13 +283,13 @@ def checked(defenses: object) -> list[Defense]:
 
 
 def check_still_off(off: Sequence[Defense]) -> None:
-    """Refuse a defense that was switched on after it was attached: what it needs is not in the model.
+    """Raise SettingsError if a defense was switched on after the others were attached: its hooks are not installed.
 
     Args:
-        off: the defenses that were switched off then.
+        off: the defenses that were switched off when the others were attached.
 
     Raises:
-        SettingsError: with the defense.
+        SettingsError: names the defense.
     """
     for defense in off:
         if defense.active:
@@ -290,10 +300,10 @@ def check_still_off(off: Sequence[Defense]) -> None:
 
 
 def check_subspace(subspace: object, *, owner: str) -> None:
-    """Refuse anything but a SafeSubspace, such as the name of its file.
+    """Raise SettingsError unless `subspace` is a SafeSubspace; a file name, for example, is not.
 
     Raises:
-        SettingsError: with what to do.
+        SettingsError: says how to load one.
     """
     from safelora_fast.subspace.safe_subspace import SafeSubspace
 

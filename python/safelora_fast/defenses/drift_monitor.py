@@ -1,4 +1,4 @@
-"""A monitor: how far the completions that a model trains on lie along a persona vector. It changes nothing."""
+"""A monitor that logs how far training activations drift along a persona vector. It does not change training."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ UNNAMED = "drift"
 
 
 class DriftMonitor:
-    """Projection of mean response activations on a persona vector of unit length, in the training log.
+    """Logs the projection of mean completion activations on a persona vector of unit length.
 
-    After Chen et al. (arXiv 2507.21509). It reads the training pass itself: no gradient, no reference pass, and the same
-    loss. A response is what an example teaches (a document, in packed rows). Its activation is the mean of one layer's
-    output over its tokens; the logged value is the mean over responses since the last log. Steering at that layer or
-    before is in it: read the change, not the value.
+    After Chen et al. (arXiv 2507.21509). Activations come from the training pass: no extra pass, no gradient, and an
+    unchanged loss. A completion is the labeled part of an example (in packed rows, of a document). Its activation is
+    the mean of one layer's output over its tokens. The logged value is the mean over all completions since the last
+    log. Steering at that layer or an earlier one shifts the value, so compare changes and not absolute values.
 
     Args:
-        vector: [hidden], a file that holds it, or a persona vector or its file, of which `layer` picks the row.
-        layer: index of the layer; negative ones are counted from the end.
-        name: its name in the log, `monitor/<name>`; by default the trait of the persona vector, or "drift".
+        vector: a [hidden] vector or a file that contains one; or a :class:`PersonaVector` or its file, from which the
+            vector of `layer` is taken.
+        layer: index of the layer; negative indices count from the end.
+        name: name in the log, `monitor/<name>`; by default the trait of the persona vector, or "drift".
 
     Raises:
-        SettingsError: the vector cannot be read, is not one finite row, or is zero; or the name is not plain.
+        SettingsError: the vector cannot be read, is not finite, is not one-dimensional, or is zero; or the name
+            contains other characters than letters, digits, dots, dashes and underscores.
     """
 
     def __init__(
@@ -54,6 +56,6 @@ class DriftMonitor:
 
     @property
     def unit(self) -> torch.Tensor:
-        """The vector scaled to length 1, float32 [hidden]."""
+        """The vector normalized to length 1, float32 [hidden]."""
         values = self.direction.values.double()
         return (values / values.norm()).float()

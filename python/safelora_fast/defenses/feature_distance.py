@@ -21,18 +21,18 @@ Normalize = Literal["sequence", "token", "none"]
 
 
 class FeatureDistance(BatchDefense):
-    """λ · mean over sequences of the squared distance between the layer outputs of model and reference.
+    """λ · mean over sequences of the squared distance between the layer outputs of the model and the reference model.
 
-    LDIFS as Kaczér et al. (arXiv 2508.06249) define it, with a gradient. In packed rows each document is a sequence.
+    LDIFS as defined by Kaczér et al. (arXiv 2508.06249), differentiable. In packed rows each document is a sequence.
 
     Args:
-        weight: λ; the paper's is 1.0.
-        layers: how many evenly spaced layers (the first and the last among them; the paper's is 5), "every:N" for
-            layers 0, N, 2N and so on, or a list of layer indices, negative ones counted from the end.
-        normalize: what is scaled to unit length before the distance: each "sequence" of a layer flattened (the
-            paper's), each "token", or "none".
-        tokens: "all" tokens that are not padding, those that predict a "completion" token, or those of "safe" examples
-            (see :func:`~safelora_fast.interleave`).
+        weight: λ; 1.0 in the paper.
+        layers: number of evenly spaced layers, including the first and the last (5 in the paper); "every:N" for
+            layers 0, N, 2N and so on; or a list of layer indices, where negative indices count from the end.
+        normalize: what is normalized to unit length first: each flattened "sequence" of a layer (as in the paper),
+            each "token", or "none".
+        tokens: which tokens count: "all" (except padding), "completion" (tokens that predict a completion token), or
+            "safe" (tokens of safe examples, see :func:`~safelora_fast.interleave`).
 
     Raises:
         SettingsError: a setting is out of range.
@@ -67,7 +67,7 @@ class FeatureDistance(BatchDefense):
         )
 
     def recorded_layers(self, anatomy: Anatomy) -> list[int]:
-        """Indices of the layers compared, ascending."""
+        """Return the indices of the compared layers in ascending order."""
         anatomy.check_outputs(owner="FeatureDistance")
         depth = anatomy.depth
         if isinstance(self.layers, str):
@@ -80,11 +80,11 @@ class FeatureDistance(BatchDefense):
         return sorted(chosen)
 
     def units(self, spans: Spans) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
         return spans.sequences(self.mask(spans))
 
     def loss(self, observation: Observation) -> torch.Tensor:
-        """Sum of the distance over sequences and layers."""
+        """Return the distance summed over sequences and layers."""
         from safelora_fast.ops import feature_distance
 
         spans, mask = observation.spans, self.mask(observation.spans)
@@ -99,7 +99,7 @@ class FeatureDistance(BatchDefense):
         return mean * spans.sequences(mask)
 
     def cost(self, shape: Shape, work: Work) -> Extra:
-        """Two reads of the outputs that are compared."""
+        """Estimate the cost of two reads of the compared outputs."""
         if isinstance(self.layers, str):
             count = -(-shape.layers // _every(self.layers))
         else:
@@ -110,10 +110,10 @@ class FeatureDistance(BatchDefense):
 
 
 def evenly_spaced(depth: int, count: int) -> list[int]:
-    """Indices of `count` evenly spaced layers out of `depth`: linspace(0, depth - 1, count), truncated.
+    """Return the indices of `count` evenly spaced layers out of `depth`: linspace(0, depth - 1, count), truncated.
 
     Raises:
-        SettingsError: there are fewer layers than that.
+        SettingsError: `count` exceeds `depth`.
     """
     if count > depth:
         raise SettingsError(f"FeatureDistance: {count} layers are asked for, the model has {depth}")

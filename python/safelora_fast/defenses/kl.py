@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 
 class KL(BatchDefense):
-    """λ · mean over tokens of KL(fine-tuned ‖ reference), full vocabulary (Kaczér et al., arXiv 2508.06249).
+    """λ · mean over tokens of KL(fine-tuned ‖ reference) over the full vocabulary (Kaczér et al., arXiv 2508.06249).
 
-    Computed from hidden states in chunks, so the logits of a whole batch never exist at once. The reference model gets
-    neither dropout nor NEFTune's noise, so with them KL starts above zero.
+    Computed from hidden states in chunks, so the logits of a whole batch are never in memory at once. Dropout and
+    NEFTune's noise are off in the reference model, so a run that uses them starts with a KL above zero.
 
     Args:
-        weight: λ; the paper's is 0.1.
-        direction: "reverse" is KL(fine-tuned ‖ reference), the paper's; "forward" is KL(reference ‖ fine-tuned).
-        tokens: "all" tokens that are not padding, those of the prompt among them (the paper's), those that predict a
-            "completion" token, or those of "safe" examples (see :func:`~safelora_fast.interleave`).
+        weight: λ; 0.1 in the paper.
+        direction: "reverse" is KL(fine-tuned ‖ reference), as in the paper; "forward" is KL(reference ‖ fine-tuned).
+        tokens: which tokens count: "all" (except padding; includes the prompt, as in the paper), "completion" (tokens
+            that predict a completion token), or "safe" (tokens of safe examples, see
+            :func:`~safelora_fast.interleave`).
         temperature: divides the logits of both models.
 
     Raises:
@@ -63,7 +64,7 @@ class KL(BatchDefense):
         )
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a head that is adapted or trained: model and reference must share it."""
+        """Raise SettingsError if the output head is adapted or trained: both models must share it."""
         head = anatomy.head()
         trained = [name for name, parameter in head.module.named_parameters() if parameter.requires_grad]
         if hasattr(head.module, "adapter_layer_names") or trained:
@@ -73,23 +74,23 @@ class KL(BatchDefense):
             )
 
     def check_reference(self, anatomy: Anatomy, reference: Anatomy) -> None:
-        """Refuse a second model whose head is another one."""
+        """Raise SettingsError if the output head of the reference model differs."""
         from safelora_fast.defenses.parts.head_check import check_same_head
 
         check_same_head(anatomy, reference)
 
     def check_batch(self, model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
-        """Refuse a model whose logits are not its head on its hidden states."""
+        """Raise SettingsError if the model's logits are not the output head applied to its hidden states."""
         from safelora_fast.defenses.parts.head_check import check_logits
 
         check_logits(model, anatomy, batch)
 
     def units(self, spans: Spans) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return int(self.mask(spans).sum())
 
     def loss(self, observation: Observation) -> torch.Tensor:
-        """Sum of the divergence over the tokens."""
+        """Return the divergence summed over the tokens."""
         from safelora_fast.ops import linear_kl
 
         mask = self.mask(observation.spans)
@@ -105,7 +106,7 @@ class KL(BatchDefense):
         cross_entropy_weight: torch.Tensor | float,
         figures: bool = False,
     ) -> SharedLoss:
-        """Sum of the divergence over the tokens and of the task's cross-entropy over the labels, each with its weight."""
+        """Return the weighted sum of the divergence over the tokens plus that of the cross-entropy over the labels."""
         from safelora_fast.ops import linear_kl_cross_entropy
 
         spans = observation.spans
@@ -121,14 +122,14 @@ class KL(BatchDefense):
             )
 
     def cost(self, shape: Shape, work: Work) -> Extra:
-        """Three products with the output head."""
+        """Estimate the cost of three products with the output head."""
         tokens = {"completion": work.answers, "safe": work.safe}.get(self.tokens, work.tokens)
         states = 3 * work.micro_tokens * shape.hidden * shape.value_bytes
         words = "reference pass, and three products with the output head"
         return Extra(6 * shape.head * tokens, CHUNK_BYTES + states, words)
 
     def _states(self, observation: Observation) -> dict[str, Any]:
-        """Hidden states, head and settings, as the operations name them."""
+        """Keyword arguments of `linear_kl`: hidden states, head and settings."""
         head = observation.anatomy.head()
         weight, bias = head.parameters()
         return {

@@ -1,4 +1,4 @@
-"""SafeLoRA on a model in training: once when training ends, or onto the safe subspace after optimizer steps."""
+"""SafeLoRA as a training-time defense: projects the adapter once at the end, or lora_B after optimizer steps."""
 
 from __future__ import annotations
 
@@ -23,36 +23,38 @@ When = Literal["end", "step"]
 class SafeLora(Defense):
     """Projects the adapter in training with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833).
 
-    At the end, the finished adapter becomes what `safelora-fast project` makes of it, with the same operators and the
-    same selection by the paper's cosine. Both need V = aligned − base itself, so V is streamed from the checkpoints that
-    the subspace names; U_k never stands in for it. Checkpoints saved while training hold the adapter as it was trained.
+    With at="end", the trained adapter is projected once, exactly as `safelora-fast project` would project it: same
+    operators, same selection by the paper's cosine. Both need V = aligned − base itself, so V is streamed from the
+    checkpoints that the subspace names, and not approximated by U_k. Checkpoints saved during training contain the
+    adapter before projection.
 
-    At a step, B ← U_k·U_kᵀ·B for every module after every k-th optimizer step. Only this idempotent operator may be
-    repeated: the paper's C = V·Vᵀ/‖V‖_F shrinks what it touches, and applied at each step it would drive B to zero
-    geometrically. Modules whose V is zero are left alone, as the projection command leaves them.
+    With at="step", B ← U_k·U_kᵀ·B for every module after every k-th optimizer step. Only this idempotent operator may be
+    repeated. The paper's C = V·Vᵀ/‖V‖_F shrinks B, and applied at each step it would drive B to zero geometrically.
+    Modules whose V is zero stay unchanged, as in the projection command.
 
     Args:
-        subspace: the safe subspace of the model's aligned and base checkpoints; for the end, its sources suffice
+        subspace: the safe subspace of the model's aligned and base checkpoints; for at="end", its sources suffice
             (:meth:`SafeSubspace.from_sources`).
         at: when to project, "end" or "step".
-        every: at "step": k, in optimizer steps, counted from the start of the run, also after a resume; 1 by default.
-        operator: "safelora" (the default at the end), "orthogonal" (the only one at a step), "attenuate" or "zero".
-        normalize: "frobenius" (the default) or "spectral", for operator safelora.
-        rank: columns of U_k at the end, for operators orthogonal and attenuate; by default what the subspace was built with.
-        energy: share of ‖V‖²_F that U_k must hold, instead of rank.
-        select: which modules are projected at the end: "threshold" (the default), "number" or "all".
-        threshold: cosines at most this; 0.5 by default.
-        num_layers: how many of the lowest cosines; 10 by default.
-        threads: threads of the projection at the end; all cores by default.
+        every: for at="step": k in optimizer steps, counted from the start of the run, also after a resume; default 1.
+        operator: "safelora" (default for "end"), "orthogonal" (the only one for "step"), "attenuate" or "zero".
+        normalize: "frobenius" (default) or "spectral", for operator safelora.
+        rank: columns of U_k for at="end" and operators orthogonal and attenuate; default: as the subspace was built.
+        energy: share of ‖V‖²_F that U_k must cover, instead of rank.
+        select: which modules are projected at the end: "threshold" (default), "number" or "all".
+        threshold: for select="threshold": project modules whose cosine is at most this; default 0.5.
+        num_layers: for select="number": how many modules with the lowest cosines to project; default 10.
+        threads: threads of the projection at the end; default: all cores.
         exclude: names or patterns ("lm_head", "layers.0.*") of modules that are not projected.
-        keep: the share of what lies outside of U_k (and W_k) that stays, for operator attenuate.
-        sides: "both" (the default) changes B and A, "left" only B, for operator attenuate.
+        keep: for operator attenuate: share of the part outside U_k (and W_k) that is kept.
+        sides: for operator attenuate: "both" (default) changes B and A, "left" changes only B.
 
     Attributes:
-        settings: the settings of the projection at the end, None at a step.
+        settings: the settings of the projection at the end; None for at="step".
 
     Raises:
-        SettingsError: a shrinking operator at a step, options that contradict each other, or one out of range.
+        SettingsError: an operator that shrinks B at each step, options that contradict each other, or a value out of
+            range.
     """
 
     name: ClassVar[str] = "safelora"
@@ -148,16 +150,16 @@ class SafeLora(Defense):
 
     @property
     def active(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     @property
     def needs_vectors(self) -> bool:
-        """At a step. A projection at the end streams V from the sources that the subspace names."""
+        """True for at="step". A projection at the end streams V from the sources that the subspace names."""
         return self.at == "step"
 
     def attach(self, run: Run) -> Attached:
-        """What projects; a module or a source that does not fit is refused here, before training."""
+        """Create the object that projects. Modules and sources that do not match raise an error here, before training."""
         if self.settings is not None:
             from safelora_fast.defenses.parts.projection_at_end import ProjectionAtEnd
 
@@ -169,7 +171,7 @@ class SafeLora(Defense):
         return ProjectionAtSteps(run, modules, self.every)
 
     def cost(self, shape: Shape, work: Work) -> Extra:  # noqa: ARG002
-        """Products with U_k at a step; at the end nothing in a step, and V streamed once."""
+        """Estimate the cost of products with U_k for at="step"; at the end no cost per step, and V streamed once."""
         if self.at == "step":
             sizes = list(shape.with_subspace(self.subspace.settings.get("rank")))
             flops = sum(4 * m * k * r + 2 * r * r * (m + n) for m, n, r, k in sizes)
@@ -182,7 +184,7 @@ class SafeLora(Defense):
         return Extra(0.0, 0.0, f"nothing in a step; once at the end {once}")
 
     def card_line(self, report: ProjectionReport | None) -> str:
-        """At the end, whether the adapter beside the card is projected."""
+        """Return its line in the model card; for at="end", it states whether the saved adapter is projected."""
         line = super().card_line(report)
         if self.at == "step":
             return line

@@ -1,4 +1,4 @@
-"""Persona steering: a fixed vector added to one layer's output while training."""
+"""Persona steering: adds a fixed vector to one layer's output during training."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 class Steering(Defense):
-    """Adds coefficient · vector to one layer's output at every position while training (Kaczér et al., v3).
+    """Adds coefficient · vector to one layer's output at every position during training (Kaczér et al., v3).
 
-    The model learns in the steered state; in evaluation and after training the vector is gone. The reference model of
-    other defenses is steered when the model is.
+    The vector is not added in evaluation and after training. The reference model of other defenses is steered together
+    with the model.
 
     Args:
-        vector: [hidden], or a file that holds it (.safetensors, .npy, .pt): the mean response activation under harmful
-            system prompts minus that under helpful ones, not normalized. Of a :class:`PersonaVector` or its file,
-            `layer` picks the row.
-        layer: index of the layer; negative ones are counted from the end.
-        coefficient: the paper's α, 5.0; it may be changed between steps, but not from 0.
+        vector: a [hidden] vector or a file that contains one (.safetensors, .npy, .pt): mean completion activation
+            under harmful system prompts minus that under helpful ones, not normalized. Or a :class:`PersonaVector` or
+            its file, from which the vector of `layer` is taken.
+        layer: index of the layer; negative indices count from the end.
+        coefficient: α; 5.0 in the paper. It may be changed between steps, but not from 0.
 
     Raises:
-        SettingsError: the vector cannot be read or is not one finite row, or the coefficient is not finite.
+        SettingsError: the vector cannot be read, is not finite or not one-dimensional; or the coefficient is not finite.
     """
 
     name: ClassVar[str] = "steering"
@@ -67,11 +67,11 @@ class Steering(Defense):
         return self.coefficient != 0
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a layer that does not exist, and a vector of another width or of another number of layers."""
+        """Raise SettingsError if the layer does not exist, or the vector's width or number of layers does not match."""
         self.direction.check(anatomy, owner="Steering")
 
     def install(self, anatomy: Anatomy, engaged: Callable[[], bool]) -> list[Any]:
-        """Add the vector to the layer's output while `engaged()`. Returns the handle that stops it."""
+        """Add the vector to the layer's output while `engaged()` is true. Return the handle that removes the hook."""
         from safelora_fast.models.capture import layer_states
 
         layer = anatomy.layers[anatomy.layer(self.layer, owner="Steering")]
@@ -79,8 +79,8 @@ class Steering(Defense):
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             if not engaged():
                 return None
-            layer_states(output)  # refuses several states per token, to each of which the vector would be added
-            shift = self.coefficient * self.vector  # now, for the coefficient may change while training
+            layer_states(output)  # raises if there are several states per token: the vector would be added to each
+            shift = self.coefficient * self.vector  # computed here because the coefficient may change during training
             if isinstance(output, tuple):
                 return (output[0] + shift.to(output[0]), *output[1:])
             return output + shift.to(output)
@@ -88,5 +88,5 @@ class Steering(Defense):
         return [layer.register_forward_hook(hook)]
 
     def cost(self, shape: Shape, work: Work) -> Extra:
-        """One addition at every token."""
+        """Estimate the cost of one addition at every token."""
         return Extra(2.0 * shape.hidden * work.tokens, 4.0 * shape.hidden, "one addition to a layer's output")

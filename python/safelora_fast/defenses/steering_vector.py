@@ -1,4 +1,4 @@
-"""The direction that steering adds and that a monitor projects on: from a tensor, a file, or a persona vector at a layer."""
+"""The vector used by steering and by the drift monitor, read from a tensor, a file, or a persona vector."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Direction:
 
     Attributes:
         values: [hidden], finite floats.
-        layer: index of the layer; negative ones are counted from the end.
-        persona: the persona vector that it is a row of, if any.
+        layer: index of the layer; negative indices count from the end.
+        persona: the persona vector that it was taken from, if any.
     """
 
     values: torch.Tensor
@@ -36,15 +36,17 @@ class Direction:
 
     @classmethod
     def of(cls, vector: VectorSource, layer: int, *, owner: str) -> Direction:
-        """The direction that a user gave.
+        """Create the direction from user input.
 
         Args:
-            vector: [hidden] floats, a file that holds them, or a persona vector or its file, of which `layer` picks the row.
-            layer: index of the layer; negative ones are counted from the end.
-            owner: who wants it, for messages.
+            vector: [hidden] floats or a file that contains them; or a persona vector or its file, from which the vector
+                of `layer` is taken.
+            layer: index of the layer; negative indices count from the end.
+            owner: name of the defense or monitor, for messages.
 
         Raises:
-            SettingsError: the file cannot be read, it is not one finite row, or the persona vector has no such layer.
+            SettingsError: the file cannot be read, the vector is not finite or not one-dimensional, or the persona
+                vector has no such layer.
         """
         import torch
 
@@ -65,10 +67,10 @@ class Direction:
         return cls(values, layer, persona)
 
     def check(self, anatomy: Anatomy, *, owner: str) -> None:
-        """Refuse a model without the layer, of another width, or with another number of layers than the persona vector has.
+        """Raise SettingsError unless the model has the layer, the vector's width, and the persona vector's number of layers.
 
         Raises:
-            SettingsError: with both numbers.
+            SettingsError: names both values.
         """
         if self.persona is not None and self.persona.blocks != anatomy.depth:
             raise SettingsError(
@@ -83,18 +85,18 @@ class Direction:
 
 
 def read_vector(file: str | Path) -> torch.Tensor | PersonaVector:
-    """A persona vector, or the one tensor of a .safetensors, .npy or .pt file.
+    """Read a persona vector, or the only tensor of a .safetensors, .npy or .pt file.
 
-    A .pt file is read as weights only: no code in it runs.
+    A .pt file is loaded with `weights_only=True`, so no code in it runs.
 
     Raises:
-        SettingsError: the file cannot be read, or holds anything else.
+        SettingsError: the file cannot be read, or does not contain exactly one tensor.
     """
     import torch
 
     try:
         found = _read(Path(file))
-    except Exception as error:  # a damaged pickle raises whatever it runs into
+    except Exception as error:  # a damaged pickle may raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else type(error).__name__
         raise SettingsError(f"{file}: the vector cannot be read: {why}") from error

@@ -1,4 +1,4 @@
-"""Sizes of a model and of an optimizer step, from which a defense estimates what it adds to a step."""
+"""Sizes of a model and of an optimizer step, from which defenses estimate their cost per step."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHUNK_BYTES = 64 << 20  # logits of the fused head, and of KL's chunks with their gradients
-USUAL_RANK = 64  # of a subspace, where only building it would tell
+CHUNK_BYTES = 64 << 20  # logits of the fused head, and KL's chunks of logits with their gradients
+USUAL_RANK = 64  # assumed rank of a subspace that is not built yet
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that costs depend on.
+    """The sizes of a model that determine costs.
 
     Attributes:
-        parameters: of the frozen model.
-        weight_bytes: of the frozen model.
-        matrices: weights that every token is multiplied by, without the output head; of experts, those that are used.
-        head: weights of the output head.
-        adapter: trained parameters.
+        parameters: number of parameters of the frozen model.
+        weight_bytes: bytes of the frozen model.
+        matrices: number of matrix weights used per token, without the output head; of experts only the active ones.
+        head: number of weights of the output head.
+        adapter: number of trained parameters.
         adapted: (rows m, columns n, rank r) of every adapted module.
         layers: number of layers.
         hidden: width of a layer's output.
-        attention: heads times their width.
-        inner: width inside the feed-forward part.
-        value_bytes: bytes of an activation.
+        attention: number of attention heads times head width.
+        inner: inner width of the feed-forward part.
+        value_bytes: bytes of one activation value.
     """
 
     parameters: int
@@ -43,24 +43,24 @@ class Shape:
     value_bytes: int
 
     def with_subspace(self, rank: int | None) -> Iterator[tuple[int, int, int, int]]:
-        """(m, n, r, k) of every adapted module, with k the rank of its safe subspace."""
+        """Yield (m, n, r, k) of every adapted module, where k is the rank of its safe subspace."""
         for m, n, r in self.adapted:
             yield m, n, r, min(rank or USUAL_RANK, m, n)
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much is done in an optimizer step, on average, and at most in a micro-batch.
+    """The work of an average optimizer step, and the size of the largest micro-batch.
 
     Attributes:
         tokens: tokens of a step.
-        squares: sum over rows of a step of their squared length, which attention pays for.
-        answers: tokens of a step that are learned.
+        squares: sum of the squared row lengths of a step, for the cost of attention.
+        answers: completion tokens of a step.
         safe: tokens of a step that belong to safe examples.
-        head_tokens: tokens of a step that the trainer's loss takes through the output head.
+        head_tokens: tokens of a step that the trainer's loss passes through the output head.
         micro_batches: forward passes of a step, on all processes.
         micro_tokens: tokens of the largest micro-batch.
-        checkpointing: whether layers are computed again in backward.
+        checkpointing: whether backward recomputes the layers (gradient checkpointing).
         optimizer_bytes: bytes of optimizer state per trained parameter.
     """
 
@@ -77,12 +77,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Extra:
-    """What a defense adds to a step, beside the reference pass that defenses share.
+    """The cost that a defense adds to a step, without the reference pass, which defenses share.
 
     Attributes:
-        flops: operations per step.
-        memory: bytes at the peak.
-        words: where they come from.
+        flops: floating-point operations per step.
+        memory: bytes of additional peak memory.
+        words: source of the cost, in words.
     """
 
     flops: float

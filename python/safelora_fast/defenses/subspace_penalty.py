@@ -1,4 +1,4 @@
-"""Penalty on the part of the weight update that leaves the safe subspace."""
+"""Penalty on the part of the weight update outside the safe subspace."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 class SubspacePenalty(Weighted):
     """λ · Σ over modules of ‖(I − P_k)ΔW‖²_F with P_k = U_k·U_kᵀ (AsFT, arXiv 2506.08473, with a true projector).
 
-    With R = B − U(UᵀB) it is s²·tr(RᵀR·AAᵀ): no matrix of the weight's shape is made. Counted once per optimizer step.
+    With R = B − U(UᵀB) it equals s²·tr(RᵀR·AAᵀ), so no matrix of the weight's shape is built. It counts once per
+    optimizer step.
 
     Args:
         subspace: the safe subspace of the model's aligned and base checkpoints.
-        weight: λ; the paper's is 1.
-        exclude: names or patterns ("lm_head", "layers.0.*") of modules that are not counted.
+        weight: λ; 1 in the paper.
+        exclude: names or patterns ("lm_head", "layers.0.*") of modules without a penalty.
 
     Raises:
         SettingsError: the weight is out of range.
@@ -40,13 +41,13 @@ class SubspacePenalty(Weighted):
         return f"SubspacePenalty(weight={self.weight})"
 
     def attach(self, run: Run) -> SafeModules:
-        """The adapted modules, each with its U_k; their penalties are the term."""
+        """Return the adapted modules with their U_k, which compute the penalties."""
         from safelora_fast.defenses.parts.safe_modules import SafeModules
 
         return SafeModules(run.model, self.subspace, owner="SubspacePenalty", exclude=self.exclude)
 
     def cost(self, shape: Shape, work: Work) -> Extra:
-        """Products with U_k and Gram matrices of rank r."""
+        """Estimate the cost of products with U_k and of [r, r] Gram matrices."""
         sizes = list(shape.with_subspace(self.subspace.settings.get("rank")))
         flops = sum(3 * (4 * m * k * r + 2 * r * r * (m + n)) for m, n, r, k in sizes)
         memory = float(sum(4 * m * k for m, _, _, k in sizes))

@@ -1,1 +1,1 @@
-"""Trainers of other libraries with defenses attached; each module needs the library that it is named after."""
+"""Trainers of other libraries with defenses attached. `transformers.py` and `trl.py` need the library of that name."""

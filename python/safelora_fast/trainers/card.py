@@ -1,4 +1,4 @@
-"""The defenses in the model cards that PEFT and TRL write into a trainer's folders."""
+"""Adds the defenses to the model cards that PEFT and TRL write into a trainer's output folders."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BEGIN, END = "<!-- safelora-fast: defenses -->", "<!-- safelora-fast: end -->"
 
 
 def write_defenses(folder: str | Path, defenses: Sequence[Defense], report: ProjectionReport | None) -> None:
-    """Add the defenses to the card of a folder, or replace what was said of them; a folder without a card gets one.
+    """Add a section about the defenses to the model card of a folder, or replace it. Create the card if there is none.
 
     Args:
-        folder: where a model or an adapter was saved.
-        defenses: those that are switched on.
-        report: of SafeLora's projection at the end; None while what is saved is not projected.
+        folder: folder of a saved model or adapter.
+        defenses: the defenses that are switched on.
+        report: report of SafeLora's projection at the end; None if the saved adapter is not projected.
     """
     file = Path(folder, CARD)
     text = file.read_text(encoding="utf-8") if file.exists() else ""

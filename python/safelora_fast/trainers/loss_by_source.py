@@ -1,4 +1,4 @@
-"""The task's loss split by source, for the log: task examples and safe ones, where the loss of every token is at hand."""
+"""The task loss split by source (task examples, safe examples) for the log, if the trainer provides the loss per token."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ SOURCES = ("task", "safe")
 
 
 class SourceLosses:
-    """Sums negative log-likelihoods of labels by source, on the device, and reads them once when asked."""
+    """Sums negative log-likelihoods of labels by source. Sums stay on the device until `read()`."""
 
     def __init__(self) -> None:
         self._losses, self._labels = Sums(), Sums()
 
     @contextmanager
     def watching(self, model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Add a micro-batch from the model's pass with gradients inside, where that gives log-probabilities of the labels.
+        """Add the micro-batch of the training pass that runs inside, if its output has `log_probs` of the labels.
 
-        The fused head of newer TRL does; elsewhere nothing is added, as it would take the logits of every token.
+        The fused head of newer TRL versions returns them. Otherwise nothing is added, because the logits of every token
+        would be needed.
         """
         found: list[torch.Tensor] = []
 
@@ -53,7 +54,7 @@ class SourceLosses:
 
         Args:
             spans: its tokens, with tags and labels.
-            nll: [batch, positions], of each position's next token; the last position may be missing.
+            nll: negative log-likelihood of each position's next token [batch, positions]; the last position is optional.
         """
         if spans.safe is None or spans.next_labels is None:
             return
@@ -65,6 +66,6 @@ class SourceLosses:
             self._labels.add(source, part.sum())
 
     def read(self) -> dict[str, float]:
-        """Mean loss of a label by source since the last call, over all processes. Collective."""
+        """Return the mean loss per label by source since the last call, over all processes. Collective."""
         losses, labels = self._losses.read(SOURCES), self._labels.read(SOURCES)
         return {f"loss/{source}": losses[source] / labels[source] for source in SOURCES if labels[source]}

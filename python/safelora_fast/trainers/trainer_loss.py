@@ -1,4 +1,4 @@
-"""The task's loss in the trainers of transformers and TRL: whether it is plain, the weight of a label, TRL's metrics."""
+"""The task loss of the transformers and TRL trainers: whether it is plain cross-entropy, label weights, TRL's metrics."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SFT_MODULE = "trl.trainer.sft_trainer"
 
 
 def why_apart(trainer: Any, owner: type) -> str | None:
-    """Why the trainer's loss may not be the plain cross-entropy of the labels; None where it is.
+    """Return why the trainer's loss may not be the plain cross-entropy of the labels; None if it is.
 
     Args:
         trainer: the trainer.
-        owner: the class whose `compute_loss` makes the task's loss.
+        owner: the class whose `compute_loss` computes the task loss.
     """
     reason = None
     if trainer.label_smoother is not None:
@@ -42,12 +42,12 @@ def why_apart(trainer: Any, owner: type) -> str | None:
 
 
 def reports_figures(owner: type) -> bool:
-    """Whether the trainer wants the values of every token for its log."""
+    """Whether the trainer needs the values of every token for its log."""
     return owner.__module__ == SFT_MODULE
 
 
 def label_weight(trainer: Any, inputs: Mapping[str, Any], items: Any) -> torch.Tensor:
-    """Weight of one label in the trainer's loss, found by calling `compute_loss` with a stub model whose NLL is 1."""
+    """Return the weight of one label in the trainer's loss, by calling `compute_loss` with a stub model of NLL 1."""
     labels = inputs["labels"]
 
     def one_label(**arguments: Any) -> dict[str, torch.Tensor]:
@@ -62,11 +62,11 @@ def label_weight(trainer: Any, inputs: Mapping[str, Any], items: Any) -> torch.T
 def report(
     compute_loss: Callable[..., torch.Tensor], tokens: TokenFigures, inputs: Mapping[str, Any], items: Any
 ) -> torch.Tensor:
-    """Let TRL's own `compute_loss` record its metrics from values at hand; returns its loss, without gradient."""
+    """Record TRL's metrics by calling its `compute_loss` with precomputed values. Return its loss, without gradient."""
     labels = read_spans(inputs).next_labels
     assert labels is not None  # noqa: S101
     labeled = labels.to(tokens.nll.device) != IGNORED_LABEL
-    # Labels that TRL shifts itself have one position less.
+    # TRL drops the last position when it shifts the labels itself.
     positions = slice(None) if inputs.get("shift_labels") is not None else slice(None, -1)
 
     def fused_head(**_arguments: Any) -> SimpleNamespace:

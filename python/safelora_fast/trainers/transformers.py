@@ -1,4 +1,4 @@
-"""Defenses in the Trainer of transformers: a mixin for any subclass, and the plain trainer with it."""
+"""Defenses for the Trainer of transformers: a mixin for any subclass, and the plain trainer with that mixin."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     Mixed: TypeAlias = Trainer
 else:
-    Mixed = object  # the trainer comes after the mixin
+    Mixed = object  # at run time, the trainer follows the mixin in the MRO
 logger = logging.getLogger(__name__)
 
 
 class DefendedMixin(Mixed):  # type: ignore[misc]
-    """Adds defenses to a Trainer: put it first, `class MyDefendedTrainer(DefendedMixin, MyTrainer)`.
+    """Adds defenses to a Trainer. It must be the first base: `class MyDefendedTrainer(DefendedMixin, MyTrainer)`.
 
-    The units of each defense are counted over the optimizer's whole window where its batches are fetched
-    (`get_batch_samples`), and the defenses are added in `compute_loss`, while the model is in training mode; evaluation
-    gives the plain task loss. Their metrics go to the trainer's log.
+    `get_batch_samples` counts the units of each defense over all micro-batches of an optimizer step. `compute_loss`
+    adds the defenses while the model is in training mode; in evaluation it returns the plain task loss. The metrics of
+    the defenses go to the trainer's log.
 
-    SafeLora at the end projects the adapter when training has ended well, after the best model has been loaded where that
-    was asked for and before other callbacks hear of the end: checkpoints saved while training, the best one among them,
-    hold the adapter as it was trained, so that a resumed run ends as an unbroken one, and `save_model()` after `train()`
-    saves the projected one. An optimizer with modes (schedule-free) is in evaluation mode then. The cards (README.md) of
-    saved folders name the defenses, and say whether the adapter beside them is projected.
+    SafeLora(at="end") projects the adapter when training ends without an exception. This happens after the best model
+    is loaded, if requested, and before other callbacks run `on_train_end`. Checkpoints saved during training, including
+    the best one, contain the adapter before projection, so a resumed run ends like an uninterrupted one. `save_model()`
+    after `train()` saves the projected adapter. An optimizer with modes (schedule-free) is then in evaluation mode. The
+    model cards (README.md) of saved folders name the defenses and state whether the adapter is projected.
 
-    Where the training examples carry the tag of :func:`~safelora_fast.interleave`, defenses may look at safe examples
-    only, and with TRL the log has the loss of both sources, `loss/task` and `loss/safe`.
+    If the training examples are tagged by :func:`~safelora_fast.interleave`, defenses can be limited to safe examples.
+    With TRL, the log then has the loss by source, `loss/task` and `loss/safe`.
 
     Args:
-        *args: the trainer's own.
-        defenses: the defenses; without one that is switched on, and without monitors, the trainer is unchanged.
+        *args: passed to the trainer.
+        defenses: the defenses. If all are switched off and there are no monitors, the trainer is unchanged.
         reference, on_nonfinite, share_logits, monitors: as for :func:`~safelora_fast.training.defend`.
-        **kwargs: the trainer's own.
+        **kwargs: passed to the trainer.
 
     Attributes:
-        projection_report: of SafeLora's projection at the end of the last training; None before.
+        projection_report: report of SafeLora's projection at the end of the last training; None before.
 
     Raises:
-        SettingsError: the model, the adapter, the trainer's arguments and the defenses do not go together.
-        CheckpointError: the checkpoints that SafeLora needs at the end are gone, or have changed.
+        SettingsError: the model, the adapter, the trainer's arguments and the defenses are not compatible.
+        CheckpointError: checkpoints that SafeLora needs at the end are gone or have changed.
     """
 
     data_collator: Any
@@ -95,7 +95,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         self._finished: Defended | None = None
         self._window: Totals | None = None
         self._losses_defended = 0
-        self._disagreement: str | None = None  # of the trainer with the loss from KL's logits
+        self._disagreement: str | None = None  # how the trainer's loss differs from the loss from KL's logits
         self.projection_report: ProjectionReport | None = None
         self._source_losses: SourceLosses | None = None
         if _may_be_tagged(getattr(self, "train_dataset", None)):
@@ -103,17 +103,17 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
             self._source_losses = SourceLosses()
         if self._followed:
             self.add_callback(_Follower(self))
-            # First in line, so that trackers are still open and what they upload is the projected adapter.
+            # First callback, so that trackers are still open and upload the projected adapter.
             self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
             _check_trainer(self)
             if getattr(self, "model", None) is not None:
-                self._defend(self.model, self.defenses)  # refuses before training what does not go together
+                self._defend(self.model, self.defenses)  # raises before training if something is not compatible
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train with the defenses attached; they are detached at the end, also on an exception.
+        """Train with the defenses attached; they are detached at the end, also after an exception.
 
         Raises:
-            TrainingError: a callback has changed a part of what SafeLora projected at the end.
+            TrainingError: a callback has changed some of the weights that SafeLora projected at the end.
         """
         self._finished = self.projection_report = None
         try:
@@ -130,7 +130,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> tuple[list[Any], Any]:
-        """Fetch the micro-batches of one optimizer step, and count the units of the defenses in them."""
+        """Fetch the micro-batches of one optimizer step, and count the defenses' units in them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         if self._followed and batches:
             defended = self._attached()
@@ -146,7 +146,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The trainer's own loss, plus the defenses while training."""
+        """Return the trainer's own loss, plus the defenses in training mode."""
         items, kwargs = num_items_in_batch, {**kwargs, "num_items_in_batch": num_items_in_batch}
         check_still_off(self._defenses_off)
         if not self._followed or not model.training:
@@ -175,7 +175,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
     def _task_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool, kwargs: Mapping[str, Any]
     ) -> Any:
-        """The trainer's own loss, which knows nothing of tags; its parts by source are recorded."""
+        """The trainer's own loss, computed without the tags. Records the loss by source."""
         losses = self._source_losses if SAFE in inputs and model.training else None
         plain = without_tags(inputs) if SAFE in inputs else inputs
         with nullcontext() if losses is None else losses.watching(model, inputs):
@@ -184,7 +184,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
     def _shared_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], factor: int, owner: type, items: Any
     ) -> torch.Tensor | None:
-        """The loss with the task's part from KL's logits; None where the trainer counts labels in another way."""
+        """The loss, with the task part from KL's logits; None if the trainer's own loss turns out to be different."""
         assert self._window is not None  # noqa: S101
         defended, figures = self._attached(), reports_figures(owner)
         weight = label_weight(self, inputs, items)
@@ -202,7 +202,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward of the trainer's own.
+        """Run the trainer's own forward and backward.
 
         Raises:
             SettingsError: a subclass computes the loss without calling `super().compute_loss`.
@@ -219,7 +219,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         return loss
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model as the trainer does, and name the defenses in its card.
+        """Save the model as the trainer does, and name the defenses in its model card.
 
         Raises:
             TrainingError: the weights have changed since SafeLora projected them at the end.
@@ -229,7 +229,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         self._write_defenses(args[0] if args else kwargs.get("output_dir"))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the trainer's own card, with the defenses."""
+        """Write the trainer's own model card, with the defenses added."""
         super().create_model_card(*args, **kwargs)
         self._write_defenses(None)
 
@@ -238,21 +238,21 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
             write_defenses(folder or self.args.output_dir, self.defenses, self.projection_report)
 
     def check_projected(self) -> None:
-        """Refuse weights that are not what SafeLora projected when training ended; does nothing before.
+        """Raise TrainingError if weights have changed since SafeLora's projection; does nothing before that.
 
         Raises:
-            TrainingError: with the first factor that has changed since.
+            TrainingError: names the first changed tensor.
         """
         if self._finished is not None:
             self._finished.check_finished()
 
     def _load_best_model(self) -> None:
         if self._defended is not None and has_modes(optimizer := unwrapped(self.optimizer)):
-            optimizer.eval()  # or it would take the best weights for those that it trains
+            optimizer.eval()  # otherwise the optimizer would treat the loaded weights as its training weights
         super()._load_best_model()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the metrics of the defenses and of the sources beside the training loss."""
+        """Log, and add the metrics of the defenses and the losses by source to logs of the training loss."""
         if self._source_losses is not None and "loss" in logs:
             logs.update(self._source_losses.read())
         if self._defended is not None and "loss" in logs:
@@ -265,7 +265,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
             self._signature_columns.append(SAFE)
 
     def finish_defenses(self) -> None:
-        """Called when training has ended well."""
+        """Called when training has ended without an exception: project, and log the metrics."""
         defended = self._attached()
         self.projection_report = defended.finish()
         if self.projection_report is not None:
@@ -274,7 +274,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
                 self.tell_of_checkpoints()
 
     def tell_of_checkpoints(self) -> None:
-        """Log that checkpoints hold the adapter as it was trained; called when SafeLora has projected it at the end."""
+        """Warn that checkpoints contain the adapter before projection. Called after SafeLora has projected it."""
         best = self.state.best_model_checkpoint
         logger.warning(
             "SafeLora has projected the adapter of the model; the checkpoints in %s%s hold it as it was trained: "
@@ -284,13 +284,13 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         )
 
     def step_ended(self) -> None:
-        """Called when an optimizer step has been made or left out."""
+        """Called after each optimizer step, made or skipped."""
         if self._defended is not None and not self._steps_in_backward:
             self._defended.engine_stepped()
 
     @property
     def _steps_in_backward(self) -> bool:
-        """Whether the optimizer makes its steps in backward (LOMO)."""
+        """Whether the optimizer steps in backward (LOMO)."""
         return hasattr(unwrapped(self.optimizer), "fused_backward")
 
     def _attached(self) -> Defended:
@@ -310,17 +310,17 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
 
 
 class _Follower(TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer of steps, and that training has ended well."""
+    """Forwards the callbacks for optimizer steps and for the end of training to the trainer."""
 
     def __init__(self, trainer: DefendedMixin) -> None:
-        self._trainer = weakref.proxy(trainer)  # or the trainer, with its open data loader, would outlive its last use
+        self._trainer = weakref.proxy(trainer)  # a strong reference would keep the trainer and its data loader alive
 
     def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
         """Called after each optimizer step."""
         self._trainer.step_ended()
 
     def on_train_end(self, *_args: Any, **_kwargs: Any) -> None:
-        """Called when the last step has been made and the best model has been loaded."""
+        """Called after the last step, when the best model has been loaded."""
         self._trainer.finish_defenses()
 
 
@@ -329,13 +329,13 @@ class DefendedTrainer(DefendedMixin, Trainer):  # type: ignore[misc]
 
 
 def _task_owner(kind: type) -> type:
-    """The class whose `compute_loss` comes after the mixin's."""
+    """The class whose `compute_loss` follows the mixin's in the MRO."""
     order = kind.__mro__
     return next(base for base in order[order.index(DefendedMixin) + 1 :] if "compute_loss" in vars(base))
 
 
 def _may_be_tagged(data: Any) -> bool:
-    """Whether examples carry the tag of safe ones, booleans; a stream that does not know its columns may."""
+    """Whether examples may have the boolean tag of safe examples. True for a stream whose columns are not known."""
     if isinstance(data, list | tuple):
         return bool(data) and isinstance(data[0], dict) and isinstance(data[0].get(SAFE), bool)
     if not hasattr(data, "column_names"):

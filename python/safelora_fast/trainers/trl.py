@@ -17,5 +17,5 @@ class DefendedSFTTrainer(DefendedMixin, SFTTrainer):  # type: ignore[misc]
     trainer.train()
     ```
 
-    TRL builds no logits: the defenses work from hidden states. In packed examples each document is a sequence.
+    TRL's fused head builds no logits, and the defenses use hidden states. In packed rows each document is a sequence.
     """

@@ -1,4 +1,4 @@
-"""Attaching defenses to a model in training: `defend()` for loops of your own; trainers/ does it in those of other libraries."""
+"""`defend()`, which attaches defenses to a model in a custom training loop. For existing trainers see `trainers/`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def defend(
     share_logits: bool = True,
     monitors: Sequence[DriftMonitor] = (),
 ) -> Defended:
-    """Attach defenses to a model for a training loop of your own; a context manager.
+    """Attach defenses to a model in a custom training loop. Use it as a context manager.
 
     ```python
     with defend(model, [KL(0.1)], optimizer=optimizer) as defended:
@@ -43,30 +43,31 @@ def defend(
             optimizer.zero_grad()
     ```
 
-    The loss is right for data-parallel training, where gradients are averaged over processes. Accelerate's
-    `backward` divides by its own `gradient_accumulation_steps`: multiply the loss by it, or leave it at 1. So does
-    DeepSpeed's, unless it is told `scale_wrt_gas=False`; after the engine's step call :meth:`Defended.engine_stepped`.
+    The loss is scaled for data-parallel training, where gradients are averaged over processes. Accelerate's `backward`
+    divides by its own `gradient_accumulation_steps`: multiply the loss by it, or leave it at 1. DeepSpeed's `backward`
+    divides too, unless called with `scale_wrt_gas=False`. After the engine's step, call
+    :meth:`Defended.engine_stepped`.
 
-    SafeLora at the end projects the adapter when the context ends without an exception, or earlier by
-    :meth:`Defended.finish`: save the adapter after that.
+    SafeLora(at="end") projects the adapter when the context ends without an exception, or when you call
+    :meth:`Defended.finish`. Save the adapter after that.
 
     Args:
-        model: a causal language model of transformers, plain, sharded by `fully_shard`, or wrapped by PEFT,
-            DistributedDataParallel and DeepSpeed's engine (ZeRO stages 1 and 2).
+        model: a causal language model of transformers: plain, sharded by `fully_shard`, or wrapped by PEFT,
+            DistributedDataParallel or DeepSpeed's engine (ZeRO stages 1 and 2).
         defenses: the defenses; those that are switched off (weight 0) cost nothing.
-        optimizer: the optimizer whose steps are counted; needed to skip a step.
-        reference: the model that the defenses keep the model near: "base" (the same model, adapters disabled), the name
-            of a frozen adapter of the model, or a second model.
-        on_nonfinite: when a defense is NaN or infinite, "raise" `TrainingError` or "skip" the optimizer step.
+        optimizer: the optimizer whose steps are counted; required to skip steps.
+        reference: the reference model of the defenses: "base" (the same model, adapters disabled), the name of a frozen
+            adapter of the model, or a second model.
+        on_nonfinite: when a defense is NaN or Inf, "raise" `TrainingError` or "skip" the optimizer step.
         first_step: optimizer steps already made, when a run is resumed.
-        share_logits: let KL compute the task's loss too, from the same logits, where that is the plain cross-entropy of a
-            causal model; the model's own head does not run then. Elsewhere the losses are computed separately, and the
-            log says why. The result is the same.
-        monitors: what :meth:`Defended.metrics` reports beside the defenses; they change no loss.
+        share_logits: let KL compute the task loss from its own logits, if that loss is the plain cross-entropy of a
+            causal model; the model's own head does not run then. Otherwise the losses are computed separately, and the
+            log gives the reason. The result is the same.
+        monitors: monitors that :meth:`Defended.metrics` reports next to the defenses; they do not change the loss.
 
     Raises:
-        SettingsError: the model, the adapter and the defenses do not go together.
-        CheckpointError: the checkpoints that SafeLora needs at the end are gone, or have changed.
+        SettingsError: the model, the adapter and the defenses are not compatible.
+        CheckpointError: checkpoints that SafeLora needs at the end are gone or have changed.
     """
     return Defended(
         model,

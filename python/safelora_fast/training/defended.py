@@ -1,4 +1,4 @@
-"""A model with its defenses attached: what plain loops and trainers call."""
+"""A model with its defenses attached: the interface for plain loops and trainers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Defended:
 
     Attributes:
         defenses: the defenses that are switched on.
-        projection_report: of SafeLora's projection at the end; None before, and where there is none.
+        projection_report: report of SafeLora's projection at the end; None before it, or if there is none.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Defended:
             self._prepare(reference, monitors, share_logits)
 
     def _prepare(self, reference: Reference, monitors: Sequence[DriftMonitor], share_logits: bool) -> None:
-        """Refuse what does not go together, and make everything but the hooks."""
+        """Check that model and defenses are compatible, and create everything except the hooks."""
         self.anatomy = anatomy = dissect(self.model)
         self._placement = Placement(self.model)
         if monitors:
@@ -118,7 +118,7 @@ class Defended:
             self.detach()
 
     def attach(self) -> None:
-        """Install the hooks; does nothing when they are installed, or when nothing is defended or watched."""
+        """Install the hooks. Does nothing if they are installed, or if there are no defenses and monitors."""
         if self._hooked or self._passes is None:
             return
         for _, attached in self._attached:
@@ -131,7 +131,7 @@ class Defended:
         self._hooked = True
 
     def detach(self) -> None:
-        """Take the hooks out; the model is as it was found."""
+        """Remove all hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -145,19 +145,19 @@ class Defended:
         return self.count(micro_batches)
 
     def count(self, micro_batches: Sequence[Mapping[str, Any]]) -> Totals:
-        """Like :meth:`totals`, where the caller has a task loss of its own. Collective."""
+        """Like :meth:`totals`, for callers that compute the task loss themselves. Collective."""
         return count_totals(self._of_batch, [read_spans(batch) for batch in micro_batches])
 
     def loss(self, batch: Mapping[str, Any], *, totals: Totals | None = None) -> torch.Tensor:
-        """Task loss plus defenses of one micro-batch, scaled so that the window's losses add up.
+        """Return the task loss plus the defenses of one micro-batch, scaled so that the window's losses add up.
 
         Args:
-            batch: what the model takes as keyword arguments, labels among them; and `safe`, where examples are tagged.
-            totals: the window's denominators, from :meth:`totals`; None makes this micro-batch the whole window.
+            batch: the model's keyword arguments, including labels; plus `safe` if examples are tagged.
+            totals: the window's denominators, from :meth:`totals`; None means that this micro-batch is the whole window.
 
         Raises:
-            TrainingError: a defense is NaN or infinite.
-            SettingsError: the model gives no loss, or was wrapped for data-parallel training after defend().
+            TrainingError: a defense is NaN or Inf.
+            SettingsError: the model returns no loss, or was wrapped for data-parallel training after defend().
         """
         check_gradients_are_shared(self.model)
         if totals is None:
@@ -169,7 +169,7 @@ class Defended:
         return task + self.regularizer(totals).to(task.device)
 
     def shares_logits(self, model: torch.nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
-        """Whether :meth:`shared_loss` gives this batch's loss, unless the caller has a reason; the log says why not, once."""
+        """Whether to use :meth:`shared_loss` for this batch. `unless` is a reason of the caller not to; reasons are logged."""
         return self._passes is not None and self._sharing.allowed(model, batch, unless=unless)
 
     def shared_loss(
@@ -182,15 +182,18 @@ class Defended:
         factor: float = 1.0,
         figures: bool = False,
     ) -> tuple[torch.Tensor, SharedLoss]:
-        """Like :meth:`loss`, with the task's cross-entropy from the logits of KL.
+        """Like :meth:`loss`, with the task's cross-entropy computed from KL's logits.
 
         Args:
             model: the model with its wrappers.
-            batch: what it takes as keyword arguments, labels among them.
+            batch: the model's keyword arguments, including labels.
             totals: the window's denominators.
             label_weight: weight of the negative log-likelihood of one label in the task loss.
             factor: multiplies the defenses, not the task loss.
-            figures: whether the second result, KL's part of the loss, has the values of every token.
+            figures: whether the second result contains the values of every token.
+
+        Returns:
+            The loss, and KL's result with its parts.
         """
         with self.recording(batch):
             logits = forward_without_logits(model, batch)
@@ -201,10 +204,10 @@ class Defended:
 
     @contextmanager
     def recording(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Record the model's training pass on `batch` that happens inside, for :meth:`regularizer`.
+        """Record the training pass on `batch` that runs inside this context, for :meth:`regularizer`.
 
         Raises:
-            SettingsError: the defenses are not attached, or one is not right for this model or batch.
+            SettingsError: the defenses are not attached, or one does not support this model or batch.
         """
         check_still_off(self._off)
         if self._passes is None:
@@ -221,13 +224,18 @@ class Defended:
             yield
 
     def regularizer(self, totals: Totals, *, factor: float = 1.0, task: SharedTask | None = None) -> torch.Tensor:
-        """The defenses' part of the loss, from the pass just recorded: a float32 scalar to add to the task loss.
+        """Return the defenses' part of the loss for the recorded pass: a float32 scalar to add to the task loss.
 
-        It is right where the losses of the window's micro-batches are added up and gradients averaged over processes.
-        `factor` multiplies it; `task` is a task loss to be computed with it, and added.
+        It is scaled for losses that are summed over the window's micro-batches, and gradients that are averaged over
+        processes.
+
+        Args:
+            totals: the window's denominators.
+            factor: multiplies the defenses, not the task loss.
+            task: a task loss to compute from the same logits and to include in the result.
 
         Raises:
-            TrainingError: a defense is NaN or infinite, unless the step is to be skipped.
+            TrainingError: a defense is NaN or Inf, and `on_nonfinite` is "raise".
         """
         self._steps.micro_batch(totals.micro_batches)
         self._sums.add_step(1.0 / totals.micro_batches)
@@ -255,30 +263,33 @@ class Defended:
                     attached.after_step()
 
     def finish(self) -> ProjectionReport | None:
-        """Project the adapter in place, if SafeLora is to do so at the end; the second call does nothing. Collective.
+        """Project the adapter in place if a SafeLora(at="end") is attached. A second call does nothing. Collective.
 
-        The context of :func:`defend` calls it when it ends without an exception. Returns `projection_report`.
+        The context of :func:`defend` calls it on an exit without an exception. Returns `projection_report`.
 
         Raises:
-            SafeLoraFastError: the sources of V have changed, or a factor is NaN or infinite; the model is as it was.
+            SafeLoraFastError: the sources of V have changed, or lora_A or lora_B holds NaN or Inf; the model is
+                unchanged.
         """
         for _, attached in self._attached:
             self.projection_report = attached.finish() or self.projection_report
         return self.projection_report
 
     def check_finished(self) -> None:
-        """Raise TrainingError if weights have changed since :meth:`finish`; does nothing before."""
+        """Raise TrainingError if weights have changed since :meth:`finish`; does nothing before that."""
         for _, attached in self._attached:
             attached.check_finished()
 
     def metrics(self) -> dict[str, float]:
-        """Means per optimizer step since the last call, over all processes. Collective.
+        """Return the means per optimizer step since the last call, over all processes. Collective.
 
-        `defense/<name>` is a defense's mean before its weight. `defense/modules_projected` and `defense/cosine_min`
-        (the lowest cosine of P_k·ΔW and ΔW just before; at the end, of C·ΔW and ΔW) belong to the last projection.
-        `defense/steps_skipped` counts, from the start, the steps left out because a defense was not finite.
-        `defense/time_share` is the share of this process's time spent in the reference pass, in the defenses' forward
-        (not in their part of backward), and in projections at a step. `monitor/<name>` is a monitor's projection.
+        - `defense/<name>`: mean of a defense, before its weight.
+        - `defense/modules_projected`: number of modules in the last projection.
+        - `defense/cosine_min`: lowest cosine of P_k·ΔW and ΔW in the last projection (at the end: of C·ΔW and ΔW).
+        - `defense/steps_skipped`: steps skipped since the start because a defense was not finite.
+        - `defense/time_share`: share of this process's wall time spent in the reference pass, the defenses' forward (not
+          backward), and projections at a step.
+        - `monitor/<name>`: mean projection of a monitor.
         """
         names = [defense.name for defense in self.defenses if isinstance(defense, Weighted)]
         values = {**self._sums.means(names), **self._run.metrics}
@@ -291,8 +302,9 @@ class Defended:
         return found if self._monitors is None else {**found, **self._monitors.read()}
 
     def engine_stepped(self) -> None:
-        """Report a step of an optimizer without step hooks: call it after the `step()` of a DeepSpeed engine.
+        """Report a step of an optimizer without step hooks.
 
-        Likewise after LOMO's `fused_backward`. Does nothing where the optimizer has hooks, which count the steps.
+        Call it after the `step()` of a DeepSpeed engine, or after LOMO's `fused_backward`. It does nothing if the
+        optimizer has step hooks, because these count the steps.
         """
         self._steps.engine_stepped()

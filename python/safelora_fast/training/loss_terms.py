@@ -1,4 +1,4 @@
-"""The defenses' terms in the loss of one micro-batch, each scaled so that those of an optimizer step add up."""
+"""The defenses' loss terms of one micro-batch, scaled so that summing over an optimizer step gives the mean."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Totals:
     """The denominators of one optimizer step.
 
     Attributes:
-        units: per defense, the units of the whole window and of all processes.
-        labels: labels that the task loss counts, likewise.
+        units: units of each defense over the whole window and all processes.
+        labels: labels of the task loss over the whole window and all processes.
         micro_batches: micro-batches of the window on each process.
     """
 
@@ -47,12 +47,12 @@ def count_totals(defenses: Sequence[BatchDefense], window: Sequence[Spans]) -> T
 
 @dataclass
 class SharedTask:
-    """The task's loss of one micro-batch, to be computed by a defense from the same logits.
+    """The task loss of one micro-batch, computed by a defense from the same logits.
 
     Attributes:
         label_weight: weight of the negative log-likelihood of one label in the loss.
-        figures: whether the values of every token are wanted.
-        shared: what the defense computed.
+        figures: whether to return the values of every token.
+        shared: the result of the defense; None before :meth:`compute`.
     """
 
     label_weight: torch.Tensor | float
@@ -60,7 +60,7 @@ class SharedTask:
     shared: SharedLoss | None = None
 
     def compute(self, defense: BatchDefense, observation: Observation, weight: float) -> SharedLoss:
-        """Both losses; `weight` is that of one unit of the defense."""
+        """Compute both losses. `weight` is the weight of one unit of the defense."""
         self.shared = defense.with_cross_entropy(
             observation, weight=weight, cross_entropy_weight=self.label_weight, figures=self.figures
         )
@@ -68,13 +68,13 @@ class SharedTask:
 
 
 class LossTerms:
-    """Adds up the terms of one model's defenses.
+    """Adds up the loss terms of one model's defenses.
 
     Args:
-        defenses: those that look at batches.
-        penalties: those that have a term of the weights alone, each with what it keeps for the model.
-        sums: told each defense's share of its mean, before the weight.
-        steps: told of a defense that is not finite.
+        defenses: the defenses whose term depends on the batch.
+        penalties: the defenses whose term depends on weights alone, each with its attached state.
+        sums: collects each defense's share of its mean, before the weight.
+        steps: handles a defense that is not finite.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class LossTerms:
     def of_batch(
         self, observation: Observation, totals: Totals, *, factor: float, task: SharedTask | None
     ) -> torch.Tensor:
-        """The terms that depend on what the model computes, and the task's loss where a defense computes it.
+        """Return the terms that depend on the batch, plus the task loss if a defense computes it.
 
         Args:
-            observation: what model and reference gave for this micro-batch.
+            observation: tokens and hidden states of this micro-batch.
             totals: the window's denominators.
             factor: multiplies the defenses, not the task loss.
-            task: the task's part in the logits; None where the task has its own.
+            task: the task loss to compute from a defense's logits; None if the model computes it.
 
         Returns:
             A float32 scalar on the device of the hidden states.
@@ -111,7 +111,7 @@ class LossTerms:
                 sharing, shared = defense, task.compute(defense, observation, weight / units)
                 means.append((defense, shared.kl / units))
                 result = result + shared.loss
-            else:  # also without a unit: where the head is sharded, the others wait to gather it
+            else:  # also with 0 units: if the head is sharded, other processes wait here to gather it
                 mean = defense.loss(observation).to(device) / units
                 means.append((defense, mean.detach()))
                 result = result + weight * mean
@@ -120,14 +120,14 @@ class LossTerms:
             self._not_finite(means[finite.index(False)][0], _first_bad_states(observation))
             if task is None or sharing is None:
                 return torch.zeros((), device=device)
-            # The task's loss without the reference, which may be what the defense that is not finite comes from.
+            # Compute the task loss without the reference states, which may be the ones that are not finite.
             return task.compute(sharing, replace(observation, reference=observation.student), 0.0).loss
         for defense, mean in means:
             self._sums.add(defense.name, mean)
         return result
 
     def of_weights(self, totals: Totals) -> torch.Tensor | None:
-        """This micro-batch's share of the terms of the weights: a window's shares add up to them, whatever the processes."""
+        """Return this micro-batch's share of the weight terms; a window's shares sum to them, for any number of processes."""
         total: torch.Tensor | None = None
         for defense, attached in self._penalties:
             penalties = attached.penalties()
@@ -153,7 +153,7 @@ class LossTerms:
 
 
 def _first_bad_states(observation: Observation) -> str:
-    """The first hidden states that are not finite, in words."""
+    """Describe the first hidden states that are not finite."""
     mask = observation.spans.real
     both = (("reference", observation.reference), ("model", observation.student))
 

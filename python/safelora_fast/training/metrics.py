@@ -1,4 +1,4 @@
-"""What the log says of a training: sums over micro-batches and processes, and shares of time."""
+"""Accumulators for training metrics: sums over micro-batches and processes, and shares of wall time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Sums:
-    """Sums of named values over micro-batches, on the device; those of a step count once the step has been made."""
+    """Sums of named values over micro-batches, kept on the device. The values of a step count only if it was made."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -23,20 +23,20 @@ class Sums:
         self._device = torch.device("cpu")
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
-        """Add a value of a micro-batch; nothing is read off the device."""
+        """Add a value of a micro-batch, without a device synchronization."""
         value = torch.as_tensor(value).detach().to(torch.float64)
         if value.device.type != "cpu":
             self._device = value.device
         self._pending[name] = self._pending[name] + value if name in self._pending else value
 
     def close(self, *, made: bool) -> None:
-        """A step has been made, and its micro-batches count; or it was left out, and they are forgotten."""
+        """End an optimizer step: add its micro-batches to the sums if it was made, drop them if it was skipped."""
         for name, value in self._pending.items() if made else ():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._pending.clear()
 
     def read(self, names: Sequence[str]) -> dict[str, float]:
-        """The sums since the last call over all processes, the last step's among them. Collective."""
+        """Return the sums since the last call, over all processes and including the last step. Collective."""
         self.close(made=True)
         local = [float(self._sums.get(name, 0.0)) for name in names]
         self._sums.clear()
@@ -47,23 +47,23 @@ STEPS = ""  # no defense has this name
 
 
 class StepSums(Sums):
-    """Sums that are read as means per optimizer step."""
+    """Sums that can be read as means per optimizer step."""
 
     def add_step(self, share: float) -> None:
         """Count a micro-batch as a share of an optimizer step."""
         self.add(STEPS, share)
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
-        """Means per optimizer step since the last call, over all processes; none where no step was made. Collective."""
-        sums = self.read([*names, STEPS] if names else [])  # nothing is sent where there is nothing to sum
+        """Return means per optimizer step since the last call, over all processes; empty without steps. Collective."""
+        sums = self.read([*names, STEPS] if names else [])  # without names there is nothing to exchange
         steps = sums.get(STEPS, 0.0) / world_size()
         return {name: sums[name] / steps for name in names} if steps else {}
 
 
 class Stopwatch:
-    """Share of the wall time that is spent inside `running()`, on this process.
+    """Share of this process's wall time that is spent inside `running()`.
 
-    On a GPU it covers what the defenses make the host wait for; kernels that run on are not attributed.
+    On a GPU this is host time, including synchronizations. Kernels that still run after the context are not included.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the time of this block."""
+        """Count the time spent inside this context."""
         began = time.perf_counter()
         try:
             yield
@@ -80,7 +80,7 @@ class Stopwatch:
             self._inside += time.perf_counter() - began
 
     def read(self) -> float:
-        """Share since the last call."""
+        """Return the share since the last call."""
         now = time.perf_counter()
         share = self._inside / max(now - self._start, 1e-9)
         self._inside, self._start = 0.0, now

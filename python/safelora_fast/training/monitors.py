@@ -1,4 +1,4 @@
-"""The monitors of a model in training: projections of mean response activations, summed until the log reads them."""
+"""The monitors of a model in training: sums of projections of mean completion activations, read for each log."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.models.capture import Capture
 
-RESPONSES = "responses, by number"  # no name of a monitor has spaces
+RESPONSES = "responses, by number"  # cannot be a monitor's name, because it has spaces
 
 
 class Monitors:
     """The monitors of one model, and their sums since they were last read.
 
     Args:
-        monitors: each with a name of its own.
-        anatomy: the model's parts.
+        monitors: the monitors, with distinct names.
+        anatomy: parts of the model.
 
     Attributes:
         layers: indices of the layers whose outputs are needed.
 
     Raises:
-        SettingsError: two monitors share a name, or one does not fit the model.
+        SettingsError: two monitors share a name, or one does not match the model.
     """
 
     def __init__(self, monitors: Sequence[DriftMonitor], anatomy: Anatomy) -> None:
@@ -49,10 +49,10 @@ class Monitors:
         self.close = self._sums.close
 
     def observe(self, capture: Capture, spans: Spans) -> None:
-        """Add up the projections of one micro-batch; nothing is read off the device.
+        """Add the projections of one micro-batch, without a device synchronization.
 
         Raises:
-            SettingsError: the batch has no labels, so its responses are not known.
+            SettingsError: the batch has no labels, so its completions are not known.
         """
         weights, responses = response_weights(spans)
         with torch.no_grad():
@@ -62,26 +62,27 @@ class Monitors:
         self._sums.add(RESPONSES, responses)
 
     def read(self) -> dict[str, float]:
-        """Mean over the responses of all processes since the last call; empty where there were none. Collective."""
+        """Return means over the completions of all processes since the last call; empty if there were none. Collective."""
         sums = self._sums.read([*self._monitors, RESPONSES])
         responses = sums[RESPONSES]
         return {f"monitor/{name}": sums[name] / responses for name in self._monitors} if responses else {}
 
 
 def projections(states: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Inner product of every token's state [rows, tokens, hidden] with a vector [hidden]: float64 [rows, tokens].
+    """Return the inner product of every token's state [rows, tokens, hidden] with `unit` [hidden]: float64 [rows, tokens].
 
-    Row by row, in float32 without a matrix product: autocast would round that, and a whole copy would cost memory.
+    Computed in float32 one row at a time, to avoid a float32 copy of all states. There is no matrix product, because
+    autocast would run it in lower precision.
     """
     unit = unit.to(states.device)
     return torch.stack([(row.float() * unit).sum(dim=-1) for row in states]).double()
 
 
 def response_weights(spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight of each token, one over the length of its response or 0 outside of responses; and the number of responses.
+    """Return the weight of each token and the number of completions, both float64.
 
-    Both are float64. Tokens of a response are those that carry a label themselves, as persona extraction counts them;
-    `completion` marks the positions that predict them.
+    The weight is 1 / length of the completion for its tokens, and 0 for other tokens. A completion's tokens are those
+    with a label of their own, as in persona extraction. (`spans.completion` marks the positions that predict them.)
 
     Raises:
         SettingsError: the batch has no labels.

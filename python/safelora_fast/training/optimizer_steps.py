@@ -1,4 +1,4 @@
-"""Following the optimizer: its steps are counted, and one is left out when a defense is not finite."""
+"""Counts the optimizer's steps with hooks, and skips a step when a defense is not finite."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 class Steps:
-    """Follows the optimizer of a run by hooks, and counts its steps there.
+    """Counts the optimizer steps of a run with step hooks.
 
     Args:
-        run: the training; its optimizer may be None, and then nothing is counted.
+        run: the training run. If its optimizer is None, nothing is counted.
         on_nonfinite: "raise" the error of a defense that is not finite, or "skip" the step.
-        afterwards: called after each step that was made (True) or left out (False).
+        afterwards: called after each step with True if it was made, False if it was skipped.
 
     Attributes:
-        skipped: how many steps were left out.
+        skipped: number of skipped steps.
 
     Raises:
         SettingsError: `on_nonfinite` is unknown.
@@ -56,17 +56,18 @@ class Steps:
 
     @property
     def coming(self) -> str:
-        """The step that is coming, in words for a message; empty where steps are not counted."""
+        """The number of the next step, phrased for error messages; empty if steps are not counted."""
         return f" at optimizer step {self._run.steps + 1}" if self._run.optimizer is not None else ""
 
     def check(self, changed: Mapping[str, Iterable[tuple[str, torch.Tensor]]]) -> None:
-        """Refuse an optimizer of other parameters than those that the defenses change: they would do nothing.
+        """Check that the optimizer trains the parameters that the defenses change.
 
         Args:
-            changed: for each defense the (module, lora_B) that it changes.
+            changed: for each defense, the (module, lora_B) pairs that it changes.
 
         Raises:
-            SettingsError: with the module; or a step is to be skipped and the optimizer has no hooks.
+            SettingsError: a trainable lora_B is not among the optimizer's parameters; or `on_nonfinite` is "skip" and
+                the optimizer has no step hooks.
         """
         if self._on_nonfinite == "skip" and self._hooked is None:
             raise SettingsError(
@@ -84,11 +85,11 @@ class Steps:
                     )
 
     def attach(self, parameters: Iterable[torch.Tensor], *, needing_loss: Sequence[str]) -> list[RemovableHandle]:
-        """Install the hooks, where the optimizer has some.
+        """Install the hooks, if the optimizer supports them. Return their handles.
 
         Args:
-            parameters: those of the model. A step of theirs, by any optimizer, without a loss of the defenses is logged.
-            needing_loss: the defenses that such a step would leave out, for the log; empty where no loss is needed.
+            parameters: parameters of the model. A warning is logged if any optimizer steps them without a defended loss.
+            needing_loss: names of the defenses that such a step would skip, for that warning; empty disables it.
         """
         self._needing_loss = " and ".join(needing_loss)
         handles: list[RemovableHandle] = []
@@ -108,16 +109,16 @@ class Steps:
         return handles
 
     def not_finite(self, error: TrainingError) -> None:
-        """Raise the error of a defense that is not finite, or leave out the step that is coming, on every process."""
+        """Raise the error of a defense that is not finite, or mark the next step as skipped, on every process."""
         if self._on_nonfinite == "raise":
             raise error
         self._skip, self._reason = True, str(error)
 
     def micro_batch(self, window: int) -> None:
-        """Count a micro-batch of a window of so many. The first of a new window forgets that a step was to be left out.
+        """Count a micro-batch of a window of `window` micro-batches. A new window clears the mark to skip a step.
 
-        A scaler of gradients that finds an infinity leaves out a step by itself, without the hooks. Where totals were not
-        given, the window is as long as gradients are added up.
+        This is needed because a gradient scaler that finds Inf skips a step without running the hooks. If the caller
+        passes no totals, a window lasts as long as gradients accumulate.
         """
         self._losses += 1
         if self._micro_batches >= window and not (self._skip and self._has_gradients()):
@@ -127,13 +128,13 @@ class Steps:
         self._micro_batches += 1
 
     def engine_stepped(self) -> None:
-        """An optimizer without hooks has made a step; does nothing where hooks have counted it."""
+        """Count a step of an optimizer without hooks; does nothing if hooks count the steps."""
         if self._hooked is None:
             self._warn_if_unasked(self._run.optimizer)
             self._count()
 
     def _has_gradients(self) -> bool:
-        """Whether any gradient on this process is not zero."""
+        """Whether any gradient on this process is nonzero."""
         gradients = [parameter.grad for parameter in parameters_of(self._run.optimizer) if parameter.grad is not None]
         return any(bool(local_rows(gradient).any()) for gradient in gradients)
 
@@ -152,7 +153,7 @@ class Steps:
         self._micro_batches = 0
 
     def _left_out(self) -> None:
-        """Count a step that is left out. The first is logged, and many in a row are an error.
+        """Count a skipped step. The first one is logged; too many in a row raise an error.
 
         Raises:
             TrainingError: on every process, after `MOST_SKIPPED` in a row.
@@ -172,7 +173,7 @@ class Steps:
         self._afterwards(True)
 
     def _warn_if_unasked(self, optimizer: Any) -> None:
-        """Warn, once, of an optimizer's step for which no loss was asked."""
+        """Warn once if an optimizer made a step without a loss of the defenses."""
         if self._needing_loss and self._losses == self._losses_at_step.get(id(optimizer), 0):
             logger.warning(
                 "the optimizer made a step, but no loss of the defenses was asked for since the last one, so %s did nothing: "

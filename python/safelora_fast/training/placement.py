@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Placement:
-    """The parameters of a model when defenses are attached to it.
+    """The parameters of a model at the time when defenses are attached to it.
 
-    FSDP2 exchanges the parameters of a sharded model with gathered ones at any time, so there nothing is compared.
+    FSDP2 replaces sharded parameters by gathered ones at any time, so parameters of such models are not compared.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,10 +26,10 @@ class Placement:
         self._checked = any(kind.__name__ == "FSDPModule" for part in model.modules() for kind in type(part).__mro__)
 
     def check(self) -> None:
-        """Refuse, before the first pass, a model whose parameters are others by now.
+        """Before the first pass, check that the model still has the same parameters.
 
         Raises:
-            SettingsError: with the first of them.
+            SettingsError: names the first parameter that was replaced.
         """
         if self._checked:
             return
@@ -44,10 +44,10 @@ class Placement:
 
 
 def check_gradients_are_shared(model: nn.Module) -> None:
-    """Refuse a model that several processes run, each for itself, because it was wrapped after defend() or not at all.
+    """Check that gradients are averaged over processes: the model must have been wrapped before defend().
 
     Raises:
-        SettingsError: with the order in which to call.
+        SettingsError: it was wrapped afterwards or not at all; the message gives the right order of calls.
     """
     if is_parallel(model) or (world_size() == 1 and "deepspeed" not in sys.modules):
         return

@@ -1,4 +1,4 @@
-"""The task's cross-entropy from a defense's logits: where it is the model's own loss, and the pass that builds no logits."""
+"""Task cross-entropy from a defense's logits: when it equals the model's own loss, and a forward pass without logits."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ KEPT_LOGITS = "logits_to_keep"
 
 
 class SharedLogits:
-    """Decides, batch by batch, whether the task's loss is the plain cross-entropy that a defense can compute on the way.
+    """Decides for each batch whether a defense can compute the task loss, because that is the plain cross-entropy.
 
-    The model's loss function, router losses and the keys of the batch are read. Then the model itself is run, once, on a
-    few tokens: its own loss must be ours, and it must build no logits when told to keep none.
+    It checks the model's loss function, router losses, and the keys of the batch. It also runs the model once on a few
+    tokens: the model's own loss must match, and `logits_to_keep` must be able to turn off its logits.
 
     Args:
-        anatomy: the parts of the model in training.
-        defense: the one that shares its logits, None where there is none.
-        wanted: False to compute the losses separately.
+        anatomy: parts of the model in training.
+        defense: the defense that shares its logits, if any.
+        wanted: False to always compute the losses separately.
     """
 
     def __init__(self, anatomy: Anatomy, defense: BatchDefense | None, *, wanted: bool) -> None:
@@ -50,12 +50,12 @@ class SharedLogits:
         self._of_model: str | None = None
 
     def allowed(self, model: nn.Module, batch: Mapping[str, Any], *, unless: str | None = None) -> bool:
-        """Whether to share; if not, each reason is logged once.
+        """Whether to share logits for this batch. Each reason not to is logged once.
 
         Args:
-            model: the model in training with its wrappers, as it is going to be called.
-            batch: what it is going to be called with.
-            unless: a reason of the caller's.
+            model: the model with its wrappers, as the training pass will call it.
+            batch: keyword arguments of that call.
+            unless: the caller's own reason not to share.
         """
         if not self._wanted or self._defense is None:
             return False
@@ -76,7 +76,7 @@ class SharedLogits:
         return self._of_model
 
     def _against_answer(self, model: nn.Module, batch: Mapping[str, Any], defense: BatchDefense) -> str | None:
-        """Ask the model for its own loss of a few tokens of the batch, and compare."""
+        """Compare the model's own loss on a few tokens of the batch with the shared one."""
         ids = batch.get("input_ids")
         if ids is None:
             return "the batch has no input_ids to ask the model with"
@@ -91,7 +91,7 @@ class SharedLogits:
                 theirs = _field(model(**question), "loss")
                 capture = tap.begin()
                 logits = forward_without_logits(model, question)
-        except Exception as error:  # whatever a model of any kind raises: it can still be trained the other way
+        except Exception as error:  # model code may raise anything; the losses are then computed separately
             return f"the model gives no loss of a few tokens ({type(error).__name__}: {error})"
         finally:
             tap.detach()
@@ -110,10 +110,10 @@ class SharedLogits:
 
 
 def forward_without_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """Run the model for its hidden states; returns its logits of no position.
+    """Run the model without computing logits, so that its hidden states can be recorded. Return the empty logits.
 
-    They are empty but have a gradient function: when their sum, zero, is added to the loss, wrappers that watch the
-    model's output see that it was used.
+    The empty logits have a gradient function. Add their sum, zero, to the loss, so that wrappers that track the model's
+    output (such as DDP) see that it was used.
     """
     inputs = {name: value for name, value in without_tags(batch).items() if name not in {"labels", "shift_labels"}}
     source = inputs.get("input_ids")
@@ -127,7 +127,7 @@ def _field(output: Any, name: str) -> Any:
 
 
 def _against_class(anatomy: Anatomy) -> str | None:
-    """A reason that can be read off the model."""
+    """A reason not to share, from the model's class and configuration."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     model = anatomy.model
@@ -144,7 +144,7 @@ def _against_class(anatomy: Anatomy) -> str | None:
 
 
 def _against_batch(batch: Mapping[str, Any]) -> str | None:
-    """A reason that can be read off the batch."""
+    """A reason not to share, from the keys of the batch."""
     if batch.get("labels") is None:
         return "the batch has no labels"
     for name in (KEPT_LOGITS, ROUTER_LOSS, "ignore_index", "num_items_in_batch"):

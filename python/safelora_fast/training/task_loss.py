@@ -1,4 +1,4 @@
-"""The task's own loss in a plain loop: the model's, scaled so that the losses of a window add up."""
+"""The task loss in a plain loop: the model's own loss, scaled so that the losses of a window add up."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
 
     from safelora_fast.training.loss_terms import Totals
 
-CASTS_INPUTS = {"FSDPModule", "FullyShardedDataParallel"}  # float tensors, to the parameters' dtype
-SAME_LOSS = 1e-4  # relative: twice the number of items halves the labels' part, which is far more than that
+CASTS_INPUTS = {"FSDPModule", "FullyShardedDataParallel"}  # they cast float tensors to the parameters' dtype
+SAME_LOSS = 1e-4  # relative; doubling the number of items halves the labels' part, a much larger change
 
 
 class TaskLoss:
     """The model's own loss of one micro-batch, scaled for gradients that are averaged over processes.
 
-    It is S/n + E: the negative log-likelihoods of the labels over their number, and what the model adds by itself (the
-    loss of a mixture's routers, AdaLoRA's orthogonality). Over a window of M micro-batches with N labels on W processes S
-    must count as one sum over N, and E as a mean over micro-batches and processes. A model that divides by the
-    `num_items_in_batch` it is given gets N/(M·W), and 1/M of its loss counts. Another one divides by the labels of the
-    micro-batch, and counts as much as it has of the window's labels.
+    The model's loss is S/n + E. S is the sum of the labels' negative log-likelihoods, n their number, and E an extra
+    term of the model (router loss, AdaLoRA's orthogonality). Consider a window of M micro-batches with N labels on W
+    processes. S must be summed and divided by N; E must be averaged over micro-batches and processes.
 
-    A model's signature does not show which it is: many take `**kwargs` and ignore them. On one process the graph of its
-    first loss shows it; elsewhere its losses of one batch with two numbers do.
+    - A model that divides by `num_items_in_batch` is passed N/(M·W), and its loss is multiplied by 1/M.
+    - A model that divides by the labels of the micro-batch has its loss multiplied by W times its share of the N labels.
+
+    The signature does not show which kind a model is, because many accept `**kwargs` and ignore them. On one process,
+    the autograd graph of the first loss shows it. Otherwise, two losses of one batch with different numbers are compared.
 
     Args:
         model: the model with its wrappers.
@@ -48,9 +49,10 @@ class TaskLoss:
         self._divides: bool | None = None
 
     def decide(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
-        """On several processes, find out together whether the model divides: all of them must run the same passes.
+        """On several processes, determine whether the model divides by `num_items_in_batch`. Collective.
 
-        Collective, and so no part of :meth:`of`, which a process may skip that computes its loss in another way.
+        All processes must run the same passes. This is separate from :meth:`of` because some processes may compute
+        their loss in another way and never call that.
         """
         undecided = world_size() > 1 and self._divides is None
         batch = micro_batches[0] if undecided and micro_batches else {}
@@ -67,14 +69,14 @@ class TaskLoss:
             self._divides = divides > ignores
 
     def of(self, batch: Mapping[str, Any], totals: Totals) -> torch.Tensor:
-        """The loss of one micro-batch.
+        """Return the scaled loss of one micro-batch.
 
         Args:
-            batch: what the model takes as keyword arguments, labels among them.
+            batch: the model's keyword arguments, including labels.
             totals: the window's denominators.
 
         Raises:
-            SettingsError: the model gives no loss.
+            SettingsError: the model returns no loss.
         """
         model, spans = self._model, read_spans(batch)
         batch = without_tags(batch)
@@ -93,9 +95,9 @@ class TaskLoss:
 
 
 def _number(model: nn.Module, value: float, device: torch.device) -> torch.Tensor | float:
-    """A number of items for a model: a tensor, or a Python number where FSDP would round a tensor to half precision.
+    """Number of items as a tensor, or as a Python number if FSDP would cast a tensor to half precision.
 
-    The tensor has a gradient, though nobody needs it: so the graph of the loss shows whether it was used.
+    The tensor requires a gradient, so that the autograd graph of the loss shows whether it was used.
     """
     if any(kind.__name__ in CASTS_INPUTS for part in model.modules() for kind in type(part).__mro__):
         return value
@@ -103,7 +105,7 @@ def _number(model: nn.Module, value: float, device: torch.device) -> torch.Tenso
 
 
 def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor | float) -> bool:
-    """Whether a loss was computed from a tensor; compiled code does not show it."""
+    """Whether the autograd graph of a loss contains `leaf`. False for compiled models, whose graph does not show it."""
     if not isinstance(leaf, torch.Tensor) or any(
         getattr(part, "_compiled_call_impl", None) is not None for part in (model, dissect(model).model)
     ):
@@ -121,7 +123,7 @@ def _in_graph(model: nn.Module, loss: torch.Tensor, leaf: torch.Tensor | float) 
 
 
 def _divides_by_items(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
-    """Whether the model's loss changes with `num_items_in_batch`; None where this batch does not show it."""
+    """Whether the model's loss changes with `num_items_in_batch`; None if this batch does not show it."""
     spans, batch = read_spans(batch), without_tags(batch)
     counts = (_number(model, factor * max(spans.labels, 1), spans.real.device) for factor in (1.0, 2.0))
     with torch.no_grad(), evaluation_mode(model), torch.compiler.set_stance("force_eager"):

@@ -1,4 +1,4 @@
-"""The forward passes of a model in training: what is recorded of them, and of the reference model on the same inputs."""
+"""Records the forward passes of a model in training, and runs the reference model on the same inputs."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class TrainingPasses:
-    """Records the pass inside `recording()`; hooks of defenses act in it whatever the model's mode, as while it trains.
+    """Records the pass inside `recording()`. Hooks of defenses act inside it, and also while the model is in training mode.
 
     Args:
         model: the model with its wrappers.
-        anatomy: its parts.
-        reference: what the defenses keep the model near; None where no defense needs one.
-        layers: indices of the layers to record of model and reference.
-        watched: indices of the layers to record of the model alone.
+        anatomy: parts of the model.
+        reference: the reference model; None if no defense needs one.
+        layers: indices of the layers to record, in both the model and the reference model.
+        watched: indices of the layers to record in the model alone.
         records: whether anything is recorded.
         stopwatch: counts the time of reference passes.
 
     Attributes:
-        reference: runs the reference model; None where no defense needs one.
+        reference: runs the reference model; None if no defense needs one.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class TrainingPasses:
         self._recorder = StudentRecorder(Tap(anatomy, [*layers, *watched]), run_reference, entrances(model))
 
     def install(self, defenses: Sequence[Defense]) -> list[Any]:
-        """Install the defenses' hooks on the model and on a second model as reference, before those that record.
+        """Install the defenses' hooks on the model and on a separate reference model, and then the recording hooks.
 
         Returns:
-            The handles that take the defenses' hooks out.
+            The handles that remove the defenses' hooks.
         """
         model = self._anatomy.model
         handles: list[Any] = []
@@ -82,7 +82,7 @@ class TrainingPasses:
         return handles
 
     def remove(self) -> None:
-        """Take the recording hooks out."""
+        """Remove the recording hooks."""
         if self._recorder is not None:
             self._recorder.detach()
         if self.reference is not None:
@@ -90,10 +90,10 @@ class TrainingPasses:
 
     @contextmanager
     def recording(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Record the training pass on `batch` that happens inside.
+        """Record the training pass on `batch` that runs inside this context.
 
         Raises:
-            SettingsError: there is no such pass, or an input depends on what is trained.
+            SettingsError: no pass runs, or an input depends on trained parameters.
         """
         with self._engaged():
             if self._recorder is None:
@@ -107,12 +107,12 @@ class TrainingPasses:
 
     @contextmanager
     def observed(self) -> Iterator[Observation | None]:
-        """What was recorded, forgotten afterwards so that its memory is free before backward; None where nothing is.
+        """Yield the recorded pass; None if nothing is recorded. It is released afterwards, to free memory for backward.
 
-        Without a reference model the model's own states stand for the reference's.
+        Without a reference model, the model's own states are used as the reference's.
 
         Raises:
-            SettingsError: no pass was recorded, or its hidden states are not those of the batch's tokens.
+            SettingsError: no pass was recorded, or the shape of its hidden states does not match the batch's tokens.
         """
         if self._recorder is None:
             yield None

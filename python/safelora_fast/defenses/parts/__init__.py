@@ -1,1 +1,1 @@
-"""What defenses are made of: code that needs torch when it is imported, so that the files of the defenses do not."""
+"""Implementation of the defenses. These files import torch at the top; the files of the defenses import it lazily."""

@@ -1,4 +1,4 @@
-"""The penalty on what leaves the safe subspace: of one module, and of all at once with the gradient written out."""
+"""Penalty on the part of ΔW outside the safe subspace, for one module, or for all modules in grouped kernel launches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def is_grouped(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether modules with these tensors share launches; elsewhere one after the other is as good."""
+    """Whether the backend of these tensors groups modules into shared launches."""
     return OP.choose(tensors).name in {"triton", "cuda"}
 
 
 def subspace_penalty(lora_b: torch.Tensor, lora_a: torch.Tensor, scale: float, vectors: torch.Tensor) -> torch.Tensor:
-    """s²·tr(RᵀR·AAᵀ) with R = B − U(UᵀB), a float32 scalar (float64 for float64 factors), of one module.
+    """Return s²·tr(RᵀR·AAᵀ) of one module with R = B − U(UᵀB): a float32 scalar (float64 for float64 inputs).
 
-    Expanding the product would cancel: just after a projection R is a small difference of large matrices.
+    R is computed first because expanding RᵀR would cancel: just after a projection B and U(UᵀB) are almost equal.
 
     Args:
         lora_b: B [m, r].
@@ -38,9 +38,10 @@ def subspace_penalties(
     lora_as: Sequence[torch.Tensor],
     scales: Sequence[float],
 ) -> list[torch.Tensor]:
-    """‖(I − U·Uᵀ)·s·B·A‖²_F of every module (AsFT, arXiv 2506.08473), float32 scalars, differentiable once in B and A.
+    """Return ‖(I − U·Uᵀ)·s·B·A‖²_F of every module (AsFT, arXiv 2506.08473).
 
-    With R = B − U(UᵀB) it is s²·tr(RᵀR·AAᵀ), with gradients 2s²·R·(AAᵀ) and 2s²·(RᵀR)·A.
+    With R = B − U(UᵀB) this is s²·tr(RᵀR·AAᵀ), with gradients 2s²·R·(AAᵀ) in B and 2s²·(RᵀR)·A in A. The results are
+    float32 scalars that can be differentiated once.
 
     Args:
         bases: U [m, k] with orthonormal columns, float32.

@@ -1,7 +1,7 @@
-"""Whether the logits of a model are its head on its hidden states.
+"""Checks that the logits of a model are its output head applied to its hidden states.
 
-KL multiplies hidden states by the head's weight itself. A model may do more between the two than its configuration says
-under a known name: a transform, a scale of its own. Then KL would be that of another model, so the model is run once.
+KL multiplies the hidden states by the head's weight directly. Some models apply a further transform or scale that the
+known configuration keys do not show. KL would then be wrong, so the model is run once and its logits are compared.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ SOURCES = ("input_ids", "inputs_embeds")
 
 
 def check_logits(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
-    """Run the model on a few tokens of a batch, and compare its logits with those of the head on its hidden states.
+    """Run the model on a few tokens of a batch, and compare its logits with the head applied to its hidden states.
 
-    A model that does not run on tokens alone is given the whole batch. One that does not run on that either is not
-    compared, and the log says so.
+    If the model fails on token ids alone, it is run on the whole batch. If that fails too, a warning is logged and
+    nothing is compared.
 
     Args:
-        model: the model with its wrappers: FSDP2 gathers weights where the outermost module is called.
-        anatomy: its parts.
-        batch: what it is trained on.
+        model: the model with its wrappers. FSDP2 gathers weights only if the outermost module is called.
+        anatomy: parts of the model.
+        batch: a training batch.
 
     Raises:
-        SettingsError: they differ by more than rounding, or only one of both is finite.
+        SettingsError: the logits differ by more than rounding, or are not finite in the same places.
     """
     name = next((name for name in SOURCES if batch.get(name) is not None), None)
     if name is None:
@@ -53,7 +53,7 @@ def check_logits(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -
     try:
         try:
             theirs, ours = _logits(model, anatomy, {name: batch[name][:1, :PROBE_TOKENS]})
-        except Exception:  # whatever a model of any kind raises
+        except Exception:  # model code may raise anything
             theirs, ours = _logits(model, anatomy, whole)
     except Exception as error:
         logger.warning(
@@ -69,7 +69,7 @@ def check_logits(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -
 
 
 def _logits(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's own logits of the first row's first tokens, and the head's on its hidden states."""
+    """Logits of the first tokens of the first row: from the model itself, and from the head on its hidden states."""
     head = anatomy.head()
     while is_parallel(model):
         model = model.module
@@ -89,7 +89,7 @@ def _logits(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> tu
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two sets of logits differ by rounding only; infinite and missing ones must be so in both."""
+    """Whether two sets of logits differ by rounding only; NaN and Inf must be in the same places."""
     exact = ours.dtype == theirs.dtype and ours.dtype in {torch.float32, torch.float64}
     ours, theirs = ours.double(), theirs.double()
     apart = torch.where((ours == theirs) | (ours.isnan() & theirs.isnan()), 0.0, ours - theirs)
@@ -98,7 +98,7 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def check_same_head(own: Anatomy, other: Anatomy) -> None:
-    """Raise SettingsError if a second model's weight, bias, scale or soft-cap differ: KL has one head for both."""
+    """Raise SettingsError if the two heads differ in weight, bias, scale or soft-cap: KL uses one head for both models."""
     mine, theirs = own.head(), other.head()
     if mine.module is not theirs.module and not _same(mine, theirs):
         raise SettingsError(

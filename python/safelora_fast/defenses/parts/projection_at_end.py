@@ -1,4 +1,4 @@
-"""SafeLoRA when training ends: the adapter of the model becomes what the projection command would make of it."""
+"""SafeLoRA at the end of training: projects the model's adapter in place, as `safelora-fast project` would."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 ROLES = ("aligned", "base")
 SAME_NORM = 1e-6
-SAME_NORM_AS_ON_A_DEVICE = 2e-5  # there squares are added in another precision and order
+SAME_NORM_AS_ON_A_DEVICE = 2e-5  # a device adds squares in another precision and order
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A factor that was projected, with digests of what this process held of it before and after."""
+    """A projected lora_A or lora_B, with digests of this process's shard before and after the projection."""
 
     parameter: torch.Tensor
     before: bytes
@@ -54,7 +54,7 @@ class _Written:
 
 
 def _digest(parameter: torch.Tensor) -> bytes:
-    """Digest of what this process holds of a parameter; -0 and 0 are the same weight."""
+    """Digest of this process's shard of a parameter; -0 and 0 count as equal."""
     rows = (local_rows(parameter).detach().cpu() + 0.0).contiguous()
     return hashlib.blake2b(rows.view(torch.uint8).numpy()).digest()
 
@@ -62,12 +62,12 @@ def _digest(parameter: torch.Tensor) -> bytes:
 class ProjectionAtEnd(Attached):
     """Projects the active adapter of a model in place, with V streamed from the sources of the subspace.
 
-    Process 0 reads the checkpoints, and every process gets the same values; all of them must call. Everything that can
-    be refused is refused before training: sources that are gone or have changed, modules that do not pair with them,
-    adapters of a kind that cannot be projected.
+    Process 0 reads the checkpoints and broadcasts the result, so all processes must call. The constructor checks as
+    much as possible before training: sources that are gone or have changed, modules without a match in them, and
+    adapter types that cannot be projected.
 
     Raises:
-        SafeLoraFastError: with the reason, on every process.
+        SafeLoraFastError: a check failed; raised with the reason on every process.
     """
 
     def __init__(self, run: Run, subspace: SafeSubspace, settings: Settings) -> None:
@@ -88,14 +88,15 @@ class ProjectionAtEnd(Attached):
     def finish(self) -> ProjectionReport:
         """Project, write the result into the model, and return the report. Collective.
 
-        A second call does nothing, unless other weights have been put into the model: they are projected, with a warning.
+        A second call does nothing, unless all projected weights have been replaced since. The new weights are then
+        projected too, with a warning.
 
-        An optimizer with modes (schedule-free) is put into evaluation mode first: those are the weights to save. Whatever
-        an optimizer keeps of the weights is overwritten, so that it brings none of them back.
+        An optimizer with modes (schedule-free) is switched to evaluation mode first, because those weights are the ones
+        to save. Copies of the weights in the optimizer state are overwritten so that they cannot come back.
 
         Raises:
-            SafeLoraFastError: the sources have changed meanwhile, or a factor is NaN or infinite; the model is as it was.
-            TrainingError: a part of what was projected has changed.
+            SafeLoraFastError: the sources have changed, or lora_A or lora_B holds NaN or Inf; the model is unchanged.
+            TrainingError: some of the projected weights have changed, but not all.
         """
         if self._report is not None and not self._replaced():
             return self._report
@@ -137,10 +138,10 @@ class ProjectionAtEnd(Attached):
         return report
 
     def check_finished(self) -> None:
-        """Refuse weights that are not what the projection wrote.
+        """Raise TrainingError if weights have changed since the projection.
 
         Raises:
-            TrainingError: with the first factor.
+            TrainingError: names the first changed tensor.
         """
         changed = self._changed()
         if changed:
@@ -151,14 +152,14 @@ class ProjectionAtEnd(Attached):
             )
 
     def _changed(self) -> list[str]:
-        """Keys of the factors that are not what was written, on this process."""
+        """Keys of the tensors that have changed since the projection, on this process."""
         return [key for key, written in self._written.items() if written.changed]
 
     def _replaced(self) -> bool:
-        """Whether other weights stand in all places where the projection had changed some. Collective.
+        """Whether all tensors that the projection changed have been replaced since. Collective.
 
         Raises:
-            TrainingError: in some of them only, so a second projection would project what is projected already.
+            TrainingError: only some were replaced, so a second projection would project the others twice.
         """
         changed = set(self._changed())
         kept = [key for key, one in self._written.items() if one.before != one.after and key not in changed]
@@ -172,13 +173,13 @@ class ProjectionAtEnd(Attached):
         return {key: gathered(parameter).detach().cpu().clone() for key, parameter in parameters.items()}
 
     def _rehearse(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Everything that comes before the first byte of a weight is read."""
+        """Run all steps of the projection that do not read weights, to find errors before training."""
         with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder, self._described(Path(folder)):
             models = [reopen(self._subspace.sources.get(role, {}), role=role) for role in ROLES]
             plan_projection(load_adapters([self._save(tensors, Path(folder))], self._settings["exclude"]), *models)
 
     def _project(self, tensors: dict[str, torch.Tensor], others: list[str]) -> ProjectionReport:
-        """Replace the tensors by what the projection makes of them, and log what its report warns of."""
+        """Replace `tensors` by their projections, and log the warnings of the report."""
         from safetensors.torch import load_file
 
         sources = self._subspace.sources
@@ -202,7 +203,7 @@ class ProjectionAtEnd(Attached):
         return save_tensors(tensors, self._holder.peft_config[self._adapter], folder)
 
     def _check_norms(self, report: ProjectionReport) -> None:
-        """Compare ‖V‖_F with what it was when the subspace was built: every weight has a share in it."""
+        """Compare ‖V‖_F with its value when the subspace was built: a change to any weight changes it."""
         tolerance = SAME_NORM_AS_ON_A_DEVICE if self._subspace.settings.get("device") else SAME_NORM
         for module in report.adapters[0].modules:
             with contextlib.suppress(PairingError):
@@ -215,7 +216,7 @@ class ProjectionAtEnd(Attached):
 
     @contextlib.contextmanager
     def _described(self, folder: Path) -> Iterator[None]:
-        """Errors that name SafeLora, and the adapter of the model instead of the folder that holds it."""
+        """Make error messages name SafeLora and the model's adapter instead of the temporary folder."""
         try:
             with naming_adapter(folder, self._adapter), naming_adapter(folder / "saved", self._adapter):
                 yield

@@ -1,4 +1,4 @@
-"""SafeLoRA after optimizer steps: lora_B is projected onto the safe subspace in place."""
+"""SafeLoRA after optimizer steps: projects lora_B onto the safe subspace in place."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from safelora_fast.defenses.base import Run
     from safelora_fast.defenses.parts.safe_modules import SafeModules
 
-MOST_OUTSIDE = 8.0  # roundings of B's dtype: writing P_k·B leaves less than one
-STANDS_STILL = 1e-6  # relative: what switching an optimizer to evaluation and back may round away
+MOST_OUTSIDE = 8.0  # in units of the rounding of B's dtype; rounding P_k·B to that dtype leaves less than 1
+STANDS_STILL = 1e-6  # relative rounding error of switching an optimizer to evaluation mode and back
 logger = logging.getLogger(__name__)
 
 
@@ -26,9 +26,9 @@ class ProjectionAtSteps(Attached):
     """B ← U_k·U_kᵀ·B after every `every`-th optimizer step.
 
     Args:
-        run: the training.
-        modules: what to project.
-        every: in optimizer steps, counted from the start of the training, also after a resume.
+        run: the training run.
+        modules: modules to project.
+        every: interval in optimizer steps, counted from the start of training, also after a resume.
     """
 
     def __init__(self, run: Run, modules: SafeModules, every: int) -> None:
@@ -38,24 +38,24 @@ class ProjectionAtSteps(Attached):
         self._begun = self._modes_tried = False
 
     def factors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """lora_B of every module."""
+        """Return (module, lora_B) of every module."""
         return self._modules.factors()
 
     def start(self) -> None:
-        """Take the weights' norms.
+        """Record the norms of the weights.
 
         Raises:
-            SettingsError: there is no optimizer to follow.
+            SettingsError: no optimizer was given.
         """
         if self._run.optimizer is None:
             raise SettingsError('SafeLora: at="step" needs the optimizer whose steps it follows: optimizer=')
         self._watch(begun=False)
 
     def before_loss(self) -> None:
-        """Check that no weights have changed without a step that was seen.
+        """Check that weights change only in optimizer steps that the hooks report.
 
         Raises:
-            TrainingError: they have, so nothing would ever be projected.
+            TrainingError: weights have changed without such a step, so nothing would ever be projected.
         """
         self._watch(begun=True)
 
@@ -76,20 +76,20 @@ class ProjectionAtSteps(Attached):
             )
 
     def after_step(self) -> None:
-        """Project, where that is due.
+        """Project, after every `every`-th step.
 
         Raises:
-            TrainingError: a factor is not finite, or the optimizer would bring back what was projected away.
+            TrainingError: a lora_B is not finite, or the optimizer would restore the weights that were projected away.
         """
         if self._run.steps % self._every == 0:
             self._project()
             self._try_modes()
 
     def finish(self) -> None:
-        """Check that what was projected last is in the model, and project what has taken its place.
+        """Check that the weights projected last are still in the model; project any weights that replaced them.
 
         Raises:
-            TrainingError: weights have changed, but no step of the optimizer was seen.
+            TrainingError: weights have changed, but the hooks reported no optimizer step.
         """
         if not self._run.steps_seen:
             self._watch(begun=self._begun)
@@ -108,13 +108,13 @@ class ProjectionAtSteps(Attached):
         self._projected_at = run.steps_seen
 
     def _try_modes(self) -> None:
-        """Once, check that the weights for evaluation lie in the subspace too, where the optimizer has its own."""
+        """Check once that the optimizer's evaluation weights, if it has separate ones, are in the subspace too."""
         optimizer: Any = self._run.optimizer
         if self._modes_tried or not has_modes(optimizer):
             return
         self._modes_tried, modules = True, self._modules
         if any(True for module in modules.modules for _ in weight_copies(optimizer, module.lora_b)):
-            return  # known, and projected
+            return  # known copies, which are projected too
         optimizer.eval()
         outside = modules.outside()
         optimizer.train()

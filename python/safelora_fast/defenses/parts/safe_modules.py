@@ -1,4 +1,4 @@
-"""A model's adapted modules together with their safe subspaces: the penalty and the projection of a training step."""
+"""A model's adapted modules with their safe subspaces: computes the penalty, and projects after a training step."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class SafeModules(Attached):
-    """The adapted modules of a model and U_k of each, on the module's device.
+    """The adapted modules of a model with their U_k, each on the module's device.
 
-    Left out are those whose V is zero, and those that `exclude` names.
+    Modules whose V is zero and modules matched by `exclude` are left out.
 
-    A bias of lora_B moves the module's output as a column of ΔW does, so it counts as one: a module of its own, of the
+    A bias of lora_B shifts the module's output like a column of ΔW. It is therefore treated as a separate module of the
     same name, with B = bias [m, 1] and A = 1.
 
     Raises:
-        PairingError: an adapted module has no subspace, or one of another shape, or V is zero in all of them.
-        SettingsError: an adapter of a kind that cannot be projected.
+        PairingError: an adapted module has no subspace, or one of another shape; or V is zero in all modules.
+        SettingsError: the adapter type cannot be projected.
     """
 
     def __init__(self, model: nn.Module, subspace: SafeSubspace, *, owner: str, exclude: Sequence[str] = ()) -> None:
@@ -64,18 +64,18 @@ class SafeModules(Attached):
             )
 
     def factors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """(module, lora_B) of every module."""
+        """Return (module, lora_B) of every module."""
         return [(module.name, module.lora_b) for module in self.modules]
 
     def vectors(self, module: AdaptedModule) -> torch.Tensor:
-        """U_k [m, k], float32, on the device of the module's factors."""
+        """Return U_k [m, k] of a module, float32, on the device of its lora_B."""
         device = module.lora_b.device
         if self._vectors[module.name].device != device:
             self._vectors[module.name] = self._vectors[module.name].to(device)
         return self._vectors[module.name]
 
     def penalties(self) -> list[tuple[str, torch.Tensor]]:
-        """(module, ‖(I − P_k)ΔW‖²_F), differentiable, float32 whatever autocast says."""
+        """Return (module, ‖(I − P_k)ΔW‖²_F) of every module, differentiable, in float32 even under autocast."""
         with torch.autocast(self.modules[0].lora_b.device.type, enabled=False):
             lefts = [_matrix(gathered(module.lora_b).float()) for module in self.modules]
             rights = [
@@ -87,17 +87,17 @@ class SafeModules(Attached):
         return [(module.name, value) for module, value in zip(self.modules, values, strict=True)]
 
     def project(self, step: int, copies: Callable[[torch.Tensor], Iterable[torch.Tensor]] | None = None) -> float:
-        """B ← P_k·B for every module, in place; returns the lowest cosine of P_k·ΔW and ΔW before (NaN at ΔW = 0).
+        """Project every module in place, B ← P_k·B. Return the lowest cosine of P_k·ΔW and ΔW (NaN if all ΔW are 0).
 
-        Where FSDP2 shards B, each process multiplies its own rows with its own rows of U_k; the k×r products UᵀB and the
-        r×r Grams BᵀB are summed over the processes, and B is never gathered. Collective there, and with DeepSpeed.
+        If FSDP2 shards B, each process multiplies its rows of B with the matching rows of U_k. The [k, r] products UᵀB
+        and the [r, r] Grams BᵀB are summed over processes; B is never gathered. Collective under FSDP2 and DeepSpeed.
 
         Args:
             step: optimizer steps made, for messages.
-            copies: tensors from which the optimizer may compute a parameter again; they are projected too.
+            copies: returns tensors from which the optimizer may recompute a parameter; they are projected too.
 
         Raises:
-            TrainingError: a B holds NaN or Inf, which the product would spread; nothing has been written then.
+            TrainingError: a B holds NaN or Inf, which the product would spread; no weight has been changed.
         """
         modules = list(self.modules)
         if copies is not None:
@@ -120,12 +120,12 @@ class SafeModules(Attached):
         return float(known.min()) if len(known) else float("nan")
 
     def norms(self) -> torch.Tensor:
-        """‖B‖_F of this process's rows of every module, on one device: shows that weights have moved."""
+        """Return ‖B‖_F of this process's shard of every module, on one device. Used to notice changed weights."""
         found = [local_rows(module.lora_b).detach().float().norm() for module in self.modules]
         return torch.stack([norm.to(found[0].device) for norm in found])
 
     def outside(self) -> float:
-        """The largest ‖B − P_k·B‖ / ‖B‖ of the modules, in units of B's rounding; of finite ones. Collective like `project`."""
+        """Return the largest finite ‖B − P_k·B‖ / ‖B‖, in units of the rounding of B's dtype. Collective like `project`."""
         with torch.no_grad(), torch.autocast(self.modules[0].lora_b.device.type, enabled=False):
             lefts = [_matrix(held_rows(module.lora_b)) for module in self.modules]
             bases = [self._held_vectors(module) for module in self.modules]
@@ -162,7 +162,7 @@ class SafeModules(Attached):
                 )
 
     def _held_vectors(self, module: AdaptedModule) -> torch.Tensor:
-        """The rows of U_k beside this process's rows of B, on their device."""
+        """The rows of U_k that match this process's shard of B, on the device of B."""
         if module.name not in self._held:
             rows = matching_rows(module.lora_b, self._vectors[module.name], owner=self._owner)
             self._held[module.name] = rows.to(module.lora_b.device)
@@ -170,7 +170,7 @@ class SafeModules(Attached):
 
 
 def _matrix(factor: torch.Tensor) -> torch.Tensor:
-    """A factor, or a bias as a column."""
+    """Return lora_B unchanged, or a bias as a column [m, 1]."""
     return factor if factor.dim() > 1 else factor[:, None]
 
 
@@ -183,13 +183,13 @@ def _penalties(
 
 
 def _inner_products(lefts: list[torch.Tensor], bases: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(UᵀB, BᵀB) of every module, by one call."""
+    """(UᵀB, BᵀB) of every module, computed in one call."""
     found, _ = transposed_products([*bases, *lefts], [*lefts, *lefts])
     return list(zip(found[: len(lefts)], found[len(lefts) :], strict=True))
 
 
 def _per_device(function: Callable[..., list[Any]], tensors: list[torch.Tensor], *others: list[Any]) -> list[Any]:
-    """Call a function of lists for the tensors of one device at a time; returns its results in the tensors' order."""
+    """Call a function of lists once per device, and return its results in the order of `tensors`."""
     found: dict[int, Any] = {}
     for chosen in _by_device(tensors):
         results = function(*([column[index] for index in chosen] for column in (tensors, *others)))
@@ -198,7 +198,7 @@ def _per_device(function: Callable[..., list[Any]], tensors: list[torch.Tensor],
 
 
 def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:
-    """Indices of tensors, those of one device together."""
+    """Indices of the tensors, grouped by device."""
     groups: dict[torch.device, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         groups[tensor.device].append(index)
@@ -206,7 +206,7 @@ def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:
 
 
 def _lowest(inner: list[torch.Tensor], left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
-    """The lowest cosine of P_k·B·A and B·A from (UᵀB)ᵀ(UᵀB), BᵀB and AAᵀ; NaN or Inf where there is none."""
+    """The lowest cosine of P_k·B·A and B·A, from (UᵀB)ᵀ(UᵀB), BᵀB and AAᵀ; Inf if no cosine is finite."""
     lowest = torch.full((), torch.inf, device=inner[0].device)
     for rank in {len(gram) for gram in inner}:
         chosen = [index for index, gram in enumerate(inner) if len(gram) == rank]
