@@ -1,4 +1,4 @@
-"""A defense that exists in this file only works in a loop, in both trainers, in a recipe and in its dry run, and in cards."""
+"""A defense defined in this file alone works in a loop, in both trainers, in recipes and dry runs, and in model cards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CountsSteps(base.Attached):
 
 @pytest.fixture(autouse=True)
 def last_state_anchor(monkeypatch):
-    """The class, registered while a test runs."""
+    """The defense class, registered only while a test runs."""
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
 
     class LastStateAnchor(BatchDefense):

@@ -1,4 +1,4 @@
-"""SafeLora when training ends: what `project_adapter` makes of the saved adapter, byte for byte, in the model itself."""
+"""SafeLora(at="end"): the adapter in the model is byte for byte what `project_adapter` makes of the saved adapter."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sources(tmp_path):
 
 
 def from_disk(model, sources, folder, name="default", **options):
-    """Report and tensors of the projection of the saved adapter."""
+    """Save the adapter and project it on disk; return the report and the projected tensors."""
     model.save_pretrained(folder / "saved", selected_adapters=[name])
     saved = folder / "saved" if name == "default" else folder / "saved" / name
     report = project_adapter(saved, **sources, output=folder / "projected", **options)
@@ -128,7 +128,7 @@ def test_another_adapter_beside_what_is_trained_in_full(sources, tmp_path):
 
 
 def test_an_adapter_that_the_model_itself_holds(sources, tmp_path):
-    """Layers of PEFT in the model, as `add_adapter` of transformers makes them, without PEFT's wrapper around it."""
+    """PEFT layers inside the model without a PeftModel around it, as with `add_adapter` of transformers."""
     wrapped, model = tiny_peft_model(), tiny_model()
     _, expected = from_disk(wrapped, sources, tmp_path, select="all")
     inject_adapter_in_model(wrapped.peft_config["default"], model, "narrow")
@@ -158,7 +158,7 @@ def test_once_and_only_when_the_context_ends_well(sources):
 
 
 def test_what_the_report_warns_of_is_logged(sources, caplog):
-    """A projection that deletes the fine-tune must not go unnoticed: C scales with ‖V‖."""
+    """A projection that nearly deletes the fine-tuning must be logged: C scales with ‖V‖."""
     weights = load_file(sources["aligned"] / "model.safetensors")
     save_file({name: 1.0001 * weight for name, weight in weights.items()}, sources["base"] / "model.safetensors")
     with defend(tiny_peft_model(), [SafeLora(SafeSubspace.from_sources(**sources), select="all")]):
@@ -172,7 +172,7 @@ def test_what_the_report_warns_of_is_logged(sources, caplog):
 
 
 def test_beside_other_defenses(sources, tmp_path):
-    """The training is that without it, and then comes the projection."""
+    """Training runs as without SafeLora, and the projection follows."""
     windows, models = [[collate(rows([7, 3, 5]))]] * 2, [tiny_peft_model(), tiny_peft_model()]
     at_end = SafeLora(SafeSubspace.from_sources(**sources), threshold=0.8)
     for model, beside in zip(models, ([], [at_end]), strict=True):
@@ -243,7 +243,7 @@ def test_sources_that_are_gone_after_training(sources):
 
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_a_norm_that_is_not_what_it_was(sources, device):
-    """The fingerprint may not notice a change. A device's sums have another order, and differ in their last digits."""
+    """‖V‖ catches changes that the fingerprint misses. A device sums in another order, so its last digits may differ."""
     name = "model.layers.1.mlp.down_proj"
     built = SafeSubspace.build(**sources, rank=2, device=device)
     module = built.modules[name]

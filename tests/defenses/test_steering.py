@@ -18,7 +18,7 @@ BATCH = collate(rows([7, 4, 9]))
 
 
 def steered_by_hand(model, batch):
-    """Logits and layer outputs with the vector added to layer 1."""
+    """Return logits and layer outputs with the vector added to the output of layer 1."""
     features = []
     layers = (model.get_base_model() if hasattr(model, "peft_config") else model).model.layers
     handles = [layers[1].register_forward_hook(lambda _m, _a, out: out + 2.0 * VECTOR)]
@@ -118,7 +118,7 @@ def test_a_persona_file_steers_like_its_row(tmp_path):
 
 
 def test_nothing_of_it_is_in_the_model_afterwards(tmp_path):
-    """No weight, buffer, attribute or hook: what is saved, merged or evaluated is the trained adapter alone."""
+    """No weight, buffer, attribute or hook remains, so only the trained adapter is saved, merged or evaluated."""
     model = tiny_peft_model().train()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     keys = set(model.state_dict())

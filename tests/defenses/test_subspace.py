@@ -1,4 +1,4 @@
-"""SubspacePenalty and SafeLora at a step, and the file of a subspace."""
+"""SubspacePenalty, SafeLora(at="step"), and the file format of a safe subspace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safelora_fast.training import defend
 
 
 def outside(model, subspace):
-    """‖(I − P)ΔW‖²_F of every module, from dense float64 matrices."""
+    """Return ‖(I − P)ΔW‖²_F of every module, from dense float64 matrices."""
     result = {}
     for module in adapted_modules(model.get_base_model(), owner="test"):
         vectors = torch.from_numpy(subspace.find(module.name).left_vectors).double()
@@ -40,7 +40,7 @@ def test_penalty_against_dense_matrices_and_gradcheck():
 
 
 def test_penalty_is_accurate_just_after_a_projection():
-    """Expanded into small products it would be far off here, where the true value is tiny."""
+    """The true value is tiny here, so expanding the formula into small products would cancel."""
     torch.manual_seed(0)
     vectors = torch.linalg.qr(torch.randn(300, 8))[0]
     right = torch.randn(8, 200)
@@ -78,7 +78,7 @@ def test_projection_after_every_second_step():
 
 
 def test_bfloat16_factors():
-    """Computed in float32 from the rounded factors; only what is written is rounded again."""
+    """lora_A and lora_B in bfloat16: all products run in float32, and only the written lora_B is rounded again."""
     model, exact = tiny_peft_model(lora={"r": 3}).to(torch.bfloat16), tiny_peft_model(lora={"r": 3})
     exact.load_state_dict(model.state_dict())
     subspace = random_subspace(model)
@@ -174,7 +174,7 @@ def test_off_and_beside_other_defenses():
 
 
 def with_bias():
-    """A model whose lora_B has biases, and float64 matrices [ΔW, s·b] of every module, from its parameters."""
+    """A model whose lora_B has biases, and a function that returns [ΔW, s·b] of every module in float64."""
     model = tiny_peft_model(lora={"lora_bias": True})
 
     def updates():

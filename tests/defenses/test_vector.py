@@ -1,4 +1,4 @@
-"""Steering vectors from files."""
+"""Reading steering vectors from files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_persona_file_gives_the_row_of_a_block(tmp_path):
 
 
 def test_a_file_with_one_row_for_each_block_but_no_word_of_where_it_is_from(tmp_path):
-    """Files of other projects may count the embeddings as the first row: a layer number would mean something else."""
+    """Other projects may store the embeddings as the first row, so the layer of each row would be ambiguous."""
     torch.save(torch.ones(4, 7), tmp_path / "rows.pt")
     with pytest.raises(SettingsError, match=r"the vector has shape \(4, 7\), it must be \[hidden\] floats"):
         Direction.of(tmp_path / "rows.pt", 1, owner="A")

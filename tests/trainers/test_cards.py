@@ -1,4 +1,4 @@
-"""The cards of what a defended trainer saves, and where the projected adapter is."""
+"""Model cards that a defended trainer saves, and where the projected adapter is stored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_cards_name_the_defenses_and_say_what_is_projected(train, sources, tmp_p
         assert ": 5 of 21 adapted modules were projected when training ended" in card
         assert "not projected yet" not in card
         assert card.count(BEGIN) == card.count(END) == 1
-        assert card.startswith("---\n")  # the front matter that the Hub reads
+        assert card.startswith("---\n")  # front matter, read by the Hub
     assert "the checkpoints in" in caplog.text
     assert "save_model() writes the projected one" in caplog.text
 

@@ -23,7 +23,7 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Weights and metrics of two steps in a plain loop; the second shows whether the projection of the first was kept."""
+    """Weights and metrics of two steps in a plain loop. The second step shows whether the first projection persisted."""
     return run({"kind": "loop", "batch": 8, "steps": 2, "defenses": STRONG}, tmp_path_factory.mktemp("plain"))
 
 
@@ -44,7 +44,7 @@ def test_two_processes(plain, kind, stage, tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_is_projected_in_float32(tmp_path):
-    """In DeepSpeed's float32 copy, from which the parameter is rounded; rounding alone leaves the subspace by 1e-3."""
+    """DeepSpeed's float32 copy is projected. Rounding it to bfloat16 moves the weights out of the subspace by 1e-3."""
     weights, metrics = run_two_processes({**SPEC, "kind": "deepspeed", "stage": 2, "bf16": True}, tmp_path)
     assert 0 < metrics["rounding"] < 4e-3
     subspace = random_subspace(tiny_peft_model(), rank=20, seed=1)

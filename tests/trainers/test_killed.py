@@ -1,4 +1,4 @@
-"""A run that is killed while it saves: its last whole checkpoint resumes to the weights of an unbroken run."""
+"""A run killed while saving: resuming from its last complete checkpoint gives the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPEC = {
 
 
 def train(folder, *, killed_at=None, **settings):
-    """Weights after the run; with `killed_at`, the process dies in the middle of writing that checkpoint."""
+    """Train, and return the weights. With `killed_at`, the process is killed while it writes that checkpoint."""
     model = tiny_peft_model(dropout=0.2)
     save = model.save_pretrained
 

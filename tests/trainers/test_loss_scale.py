@@ -13,7 +13,7 @@ STRONG = {"kl": 30.0, "feature_distance": 30.0, "subspace_penalty": 0.3, "safelo
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Weights and metrics of one step on all eight rows at once, in a plain loop."""
+    """Weights and metrics of one step on all eight examples at once, in a plain loop."""
     return run({"kind": "loop", "batch": 8, "defenses": STRONG}, tmp_path_factory.mktemp("whole"))
 
 
@@ -61,7 +61,7 @@ def test_two_processes(whole, kind, launcher, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [[2], [1, 2]], ids=str)
 def test_fsdp_projects_uneven_rows_where_they_are(mesh, tmp_path):
-    """Every matrix with an odd number of rows; lora_A alone is gathered, and all modules share one sum."""
+    """Every matrix has an odd number of rows. Only lora_A is gathered, and all modules share one all-reduce."""
     model = {"intermediate_size": 47, "lora": {"r": 3}}
     spec = {"batch": 2, "accumulation": 2, "steps": 2, "model": model, "defenses": STRONG}
     whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
@@ -73,12 +73,12 @@ def test_fsdp_projects_uneven_rows_where_they_are(mesh, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("share_logits", [True, False], ids=["shared logits", "apart"])
 def test_fsdp_where_one_process_has_nothing_to_learn(share_logits, tmp_path):
-    """It gathers the sharded head for the other one all the same."""
+    """It must still gather the sharded head, because the other process waits for it."""
     spec = {
         "batch": 2,
         "defenses": {"kl": 30.0, "kl_tokens": "completion", "safelora": 1},
         "share_logits": share_logits,
-        "silent_rows": [1, 5, 7],  # the second process has the odd rows, two in a batch
+        "silent_rows": [1, 5, 7],  # the second process has the odd rows, two per batch
     }
     whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
     weights, metrics = run_two_processes({**spec, "kind": "fsdp", "reshard": True}, tmp_path)
@@ -98,7 +98,7 @@ def test_a_defense_that_is_not_finite_on_one_process_makes_both_skip_the_step(tm
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_a_model_that_sees_on_two_processes(wrapper, tmp_path):
-    """The reference runs tower, projector and decoder inside the student's pass, in the same order on both."""
+    """The reference runs tower, projector and decoder inside the training pass, in the same order on both processes."""
     spec = {"kind": "multimodal", "model": "llava", "wrapper": wrapper}
     expected, metrics = run(spec, tmp_path)
     weights, shared = run_two_processes(spec, tmp_path)

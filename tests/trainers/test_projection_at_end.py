@@ -1,4 +1,4 @@
-"""SafeLora at the end of a trainer's run: what is saved when, resumed runs, and two processes."""
+"""SafeLora(at="end") in the trainers: which weights are saved when, resumed runs, and two processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def at_end(sources):
 
 
 def projected(saved, sources, output, **options):
-    """Report and tensors of the projection of a saved adapter."""
+    """Project a saved adapter; return the report and the projected tensors."""
     report = project_adapter(saved, **sources, output=output, **(options or OPTIONS))
     return report, load_file(output / "adapter_model.safetensors")
 
@@ -62,7 +62,7 @@ def test_saved_after_training_and_unprojected_while_training(sources, at_end, tm
 
 @pytest.mark.parametrize("checkpoint", [2, 4])
 def test_a_resumed_run_ends_as_an_unbroken_one(at_end, tmp_path, checkpoint):
-    """Also from the last checkpoint, where no step is left and the projection was lost."""
+    """This includes the last checkpoint, which is not projected and leaves no step to train."""
     spec = {**SPEC, "arguments": SAVING}
     unbroken, _ = run_transformers(spec, tmp_path / "run", defenses=[at_end, KL(3.0)])
     resume = str(tmp_path / "run" / f"checkpoint-{checkpoint}")
@@ -75,7 +75,7 @@ def test_callbacks_see_the_projected_model_and_open_trackers(at_end, tmp_path):
     seen = {}
 
     class Tracker(TrainerCallback):
-        """Closes when training ends, as trackers do."""
+        """Closes at the end of training, as trackers do."""
 
         closed = False
 
@@ -108,7 +108,7 @@ def test_a_run_that_fails_is_not_projected(at_end, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loop", "fsdp", "transformers"])
 def test_two_processes_end_as_one(sources, tmp_path, kind):
-    """Process 1 does not read the checkpoints, and has the projected weights nevertheless."""
+    """Process 1 does not read the checkpoints, but must end with the projected weights too."""
     options = {"operator": "orthogonal", "rank": 3, "select": "number", "num_layers": 5}
     given = {**{role: str(path) for role, path in sources.items()}, "options": options}
     spec = {"kind": "loop" if kind == "fsdp" else kind, "batch": 4, "defenses": {"kl": 30.0, "safelora_end": given}}

@@ -1,4 +1,4 @@
-"""Tagged rows through the trainers: the step is that of a plain loop, packed or not, on one process or two."""
+"""Tagged examples in the trainers give the step of a plain loop, packed or not, on one process or two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFENSE = {"safe_kl": 30.0}
 
 @pytest.fixture(scope="module")
 def whole():
-    """Weights and divergence of one step on all rows at once, in a plain loop."""
+    """Weights and metrics of one step on all examples at once, in a plain loop."""
     model = tiny_peft_model()
     batch = {**collate(rows(LENGTHS)), "safe": torch.tensor(SAFE)}
     optimizer = sgd(model)
@@ -46,7 +46,7 @@ def test_one_process(whole, kind, share_logits, tmp_path):
 
 
 def test_a_padding_free_batch(whole, tmp_path):
-    """As packed rows come: documents in one row, tags by token."""
+    """Like packed rows: several documents in one row, with one tag per token."""
     arguments = {"padding_free": True, "max_length": None}
     spec = {**SPEC, "tagged": "by token", "kind": "trl", "defenses": DEFENSE, "arguments": arguments}
     same(run(spec, tmp_path), whole)
@@ -96,7 +96,7 @@ def test_a_column_of_that_name_with_other_values_is_no_tag(column, tmp_path):
 
 @pytest.mark.parametrize("kind", ["list", "table", "stream"])
 def test_what_interleave_makes_is_trained_on(kind, tmp_path):
-    """All rows of a mixture pass through the trainer once, with the tags that they came with."""
+    """Every example of a mixture passes through the trainer once, with its own tag."""
     task, safe = rows(LENGTHS), rows([4, 5, 6], seed=8)
     if kind != "list":
         task, safe = Dataset.from_list(task), Dataset.from_list(safe)

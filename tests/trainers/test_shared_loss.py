@@ -1,4 +1,4 @@
-"""Trainers whose cross-entropy comes from the KL's logits: the same weights and the same log, without the head."""
+"""Trainers whose cross-entropy comes from KL's logits: same weights and log, without running the model's own head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_fused_head = pytest.mark.skipif(not trl_fuses_the_head(), reason="this TRL
 
 
 class Watched:
-    """A model that counts the positions its head is run on while training, and keeps what the head was given."""
+    """A model, and the number of positions on which its head runs with gradients."""
 
     def __init__(self, **settings):
         self.model = tiny_peft_model(**settings)
@@ -38,11 +38,11 @@ class Watched:
 
 
 def train(kind, folder, *, spec=SPEC, share_logits=True, defenses=None, settings=None, **kwargs):
-    """(weights, training logs, positions of the head)."""
+    """Train, and return (weights, training logs, number of positions on which the head ran)."""
     watched = Watched(**(settings or {}))
     defenses = [KL(30.0, tokens="completion"), FeatureDistance(30.0, layers=2)] if defenses is None else defenses
     if (spec.get("arguments", {}).get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
-        watched.model.enable_input_require_grads()  # which transformers before 5 leaves to the caller
+        watched.model.enable_input_require_grads()  # before transformers 5, the caller must do this
     _, trainer = RUNS[kind](spec, folder, watched.model, defenses=defenses, share_logits=share_logits, **kwargs)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return adapter_weights(watched.model), logs, watched.positions
@@ -97,7 +97,7 @@ def test_rows_without_padding(arguments, tmp_path, caplog):
 
 @needs_fused_head
 def test_trls_own_metrics_are_logged(tmp_path):
-    """Entropy, accuracy and tokens of a run in which the defense weighs next to nothing are those of TRL itself."""
+    """With a negligible weight of the defense, entropy, accuracy and tokens equal those of TRL itself."""
     spec = {"batch": 4, "arguments": {"learning_rate": 1e-9}}
     watched = Watched()
     _, plain = run_trl(spec, tmp_path / "plain", watched.model, trainer_class=SFTTrainer)
@@ -121,7 +121,7 @@ def test_a_model_that_takes_no_loss_arguments(tmp_path):
 
 
 class WithPenalty(mixin.DefendedMixin, Trainer):
-    """Overrides compute_loss above the mixin, and asks for the outputs."""
+    """Overrides compute_loss on top of the mixin, and requests the outputs."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -176,7 +176,7 @@ def test_trls_other_loss_stays_apart(tmp_path, caplog):
 
 @needs_fused_head
 def test_the_trainer_has_the_last_word_on_what_a_label_counts(tmp_path, caplog, monkeypatch):
-    """A version of TRL that scaled its loss in another way would be noticed."""
+    """A TRL version that scales its loss differently is detected."""
     right = train("trl", tmp_path / "right", share_logits=False)
     weight = mixin.label_weight
     monkeypatch.setattr(mixin, "label_weight", lambda *args: 3 * weight(*args))

@@ -1,4 +1,4 @@
-"""DefendedTrainer and the mixin: evaluation, off, resume, bypassed losses, refusals."""
+"""DefendedTrainer and the mixin: evaluation, defenses switched off, resume, bypassed losses, errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_evaluation_is_the_plain_task_loss_and_metrics_are_logged(tmp_path):
 
 @pytest.mark.parametrize("checkpoint", [1, 2])
 def test_a_resumed_run_gives_the_weights_of_an_unbroken_one(checkpoint, tmp_path):
-    """From the middle of two projections and from one, with dropout and a steered model."""
+    """Resumes between two projections and right after one, with dropout and steering."""
     arguments = {"save_strategy": "steps", "save_steps": checkpoint, "logging_steps": 5}
     spec = {**SPEC, "steps": 4, "arguments": arguments}
 
@@ -74,7 +74,7 @@ def test_the_model_has_no_hooks_after_training(tmp_path):
 
 
 class HalfLossTrainer(Trainer):
-    """A user's own trainer."""
+    """A user-defined trainer."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
@@ -92,7 +92,7 @@ class BypassingTrainer(DefendedMixin, Trainer):
 
 
 def test_mixin_on_a_users_trainer(tmp_path):
-    """Half the task loss and the defense: the step is half of that of the whole task loss and twice the defense."""
+    """Half the task loss plus a defense gives half the step of the full task loss plus twice that defense."""
     spec = {"batch": 4, "accumulation": 2}
     half, _ = run_transformers(spec, tmp_path / "a", trainer_class=DefendedHalfLossTrainer, defenses=[KL(15.0)])
     whole, _ = run_transformers(spec, tmp_path / "b", defenses=[KL(30.0)])
@@ -119,7 +119,7 @@ def test_a_loss_that_bypasses_the_defenses_is_refused(tmp_path):
 
 
 def test_models_without_loss_arguments_are_scaled_alike(tmp_path):
-    """Where the Trainer itself divides by the accumulation steps, the defense must not shrink with them."""
+    """If the Trainer itself divides by the accumulation steps, the defense must not become smaller."""
 
     class Divided(DefendedTrainer):
         def __init__(self, *args, **kwargs):
@@ -150,11 +150,11 @@ def test_not_finite_stops_the_run(tmp_path):
 def test_refusals_come_with_the_trainer(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="no adapter to disable"):
         run_transformers(SPEC, tmp_path, model=tiny_model(), defenses=strong())
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as accelerate's launcher asks for it
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as set by accelerate's launcher
     with pytest.raises(SettingsError, match="torch_compile"):
         run_transformers(SPEC, tmp_path, defenses=strong())
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
-    spec = {**SPEC, "arguments": {"torch_compile": True}}  # which may set the variable, until the test's end
+    spec = {**SPEC, "arguments": {"torch_compile": True}}  # may set the variable; monkeypatch restores it
     with pytest.raises(SettingsError, match="torch_compile"):
         run_transformers(spec, tmp_path, defenses=strong())
 

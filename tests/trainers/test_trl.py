@@ -1,4 +1,4 @@
-"""DefendedSFTTrainer: packing, off, evaluation, adapters made by the trainer itself."""
+"""DefendedSFTTrainer: packing, evaluation, and adapters created by the trainer itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def strong():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packed_documents_are_sequences(batch, tmp_path):
-    """The step is that of the same documents in padded rows, whatever the packing."""
+    """Any packing gives the same step as the same documents in padded rows."""
     whole, metrics = run({"kind": "loop", "batch": 8, "defenses": STRONG}, tmp_path)
     arguments = {"packing": True, "max_length": 24}
     accumulation = 2 if batch == 1 else 1

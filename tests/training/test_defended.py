@@ -1,4 +1,4 @@
-"""defend() in a plain loop: values, gradients, windows, and the model left as found."""
+"""defend() in a plain loop: values, gradients, accumulation, and a model that is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def strong(tokens="all"):
 
 
 def plain_loss(model, batch, *, kl=3.0, distance=5.0, tokens="all"):
-    """Task loss and defenses by whole logits and features."""
+    """Return the task loss, the KL term and the feature distance term, from full logits and features."""
     reference_logits, reference_features = reference_forward(model, batch)
     logits, features = forward(model, batch)
     task = model.get_base_model().loss_function(logits, batch["labels"], vocab_size=logits.shape[-1])
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formulas(make, tokens):
 
 @pytest.mark.parametrize("defense", [KL(1.0), KL(1.0, direction="forward"), FeatureDistance(1.0, layers=3)], ids=repr)
 def test_gradient_of_a_defense_alone_is_not_small_beside_the_task(defense):
-    """Otherwise the tests of loss scale would prove nothing; published code had a gradient of exactly zero."""
+    """Otherwise the loss scale tests would prove nothing. Some published code has a gradient of exactly zero."""
     model = tiny_peft_model()
     with defend(model, [defense]) as defended:
         totals = defended.totals([BATCH])
@@ -117,7 +117,7 @@ def test_off_means_off():
 
 
 @pytest.mark.parametrize("how", ["checkpointed", "checkpointed re-entrantly", "compiled in place"])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo reads it
 def test_other_ways_to_run_a_model_change_nothing(how):
     plain, _ = train_windows([[BATCH]], strong(), model=tiny_peft_model().train())
     model = tiny_peft_model().train()
@@ -146,7 +146,7 @@ def test_dropout_stays_on_in_the_student_and_off_in_the_reference():
 
 
 def test_noise_on_the_embeddings_is_the_students_alone():
-    """As NEFTune's, by the same kind of hook, but the same every time."""
+    """The noise uses the same kind of hook as NEFTune, but is deterministic."""
     model = tiny_peft_model().train()
 
     def divergence():
@@ -174,7 +174,7 @@ def state_of(model):
 @pytest.mark.parametrize("reference", ["base", "frozen"])
 @pytest.mark.parametrize("fails", [None, "reference", "student"])
 def test_model_is_left_as_found(reference, fails):
-    """With modes and flags that a careless restore would lose; also where the second micro-batch fails in either pass."""
+    """The modes and flags are mixed, so a careless restore would lose them. The second micro-batch may fail in either pass."""
     model = tiny_peft_model(dropout=0.1).train()
     layers = model.get_base_model().model.layers
     layers[1].eval()
@@ -237,7 +237,7 @@ def test_full_fine_tuning_against_a_second_model():
 
 
 def test_a_second_model_that_is_sharded(tmp_path):
-    """FSDP2 gathers its embeddings only where the whole model is called."""
+    """FSDP2 gathers the embeddings only if the whole model is called."""
     from torch.distributed.fsdp import fully_shard
 
     model, reference = tiny_peft_model(), tiny_model()
@@ -250,7 +250,7 @@ def test_a_second_model_that_is_sharded(tmp_path):
 
 
 def test_only_the_gradients_of_training_passes_are_recorded():
-    """A pass without gradients in between (entropy, metrics) is ignored; two training passes are refused."""
+    """A pass without gradients (for entropy or metrics) is ignored; a second training pass raises an error."""
     model = tiny_peft_model()
     with defend(model, [KL(1.0)]) as defended:
         totals = defended.totals([BATCH])
@@ -268,7 +268,7 @@ def test_only_the_gradients_of_training_passes_are_recorded():
 
 
 def test_two_defended_models_in_one_pass():
-    """The reference pass of the second must not be taken for the student's of the first."""
+    """The first must not record the reference pass of the second as its own training pass."""
     model, (kl, distance) = tiny_peft_model(), defenses(kl=500.0)
     with defend(model, [kl, distance]) as both:
         with both.recording(BATCH):
@@ -284,7 +284,7 @@ def test_two_defended_models_in_one_pass():
 
 @pytest.mark.parametrize("kept", ["last", "mask"])
 def test_labels_cut_to_the_kept_logits(kept):
-    """ms-swift cuts labels by `logits_to_keep`: the loss is that of whole labels."""
+    """ms-swift cuts labels by `logits_to_keep`; the loss must equal that of the full labels."""
     batch = collate(rows(LENGTHS[:4], prompt=4))
     tokens = batch["labels"].shape[1]
     positions = tokens - 2 if kept == "last" else torch.arange(tokens) >= 2
@@ -353,7 +353,7 @@ def test_a_step_that_is_not_finite_can_be_skipped():
 
 @pytest.mark.parametrize("make", [collate, pack], ids=["padded", "packed"])
 def test_a_bfloat16_model_is_as_good_as_torch(make):
-    """Beside float64 on the same rounded weights, no more than twice as far off as the plain formulas in bfloat16."""
+    """Errors against the float64 oracle with the same rounded weights are at most twice those of plain bfloat16."""
     batch = make(rows(LENGTHS))
     model, plain = tiny_peft_model().to(torch.bfloat16), tiny_peft_model().to(torch.bfloat16)
     exact = tiny_peft_model()
@@ -370,7 +370,7 @@ def test_a_bfloat16_model_is_as_good_as_torch(make):
 
 
 def test_bfloat16_autocast_keeps_the_students_gradients():
-    """A reference pass inside autocast must not leave casts without gradients in autocast's cache."""
+    """The reference pass inside autocast must not leave weight casts without gradients in autocast's cache."""
     found = []
     for autocast in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
         model = tiny_peft_model()

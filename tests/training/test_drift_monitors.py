@@ -1,4 +1,4 @@
-"""Monitors: the value against plain arithmetic, and a training that does not notice them."""
+"""Drift monitors: the value equals a plain computation, and training is unchanged."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PERSONA = random_persona()
 
 
 def close(value):
-    """To the rounding of a float32 forward pass; the hidden states are about 1, and the projections nearly cancel."""
+    """Allow the rounding of a float32 forward pass: hidden states have size 1, but the projections nearly cancel."""
     return rounded(value, size=1.0)
 
 
 def responses(batch):
-    """(row, tokens that carry a label) of every document: the first token of a document is never learnt."""
+    """Yield (row, labeled tokens) of every document. The first token of a document is never learned."""
     for row, document in documents(batch):
         answer = [index for index in document[1:] if batch["labels"][row, index] != -100]
         if answer:
@@ -33,7 +33,7 @@ def responses(batch):
 
 
 def plain_projection(model, batch, layer, vector):
-    """Mean over responses of the mean state's projection, in float64."""
+    """Return the mean over completions of the mean state's projection in float64, and the number of completions."""
     _, features = forward(model.double(), batch)
     unit = torch.as_tensor(vector).double()
     unit = unit / unit.norm()
@@ -42,7 +42,7 @@ def plain_projection(model, batch, layer, vector):
 
 
 def padded_left(examples):
-    """Padding before the tokens, as tokenizers for generation have it."""
+    """Collate with padding on the left, as tokenizers for generation do."""
     batch = collate(examples)
     return {
         name: torch.stack(
@@ -77,7 +77,7 @@ def test_responses_count_alike_whatever_the_batch_that_they_are_in():
 
 @pytest.mark.parametrize("defenses", [[], [KL(3.0)], [FeatureDistance(2.0, layers=2)]], ids=["none", "kl", "distance"])
 def test_training_does_not_notice(defenses):
-    """The same loss and gradients to the last bit; the reference pass is not what is watched."""
+    """Loss and gradients are bit-identical, and the monitors do not read the reference pass."""
     batch = collate(rows(LENGTHS))
     results = []
     for monitors in ([], [DriftMonitor(PERSONA, 1), DriftMonitor(PERSONA, 2, name="other")]):
@@ -151,7 +151,7 @@ def test_trl_logs_it_beside_a_kl(tmp_path):
 
 
 def test_it_follows_where_the_model_goes():
-    """States that are pulled along the vector by the loss itself."""
+    """The loss itself pulls the states along the vector."""
     batch = collate(rows(LENGTHS))
     model, monitor = tiny_peft_model(), DriftMonitor(PERSONA, 1)
     optimizer = sgd(model, lr=0.05)

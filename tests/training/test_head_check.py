@@ -1,4 +1,4 @@
-"""A model whose logits are not its head on its hidden states is refused with the KL; one whose are, is right."""
+"""KL raises an error for a model whose logits are not its head applied to its hidden states, and is exact for others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RIGHT = {
 
 
 def divergence(model):
-    """KL(model ‖ the model without its adapter), mean over tokens, from the logits of both in float64."""
+    """Return the mean over tokens of KL(model ‖ model without adapter), from both models' logits in float64."""
     inputs = {"input_ids": IDS, "attention_mask": BATCH["attention_mask"], "use_cache": False}
     model.eval()
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_heads_that_the_configuration_tells(family, share):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_head_with_more_before_it(share):
-    """BERT's language model transforms the hidden states between decoder and head."""
+    """BERT's language model has a transform between the decoder and the head."""
     family = Family(transformers.BertConfig, ["query", "value"], {"is_decoder": True})
     model = adapt(family.make(seed=0), **family.target)
     message = "the logits of BertLMHeadModel are not its head on the decoder's hidden states"
@@ -61,7 +61,7 @@ def test_a_head_with_more_before_it(share):
 
 
 def asked_with(model, name):
-    """Let a model's forward fail without one of its arguments."""
+    """Make the model's forward fail if the argument `name` is missing."""
     forward = model.get_base_model().forward
 
     def needing(*args, **kwargs):
@@ -96,7 +96,7 @@ def test_a_model_that_needs_more_than_tokens_is_asked_with_the_batch(scaled, cap
     ids=str,
 )
 def test_logits_that_are_not_finite(extra, refused):
-    """They used to hide everything else that differs: a NaN is not greater than any tolerance."""
+    """NaN used to hide all other differences, because no comparison with NaN exceeds a tolerance."""
     model = tiny_peft_model()
     head = model.get_base_model().lm_head
     if "ours" in extra:

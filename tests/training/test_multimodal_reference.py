@@ -1,6 +1,6 @@
-"""The reference of a model that sees or hears is the whole model before fine-tuning, run on the whole model's inputs.
+"""The reference of a vision or audio model is the full model before fine-tuning, run on the full model's inputs.
 
-Everything is float64, so that tolerances are far from rounding and from the faults.
+All tests run in float64, so that tolerances are far above rounding and far below the effect of an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def doubled(model, batch):
 
 
 def adapted(name, *, adapter="default", **lora):
-    """(model with a filled adapter, the model before, batch)."""
+    """Return (model with a random adapter, model before fine-tuning, batch)."""
     model, batch = make(name)
     model, batch = doubled(model, batch)
     before = copy.deepcopy(model).eval()
@@ -39,13 +39,13 @@ def adapted(name, *, adapter="default", **lora):
     model = get_peft_model(model, LoraConfig(**options), adapter_name=adapter)
     fill_adapter(model, seed=1)
     for key, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_" not in key:  # modules_to_save, and tokens that are trained
+        if parameter.requires_grad and "lora_" not in key:  # modules_to_save and trainable tokens
             parameter.data = parameter.data + 0.2 * torch.randn_like(parameter)
     return model.double().train(), before, batch
 
 
 def run(model, batch):
-    """Logits, and the outputs of the language model's blocks, by plain hooks."""
+    """Return the logits and the outputs of the language model's layers, recorded by plain hooks."""
     features = []
     handles = [
         block.register_forward_hook(lambda _m, _a, out: features.append(out[0] if isinstance(out, tuple) else out))
@@ -58,7 +58,7 @@ def run(model, batch):
 
 
 def plain(model, before, batch):
-    """Value and gradients of KL + feature distance, without hooks or chunks."""
+    """Return values and gradients of KL + feature distance, computed without defenses or chunks."""
     with torch.no_grad():
         reference_logits, reference_features = run(before, batch)
     logits, features = run(model, batch)
@@ -81,7 +81,7 @@ def defenses():
 
 
 def check(model, before, batch, *, share=True, **settings):
-    """The loss beside the task's, both metrics, and the gradients are those of the plain formulas."""
+    """Check the loss without the task part, both metrics, and the gradients against the plain formulas."""
     other = copy.deepcopy(model)
     (divergence, distance), expected = plain(other, before, batch)
     task = other(**batch, use_cache=False).loss
@@ -104,7 +104,7 @@ def check(model, before, batch, *, share=True, **settings):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_all_linear_layers_adapted(name):
-    """What PEFT takes for all-linear: towers and projectors too."""
+    """PEFT's "all-linear" also adapts towers and projectors."""
     check(*adapted(name))
 
 
@@ -121,7 +121,7 @@ def test_all_linear_layers_adapted(name):
     ids=["vision", "embeddings", "saved projector", "saved embeddings", "tokens", "decoder"],
 )
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18, though it has not
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18, although it is False
 def test_parts_before_the_decoder(lora, share):
     check(*adapted("llava", **lora), share=share)
 
@@ -148,7 +148,7 @@ def test_a_named_adapter_as_reference():
 
 
 def test_a_model_of_text_alone_as_reference():
-    """It would take the images' places for words, in silence."""
+    """It would silently read the image placeholder tokens as words."""
     model, before, batch = adapted("llava")
     text = text_model(before)
     refusal = pytest.raises(SettingsError, match=r"\(LlamaForCausalLM\) does not take pixel_values, which the Llava")
@@ -158,7 +158,7 @@ def test_a_model_of_text_alone_as_reference():
 
 
 def of_text(batch):
-    """The same rows with words in the images' places."""
+    """Return the same rows with words instead of image placeholder tokens."""
     ids = batch["input_ids"].masked_fill(batch["input_ids"] == PLACE, 7)
     return {**{key: value for key, value in batch.items() if key != "pixel_values"}, "input_ids": ids}
 
@@ -171,7 +171,7 @@ def text_model(model):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the frozen tower, re-entrant
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # frozen tower, re-entrant
 def test_gradient_checkpointing(reentrant):
     model, before, batch = adapted("llava", target_modules=DECODER, modules_to_save=["multi_modal_projector"])
     enable_checkpointing(model, reentrant=reentrant)
@@ -184,7 +184,7 @@ def test_a_batch_of_text():
 
 
 def test_embeddings_that_were_computed_before():
-    """Without gradients they are inputs like any other; with gradients, what is trained may be in them."""
+    """Without gradients they are ordinary inputs; with gradients, they may depend on trained parameters."""
     model, before, batch = adapted("llava", target_modules=["q_proj", "embed_tokens"])
     ids = of_text(batch)["input_ids"]
     embeddings = model.get_input_embeddings()(ids)
@@ -205,7 +205,7 @@ def test_embeddings_that_were_computed_before():
 
 
 def test_a_decoder_called_without_its_model():
-    """Its embeddings were computed by what is trained, and nobody saw from what."""
+    """The embeddings come from trained parameters, and the inputs that they were computed from are unknown."""
     model, _, batch = adapted("llava", target_modules=["q_proj", "embed_tokens"])
     ids, mask = of_text(batch)["input_ids"], batch["attention_mask"]
     decoder = dissect(model).decoder
@@ -219,11 +219,11 @@ def test_a_decoder_called_without_its_model():
 
 
 def test_the_student_keeps_noise_and_dropout_to_itself():
-    """NEFTune's noise and a tower's dropout reach the model in training, not the reference."""
+    """NEFTune's noise and a tower's dropout act in the trained model, and not in the reference."""
     model, before, batch = adapted("llava", target_modules=DECODER)
 
     def noise(module, _inputs, output):
-        return output + 1.0 if module.training else output  # as NEFTune, but the same every time
+        return output + 1.0 if module.training else output  # like NEFTune, but deterministic
 
     for module in (model.get_input_embeddings(), model.get_base_model().model.multi_modal_projector):
         module.register_forward_hook(noise)
@@ -236,7 +236,7 @@ def test_the_student_keeps_noise_and_dropout_to_itself():
 
 @pytest.mark.parametrize("second", [False, True])
 def test_a_mask_that_depends_on_the_mode(second):
-    """PaliGemma before transformers 5 lets a text see its own end in evaluation: the reference must not, though it is a copy."""
+    """Before transformers 5, PaliGemma's mask is not causal in evaluation mode. The reference must use the training mask."""
     model, before, batch = adapted("llava")
     modes = []
 
@@ -249,13 +249,13 @@ def test_a_mask_that_depends_on_the_mode(second):
     settings = {"reference": before} if second else {}
     with defend(model, [FeatureDistance(1.0, layers=3)], **settings) as defended, defended.recording(batch):
         model(**batch)
-    assert modes == [[True, True, True], [True, True, False]]  # the student, then the reference
+    assert modes == [[True, True, True], [True, True, False]]  # the trained model, then the reference
     assert all(module.training for module in model.modules())
     assert not any(module.training for module in before.modules())
 
 
 def test_models_of_text_run_their_decoder_only():
-    """Nothing is computed on the way to it, so that the reference costs what it did."""
+    """The reference pass calls the decoder directly, so its cost stays the same."""
     model = tiny_peft_model()
     calls = []
     base = model.get_base_model()

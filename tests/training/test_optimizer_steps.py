@@ -1,4 +1,4 @@
-"""Steps that are left out, what the log says of them, and steps that no defense took part in."""
+"""Skipped optimizer steps, their log messages, and steps without a loss of the defenses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VECTOR = torch.linspace(-1, 1, 32)
 
 
 class Breakable:
-    """A model whose reference gives NaN while `broken`."""
+    """A model whose reference pass gives NaN while `broken` is true."""
 
     def __init__(self):
         self.model, self.broken = tiny_peft_model(), False
@@ -38,7 +38,7 @@ class Breakable:
 @pytest.mark.parametrize("with_totals", [True, False])
 @pytest.mark.parametrize("broken", [[True, False], [False, True], [True, True], [False, False]])
 def test_a_window_with_a_broken_micro_batch_is_left_out_whole(with_totals, broken):
-    """Without totals each micro-batch is a window of its own, and gradients are added up nevertheless."""
+    """Without totals each micro-batch is a separate window, but gradients still accumulate."""
     given = Breakable()
     optimizer = sgd(given.model)
     with defend(given.model, [KL(3.0)], optimizer=optimizer, on_nonfinite="skip", share_logits=False) as defended:
@@ -85,7 +85,7 @@ def test_monitors_forget_a_model_that_was_not_finite():
 
 @contextmanager
 def watched(caplog, model, defenses, **settings):
-    """A defended model, whose warnings are kept."""
+    """Defend a model, and capture its warnings."""
     with caplog.at_level(logging.WARNING, logger="safelora_fast"), defend(model, defenses, **settings) as defended:
         yield defended
 
@@ -120,7 +120,7 @@ def test_a_loss_that_is_asked_for_only_sometimes(caplog):
     with watched(caplog, model, [KL(1.0)], optimizer=optimizer) as defended:
         defended.loss(WINDOW[0]).backward()
         other.step()
-        other.step()  # of nobody's parameters here
+        other.step()  # its parameters do not belong to the model
         optimizer.step()
         assert not warned(caplog)
         plain_step(model, optimizer)

@@ -1,4 +1,4 @@
-"""SafeLora beside optimizers and callbacks that have weights of their own: what is saved is what was projected."""
+"""SafeLora with optimizers and callbacks that keep copies of the weights: the saved weights are the projected ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPEC = {"batch": 2, "accumulation": 2, "steps": 3}
 
 
 def roundings_outside(model, subspace):
-    """The largest ‖B - P·B‖ / ‖B‖, in units of float32's rounding."""
+    """Return the largest ‖B - P·B‖ / ‖B‖, in units of float32 rounding."""
     return SafeModules(model.get_base_model(), subspace, owner="test").outside()
 
 
@@ -50,7 +50,7 @@ def at_end(sources):
 
 
 class Trainer(DefendedTrainer):
-    """Takes an optimizer by its class."""
+    """Creates its optimizer with `kind`."""
 
     kind = None
 
@@ -135,7 +135,7 @@ def test_the_weights_for_evaluation_are_projected_at_the_end(sources, at_end, tm
 
 @pytest.mark.parametrize("state_name", ["z", "mine"])
 def test_evaluation_after_training_brings_nothing_back(sources, tmp_path, state_name):
-    """The order of `train` with `data.eval`: train, evaluate, save."""
+    """Same order as the `train` command with `data.eval`: train, evaluate, save."""
     zero = SafeLora(SafeSubspace.from_sources(**sources), operator="zero", select="all")
     _, trainer = run(lambda p: ScheduleFree(p, state_name=state_name), tmp_path / "run", defenses=[zero])
     trainer.evaluate()
@@ -152,7 +152,7 @@ def test_the_best_model_is_projected_whatever_the_optimizer_holds(sources, at_en
         "eval_steps": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
-        "greater_is_better": True,  # the worst one, so that it is not the last
+        "greater_is_better": True,  # selects the worst checkpoint, which is not the last one
     }
     _, trainer = run(ScheduleFree, tmp_path / "run", defenses=[at_end], arguments=arguments)
     best = tmp_path / "run" / trainer.state.best_model_checkpoint.rpartition("/")[2]
@@ -247,7 +247,7 @@ def test_layer_wise_optimizers_are_refused_at_a_step():
 
 
 def test_slow_weights_are_projected_too(tmp_path):
-    """Else they would come back at the next mixing, and hooks on the inner optimizer would not hear of it."""
+    """Otherwise they would return at the next mixing step, which hooks on the inner optimizer do not see."""
     model = tiny_peft_model()
     subspace = random_subspace(model)
     kind = lambda parameters: Lookahead(torch.optim.SGD(parameters, lr=0.05))  # noqa: E731
@@ -270,14 +270,14 @@ def test_averages_that_a_callback_puts_in_at_the_end_are_projected(sources, at_e
 
 
 def test_averages_of_a_part_are_refused(at_end, tmp_path):
-    """A second projection would be one of what has been projected already."""
+    """A second projection would project the other weights twice."""
     with pytest.raises(TrainingError, match=r"layers\.1\..* have changed since the projection"):
         run_transformers(SPEC, tmp_path, defenses=[at_end], callbacks=[SwapsAtTheEnd(only="layers.1.")])
 
 
 def test_averages_at_the_end_lie_in_the_subspace_at_a_step(tmp_path, caplog):
     class Before(SwapsAtTheEnd):
-        """Averages what was before training, too."""
+        """Includes the weights before training in the average."""
 
         def on_train_begin(self, *args, **kwargs):
             self.on_step_end(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Models that a defense would be wrong for are refused with the reason."""
+"""Models that a defense does not support raise an error with the reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_initializations_that_change_the_base_weights(init):
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga"])
 def test_initializations_that_need_data_or_other_libraries(init):
-    """They are refused by name: to run them here would need what they need."""
+    """They are checked by name only, because running them would need that data or those libraries."""
     model = tiny_peft_model()
     model.peft_config["default"].init_lora_weights = init
     refused(f"'default' was initialized by '{init}'", model, ONE_LAYER)
@@ -70,7 +70,7 @@ def virtual_tokens(config):
 
 
 def encoder_decoder():
-    """Of two models, where the outer one says so."""
+    """An encoder-decoder made of two models; only the outer configuration marks it as one."""
     encoder = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
     decoder = transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
@@ -98,7 +98,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18, of every Llama
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18, for every Llama
 @pytest.mark.parametrize("case", MODELS)
 def test_models(case):
     make, message, defense = MODELS[case]
@@ -162,7 +162,7 @@ def test_the_first_fsdp(tmp_path):
 
 
 def test_optimizers_that_do_not_fit():
-    """Without a look at its parameters, a defense on the weights of another optimizer would do nothing, in silence."""
+    """With an optimizer of other parameters, a defense on the weights would silently do nothing."""
     model = tiny_peft_model()
     for defense in (SubspacePenalty(random_subspace(model), 1.0), SafeLora(random_subspace(model), at="step")):
         message = r"lora_B of model\.layers\.0\.self_attn\.q_proj is not among"
@@ -193,7 +193,7 @@ def test_reference_names():
 
 @pytest.mark.parametrize("name", ["altup_num_inputs", "hc_mult", "hc_count"])
 def test_layers_that_give_several_states_for_each_token(name):
-    """Gemma 3n, DeepSeek-V4 and others: features, steering and monitors would mix the states, or crash."""
+    """Gemma 3n, DeepSeek-V4 and others: feature distance, steering and monitors would mix the states or crash."""
     model, vector = tiny_peft_model(), torch.ones(32)
     setattr(model.get_base_model().config, name, 4)
     message = f"LlamaForCausalLM give 4 hidden states for each token \\({name}\\)"
@@ -230,7 +230,7 @@ def test_adalora_has_factors_of_its_own():
 )
 @pytest.mark.parametrize("beside", [[], [FeatureDistance(1.0, layers=2)]], ids=["alone", "beside another"])
 def test_what_is_switched_on_while_training(make, setting, beside):
-    """What it needs is not in the model: without a word it would do nothing."""
+    """Its hooks are not installed, so it would silently do nothing."""
     model = tiny_peft_model()
     defense = make(model)
     with defend(model, [defense, *beside]) as defended:
@@ -256,7 +256,7 @@ def test_processes_that_share_no_gradients(monkeypatch):
         message = r"2 processes train.*first DistributedDataParallel, accelerator\.prepare"
         with pytest.raises(SettingsError, match=message):
             defended.loss(BATCH)
-        with defended.recording(BATCH):  # for those who average by themselves
+        with defended.recording(BATCH):  # for users who average gradients themselves
             model(**BATCH)
         assert defended.regularizer(defended.totals([BATCH])).item() > 0
 
@@ -271,7 +271,7 @@ def test_a_model_that_is_sharded_after_defend(tmp_path):
 
 
 def test_wrappers_that_come_later_and_do_no_harm():
-    """One process, and the model itself is what runs."""
+    """On one process they are harmless, because the model itself is called."""
     losses = []
     for wrap in (lambda _model: None, torch.nn.DataParallel, torch.compile):
         model = tiny_peft_model()

@@ -1,4 +1,4 @@
-"""Defenses on safe rows only: the plain formulas over their tokens, and nothing of the others."""
+"""Defenses with tokens="safe": the plain formulas over the tokens of safe examples only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAFE = [False, True, False, True, True]
 
 
 def tagged(make, lengths=LENGTHS, safe=SAFE):
-    """A batch whose tags are written out by hand."""
+    """Collate a batch, and add the tags by hand."""
     batch = make(rows(lengths))
     ids = batch["input_ids"]
     if make is pack:
@@ -55,7 +55,7 @@ def test_the_kl_of_safe_rows_is_the_plain_one(make, share_logits):
 
 
 def test_accumulation_gives_the_weights_of_one_batch():
-    """The last micro-batch has no safe row; the counts are over the window."""
+    """The last micro-batch has no safe example; units are counted over the whole window."""
     lengths, safe = [*LENGTHS, 5, 8], [*SAFE, False, False]
     defenses = [KL(60.0, tokens="safe"), FeatureDistance(40.0, layers=2, tokens="safe")]
     whole = tagged(collate, lengths, safe)
@@ -89,7 +89,7 @@ def test_tags_of_rows_and_of_tokens():
 
 
 def flipped(examples):
-    """A collator that pads on the left."""
+    """Collate with padding on the left."""
     reverse = collate([{name: values[::-1] for name, values in example.items()} for example in examples])
     return {name: values.flip(1) for name, values in reverse.items()}
 

@@ -1,4 +1,4 @@
-"""The task's cross-entropy from the KL's logits: the same step, without the model's head; and where it must not be."""
+"""Task cross-entropy from KL's logits: the same step without the model's own head, and the cases where it is not used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def batch_for(vocabulary=COMMON["vocab_size"], make=collate):
 
 @contextmanager
 def head_positions(model):
-    """Counts the positions that the model's own head is run on, with gradients."""
+    """Count the positions on which the model's own head runs with gradients."""
     counted = []
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(
@@ -59,12 +59,12 @@ def loss_and_gradients(model, defenses, batch, **settings):
 
 
 def same_as_apart(model, defenses, batch):
-    """Compare with the losses apart, and see that only one of the two ran the head."""
+    """Compare with separately computed losses, and check that only those ran the model's head."""
     loss, gradients, metrics, positions = loss_and_gradients(model, defenses, batch)
     expected_loss, expected, expected_metrics, all_positions = loss_and_gradients(
         model, defenses, batch, share_logits=False
     )
-    can_be_told = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters  # OPT's, from 5 on
+    can_be_told = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters  # OPT: from transformers 5
     assert positions == (0 if can_be_told else batch["input_ids"].numel())
     assert all_positions == batch["input_ids"].numel()
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -119,7 +119,7 @@ def test_dropout_and_labels_that_are_shifted_already():
 
 
 def test_bfloat16_autocast_reaches_the_shared_head():
-    """Autocast may be on inside the model's forward only, as accelerate has it."""
+    """Autocast may be on only inside the model's forward, as with accelerate."""
     model, exact = tiny_peft_model(), tiny_peft_model()
     batch = batch_for(61)
     with defend(exact, [KL(5.0)]) as defended:
@@ -137,7 +137,7 @@ def test_bfloat16_autocast_reaches_the_shared_head():
 
 
 def apart(model, caplog, reason, batch=None):
-    """The losses stay apart, and the log says why, once."""
+    """Check that the losses are computed separately, and that the reason is logged once."""
     batch = batch_for() if batch is None else batch
     with caplog.at_level(logging.INFO, logger="safelora_fast"), defend(model, [KL(5.0)]) as defended:
         with head_positions(model) as counted:
@@ -202,7 +202,7 @@ def test_losses_of_routers(by, caplog):
 
 
 def test_a_model_that_fails_when_it_is_asked(caplog):
-    """It is left as found, and trained with the losses apart."""
+    """The model is unchanged afterwards, and trained with separate losses."""
     model = llama().train()
     calls = []
 

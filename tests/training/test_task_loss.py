@@ -1,4 +1,4 @@
-"""The task's own loss in a plain loop: labels count over the whole window, what the model adds itself as a mean."""
+"""The task loss in a plain loop: labels count over the whole window, and the model's extra loss terms as a mean."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 class IgnoresItems(LlamaForCausalLM):
-    """Takes any keyword argument and ignores the number of items, as remote code often does."""
+    """Accepts any keyword argument and ignores the number of items, as remote code often does."""
 
     extra = 0.0
 
@@ -71,7 +71,7 @@ def labels_of(batches):
 
 
 def added_by(model, batch):
-    """What the model adds to the cross-entropy, from its loss with one item."""
+    """Return the model's extra loss terms, from its loss with `num_items_in_batch` 1."""
     return model(**batch, num_items_in_batch=torch.tensor(1)).loss - cross_entropy_sum(model, batch)
 
 
@@ -82,7 +82,7 @@ def gradients(model):
 
 
 def assert_close(model, defended_loss, plain_loss, expected):
-    """Loss and gradients: the two ways differ by float32 rounding only."""
+    """Check that loss and gradients differ from the plain ones only by float32 rounding."""
     ours, theirs = defended_loss, gradients(model)
     plain_loss.backward()
     plain = gradients(model)
@@ -115,7 +115,7 @@ def test_what_the_model_adds_counts_once_a_window(make, size):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_what_the_model_adds_counts_once_for_all_processes(processes, monkeypatch):
-    """Processes with the same batches: their mean, which is what each has, must be that of one process."""
+    """All processes have the same batches, so each one's loss must equal that of a single process."""
     model, batches = mixtral(), window(2)
     alone = defended_window(model, batches)
     monkeypatch.setattr(task_loss, "world_size", lambda: processes)
@@ -127,14 +127,14 @@ def test_what_the_model_adds_counts_once_for_all_processes(processes, monkeypatc
 
 
 def test_processes_decide_together_in_totals_and_never_in_a_loss(monkeypatch):
-    """A process may compute a loss in another way than the others, so it must not wait for them there."""
+    """A process may compute its loss in another way than the others, so the loss itself must not be collective."""
     asked = []
     monkeypatch.setattr(task_loss, "world_size", lambda: 2)
     monkeypatch.setattr(task_loss, "sum_over_ranks", lambda votes, _device: asked.append(votes) or [0.0, 1.0])
     model, batches = mixtral(), window(2, silent=(0, 1))
     with defend(model, []) as defended:
         totals = defended.totals(batches)
-        assert asked == [[0.0, 0.0]]  # no label here; the other process has one
+        assert asked == [[0.0, 0.0]]  # no label on this process; the other one has some
         defended.totals(batches)
         first = defended.loss(batches[1], totals=totals)
         assert len(asked) == 1
@@ -151,7 +151,7 @@ def test_a_model_that_ignores_the_number_of_items(extra, silent):
 
 
 class FSDPModule:
-    """Stands for FSDP2's class, which with mixed precision casts every floating-point input of the model."""
+    """Stub of FSDP2's class, which casts all floating-point inputs of the model under mixed precision."""
 
     def forward(self, *args, **kwargs):
         cast = {
@@ -162,21 +162,21 @@ class FSDPModule:
 
 
 class Sharded(FSDPModule, LlamaForCausalLM):
-    """A model that is sharded, as far as its inputs go."""
+    """A model that casts its inputs as a sharded model does."""
 
 
 def test_the_number_of_items_is_not_rounded_to_half_precision():
     model, batches = adapted(Sharded(tiny_model().config)), window(2)
     with defend(model, []) as defended:
         counted = defended.totals(batches)
-        for count in (131, 515, 1031):  # none of them is a number of bfloat16
+        for count in (131, 515, 1031):  # not representable in bfloat16
             totals = type(counted)(counted.units, count, 1)
             expected = cross_entropy_sum(model, batches[0]).item() / count
             assert defended.loss(batches[0], totals=totals).item() == pytest.approx(expected, rel=1e-5)
 
 
 class TakesAPlainNumber(IgnoresItems):
-    """Divides by the number of items, out of sight of autograd."""
+    """Divides by the number of items, but not in the autograd graph."""
 
     def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
         output = super().forward(*args, labels=labels, **kwargs)
@@ -193,7 +193,7 @@ def test_a_model_that_divides_out_of_sight():
 
 
 def test_a_window_that_begins_without_labels():
-    """The model can be asked only where there is a label; before, its loss is what it adds."""
+    """Whether the model divides shows only in a batch with labels; before that, its loss is just the extra terms."""
     model, batches = mixtral(), window(2, silent=(0, 1))
     added = [added_by(model, batch) for batch in batches]
     plain = sum(cross_entropy_sum(model, batch) for batch in batches) / labels_of(batches) + sum(added) / len(added)
