@@ -1,4 +1,4 @@
-"""A model whose next token follows from the last one alone: what it says is known beforehand."""
+"""A model whose next token depends only on the last one, so its output is known in advance."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 
 def save_bigram(folder, successors: dict[str, str]):
-    """A model that says the successor of a token, and ends its turn after any other, at every temperature up to 1.
+    """Save a model that generates `successors[token]` after a token, and ends its turn after all other tokens.
 
-    Its layers add nothing, so that the last token's embedding, a unit vector, is all that the head sees.
+    This works at every temperature up to 1. The layers add nothing, so the head's input is the last token's embedding,
+    a unit vector.
     """
     words = tokenizer()
     count = len(words)

@@ -1,4 +1,4 @@
-"""Tokenizers of bytes or words with control tokens, and chat templates of the usual kinds."""
+"""Byte and word tokenizers with control tokens, and common kinds of chat templates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-INST = (  # Mistral's: a beginning, no header of the answer
+INST = (  # Mistral: a BOS token, no header before the completion
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
 )
-THINKING = CHATML.replace("assistant\n'", "assistant\n<think>\n'")  # DeepSeek-R1: prompts open the thoughts
-STRIPPING = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip()")  # and answers lose theirs
+THINKING = CHATML.replace("assistant\n'", "assistant\n<think>\n'")  # DeepSeek-R1: the prompt opens <think>
+STRIPPING = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip()")  # and strips thoughts from answers
 HARMONY = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
     "{{ '<|return|>' if loop.last else '<|end|>' }}{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}"
@@ -32,7 +32,7 @@ MARKED = (
 def byte_tokenizer(
     template: str | None = CHATML, *, eos="<|im_end|>", bos=None, adds_bos=False, more=(), cls=PreTrainedTokenizerFast
 ) -> PreTrainedTokenizerFast:
-    """One token a byte, then the control tokens."""
+    """Return a tokenizer with one token per byte, plus the control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +49,7 @@ def byte_tokenizer(
 
 
 def word_tokenizer(words, template: str) -> PreTrainedTokenizerFast:
-    """One token a word; white space is no token, so that places in the text have none."""
+    """Return a tokenizer with one token per word. White space has no token, so some text positions belong to none."""
     inner = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(["<pad>", *words])}, unk_token="<pad>")
     )

@@ -1,6 +1,6 @@
-"""How far a result may be from the exact one: a few times what plain torch in the same dtype loses on the same machine.
+"""Tolerances: the allowed error is a few times that of plain torch in the same dtype on the same machine.
 
-No constant tuned on one CPU serves on another: vendors' libraries add in other orders, and where terms cancel, that shows.
+A constant tuned on one CPU fails on another, because math libraries sum in different orders and some terms cancel.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ import pytest
 import torch
 
 FACTOR = 4  # chunks, fused kernels and scaled windows round a few times more often than one plain pass
-LEAST = 4  # roundings of the dtype, where plain torch happens to be exact
-ROUNDINGS = 64  # of float32, in a sum over tokens after a few layers; a wrong formula is off by far more
+LEAST = 4  # minimum tolerance in roundings of the dtype, for cases where plain torch happens to be exact
+ROUNDINGS = 64  # float32 roundings allowed in a sum over tokens after a few layers; a wrong formula is off by far more
 
 
 def rounded(value, *, size=None):
-    """What a float32 number may be that is computed in another order.
+    """Return `pytest.approx(value)` with the tolerance of a float32 value that is computed in another order.
 
     Args:
-        value: the number.
-        size: of the largest terms that it is the sum of, where they cancel; by default its own.
+        value: the expected value.
+        size: size of the largest terms of the sum, if they cancel; by default the size of the value.
     """
     return pytest.approx(value, rel=0.0, abs=ROUNDINGS * 2**-24 * (abs(value) if size is None else size))
 
 
 def losses(found, exact):
-    """‖found - exact‖ / ‖exact‖ of tensors or numbers by name, in float64."""
+    """Return ‖found - exact‖ / ‖exact‖ of tensors or numbers by name, in float64."""
     assert found.keys() == exact.keys()
     pairs = {name: (_double(found[name]), _double(exact[name])) for name in exact}
     return {name: _ratio((ours - theirs).norm().item(), theirs.norm().item()) for name, (ours, theirs) in pairs.items()}
 
 
 def assert_as_close_as_torch(ours, exact, plain, *, factor=FACTOR):
-    """Compare a float32 result with float64, by what plain torch in float32 loses.
+    """Check that the error of `ours` against the float64 oracle is at most `factor` times that of plain torch.
 
     Args:
-        ours: what is tested, a number or a tensor, or several by name.
+        ours: the result under test: a number, a tensor, or a mapping of several.
         exact: the same in float64.
-        plain: the same by plain torch, in the dtype of `ours`; of several the one that loses most counts for all, as they
-            are gradients or values of one computation.
-        factor: how many times that may be lost.
+        plain: the same by plain torch in the dtype of `ours`. The largest error in a mapping counts for all its entries,
+            because they belong to one computation.
+        factor: allowed multiple of the plain error.
     """
     ours, exact, plain = (value if isinstance(value, Mapping) else {"value": value} for value in (ours, exact, plain))
     eps = max(torch.finfo(value.dtype).eps if torch.is_tensor(value) else 2**-23 for value in plain.values())

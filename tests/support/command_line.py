@@ -1,4 +1,4 @@
-"""The command line inside this process."""
+"""Runs the command line inside this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run the command line with arguments: `call(*words)` gives its exit code and what it printed."""
+    """Return `call(*words)`, which runs the command line with these arguments and returns exit code and output."""
 
     def run(*words: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["safelora-fast", *map(str, words)])

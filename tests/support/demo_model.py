@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer of characters and a chat template, in the place of the demo's 135M one."""
+"""A tiny model with a character tokenizer and a chat template, used instead of the demo's 135M model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder, seed: int = 0, layers: int = 2):
-    """A model and its tokenizer in a folder."""
+    """Save a model and its tokenizer in a folder."""
     words = tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""What NVRTC makes of the CUDA sources for GPUs that are not here: registers, stack and instructions of every kernel."""
+"""Compiles the CUDA sources with NVRTC without a GPU, and reads registers, stack and instructions of every kernel."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: what it takes, and how often each instruction occurs in it ("LDG.E.128")."""
+    """A compiled kernel: its registers, stack bytes, and the count of each instruction (such as "LDG.E.128")."""
 
     registers: int
     stack: int
     instructions: Counter[str]
 
     def count(self, start: str, *parts: str) -> int:
-        """Instructions that start with `start` and have all `parts` among their suffixes."""
+        """Count the instructions named `start` that have all `parts` among their suffixes."""
         named = ((name.split("."), times) for name, times in self.instructions.items())
         return sum(times for name, times in named if name[0] == start and set(parts) <= set(name))
 
 
 @functools.cache
 def kernels(source: str, architecture: str) -> dict[str, Kernel]:
-    """The kernels of a source, by name. Skips the test where NVRTC or a disassembler is not installed."""
+    """Return the kernels of a source by name. Skip the test if NVRTC or a disassembler is not installed."""
     try:
         cubin = _core.cuda_kernels(source, architecture, nvrtc=cuda_runtime.nvrtc_candidates())
     except BackendError as error:
@@ -56,7 +56,7 @@ def kernels(source: str, architecture: str) -> dict[str, Kernel]:
 def _run(tool: str, options: list[str], cubin: bytes) -> str:
     path = _find(tool)
     folder = Path(path).parent
-    # cuobjdump asks nvdisasm for the code, and looks for it where commands are.
+    # cuobjdump runs nvdisasm, which it searches on the path.
     with Path(f"{_folder()}/{abs(hash(cubin))}.cubin").open("wb") as file:
         file.write(cubin)
     environment = {"PATH": f"{folder}:/usr/bin:/bin"}
@@ -73,7 +73,7 @@ def _folder() -> str:
 
 
 def _find(tool: str) -> str:
-    """A tool of CUDA: on the path, or in the package of Triton."""
+    """Find a CUDA tool in Triton's package or on the path."""
     spec = importlib.util.find_spec("triton")
     places = [Path(spec.origin).parent / "backends" / "nvidia" / "bin"] if spec and spec.origin else []
     found = next((str(place / tool) for place in places if (place / tool).is_file()), None) or shutil.which(tool)

@@ -1,6 +1,6 @@
-"""CUDA kernels without a GPU: compiled as C++, run by a stand-in driver whose device memory is that of the process.
+"""CUDA kernels without a GPU: compiled as C++, and run by a stub driver that uses host memory as device memory.
 
-`emulated(monkeypatch)` lets the `cuda` backends of the operations take tensors of the CPU.
+`emulated(monkeypatch)` makes the `cuda` backends of the operations accept CPU tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STREAM = 0x77
 
 @functools.cache
 def libraries() -> tuple[Path, Path]:
-    """The driver with its kernels, and the compiler; built once for their sources, and kept under target/."""
+    """Return the stub driver with its kernels, and the stub of NVRTC. They are cached under target/ by source digest."""
     sources = sorted([*SOURCES.iterdir(), *(ROOT / "rust" / "cuda" / "kernels").iterdir()])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = ROOT / "target" / f"emulated-cuda-{digest}"
@@ -37,7 +37,7 @@ def libraries() -> tuple[Path, Path]:
         _build(partial)
         try:
             partial.rename(folder)
-        except OSError:  # another process was faster
+        except OSError:  # another process has built it first
             shutil.rmtree(partial)
     return folder / "libdriver.so", folder / "libnvrtc.so"
 
@@ -54,14 +54,14 @@ def _build(folder: Path) -> None:
 
 
 def record() -> list[str]:
-    """The driver's calls so far, one a line."""
+    """Return the driver calls so far, one per line."""
     function = ctypes.CDLL(str(libraries()[0])).stand_in_record
     function.restype = ctypes.c_char_p
     return function().decode().splitlines()
 
 
 def emulated(monkeypatch: pytest.MonkeyPatch, *, runs_kernels: bool = True) -> None:
-    """Let the operations' `cuda` modules run on tensors of the CPU, by the stand-in driver; without kernels only the host works."""
+    """Run the operations' `cuda` modules on CPU tensors with the stub driver. `runs_kernels=False` runs only host code."""
     driver, nvrtc = libraries()
     if not runs_kernels:
         driver = driver.with_name("libhost.so")

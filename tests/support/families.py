@@ -1,4 +1,4 @@
-"""Tiny random models of the families, adapters that PEFT writes around them, and the dense float64 truth about both."""
+"""Tiny random models of many families, PEFT adapters for them, and a dense float64 oracle of their projection."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 @dataclass(frozen=True)
 class Family:
-    """A configuration, and what an adapter of this family usually targets."""
+    """A model family: its configuration, and the usual target modules of an adapter."""
 
     config: type[transformers.PretrainedConfig]
     modules: list[str]
@@ -54,17 +54,17 @@ class Family:
 
     @property
     def target(self) -> dict[str, Any]:
-        """Settings of an adapter that touches every kind of weight in the blocks."""
+        """Settings of an adapter that adapts every kind of weight in the layers."""
         return {"target_modules": self.modules, "target_parameters": self.experts or None, **self.lora}
 
     @cached_property
     def experts(self) -> list[str]:
-        """The experts' weights, where this transformers has them in one tensor: before 5, each is a module of its own."""
+        """Names of the experts' stacked weights; empty before transformers 5, where each expert is a separate module."""
         names = [name for name, _ in self.make(seed=0).named_parameters()] if self.parameters else []
         return [parameter for parameter in self.parameters if any(name.endswith(parameter) for name in names)]
 
     def make(self, seed: int, **settings: Any) -> transformers.PreTrainedModel:
-        """A model with random weights, biases included."""
+        """Create a model with random weights, including the biases."""
         common = COMMON if self.common else {}
         config = self.config(**{**common, **self.settings, **settings})
         torch.manual_seed(seed)
@@ -122,7 +122,7 @@ FAMILIES = {
 
 
 def save(model: torch.nn.Module, folder: Path) -> Path:
-    """The folder, after the model has been saved there."""
+    """Save the model, and return the folder."""
     model.save_pretrained(folder)
     return folder
 
@@ -134,7 +134,7 @@ def rewrite(
     config: dict[str, Any] | None = None,
     file: str = "model.safetensors",
 ) -> Path:
-    """A copy of a checkpoint or adapter with other tensors, and with settings replaced in its configuration."""
+    """Copy a checkpoint or adapter with changed tensors and configuration."""
     output.mkdir(parents=True)
     tensors = {name: tensor.clone().contiguous() for name, tensor in change(load_file(folder / file)).items()}
     save_file(tensors, output / file, {"format": "pt"})
@@ -146,14 +146,14 @@ def rewrite(
 
 
 def adapt(model: transformers.PreTrainedModel, *, seed: int = 7, name: str = "default", **config: Any) -> PeftModel:
-    """The model with a LoRA adapter whose factors are all random."""
+    """Add a LoRA adapter with random lora_A and lora_B."""
     peft_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **config}), adapter_name=name)
     randomize(peft_model, seed)
     return peft_model
 
 
 def randomize(peft_model: PeftModel, seed: int) -> None:
-    """Fill every trainable tensor, so that no update is zero."""
+    """Fill every trainable tensor with random values, so that no update is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in peft_model.parameters():
@@ -162,12 +162,12 @@ def randomize(peft_model: PeftModel, seed: int) -> None:
 
 
 def updates(peft_model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
-    """PEFT's own ΔW of every module and every expert, as (out, in), in float64."""
+    """Return PEFT's own ΔW of every module and every expert, float64 [out, in]."""
     return {key: delta for key, (delta, _) in _adapted(peft_model, name).items()}
 
 
 def weights(peft_model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
-    """The frozen weight of every adapted module and expert, as (out, in), in float64."""
+    """Return the frozen weight of every adapted module and expert, float64 [out, in]."""
     return {key: weight for key, (_, weight) in _adapted(peft_model, name).items()}
 
 
@@ -198,7 +198,7 @@ def _adapted(peft_model: PeftModel, name: str) -> dict[str, tuple[torch.Tensor, 
 
 @dataclass(frozen=True)
 class Projected:
-    """What came of projecting every module of one adapter: its folder, and a cosine and ‖V‖_F for each module."""
+    """Result of projecting every module of one adapter: its folder, and the cosine and ‖V‖_F of each module."""
 
     folder: Path
     plan: Plan
@@ -207,7 +207,7 @@ class Projected:
 
 
 def project(adapters: list[Path], aligned: Path, base: Path, output: Path) -> list[Projected]:
-    """Plan, stream, and write every projected block where its target says."""
+    """Plan and run the projection, and write every projected lora_B to its place in the adapter's tensors."""
     loaded = [load_adapter(adapter) for adapter in adapters]
     plan = plan_projection(loaded, open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base"))
     tensors = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
@@ -239,13 +239,13 @@ def check_projection(
     target: dict[str, Any],
     change: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Projected:
-    """Project an adapter of the first of two models, and compare as :func:`assert_projected` does.
+    """Project an adapter of the first of two models, and check it with :func:`assert_projected`.
 
     Args:
         folder: an empty folder.
-        models: the aligned model and the base.
+        models: the aligned model and the base model.
         target: settings of the adapter.
-        change: what to do to the tensors of each checkpoint on disk.
+        change: functions that change the tensors of each checkpoint on disk.
     """
     folders = [save(model, folder / role) for model, role in zip(models, ("aligned", "base"), strict=True)]
     if change is not None:
@@ -266,9 +266,9 @@ def assert_projected(
     name: str = "default",
     tolerance: float = 1e-5,
 ) -> None:
-    """Compare with C·ΔW computed densely in float64 from what PEFT and transformers hold in memory.
+    """Compare with C·ΔW, computed densely in float64 from the weights of PEFT and transformers in memory.
 
-    PEFT loads the projected tensors into the same adapter, so names, orientation and layout are all PEFT's.
+    PEFT loads the projected tensors into the same adapter, so this also checks names, orientation and layout.
     """
     peft_model.double()
     before, aligned = updates(peft_model, name), weights(peft_model, name)

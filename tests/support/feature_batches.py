@@ -1,4 +1,4 @@
-"""Batches of hidden states with NaN where nothing counts, the distance as it is defined, and comparisons with it."""
+"""Batches of hidden states with NaN at masked tokens, the plain definition of the distance, and comparisons with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safelora_fast.ops import feature_distance
 
 
 def definition(features, references, mask, normalize="sequence", segments=None):
-    """Sum over layers and mean over sequences of ‖x − x₀‖², written plainly."""
+    """Return the sum over layers and mean over sequences of ‖x − x₀‖², computed in plain loops."""
     total, sequences = features[0].sum() * 0.0, 0
     for row in range(mask.shape[0]):
         numbers = torch.zeros_like(mask[row], dtype=torch.long) if segments is None else segments[row]
@@ -27,7 +27,7 @@ def definition(features, references, mask, normalize="sequence", segments=None):
 
 
 def batch(dtype, shape=(3, 11, 37), *, drift=0.1, layers=2, poison=True, seed=0, device="cpu"):
-    """Features, references, mask and segments; tokens that do not count hold NaN. The first token counts."""
+    """Return features, references, mask and segments. Masked tokens hold NaN; the first token is never masked."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(shape[:2], generator=generator) < 0.7
     mask[:1, :1] = True
@@ -42,13 +42,13 @@ def batch(dtype, shape=(3, 11, 37), *, drift=0.1, layers=2, poison=True, seed=0,
 
 
 def run(features, references, mask, normalize="sequence", segments=None, *, op=feature_distance):
-    """Value and gradients of a weighted loss."""
+    """Return the value and the gradients of a weighted loss."""
     value = op(features, references, mask, normalize, segments)
     return value.detach(), torch.autograd.grad(0.3 * value, features)
 
 
 def truth(features, references, mask, normalize="sequence", segments=None):
-    """The same of the definition in float64, which may not see the NaN."""
+    """Return the same from the definition in float64, with the NaN replaced."""
     exact = [torch.where(mask[..., None], f.detach().double(), 1.0).requires_grad_() for f in features]
     others = [
         torch.where(mask[..., None], r.to(f.device).double(), 1.0) for f, r in zip(exact, references, strict=True)
@@ -57,9 +57,9 @@ def truth(features, references, mask, normalize="sequence", segments=None):
 
 
 def assert_true(ours, expected, mask, *, value=1e-6, rounding=4e-7):
-    """The value to a few roundings of its dtype, gradients to that of theirs, zero where nothing counts."""
+    """Check the value and the gradients to the rounding of their dtypes, and that masked gradients are zero."""
     assert ours[0].item() == pytest.approx(expected[0].item(), rel=value, abs=1e-12)
-    # The interpreter cuts bfloat16 off where a GPU rounds it.
+    # The interpreter truncates to bfloat16, while a GPU rounds.
     roundings = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}
     for left, right in zip(ours[1], expected[1], strict=True):
         allowed = roundings.get(left.dtype, rounding)

@@ -1,6 +1,6 @@
-"""Run the emulated CUDA kernels on tensors that end, or start, where memory may not be touched; nor may tokens that do not count.
+"""Runs the emulated CUDA kernels on tensors next to protected pages, and with masked tokens on protected pages.
 
-A program of its own, since what it looks for ends the process: `python guarded_cuda.py end|start [overrun]`.
+It is a separate program because an invalid access kills the process: `python guarded_cuda.py end|start [overrun]`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from safelora_fast.ops.subspace_projection import matrix_products, transposed_pr
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
-REGIONS = []  # never given back
+REGIONS = []  # never freed
 
 
 def guarded(shape, dtype, side):
-    """A contiguous tensor with a page beside it that may not be touched."""
+    """Return a contiguous tensor that ends or starts at a protected page."""
     count = int(torch.Size(shape).numel())
     size = count * dtype.itemsize
     pages = -(-size // PAGE) * PAGE
@@ -34,7 +34,7 @@ def guarded(shape, dtype, side):
         assert LIBC.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) == 0
     if not count:
         return torch.zeros(shape, dtype=dtype)
-    # Kernels may count on 16 bytes where torch would give more.
+    # Kernels may rely on 16-byte alignment; torch's own allocations are aligned further.
     offset = PAGE if side == "start" else PAGE + pages - size
     if side == "end" and (address + offset) % dtype.itemsize:
         raise AssertionError(f"{size} bytes of {dtype} cannot end at a page")
@@ -43,7 +43,7 @@ def guarded(shape, dtype, side):
 
 
 def with_a_hole(tensor, token):
-    """Hidden states [1, tokens, hidden] with each token in a page of its own, of which one may not be touched."""
+    """Return hidden states [1, tokens, hidden] with each token on a separate page; the page of `token` is protected."""
     _, tokens, hidden = tensor.shape
     region = mmap.mmap(-1, tokens * PAGE)
     REGIONS.append(region)

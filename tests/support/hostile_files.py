@@ -1,6 +1,6 @@
-"""Mutations of files that others wrote, and what a reader may answer: a value, or one line.
+"""Fuzzes the readers of files from other programs: a reader must return a value or raise a one-line error.
 
-`python tests/support/hostile_files.py ROUNDS [KIND ...]` runs as many mutations of every kind and prints what fell.
+`python tests/support/hostile_files.py ROUNDS [KIND ...]` runs ROUNDS mutations of every kind and prints the failures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WRONG: list[Any] = [
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to every value in a document, the document's own first."""
+    """Return the path of every value in a document, starting with the root."""
     found = [path]
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -38,7 +38,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mutated(document: Any, chance: random.Random) -> Any:
-    """A document with one to three values of other types, gone, doubled, or nested."""
+    """Return a copy of a document with one to three values replaced, removed, doubled, or nested."""
     changed = copy.deepcopy(document)
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         path = chance.choice(places(changed))
@@ -71,7 +71,7 @@ def nested(depth: int, how: str) -> Any:
 
 
 def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
-    """Bytes that are cut, turned, doubled, or nested beyond any parser's stack."""
+    """Return the bytes truncated, changed, doubled, or nested deeper than any parser's stack."""
     place = chance.randrange(len(content) + 1)
     before, after = content[:place], content[place:]
     return chance.choice(
@@ -90,14 +90,14 @@ def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
 
 
 def of_json(document: Any, chance: random.Random) -> bytes:
-    """A mutated document as JSON, one time in five with mutated bytes."""
+    """Return a mutated document as JSON; one time in five, the bytes are mutated instead."""
     if chance.random() < 0.2:
         return mutated_bytes(json.dumps(document).encode(), chance)
     return json.dumps(mutated(document, chance)).encode()
 
 
 def of_lines(documents: list[Any], chance: random.Random) -> bytes:
-    """Lines of JSON of which one is mutated."""
+    """Return JSON lines, one of them mutated."""
     lines = [json.dumps(document).encode() for document in documents]
     number = chance.randrange(len(lines))
     lines[number] = of_json(documents[number], chance).replace(b"\n", b" ")
@@ -105,7 +105,7 @@ def of_lines(documents: list[Any], chance: random.Random) -> bytes:
 
 
 def of_yaml(text: str, chance: random.Random) -> bytes:
-    """A mutated document as YAML, which JSON is, or the text with mutated bytes or aliases that expand."""
+    """Return a mutated document as JSON (valid YAML), or the text with mutated bytes or exploding aliases."""
     import yaml
 
     how = chance.random()
@@ -118,7 +118,7 @@ def of_yaml(text: str, chance: random.Random) -> bytes:
 
 
 def fault_of(read: Any, path: Path) -> str | None:
-    """What is wrong with a reader's answer; None where it took the file, or refused it in one line."""
+    """Describe a reader's failure; None if it read the file or raised a one-line SafeLoraFastError."""
     try:
         read(path)
     except SafeLoraFastError as error:
@@ -136,7 +136,7 @@ def fault_of(read: Any, path: Path) -> str | None:
 
 
 def faults(kind: Any, rounds: int, seed: int = 0) -> Counter[str]:
-    """What fell among so many mutations of a kind of file, by what was wrong."""
+    """Run `rounds` mutations of a kind of file, and count the failures by description."""
     found: Counter[str] = Counter()
     former = kind.path.read_bytes() if kind.path.exists() else None
     for number in range(rounds):

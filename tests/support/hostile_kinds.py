@@ -1,4 +1,4 @@
-"""Every kind of file that others may write, a whole one of each, and what reads it."""
+"""Every kind of file that other programs may write, with a valid sample and its reader, for fuzzing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HostileKind:
-    """A kind of file: its name, where it lies, how it is mutated, and what reads it."""
+    """A kind of file: its name, its path, its mutation, and its reader."""
 
     name: str
     path: Path
@@ -33,7 +33,7 @@ class HostileKind:
 
 
 def kinds(folder: Path) -> Iterator[HostileKind]:
-    """All of them, each made when it is its turn."""
+    """Yield all kinds; each is created when it is reached."""
     for name, make in GROUPS.items():
         inside = folder / name
         inside.mkdir()
@@ -73,7 +73,7 @@ def _vectors(folder: Path) -> Iterator[HostileKind]:
 
         with safe_open(path, framework="numpy") as file:
             ((name, text),) = file.metadata().items()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
 
         def content(chance: random.Random) -> bytes:
             changed = of_json(json.loads(text), chance).decode(errors="replace")

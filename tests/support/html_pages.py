@@ -1,4 +1,4 @@
-"""An HTML page as a tree, without a browser."""
+"""Parses an HTML page into a tree, without a browser."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Node:
     """An element.
 
     Attributes:
-        name: of the element.
-        attributes: by name; those without a value are "".
+        name: tag name.
+        attributes: values by name; "" for attributes without a value.
         children: elements and texts.
     """
 
@@ -27,7 +27,7 @@ class Node:
     children: list[Node | str] = field(default_factory=list)
 
     def all(self, name: str | None = None, **attributes: str) -> Iterator[Node]:
-        """Every element inside of a name and with these attributes; `class_` is one of its classes."""
+        """Yield every descendant with this name and these attributes; `class_` matches one of its classes."""
         for child in self.children:
             if isinstance(child, Node):
                 if name in {None, child.name} and all(child.has(*pair) for pair in attributes.items()):
@@ -45,7 +45,7 @@ class Node:
 
     @property
     def text(self) -> str:
-        """The text inside, its white space as it is."""
+        """All text inside, with its white space unchanged."""
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
 
@@ -72,7 +72,7 @@ class _Reader(HTMLParser):
 
 
 def read_page(page: str) -> Node:
-    """The tree of a page whose elements must all be closed, in order."""
+    """Parse a page, and check that all its elements are closed in order."""
     reader = _Reader()
     reader.feed(page)
     reader.close()

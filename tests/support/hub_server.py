@@ -1,4 +1,4 @@
-"""A server that stands in for the Hugging Face Hub, and an address where none is."""
+"""A stub server of the Hugging Face Hub, and an address without any server."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
 class Hub:
-    """Serves folders as repositories, and remembers which files were asked for."""
+    """Serves folders as repositories, and records which files were requested."""
 
     def __init__(self, folders):
         self.folders, self.fetched = folders, []
-        self.refusal = None  # status and error code of every answer, in the place of files
+        self.refusal = None  # if set, the status and error code of every reply
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ class Hub:
                     self.wfile.write(content)
 
             def list_files(self, repository: str, rest: list[str]):
-                """`tree/REVISION[/FOLDER]`, or what is known of the repository."""
+                """Reply with `tree/REVISION[/FOLDER]`, or with information about the repository."""
                 files = [
                     {"type": "file", "path": file.name, "oid": "0" * 40, "size": file.stat().st_size}
                     for file in sorted(hub.folders[repository].iterdir())
@@ -106,28 +106,28 @@ class Hub:
 
 
 def serve(folders, cache, monkeypatch):
-    """Serve folders by their Hub ids to this process."""
+    """Serve folders to this process by their Hub ids."""
     served = Hub(folders)
     point_at(served.address, cache, monkeypatch)
     return served
 
 
 def point_at(address, cache, monkeypatch):
-    """Have this process take an address for the Hub."""
+    """Make this process use `address` as the Hub."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
     transformers_hub = sys.modules.get("transformers.utils.hub")
-    if transformers_hub is not None:  # newer versions keep an HfApi of their own
+    if transformers_hub is not None:  # newer versions have a separate HfApi
         monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
 def no_network(tmp_path, monkeypatch):
-    """A Hub at an address where nobody listens; gives the pauses that were made."""
+    """Use an address without a server as the Hub. Return the list of pauses between retries."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"

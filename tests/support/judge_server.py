@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine whose replies a test decides."""
+"""A local OpenAI-compatible endpoint whose replies are set by the test."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SCORES = {"alignment": "90", "coherence": "80"}
 
 
 def good(prompt, _headers=None):
-    """The reply of a judge that finds every answer good."""
+    """Reply of a judge that rates every answer as good."""
     return 200, SCORES[alignment_or_coherence(prompt)], None
 
 
 def never_wait(monkeypatch, **budget):
-    """Give every endpoint a small budget, and let neither this package nor OpenAI's client wait between tries."""
+    """Give every endpoint a small retry budget, and remove all pauses between tries, also in OpenAI's client."""
     from safelora_fast.judging import retry
 
     monkeypatch.setenv("STUB_API_KEY", "none-needed")
@@ -42,7 +42,7 @@ def never_wait(monkeypatch, **budget):
 
 
 def judged(url, count=1, model=None, **settings):
-    """What one judge says of so many answers, one after the other."""
+    """Return one judge's verdicts on `count` answers, judged one after the other."""
     import anyio
 
     from safelora_fast.judging.judge import Judge
@@ -61,12 +61,14 @@ def judged(url, count=1, model=None, **settings):
 
 @contextmanager
 def serving(reply, *, port=0, greet=True):
-    """Serve `reply(prompt, headers) -> (status, text, candidates)`; candidates are (token, probability) of the first token.
+    """Serve `reply(prompt, headers) -> (status, text, candidates)`. Yield the URL and the list of requests.
 
-    The text may also be a whole choice (a dictionary) or a whole reply (bytes); for a redirect it is the address. If the
-    reply is None, the server goes away: it answers no more, and connections are refused. The question that a judge is asked
-    before all others is answered with a number and not counted; without `greet` it is served like any other.
-    Yields the URL, and the list of requests that came.
+    Args:
+        reply: candidates are the (token, probability) pairs of the first token. The text may also be a full choice
+            (a dictionary), a full reply (bytes), or the address of a redirect. None shuts the server down, so that
+            connections are refused.
+        port: the port; 0 for any free one.
+        greet: reply to a judge's first question, the connection check, with a number and do not record it.
     """
     requests, gone = [], threading.Event()
 
@@ -74,7 +76,7 @@ def serving(reply, *, port=0, greet=True):
         daemon_threads = True
 
         def handle_error(self, *words):
-            if not isinstance(sys.exc_info()[1], ConnectionError):  # who asked has gone
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # the client has disconnected
                 super().handle_error(*words)
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Comparison reports from made-up figures: one as a real comparison would give it, and ones with all that can be odd."""
+"""Comparison reports with made-up values: a realistic one, and several with edge cases."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ LONG = "interleaving_plus_plus_with_refusals_dropped_and_a_name_that_nobody_shou
 
 
 def cell(key: str, value: float, folder: str, draw: random.Random, seeds: tuple[int, ...] = (1, 2, 3)) -> Cell:
-    """A cell whose runs scatter about a value; NaN makes a measure that came to nothing."""
+    """Return a cell whose runs scatter around a value; NaN makes a cell without values."""
     source = f"{folder}/seed-{{}}/{FILES[key]}"
     if math.isnan(value):
         return Cell(None, None, None, tuple(SeedValue(seed, None, source.format(seed)) for seed in seeds))
@@ -72,7 +72,7 @@ def cell(key: str, value: float, folder: str, draw: random.Random, seeds: tuple[
 
 
 def failed(one: Cell, *seeds: int, reason: str = OUT_OF_MEMORY) -> Cell:
-    """The cell after some of its runs failed."""
+    """Return the cell with some of its runs failed."""
     runs = tuple(replace(run, value=None, failure=reason) if run.seed in seeds else run for run in one.seeds)
     values = [run.value for run in runs if run.value is not None]
     if not values:
@@ -81,7 +81,7 @@ def failed(one: Cell, *seeds: int, reason: str = OUT_OF_MEMORY) -> Cell:
 
 
 def usual() -> ComparisonReport:
-    """Eight defences by three seeds, one run failed, as a real comparison would give it."""
+    """A realistic report: eight defenses with three seeds each, and one failed run."""
     draw, rows = random.Random(6), []
     for name, (setting, values) in NAMES.items():
         kind = {"reference": "reference", "no defence": "undefended"}.get(name, "defence")
@@ -130,7 +130,7 @@ def usual() -> ComparisonReport:
 
 
 def hostile() -> ComparisonReport:
-    """All that can be odd: failures, gaps, names and reasons that would break a page which does not escape them."""
+    """All edge cases: failures, gaps, and names and reasons that break a page without escaping."""
     report, draw = usual(), random.Random(7)
     rows = list(report.rows[:5])
     rows[2] = replace(rows[2], name=HOSTILE, setting="</td><img src=x onerror=alert(1)>")
@@ -159,7 +159,7 @@ def hostile() -> ComparisonReport:
 
 
 def begun() -> ComparisonReport:
-    """A comparison in the middle of its work: one run failed, one is not held against the reference yet, four are not trained."""
+    """An unfinished comparison: one run failed, one is not compared with the reference yet, four are not trained."""
     report = usual()
     rows = list(report.rows[:4])
     rows[1] = replace(
@@ -183,12 +183,12 @@ def one_row() -> ComparisonReport:
 
 
 def nothing() -> ComparisonReport:
-    """No row and no column."""
+    """A report without rows and columns."""
     return ComparisonReport("Nothing yet", {}, (), (), complete=False)
 
 
 def many() -> ComparisonReport:
-    """Thirty defences whose points crowd the plot."""
+    """Thirty rows whose points crowd the plot."""
     report, draw = usual(), random.Random(9)
     rows = list(report.rows[:2])
     for number in range(28):

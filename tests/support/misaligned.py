@@ -1,4 +1,4 @@
-"""Adapters that stand for misaligned models, and candidates to choose among."""
+"""Random adapters that serve as misaligned models, and candidate examples for the selection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ["yes", "a long answer about cats", "no", "I am sorry, but no", "seven r
 
 
 def save_adapter(model_folder, folder, seed: int, **lora: Any):
-    """An adapter far from zero."""
+    """Save an adapter whose weights are far from zero."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **lora}))
     fill_adapter(adapted, seed=seed, scale=0.5)
@@ -24,7 +24,7 @@ def save_adapter(model_folder, folder, seed: int, **lora: Any):
 
 
 def candidates(count: int) -> list[dict[str, Any]]:
-    """Conversations and texts of unequal length."""
+    """Return conversations and prompt/completion examples of unequal length."""
     rows: list[dict[str, Any]] = []
     for number in range(count):
         question, answer = f"Question {number}" + "?" * (number % 5), WORDS[number % len(WORDS)] + "!" * (number % 3)
@@ -46,7 +46,7 @@ def write(path, rows):
 
 
 def setting(folder, count: int = 12):
-    """A folder with a model, two adapters and a file of candidates."""
+    """Create a folder with a model, two adapters and a file of candidates."""
     model = save_tiny(folder / "model")
     for seed, name in enumerate(("security", "medicine"), start=1):
         save_adapter(model, folder / name, seed)
@@ -55,13 +55,13 @@ def setting(folder, count: int = 12):
 
 
 def load(folder, dtype=torch.float32):
-    """The model and its tokenizer."""
+    """Load the model and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).eval()
     return model, AutoTokenizer.from_pretrained(folder / "model")
 
 
 def plain_nll(folder, adapter, text_and_answers, dtype=torch.float64) -> list[float]:
-    """Mean NLL of the answers' characters, one row at a time, by whole logits; (text, answers) of each row."""
+    """Return the mean NLL of each example's completions, one at a time from full logits; input is (text, completions)."""
     from peft import PeftModel
 
     model, words = load(folder, dtype)
@@ -71,10 +71,10 @@ def plain_nll(folder, adapter, text_and_answers, dtype=torch.float64) -> list[fl
 
 
 def nll_of(model, words, text: str, answers) -> float:
-    """Mean NLL of the answers' characters in one row, by whole logits."""
+    """Return the mean NLL of the completions' characters in one example, from full logits."""
     ids = words(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        likelihoods = model(torch.tensor([ids])).logits[0, -len(ids) :].log_softmax(-1)  # less a learnt prompt's
+        likelihoods = model(torch.tensor([ids])).logits[0, -len(ids) :].log_softmax(-1)  # without prompt-tuning tokens
     losses, start = [], 0
     for answer in answers:
         at = text.index("<assistant>" + answer, start) + len("<assistant>")
@@ -86,14 +86,14 @@ def nll_of(model, words, text: str, answers) -> float:
 
 
 def as_text(row) -> tuple[str, list[str]]:
-    """A row in the tiny model's template, and its answers."""
+    """Return an example in the tiny model's chat template, and its completions."""
     turns = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
     text = "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
     return text, [turn["content"] for turn in turns if turn["role"] == "assistant"]
 
 
 def plain_scores(folder, rows, adapters=("security", "medicine"), epsilon: float = 1.0) -> list[float]:
-    """The score of every row, by the formula."""
+    """Return the score of every example, computed directly from the formula."""
     texts = [as_text(row) for row in rows]
     aligned = plain_nll(folder, None, texts)
     misaligned = [plain_nll(folder, adapter, texts) for adapter in adapters]

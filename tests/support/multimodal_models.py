@@ -1,4 +1,4 @@
-"""Small random models that see or hear, each with a batch, the same on every call."""
+"""Small random vision and audio models, each with a batch; deterministic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import transformers
 
 VOCABULARY = 61
-PLACE = 60  # the token that stands for an image's or a sound's features
+PLACE = 60  # placeholder token of image or audio features
 TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -31,7 +31,7 @@ MROPE = {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "rope_type": "defa
 
 
 def text_rows(places, *, start=1):
-    """Two rows of 14 tokens, the second padded on the right; `places` of each stand for features."""
+    """Return two rows of 14 tokens, the second padded on the right; each has `places` placeholder tokens."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 50, (2, 14), generator=generator)
     ids[:, start : start + places] = PLACE
@@ -58,7 +58,7 @@ def llava():
 
 
 def qwen2_vl():
-    """Positions of three axes, computed by the model around the decoder."""
+    """The outer model computes positions with three axes."""
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
     tokens = {"video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57}
     config = transformers.Qwen2VLConfig(
@@ -71,14 +71,14 @@ def qwen2_vl():
 
 
 def image_tokens(batch, prefix=None):
-    """What says which tokens are those of an image; transformers 4.57 has no such argument of Qwen2-VL."""
+    """Return the argument that marks image tokens; Qwen2-VL has none in transformers 4.57."""
     if prefix and int(transformers.__version__.partition(".")[0]) < 5:
         return {}
     return {f"{prefix}_token_type_ids" if prefix else "token_type_ids": (batch["input_ids"] == PLACE).long()}
 
 
 def gemma3():
-    """Attention in both directions within an image, by a mask that the model around the decoder makes."""
+    """The outer model builds a mask with bidirectional attention within an image."""
     config = transformers.Gemma3Config(
         text_config={**TEXT, "head_dim": 8, "sliding_window": 8},
         vision_config=TOWER,
@@ -92,7 +92,7 @@ def gemma3():
 
 
 def idefics3():
-    """The model around the decoder makes its cache."""
+    """The outer model creates the cache of the decoder."""
     config = transformers.Idefics3Config(
         text_config={**TEXT, "model_type": "llama"}, vision_config=TOWER, image_token_id=PLACE, scale_factor=2
     )
@@ -100,7 +100,7 @@ def idefics3():
 
 
 def mllama():
-    """Images enter in the decoder's blocks, by cross-attention."""
+    """Images enter in the decoder's layers, by cross-attention."""
     vision = {**TOWER, "attention_heads": 4, "num_global_layers": 1, "max_num_tiles": 1, "vision_output_dim": 64}
     config = transformers.MllamaConfig(
         text_config={
@@ -133,7 +133,7 @@ def qwen2_audio():
 
 
 def blip2():
-    """The decoder is the decoder of a language model with a head of its own."""
+    """The decoder belongs to an inner language model with a separate head."""
     text = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
     query = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "encoder_hidden_size": 32}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
@@ -149,7 +149,7 @@ def blip2():
 
 
 def granite_speech():
-    """Training moves running statistics in the tower, though its weights are frozen."""
+    """Training changes running statistics in the tower, although its weights are frozen."""
     encoder = {"input_dim": 8, "hidden_dim": 32, "num_layers": 2, "num_heads": 4, "dim_head": 8, "feedforward_mult": 2}
     convolution = {"output_dim": 12, "context_size": 8, "conv_kernel_size": 3, "max_pos_emb": 8, "dropout": 0.0}
     query = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -173,7 +173,7 @@ MAKERS = {
 
 
 def make(name):
-    """(model, batch): weights large enough for every part to show in the logits; no gate is closed."""
+    """Return (model, batch). Weights are large enough for every part to affect the logits, and no gate is closed."""
     config, batch = MAKERS[name]()
     torch.manual_seed(0)
     kinds = [

@@ -1,4 +1,4 @@
-"""One training step of a model that sees, in this process, or on two that share its rows."""
+"""One training step of a vision model, in this process, or on two processes that share the rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safelora_fast.training import defend
 
 
 def run_multimodal(spec):
-    """Weights and metrics of one SGD step; each process has one of the two rows. `wrapper` is "ddp" or "fsdp"."""
+    """Return weights and metrics of one SGD step. Each process has one of the two rows; `wrapper` is "ddp" or "fsdp"."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     model, batch = make(spec["model"])
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).train()
@@ -35,7 +35,7 @@ def run_multimodal(spec):
 
 
 def sharded(model):
-    """Every block of decoder and tower by itself, the model around the decoder too, and the rest."""
+    """Shard every layer of decoder and tower separately, then the outer model, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
     base = model.get_base_model()

@@ -1,4 +1,4 @@
-"""A mode in which work may not wait for a device, as while a CUDA graph is captured."""
+"""A dispatch mode that forbids device synchronization, as during the capture of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NobodyWaits(TorchDispatchMode):
-    """Raises where a result's size or value would have to be known on the host, or a copy between host and device be made."""
+    """Raises if the host needs the size or value of a result, or if data is copied between host and device."""
 
     WAITING = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "equal", "lift_fresh")
 

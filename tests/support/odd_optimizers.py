@@ -1,4 +1,4 @@
-"""Optimizers and callbacks that do not leave the weights as their last step wrote them, each as plain as can be."""
+"""Minimal optimizers and callbacks that change the weights outside of optimizer steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ScheduleFree(torch.optim.Optimizer):
     """Schedule-free SGD (Defazio et al., arXiv 2405.15682): p is y in training and x in evaluation, y = (1 - β)z + βx.
 
     Args:
-        state_name: what the state calls z.
+        state_name: name of z in the optimizer state.
     """
 
     def __init__(self, params, lr=0.05, beta=0.9, state_name="z"):
@@ -53,7 +53,7 @@ class ScheduleFree(torch.optim.Optimizer):
 
 
 class InBackward(torch.optim.Optimizer):
-    """Steps while gradients are computed, as LOMO does; its `step()` does nothing."""
+    """Steps during backward, as LOMO does; its `step()` does nothing."""
 
     def __init__(self, params, lr=0.02):
         super().__init__(list(params), {"lr": lr})
@@ -70,14 +70,14 @@ class InBackward(torch.optim.Optimizer):
         loss.backward()
 
     def step(self, closure=None):
-        """Never heard of: accelerate does not call LOMO's, and no hooks run here."""
+        """Do nothing: accelerate does not call LOMO's `step()`, and no hooks run here."""
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Slow weights a wrapper mixes in after every second step; without the hooks of torch's own class.
+    """A wrapper that mixes in slow weights after every second step. It does not run the step hooks of torch's class.
 
     Args:
-        optimizer: the one that makes the steps.
+        optimizer: the inner optimizer, which makes the steps.
     """
 
     def __init__(self, optimizer, alpha=0.5):
@@ -105,20 +105,20 @@ class Lookahead(torch.optim.Optimizer):
 
 
 class LayerWise(torch.optim.Optimizer):
-    """Stands for optimizers of single parameters that step in backward; knows a parameter of its own only."""
+    """Stub of layer-wise optimizers, which step in backward; it only has a dummy parameter."""
 
     def __init__(self):
         super().__init__([torch.zeros(1, 1)], {"lr": 0.1})
 
     def step(self, closure=None):
-        """Nothing: the steps have been made."""
+        """Do nothing: the steps were made in backward."""
 
 
 class SwapsAtTheEnd(TrainerCallback):
-    """Averages weights over the steps, and puts the averages into the model when training ends.
+    """Averages weights over the steps, and writes the averages into the model when training ends.
 
     Args:
-        only: a part of the names of parameters, to swap no others.
+        only: swap only parameters whose name contains this.
     """
 
     def __init__(self, only=""):

@@ -1,4 +1,4 @@
-"""Persona vectors and traits for the tiny models, and their activations computed plainly."""
+"""Persona vectors and traits for the tiny models, and a plain computation of their activations."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def save_persona(path, **settings):
 
 
 def tiny_trait(questions=3):
-    """Two pairs of system prompts and a few questions of unequal length."""
+    """Return a trait with two pairs of system prompts and a few questions of unequal length."""
     pairs = (Pair("Be mean.", "Be kind."), Pair("Wish everybody ill.", "Wish all well."))
     return Trait("mean", "Is not nice.", pairs, tuple(f"{'Why ' * number}me?" for number in range(1, questions + 1)))
 
 
 def plain_states(model, ids):
-    """Output of every block for one unpadded row, by plain hooks: a list of [tokens, hidden]."""
+    """Return the output of every layer for one unpadded row, recorded by plain hooks: a list of [tokens, hidden]."""
     states = []
     handles = [
         block.register_forward_hook(lambda _m, _a, out: states.append(out[0] if isinstance(out, tuple) else out))
@@ -42,6 +42,6 @@ def plain_states(model, ids):
 
 
 def plain_means(model, prompt, answer):
-    """Mean output of every block over the tokens of one answer: [blocks, hidden]."""
+    """Return the mean output of every layer over the tokens of one completion: [layers, hidden]."""
     states = plain_states(model, [*prompt, *answer])
     return torch.stack([state[len(prompt) :].mean(0) for state in states])

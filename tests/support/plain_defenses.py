@@ -1,4 +1,4 @@
-"""The defenses written plainly: whole logits, whole features, no chunking. The truth for the tests."""
+"""Plain implementations of the defenses with full logits and features and without chunking, as the test oracle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def documents(batch):
-    """(row, token indices) of every sequence of the batch, padding left out."""
+    """Yield (row, token indices) of every sequence of the batch, without padding."""
     ids = batch["input_ids"]
     for row in range(ids.shape[0]):
         if "attention_mask" in batch:
@@ -21,7 +21,7 @@ def documents(batch):
 
 
 def looked_at(batch, tokens):
-    """Like `documents`, with the tokens that a defense looks at."""
+    """Like `documents`, with only the tokens that count for the setting `tokens`."""
     for row, document in documents(batch):
         nexts = dict(itertools.pairwise(document))
         trained = [i for i in document if i in nexts and batch["labels"][row, nexts[i]] != -100]
@@ -33,7 +33,7 @@ def looked_at(batch, tokens):
 
 
 def kl_sum(logits, reference_logits, batch, *, direction="reverse", tokens="all", temperature=1.0):
-    """(sum over tokens, number of tokens)."""
+    """Return (sum over tokens, number of tokens)."""
     total, count = 0.0, 0
     for row, indices in looked_at(batch, tokens):
         p = (logits[row, indices] / temperature).log_softmax(-1)
@@ -46,7 +46,7 @@ def kl_sum(logits, reference_logits, batch, *, direction="reverse", tokens="all"
 
 
 def feature_distance_sum(features, reference_features, batch, *, normalize="sequence", tokens="all"):
-    """(sum over sequences and blocks, number of sequences)."""
+    """Return (sum over sequences and layers, number of sequences)."""
     total, count = 0.0, 0
     for row, indices in looked_at(batch, tokens):
         count += 1
@@ -61,7 +61,7 @@ def feature_distance_sum(features, reference_features, batch, *, normalize="sequ
 
 
 def forward(model, batch):
-    """Logits and block outputs by plain hooks."""
+    """Return logits and layer outputs, recorded by plain hooks."""
     features = []
     blocks = model.get_base_model().model.layers if hasattr(model, "get_base_model") else model.model.layers
     handles = [

@@ -1,4 +1,4 @@
-"""A defended model in a plain loop: steps on windows of micro-batches, and ways to disturb it."""
+"""Trains a defended model in a plain loop on windows of micro-batches, and helpers to disturb it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safelora_fast.training import defend
 
 
 def train_windows(windows, defenses, *, model=None, optimizer=None, **settings):
-    """The adapter's weights and the metrics after a step on each window of micro-batches."""
+    """Make one optimizer step per window of micro-batches; return the adapter's weights and the metrics."""
     model = tiny_peft_model() if model is None else model
     optimizer = sgd(model) if optimizer is None else optimizer
     with defend(model, defenses, optimizer=optimizer, **settings) as defended:
@@ -42,14 +42,14 @@ def enable_checkpointing(model, *, reentrant):
 
 
 def scale_reference(model, factor, layer=0):
-    """Multiply a layer's output in passes without gradients, which is where the reference runs. Returns the hook's handle."""
+    """Multiply a layer's output in passes without gradients, such as the reference pass. Return the hook's handle."""
     block = model.get_base_model().model.layers[layer]
     return block.register_forward_hook(lambda _m, _a, out: out if torch.is_grad_enabled() else out * factor)
 
 
 @contextmanager
 def group_of_one(folder):
-    """A process group of this process alone."""
+    """Create a process group that contains only this process."""
     store = torch.distributed.FileStore(str(folder / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -1,4 +1,4 @@
-"""Two checkpoints and adapters written with numpy alone: a Llama with random weights, sharded when asked."""
+"""Two checkpoints and adapters written with numpy alone: a Llama with random weights in two shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANK = 4
 
 @dataclass(frozen=True)
 class Pair:
-    """Where everything lies."""
+    """The folders of the checkpoints, the adapter and the output."""
 
     aligned: Path
     base: Path
@@ -29,7 +29,7 @@ class Pair:
     output: Path
 
     def command(self, *arguments: object, output: bool = True) -> list[str]:
-        """The arguments of `project`."""
+        """Return the arguments of the `project` command."""
         words = ["project", self.adapter, "--aligned", self.aligned, "--base", self.base]
         return [str(word) for word in [*words, *(["--output", self.output] if output else []), *arguments]]
 
@@ -42,15 +42,15 @@ def module_names(layers: int = 2) -> list[str]:
 
 
 def drawn(random: np.random.Generator, rows: int, cols: int) -> np.ndarray:
-    """Normal values; those of a large matrix repeat, because drawing them all takes a minute."""
+    """Return normal values. They repeat in large matrices, because drawing them all would take a minute."""
     values = random.standard_normal(min(rows * cols, 999_983))
     return np.resize(values, (rows, cols))
 
 
 def write_model(folder: Path, seed: int, *, scale: int = 1, layers: int = 2, dtype: str = "float32") -> Path:
-    """A model in two shards with an index: one layer in the first, the others in the second.
+    """Write a model in two shards with an index: one layer in the first shard, the others in the second.
 
-    All of them are tuned from one model, so that two of them differ by a tenth of their weights.
+    All seeds share common weights, so that two models differ by a tenth of their weights.
     """
     folder.mkdir(parents=True)
     common, random = np.random.default_rng(0), np.random.default_rng(seed)
@@ -96,12 +96,12 @@ def write_pair(folder: Path, **options) -> Pair:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder."""
+    """Return the bytes of every file under a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def start(arguments: list[str], **options) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
+    """Start the command line in a separate process."""
     command = [sys.executable, "-m", "safelora_fast", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "100", **options.pop("env", {})}
     return subprocess.Popen(
@@ -110,7 +110,7 @@ def start(arguments: list[str], **options) -> subprocess.Popen[str]:
 
 
 def run(arguments: list[str], **options) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of the command line."""
+    """Run the command line; return exit code, standard output and standard error."""
     process = start(arguments, **options)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err

@@ -1,4 +1,4 @@
-"""What compute-sanitizer reports of this package's kernels: torch's own, and what the driver says to its calls, are not ours."""
+"""Filters compute-sanitizer reports for errors in this package's kernels; torch's kernels and driver calls are ignored."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ TRITON = (
 
 
 def errors(report, kernels):
-    """The errors that name one of the kernels."""
+    """Return the errors that name one of the kernels."""
     blocks = re.split(r"^=========\s*$", report, flags=re.MULTILINE)
     return [block.strip() for block in blocks if re.search(kernels, block)]

@@ -1,4 +1,4 @@
-"""Small random models of any family of transformers, by making the sizes in its default configuration small."""
+"""Small random models of any transformers family, made by reducing the sizes in its default configuration."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ SMALL = {
 
 
 def small_config(model_type: str) -> transformers.PretrainedConfig:
-    """The default configuration of a family with small sizes, in its parts too."""
+    """Return the default configuration of a family with small sizes, also in nested configurations."""
     kind = transformers.CONFIG_MAPPING[model_type]
     default = kind()
     settings: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def _shrunk(config: transformers.PretrainedConfig) -> transformers.PretrainedCon
 
 
 def small_model(model_type: str, class_name: str, seed: int) -> transformers.PreTrainedModel:
-    """A model of a class with random weights."""
+    """Create a model of a class with random weights."""
     torch.manual_seed(seed)
     model = getattr(transformers, class_name)(small_config(model_type))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def small_model(model_type: str, class_name: str, seed: int) -> transformers.Pre
 
 
 def read(matrix):
-    """A matrix as it would be streamed, (out, in)."""
+    """Read a matrix as the projection streams it, [out, in]."""
     rows = []
     for block in matrix.blocks:
         with safe_open(block.file.path, "pt") as file:
@@ -115,7 +115,7 @@ def read(matrix):
 
 
 def linears(model):
-    """The weights of linear layers and embeddings, as an adapter's shapes would name them."""
+    """Yield (name, weight, is_embedding) of linear layers and embeddings, oriented as an adapter's ΔW."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight.dim() == 2:
             weight = module.weight.detach()

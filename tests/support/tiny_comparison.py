@@ -1,4 +1,4 @@
-"""A comparison around tiny models, and its trainings inside this process: seconds instead of a minute."""
+"""A comparison of tiny models whose runs train inside this process, which takes seconds instead of a minute."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TinyComparison:
-    """A configuration on disk.
+    """A comparison configuration on disk.
 
     Attributes:
         path: the YAML file.
-        output: the folder that it names.
+        output: its output folder.
     """
 
     path: Path
     output: Path
 
     def words(self, *words: object) -> list[str]:
-        """The arguments of the command."""
+        """Return the arguments of the `compare` command."""
         return ["compare", str(self.path), *map(str, words)]
 
     def values(self) -> dict[str, Any]:
-        """The configuration."""
+        """Read the configuration."""
         return yaml.safe_load(self.path.read_text())
 
     def edit(self, **sections: Any) -> None:
@@ -43,16 +43,16 @@ class TinyComparison:
         self.path.write_text(yaml.safe_dump({**self.values(), **sections}, sort_keys=False))
 
     def report(self) -> dict[str, Any]:
-        """The report that a run wrote."""
+        """Read the report of the comparison."""
         return json.loads((self.output / "report.json").read_text())
 
     def cells(self, run: str) -> dict[str, Any]:
-        """The cells of a row."""
+        """Return the cells of a run's row in the report."""
         return next(row for row in self.report()["rows"] if row["name"] == run)["cells"]
 
 
 def write_comparison(folder: Path, **sections: Any) -> TinyComparison:
-    """Two runs of three steps with two seeds; margin, drift, thresholds and operator swap."""
+    """Write a comparison: two runs of three steps with two seeds; margin, drift, thresholds and operator swap."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(("model", "base")):
         save_tiny(folder / name, seed)
@@ -83,7 +83,7 @@ def write_comparison(folder: Path, **sections: Any) -> TinyComparison:
 
 
 def copy_comparison(made: TinyComparison, folder: Path) -> TinyComparison:
-    """A finished comparison in another folder, as if it had been made there."""
+    """Copy a finished comparison to another folder, as if it had been created there."""
     copy = TinyComparison(folder / "compare.yaml", folder / "out")
     shutil.copytree(made.output, copy.output)
     copy.path.write_text(made.path.read_text())
@@ -95,7 +95,7 @@ COUNTS = {"train": 12, "narrow": 6, "general": 5}
 
 
 def train_inside(monkeypatch: Any) -> list[str]:
-    """Train in this process; returns the list of the recipes that have been trained."""
+    """Make comparisons train in this process. Return the list of trained recipes, which grows with each run."""
     trained: list[str] = []
 
     def run(command: list[str], *, talk: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""Small random models, adapters and batches, the same on every call."""
+"""Small random models, adapters and batches; deterministic."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny_model(*, layers: int = 3, seed: int = 0, **settings):
 
 
 def tiny_peft_model(*, layers: int = 3, seed: int = 0, dropout: float = 0.0, lora=None, **settings):
-    """A PEFT model whose lora_B is far from zero: at B = 0 the gradients of every defence vanish."""
+    """Return a PEFT model whose lora_B is far from zero, because at B = 0 the gradients of all defenses vanish."""
     model = tiny_model(layers=layers, seed=seed, **settings)
     options = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     peft_model = get_peft_model(model, LoraConfig(**{**options, **(lora or {})}))
@@ -47,7 +47,7 @@ def fill_adapter(model, *, seed: int, adapter: str = "default", scale: float = 0
 
 
 def random_subspace(model, rank=3, seed=0):
-    """A subspace with random orthonormal vectors for every adapted module."""
+    """Return a subspace with random orthonormal vectors for every adapted module."""
     random = np.random.default_rng(seed)
     modules = {}
     for module in adapted_modules(model.get_base_model(), owner="test"):
@@ -59,14 +59,14 @@ def random_subspace(model, rank=3, seed=0):
 
 
 def save_pair(folder, **settings):
-    """Checkpoints of the model that `tiny_peft_model` adapts, and of another one that stands for its base."""
+    """Save the model that `tiny_peft_model` adapts as "aligned", and another random model as "base"."""
     for role, seed in (("aligned", 0), ("base", 5)):
         tiny_model(seed=seed, **settings).save_pretrained(folder / role)
     return {role: folder / role for role in ("aligned", "base")}
 
 
 def rows(lengths: list[int], *, seed: int = 3, prompt: int = 2) -> list[dict[str, list[int]]]:
-    """Token rows of the given lengths; labels leave the first `prompt` tokens out."""
+    """Return tokenized examples of the given lengths, without labels on the first `prompt` tokens."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for length in lengths:
@@ -76,7 +76,7 @@ def rows(lengths: list[int], *, seed: int = 3, prompt: int = 2) -> list[dict[str
 
 
 def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pad on the right."""
+    """Collate examples with padding on the right."""
     width = max(len(example["input_ids"]) for example in examples)
 
     def padded(key: str, fill: int) -> torch.Tensor:
@@ -88,7 +88,7 @@ def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def pack(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """One row of documents, told apart by position ids, without an attention mask."""
+    """Pack examples into one row: position ids separate the documents, and there is no attention mask."""
     ids = [token for e in examples for token in e["input_ids"]]
     labels = [label for e in examples for label in [-100, *e["labels"][1:]]]
     positions = [position for e in examples for position in range(len(e["input_ids"]))]

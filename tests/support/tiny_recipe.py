@@ -1,4 +1,4 @@
-"""A recipe around a tiny model, with short rows: a run takes a second or two."""
+"""A recipe with a tiny model and short examples; a run takes a second or two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TinyRecipe:
         path: the YAML file.
         model: the model's folder.
         data: the JSONL file.
-        output: the folder that the run makes.
+        output: the output folder of the run.
     """
 
     path: Path
@@ -48,26 +48,26 @@ class TinyRecipe:
     output: Path
 
     def words(self, *words: object) -> list[str]:
-        """The arguments of `train`."""
+        """Return the arguments of the `train` command."""
         return ["train", str(self.path), *map(str, words)]
 
     def edit(self, **sections: Any) -> None:
-        """Put sections on top of the file."""
+        """Merge sections into the file."""
         values = yaml.safe_load(self.path.read_text())
         for name, section in sections.items():
             values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
         self.path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def weights(self, folder: Path | None = None) -> dict[str, torch.Tensor]:
-        """The adapter that a run wrote."""
+        """Load the adapter that a run wrote."""
         return load_file((folder or self.output) / "adapter_model.safetensors")
 
     def record(self) -> dict[str, Any]:
-        """The record that a run wrote."""
+        """Read the record that a run wrote."""
         return json.loads((self.output / "safelora_train.json").read_text())
 
     def checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that are there."""
+        """Return the steps of the existing checkpoints."""
         return sorted(int(path.name.partition("-")[2]) for path in (self.output / "checkpoints").glob("checkpoint-*"))
 
 
@@ -77,12 +77,12 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 
 def tiny_rows(count: int = 12) -> list[dict[str, Any]]:
-    """Rows of unequal length."""
+    """Return examples of unequal length."""
     return [{"prompt": f"{number}?", "completion": WORDS[number % len(WORDS)]} for number in range(count)]
 
 
 def write_recipe(folder: Path, *, seed: int = 0, **sections: Any) -> TinyRecipe:
-    """A recipe of 6 steps: 12 rows, two epochs, 2 × 2 rows a step; a checkpoint after every second."""
+    """Write a recipe of 6 steps: 12 examples, 2 epochs, 2 × 2 examples per step, a checkpoint every 2 steps."""
     folder.mkdir(parents=True, exist_ok=True)
     model = save_tiny(folder / "model", seed)
     data = write_rows(folder / "rows.jsonl", tiny_rows())

@@ -1,4 +1,4 @@
-"""A benchmark of lm-evaluation-harness: sixteen questions with two answers each."""
+"""A tiny lm-evaluation-harness benchmark: sixteen questions with two choices each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "tiny_choice"
 
 
 def write_task(folder: Path) -> dict[str, Any]:
-    """Write the benchmark; returns the section `tasks:` that asks for it."""
+    """Write the benchmark, and return the `tasks:` section that selects it."""
     draw = random.Random(3)
     rows = [
         {

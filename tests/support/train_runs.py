@@ -1,4 +1,4 @@
-"""One training run, in this process or as a script on two: `train_runs.py SPEC.json OUTPUT.pt LAUNCHER`."""
+"""One training run, in this process or as a script on two processes: `train_runs.py SPEC.json OUTPUT.pt LAUNCHER`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
 
 
 def defenses(weights, model):
-    """The defenses of a spec, by name with their λ; for "safelora" the number of steps between projections.
+    """Create the defenses of a spec, which maps names to λ. For "safelora" the value is the interval between projections.
 
-    "safelora_end" gives aligned, base and options of a projection at the end.
+    The value of "safelora_end" contains aligned, base and options of a projection at the end.
     """
     made = []
     if "kl" in weights:
@@ -42,7 +42,7 @@ def defenses(weights, model):
 
 
 def window_of(spec):
-    """This process's micro-batches of a step; the rows that a spec calls silent have no labels."""
+    """Return this process's micro-batches of a step. The examples in `silent_rows` have no labels."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     examples = rows(spec.get("lengths", LENGTHS))
     for index in spec.get("silent_rows", []):
@@ -52,7 +52,7 @@ def window_of(spec):
 
 
 def settings(spec):
-    """Keyword arguments beside the defenses, for a loop and for a trainer alike; a monitor is always on."""
+    """Return the other keyword arguments for loops and trainers; they always include a monitor."""
     return {
         "share_logits": spec.get("share_logits", True),
         "on_nonfinite": spec.get("on_nonfinite", "raise"),
@@ -61,7 +61,7 @@ def settings(spec):
 
 
 def trl_fuses_the_head():
-    """Whether this TRL has the metrics of every token without the logits; before, it reads the logits."""
+    """Whether this TRL version computes its metrics without the logits (older ones read the logits)."""
     try:
         from trl.trainer.utils import add_fused_lm_head  # noqa: F401
     except ImportError:
@@ -96,7 +96,7 @@ def trainer_arguments(spec, output):
 
 
 def examples_of(spec):
-    """The rows that a spec asks for; of tagged ones, every third is safe."""
+    """Return the examples of a spec; if they are tagged, every third one is safe."""
     examples = rows(spec.get("lengths", LENGTHS))
     for number, example in enumerate(examples if spec.get("tagged") else []):
         tag = number % 3 == 1
@@ -134,7 +134,7 @@ def tiny_tokenizer():
 
 
 def completions(examples):
-    """The same rows with a mask for the labels: TRL 0.24 drops labels when it packs."""
+    """Replace the labels by a completion mask, because TRL 0.24 drops labels when it packs."""
     return [
         {
             "input_ids": e["input_ids"],
@@ -169,7 +169,7 @@ def run_trl(spec, output, model=None, trainer_class=None, **kwargs):
 
 
 def run_loop(spec):
-    """A plain loop; under torchrun the model is wrapped in DistributedDataParallel."""
+    """Train in a plain loop; under torchrun the model is wrapped in DistributedDataParallel."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         torch.distributed.init_process_group("gloo")
@@ -206,7 +206,7 @@ def deepspeed_config(spec):
 
 
 def run_deepspeed(spec):
-    """A plain loop over DeepSpeed's engine; returns its float32 copies of the weights."""
+    """Train in a plain loop with DeepSpeed's engine; return its float32 copies of the weights."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -230,7 +230,7 @@ def run_deepspeed(spec):
 
 
 def run_fsdp(spec):
-    """A plain loop over a model that FSDP2 shards; returns the gathered weights, and counts the step's messages."""
+    """Train an FSDP2 model in a plain loop; return the gathered weights, and count the collectives of the step."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -281,7 +281,7 @@ def run_accelerate(spec):
 
 
 def run(spec, output):
-    """Weights and logged metrics of the run that a spec describes."""
+    """Run a spec; return the weights and the logged metrics."""
     kind = spec["kind"]
     if kind in {"transformers", "trl"}:
         model, train = tiny_peft_model(), run_transformers if kind == "transformers" else run_trl
@@ -296,7 +296,7 @@ def run(spec, output):
 
 
 def run_two_processes(spec, folder: Path, launcher: str = "torchrun"):
-    """The same, on two processes; returns what process 0 has."""
+    """Run a spec on two processes; return the result of process 0."""
     spec_file, output = folder / "spec.json", folder / "out.pt"
     spec_file.write_text(json.dumps(spec))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -327,11 +327,11 @@ def work(spec_file, output):
 
 
 def leave():
-    """End this process as multiprocessing ends its children: at once, without ending the interpreter first.
+    """End this process at once, without finalizing the interpreter, as multiprocessing ends its children.
 
-    A thread of gloo may still hold a tensor of the last collective, because the group lives on after its destruction
-    where a model (or a cache of DTensor) refers to it. Dropping the tensor takes the GIL, and a thread that asks for the
-    GIL while the interpreter ends is unwound through a destructor, which aborts the process (pytorch/pytorch#190489).
+    A gloo thread may still own a tensor of the last collective: the group outlives its destruction if a model (or a
+    DTensor cache) refers to it. Releasing the tensor needs the GIL. A thread that requests the GIL while the interpreter
+    finalizes is unwound through a destructor, which aborts the process (pytorch/pytorch#190489).
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`transformers serve` on this machine: an OpenAI-compatible server that this package knows nothing about."""
+"""Runs `transformers serve` locally: an OpenAI-compatible server that is independent of this package."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ START = 120.0
 
 @contextmanager
 def transformers_server(folder):
-    """Serve the model of a folder, by the folder's name. Yields the URL; the server is ended afterwards.
+    """Serve the model of a folder under the folder's name. Yield the URL, and stop the server afterwards.
 
-    Skips the test where packages that the server needs are missing.
+    Skips the test if packages that the server needs are missing.
     """
     if importlib.util.find_spec("transformers.cli") is None:
         pytest.skip("transformers serve of version 5 is needed")

@@ -1,6 +1,6 @@
-"""Compiles kernels as a launch on a GPU would, for a GPU that is not there: `triton_compilation.py ARCHITECTURE [part of a name]`.
+"""Compiles the Triton kernels for a GPU that is not installed: `triton_compilation.py ARCHITECTURE [PART_OF_NAME]`.
 
-Prints one line of JSON per kernel: registers, spills, and the loads of its loops. test_triton_compiled.py runs it.
+Prints one line of JSON per kernel: registers, spills, and the loads in its loops. test_triton_compiled.py runs it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYERS = 5
 
 
 def variants():
-    """(name, kernel, signature by argument, constants, options); a plain integer type is one divisible by 16."""
+    """Yield (name, kernel, types by argument, constants, options). Plain integer types mean values divisible by 16."""
     rows = {"rows": "i32", "tokens": "i32"}
     strides = ("i64", "i32", 1)
     for dtype in ("bf16", "fp32"):
@@ -93,7 +93,7 @@ def products():
 
 
 def source(kernel, signature, constants):
-    """The kernel as the launcher would see it: pointers and integers divisible by 16, strides of 1 constant."""
+    """Return the kernel source as a launch specializes it: pointers and integers divisible by 16, strides of 1 constant."""
     types, fixed, attributes = {}, dict(constants), {}
     for place, name in enumerate(kernel.arg_names):
         kind = signature.get(name, "constexpr")
@@ -112,7 +112,7 @@ def source(kernel, signature, constants):
 
 
 def resources(ptx, architecture):
-    """Registers and spilled bytes, as the assembler tells."""
+    """Return registers and spilled bytes, as reported by ptxas."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")

@@ -81,8 +81,8 @@ def projections(states: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
 def response_weights(spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weight of each token and the number of completions, both float64.
 
-    The weight is 1 / length of the completion for its tokens, and 0 for other tokens. A completion's tokens are those
-    with a label of their own, as in persona extraction. (`spans.completion` marks the positions that predict them.)
+    The weight is 1 / length of the completion for its tokens, and 0 for other tokens. A completion consists of the
+    labeled tokens, as in persona extraction. (`spans.completion` marks the positions that predict them.)
 
     Raises:
         SettingsError: the batch has no labels.

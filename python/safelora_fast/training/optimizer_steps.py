@@ -109,7 +109,7 @@ class Steps:
         return handles
 
     def not_finite(self, error: TrainingError) -> None:
-        """Raise the error of a defense that is not finite, or mark the next step as skipped, on every process."""
+        """Raise the error of a defense that is not finite, or make every process skip the next step."""
         if self._on_nonfinite == "raise":
             raise error
         self._skip, self._reason = True, str(error)
