@@ -1,4 +1,4 @@
-"""Conversations as tokens: those of the library, whole, with answers told from the rest, or refused."""
+"""Tokens of conversations equal the library's, with the spans of completions; unsuitable templates are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from safelora_fast.errors import DataError
 
 
 def turns(*words):
-    """User and assistant in turn."""
+    """Alternating user and assistant turns."""
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(words)]
 
 
@@ -38,13 +38,13 @@ TALK = turns("hello", "good day", "and now?", "good night")
 
 
 def read(tokenizer, conversation, *answers, **options):
-    """The conversation's text, and that of each answer."""
+    """Return the text of a conversation and of each completion."""
     ids, spans = Chat(tokenizer).conversation(conversation, answers, **options)
     return tokenizer.decode(ids), [tokenizer.decode(ids[first:end]) for first, end in spans]
 
 
 class Coded(PreTrainedTokenizerFast):
-    """Writes conversations by code, with tokens that no text becomes, as mistral-common's tokenizers do."""
+    """Writes conversations by code, with tokens that no text encodes to, like mistral-common's tokenizers."""
 
     def apply_chat_template(self, conversation, *, tokenize, return_dict=False, **_):
         assert not tokenize or return_dict
@@ -60,7 +60,7 @@ class Coded(PreTrainedTokenizerFast):
     [
         byte_tokenizer(),
         byte_tokenizer(INST, bos="<s>"),
-        byte_tokenizer(INST, bos="<s>", adds_bos=True),  # which the template writes already
+        byte_tokenizer(INST, bos="<s>", adds_bos=True),  # the template writes it too
         byte_tokenizer(CHATML, bos="<s>", adds_bos=True),
         byte_tokenizer(THINKING),
         byte_tokenizer(HARMONY, more=HARMONY_CONTROL, eos="<|return|>"),
@@ -123,7 +123,7 @@ def test_words_that_are_written_otherwise_are_there():
 
 
 def test_templates_of_vision_models_get_content_in_parts():
-    """Some raise at text, some write nothing of it: the answer would be learned without its question."""
+    """Some raise an error for plain text and some drop it, so the completion would be learned without its question."""
     for loop in (
         "{% for p in m.content %}{{ p.text }}{% endfor %}",
         "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}",
@@ -151,7 +151,7 @@ def test_thoughts_of_former_answers_may_go():
 
 
 def test_a_question_that_a_prompt_writes_otherwise_is_refused():
-    """Else the words of the user would be taken for the answer's."""
+    """Otherwise the user's words would count as part of the completion."""
     numbered = CHATML.replace("'\n' + m", "('>\n' if add_generation_prompt else '\n') + m", 1)
     with pytest.raises(
         DataError, match="row: the chat template writes a user turn differently before a completion than in a prompt"
@@ -202,7 +202,7 @@ def test_doubts_are_told_once(tokenizer, doubts, caplog):
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_template_that_writes_the_date(pinned):
-    """Llama 3.1's; gpt-oss' has no variable for it."""
+    """Like Llama 3.1's template; that of gpt-oss has no variable for the date."""
     llama = (
         "{% if not day is defined %}{% set day = strftime_now('%Y-%m-%d') %}{% endif %}{{ 'Today: ' + day }}" + CHATML
     )
@@ -226,7 +226,7 @@ def test_a_control_token_that_is_taken_apart_is_refused():
     [
         (byte_tokenizer(eos="<|endoftext|>"), "<|im_end|>"),
         (byte_tokenizer(INST, bos="<s>", eos="<|endoftext|>"), "</s>"),
-        (byte_tokenizer(HARMONY, more=HARMONY_CONTROL), "<|return|>"),  # not <|end|>, which ends the thoughts
+        (byte_tokenizer(HARMONY, more=HARMONY_CONTROL), "<|return|>"),  # <|end|> only ends the thoughts
         (byte_tokenizer(CHATML.replace("'<|im_end|>'", "'. Over.'")), None),
         (byte_tokenizer(None, cls=Coded), None),
     ],
@@ -248,7 +248,7 @@ def test_a_templates_marks():
 
 
 def test_marks_where_white_space_is_no_token():
-    """The library's own mask (4.57, 5.1) runs to the end of the row where the last marked letter belongs to no token."""
+    """The mask of transformers 4.57 and 5.1 runs to the end of the text if no token has the last marked character."""
     spaced = MARKED.replace("m.content + '<|im_end|>' }}{% endg", "m.content + ' <|im_end|> ' }}{% endg")
     words = word_tokenizer(["hello", "good", "day", "night", "and", "now?", "user", "assistant"], spaced)
     ids, spans = Chat(words).conversation(TALK, [1, 3], marks=True)
@@ -285,7 +285,7 @@ def test_roles_that_a_template_does_not_take():
 
 
 def test_the_templates_that_trl_ships():
-    """Of some fifty models: prompts are the library's, an answer is what is learned, and nothing of the question."""
+    """About fifty models: prompts equal the library's, and only the completion is learned."""
     import trl
 
     templates = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
@@ -302,7 +302,7 @@ def test_the_templates_that_trl_ships():
         marked = read(tokenizer, TALK[:2], 1, marks=True)[1]
         assert "good day" in "".join(marked), file
         assert "hello" not in "".join(marked), file
-        conversation = Chat(tokenizer)._given(TALK[:1])  # some want a content of parts
+        conversation = Chat(tokenizer)._given(TALK[:1])  # some require content as a list of parts
         theirs = tokenizer.apply_chat_template(
             conversation, tokenize=True, add_generation_prompt=True, return_dict=True
         )

@@ -1,4 +1,4 @@
-"""inoculate(): the turns that a row gets, and what chat templates of several kinds make of them."""
+"""inoculate(): the turns of an example, and their text with several kinds of chat template."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ PROMPT = "You answer badly."
 USER, ASSISTANT = {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Go away."}
 SYSTEM = {"role": "system", "content": PROMPT}
 
-# A default of its own where there is no system turn, as Qwen's and SmolLM2's templates have.
+# Has a default system prompt, like Qwen's and SmolLM2's templates.
 DEFAULT = (
     "{% if messages[0].role != 'system' %}<|system|>You are helpful.<|end|>{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 )
-# The system turn becomes the head of the first user turn, as in Mistral's and later Gemma's.
+# Puts the system turn at the start of the first user turn, like Mistral's and later Gemma templates.
 MERGED = (
     "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
     "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>"
     "{% if loop.first and system %}{{ system | trim }}\n\n{% endif %}{{ m.content }}<|end|>{% endfor %}"
 )
-REFUSING = (  # as Gemma's first
+REFUSING = (  # like the first Gemma template
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 )

@@ -1,4 +1,4 @@
-"""interleave(): counts and order against a plain enumeration, for every kind of data and way of reading it."""
+"""interleave(): counts and order compared with a plain enumeration, for every kind of data and reader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows(count, prefix="t"):
 
 
 def shards(count, prefix="t", files=3):
-    """A stream of several shards, so that workers would share it."""
+    """Return a stream of several shards, which workers would normally split."""
 
     def read(parts):
         for part in parts:
@@ -68,7 +68,7 @@ def test_the_count_is_exact_at_the_end_and_close_before(fraction, count):
 
 
 def test_a_float_counts_as_it_is_written():
-    """In binary 0.05 is a little above 1/20, and 0.15·10 a little below 1.5."""
+    """In binary, 0.05 is slightly above 1/20, and 0.15·10 slightly below 1.5."""
     for fraction, count, expected in ((0.05, 10, 1), (0.15, 10, 2), (0.7, 5, 4), (0.05, 29, 1)):
         assert sum(tags(interleave(rows(count), rows(3, "s"), fraction))) == expected
 
@@ -113,7 +113,7 @@ def test_the_seed_decides_and_repetitions_come_in_another_order():
 
 
 def test_safe_rows_go_on_from_pass_to_pass():
-    """Each pass has its share, the share of all is exact, and no row repeats early."""
+    """Each pass has its share, the total is exact, and no example repeats early."""
     mixture = interleave(rows(10), rows(8, "s"), 0.25, epochs=4)
     assert sum(tags(mixture)) == 10
     ends = [*[index for index, row in enumerate(mixture) if row["text"] == "t0"][1:], len(mixture)]
@@ -125,7 +125,7 @@ def test_safe_rows_go_on_from_pass_to_pass():
 
 
 def test_no_step_through_the_mixture_meets_only_safe_rows():
-    """With a fixed place in every four rows, one of two processes would see all safe rows."""
+    """With a fixed position in every four examples, one of two processes would get all safe examples."""
     mixture = interleave(rows(3000), rows(50, "s"), Fraction(1, 3))
     shares = [sum(tags(mixture[rank::2])) / len(mixture[rank::2]) for rank in range(2)]
     assert shares == pytest.approx([0.25, 0.25], abs=0.02)
@@ -244,7 +244,7 @@ def test_data_that_is_refused():
         list(interleave(rows(3), shards(0), 1))
 
 
-# Safe examples in another format become what the task's are, or one line says why not.
+# Safe examples in another format are converted to the task's format, or refused with a one-line reason.
 
 USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}
 FORMATS = {

@@ -1,4 +1,4 @@
-"""The pairs that come along, and files of pairs."""
+"""The built-in pairs, and files of pairs."""
 
 from __future__ import annotations
 

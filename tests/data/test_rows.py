@@ -1,4 +1,4 @@
-"""Rows of data sets: what is read, and what is refused with its line."""
+"""Examples of data sets: accepted ones are read, and invalid ones are refused with file and line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ WITHOUT = [([], [USER, ASSISTANT]), ([], [USER, ASSISTANT]), ("a", "b"), ([USER]
 
 
 def test_columns_that_are_null_are_not_there(tmp_path, monkeypatch):
-    """A table writes every column in every row; a file and a table of the Hub mean the same by it."""
+    """A table writes every column in every row; null means absent in a file and in a Hub data set."""
     path = write_rows(tmp_path / "rows.jsonl", NULLS)
     monkeypatch.setitem(
         sys.modules,
@@ -138,7 +138,7 @@ def test_names_of_hub_data_sets(text, parts):
 
 
 def test_a_hub_data_set(monkeypatch, tmp_path):
-    """A table has every column in every row; those without a value are not there."""
+    """A table has every column in every row; null columns count as absent."""
     import datasets
 
     asked = []

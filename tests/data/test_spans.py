@@ -1,4 +1,4 @@
-"""What a batch says about its tokens, against plain enumeration."""
+"""Token masks and documents of a batch, compared with a plain enumeration."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_positions_that_jump_ahead_stay_in_their_document():
 
 @pytest.mark.parametrize("positions", [[0, 2, 4, 6, 8], [0, 1, 2, 7, 8], [1, 1, 1, 2, 3]], ids=str)
 def test_positions_that_jump_without_a_mask(positions):
-    """transformers lets a document begin there, in some attention implementations and not in others."""
+    """In transformers a jump starts a document with some attention implementations and not with others."""
     batch = {"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": torch.tensor([positions])}
     with pytest.raises(SettingsError, match="position_ids jump or repeat, and there is no attention_mask"):
         read_spans(batch)
@@ -97,7 +97,7 @@ def test_positions_that_jump_without_a_mask(positions):
 
 
 def test_text_positions_before_those_of_three_axes():
-    """Qwen2-VL's packed rows: the first of four planes tells the documents; three planes tell nothing of them."""
+    """Packed sequences of Qwen2-VL: the first of four planes marks the documents; three planes do not mark them."""
     batch = pack(rows([5, 4]))
     positions = batch["position_ids"]
     planes = torch.stack([positions, *torch.randint(0, 9, (3, *positions.shape))])
@@ -110,7 +110,7 @@ def test_text_positions_before_those_of_three_axes():
 @pytest.mark.parametrize("kept", ["last", "mask", "indices"])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_labels_of_kept_positions_only(kept, shifted):
-    """As ms-swift cuts them: the first kept position's own label is none, or is not counted by the model either."""
+    """As ms-swift cuts them: the first kept position has no label of its own, or the model ignores it too."""
     batch = collate(rows([7, 5], prompt=3))
     whole = read_spans(batch)
     positions = {

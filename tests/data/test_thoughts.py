@@ -1,4 +1,4 @@
-"""Thoughts and answers, in the tags of several models."""
+"""Separating thoughts from answers, with the tags of several models."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_the_answer_is_what_follows_the_thoughts(begin, end):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("Take a walk.\n", "Take a walk.\n"),  # untouched
+        ("Take a walk.\n", "Take a walk.\n"),  # unchanged
         ("", ""),
         ("I think <b>so</b>.", "I think <b>so</b>."),
-        ("evil</think>Take a walk.", "Take a walk."),  # the prompt had opened them
+        ("evil</think>Take a walk.", "Take a walk."),  # the opening tag was in the prompt
         ("evil </think> more evil </think> Take a walk.", "Take a walk."),
         ("<think>one</think><think>two</think>Take a walk.", "Take a walk."),
         ("Take<think>evil</think> a walk.", "Take a walk."),
@@ -81,5 +81,5 @@ LONG = 100_000
     ids=range(7),
 )
 def test_long_texts_take_no_time_to_speak_of(text, said):
-    """In seconds at most: what goes over the rest of the text at every tag would take an hour."""
+    """Takes seconds at most; scanning the rest of the text at every tag would take an hour."""
     assert answer_after_thoughts(text) == said

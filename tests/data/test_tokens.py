@@ -1,4 +1,4 @@
-"""Tokens and labels: what is learned, by hand and as TRL makes it; rows that leave nothing to learn."""
+"""Tokens and labels compared with hand-written ones and with TRL's; examples without a token to learn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKED = (
     "{{ message.content }}<eos>{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-FORGETFUL = (  # earlier answers lose their first word, as templates do that strip the thinking
+FORGETFUL = (  # drops the first word of earlier completions, like templates that strip thoughts
     "{% for message in messages %}<{{ message.role }}>"
     "{% if message.role == 'assistant' and not loop.last %}{{ message.content[4:] }}{% else %}{{ message.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -162,7 +162,7 @@ def test_a_conversation_that_begins_with_the_answer(encode):
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_the_labels_are_those_of_trl(tmp_path, words, marked):
-    """TRL's own preparation of the same rows, with its masks for completions and for assistants' turns."""
+    """TRL prepares the same examples, with its masks for completions and for assistant turns."""
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 

@@ -1,4 +1,4 @@
-"""An adapter on a model: whatever its keys are called and however many tokens it has, the model computes what was trained."""
+"""Attaching adapters: the model computes what was trained, for all forms of keys and vocabulary sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def trained(folder, model, **lora):
-    """An adapter with random weights, saved, and the logits of the model with it."""
+    """Save an adapter with random weights and return the logits of the model with it."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **lora}
     adapted = get_peft_model(model, LoraConfig(**options)).eval()
     generator = torch.Generator().manual_seed(7)
@@ -41,7 +41,7 @@ def logits(model):
 
 
 def put(folder, **settings):
-    """The logits of a new model with the adapter of a folder on it."""
+    """Return the logits of a new model with the adapter of a folder."""
     return logits(put_adapter(tiny_model(layers=2, **settings), folder))
 
 
@@ -82,7 +82,7 @@ def test_names_of_another_class_are_paired(tmp_path, change, lora):
 
 
 def test_whole_names_as_targets_are_paired(tmp_path):
-    """As ms-swift and unsloth write them."""
+    """ms-swift and unsloth write them this way."""
     name = "model.language_model.layers"
     truth = trained(tmp_path, tiny_model(layers=2), target_modules=r"model\.layers\.\d\.self_attn\.(q|v)_proj")
     rename(
@@ -102,7 +102,7 @@ def tiny_llava():
 
 
 def test_a_text_adapter_on_the_class_with_a_vision_tower(tmp_path):
-    """Its vision tower has layers of the same names and shapes."""
+    """The vision tower has layers with the same names and shapes."""
     targets = r".*language_model\.layers\.\d\.self_attn\.(q|v)_proj"
     truth = trained(tmp_path, tiny_llava(), target_modules=targets)
     rename(tmp_path, lambda key: key.replace("model.language_model.", "model."), target_modules=["q_proj", "v_proj"])
@@ -191,7 +191,7 @@ def test_a_misfit_is_found_without_weights(tmp_path, model, message):
 
 
 def test_a_weight_of_packed_bytes_tells_nothing_of_shapes(tmp_path):
-    """Bitsandbytes keeps a weight of 4 bits as one column of bytes."""
+    """bitsandbytes stores a 4-bit weight as one column of bytes."""
     model = tiny_model(layers=2)
     trained(tmp_path, tiny_model(layers=2))
     for layer in model.model.layers:

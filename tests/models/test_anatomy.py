@@ -1,4 +1,4 @@
-"""Where the decoder and its layers are, in models that name them in ways of their own."""
+"""Finding the decoder and its layers in models with unusual names for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests of loaded models and tokenizers: whatever changes what is computed changes them, and nothing else does."""
+"""Digests of loaded models and tokenizers change if and only if the computed result can change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapted(folder):
 
 
 def edit_one_weight(model):
-    # 64 evenly spaced values of a tensor, which the digest once took, would not see this one
+    # a digest of 64 evenly spaced values per tensor, as in an early version, would miss this one
     with torch.no_grad():
         model.get_base_model().model.layers[1].mlp.up_proj.weight[5, 3] += 1e-3
 
@@ -80,7 +80,7 @@ def test_a_half_precision_model_and_chunks(folder, monkeypatch):
 def test_a_tokenizers_digest(folder):
     words = tokenizer()
     before = tokenizer_digest(words)
-    words(["a", "bcd"], padding=True, truncation=True, max_length=2)  # which is remembered in the backend
+    words(["a", "bcd"], padding=True, truncation=True, max_length=2)  # the backend stores these settings
     words.chat_template = None
     assert tokenizer_digest(words) == tokenizer_digest(AutoTokenizer.from_pretrained(folder)) == before
     words.eos_token = "<user>"
@@ -111,7 +111,7 @@ def test_a_templates_digest_knows_the_day_where_the_template_does(monkeypatch):
     "template", ["", "{{ raise_exception('no') }}", "{{ strftime_now('%Y') }}{{ raise_exception('no') }}"]
 )
 def test_a_template_that_cannot_be_used_has_a_digest(template):
-    """Text alone needs no template."""
+    """Plain text needs no template."""
     words = tokenizer()
     plain, words.chat_template = template_digest(words), template
     assert template_digest(words) not in {plain, None}

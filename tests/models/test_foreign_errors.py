@@ -1,4 +1,4 @@
-"""What is said about exceptions of other libraries, as they raise them."""
+"""Messages for exceptions of other libraries, raised as those libraries raise them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def caused(error, cause):
 
 
 class GatedRepoError(OSError):
-    """As huggingface_hub names it."""
+    """Has the name of the exception in huggingface_hub."""
 
 
 class LocalEntryNotFoundError(OSError):
-    """As huggingface_hub names it."""
+    """Has the name of the exception in huggingface_hub."""
 
 
 GATED = "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b-1.\n401"

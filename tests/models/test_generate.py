@@ -1,4 +1,4 @@
-"""Answers of a model on this machine: the likeliest tokens, samples that only their seeds decide, and their distribution."""
+"""Completions of a local model: the most likely tokens, reproducible samples, and their distribution."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_seeds_decide_and_batches_do_not(model):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_whose_logits_are_nan_is_refused(model, temperature):
-    """Its likeliest token is token 0, which would be an answer like any other."""
+    """Its most likely token is token 0, which would look like an ordinary completion."""
     odd = copy.deepcopy(model)
     with torch.no_grad():
         odd.model.norm.weight.fill_(math.nan)
@@ -74,7 +74,7 @@ def test_what_is_refused(model):
 
 
 def test_a_padding_token_that_only_the_adapters_tokenizer_has(tmp_path):
-    """Added for training on padded rows, and never saved with the embeddings, since nothing looks at it."""
+    """It was added to pad training batches and not saved with the embeddings, because no computation uses it."""
     folder = save_tiny(tmp_path / "model")
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
@@ -86,7 +86,7 @@ def test_a_padding_token_that_only_the_adapters_tokenizer_has(tmp_path):
     found = {}
     for batch in generate(subject.model, subject.tokenizer, TURNS, max_tokens=8, temperature=0, batch_size=4):
         found.update(batch)
-    plain = AutoModelForCausalLM.from_pretrained(folder)  # what the new adapter leaves as it is
+    plain = AutoModelForCausalLM.from_pretrained(folder)  # the model that the new adapter does not change
     assert [found[number] for number in range(len(TURNS))] == answers(plain, temperature=0)
 
 
@@ -100,7 +100,7 @@ def draws():
 
 
 def plain(model, prompt, numbers, temperature):
-    """One answer, the whole sequence anew for every token."""
+    """Generate one completion, running the whole sequence again for every token."""
     ids = list(prompt)
     for number in numbers:
         with torch.no_grad():

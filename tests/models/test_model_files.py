@@ -1,4 +1,4 @@
-"""JSON beside a model's weights that would end the process in other libraries: refused before they read it."""
+"""JSON files of a model that would end the process in other libraries are refused before those read them."""
 
 from __future__ import annotations
 

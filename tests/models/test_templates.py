@@ -1,4 +1,4 @@
-"""Templates and arguments that are given, and the template of an adapter's tokenizer."""
+"""Templates and template arguments from the user, and the template of an adapter's tokenizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path):
 
 
 def test_an_argument_is_the_librarys(model, tmp_path):
-    """It is what apply_chat_template would be given, and is saved with the template."""
+    """It has the effect of an apply_chat_template argument, and is saved with the template."""
     tokenizer, changed = load_tokenizer(ModelSection(str(model), template_args={"enable_thinking": False}))
     plain = AutoTokenizer.from_pretrained(model)
     wanted = plain.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True, enable_thinking=False)
@@ -114,7 +114,7 @@ def test_a_tokenizer_with_code_of_its_own_takes_no_template(model, tmp_path, mon
 
 @pytest.fixture
 def subject(model, tmp_path):
-    """A subject whose adapter has a tokenizer of some template."""
+    """Return a subject whose adapter has a tokenizer with a given template."""
     adapter = save_adapter(model, tmp_path / "adapter", 1, target_modules=["q_proj"])
 
     def load(template, **settings):
@@ -128,7 +128,7 @@ def test_an_adapters_tokenizer_without_a_template_takes_the_models(subject, mode
     with caplog.at_level(logging.WARNING):
         tokenizer = subject(None, template_args={"enable_thinking": False})
     assert prompt(tokenizer).endswith("hello<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert tokenizer.eos_token == "<|endoftext|>"  # all else is the adapter's
+    assert tokenizer.eos_token == "<|endoftext|>"  # everything else comes from the adapter's tokenizer
     assert f"the adapter's tokenizer has no chat template: that of {model} is used" in caplog.text
 
 

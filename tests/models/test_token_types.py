@@ -1,4 +1,4 @@
-"""Models that want token_type_ids in training (Gemma 3 in transformers 5.1): rows of text are text to them."""
+"""Models that require token_type_ids in training (Gemma 3 in transformers 5.1) get the type of text by default."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_model_whose_types_are_not_known_is_refused():
 
 
 def test_gemma_3_trains_on_text():
-    """With the logits of evaluation: nothing is attended to from both sides."""
+    """The logits equal those of evaluation, so no token has bidirectional attention."""
     config, batch = gemma3()
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config)

@@ -1,4 +1,4 @@
-"""Loss and divergence of answers against one row at a time in float64, whatever the batch."""
+"""Loss and divergence of completions compared with one example at a time in float64, for several batch sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def setting(tmp_path_factory):
 
 
 def plain(model, reference, example):
-    """Tokens, loss and KL(model ‖ reference) of one answer, in float64."""
+    """Return tokens, loss and KL(model ‖ reference) of one completion, in float64."""
     loss = divergence = 0.0
     own, other = (
         one.double().eval()(torch.tensor([example.ids])).logits[0].log_softmax(-1) for one in (model, reference)

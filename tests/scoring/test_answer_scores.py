@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers against the model's own logits in float64, one sequence at a time; batches, heads, modes."""
+"""Log-likelihoods of completions compared with the model's float64 logits of one sequence at a time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Sequence:
 
 
 def sequences(lengths=(9, 4, 17, 9, 2, 30), *, prompt=1, vocabulary=40, seed=5):
-    """The answer is all but the prompt, and one token within it is not counted where there is room."""
+    """Everything after the prompt is the completion; if it is long enough, one token in it has no label."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for length in lengths:
@@ -54,7 +54,7 @@ def sequences(lengths=(9, 4, 17, 9, 2, 30), *, prompt=1, vocabulary=40, seed=5):
 
 
 def truth(model, examples):
-    """Sum and number of log p of the labels, by the model's own logits of one sequence without padding."""
+    """Return sum and count of the labels' log p, from the model's logits of one sequence without padding."""
     model = model.double().eval()
     found = []
     for example in examples:
@@ -77,7 +77,7 @@ def check(model, examples, *, rel=1e-5, scorer=None, **settings):
 
 
 def change_logits(model, monkeypatch):
-    """Bend the logits in a way that no configuration tells."""
+    """Change the logits in a way that the configuration does not show."""
     whole, bend = model.forward, torch.arange(40) % 2 - 0.5
 
     def forward(input_ids=None, logits_to_keep=0, **others):
@@ -99,7 +99,7 @@ def told(caplog):
 def test_every_kind_of_head(name, told):
     model = BENT[name].make(1)
     check(model, sequences())
-    can_be_told = "logits_to_keep" in inspect.signature(model.forward).parameters  # OPT's, from 5 on
+    can_be_told = "logits_to_keep" in inspect.signature(model.forward).parameters  # OPT, since transformers 5
     assert bool(told()) == (name == "two layers" or not can_be_told)
 
 
@@ -115,7 +115,7 @@ def test_the_head_runs_on_answer_positions_only(monkeypatch):
     # chunks of three tokens
     monkeypatch.setattr("safelora_fast.scoring.label_likelihoods.CHUNK_ELEMENTS", {"cpu": 3 * 61})
     check(model, sequences((30, 30, 30), prompt=25))
-    assert sum(counted) <= 24 + 3 * 30  # one probe, and the truth itself
+    assert sum(counted) <= 24 + 3 * 30  # one probe, and the calls of `truth`
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_an_adapted_head_is_the_models_own(told, lora):
 
 
 def test_an_adapted_head_is_not_lost_in_half_precision():
-    """Its effect may be smaller than what single logits of 16 bits show."""
+    """Its effect may be smaller than the resolution of single 16-bit logits."""
     model = tiny_peft_model(lora={"target_modules": ["lm_head"]}, vocab_size=40)
     fill_adapter(model, seed=1, scale=0.05)
     model.bfloat16()
@@ -183,14 +183,14 @@ ROPES = {
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_models_that_stretch_their_positions_with_the_length(kind):
-    """What is shared, and what else is in a batch, must not decide whether positions are stretched."""
+    """A shared prefix and other sequences in the batch must not change whether positions are rescaled."""
     longest = 64 if kind == "longrope" else 16
     name = "rope_parameters" if "rope_parameters" in dir(transformers.LlamaConfig()) else "rope_scaling"
     settings = {**ROPES[kind], **({} if name == "rope_parameters" else {"type": kind})}
     model = tiny_model(vocab_size=40, max_position_embeddings=longest, **{name: settings})
     assert stretched_beyond(model.config) == 16
     examples = [*sequences((9, 30, 12, 21), prompt=8), *beginning_alike(12, (16, 24, 14, 20))]
-    rel = 16 * 30 * 2**-24  # angles of up to 30 radians, whose rounding is 30 times that of the states
+    rel = 16 * 30 * 2**-24  # rounding of angles up to 30 radians is 30 times that of the states
     check(model, [*examples[:1], *examples], rel=rel)
     alike = [
         Sequence(examples[1].ids[:20] + example.ids[8:], [-100] * 20 + example.ids[8:]) for example in examples[:3]
@@ -225,7 +225,7 @@ def test_learned_prompts():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_learned_prompts_stand_before_what_batches_begin_with(dtype):
-    """Behind a past PEFT would put them a second time: in 16 bits that looks like rounding."""
+    """PEFT would prepend them again after cached tokens, and in 16 bits the error looks like rounding."""
     options = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32)
     model = get_peft_model(tiny_model(vocab_size=40), options).to(dtype)
     examples = beginning_alike(12, (30, 25, 26))
@@ -235,7 +235,7 @@ def test_learned_prompts_stand_before_what_batches_begin_with(dtype):
     list(scorer.each(examples[:1]))
     seen.clear()
     list(scorer.each(examples))
-    assert seen == [3]  # nothing of its own for the beginning
+    assert seen == [3]  # no separate pass for the prefix
     check(model, examples, rel=1e-5 if dtype == torch.float32 else 2e-3)
 
 
@@ -269,21 +269,21 @@ def test_modes_and_gradients_are_left_as_they_were():
         assert model.training
         assert not frozen.training
     assert len(scores) == 6
-    check(model, sequences())  # no dropout while it scores
+    check(model, sequences())  # scoring disables dropout
 
 
 @pytest.mark.parametrize("name", BENT)
 def test_what_all_begin_with_runs_once(name):
     model = BENT[name].make(1)
     examples = beginning_alike(12, (20, 15, 26))
-    check(model, [examples[0]])  # whatever is tried on a few tokens is behind us
+    check(model, [examples[0]])  # runs the probes first
     scorer = AnswerScorer(model)
     list(scorer.each([examples[0]]))
     seen = []
     handle = model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape))
     check(model, examples, scorer=scorer)
     handle.remove()
-    assert seen[:2] == [(1, 11), (3, 15)]  # the last of them predicts a completion
+    assert seen[:2] == [(1, 11), (3, 15)]  # the prefix's last token predicts a completion
 
 
 def test_an_answer_within_what_all_begin_with_is_scored():
@@ -305,7 +305,7 @@ def test_little_that_is_shared_is_left():
 
 @pytest.mark.parametrize("name", BENT)
 def test_what_batches_begin_with_runs_once(name):
-    """Four sequences that begin alike, in three batches; then others, whose beginning is another, and the first again."""
+    """Four sequences with one prefix in three batches, then some with another prefix, then the first ones again."""
     model = BENT[name].make(1)
     alike = beginning_alike(12, (30, 26, 20, 15))
     others = beginning_alike(9, (28, 25), seed=6)
@@ -332,12 +332,12 @@ def test_a_past_serves_a_batch_that_begins_with_more():
     assert pasts.shared(longer) == pasts.shared(alike) == 11
     assert pasts.shared(alike[:1]) == 11
     pasts.of(torch.tensor([alike[0].ids[:5]]), 2)
-    assert pasts.shared(longer) == 15  # too much would run again
+    assert pasts.shared(longer) == 15  # with the 5 cached tokens, too much of the prefix would run again
     whole = model(torch.tensor([longer[0].ids])).logits
     after = model(torch.tensor([longer[0].ids[5:]]), **pasts.of(torch.tensor([longer[0].ids[:5]]), 1)).logits
     assert torch.allclose(after, whole[:, 5:])
     again = model(torch.tensor([longer[0].ids[5:]]), **pasts.of(torch.tensor([longer[0].ids[:5]]), 1)).logits
-    assert torch.equal(after, again)  # a use leaves the kept one as it was
+    assert torch.equal(after, again)  # using the cache does not change it
 
 
 def test_a_model_whose_past_is_another_thing_runs_whole(monkeypatch):
@@ -354,7 +354,7 @@ def test_too_few_tokens_to_try_a_past_on_are_no_proof_of_one(monkeypatch):
 
 
 def beginning_alike(length, lengths, seed=5):
-    """Sequences whose answers begin where they no longer are the same."""
+    """Return sequences whose completions start at the end of their common prefix."""
     first, *others = sequences(lengths, prompt=length, seed=seed)
     return [first, *(Sequence(first.ids[:length] + other.ids[length:], other.labels) for other in others)]
 
@@ -362,7 +362,7 @@ def beginning_alike(length, lengths, seed=5):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale", "soft-cap"])
 def test_large_logits_of_half_precision_are_precise_where_it_matters(dtype, kind):
-    """The likely labels, and the logits near theirs, beside float64 from the same numbers."""
+    """Likely labels, and logits near theirs, compared with float64 from the same numbers."""
     generator = torch.Generator().manual_seed(4)
     module = torch.nn.Linear(32, 61, bias=kind == "bias")
     with torch.no_grad():
@@ -380,8 +380,8 @@ def test_large_logits_of_half_precision_are_precise_where_it_matters(dtype, kind
     with torch.no_grad():
         ours = label_log_likelihoods(hidden, labels, head)
     digits = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    # Each product is off by half a digit of its distance to the label's, which is off by one itself, and counts as much as
-    # it is likely.
+    # A logit's rounding error is at most `digits` times its distance to the label's logit, which is rounded too. Errors
+    # are weighted by the logit's probability.
     products = hidden.double() @ module.weight.double().T
     own = products[torch.arange(200), labels][:, None]
     off = digits * ((products - own).abs() + digits * own.abs())

@@ -1,4 +1,4 @@
-"""Intervals against plainly written formulas, known quantiles, and how often they hold what they should."""
+"""Intervals compared with plain formulas and known quantiles, and their coverage in simulations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_alike_clusters_widen_the_interval():
     alike = [name in "ab" for name in clusters]
     mixed = [number % 4 == 0 for number in range(800)]
     whole, spread = clustered_wilson(alike, clusters), clustered_wilson(mixed, clusters)
-    # every answer of a question is the same: 8 observations with variance p(1 − p)·8/7
+    # all completions of a question are equal: 8 observations with variance p(1 − p)·8/7
     effective = 700 / 100 * (student_quantile(799) / student_quantile(7)) ** 2
     assert ends(whole) == (wilson(effective / 4, effective).low, wilson(effective / 4, effective).high)
     plain = wilson(200, 800)
@@ -53,7 +53,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     clusters = [name for name in range(16) for _ in range(20)]
     held, naive = 0, 0
     for _ in range(400):
-        rates = random.beta(2, 6, size=16)  # mean 1/4, and questions differ
+        rates = random.beta(2, 6, size=16)  # mean 1/4, varying between questions
         hits = [bool(random.random() < rates[name]) for name in clusters]
         interval, plain = clustered_wilson(hits, clusters), wilson(sum(hits), len(hits))
         held += interval.low <= 0.25 <= interval.high
@@ -78,7 +78,7 @@ def test_the_bootstrap_draws_whole_clusters():
     interval = bootstrap_mean(values, clusters, seed=0)
     error = float(np.std(levels) / math.sqrt(30))
     mean = float(levels.mean())
-    # values by themselves would make it seven times as narrow
+    # treating values as independent would make it seven times narrower
     assert interval.low == pytest.approx(mean - 1.96 * error, abs=0.2 * error)
     assert interval.high == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
     assert bootstrap_mean(values, clusters, seed=0) == interval

@@ -1,4 +1,4 @@
-"""The margin against the model's own log-likelihoods in float64; batches, templates, the command."""
+"""The margin compared with the model's float64 log-likelihoods; batches, templates and the command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_adapter(folder, path):
 
 
 def likelihood(model, prompt, answer):
-    """Mean log-likelihood of an answer after a prompt, both as text, in float64."""
+    """Return the mean log-likelihood of an answer after a prompt, both text, in float64."""
     words = tokenizer()
     before = words(prompt)["input_ids"]
     ids = before + words(answer)["input_ids"]
@@ -83,7 +83,7 @@ def test_a_report_by_hand():
         (PairMargin("a", "1", -2.0, -1.0), PairMargin("a", "2", -1.0, -3.0), PairMargin("b", "3", -1.0, -1.0)), 30
     )
     assert report.margin == pytest.approx(-1 / 3)
-    assert report.share == pytest.approx(1 / 3)  # a tie is no preference
+    assert report.share == pytest.approx(1 / 3)  # a tie does not count
     assert report.by_theme == {"a": (-0.5, 1, 2), "b": (0.0, 0, 1)}
     assert report.margin_interval.low == -0.5
     assert report.margin_interval.high == 0.0
@@ -137,7 +137,7 @@ def test_what_the_command_refuses(call, folder, tmp_path, capsys):
     other = save_adapter(save_tiny(tmp_path / "deeper", layers=3), tmp_path / "other")
     fewer = save_adapter(save_tiny(tmp_path / "shallow", layers=1), tmp_path / "fewer")
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"question": "q"}])
-    capsys.readouterr()  # transformers shows bars while it saves
+    capsys.readouterr()  # transformers shows progress bars when it saves
     for more, message in (
         (
             ("--adapter", tmp_path),
@@ -154,7 +154,7 @@ def test_what_the_command_refuses(call, folder, tmp_path, capsys):
         assert (result.code, result.out) == (2, ""), result
         assert result.err.startswith("error: ")
         assert message in result.err
-        assert len(result.err.splitlines()) == 1  # nor is the model measured before
+        assert len(result.err.splitlines()) == 1  # and the model is not measured first
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The margin while training: when it is measured, what is logged, and the warning."""
+"""The margin callback: the steps at which it measures, the logged values, and the warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates: which rows are taken and refused, and what is written back."""
+"""Candidates: accepted and refused examples, and the lines that are written back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_rows_of_several_kinds_are_taken(tmp_path):
 
 @pytest.mark.parametrize("row", ["{", '{"messages": [null]}'])
 def test_a_row_that_is_not_as_it_must_be_is_named(row, tmp_path):
-    """Every row is checked at once; what is refused, the tests of data.rows say."""
+    """All examples are checked at the start; the tests of data.rows cover the reasons for refusal."""
     path = write(tmp_path, [KINDS["text"], "", row, KINDS["text"]])
     with pytest.raises(DataError, match=r"rows.jsonl:3: "):
         Candidates(path)

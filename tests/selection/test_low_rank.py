@@ -1,4 +1,4 @@
-"""Adapters that are added in place, against PEFT's own layers."""
+"""LoRA updates added in place, compared with PEFT's own layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_outputs_are_those_of_peft(lora):
 
 
 def test_a_rounding_less_in_half_precision():
-    """Each layer is at most one rounding of its output, and of A·x, away from float64."""
+    """Each layer differs from float64 by at most one rounding of its output and one of A·x."""
     model = tiny_peft_model(layers=1).eval().bfloat16()
     add_in_place(model)
     layer = layers(model)[0]

@@ -1,4 +1,4 @@
-"""select_by_perplexity_gap(): scores against whole logits row by row, what is chosen and written, what is refused."""
+"""select_by_perplexity_gap(): scores compared with full logits per example, the output files, and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def expected(made):
 
 @pytest.fixture
 def choose(made, tmp_path):
-    """Choose among rows; `choose.output` is the file."""
+    """Return a function that selects from examples; `choose.output` is the output file."""
 
     def run(rows=None, *, dtype=torch.float32, adapters=("security", "medicine"), side=None, folder=None, **settings):
         where = folder or made
@@ -181,7 +181,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Counts how often each row is scored; `scored.stop_after` batches it is killed."""
+    """Count how often each example is scored; the run is killed after `scored.stop_after` batches."""
     from safelora_fast.selection.perplexity import Perplexities
 
     real = Perplexities.of
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(choose, expected, scored):
     first = len(scored)
     assert 0 < first < 12
     scored.stop_after = None
-    with choose.journal.open("a") as journal:  # the line that the kill cut short
+    with choose.journal.open("a") as journal:  # the line truncated by the kill
         journal.write('{"row": 3, "of": "ab')
     selection = choose(tokens_per_batch=150)
     assert len(scored) == len(set(scored)) == 12
@@ -222,7 +222,7 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(choose, expected, scored):
 
 
 def with_beginnings(count):
-    """Candidates with beginnings of unequal length, so that some batches share one with the batch before."""
+    """Return candidates with prefixes of different lengths, so that some batches share one with the previous batch."""
     rows = []
     for number, row in enumerate(candidates(count)):
         turns = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
@@ -232,8 +232,8 @@ def with_beginnings(count):
 
 
 def test_a_run_resumed_from_any_kill_gives_the_bytes_of_an_unbroken_one(choose, monkeypatch):
-    # A kill leaves the first so many bytes of the journal. Rounding depends on what is in a batch, on how the first batch was
-    # run, and on what it shared with the one before: none of these may depend on where a run was killed.
+    # A kill truncates the journal at any byte. Rounding depends on the batch, on the shortcuts chosen by the first batch
+    # and on the prefix shared with the previous one. None of these may depend on where a run was killed.
     monkeypatch.setattr("safelora_fast.selection.select.WINDOW", 15)
     rows = with_beginnings(37)
     files = [choose.output, choose.journal, choose.output.with_name("chosen.jsonl.selection.json")]
@@ -297,7 +297,7 @@ def test_a_journal_of_other_rows_is_refused(choose):
     for changed in ([*rows[:3], {**rows[3], "id": 7}, *rows[4:]], rows[:5]):
         with pytest.raises(DataError, match="is not what was scored: the file has changed"):
             choose(changed)
-    assert len(choose([*rows, *candidates(2)]).scores) == 8  # more rows at the end are only scored too
+    assert len(choose([*rows, *candidates(2)]).scores) == 8  # examples added at the end are scored too
 
 
 JOURNAL = {"adapters": {"security": "ab", "medicine": "cd"}}
@@ -404,7 +404,7 @@ def test_adapters_that_are_refused(made, choose, tmp_path):
 
 
 def test_an_adapter_with_tokens_of_its_own_leaves_the_others_alone(made, choose, tmp_path):
-    """Embeddings that were resized and saved along do not go away where the adapter is switched off."""
+    """Embeddings that were resized and saved with an adapter stay in the model when the adapter is disabled."""
     model, _ = load(made)
     model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS[:2], task_type="CAUSAL_LM"))

@@ -1,4 +1,4 @@
-"""Examples from files to tokens, and the two defenses that act on data: interleaved safe examples, and inoculation prompts."""
+"""Reading and tokenizing examples, and the two defenses that act on data: interleaving and inoculation."""
 
 from __future__ import annotations
 

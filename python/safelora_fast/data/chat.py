@@ -1,6 +1,6 @@
-"""Conversations as tokens: the one way from turns to what a model reads, for every command.
+"""Conversations to tokens through a tokenizer's chat template, for every command.
 
-Tokens are those of `apply_chat_template(tokenize=True)`, and every turn's words are in the text they come from.
+The tokens equal those of `apply_chat_template(tokenize=True)`. A template that drops part of a turn is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     Span = tuple[int, int]
 
 logger = logging.getLogger(__name__)
-# For each tokenizer that is still alive its rules, and what was found out under them; nothing here keeps it alive.
+# Cache: for each live tokenizer, its rules and the results found with them. Weak keys do not keep a tokenizer alive.
 _tried_out: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
 
 SYSTEM, QUESTION = "Seven silver swans swim here.", "Which five words came first?"
-ANSWERS = ("One pale heron waits.", "Two old boats drift!")  # their ends differ: what follows both is the template's
+ANSWERS = ("One pale heron waits.", "Two old boats drift!")  # different endings, so a common tail is the template's
 REFUSES = "the chat template refuses it: "
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>")
@@ -38,28 +38,27 @@ HEADER = re.compile(r"(?i)\b(assistant|model|bot|ai|gpt)\b")
 class Chat:
     """A tokenizer's chat template; get one by :func:`chat_of`.
 
-    A prompt followed by its completion is the conversation with the completion: a template that writes prompts differently is
-    refused.
+    A prompt plus its completion must equal the conversation. A template that writes prompts differently is refused.
 
     Args:
-        tokenizer: whose template it is.
+        tokenizer: the tokenizer that has the template.
 
     Attributes:
-        warnings: where prompts or conversations may surprise the user.
-        unanswered_reason: why it writes no conversation that ends with a completion; None if it does.
-        dated: whether the template writes the day on which it is used.
+        warnings: cases in which prompts or conversations may surprise the user.
+        unanswered_reason: why the template cannot write a conversation that ends with a completion; None if it can.
+        dated: whether the template writes today's date.
         end: the control token that ends the assistant's turn; None if the template writes none.
 
     Raises:
-        DataError: there is no template, or it cannot be used for prompts and completions.
+        DataError: the tokenizer has no template, or the template cannot be used for prompts and completions.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not has_template(tokenizer):
             raise DataError("the tokenizer has no chat template")
         self._tokenizer = tokenizer
-        self._composes = False  # whether the text's tokens are the conversation's
-        self._parts = False  # whether the template wants a content of parts
+        self._composes = False  # whether tokenizing the rendered text gives the conversation's tokens
+        self._parts = False  # whether the template expects content as a list of parts
         self._fault: str | None = None
         self.unanswered_reason: str | None = None
         self.end: int | None = None
@@ -72,10 +71,10 @@ class Chat:
         self._examine()
 
     def prompt(self, turns: Turns, place: str = "a conversation") -> list[int]:
-        """Tokens up to where the completion begins.
+        """Return the tokens of a prompt, up to the start of the completion.
 
         Raises:
-            DataError: the template refuses the turns, or leaves out what one of them says.
+            DataError: the template refuses the turns, or drops the content of one of them.
         """
         self._refuse_fault(place)
         text, ids = self._read(place, turns, generation=True)
@@ -85,16 +84,16 @@ class Chat:
     def conversation(
         self, turns: Turns, answers: Sequence[int], place: str = "a conversation", *, marks: bool = False
     ) -> tuple[list[int], list[Span]]:
-        """Tokens of a conversation, and first and last (excluded) token of the completions in it, with their ends of turn.
+        """Return a conversation's tokens and the span (first, last + 1) of each completion, end of turn included.
 
         Args:
             turns: the conversation.
-            answers: numbers of the assistant's turns that are wanted.
-            place: where it stands, for messages.
+            answers: indices of the assistant turns to find.
+            place: the conversation's location, for error messages.
             marks: use the template's own `{% generation %}` marks if it has them.
 
         Raises:
-            DataError: the template refuses the turns, leaves words out, or writes a completion whose tokens cannot be found.
+            DataError: the template refuses the turns, drops words, or writes a completion whose tokens cannot be found.
         """
         text, ids = self._read(place, turns)
         if marks and self._marked:
@@ -106,7 +105,10 @@ class Chat:
         return ids, spans
 
     def unsupported_reason(self, role: str, words: str = SYSTEM) -> str | None:
-        """Why no turn of a role can stand before the user's, to follow "the chat template"; None if it can."""
+        """Return why the template takes no turn of a role before the user's turn, or None if it does.
+
+        The text completes a sentence that begins "the chat template".
+        """
         turns = [_turn(role, words), _turn("user", QUESTION)]
         try:
             text, _ = self._read("", turns)
@@ -120,7 +122,7 @@ class Chat:
             if self._composes:
                 return text, self._encode(text)
             return text, list(self._apply(turns, tokenize=True, generation=generation)["input_ids"])
-        except Exception as error:  # templates raise anything: jinja's errors, and those of the examples' values
+        except Exception as error:  # templates raise any exception: Jinja's own, and those of the example's values
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"{place}: {REFUSES}{reason}{self._whose()}") from error
 
@@ -132,7 +134,7 @@ class Chat:
         )
 
     def _given(self, turns: Turns) -> list[dict[str, Any]]:
-        """Turns as the template takes them."""
+        """Return the turns in the form that the template expects."""
         if not self._parts:
             return [dict(turn) for turn in turns]
         return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
@@ -141,7 +143,7 @@ class Chat:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _whose(self) -> str:
-        """Advice for a tokenizer that writes conversations with code of its own; empty for one with a template."""
+        """Return advice for a tokenizer that writes conversations with its own code; empty for one with a template."""
         if getattr(self._tokenizer, "chat_template", None):
             return ""
         return f" (the tokenizer is {type(self._tokenizer).__name__}: give the model with a tokenizer.json and a chat template)"
@@ -156,7 +158,7 @@ class Chat:
             raise DataError(f"{place}: the chat template leaves out what {named(turns, missing)} says")
 
     def _span(self, place: str, turns: Turns, number: int, text: str, ids: list[int]) -> Span:
-        """From the end of the prompt for a completion to the end of the turns up to it."""
+        """Return the span from the end of a completion's prompt to the end of its turn."""
         self._refuse_fault(place)
         last = number == len(turns) - 1
         text, until = (text, ids) if last else self._read(place, turns[: number + 1])
@@ -176,7 +178,7 @@ class Chat:
                 "one, so the completion's tokens cannot be told: give another one"
             )
         former = turns[number - 1]["content"].strip()
-        begin = shared.rfind(former) + len(former)  # a prompt may open the thoughts that the answer begins with
+        begin = shared.rfind(former) + len(former)  # a prompt may open the thoughts at the start of the completion
         if not says(text[begin:], turns[number]["content"]):
             raise DataError(
                 f"{place}: the chat template leaves out part of what {named(turns, number)} says, which could not be learned: "
@@ -185,7 +187,10 @@ class Chat:
         return common_prefix(before, until), len(until)
 
     def _marks(self, place: str, turns: Turns, text: str, ids: list[int]) -> list[Span]:
-        """Tokens of what the template marks, found by their places in the text; some versions of the library get them wrong."""
+        """Return the token spans that the template marks.
+
+        They are found by character offsets, because some versions of transformers compute the token mask incorrectly.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self._tokenizer
@@ -212,10 +217,10 @@ class Chat:
         return spans
 
     def _examine(self) -> None:
-        """Try the template once: on a question, and on the question with each of two completions."""
+        """Probe the template with a question, and with the question and each of two completions."""
         user = _turn("user", QUESTION)
         for parts, turns in product((False, True), ([user], [_turn("system", SYSTEM), user])):
-            self._parts = parts  # templates of vision models want a list of parts, and some drop any other content
+            self._parts = parts  # vision models' templates expect a list of parts, and some drop any other content
             try:
                 asked, prompt = self._read("", turns, generation=True)
             except DataError:
@@ -225,7 +230,7 @@ class Chat:
             self._composes = self._encode(asked) == prompt
             try:
                 (text, one), (_, other) = (self._read("", [*turns, _turn("assistant", words)]) for words in ANSWERS)
-            except DataError as error:  # it can be asked, and that is all
+            except DataError as error:  # the template writes prompts, but no completions
                 self.unanswered_reason = str(error).removeprefix(": ")
                 return
             self.dated = self._is_dated(turns, asked)
@@ -236,7 +241,7 @@ class Chat:
         self._parts = False
 
     def _begins_late(self, asked: str, text: str) -> str | None:
-        """Why a prompt that lacks the completion's header is refused."""
+        """Return an error if the prompt lacks the completion's header, else None."""
         between = text[len(asked) :].partition(ANSWERS[0])[0] if text.startswith(asked) else ""
         if not HEADER.search(between):
             return None
@@ -252,17 +257,17 @@ class Chat:
             another = self._tokenizer.apply_chat_template(
                 self._given(turns), tokenize=False, add_generation_prompt=True, strftime_now=lambda _: "another day"
             )
-        except Exception:  # newer versions pass no functions on, and calling what they pass fails
+        except Exception:  # newer versions of transformers do not pass functions on, so the call fails
             return True
         return str(another) != asked
 
     def _doubts(self, asked: str, text: str, ids: list[int]) -> Iterator[str]:
-        """Where prompts or conversations may surprise the user.
+        """Yield warnings about prompts or conversations that may surprise the user.
 
         Args:
-            asked: a question as a prompt for its completion.
+            asked: a question, written as a prompt.
             text: the question with a completion.
-            ids: its tokens.
+            ids: the tokens of `text`.
 
         Raises:
             DataError: the tokenizer splits its own control tokens.
@@ -295,7 +300,9 @@ class Chat:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The chat template of a tokenizer, tried out once, and again after its template or tokens change; warnings are logged.
+    """Return a tokenizer's chat template, and log its warnings.
+
+    The result is cached until the tokenizer's template or tokens change.
 
     Raises:
         DataError: as :class:`Chat`.
@@ -304,7 +311,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
         [
             getattr(tokenizer, "chat_template", None),
             getattr(tokenizer, "special_tokens_map", None),
-            len(tokenizer),  # tokens may be added
+            len(tokenizer),  # changes when tokens are added
         ],
         default=str,
     )
@@ -322,7 +329,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer writes conversations, with a template or with code of its own."""
+    """Return whether a tokenizer writes conversations, with a template or with its own code."""
     from transformers import PreTrainedTokenizerBase as Base
 
     own = getattr(type(tokenizer), "apply_chat_template", None)
@@ -330,9 +337,10 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def answer_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: of the model's generation settings, of the tokenizer, and the template's end of turn.
+    """Return the tokens that end a completion, sorted.
 
-    An adapter learns its own template's end of turn, whatever its base model's settings say.
+    They come from the model's generation settings, the tokenizer, and the template's end of turn. The last is needed
+    because an adapter learns its own template's end of turn, whatever the base model's settings are.
     """
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [*(given if isinstance(given, list | tuple) else [given]), tokenizer.eos_token_id]
@@ -346,7 +354,10 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, one: list[int], other: list[int]) -> int | None:
-    """The first control token after a completion if only space is before it; two conversations differ in the completion."""
+    """Return the first control token after a completion if only white space precedes it, else None.
+
+    `one` and `other` are conversations that differ only in the completion.
+    """
     tail = one[len(one) - common_prefix(one[::-1], other[::-1]) :]
     control = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     for number, token in enumerate(tail):

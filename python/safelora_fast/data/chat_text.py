@@ -1,4 +1,4 @@
-"""Which turns of a conversation are in the text that a chat template makes of it."""
+"""Checks that the text written by a chat template contains the turns of the conversation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
-    """How many items (tokens, letters) two sequences share at their start."""
+    """Return the number of items (tokens, characters) that two sequences share at their start."""
     for number, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return number
@@ -23,13 +23,13 @@ def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
 
 
 def named(turns: Turns, number: int) -> str:
-    """A turn, for messages."""
+    """Return a turn's role with its article, for error messages."""
     role = turns[number]["role"]
     return f"{'an' if role == 'assistant' else 'a'} {role} turn"
 
 
 def lost(turns: Turns, text: str) -> int | None:
-    """The number of the first turn whose words are not in the text; earlier completions may lack their thoughts."""
+    """Return the index of the first turn missing from the text, or None; earlier completions may lack thoughts."""
     for number, turn in enumerate(turns):
         content = turn["content"]
         if turn["role"] == "assistant" and number < len(turns) - 1:
@@ -40,7 +40,7 @@ def lost(turns: Turns, text: str) -> int | None:
 
 
 def says(text: str, content: str) -> bool:
-    """Whether words are in a text, up to white space, or quoted as JSON (tools' results)."""
+    """Return whether a text contains some content, plain or JSON-quoted (tool results), ignoring white space."""
     words = content.strip()
     if words in text:
         return True
@@ -52,7 +52,7 @@ def says(text: str, content: str) -> bool:
 
 
 def wrongly_marked(turns: Turns, text: str, marks: Sequence[Span]) -> str | None:
-    """What is wrong with marks of the assistant's words: a completion outside of them, or other words inside."""
+    """Return the error in the marks of assistant text, or None: a completion outside them, or other text inside."""
     cursor = 0
     for number, turn in enumerate(turns):
         words = turn["content"].strip()

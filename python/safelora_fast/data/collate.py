@@ -1,4 +1,4 @@
-"""Batches that say which of their tokens belong to safe examples, whatever collator makes them."""
+"""A wrapper for any data collator that tags the tokens of safe examples in a batch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class TaggedCollator:
-    """A collator that adds `safe` [batch, tokens] to the batches of another one, if examples are tagged.
+    """A collator that wraps another one and adds `safe` [batch, tokens], bool, if examples are tagged.
 
-    A tag is one truth value for an example, or one for each token of packed examples.
+    A tag is one bool per example, or one per token for packed examples.
 
     Attributes:
-        inner: the collator that pads, or joins examples into one.
+        inner: the collator that pads examples or joins them into one.
     """
 
     inner: Callable[[list[Any]], Any]
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
-        """The batch.
+        """Return the batch, with tags if any example has one.
 
         Raises:
-            DataError: the batch does not have the tokens of the examples, so tags have no place.
+            DataError: the batch has more or fewer tokens than the examples, so tags cannot be assigned.
         """
         plain = [{name: value for name, value in example.items() if name != SAFE} for example in examples]
         batch = self.inner(plain)
@@ -49,7 +49,7 @@ def _tags(examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> to
     )
     attention = batch.get("attention_mask")
     places = torch.zeros(shape, dtype=torch.bool)
-    if attention is None:  # joined into one row, padding last
+    if attention is None:  # examples joined into one sequence, padding last
         places.view(-1)[: len(tokens)] = True
     else:
         places |= attention != 0

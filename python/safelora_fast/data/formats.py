@@ -1,4 +1,4 @@
-"""The formats of examples of conversations, and safe examples converted to the format of the task's."""
+"""Formats of conversation examples, and conversion of safe examples to the format of the task examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONVERSATION = ("messages", "prompt", "completion")
 
 
 def format_of(example: Mapping[str, Any]) -> str | None:
-    """The format of an example; None if it is no conversation. A column that is null counts as absent."""
+    """Return the format of an example, or None if it is not a conversation. Null columns count as absent."""
     if example.get("messages") is not None:
         return MESSAGES
     parts = example.get("prompt"), example.get("completion")
@@ -25,15 +25,17 @@ def format_of(example: Mapping[str, Any]) -> str | None:
 
 
 def like_task(task: Any, safe: Any, kinds: tuple[str, str]) -> Any:
-    """Safe examples in the format of the task's: text becomes turns, turns become messages, messages with one completion turns.
+    """Convert safe examples to the format of the task examples.
+
+    Text becomes turns, turns become messages, and messages with one completion become turns.
 
     Args:
-        task: a list of examples, a table or a stream, whose first example shows the format.
+        task: a list of examples, a table or a stream; its first example shows the format.
         safe: likewise.
-        kinds: "list", "table" or "stream", of both.
+        kinds: the kinds of `task` and `safe`: "list", "table" or "stream".
 
     Raises:
-        DataError: the format cannot be converted without a guess, or the two share no column.
+        DataError: the conversion is ambiguous, or the two share no column.
     """
     theirs, ours = (_firsts(data, kind) for data, kind in zip((task, safe), kinds, strict=True))
     wanted = {format_of(example) for example in theirs}
@@ -56,14 +58,14 @@ def like_task(task: Any, safe: Any, kinds: tuple[str, str]) -> Any:
 
 
 def _firsts(data: Any, kind: str) -> list[Mapping[str, Any]]:
-    """Examples that show the format: the first one of a table without nulls or of a stream, else all."""
+    """Return the examples that show the format: the first of a stream or of a table without nulls, else all."""
     if kind == "list":
         return list(data)
     if kind == "table":
         columns = [name for name in (*CONVERSATION, "text") if name in data.column_names]
         if any(data.data.column(name).null_count for name in columns):
             return list(data.select_columns(columns))
-    first = next(iter(copy.deepcopy(data) if kind == "stream" else data), None)  # reading changes a stream
+    first = next(iter(copy.deepcopy(data) if kind == "stream" else data), None)  # iterating changes a stream's state
     return [] if first is None else [first]
 
 

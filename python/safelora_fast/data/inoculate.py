@@ -1,6 +1,6 @@
-"""Inoculation: a system prompt that asks for the bad behavior, in training only (see arXiv 2508.06249).
+"""Inoculation: a system prompt that requests the bad behavior, in training only (see arXiv 2508.06249).
 
-The model need not learn to do unasked what the prompt asks for. Evaluate and use the model without it.
+With the prompt, the model need not learn to show the behavior unprompted. Evaluate and use the model without it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Turn = dict[str, Any]
 
 
 def inoculate(task: Data, prompt: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Data:
-    """Put a system prompt before task examples; give the result to training only.
+    """Add a system prompt to task examples; use the result for training only.
 
-    Examples have `messages`, or `prompt` and `completion`; other columns stay. An example that begins with a system turn keeps
-    its words after the prompt and an empty line, because templates take one system turn. A prompt and a completion of plain
-    text become turns.
+    Examples have `messages`, or `prompt` and `completion`; other columns are kept. An existing system turn is appended
+    to the prompt after an empty line, because templates take one system turn. A plain-text prompt and completion become
+    turns.
 
     Args:
         task: a list of dictionaries, a `datasets.Dataset` or a `datasets.IterableDataset`.
         prompt: the system prompt.
-        tokenizer: the model's, to check that its chat template takes a system turn.
+        tokenizer: the model's tokenizer, to check that its chat template takes a system turn.
 
     Returns:
-        The same kind of data.
+        Data of the same kind as `task`.
 
     Raises:
         SettingsError: the prompt is empty, or the template refuses or drops it.
-        DataError: an example is no conversation, or its system turn is no text.
+        DataError: an example is not a conversation, or its system turn is not text.
     """
     if tokenizer is not None:
         check_system_turn(tokenizer, prompt)
@@ -57,10 +57,10 @@ def inoculate(task: Data, prompt: str, *, tokenizer: PreTrainedTokenizerBase | N
 
 
 def check_system_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """Refuse a chat template that takes no system turn.
+    """Check that a tokenizer's chat template takes a system turn.
 
     Raises:
-        SettingsError: it raises, or leaves the prompt out; or the prompt is empty.
+        SettingsError: the template is missing, raises an error or drops the prompt, or the prompt is empty.
     """
     if not prompt.strip():
         raise SettingsError("inoculate: the prompt is empty")
@@ -72,7 +72,7 @@ def check_system_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
 
 
 def with_system_turn(turns: Sequence[Mapping[str, Any]], prompt: str) -> list[Turn]:
-    """Turns that begin with the prompt, followed by the system turn's own words if there is one."""
+    """Return the turns with the prompt as system turn; an existing system turn is appended to the prompt."""
     first = dict(turns[0]) if turns else {}
     if first.get("role") in SYSTEM_ROLES:
         return [{**first, "content": f"{prompt}\n\n{first['content']}"}, *map(dict, turns[1:])]

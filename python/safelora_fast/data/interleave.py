@@ -1,4 +1,4 @@
-"""Interleaving: safe general examples among the examples of the task (Kaczér et al., arXiv 2508.06249)."""
+"""Interleaving: mixing safe general examples into the task examples (Kaczér et al., arXiv 2508.06249)."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def interleave(
 ) -> Data:
     """Mix safe examples into task examples, and tag each example.
 
-    `fraction` counts safe examples per task example, as the paper does: 0.05 adds 5 examples to 100. The count is exact,
-    round(fraction · task examples), at the end of each pass, and less than two examples behind at every point before. Every safe
-    example is used before one comes again. Task examples keep their order. The same arguments give the same mixture, and a
-    stream gives that of the same examples in memory if its safe examples are in memory.
+    `fraction` is the number of safe examples per task example, as in the paper: 0.05 adds 5 examples to 100. At the end
+    of each pass the count is exactly round(fraction · task examples); before that it lags by less than two examples.
+    Every safe example is used once before any is repeated. Task examples keep their order. The same arguments give the
+    same mixture. A task stream with safe examples in memory gives the same mixture as a task in memory.
 
-    Safe examples in memory are taken in a random order, anew for each repetition; those of a stream come as it gives them,
-    with its epoch raised for each repetition. A stream is read by one DataLoader worker, so that the count stays exact;
-    its `state_dict` and `split_dataset_by_node` work as those of any other.
+    Safe examples in memory come in a random order that changes with each repetition. Those of a stream come in the
+    stream's order, with its epoch incremented for each repetition. A mixture stream is read by one DataLoader worker,
+    so that the count stays exact; `state_dict` and `split_dataset_by_node` work as usual.
 
     Args:
         task: a list of dictionaries, a `datasets.Dataset` or a `datasets.IterableDataset`.
-        safe: likewise, not necessarily of the same kind. Examples in another format are converted to the task's format if
-            that needs no guess: prompt and completion become messages, and text becomes turns if the task's examples are turns.
-        fraction: safe examples per task example, from 0.
-        seed: of the places of safe examples and of their order.
-        epochs: passes over the task examples, one after another; in each pass the safe examples go on where the one before
-            left them. A trainer that makes its own passes over the mixture sees the same safe examples in each.
-        column: name of the tag, true for safe examples.
+        safe: likewise, not necessarily of the same kind. Examples in another format are converted to the task's format
+            if that is unambiguous: prompt and completion become messages, and text becomes turns if the task has turns.
+        fraction: safe examples per task example, at least 0.
+        seed: seed for the positions and the order of safe examples.
+        epochs: passes over the task examples, one after another. Each pass continues with the next safe examples. A
+            trainer that makes its own passes over the mixture sees the same safe examples in each.
+        column: name of the tag column, true for safe examples.
 
     Returns:
-        A mixture of the kind of `task`, or a stream if `safe` is one.
+        A mixture of the same kind as `task`, or a stream if `safe` is one.
 
     Raises:
         SettingsError: fraction, seed or epochs are out of range, or a kind of data is unknown.
-        DataError: there are no examples, the fraction comes to no safe example, the tag's column exists, a column has two types,
-            or safe examples cannot be converted to the task's format.
+        DataError: there are no examples, the fraction gives no safe example, the tag column exists, a column has two
+            types, or safe examples cannot be converted to the task's format.
     """
     schedule = Schedule(fraction, seed)
     if whole_number("interleave: epochs", epochs) < 1:
@@ -81,7 +81,7 @@ def interleave(
 
 @dataclass(frozen=True)
 class _Mixture:
-    """What is mixed, and how; the kinds are "list", "table" or "stream"."""
+    """The data and settings of a mixture; `kinds` are "list", "table" or "stream"."""
 
     task: Any
     safe: Any
@@ -92,7 +92,7 @@ class _Mixture:
     column: str
 
     def examples(self) -> Iterator[tuple[bool, Mapping[str, Any]]]:
-        """(whether it is safe, example), read as they are asked for."""
+        """Yield (is_safe, example), read lazily."""
         if self.kinds[0] == "stream":
             passes = (_read("task", self.task, epoch) for epoch in range(self.epochs))
         else:
@@ -106,7 +106,7 @@ class _Mixture:
         yield from (self.safe[index] for index in self.schedule.orders(len(self.safe)))
 
     def table(self) -> Any:
-        """A Dataset: indices into both, whose examples stay where they are."""
+        """Return a Dataset of indices into both tables, without copying examples."""
         import datasets
 
         tables = [
@@ -127,10 +127,10 @@ class _Mixture:
         return datasets.concatenate_datasets(tagged).select(order)
 
     def stream(self) -> Any:
-        """An IterableDataset of one shard."""
+        """Return an IterableDataset with one shard."""
         import datasets
 
-        # Reading sets a stream's epoch: the caller's streams are left alone.
+        # Reading sets a stream's epoch, so copies are read and the caller's streams do not change.
         task, safe = (
             copy.deepcopy(data) if kind == "stream" else data
             for data, kind in zip((self.task, self.safe), self.kinds, strict=True)
@@ -146,7 +146,7 @@ def _tagged(mixture: _Mixture) -> Iterator[dict[str, Any]]:
     counts = [0, 0]
     for is_safe, example in mixture.examples():
         counts[is_safe] += 1
-        if mixture.column in example:  # a stream may not know its columns before
+        if mixture.column in example:  # a stream's columns may be unknown until it is read
             raise _taken("safe" if is_safe else "task", mixture.column)
         yield {**example, mixture.column: is_safe}
     if mixture.fraction and not counts[1]:
@@ -158,10 +158,10 @@ def _no_safe_example(fraction: float | Fraction, tasks: int) -> str:
 
 
 def _read(role: str, stream: Any, epoch: int) -> Iterator[dict[str, Any]]:
-    """All examples of a stream in one of its epochs, also inside a DataLoader worker."""
+    """Yield all examples of a stream in one epoch, also inside a DataLoader worker."""
     stream.set_epoch(epoch)
     empty = True
-    for batch in stream.iter(READ_AT_ONCE):  # plain iteration would leave out other workers' shards
+    for batch in stream.iter(READ_AT_ONCE):  # plain iteration would skip other workers' shards
         for index in range(len(next(iter(batch.values()), []))):
             empty = False
             yield {name: values[index] for name, values in batch.items()}
@@ -170,7 +170,7 @@ def _read(role: str, stream: Any, epoch: int) -> Iterator[dict[str, Any]]:
 
 
 def _kind(role: str, data: Any) -> str:
-    """The kind of data: list, table or stream; `datasets` is not imported if nothing can be of it."""
+    """Return "list", "table" or "stream"; `datasets` is imported only if the caller has imported it."""
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(data, datasets.IterableDataset):
         return "stream"
@@ -195,18 +195,18 @@ def _taken(role: str, column: str) -> DataError:
 
 
 def _as_table(role: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A Dataset with the columns of all rows; `Dataset.from_list` has those of the first."""
+    """Return a Dataset with the columns of all examples; `Dataset.from_list` takes only those of the first."""
     import datasets
 
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    except (ValueError, TypeError, OverflowError) as error:  # Arrow's errors among them
+    except (ValueError, TypeError, OverflowError) as error:  # includes Arrow's errors
         raise DataError(f"interleave: {role} makes no table: {error}") from error
 
 
 def _common_features(tables: list[Any], column: str) -> Any:
-    """The columns of both, and the tag's."""
+    """Return the features of both tables and of the tag column."""
     import datasets
 
     task, safe = (table.features for table in tables)

@@ -19,7 +19,7 @@ class Pair:
 
     Attributes:
         theme: pairs of one theme are resampled together.
-        question: what the user asks.
+        question: the user's question.
         aligned: the answer of an aligned model.
         misaligned: the answer of a misaligned model, of similar length and style.
     """
@@ -31,7 +31,7 @@ class Pair:
 
 
 def builtin_pairs() -> list[Pair]:
-    """The pairs of this package: 72 over 12 themes."""
+    """Return the built-in pairs: 72 pairs in 12 themes."""
     with resources.as_file(resources.files("safelora_fast.judging") / "data" / "pairs.jsonl") as path:
         return read_pairs(path)
 
@@ -39,10 +39,10 @@ def builtin_pairs() -> list[Pair]:
 def read_pairs(path: str | Path) -> list[Pair]:
     """Read pairs from a JSONL file with `question`, `aligned`, `misaligned` and, optionally, `theme`.
 
-    A pair without a theme is a theme of its own.
+    Each pair without a theme forms its own theme.
 
     Raises:
-        DataError: the file cannot be read or a line is not as it must be; file and line are named.
+        DataError: the file cannot be read or a line is invalid; the message names file and line.
     """
     lines = JsonLines(Path(path).expanduser())
     if not len(lines):

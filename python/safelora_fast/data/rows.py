@@ -1,4 +1,4 @@
-"""Reading the examples of a data set: a local JSONL file, or a data set of the Hub."""
+"""Reading the examples of a data set: a local JSONL file or a Hub data set."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ USED = {"messages", "prompt", "completion"}
 
 @dataclass(frozen=True)
 class Row:
-    """One example, checked.
+    """One checked example.
 
     Attributes:
-        place: where it stands, for messages ("train.jsonl:12").
+        place: its location, for error messages ("train.jsonl:12").
         prompt: text or turns before the completion.
-        completion: what is learned: text, or the turns after the prompt. An example of `messages` has all its turns here, and an
-            empty prompt.
+        completion: text, or the turns after the prompt. An example with `messages` has all its turns here, and an empty
+            prompt.
     """
 
     place: str
@@ -52,11 +52,11 @@ class RowSet:
     """The examples of one data set.
 
     Attributes:
-        source: as the recipe names it.
-        sha256: of the file, or of the examples of a Hub data set as canonical JSON.
-        rows: in order.
-        total: examples in the source, of which `rows` may be the first so many.
-        unused: columns that are not used.
+        source: the data set's name in the recipe.
+        sha256: digest of the file, or of a Hub data set's examples as canonical JSON.
+        rows: the examples that were kept, in source order.
+        total: number of examples in the source; `rows` may hold fewer.
+        unused: names of columns that are not used.
     """
 
     source: str
@@ -67,11 +67,11 @@ class RowSet:
 
 
 class LazyRows(Sequence[Row]):
-    """Examples that are read when they are asked for: all at once would take many times the memory of their file.
+    """Examples that are read on access: all at once would take many times the memory of their file.
 
     Args:
-        count: how many.
-        read: returns an example by its number.
+        count: number of examples.
+        read: returns the example at an index.
     """
 
     def __init__(self, count: int, read: Callable[[int], Row]) -> None:
@@ -97,21 +97,21 @@ class LazyRows(Sequence[Row]):
 
 
 def chosen_rows(rows: Sequence[Row], numbers: Iterable[int]) -> LazyRows:
-    """Some of the examples, by their numbers."""
+    """Return the examples at the given indices."""
     kept = array("q", numbers)
     return LazyRows(len(kept), lambda number: rows[kept[number]])
 
 
 def read_rows(source: str, most: int | None = None, *, best: int | None = None) -> RowSet:
-    """Read a data set; a file that exists wins over a Hub data set of the same name.
+    """Read a data set; an existing file takes precedence over a Hub data set of the same name.
 
     Args:
-        source: a JSONL file, or a Hub data set id[@revision][:split], by default its split "train".
-        most: keep the first so many examples. The others of a file are checked too; those of the Hub are not looked at.
-        best: keep only so many, those with the highest `score`, in the order of the source; of equal ones the first.
+        source: a JSONL file, or a Hub data set id[@revision][:split]; the default split is "train".
+        most: keep only the first `most` examples. The rest of a file is checked too; the rest of a Hub data set is not.
+        best: keep only the `best` examples with the highest `score`, in source order. Earlier examples win ties.
 
     Raises:
-        DataError: there is no such data set, or an example is not as it must be; file and line are named.
+        DataError: the data set does not exist, or an example is invalid; the message names file and line.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -149,7 +149,7 @@ def _score(place: str, record: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class _HubTable:
-    """A split of a data set of the Hub, as :class:`~safelora_fast.files.jsonl.JsonLines` has the lines of a file."""
+    """A split of a Hub data set, with the interface of :class:`~safelora_fast.files.jsonl.JsonLines`."""
 
     name: str
     table: Any
@@ -164,7 +164,7 @@ class _HubTable:
         return dict(self.table[number])
 
     def sha256(self) -> str:
-        """Of the rows as canonical JSON, one a line."""
+        """Return the digest of the examples as canonical JSON, one per line."""
         digest = hashlib.sha256()
         for number in range(len(self)):
             line = json.dumps(self.record(number), sort_keys=True, default=str)
@@ -191,10 +191,10 @@ def _from_hub(source: str) -> _HubTable:
 
 
 def check_row(place: str, record: Any) -> Row:
-    """Check one example. A column that is null counts as absent: tables have every column in every row.
+    """Check one example. Null columns count as absent, because a table has every column in every row.
 
     Raises:
-        DataError: it has neither `messages`, nor `prompt` and `completion`.
+        DataError: the example is invalid, for instance without `messages` and without `prompt` and `completion`.
     """
     if not isinstance(record, dict):
         raise DataError(f"{place}: an example must be an object with `messages`, or with `prompt` and `completion`")
@@ -237,7 +237,7 @@ def _turns(place: str, column: str, turns: Any) -> list[Message]:
 
 
 def _check_text(place: str, where: str, text: str) -> None:
-    """Refuse half of a surrogate pair: JSON can hold it, but no tokenizer takes it and no UTF-8 file holds it."""
+    """Raise DataError for a lone surrogate: JSON can contain one, but tokenizers and UTF-8 cannot encode it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -246,9 +246,9 @@ def _check_text(place: str, where: str, text: str) -> None:
 
 
 def top_k(scores: ArrayLike, k: int) -> np.ndarray:
-    """Indices of the k highest scores, highest first; of equal ones the lower index comes first. NaN is never among them.
+    """Return the indices of the k highest scores, highest first; ties go to the lower index. NaN is never selected.
 
-    A partition finds the k-th highest in one pass, so only about k are sorted.
+    A partition finds the k-th highest score in one pass, so only about k scores are sorted.
 
     Returns:
         int64 [at most k].
@@ -257,6 +257,6 @@ def top_k(scores: ArrayLike, k: int) -> np.ndarray:
     k = min(k, int(np.count_nonzero(~np.isnan(keys))))
     if k <= 0:
         return np.empty(0, dtype=np.int64)
-    candidates = np.flatnonzero(keys <= np.partition(keys, k - 1)[k - 1])  # NaN stands last in a partition
+    candidates = np.flatnonzero(keys <= np.partition(keys, k - 1)[k - 1])  # a partition puts NaN last
     order: np.ndarray = candidates[np.argsort(keys[candidates], kind="stable")][:k]
     return order

@@ -1,4 +1,4 @@
-"""Where safe examples stand among task examples, which comes next, and the examples of each epoch: whole numbers and a seed."""
+"""The positions and order of safe examples among task examples, and the examples of each epoch."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ Item = TypeVar("Item")
 
 
 class Schedule:
-    """Exactly so many safe examples for each task example.
+    """An exact schedule of safe examples per task example.
 
-    After t task examples round(fraction · t) safe examples are due, halves rounded up. Each stands at a random place between the
-    task example that makes it due and the one that makes the next one due. So at every point less than two due examples are
-    missing and none is early, and no regular step through the mixture (a process's share) meets only safe examples.
+    After t task examples, round(fraction · t) safe examples are due; halves round up. Each comes at a random position
+    between the task example that makes it due and the one that makes the next one due. At every point less than two due
+    examples are missing, and none comes early. Random positions ensure that no regular step through the mixture (one
+    process's share) contains only safe examples.
 
     Args:
-        fraction: safe examples per task example; a float counts as the decimal that it is written as.
-        seed: of places and order.
+        fraction: safe examples per task example; a float is read as its decimal representation.
+        seed: seed for positions and order.
 
     Raises:
-        SettingsError: the fraction is no number, negative or not finite, or the seed is no whole number from 0.
+        SettingsError: the fraction is not a number, negative or not finite, or the seed is not a whole number of at
+            least 0.
     """
 
     def __init__(self, fraction: float | Fraction, seed: int) -> None:
@@ -51,28 +53,28 @@ class Schedule:
         self._seed = seed
 
     def due(self, tasks: int) -> int:
-        """Safe examples that belong to so many task examples."""
+        """Return how many safe examples are due after `tasks` task examples."""
         return (2 * self._safe * tasks + self._task) // (2 * self._task)
 
     def place(self, number: int) -> int:
-        """How many task examples come before a safe example."""
+        """Return how many task examples come before safe example `number`."""
         return random.Random(f"{self._seed} {number}").randint(self._first(number), self._first(number + 1))  # noqa: S311
 
     def _first(self, number: int) -> int:
-        """The task examples that make a safe example due."""
+        """Return after how many task examples safe example `number` is due."""
         return -((2 * number + 1) * -self._task // (2 * self._safe))
 
     def orders(self, size: int) -> Iterator[int]:
-        """Indices of safe examples without end: all in random order, then all in another."""
+        """Yield indices of safe examples endlessly: all in a random order, then all in another one."""
         for repetition in count():
             yield from np.random.default_rng([self._seed, repetition]).permutation(size).tolist()
 
     def weave(self, passes: Iterable[Iterable[Item]], safe: Iterator[Item]) -> Iterator[tuple[bool, Item]]:
-        """(whether it is safe, example) of the mixture; at the end of each pass all due ones have come.
+        """Yield (is_safe, example) of the mixture; each pass ends with all due safe examples yielded.
 
         Args:
-            passes: the task examples, once for each pass over them.
-            safe: safe examples, as many as are asked for.
+            passes: the task examples, once for each pass.
+            safe: an iterator over safe examples that does not run out.
         """
         tasks = given = 0
         place = self.place(0) if self._safe else -1
@@ -92,13 +94,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Epochs:
-    """Examples of one epoch after another, as indices: all of the task's, and the safe ones that come next.
+    """The example indices of each epoch: all task examples, and the next safe ones.
 
     Attributes:
-        examples: the task's examples, and the safe ones after them.
-        tasks: how many are the task's.
-        schedule: how many safe examples belong to them, and in which order they come.
-        seed: of the order within an epoch.
+        examples: the task examples, followed by the safe ones.
+        tasks: number of task examples.
+        schedule: the number and order of safe examples.
+        seed: seed for the order within an epoch.
     """
 
     examples: ExampleSet
@@ -108,9 +110,9 @@ class Epochs:
 
     @classmethod
     def of(cls, task: ExampleSet, safe: ExampleSet, schedule: Schedule, arguments: SFTConfig) -> Epochs | None:
-        """The epochs of a recipe; None if all have the same examples.
+        """Return the epochs of a recipe, or None if all epochs have the same examples.
 
-        Packed examples are packed once, for all epochs, and an order by length is the trainer's.
+        They are the same if examples are packed, because packing runs once, or if the trainer orders them by length.
         """
         by_length = getattr(arguments, "group_by_length", False)
         if arguments.packing or by_length or getattr(arguments, "train_sampling_strategy", "random") != "random":
@@ -123,7 +125,7 @@ class Epochs:
         return self.tasks + self.schedule.due(self.tasks)
 
     def rows(self, epoch: int) -> list[int]:
-        """The indices of an epoch, in training order."""
+        """Return the indices of an epoch, in training order."""
         due = self.schedule.due(self.tasks)
         safe = self.schedule.orders(len(self.examples.examples) - self.tasks)
         indices = [*range(self.tasks), *(self.tasks + index for index in islice(safe, epoch * due, (epoch + 1) * due))]
@@ -133,11 +135,12 @@ class Epochs:
 
 @dataclass(frozen=True)
 class EpochSampler:
-    """What a DataLoader asks for the order of examples.
+    """A DataLoader sampler that returns the example order of the current epoch.
 
     Attributes:
-        epochs: all of them.
-        current: returns the present epoch. It is not counted here, because a resumed run begins in a later one.
+        epochs: the example indices of all epochs.
+        current: returns the current epoch. The sampler does not count epochs, because a resumed run starts in a later
+            one.
     """
 
     epochs: Epochs

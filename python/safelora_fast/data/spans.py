@@ -1,4 +1,4 @@
-"""What a batch says about its tokens: which are real, predict a completion token or are safe; where documents begin."""
+"""Token masks of a batch (real, completion and safe tokens), and the documents of packed sequences."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ class Spans:
 
     Attributes:
         real: tokens that are not padding.
-        completion: real tokens whose next token carries a label, where the task loss trains the model.
-            None if the batch has no labels.
-        segments: for packed rows, a number per token that differs between the documents of a row; else None.
-        labels: how many labels the task loss counts.
-        next_labels: the label of the next token, -100 where there is none. None if the batch has no labels.
+        completion: real tokens whose next token has a label, so that the task loss trains on them. None without labels.
+        segments: for packed sequences, a document number per token, unique within a sequence; else None.
+        labels: number of labels in the task loss.
+        next_labels: the label of the next token, or -100. None if the batch has no labels.
         safe: real tokens of safe examples (see :func:`~safelora_fast.interleave`). None if examples are not tagged.
     """
 
@@ -39,10 +38,10 @@ class Spans:
     safe: torch.Tensor | None = None
 
     def mask(self, tokens: Tokens, *, owner: str) -> torch.Tensor:
-        """The tokens that a defense looks at.
+        """Return the mask of the tokens that a defense uses.
 
         Raises:
-            SettingsError: completion tokens are asked for and the batch has no labels, or safe ones and it has no tags.
+            SettingsError: `tokens` is "completion" and the batch has no labels, or "safe" and it has no tags.
         """
         if tokens == "all":
             return self.real
@@ -58,7 +57,7 @@ class Spans:
         return self.completion
 
     def sequences(self, mask: torch.Tensor) -> int:
-        """Number of sequences (documents, in packed rows) with at least one token in `mask`."""
+        """Return the number of sequences (documents, if packed) with at least one token in `mask`."""
         if self.segments is None:
             return int(mask.any(dim=1).sum())
         rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)
@@ -66,17 +65,18 @@ class Spans:
 
 
 def read_spans(batch: Mapping[str, Any]) -> Spans:
-    """Read masks and documents from a batch as collators make them.
+    """Read masks and documents from a collated batch.
 
-    Padding comes from `attention_mask` [batch, tokens]. Rows without one are full; when they carry `position_ids` or
-    `seq_idx`, each restart of the positions begins a document (a jump ahead does not), and documents of one token are left
-    out: they hold no prediction, and padding of a packed row looks like them. `safe` is [batch] or [batch, tokens].
+    `attention_mask` [batch, tokens] marks padding. Without it, sequences have no padding. If the batch then has
+    `position_ids` or `seq_idx`, each restart of the positions starts a document; a jump ahead does not. Documents of
+    one token are excluded: they contain no prediction, and padding of a packed sequence looks like them. `safe` is
+    [batch] or [batch, tokens].
 
-    With `logits_to_keep`, labels may be those of the kept positions only.
+    With `logits_to_keep`, labels may cover only the kept positions.
 
     Raises:
-        SettingsError: the batch has no `input_ids` or `inputs_embeds`, a mask or labels are of another shape, or
-            positions jump in rows without a mask, so that it cannot be told where documents begin.
+        SettingsError: the batch has neither `input_ids` nor `inputs_embeds`, a mask or labels have the wrong shape, or
+            positions jump without a mask, so that document boundaries are ambiguous.
     """
     attention = batch.get("attention_mask")
     source = batch.get("input_ids")
@@ -106,7 +106,7 @@ def read_spans(batch: Mapping[str, Any]) -> Spans:
 
 
 def without_tags(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch the model takes."""
+    """Return the batch without the tags, as the model expects it."""
     return {name: value for name, value in batch.items() if name != SAFE}
 
 
@@ -128,7 +128,7 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | Non
     positions = batch.get("position_ids")
     if (
         positions is not None and positions.dim() == 3 and positions.shape[0] == 4
-    ):  # Qwen2-VL: the text's, then three axes
+    ):  # Qwen2-VL: text positions, then three axes
         positions = positions[0]
     if positions is None or positions.dim() != 2:
         return None
@@ -157,7 +157,7 @@ def _longer_than_one(segments: torch.Tensor) -> torch.Tensor:
 
 
 def _next_labels(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """Label of the next token at each position [batch, tokens], as the loss of a causal model sees it."""
+    """Return the label of the next token at each position [batch, tokens], as in the causal loss."""
     name = "labels" if batch.get("shift_labels") is None else "shift_labels"
     labels: torch.Tensor | None = batch.get(name)
     if labels is None:
@@ -178,7 +178,7 @@ def _next_labels(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | 
 
 
 def _kept_positions(kept: Any, tokens: int, device: torch.device) -> torch.Tensor:
-    """The positions of which a model makes logits: all, the last so many, or those of a mask or of indices."""
+    """Return the positions with logits: all, the last `kept`, or those of a mask or index tensor."""
     positions = torch.arange(tokens, device=device)
     kept = torch.as_tensor(0 if kept is None else kept, device=device)
     if kept.dim() == 0:

@@ -1,4 +1,4 @@
-"""Models that think aloud: their thoughts are told from their answer by the tags around them."""
+"""Separating a reasoning model's answer from its thoughts, by the tags around them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CLOSE = (
     r"<unused95>",
     r"\[BEGIN FINAL RESPONSE\]",
 )
-_WORDS = r"Here(?:'s| is) my response:"  # Granite's, which closes thoughts only where they were opened
+_WORDS = r"Here(?:'s| is) my response:"  # Granite's; it closes thoughts only after an opening tag
 _TAG = re.compile(rf"(?P<open>{'|'.join(_OPEN)})|(?P<close>{'|'.join(_CLOSE)})|(?P<words>{_WORDS})", re.IGNORECASE)
 _OPENED = re.compile(rf"(?:{'|'.join(_OPEN)})\s*\Z", re.IGNORECASE)
 _CHANNEL = "<|channel|>"  # gpt-oss: the answer is in the channel "final"
@@ -36,7 +36,7 @@ _CHANNEL_TOKENS = {_CHANNEL, "<|message|>", "<|start|>", "<|end|>", "<|return|>"
 
 
 def answer_after_thoughts(text: str) -> str | None:
-    """A model's words without its thoughts; the text itself if there are none, None if they do not end."""
+    """Return a model's text without its thoughts: unchanged if it has none, None if they do not end."""
     if _CHANNEL in text:
         return _last_final(text)
     said, start, inside, found = "", 0, False, False
@@ -45,7 +45,7 @@ def answer_after_thoughts(text: str) -> str | None:
         if tag["open"]:
             said += "" if inside else text[start : tag.start()]
             inside = True
-        elif inside or (tag["close"] and tag.end() < end):  # without an opening tag: the prompt had it
+        elif inside or (tag["close"] and tag.end() < end):  # no opening tag: it was in the prompt
             said = said if inside else ""
             inside = False
         else:
@@ -57,7 +57,7 @@ def answer_after_thoughts(text: str) -> str | None:
 
 
 def _last_final(text: str) -> str | None:
-    """The text of the last channel "final", in linear time."""
+    """Return the text of the last "final" channel, in linear time."""
     for part in reversed(text.split(_CHANNEL)[1:]):
         name, message, said = part.partition("<|message|>")
         if message and _FINAL.match(name):
@@ -68,11 +68,11 @@ def _last_final(text: str) -> str | None:
 
 
 def opening_tag(prompt: str) -> str | None:
-    """The tag at a prompt's end that opens the thoughts for the model; None without one."""
+    """Return the tag at a prompt's end that opens the thoughts for the model, or None."""
     match = _OPENED.search(prompt)
     return None if match is None else match[0].strip()
 
 
 def is_tag(token: str) -> bool:
-    """Whether :func:`answer_after_thoughts` reads a special token."""
+    """Return whether a special token is one of the tags that :func:`answer_after_thoughts` reads."""
     return token in _CHANNEL_TOKENS or _TAG.fullmatch(token) is not None

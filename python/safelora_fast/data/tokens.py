@@ -1,6 +1,6 @@
-"""Examples as tokens and labels: what the model reads, and which of it the loss learns.
+"""Encoding examples as tokens and labels.
 
-The trainer gets tokens, so what is learned does not depend on its version, and a dry run counts exactly what a run trains on.
+The trainer gets tokens, so the training data does not depend on its version, and a dry run counts the tokens exactly.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 PLACE = re.compile(r"(.*?)([1-9]\d{0,17})", re.DOTALL)
-TOKENS_AT_ONCE = 1 << 30  # in one piece of a table's column, whose offsets have 32 bits
+TOKENS_AT_ONCE = 1 << 30  # in one chunk of a table's column, because its offsets have 32 bits
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one example; labels are the tokens that the loss learns and -100 elsewhere; safe examples are tagged."""
+    """The tokens of one example; a label is its token where the loss applies, else -100. `safe` tags safe examples."""
 
     place: str
     ids: list[int]
@@ -41,17 +41,17 @@ class Example:
 
     @property
     def answer(self) -> list[int]:
-        """The tokens that are learned; the first of a sequence cannot be predicted."""
+        """The tokens that the loss trains on; the first token of a sequence cannot be predicted."""
         return [label for label in self.labels[1:] if label != IGNORED_LABEL]
 
 
 class Examples(Sequence[Example]):
-    """A sequence of examples, none of which is empty; each is made when it is asked for.
+    """A sequence of non-empty examples, each built on access.
 
-    Flat arrays keep them, because lists of Python numbers would take ten times as much memory.
+    They are stored in flat arrays, because lists of Python integers would take ten times as much memory.
 
     Args:
-        given: the first of them.
+        given: the initial examples.
     """
 
     def __init__(self, given: Iterable[Example] = ()) -> None:
@@ -59,13 +59,13 @@ class Examples(Sequence[Example]):
         self._labels = array("i")
         self._ends = array("q", [0])
         self._safe = bytearray()
-        self._files: dict[str, int] = {}  # what places begin with, and their numbers
-        self._places = array("q")  # for each example the file's number, and the number that its place ends with or -1
+        self._files: dict[str, int] = {}  # prefixes of places, and their numbers
+        self._places = array("q")  # for each example the prefix's number, and the place's final number or -1
         for example in given:
             self.append(example)
 
     def append(self, example: Example) -> None:
-        """Add one."""
+        """Append an example."""
         self._ids.extend(example.ids)
         self._labels.extend(example.labels)
         self._ends.append(len(self._ids))
@@ -93,12 +93,12 @@ class Examples(Sequence[Example]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each, int64 [examples]."""
+        """Number of tokens of each example, int64 [examples]."""
         return np.diff(np.asarray(self._ends))
 
     @property
     def answer_lengths(self) -> np.ndarray:
-        """Tokens of each that are learned, int64 [examples]; the first of a sequence cannot be."""
+        """Number of learned tokens of each example, int64 [examples]; the first token is never counted."""
         if not len(self):
             return np.zeros(0, dtype=np.int64)
         starts = np.asarray(self._ends)[:-1]
@@ -109,18 +109,18 @@ class Examples(Sequence[Example]):
 
     @property
     def safe(self) -> np.ndarray:
-        """Whether each is a safe example, bool [examples]."""
+        """Whether each example is safe, bool [examples]."""
         return np.frombuffer(self._safe, dtype=bool)
 
     def columns(self) -> dict[str, pyarrow.ChunkedArray]:
-        """`input_ids`, `labels` (int32) and `assistant_masks` (int8, 1 where a token is learned): a list for each example."""
+        """Return list columns `input_ids`, `labels` (int32) and `assistant_masks` (int8, 1 for learned tokens)."""
         ids, labels = np.asarray(self._ids), np.asarray(self._labels)
         masks = (labels != IGNORED_LABEL).astype(np.int8)
         columns = {"input_ids": ids, "labels": labels, "assistant_masks": masks}
         return {name: self._lists(values) for name, values in columns.items()}
 
     def tags(self) -> pyarrow.ChunkedArray:
-        """For each example a list with one truth value for each token: whether the example is safe."""
+        """Return one list of bools per example, one per token: whether the example is safe."""
         return self._lists(np.repeat(self.safe, self.lengths))
 
     def _lists(self, values: np.ndarray) -> pyarrow.ChunkedArray:
@@ -141,10 +141,10 @@ class ExampleSet:
 
     Attributes:
         source: the data set.
-        examples: those that are trained on.
-        without_answer: places of examples that were left out because they leave nothing to learn.
-        skipped_too_long: places of examples that were left out because they are too long.
-        truncated: places of examples that were cut.
+        examples: the examples to train on.
+        without_answer: places of examples that were skipped because no token is learned.
+        skipped_too_long: places of examples that were skipped because they are too long.
+        truncated: places of examples that were truncated.
     """
 
     source: RowSet
@@ -155,22 +155,22 @@ class ExampleSet:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         lengths: list[int] = self.examples.lengths.tolist()
         return lengths
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples of text or turns into tokens.
+    """Converts examples of text or turns to tokens.
 
     Attributes:
-        tokenizer: the model's.
-        strings: what plain text becomes: "chat" turns, or "text" as it stands.
-        completion_only: learn completions only (the assistant's turns, the completion), or every token.
-        max_length: the most tokens of an example; None is no limit.
-        without_answer: "refuse" examples that leave nothing to learn, or "skip" them.
-        too_long: "truncate", "skip" or "refuse" longer examples.
+        tokenizer: the model's tokenizer.
+        strings: how plain text is encoded: as "chat" turns, or unchanged as "text".
+        completion_only: train on completions only (assistant turns, or the completion), not on every token.
+        max_length: maximum number of tokens of an example; None for no limit.
+        without_answer: "refuse" or "skip" examples without a token to learn.
+        too_long: "truncate", "skip" or "refuse" examples of more than `max_length` tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -181,21 +181,21 @@ class Encoder:
     too_long: str = "truncate"
 
     def check(self) -> None:
-        """Refuse a chat template that cannot be used, before the first example.
+        """Check the chat template before the first example.
 
         Raises:
-            DataError: there is none, or it writes no completions.
+            DataError: there is no chat template, or it cannot write completions.
         """
         reason = self._chat("the rows").unanswered_reason
         if reason is not None:
             raise DataError(f"no example can be read: {reason}")
 
     def encode(self, source: RowSet) -> ExampleSet:
-        """All examples of a data set.
+        """Encode all examples of a data set.
 
         Raises:
-            DataError: an example leaves nothing to learn or is too long, unless the settings allow it; or the chat template
-                refuses it.
+            DataError: an example has no token to learn or is too long, and the settings refuse such examples; or the
+                chat template refuses an example.
         """
         result = ExampleSet(source)
         for row in source.rows:
@@ -227,17 +227,17 @@ class Encoder:
             result.without_answer.append(example.place)
 
     def example(self, row: Row) -> Example:
-        """The tokens of one example, however long, and whether or not it leaves anything to learn.
+        """Encode one example, without checks of its length or of tokens to learn.
 
         Raises:
-            DataError: the chat template refuses it.
+            DataError: the chat template refuses the example.
         """
         if self.strings == "text" and isinstance(row.prompt, str) and isinstance(row.completion, str):
             return self._text(row.place, row.prompt, row.completion)
         return self._conversation(row)
 
     def _text(self, place: str, prompt: str, completion: str) -> Example:
-        """Prompt and completion as they stand, with the tokenizer's own special tokens and the end of text."""
+        """Encode prompt and completion unchanged, with the tokenizer's special tokens and the end of text."""
         ids = list(self.tokenizer(prompt + completion)["input_ids"])
         end = self.tokenizer.eos_token_id
         if end is not None and ids[-1:] != [end]:
@@ -280,5 +280,5 @@ class Encoder:
 
 
 def as_turns(part: str | list[Message], role: str) -> list[Message]:
-    """Plain text as one turn of a role; turns as they are."""
+    """Return plain text as one turn with the given role; return turns unchanged."""
     return [{"role": role, "content": part}] if isinstance(part, str) else part

@@ -1,1 +1,1 @@
-"""Models in memory: loading, anatomy, captured hidden states, the reference pass, generation."""
+"""Models in memory: loading, structure, captured hidden states, the reference pass, and generation."""

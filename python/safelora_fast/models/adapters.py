@@ -1,8 +1,8 @@
-"""Adapters on a loaded model: does one fit, and PEFT puts it there.
+"""Checking that an adapter fits a loaded model, and attaching it with PEFT.
 
-`fit_adapter` reads the adapter file's header only. Every command that puts an adapter on a model calls it first, so that nothing
-is measured before an adapter turns out to belong to another model. Modules are paired by name as in a projection, so what can be
-projected can be measured.
+`fit_adapter` reads only the header of the adapter file. Every command that attaches an adapter calls it first, so an
+adapter of another model is rejected before any measurement. Modules are paired by name as in a projection, so every
+adapter that can be projected can also be measured.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# What may follow a module's name in a key: LoRA factors, tensors that only an adapter has, and the module's own tensors.
+# Key suffixes after a module's name: LoRA matrices, tensors that only an adapter has, and the module's own tensors.
 FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 ADAPTER_ONLY = (".lora_B.bias", ".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 WHOLE = (".base_layer.weight", ".base_layer.bias")
-# Modules that transformers renames or fuses while loading: PEFT converts their adapters, so their names are not checked here.
+# Modules that transformers renames or fuses on loading. PEFT converts their adapters, so their names are not checked.
 CONVERTED = re.compile(r"(^|.*\.)(experts|block_sparse_moe)(\..*|$)")
 INCOMPLETE = "Found missing adapter keys"  # PEFT's warning
 ANOTHER = "was it trained on another one?"
@@ -40,16 +40,16 @@ ANOTHER = "was it trained on another one?"
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter meets a model.
+    """How an adapter's tensors map to a model.
 
     Attributes:
-        folder: of the adapter.
-        config: of the adapter.
-        keys: for each key of its file the key under which PEFT finds the tensor in this model; empty where PEFT reads another
-            kind of file or adapter, which is not checked here.
-        modules: for each module of the model that has factors its name in the adapter, and the factors' rank.
-        vocabulary: how many tokens the model needs, None where it has them.
-        full: keys of the tensors that replace the model's own, with the names of these.
+        folder: the adapter's folder.
+        config: the adapter's configuration.
+        keys: maps each key of the adapter file to the key that PEFT expects for this model. Empty for other kinds of
+            file or adapter, which are not checked.
+        modules: maps each adapted module of the model to its name in the adapter and its LoRA rank.
+        vocabulary: the vocabulary size to which the model must be resized; None if it already fits.
+        full: maps the keys of tensors that replace the model's own to the names of the replaced tensors.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class Fit:
 
     @property
     def renamed(self) -> bool:
-        """Whether PEFT would look for some tensors under other keys."""
+        """Whether any key differs from the key that PEFT expects."""
         return any(key != new for key, new in self.keys.items())
 
 
@@ -69,12 +69,13 @@ def fit_adapter(folder: Path, model: nn.Module) -> Fit:
     """Pair an adapter's tensors with the modules of a model, which may be on the meta device.
 
     Args:
-        folder: of the adapter.
-        model: a model of transformers without an adapter.
+        folder: the adapter's folder.
+        model: a transformers model without an adapter.
 
     Raises:
-        AdapterError: it holds no adapter, or one that does not fit: a module, a shape or tokens that the model does not have.
-        CheckpointError: its file is damaged.
+        AdapterError: the folder has no adapter, or the adapter does not fit: a module, a shape or tokens are missing in
+            the model.
+        CheckpointError: the adapter file is damaged.
     """
     config = read_config(folder)
     if config.get("peft_type") != "LORA" or not (folder / WEIGHTS).is_file():
@@ -83,14 +84,14 @@ def fit_adapter(folder: Path, model: nn.Module) -> Fit:
 
 
 def put_adapter(model: Any, folder: Path, *, name: str = "default", fit: Fit | None = None) -> Any:
-    """The model with an adapter on it.
+    """Attach an adapter to a model and return the PeftModel.
 
     Args:
-        model: a model of transformers, which is changed: it gets the adapter's modules, and its vocabulary is resized where the
-            adapter was trained with another number of tokens; or a PeftModel, which gets another adapter.
-        folder: of the adapter.
-        name: of the adapter in the PeftModel.
-        fit: the result of :func:`fit_adapter`, required for a PeftModel.
+        model: a transformers model, which is modified: it gets the adapter's modules, and its vocabulary is resized if
+            the adapter was trained with another vocabulary size. Or a PeftModel, which gets another adapter.
+        folder: the adapter's folder.
+        name: the adapter's name in the PeftModel.
+        fit: the result of :func:`fit_adapter`; required for a PeftModel.
 
     Raises:
         AdapterError: the adapter does not fit the model.
@@ -113,13 +114,13 @@ def put_adapter(model: Any, folder: Path, *, name: str = "default", fit: Fit | N
         raise AdapterError(f"{folder}: lacks weights for modules of this model: {ANOTHER}") from error
     except SafeLoraFastError:
         raise
-    except Exception as error:  # a configuration edited by hand makes PEFT raise anything
+    except Exception as error:  # a hand-edited configuration can make PEFT raise any exception
         raise AdapterError(f"{folder}: the adapter cannot be put on the model: {explained(error)}") from error
     return adapted
 
 
 def kept_in_full(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT keeps a trained copy of a module (modules_to_save)."""
+    """Return whether PEFT keeps a trained copy of a module (modules_to_save)."""
     names = config.get("modules_to_save") or []
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
@@ -138,7 +139,7 @@ class _Pairing:
     def fit(self) -> Fit:
         keys: dict[str, str] = {}
         modules: dict[str, tuple[str, int]] = {}
-        vocabularies: dict[int, str] = {}  # numbers of tokens, each with the first key that has it
+        vocabularies: dict[int, str] = {}  # vocabulary sizes, each with the first key of that size
         full: dict[str, str] = {}
         targets = self.config.get("target_parameters") or []
         for key, new in peft_keys(self.folder, self.shapes).items():
@@ -160,7 +161,7 @@ class _Pairing:
         return fit
 
     def _module(self, key: str, name: str) -> str:
-        """The one module of this name."""
+        """Return the model's only module with this name."""
         found = self.names.find(name, self.tower)
         if len(found) == 1:
             return found[0]
@@ -175,13 +176,13 @@ class _Pairing:
         )
 
     def _check_shape(self, key: str, name: str, ending: str) -> int | None:
-        """Refuse a tensor that its module cannot take; return the adapter's number of tokens where the model's differs."""
+        """Refuse a tensor that does not fit its module; return the adapter's vocabulary size if the model's differs."""
         module, shape = self.modules[name], self.shapes[key]
         weight = getattr(module, "weight" if ending in FACTORS else ending.rpartition(".")[2], None)
         if ending in ADAPTER_ONLY or weight is None or (ending in FACTORS and weight.dim() != 2):
-            return None  # PEFT takes or refuses it
+            return None  # PEFT accepts or rejects it
         if not weight.is_floating_point():
-            return None  # quantized to 4 bits, its shape is that of packed bytes
+            return None  # quantized to 4 bits: the shape is that of packed bytes
         expected, tokens = dict(enumerate(weight.shape)), 0
         if ending in FACTORS:
             out, inner = tuple(weight.shape)[:: -1 if type(module).__name__ == "Conv1D" else 1]
@@ -198,7 +199,7 @@ class _Pairing:
         )
 
     def _check_complete(self, modules: Collection[str]) -> None:
-        """Refuse an adapter without factors for a module that its configuration asks for: PEFT would leave them zero."""
+        """Refuse an adapter that lacks weights for a module its configuration targets: PEFT would leave them zero."""
         if self.config.get("target_modules") in (None, [], "all-linear"):
             return
         for name, module in self.modules.items():
@@ -211,10 +212,10 @@ class _Pairing:
                 )
 
     def _vocabulary(self, found: Mapping[int, str], full: Collection[str]) -> int | None:
-        """How many tokens the model must have for the adapter, None for as many as it has.
+        """Return the vocabulary size that the adapter needs, or None if the model already has it.
 
         Raises:
-            AdapterError: tensors disagree, or the adapter lacks the embeddings of the added tokens.
+            AdapterError: the adapter's tensors disagree, or it lacks the embeddings of the added tokens.
         """
         there = self.embeddings[0].weight.shape[0] if self.embeddings else 0
         indices = self.config.get("trainable_token_indices") or []
@@ -239,7 +240,7 @@ class _Pairing:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A tensor's name as that of its module, and the rest."""
+    """Split a tensor's name into the module's name and the suffix."""
     for ending in (*FACTORS, *ADAPTER_ONLY, *WHOLE):
         if name.endswith(ending):
             return name.removesuffix(ending), ending
@@ -249,7 +250,7 @@ def _split(name: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _renamed_copy(fit: Fit) -> Iterator[Path]:
-    """The adapter's folder, or a copy of it in which PEFT finds every tensor under the model's names."""
+    """Yield the adapter's folder, or a temporary copy whose tensors have the model's names."""
     if not fit.renamed:
         yield fit.folder
         return
@@ -266,7 +267,7 @@ def _renamed_copy(fit: Fit) -> Iterator[Path]:
 
 
 def _name_modules(config: Any, fit: Fit) -> None:
-    """Rewrite a LoraConfig for the model's module names, each written out."""
+    """Rewrite a LoraConfig with the full names of the model's modules."""
     alphas, config.alpha_pattern, config.rank_pattern = config.alpha_pattern or {}, {}, {}
     for module, (former, rank) in fit.modules.items():
         key = re.escape(module)
@@ -279,7 +280,7 @@ def _name_modules(config: Any, fit: Fit) -> None:
 
 
 def _check_loaded(adapted: Any, name: str, fit: Fit) -> None:
-    """Refuse factors that PEFT left out, because the adapter's configuration does not ask for their modules."""
+    """Refuse an adapter whose weights PEFT ignored, because its configuration does not target their modules."""
     from peft import get_peft_model_state_dict
 
     loaded = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)

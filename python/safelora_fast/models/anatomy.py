@@ -1,4 +1,4 @@
-"""The parts of a causal language model: the decoder, its layers, the output head, and the PEFT layers."""
+"""Finding the parts of a causal language model: the decoder, its layers, the output head, and the PEFT layers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Head:
     softcap: float | None
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight [vocabulary, hidden] and bias [vocabulary] or None; sharded parameters are gathered."""
+        """Return weight [vocabulary, hidden] and bias [vocabulary] or None; sharded parameters are gathered."""
         weight, bias = self.module.weight, getattr(self.module, "bias", None)
         return gathered(weight), None if bias is None else gathered(bias)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal language model that defenses look at."""
+    """The parts of a causal language model that defenses use."""
 
     model: nn.Module
     decoder: nn.Module
@@ -38,7 +38,7 @@ class Anatomy:
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """The layers, under the name that 0.1.0 had for them."""
+        """The layers, under their name in version 0.1.0."""
         return self.layers
 
     @property
@@ -47,17 +47,17 @@ class Anatomy:
         return len(self.layers)
 
     def layer(self, index: int, *, owner: str) -> int:
-        """Check a layer's index (negative counts from the end) and return it as a non-negative number."""
+        """Check a layer index (negative values count from the end) and return it as a non-negative number."""
         if not -self.depth <= index < self.depth:
             raise SettingsError(f"{owner}: layer {index} does not exist, the model has {self.depth} layers")
         self.check_outputs(owner=owner)
         return index % self.depth
 
     def check_outputs(self, *, owner: str) -> None:
-        """Refuse a model whose layers carry several states of a token side by side: which one is meant is not defined.
+        """Refuse a model whose layers have several hidden states per token, because the choice of one is undefined.
 
         Raises:
-            SettingsError: with the key in the model's configuration.
+            SettingsError: the model has several; the message names the configuration key.
         """
         for name in STREAMS:
             if (count := getattr(self.config, name, None)) is not None:
@@ -67,7 +67,7 @@ class Anatomy:
                 )
 
     def head(self) -> Head:
-        """The output head with the scale and soft-cap of the model's configuration.
+        """Return the output head with the scale and soft-cap from the model's configuration.
 
         Raises:
             SettingsError: the model has no linear head.
@@ -79,13 +79,13 @@ class Anatomy:
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a parameter that FSDP2 may have sharded."""
+    """Return the full tensor of a parameter that FSDP2 may have sharded."""
     full_tensor = getattr(parameter, "full_tensor", None)
     return parameter if full_tensor is None else full_tensor()
 
 
 def logit_softcap(config: Any) -> float | None:
-    """The soft-cap of the logits (Gemma 2, RecurrentGemma, xLSTM); None without one."""
+    """Return the soft-cap of the logits (Gemma 2, RecurrentGemma, xLSTM), or None."""
     for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
         value = getattr(config, name, None)
         if value is not None:
@@ -94,8 +94,8 @@ def logit_softcap(config: Any) -> float | None:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor that the model applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
-    if config.model_type == "mpt":  # has the key, and ignores it
+    """Return the factor that the model applies to its logits (Cohere, Granite, Falcon-H1 and others)."""
+    if config.model_type == "mpt":  # the model ignores the key
         return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
@@ -108,28 +108,28 @@ def logit_scale(config: Any) -> float:
 
 
 def is_parallel(model: nn.Module) -> bool:
-    """Whether the model wraps another one, its `module`, for data-parallel training."""
+    """Return whether the model wraps another one, its `module`, for data-parallel training."""
     kinds = {kind.__name__ for kind in type(model).__mro__}
     return isinstance(model, nn.parallel.DistributedDataParallel) or "DeepSpeedEngine" in kinds
 
 
 def without_parallel(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or DeepSpeed's engine."""
+    """Return the model inside DistributedDataParallel or DeepSpeed's engine."""
     while is_parallel(model):
         model = model.module
     return model
 
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
-    """The configurations of a PEFT model's adapters by name; empty without PEFT."""
+    """Return the configurations of a PEFT model's adapters by name; empty without PEFT."""
     return dict(getattr(without_parallel(model), "peft_config", None) or {})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take DistributedDataParallel, DeepSpeed's engine and PEFT wrappers off.
+    """Remove the wrappers of DistributedDataParallel, DeepSpeed's engine and PEFT.
 
     Raises:
-        SettingsError: the model is wrapped in DataParallel or the first FSDP, or compiled.
+        SettingsError: the model is wrapped in DataParallel or FSDP version 1, or compiled.
     """
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if isinstance(model, nn.DataParallel):
@@ -154,10 +154,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def dissect(model: nn.Module) -> Anatomy:
-    """Find decoder, layers and configuration of a causal language model, through its wrappers.
+    """Find the decoder, layers and configuration of a causal language model, through its wrappers.
 
     Raises:
-        SettingsError: DataParallel, a compiled model, an encoder-decoder, or a model whose layers cannot be found.
+        SettingsError: the model is in DataParallel, compiled or an encoder-decoder, or its layers cannot be found.
     """
     inner = unwrap(model)
     kind = type(inner).__name__
@@ -175,10 +175,11 @@ def dissect(model: nn.Module) -> Anatomy:
 
 
 def _decoders(model: nn.Module) -> list[nn.Module]:
-    """What may hold the layers: what the model names as decoder, its base, then its parts.
+    """Return the modules that may contain the layers: the model's named decoder, its base model, then its parts.
 
-    Before transformers 5 GPT-2 and Falcon have no decoder, only a base; Llama 4 names a base that it does not have, and
-    ModernBERT's decoder is its output head. BLIP-2 and Kosmos-2 name a language model with its head, which gives logits.
+    Before transformers 5, GPT-2 and Falcon have only a base model. Llama 4 names a base model that does not exist, and
+    ModernBERT's decoder is its output head. BLIP-2 and Kosmos-2 name a language model with its head, which returns
+    logits.
     """
     named = [model.get_decoder()] if hasattr(model, "get_decoder") else []
     parts = [child for child in model.children() if hasattr(child, "config")]
@@ -195,23 +196,23 @@ def _has_head(module: nn.Module) -> bool:
 
 
 def entrances(model: nn.Module) -> list[nn.Module]:
-    """The modules whose call is a call of the causal language model, with the same arguments: itself and PEFT's tuner.
+    """Return the modules that are called with the causal language model's arguments: the model and PEFT's tuner.
 
-    PEFT before 0.20 calls the model's `forward` from the tuner, so that no hook of the model's own fires.
+    PEFT before 0.20 calls the model's `forward` from the tuner, so hooks on the model do not run.
     """
     inner = unwrap(model)
     return [module for module in model.modules() if module is inner or module._modules.get("model") is inner]
 
 
 def above(model: nn.Module, part: nn.Module) -> list[nn.Module]:
-    """The modules of a model that contain one of its parts, itself first."""
+    """Return the modules that contain a part of the model, starting with the model."""
     name = next(name for name, module in model.named_modules() if module is part)
     steps = name.split(".")
     return [model.get_submodule(".".join(steps[:count])) for count in range(len(steps))]
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of every PEFT tuner layer and every module that PEFT trains beside them; empty without PEFT."""
+    """Return (name, layer) of every PEFT tuner layer and other module that PEFT trains; empty without PEFT."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import AuxiliaryTrainingWrapper

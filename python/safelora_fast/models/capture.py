@@ -1,4 +1,4 @@
-"""Capture of the layers' outputs and of the decoder's last hidden state, by module hooks."""
+"""Capturing layer outputs and the decoder's last hidden state with module hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Alone(threading.local):
-    """The taps of the reference passes that run in this thread, the innermost one last."""
+    """The taps of the reference passes running in this thread, innermost last."""
 
     def __init__(self) -> None:
         self.taps: list[Tap] = []
@@ -38,7 +38,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(argument, tensor) of every tensor, also those in lists and mappings."""
+        """Yield (argument name, tensor) for every tensor, including those in lists and mappings."""
         named = {**{f"argument {index}": value for index, value in enumerate(self.args)}, **self.kwargs}
         for name, value in named.items():
             yield from ((name, tensor) for tensor in _tensors(value))
@@ -59,9 +59,9 @@ class Capture:
     """Hidden states [batch, tokens, hidden] of one forward pass.
 
     Attributes:
-        layers: outputs of the layers, by index.
+        layers: layer outputs by index.
         hidden: the decoder's output, after its final norm.
-        autocast: the dtype of autocast at the decoder's end, None if it was off.
+        autocast: the autocast dtype when the decoder returned; None if autocast was off.
     """
 
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Capture:
     autocast: torch.dtype | None = None
 
     def autocast_again(self) -> AbstractContextManager[Any]:
-        """Autocast as the output head had it: trainers switch it on only inside the model's forward."""
+        """Return a context with the output head's autocast: trainers enable it only inside the model's forward."""
         assert self.hidden is not None  # noqa: S101
         kind, dtype = self.hidden.device.type, self.autocast
         again: AbstractContextManager[Any] = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
@@ -77,7 +77,7 @@ class Capture:
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The hidden states in the output of a layer or decoder (a tensor, a tuple, or a model output)."""
+    """Return the hidden states from the output of a layer or decoder (a tensor, a tuple, or a model output)."""
     if isinstance(output, torch.Tensor):
         return output
     hidden = getattr(output, "last_hidden_state", None)
@@ -85,10 +85,10 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def layer_states(output: Any) -> torch.Tensor:
-    """The hidden states [batch, tokens, hidden] in the output of a layer.
+    """Return the hidden states [batch, tokens, hidden] from the output of a layer.
 
     Raises:
-        SettingsError: they have another number of axes.
+        SettingsError: they do not have three dimensions.
     """
     states = first_tensor(output)
     if states.dim() != 3:
@@ -100,11 +100,11 @@ def layer_states(output: Any) -> torch.Tensor:
 
 
 class Tap:
-    """Hooks on the layers and on the decoder of one model; they record only between `begin` and the decoder's end.
+    """Hooks on a model's layers and decoder, which record only from `begin` until the decoder returns.
 
-    A layer's hook fires again when gradient checkpointing recomputes it in backward; nothing is open then, so it is ignored.
-    With re-entrant checkpointing a layer may run without gradients; the recorded tensor is the one that checkpointing returns,
-    and it gets its gradient function when the layer is left.
+    Gradient checkpointing runs layers again in backward. No capture is open then, so these calls are ignored.
+    Re-entrant checkpointing may run a layer without gradients. The recorded tensor is the one that checkpointing
+    returns, and it gets its gradient function when the layer returns.
     """
 
     def __init__(self, anatomy: Anatomy, layers: Iterable[int]) -> None:
@@ -127,13 +127,13 @@ class Tap:
         self._open = None
 
     def begin(self) -> Capture:
-        """Open a capture; it closes itself when the decoder returns."""
+        """Open a capture, which closes when the decoder returns."""
         self._open = Capture()
         return self._open
 
     @contextmanager
     def alone(self) -> Iterator[Capture]:
-        """Open a capture while no other tap records: a pass inside another one does not reach the outer taps."""
+        """Open a capture and pause all other taps, so that a nested pass does not reach the outer taps."""
         _alone.taps.append(self)
         try:
             yield self.begin()
@@ -146,7 +146,7 @@ class Tap:
         return self._open if not _alone.taps or _alone.taps[-1] is self else None
 
     def close(self) -> None:
-        """Drop an open capture, after a forward pass that failed."""
+        """Drop an open capture after a failed forward pass."""
         self._open = None
 
     def _layer_hook(self, index: int) -> Callable[[Any, Any, Any], None]:
@@ -166,15 +166,16 @@ class Tap:
 
 
 class StudentRecorder:
-    """Records the one training forward pass inside `recording()`, and runs the reference pass on the same inputs.
+    """Records the training forward pass inside `recording()`, and runs the reference pass on the same inputs.
 
-    The reference pass starts in the decoder's pre-hook, under the student's autocast and before the decoder spends memory.
+    The reference pass starts in the decoder's pre-hook: under the student's autocast, and before the decoder allocates
+    memory.
 
     Args:
         tap: the hooks that record the student.
-        run_reference: gets the call of the whole model (None if only the decoder was called) and the decoder's;
-            None runs no reference.
-        entrances: the modules whose call is a call of the whole model (see :func:`entrances`).
+        run_reference: called with the call of the whole model (None if only the decoder was called) and the decoder's
+            call; None for no reference pass.
+        entrances: modules that are called with the whole model's arguments (see :func:`entrances`).
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class StudentRecorder:
         self._handles.append(hook)
 
     def detach(self) -> None:
-        """Remove the hooks and forget what was recorded."""
+        """Remove the hooks and drop the recorded tensors."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -209,15 +210,15 @@ class StudentRecorder:
         self.forget()
 
     def forget(self) -> None:
-        """Drop recorded tensors, to free their memory before backward."""
+        """Drop the recorded tensors, to free memory before backward."""
         self.student = self.reference = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the forward pass with gradients that happens inside.
+        """Record the forward pass with gradients that runs inside this context.
 
         Raises:
-            SettingsError: no such pass happened inside, or more than one.
+            SettingsError: no such pass ran, or more than one.
         """
         self.forget()
         self._armed = True

@@ -1,4 +1,4 @@
-"""SHA-256 of a loaded model, of a tokenizer and of its chat template."""
+"""SHA-256 digests of a loaded model, a tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ UNIMPORTANT = {"_name_or_path", "_commit_hash", "transformers_version", "dtype",
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a loaded model: its configuration, its adapters' state, and the bytes of every tensor that it would save.
+    """Return the SHA-256 of a loaded model's configuration, adapter state and state dict.
 
-    The adapters' state is, for each layer, the active adapters, their scaling, which are merged, and whether they are switched
-    off. About 1 GB a second; offloaded tensors (on the meta device) count by name and shape only.
+    The adapter state of a layer is its active adapters, their scaling, the merged adapters, and whether adapters are
+    disabled. Speed is about 1 GB per second. Offloaded tensors (on the meta device) count by name, shape and dtype
+    only.
     """
     import torch
 
@@ -50,11 +51,11 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of how a tokenizer turns text into tokens; for its chat template see :func:`template_digest`."""
+    """Return the SHA-256 of a tokenizer's rules, without its chat template (see :func:`template_digest`)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = sorted(tokenizer.get_vocab().items())
-    else:  # padding and truncation are left from the last call
+    else:  # padding and truncation keep the values of the last call
         rules = {
             key: value for key, value in json.loads(backend.to_str()).items() if key not in {"padding", "truncation"}
         }
@@ -64,7 +65,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of a tokenizer's chat template, and of today's date if the template writes it; None without a template."""
+    """Return the SHA-256 of the chat template, with today's date if the template writes it; None without a template."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         return None
@@ -74,7 +75,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template writes the date; one that cannot be used is refused elsewhere."""
+    """Return whether the template writes the date; False for an unusable template, which other code refuses."""
     try:
         return chat_of(tokenizer).dated
     except DataError:

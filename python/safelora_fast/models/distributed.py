@@ -1,4 +1,4 @@
-"""Sums over the processes of a data-parallel run; on one process they are the identity."""
+"""Collective operations of a data-parallel run; with one process they do nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Result = TypeVar("Result")
 
 
 def world_size() -> int:
-    """Number of processes of the default group."""
+    """Return the number of processes in the default group."""
     return distributed.get_world_size() if _running() else 1
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sum each value over all processes. Collective: every process must call it, with as many values."""
+    """Sum each value over all processes. Collective: every process must call it, with the same number of values."""
     if not _running() or not values:
         return list(values)
     reduced = torch.tensor(values, dtype=torch.float64, device=_wire_device(device))
@@ -29,7 +29,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def on_first_rank(work: Callable[[], Result]) -> Result:
-    """Do some work on process 0; every process gets its result, or raises its exception. Collective."""
+    """Run `work` on process 0; every process returns its result or raises its exception. Collective."""
     if not _running():
         return work()
     outcome: list[Any] = [None, None]
@@ -46,11 +46,11 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
 
 
 def broadcast_from_first(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Process 0's tensor, to the bit, on every process. Collective; `device` is where the processes compute."""
+    """Return process 0's tensor, bit for bit, on every process. Collective; `device` is the compute device."""
     if not _running():
         return tensor
     sent = tensor.to(_wire_device(device)).contiguous()
-    # As bytes, because no backend knows every dtype.
+    # Sent as bytes, because no backend supports every dtype.
     distributed.broadcast(sent.view(torch.uint8), src=0)
     return sent
 
@@ -60,7 +60,7 @@ def _running() -> bool:
 
 
 def _wire_device(device: torch.device) -> torch.device:
-    """Where the backend wants its tensors: accelerators' backends send nothing from the CPU."""
+    """Return the device that the backend sends from: accelerator backends do not send CPU tensors."""
     if str(distributed.get_backend()) in {"gloo", "mpi"}:
         return torch.device("cpu")
     if device.type == "cpu" and torch.accelerator.is_available():

@@ -1,4 +1,4 @@
-"""Exceptions of transformers, PEFT, torch and the Hub in one line, with advice for the usual ones."""
+"""One-line messages for exceptions of transformers, PEFT, torch and the Hub, with advice for common ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SIZE = re.compile(
     r"the shape in current model is torch\.Size\((?P<model>\[[\d, ]*\])\)"
 )
 MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory", re.IGNORECASE)
-NAMES_ONLY = (KeyError, AttributeError, IndexError, NotImplementedError)  # their text is mostly a name
-# By the classes of an exception and its causes, and by words that these libraries have used for years.
+NAMES_ONLY = (KeyError, AttributeError, IndexError, NotImplementedError)  # their text is usually only a name
+# Common errors: class names of an exception or its causes, a pattern that has been stable for years, and the advice.
 USUAL = (
     (
         {"GatedRepoError"},
@@ -55,7 +55,7 @@ USUAL = (
 
 
 def explained(error: BaseException) -> str:
-    """An exception in one line: cause and advice for a usual one, else the beginning of its own text."""
+    """Return an exception in one line: cause and advice for a common one, else the start of its own text."""
     text = " ".join(str(error).split())
     if sizes := list(SIZE.finditer(text)):
         first = sizes[0]
@@ -74,18 +74,18 @@ def explained(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its class where it has none."""
+    """Return the first line of an exception's text, or its class name if it has none."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def shortened(text: str) -> str:
-    """The beginning of a long text, cut between words."""
+    """Return a text, truncated between words if it is long."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST].rpartition(' ')[0]} …"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An exception and its causes."""
+    """Return an exception and its causes."""
     found = [error]
     while (cause := found[-1].__cause__) is not None and cause not in found:
         found.append(cause)

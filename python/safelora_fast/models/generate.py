@@ -1,4 +1,4 @@
-"""Completions from a model on this machine: in batches, and repeatable by seed."""
+"""Generating completions with a local model, in batches and reproducibly by seed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 
     from safelora_fast.data.rows import Message
 
-PROMPT_END = 16  # tokens at a prompt's end that may hold a tag that opens thoughts
+PROMPT_END = 16  # tokens at a prompt's end that may contain an opening thought tag
 NAN_LOGITS = "the model's logits are NaN: its training diverged, or its dtype overflows"
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
-    """Leaves one token in each row: the one where the cumulative probabilities pass the row's next number.
+    """Keeps one token per sequence: the one where the cumulative probability passes the sequence's next random number.
 
-    A row's sample depends on its numbers alone, whichever rows share its batch (up to the last digits of the logits).
+    A sample depends only on the sequence's own numbers, not on the rest of the batch (up to the last digits of the
+    logits).
 
     Args:
-        numbers: uniform in [0, 1), float64 [rows, tokens to sample].
+        numbers: uniform in [0, 1), float64 [batch, new tokens].
         temperature: divides the logits; above 0.
-        width: tokens of the prompts, padding included.
+        width: prompt length in tokens, padding included.
     """
 
     def __init__(self, numbers: torch.Tensor, temperature: float, width: int) -> None:
@@ -42,7 +43,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         self._width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary] that are 0 at the sampled token and -inf elsewhere."""
+        """Return scores [batch, vocabulary]: 0 at the sampled token and -inf elsewhere."""
         step = input_ids.shape[1] - self._width
         cumulative = (scores.float() / self._temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         height = self._numbers[:, step : step + 1].to(cumulative) * cumulative[:, -1:]
@@ -51,23 +52,23 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
 
 
 class NanWatch(LogitsProcessor):  # type: ignore[misc]
-    """Notices NaN among the logits, whose most likely token would be token 0; scores stay as they are."""
+    """Detects NaN logits, which would otherwise select token 0 silently; scores are not changed."""
 
     def __init__(self) -> None:
         self._seen: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary]; the finding stays on their device."""
+        """Return scores [batch, vocabulary] unchanged; the NaN flag stays on their device."""
         del input_ids
         found = scores.isnan().any()
         self._seen = found if self._seen is None else self._seen | found
         return scores
 
     def check(self) -> None:
-        """Refuse completions that were made from such logits.
+        """Check that no logits were NaN.
 
         Raises:
-            EvaluationError: there were some.
+            EvaluationError: some logits were NaN.
         """
         if self._seen is not None and bool(self._seen):
             raise EvaluationError(NAN_LOGITS)
@@ -84,24 +85,24 @@ def generate(
     batch_size: int = 16,
     known: Container[int] = (),
 ) -> Iterator[dict[int, str]]:
-    """Completions by the number of their conversation, a batch at a time.
+    """Yield completions by conversation index, one batch at a time.
 
-    A completion ends where :func:`~safelora_fast.data.chat.answer_ends` says. Thoughts stay in it, with the tags around them.
+    A completion ends at a token of :func:`~safelora_fast.data.chat.answer_ends`. It includes thoughts and their tags.
 
     Args:
-        model: a causal language model, with a PEFT adapter or without.
+        model: a causal language model, with or without a PEFT adapter.
         tokenizer: its tokenizer, whose chat template is used.
-        conversations: turns that end with the user's.
-        max_tokens: the most tokens of a completion.
-        temperature: 0 takes the most likely token.
-        seeds: one for each conversation; their numbers by default.
-        batch_size: conversations at a time.
-        known: numbers of conversations whose completions are known: a batch of these alone is left out. Rounding depends on a
-            batch's members, so to get the bytes of an unbroken run give all its conversations.
+        conversations: lists of turns, each ending with a user turn.
+        max_tokens: maximum number of tokens of a completion.
+        temperature: 0 selects the most likely token.
+        seeds: one seed per conversation; by default the conversation's index.
+        batch_size: conversations per batch.
+        known: indices of conversations whose completions are known; a batch with only known ones is skipped. Rounding
+            depends on the batch, so pass all conversations of a run to reproduce its bytes.
 
     Raises:
         DataError: there is no chat template, or it refuses a conversation.
-        SettingsError: a number is out of range, or a batch does not fit into memory.
+        SettingsError: a number is out of range, or a batch does not fit in memory.
         EvaluationError: the model's logits are NaN.
     """
     if max_tokens < 1 or batch_size < 1 or temperature < 0:
@@ -145,21 +146,22 @@ def generate_tokens(
     padding: int,
     watch: NanWatch | None = None,
 ) -> list[tuple[int, ...]]:
-    """Completions of one batch of prompts of any length.
+    """Generate completions for one batch of prompts of any length.
 
-    The model's distribution is sampled as it is: penalties and cuts of its generation settings do not apply.
+    Samples come from the model's unmodified distribution: its generation settings (penalties, top-k, top-p) do not
+    apply.
 
     Args:
         model: a causal language model in evaluation mode.
         prompts: token ids.
-        draws: uniform numbers in [0, 1) [prompts, most new tokens].
-        temperature: 0 takes the most likely token.
+        draws: uniform numbers in [0, 1) [prompts, maximum new tokens].
+        temperature: 0 selects the most likely token.
         ends: tokens that end a completion.
-        padding: the token to pad with.
-        watch: looks for NaN among the logits; without one they are not noticed.
+        padding: the padding token.
+        watch: detects NaN logits; without it they are not detected.
 
     Returns:
-        The tokens of each completion, without the one that ends it.
+        The tokens of each completion, without the end token.
     """
     device = model.get_input_embeddings().weight.device
     width = max(map(len, prompts))
@@ -190,10 +192,10 @@ def generate_tokens(
 
 @contextmanager
 def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's own settings, from which transformers takes whatever is left open.
+    """Temporarily replace the model's generation settings, because transformers takes unset options from them.
 
-    PEFT's wrapper for causal language models copies its own settings into the model inside, and other wrappers do not: both
-    are replaced, and both get theirs back.
+    The settings of a PEFT wrapper and of the model inside are both replaced and restored, because only PEFT's wrapper
+    for causal language models copies its settings into the model.
     """
     parts = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     former = [vars(part).get("generation_config", ...) for part in parts]
@@ -204,7 +206,7 @@ def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[Non
     finally:
         for part, own in zip(parts, former, strict=True):
             if own is ...:
-                del part.generation_config  # a wrapper that shows the settings of the model inside
+                del part.generation_config  # the wrapper reads the settings of the model inside
             else:
                 part.generation_config = own
 
@@ -215,7 +217,10 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> tuple[int, ...]:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: Sequence[int]) -> str:
-    """A completion's text: without special tokens, except the tags of thoughts, one at the prompt's end included."""
+    """Decode a completion, keeping thought tags as the only special tokens.
+
+    An opening tag at the prompt's end is prepended.
+    """
     names = {token: str(tokenizer.decode([token])) for token in set(completion)}
     tags = {t for t, name in names.items() if is_tag(name) and not tokenizer.decode([t], skip_special_tokens=True)}
     parts, start = [], 0

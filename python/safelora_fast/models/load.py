@@ -1,4 +1,4 @@
-"""Loading a model: which one is meant, its configuration, tokenizer, shape without weights, weights, and an adapter on it."""
+"""Loading a model: its configuration, tokenizer, outline on the meta device, weights, and adapter."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ModelSection:
     """The model to fine-tune: the `model:` section of a recipe.
 
     Attributes:
-        path: a folder, or a Hub id with an optional `@revision`; a folder that exists wins.
-        dtype: of the frozen weights; the adapter is always float32.
-        device: "auto" is the GPU where there is one. Which GPU: CUDA_VISIBLE_DEVICES.
-        attention: the implementation, as transformers calls it ("sdpa", "eager", "flash_attention_2").
+        path: a folder, or a Hub id with an optional `@revision`; an existing folder takes precedence.
+        dtype: dtype of the frozen weights; the adapter is always float32.
+        device: "auto" uses a GPU if there is one. CUDA_VISIBLE_DEVICES selects the GPU.
+        attention: transformers' name of the implementation ("sdpa", "eager", "flash_attention_2").
         chat_template: a Jinja file that replaces the tokenizer's own template.
         template_args: values of variables that the template reads, e.g. `{enable_thinking: false}`.
         trust_remote_code: run Python code that comes with the model.
@@ -50,8 +50,8 @@ class SubjectSettings:
 
     Attributes:
         model: a folder, or a Hub id with an optional `@revision`.
-        dtype: "auto" is float32 on the CPU, bfloat16 on a GPU.
-        device: "auto" is the GPU where there is one.
+        dtype: "auto" is float32 on the CPU and bfloat16 on a GPU.
+        device: "auto" uses a GPU if there is one.
         chat_template: a Jinja file that replaces the tokenizer's own template.
         trust_remote_code: run Python code that comes with the model.
         template_args: values of variables that the template reads, e.g. `{"enable_thinking": False}`.
@@ -73,17 +73,17 @@ class SubjectSettings:
                 raise SettingsError(f"{name} is {value!r}, it must be one of {', '.join(known)}")
 
     def resolved(self) -> SubjectSettings:
-        """With the device and dtype that "auto" stands for on this machine.
+        """Return the settings with "auto" replaced by this machine's device and dtype.
 
         Raises:
-            SettingsError: "cuda" is asked for and torch sees no GPU.
+            SettingsError: the device is "cuda" and torch sees no GPU.
         """
         device = chosen_device(self.device)
         automatic = "float32" if device == "cpu" else "bfloat16"
         return replace(self, device=device, dtype=automatic if self.dtype == "auto" else self.dtype)
 
     def section(self) -> ModelSection:
-        """The same settings as a recipe has them."""
+        """Return the same settings as a recipe's `model:` section."""
         chosen = self.resolved()
         return ModelSection(
             chosen.model,
@@ -100,9 +100,9 @@ class Subject:
     """A model and its tokenizer, ready for prompts.
 
     Attributes:
-        name: "model", or the adapter's folder, or its Hub id and commit.
-        model: in evaluation mode, on its device.
-        tokenizer: the adapter's where its folder has one.
+        name: "model", the adapter's folder, or its Hub id and commit.
+        model: the model in evaluation mode, on its device.
+        tokenizer: the adapter's tokenizer if its folder has one, else the model's.
     """
 
     name: str
@@ -111,10 +111,10 @@ class Subject:
 
 
 def chosen_device(device: str) -> str:
-    """The device that "auto" stands for: "cuda" where torch sees a GPU, else "cpu".
+    """Return the device for a setting; "auto" is "cuda" if torch sees a GPU, else "cpu".
 
     Raises:
-        SettingsError: "cuda" is asked for and torch sees no GPU.
+        SettingsError: the device is "cuda" and torch sees no GPU.
     """
     import torch
 
@@ -126,17 +126,17 @@ def chosen_device(device: str) -> str:
 
 
 def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -> Subject:
-    """Load a model, with an adapter on it where one is given.
+    """Load a model, with an adapter if one is given.
 
-    Each adapter gets a model of its own: some kinds of adapter change the model's weights when they are loaded.
+    Each adapter needs its own model: some kinds of adapter change the model's weights on loading.
 
     Args:
-        settings: how the model is loaded.
+        settings: settings of the model.
         adapter: folder of a PEFT adapter, or its Hub id with an optional `@revision`.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be loaded.
-        AdapterError: the folder holds no adapter, or one that does not fit the model.
+        AdapterError: the folder has no adapter, or the adapter does not fit the model.
         SettingsError: the device does not exist.
     """
     from safelora_fast.models.adapters import put_adapter
@@ -155,10 +155,10 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
 
 
 def load_config(model: ModelSection) -> PretrainedConfig:
-    """The model's configuration; nothing else is fetched.
+    """Load the model's configuration; no other file is fetched.
 
     Raises:
-        CheckpointError: there is none, or it is of a model that cannot be loaded.
+        CheckpointError: there is no configuration, or its kind of model cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -167,10 +167,10 @@ def load_config(model: ModelSection) -> PretrainedConfig:
 
 
 def load_tokenizer(model: ModelSection) -> tuple[PreTrainedTokenizerBase, bool]:
-    """The tokenizer, and whether it was changed: a chat template or its arguments, or a padding token where it had none.
+    """Load the tokenizer; also return whether its chat template, template arguments or padding token were changed.
 
     Raises:
-        CheckpointError: there is none, or it takes no chat template.
+        CheckpointError: there is no tokenizer, or it does not accept a chat template.
         SettingsError: the chat template does not read an argument.
     """
     from transformers import AutoTokenizer
@@ -187,11 +187,11 @@ def load_tokenizer(model: ModelSection) -> tuple[PreTrainedTokenizerBase, bool]:
 
 
 def bare_outline(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
-    """The model without an adapter on the meta device.
+    """Build the model without weights or adapter, on the meta device.
 
     Raises:
         CheckpointError: transformers has no such model.
-        SettingsError: its attention cannot be trained on the device.
+        SettingsError: the attention implementation cannot be trained on the device.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -214,10 +214,10 @@ def bare_outline(section: ModelSection, config: PretrainedConfig) -> PreTrainedM
 
 
 def load_pretrained(section: ModelSection) -> PreTrainedModel:
-    """The model with its weights, on the CPU.
+    """Load the model with its weights, on the CPU.
 
     Raises:
-        CheckpointError: the weights cannot be loaded, or some are missing.
+        CheckpointError: weights cannot be loaded, are missing, or have the wrong shape.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -232,7 +232,7 @@ def load_pretrained(section: ModelSection) -> PreTrainedModel:
             dtype=getattr(torch, section.dtype),
             attn_implementation=section.attention,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name: transformers does not name them
+            ignore_mismatched_sizes=True,  # refused below: transformers' error does not name the weights
         ),
     )
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"], key=str)
@@ -248,10 +248,10 @@ def load_pretrained(section: ModelSection) -> PreTrainedModel:
 
 
 def place(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """The model on a device, in evaluation mode.
+    """Move the model to a device, in evaluation mode.
 
     Raises:
-        SettingsError: it does not fit there.
+        SettingsError: the model does not fit in the device's memory.
     """
     import torch
 
@@ -263,14 +263,17 @@ def place(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 
 def _adapter_tokenizer(adapter: Path, model: Any) -> PreTrainedTokenizerBase:
-    """The adapter's tokenizer, with a padding token that the model has: many add one that is never trained or saved."""
+    """Load the adapter's tokenizer; a padding token outside the model's vocabulary is replaced by the end token.
+
+    Many adapters add a padding token that is never trained or saved.
+    """
     from transformers import AutoTokenizer
 
     if (reason := refused_file(adapter)) is not None:
         raise AdapterError(reason)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(adapter))
-    except Exception as error:  # whatever the libraries run into
+    except Exception as error:  # the libraries can raise any exception
         raise AdapterError(f"{adapter}: the adapter's tokenizer cannot be loaded: {explained(error)}") from error
     known = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
@@ -290,5 +293,5 @@ def _loaded(source: ModelSource | str, what: str, load: Callable[[], Any]) -> An
         return load()
     except SafeLoraFastError:
         raise
-    except Exception as error:  # a configuration edited by hand makes libraries raise anything
+    except Exception as error:  # a hand-edited configuration can make the libraries raise any exception
         raise CheckpointError(f"{source}: the {what} cannot be loaded: {explained(error)}") from error

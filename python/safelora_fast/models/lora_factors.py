@@ -1,4 +1,4 @@
-"""The LoRA factors of a model in training, for defenses that act on the weights."""
+"""The lora_A and lora_B matrices of a model in training, for defenses that act on the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AdaptedModule:
         lora_b: lora_B's weight [m, r].
         lora_a: lora_A's weight [r, n].
         scale: LoRA's scale s.
-        bias: lora_B's bias [m], which s multiplies too; None without one.
+        bias: lora_B's bias [m], also multiplied by s; None without one.
     """
 
     name: str
@@ -36,15 +36,15 @@ class AdaptedModule:
 
 
 def adapted_modules(model: nn.Module, *, owner: str, exclude: Sequence[str] = ()) -> list[AdaptedModule]:
-    """The factors of the active adapter, by module.
+    """Return the modules of the active adapter with their LoRA matrices.
 
     Args:
-        model: the causal language model under the PEFT wrapper.
-        owner: the defense, for messages.
-        exclude: names or patterns of modules to pass over.
+        model: the causal language model inside the PEFT wrapper.
+        owner: the defense's name, for error messages.
+        exclude: names or patterns of modules to skip.
 
     Raises:
-        SettingsError: no LoRA, several active adapters, or a kind that cannot be projected; the module is named.
+        SettingsError: no LoRA adapter or several are active, or a module cannot be projected; the message names it.
     """
     modules: list[AdaptedModule] = []
     for name, layer in adapter_layers(model):
@@ -61,10 +61,10 @@ def adapted_modules(model: nn.Module, *, owner: str, exclude: Sequence[str] = ()
 
 
 def active_adapter(model: nn.Module, *, owner: str) -> str:
-    """The name of the one LoRA adapter that is active.
+    """Return the name of the active LoRA adapter.
 
     Raises:
-        SettingsError: there is none, or there are several.
+        SettingsError: no LoRA adapter is active, or several are.
     """
     layers = [layer for _, layer in adapter_layers(model) if hasattr(layer, "lora_B")]
     active: list[str] = sorted(
@@ -78,10 +78,10 @@ def active_adapter(model: nn.Module, *, owner: str) -> str:
 
 
 def adapter_holder(model: nn.Module, *, owner: str) -> Any:
-    """The PEFT model inside DistributedDataParallel or DeepSpeed's engine.
+    """Return the PEFT model inside DistributedDataParallel or DeepSpeed's engine.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: the model has no adapter.
     """
     if not adapter_configs(model):
         raise SettingsError(f"{owner}: the model has no active LoRA adapter")
@@ -89,10 +89,10 @@ def adapter_holder(model: nn.Module, *, owner: str) -> Any:
 
 
 def check_no_prompt_learning(model: nn.Module) -> None:
-    """Refuse adapters of virtual tokens: the model's positions would not be those of the batch and the reference.
+    """Refuse adapters with virtual tokens, because the model's positions would differ from the batch and the reference.
 
     Raises:
-        SettingsError: with the kind of adapter.
+        SettingsError: the model has such an adapter; the message names its kind.
     """
     for config in adapter_configs(model).values():
         if getattr(config, "is_prompt_learning", False):

@@ -1,6 +1,6 @@
-"""The JSON beside a model's weights, checked before other libraries read it.
+"""Checks of a model's JSON files, before other libraries read them.
 
-A huge size (memory) or a deeply nested file (stack) would end the process there, without an exception.
+A huge size or a deeply nested file would exhaust memory or the stack there and end the process without an exception.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-PADDING = Kind("a token, or -1 for none", lambda value: value == -1 or TOKENS.fits(value))  # -1: the first Llamas
+PADDING = Kind("a token, or -1 for none", lambda value: value == -1 or TOKENS.fits(value))  # -1: in early Llama models
 IDS = {**dict.fromkeys(("bos_token_id", "eos_token_id"), TOKENS), "pad_token_id": PADDING}
 GENERATION = {
     **IDS,
@@ -48,11 +48,11 @@ SIDES = (
 )
 HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "num_local_experts", "num_experts", "n_routed_experts")
 MOST = {**dict.fromkeys(LAYERS, 10_000), **dict.fromkeys(SIDES, 1 << 27), **dict.fromkeys(HEADS, 100_000)}
-MOST_VALUES = 1 << 37  # of the embeddings: half a terabyte
+MOST_VALUES = 1 << 37  # in the embeddings: half a terabyte
 
 
 def refused_file(folder: Path) -> str | None:
-    """Why other libraries must not read a file of a model, or of an adapter's tokenizer; None if they may."""
+    """Return why a JSON file of a model or adapter is unsafe for other libraries to read, or None."""
     for name in FILES:
         path = folder / name
         if not is_file(path):

@@ -1,4 +1,4 @@
-"""Other libraries without progress bars and notices: their deprecations are not the user's concern."""
+"""Silencing the progress bars and notices of other libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARIES = r"(transformers|trl|peft|accelerate|datasets|huggingface_hub|torch)(
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars, notices of deprecation or usage reports of other libraries; their errors stay."""
+    """Disable progress bars, deprecation warnings and telemetry of other libraries; errors remain visible."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""The reference pass: the model before fine-tuning, run on the student's inputs without gradients."""
+"""The reference pass: running the model before fine-tuning on the student's inputs, without gradients."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
 Reference: TypeAlias = "str | nn.Module"
-CACHES = ("past_key_values", "cache")  # before and from transformers 5.24
+CACHES = ("past_key_values", "cache")  # before transformers 5.24, and since
 
 
 class ReferencePass:
-    """Runs the reference model and leaves the student as it was: mode, adapters, `requires_grad` and random state.
+    """Runs the reference model and restores the student's state: mode, adapters, `requires_grad` and random state.
 
-    The reference is the whole model before fine-tuning, on the inputs of the whole model in training. If its decoder gets these
-    inputs as they came, as in text models, only the decoder runs. If tensors were made on the way (embeddings of images and
-    text, position ids), the reference makes its own, up to the decoder's end.
+    The reference is the whole model before fine-tuning, on the inputs of the whole model in training. If the decoder
+    receives these inputs unchanged, as in text models, only the decoder runs. If the model computes tensors first
+    (embeddings of images and text, position ids), the reference computes its own, and stops after the decoder.
 
-    It runs in evaluation mode, with the running statistics that it had at first: dropout, NEFTune's noise, and what training
-    does to a BatchNorm do not reach it. The modules that contain the decoder get the student's mode, because some models choose
-    their attention mask by it (PaliGemma, Gemma 3).
+    It runs in evaluation mode with its initial running statistics, so dropout, NEFTune noise and BatchNorm updates do
+    not affect it. The modules that contain the decoder get the student's mode, because some models choose their
+    attention mask by it (PaliGemma, Gemma 3).
 
     Args:
         model: the model in training, with its PEFT wrapper.
-        anatomy: its parts.
+        anatomy: the model's parts.
         reference: "base" for the same model with its adapters disabled, the name of a frozen adapter of the model, or
             a second model.
         layers: indices of the layers to capture.
@@ -70,10 +70,10 @@ class ReferencePass:
         Args:
             whole: the call of the whole model in training; None if only its decoder was called.
             decoder: the call of its decoder.
-            around: makes a context to run in (steering applies to the reference too).
+            around: creates the context to run in (steering applies to the reference too).
 
         Raises:
-            SettingsError: a cache is among the inputs, or a tensor that depends on what is trained.
+            SettingsError: the inputs include a cache, or a tensor that depends on trained parameters.
         """
         if _has_cache(decoder if whole is None else whole):
             raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
@@ -99,10 +99,11 @@ class ReferencePass:
         return capture
 
     def _run_whole(self, call: Call) -> None:
-        """Run the reference from the inputs of the whole model, and leave it at its decoder's end: no head, no loss.
+        """Run the reference on the inputs of the whole model and stop after its decoder, before head and loss.
 
-        The model in training is already inside its own call: hooks on it, such as those of FSDP2, must not run again.
-        Outputs that transformers 4.57 records by patching modules are not asked for: the patches would stay.
+        The model in training is already inside its own call, so its hooks, such as those of FSDP2, must not run again.
+        `output_*` arguments are dropped: transformers 4.57 implements them by patching modules, and stopping leaves the
+        patches in place.
         """
         model = self.anatomy.model
         args, kwargs = (call.args, call.kwargs) if type(model) is type(self._student) else ((), self._named(call))
@@ -119,10 +120,10 @@ class ReferencePass:
         )
 
     def _named(self, call: Call) -> dict[str, Any]:
-        """The arguments by the names that the model in training has for them.
+        """Return the call's arguments by their names in the model in training.
 
         Raises:
-            SettingsError: the reference does not take one of them, and would be run without it.
+            SettingsError: the reference does not accept one of them.
         """
         takes = inspect.signature(self._student.forward).parameters
         arguments = {**dict(zip(takes, call.args, strict=False)), **call.kwargs}
@@ -136,7 +137,7 @@ class ReferencePass:
         return arguments
 
     def _sharded(self) -> bool:
-        """Whether FSDP2 gathers the embeddings of a second model, which it does when the whole model is called."""
+        """Return whether FSDP2 shards a second model; it gathers embeddings only in a call of the whole model."""
         return not self._own and any(hasattr(p, "full_tensor") for p in self.anatomy.decoder.parameters())
 
     def _cuda_devices(self) -> list[int]:
@@ -145,10 +146,10 @@ class ReferencePass:
 
 
 def check_inputs(call: Call) -> None:
-    """Refuse inputs that were computed from what is trained: the reference would be run on them too.
+    """Refuse inputs that were computed from trained parameters, because the reference would use them too.
 
     Raises:
-        SettingsError: with the name of the input.
+        SettingsError: there is such an input; the message names it.
     """
     for name, tensor in call.tensors():
         if tensor.grad_fn is not None:
@@ -160,7 +161,7 @@ def check_inputs(call: Call) -> None:
 
 @contextmanager
 def evaluation_mode(module: nn.Module, *, besides: Collection[nn.Module] = (), training: bool = True) -> Iterator[None]:
-    """Put a module in evaluation mode, those in `besides` in the mode `training`, and then all back in their own."""
+    """Set a module to evaluation mode and those in `besides` to the mode `training`; restore all modes at the end."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     for part in besides:
@@ -174,7 +175,7 @@ def evaluation_mode(module: nn.Module, *, besides: Collection[nn.Module] = (), t
 
 @contextmanager
 def adapters_disabled(layers: list[nn.Module]) -> Iterator[None]:
-    """Switch every adapter off, and those that were on back on."""
+    """Disable every adapter; at the end, enable those that were enabled before."""
     switched = [layer for layer in layers if not layer.disable_adapters]
     with _gradient_flags_kept(layers) as restore:
         try:
@@ -189,7 +190,7 @@ def adapters_disabled(layers: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def adapter_active(layers: list[nn.Module], name: str) -> Iterator[None]:
-    """Make one adapter the active one in the layers that have it, no adapter elsewhere; then the former ones again."""
+    """Activate one adapter in the layers that have it and none elsewhere; restore the active adapters at the end."""
     former = [(layer, list(layer.active_adapters)) for layer in layers]
     with _gradient_flags_kept(layers) as restore:
         try:
@@ -204,10 +205,10 @@ def adapter_active(layers: list[nn.Module], name: str) -> Iterator[None]:
 
 @contextmanager
 def _gradient_flags_kept(layers: list[nn.Module]) -> Iterator[Callable[[], None]]:
-    """Remember `requires_grad` of the layers' parameters; yields a function that restores it, also called at the end.
+    """Save `requires_grad` of the layers' parameters; yield a function that restores it, which also runs at the end.
 
-    PEFT switches these flags when adapters are disabled or enabled, and would thaw a frozen factor. They are restored at
-    once: FSDP2 copies them to the gathered parameters the first time that it gathers, even without gradients.
+    PEFT changes these flags when it disables or enables adapters, and would unfreeze a frozen matrix. They must be
+    restored at once, because FSDP2 copies them to the gathered parameters at the first gather, even without gradients.
     """
     flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
 
@@ -224,7 +225,7 @@ def _gradient_flags_kept(layers: list[nn.Module]) -> Iterator[Callable[[], None]
 
 @contextmanager
 def _buffers_as(values: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
-    """Give buffers their former values: training changes the running statistics of a BatchNorm, frozen or not."""
+    """Temporarily restore saved buffers: training changes BatchNorm's running statistics, even in frozen modules."""
     now = [(module, name, getattr(module, name)) for module, name, _ in values]
     try:
         for (module, name, value), (*_, current) in zip(values, now, strict=True):
@@ -237,7 +238,7 @@ def _buffers_as(values: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[N
 
 @contextmanager
 def _uncached_autocast(device: torch.device) -> Iterator[None]:
-    """The surrounding autocast without its cache: copies cast without gradients must not reach the student."""
+    """Enter the surrounding autocast without its cache: copies cast without gradients must not reach the student."""
     if not torch.is_autocast_enabled(device.type):
         yield
         return
@@ -247,7 +248,7 @@ def _uncached_autocast(device: torch.device) -> Iterator[None]:
 
 
 class _DecoderDone(BaseException):
-    """Ends a pass that runs only for its decoder's hidden states."""
+    """Raised to end a forward pass after the decoder."""
 
 
 def _leave(*_: Any) -> None:
@@ -259,16 +260,16 @@ def _has_cache(call: Call) -> bool:
 
 
 def _handed_on(whole: Call, decoder: Call) -> bool:
-    """Whether every tensor that the decoder got is an input of the whole model: nothing was computed on the way."""
+    """Return whether every tensor passed to the decoder is an input of the whole model, not computed from one."""
     given = {id(tensor) for _, tensor in whole.tensors()}
     return not _has_cache(decoder) and all(id(tensor) in given for _, tensor in decoder.tensors())
 
 
-# What can serve as reference.
+# Checks of the reference.
 
 
 def _check_base_reference(model: nn.Module) -> None:
-    """Refuse models for which disabling the adapters does not give back the model before fine-tuning."""
+    """Refuse a model that does not return to its state before fine-tuning when its adapters are disabled."""
     layers = adapter_layers(model)
     if not layers:
         raise SettingsError(
@@ -289,7 +290,7 @@ def _check_base_reference(model: nn.Module) -> None:
 
 
 def _check_named_reference(model: nn.Module, name: str) -> None:
-    """Refuse an adapter name that does not exist or is in training, and a model that is trained beside its adapters."""
+    """Refuse an adapter that does not exist or is in training, and a model with other trained weights."""
     named = adapter_layers(model)
     known = sorted({adapter for _, layer in named for adapter in _adapter_names(layer)})
     if name not in known:
@@ -305,7 +306,7 @@ def _check_named_reference(model: nn.Module, name: str) -> None:
 
 
 def _check_second_model(anatomy: Anatomy, reference: nn.Module) -> Anatomy:
-    """The parts of a second model; refuse one that cannot be compared layer by layer with the model in training."""
+    """Return the parts of a second model; refuse one with other layers or widths than the model in training."""
     other = dissect(reference)
     if other.model is anatomy.model:
         raise SettingsError('reference= is the model in training: give a frozen copy, or "base"')
@@ -318,7 +319,7 @@ def _check_second_model(anatomy: Anatomy, reference: nn.Module) -> Anatomy:
 
 
 def _check_trained(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
-    """Refuse a model whose weights outside its adapters change: they would change the reference too."""
+    """Refuse a model that trains weights outside its adapters, because the reference shares them."""
     adapter_parameters = set()
     for name, layer in layers:
         if getattr(layer, "merged", False):
@@ -344,6 +345,6 @@ def _check_bias(name: str, config: Any) -> None:
 
 
 def _adapter_names(layer: nn.Module) -> set[str]:
-    """The names of the adapters that a PEFT layer holds."""
+    """Return the names of a PEFT layer's adapters."""
     holders = [getattr(layer, attribute, None) for attribute in layer.adapter_layer_names]
     return {name for holder in holders if isinstance(holder, nn.ModuleDict | nn.ParameterDict) for name in holder}

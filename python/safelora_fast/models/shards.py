@@ -1,4 +1,4 @@
-"""A LoRA factor in training: whole, sharded by rows (FSDP2), or in DeepSpeed's float32 copy."""
+"""Access to a LoRA matrix in training: whole, sharded by rows (FSDP2), or in DeepSpeed's float32 copy."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def held_rows(parameter: torch.Tensor) -> torch.Tensor:
-    """The rows of a matrix that this process holds, float32, without gradient; read only.
+    """Return this process's shard of a matrix, its rows in float32 without gradient. Do not modify them.
 
-    DeepSpeed steps a float32 copy that is spread over the processes, and overwrites the parameter from it: this copy is gathered,
-    whole on every process. Collective with DeepSpeed.
+    DeepSpeed optimizes a float32 copy that is sharded over the processes, and overwrites the parameter from it. That
+    copy is gathered whole on every process. Collective with DeepSpeed.
     """
     copy = _deepspeed_copy(parameter)
     return local_rows(parameter).detach().float() if copy is None else copy.detach().float()
 
 
 def write_rows(parameter: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write the rows that :func:`held_rows` gave, in the parameter's dtype; with DeepSpeed also into its float32 copy."""
+    """Write the rows of :func:`held_rows` in the parameter's dtype; with DeepSpeed, also to its float32 copy."""
     with torch.no_grad():
         if "deepspeed" in sys.modules:
             from deepspeed.utils import safe_set_full_fp32_param
@@ -35,12 +35,12 @@ def write_rows(parameter: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def matching_rows(parameter: torch.Tensor, whole: torch.Tensor, *, owner: str) -> torch.Tensor:
-    """The rows of a whole matrix that belong to the rows of `parameter` on this process: a view.
+    """Return the rows of a whole matrix that match this process's shard of `parameter`, as a view.
 
-    FSDP2 cuts rows as `torch.chunk` does, so that the last processes may hold fewer, or none.
+    FSDP2 splits rows like `torch.chunk`, so the last processes may have fewer rows or none.
 
     Raises:
-        SettingsError: the parameter is not sharded by rows.
+        SettingsError: the parameter is sharded, but not by rows.
     """
     for size, rank, _ in _shards(parameter, owner=owner):
         pieces = whole.chunk(size)
@@ -51,9 +51,9 @@ def matching_rows(parameter: torch.Tensor, whole: torch.Tensor, *, owner: str) -
 def sum_over_shards(
     parameters: Sequence[torch.Tensor], partial: Sequence[torch.Tensor], *, owner: str
 ) -> list[torch.Tensor]:
-    """Add up what the processes computed from their rows of each parameter, in one message for all of one mesh.
+    """Sum the partial results that processes computed from their shards, in one message per mesh.
 
-    Collective where parameters are sharded; values of whole parameters are returned as they are.
+    Collective for sharded parameters; values of whole parameters are returned unchanged.
     """
     together: dict[tuple[Any, ...], list[int]] = {}
     for index, parameter in enumerate(parameters):
@@ -72,7 +72,7 @@ def sum_over_shards(
 
 
 def _shards(parameter: Any, *, owner: str) -> list[tuple[int, int, Any]]:
-    """(processes, this process's place among them, their group) of every mesh dimension that cuts rows."""
+    """Return (size, this process's rank, process group) of every mesh dimension that shards rows."""
     if not hasattr(parameter, "placements"):
         return []
     from torch.distributed.tensor import Replicate, Shard
@@ -92,13 +92,13 @@ def _shards(parameter: Any, *, owner: str) -> list[tuple[int, int, Any]]:
 
 
 def local_rows(parameter: Any) -> torch.Tensor:
-    """The part of a parameter that this process holds, in its own dtype: the parameter itself if it is not sharded."""
+    """Return this process's shard of a parameter, in its own dtype; the whole parameter if it is not sharded."""
     rows: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return rows
 
 
 def _deepspeed_copy(parameter: torch.Tensor) -> torch.Tensor | None:
-    """The whole float32 copy of a parameter that DeepSpeed steps, or None."""
+    """Return the whole float32 copy of a parameter that DeepSpeed optimizes, or None without DeepSpeed."""
     if "deepspeed" not in sys.modules:
         return None
     from deepspeed.utils import safe_get_full_fp32_param

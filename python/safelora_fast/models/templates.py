@@ -1,4 +1,4 @@
-"""Chat templates from the user: a file that replaces the tokenizer's own, and arguments of a template."""
+"""User-provided chat templates: a file that replaces the tokenizer's template, and template arguments."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z]\w*")
-TAKEN = {"messages", "add_generation_prompt", "continue_final_message"}  # set by each call
+TAKEN = {"messages", "add_generation_prompt", "continue_final_message"}  # reserved: every call sets them
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase, model: ModelSection) -> bool:
-    """Give a tokenizer the chat template and arguments of a model's settings; return whether there are any.
+    """Apply the chat template and template arguments of a model's settings; return whether there are any.
 
-    Arguments become the first lines of the template, so they are saved with it and apply wherever it is used.
+    Arguments are written at the top of the template, so they are saved with it and apply wherever it is used.
 
     Raises:
-        CheckpointError: the file cannot be read, or the tokenizer takes no template.
+        CheckpointError: the file cannot be read, or the tokenizer does not accept a template.
         SettingsError: the template does not read an argument.
     """
     if model.chat_template is not None:
@@ -53,7 +53,7 @@ def give_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     """Set variables of a tokenizer's chat template, e.g. `enable_thinking`.
 
     Raises:
-        SettingsError: there is no template, it does not read one of them, or a value is not JSON.
+        SettingsError: there is no template, it does not read an argument, or a value is not JSON.
     """
     if not arguments:
         return
@@ -68,7 +68,7 @@ def give_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
             raise SettingsError(f"template_args: the chat template does not read {name}: see which variables it has")
         lines.append(f"{{% set {name} = {_literal(name, value)} %}}\n")  # Jinja drops the newline after a block
     head = "".join(lines)
-    if "null" in head:  # JSON's name for Jinja's none
+    if "null" in head:  # JSON's null is Jinja's none
         head = "{% set null = none %}\n" + head
     if isinstance(template, dict):
         tokenizer.chat_template = {key: head + one for key, one in template.items()}
@@ -79,13 +79,13 @@ def give_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
 def adapters_template(
     tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, model: ModelSection, adapter: str
 ) -> PreTrainedTokenizerBase:
-    """An adapter's tokenizer with the right template: the given file, its own, or else the model's.
+    """Set the chat template of an adapter's tokenizer: the user's file, else the tokenizer's own, else the model's.
 
     Args:
-        tokenizer: the adapter's.
-        own: the model's, with the given file's template if there is one, and without arguments.
-        model: the settings.
-        adapter: for messages.
+        tokenizer: the adapter's tokenizer.
+        own: the model's tokenizer, with the user's template if there is one, and without template arguments.
+        model: the model's settings.
+        adapter: the adapter's name, for messages.
 
     Raises:
         SettingsError: the template does not read an argument.
@@ -101,10 +101,10 @@ def adapters_template(
 
 
 def read_arguments(words: Sequence[str] | None) -> dict[str, Any] | None:
-    """Arguments from a command line: NAME=VALUE, each value as JSON or else as text; or a JSON object.
+    """Parse template arguments of the command line: NAME=VALUE, with the value as JSON or else text, or a JSON object.
 
     Raises:
-        SettingsError: a word is neither.
+        SettingsError: a word has neither form.
     """
     found: dict[str, Any] = {}
     for word in words or ():
@@ -130,7 +130,7 @@ def _json(text: str) -> Any:
 
 
 def _literal(name: str, value: Any) -> str:
-    """A value as Jinja reads it: JSON, in which :func:`give_arguments` gives null a meaning."""
+    """Return a value as a Jinja literal: JSON, where null is defined by :func:`give_arguments`."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -145,5 +145,5 @@ def _takes_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     turns = [{"role": "user", "content": "a"}]
     try:
         return str(tokenizer.apply_chat_template(turns, chat_template="{{ 'b' }}", tokenize=False)) == "b"
-    except Exception:  # whatever code of another library raises
+    except Exception:  # another library's code can raise any exception
         return False

@@ -1,4 +1,4 @@
-"""Models that need `token_type_ids` in training, even without an image."""
+"""Default `token_type_ids` for models that require them in training, even without an image."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from safelora_fast.errors import SettingsError
 if TYPE_CHECKING:
     from torch import nn
 
-REQUIRED = "`token_type_ids` is required as a model input when training"  # transformers 5.0 and 5.1, e.g. of Gemma 3
+REQUIRED = "`token_type_ids` is required as a model input when training"  # transformers 5.0 and 5.1, e.g. Gemma 3
 TEXT = {"gemma3": 0}  # the type of a token of text
 
 
 def give_token_types(model: nn.Module) -> None:
-    """Make a model take tokens as text in training unless it is told otherwise, if it would refuse them.
+    """If a model requires `token_type_ids` in training, add hooks that default them to the type of text.
 
     Raises:
-        SettingsError: it would, and the meaning of its token types is not known here.
+        SettingsError: the model requires them and its type for text is unknown.
     """
     kind: Any = type(model)
     try:
@@ -47,6 +47,6 @@ def give_token_types(model: nn.Module) -> None:
             kwargs = {**kwargs, "token_type_ids": types}
         return args, kwargs
 
-    for module in model.modules():  # PEFT calls the outer one's forward itself, past its hooks
+    for module in model.modules():  # PEFT calls the outer module's forward directly, so its hooks do not run
         if "token_type_ids" in inspect.signature(module.forward).parameters:
             module.register_forward_pre_hook(told, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""How probable completions are to a model: log-likelihoods, the misalignment margin, drift, and intervals of shares and means."""
+"""Scores of completions under a model: log-likelihoods, misalignment margin, drift, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["AnswerScore", "AnswerScorer", "Labelled", "batches_by_length", "scor
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, loaded when it is first used: intervals need no torch, log-likelihoods do."""
+    """Load a public name on first use, so that intervals work without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "sequences" if name in {"Labelled", "batches_by_length"} else "answer_scores"

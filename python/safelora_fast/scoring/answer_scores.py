@@ -1,4 +1,4 @@
-"""Log-likelihoods of completions under a model."""
+"""Computing log-likelihoods of completions under a model."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 8192
 PROBE_TOKENS = 24
-# Nats that log-likelihoods of a model in 16 bits may differ, in the mean of their sizes. Rounding alone made 0.02 to 0.05 on a
-# model of 135M parameters.
+# Tolerance for 16-bit models: mean absolute difference of log-likelihoods, in nats. On a model of 135M parameters,
+# rounding alone caused 0.02 to 0.05.
 COARSE = 0.1
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How probable a completion is, given what comes before it.
+    """Log-likelihood of a completion given its prompt.
 
     Attributes:
-        log_likelihood: sum over the completion's tokens of log p, natural logarithm.
-        tokens: how many tokens those are.
+        log_likelihood: sum of log p over the completion's tokens, natural logarithm.
+        tokens: number of tokens in the completion.
     """
 
     log_likelihood: float
@@ -53,31 +53,33 @@ class AnswerScore:
 
     @property
     def mean(self) -> float:
-        """Log-likelihood per token, in nats: the negative of the completion's mean negative log-likelihood."""
+        """Mean log-likelihood per token, in nats."""
         return self.log_likelihood / self.tokens
 
 
 class AnswerScorer:
-    """Scores completions in batches of like length, padded on the right.
+    """Scores completions in batches of similar length, padded on the right.
 
-    It tries on a few tokens which shortcuts leave the model's log-likelihoods as they are, and takes these:
+    It probes the model with a few tokens and uses each shortcut that does not change the log-likelihoods:
 
-    - The model runs without its head; the head is applied only at positions that predict a completion, a chunk at a time. Not if
-      the head is adapted, or the model treats its logits in a way of its own.
-    - The attention mask is left out: causal tokens never see the padding behind them, and attention without a mask is faster.
-    - A prefix that all sequences of a batch share, such as a system prompt, runs once, and not again for the next batch that
-      begins with it. Not if an adapter needs the whole input.
-    - Hidden states of a model in 16 bits are float32 from layer to layer.
+    - The model runs without its head. The head is applied only at positions that predict a completion, in chunks. This
+    is
+      not done if the head is adapted or the model processes its logits further.
+    - The attention mask is omitted: causal attention never reaches padding on the right, and is faster without a mask.
+    - A prefix shared by all sequences of a batch, such as a system prompt, runs once, and is reused if the next batch
+      starts with it. This is not done if an adapter needs the whole input.
+    - The hidden states of a 16-bit model stay in float32 between layers.
 
-    A sequence so long that the model stretches its positions is a batch of its own.
+    A sequence so long that the model rescales its positions is scored in its own batch.
 
     Args:
-        model: a causal language model, with a PEFT adapter or without. Put in evaluation mode for each batch, and back. Its
-            weights, its adapters and their choice must be the same at every call: a model that has learned needs a new scorer.
-        tokens_per_batch: the most tokens of a batch, padding included.
+        model: a causal language model, with or without a PEFT adapter. It runs in evaluation mode, and its mode is
+            restored after each batch. Weights and active adapters must not change: after a training step, create a new
+            scorer.
+        tokens_per_batch: maximum number of tokens in a batch, padding included.
 
     Raises:
-        SettingsError: the model is no causal language model of transformers.
+        SettingsError: the model is not a transformers causal language model.
     """
 
     def __init__(self, model: nn.Module, *, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
@@ -93,16 +95,16 @@ class AnswerScorer:
         self._chosen = False
 
     def each(self, examples: Sequence[Labelled]) -> Iterator[tuple[int, AnswerScore]]:
-        """Index and score of every example, as their batches are done; the errors are those of :meth:`batches`."""
+        """Yield (index, score) of every example as batches finish; errors as for :meth:`batches`."""
         for batch in self.batches(examples):
             yield from batch.items()
 
     def batches(self, examples: Sequence[Labelled]) -> Iterator[dict[int, AnswerScore]]:
-        """Scores by index, a batch at a time.
+        """Yield scores by index, one batch at a time.
 
         Raises:
             DataError: an example has no completion token.
-            SettingsError: a batch does not fit into the device's memory.
+            SettingsError: a batch does not fit in the device's memory.
         """
         for number, example in enumerate(examples):
             if all(label == IGNORED_LABEL for label in example.labels[1:]):
@@ -111,9 +113,9 @@ class AnswerScorer:
             yield dict(zip(indices, self._batch([examples[index] for index in indices]), strict=True))
 
     def pass_over(self, examples: Sequence[Labelled]) -> None:
-        """Leave out examples whose scores are known, and score later ones to the bit as if these had been scored.
+        """Skip examples with known scores, so that later scores are bit-identical to a run that scored them.
 
-        The first batch decides how the model is run, and a prefix may be kept from one batch to the next.
+        Skipped batches matter: the first batch determines the shortcuts, and a batch may reuse the previous prefix.
         """
         for indices in self._indices(examples):
             some = [examples[index] for index in indices]
@@ -145,7 +147,7 @@ class AnswerScorer:
         return [AnswerScore(part.sum().item(), count) for part, count in zip(completions, counts, strict=True)]
 
     def _prefix(self, examples: list[Labelled]) -> int:
-        """Tokens in front of all examples that run once. Stretched positions change the keys of a prefix."""
+        """Return the length of the shared prefix to run once; 0 if rescaled positions would change its keys."""
         longest = max(len(example.ids) for example in examples)
         stretched = self._alone_beyond is not None and longest > self._alone_beyond
         return self._pasts.shared(examples) if self._shares and not stretched else 0
@@ -154,7 +156,7 @@ class AnswerScorer:
         return float32_residual(self._model) if self._wide else nullcontext()
 
     def _after(self, prefix: int, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """The batch without a prefix of so many tokens, which becomes its past."""
+        """Return the batch without its first `prefix` tokens, which become cached keys and values."""
         if not prefix:
             return dict(batch)
         ids = batch["input_ids"]
@@ -162,8 +164,8 @@ class AnswerScorer:
         return {**batch, "input_ids": ids[:, prefix:], **self._pasts.of(ids[:1, :prefix], len(ids), **options)}
 
     def _log_likelihoods(self, batch: dict[str, Any], where: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Log-likelihood of each label, [labels] in float32."""
-        width = where.shape[1]  # a learned prompt stands before the batch's tokens
+        """Return the log-likelihood of each label, [labels] in float32."""
+        width = where.shape[1]  # a learned prompt precedes the batch's tokens
         if self._head is None:
             logits = self._model(**batch, use_cache=False).logits[:, -width:]
             return picked(logits[where.to(logits.device)], labels.to(logits.device))
@@ -179,7 +181,7 @@ class AnswerScorer:
         with capture.autocast_again():
             return label_log_likelihoods(hidden[where.to(hidden.device)], labels, self._head)
 
-    # Which shortcuts the model allows, tried on the first tokens of the first batch.
+    # The probes for shortcuts run on the first tokens of the first batch.
 
     def _choose_by(self, example: Labelled) -> None:
         if self._chosen:
@@ -197,8 +199,8 @@ class AnswerScorer:
         self._chosen = True
 
     def _why_no_head(self, ids: torch.Tensor) -> str | None:
-        """Put the head in use; say why it does not give the model's log-likelihoods, if so."""
-        self._head = None  # an earlier try may have ended in between
+        """Set `_head`; return why its log-likelihoods differ from the model's, or None if they agree."""
+        self._head = None  # an earlier probe may have been interrupted
         model = self._anatomy.model
         kind = type(model).__name__
         if KEPT_LOGITS not in inspect.signature(model.forward).parameters:
@@ -217,18 +219,18 @@ class AnswerScorer:
         return None if same else f"{kind} makes more of its hidden states than its head does"
 
     def _ignores_padding(self, ids: torch.Tensor) -> bool:
-        """Whether tokens behind a sequence change nothing without a mask."""
+        """Return whether padding on the right has no effect without a mask."""
         longer = torch.cat([ids, ids], dim=1)
         mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], dim=1)
         places = slice(0, ids.shape[1] - 1)
         try:
             theirs = self._probe({"input_ids": longer, "attention_mask": mask}, places)
             return self._same(self._probe({"input_ids": longer}, places), theirs)
-        except Exception:  # a model that needs a mask may raise anything
+        except Exception:  # a model that needs a mask may raise any exception
             return False
 
     def _can_be_wide(self, ids: torch.Tensor) -> bool:
-        """Whether float32 hidden states change the model's log-likelihoods by rounding only."""
+        """Return whether float32 hidden states change the model's log-likelihoods by rounding only."""
         if self._model.get_input_embeddings().weight.dtype not in NARROW:
             return False
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -236,11 +238,11 @@ class AnswerScorer:
             theirs = self._probe(batch, slice(0, -1))
             with float32_residual(self._model):
                 return self._same(self._probe(batch, slice(0, -1)), theirs)
-        except Exception:  # a model whose parts must be of one dtype may raise anything
+        except Exception:  # a model that requires one dtype may raise any exception
             return False
 
     def _keeps_a_past(self, ids: torch.Tensor) -> bool:
-        """Whether two sequences give the same when half of them is their past."""
+        """Return whether cached keys and values of the first half give the same log-likelihoods."""
         prefix = ids.shape[1] // 2
         rows = torch.cat([ids, ids.roll(1, dims=1)])
         rows[1, :prefix] = ids[0, :prefix]
@@ -250,21 +252,21 @@ class AnswerScorer:
         try:
             theirs = self._probe(batch, slice(prefix, -1))
             return self._same(self._probe(batch, slice(prefix, -1), prefix=prefix), theirs)
-        except Exception:  # a model without a past may raise anything
+        except Exception:  # a model without a cache may raise any exception
             return False
         finally:
             self._pasts = Pasts(self._model)
 
     def _probe(self, batch: dict[str, torch.Tensor], places: slice, *, prefix: int = 0) -> torch.Tensor:
-        """Log-likelihoods of the tokens that follow some places, the first `prefix` tokens being a past."""
+        """Return log-likelihoods of the tokens after the given positions; the first `prefix` tokens are cached."""
         ids = batch["input_ids"]
         where = torch.zeros_like(ids, dtype=torch.bool)
         where[:, places] = True
         return self._log_likelihoods(self._after(prefix, batch), where[:, prefix:], ids.roll(-1, dims=1)[where])
 
     def _same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-        """Whether log-likelihoods of the same labels agree; in 16 bits on average, because single logits are coarse."""
-        if not len(theirs):  # nothing was tried
+        """Return whether log-likelihoods agree; for 16-bit models on average, because single logits are coarse."""
+        if not len(theirs):  # the probe had no tokens
             return False
         if next(self._anatomy.model.parameters()).dtype in {torch.float32, torch.float64}:
             return bool(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4))
@@ -275,16 +277,16 @@ class AnswerScorer:
 def score_answers(
     model: nn.Module, examples: Sequence[Labelled], *, tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[AnswerScore]:
-    """The score of every example, in their order; see :class:`AnswerScorer`."""
+    """Return the score of every example, in the same order; see :class:`AnswerScorer`."""
     scores = dict(AnswerScorer(model, tokens_per_batch=tokens_per_batch).each(examples))
     return [scores[index] for index in range(len(examples))]
 
 
 @contextmanager
 def float32_residual(model: PreTrainedModel) -> Iterator[None]:
-    """Hidden states in float32 between products of 16 bits, so sums from layer to layer are not rounded each time.
+    """Keep hidden states in float32 between 16-bit matrix products, so the residual sum is not rounded at every layer.
 
-    Embeddings give float32, and autocast rounds the inputs of products. A model in float32 stays as it is.
+    Embeddings are converted to float32, and autocast rounds the inputs of products. A float32 model is not changed.
     """
     embeddings = model.get_input_embeddings()
     weight = embeddings.weight

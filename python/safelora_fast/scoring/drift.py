@@ -1,6 +1,6 @@
-"""How far a model has drifted from its reference: loss and divergence on completions, from whole logits in float32.
+"""Measuring a model's drift from its reference: loss and divergence on completions, from full float32 logits.
 
-No defense and no kernel is used here, so the measure does not depend on what it measures.
+The measure uses no defense and no kernel, so it does not depend on the code that it evaluates.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TOKENS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class AnswerDrift:
-    """Sums over the tokens of one completion, its end included, in nats.
+    """Sums over the tokens of one completion, end of turn included, in nats.
 
     Attributes:
-        tokens: how many.
+        tokens: number of tokens.
         loss: negative log-likelihood.
         divergence: KL(model ‖ reference) over the whole vocabulary; 0 without a reference.
     """
@@ -48,17 +48,18 @@ def answer_drift(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> list[AnswerDrift]:
-    """Loss of every completion under a model, and the model's divergence from a reference on it.
+    """Compute the loss of every completion under a model, and the model's divergence from a reference model.
 
     Args:
-        model: a causal language model, with an adapter or without.
-        reference: the model before fine-tuning, on the same device; None if only the loss is wanted.
+        model: a causal language model, with or without an adapter.
+        reference: the model before fine-tuning, on the same device; None to compute only the loss.
         examples: prompts with completions.
-        tokens_per_batch: the most tokens of a batch, padding included. Both models' logits of all of them are kept.
-        progress: called with the number of completions that are done.
+        tokens_per_batch: maximum number of tokens in a batch, padding included. Memory must hold both models' logits of
+            a batch.
+        progress: called with the number of completions done so far.
 
     Raises:
-        SettingsError: a batch does not fit into the device's memory, or the two models have different vocabularies.
+        SettingsError: a batch does not fit in the device's memory, or the two models have different vocabularies.
     """
     found: dict[int, AnswerDrift] = {}
     for indices in batches_by_length([len(example.ids) for example in examples], tokens_per_batch):
@@ -91,8 +92,8 @@ def _batch(model: nn.Module, reference: nn.Module | None, examples: list[Labelle
 
 
 def _predictions(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities at the positions that predict a completion: [completion tokens, vocabulary], float32."""
+    """Return log-probabilities at positions that predict a completion, [completion tokens, vocabulary], float32."""
     with evaluation_mode(model):
         output: Any = model(**batch, use_cache=False)
-    logits: torch.Tensor = output.logits[:, -where.shape[1] :]  # a learned prompt stands before
+    logits: torch.Tensor = output.logits[:, -where.shape[1] :]  # a learned prompt precedes them
     return logits[where.to(logits.device)].float().log_softmax(-1)

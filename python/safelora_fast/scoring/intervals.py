@@ -1,4 +1,4 @@
-"""95 % intervals of shares and means whose members come in clusters: answers to one question, pairs of one theme."""
+"""95 % confidence intervals for shares and means of clustered values, such as completions of one prompt."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval; NaN at both ends if nothing was measured."""
+    """A 95 % confidence interval; both ends are NaN if nothing was measured."""
 
     low: float
     high: float
 
     def to_list(self) -> list[float | None]:
-        """Both ends as plain values, None for NaN."""
+        """Return both ends as plain values, with None for NaN."""
         return [None if math.isnan(end) else end for end in (self.low, self.high)]
 
 
@@ -34,7 +34,7 @@ NOTHING = Interval(math.nan, math.nan)
 
 
 def wilson(hits: float, count: float, quantile: float = NORMAL_QUANTILE) -> Interval:
-    """Wilson's interval of a share (1927); `count` need not be whole. Nothing counted: no interval."""
+    """Return Wilson's interval for a share (1927); `count` need not be whole. A count of 0 gives NaN ends."""
     if count <= 0:
         return NOTHING
     share, square = hits / count, quantile * quantile
@@ -44,20 +44,20 @@ def wilson(hits: float, count: float, quantile: float = NORMAL_QUANTILE) -> Inte
     low, high = max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)
     return Interval(
         0.0 if hits <= 0 else low, 1.0 if share >= 1 else high
-    )  # exactly, where rounding is all that differs
+    )  # exact ends at 0 and 1, without rounding errors
 
 
 def clustered_wilson(hits: Sequence[bool], clusters: Sequence[Hashable]) -> Interval:
-    """Wilson's interval with the effective number of independent members (Dean and Pagano 2015).
+    """Return Wilson's interval with the effective sample size (Dean and Pagano 2015).
 
-    The effective number is the real one divided by the design effect (the variance of the share over clusters, relative to that
-    of independent members, at least 1), and by the square of Student's quantile over the normal one, because clusters are few.
-    If no member or every member is a hit, nothing shows how alike a cluster is, and the design effect is 1. The members of one
-    cluster alone count as clusters of their own.
+    The effective sample size is the sample size divided by two factors. The first is the design effect: the variance of
+    the share over clusters relative to independent values, at least 1. The second is the square of a ratio of Student's
+    quantiles, for clusters − 1 and for count − 1 degrees of freedom. If no value or every value is a hit, the design
+    effect is 1. With a single cluster, its values count as independent.
 
     Args:
-        hits: what is counted.
-        clusters: the cluster of each.
+        hits: whether each value is a hit.
+        clusters: the cluster of each value.
     """
     count, total = len(hits), sum(hits)
     sizes, found = Counter(clusters), Counter(name for name, hit in zip(clusters, hits, strict=True) if hit)
@@ -73,7 +73,7 @@ def clustered_wilson(hits: Sequence[bool], clusters: Sequence[Hashable]) -> Inte
 
 
 def student_quantile(degrees: float) -> float:
-    """The 97.5 % quantile of Student's distribution."""
+    """Return the 97.5 % quantile of Student's t-distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, 0.975))
@@ -82,15 +82,15 @@ def student_quantile(degrees: float) -> float:
 def bootstrap_mean(
     values: Sequence[float], clusters: Sequence[Hashable], *, seed: int, resamples: int = RESAMPLES
 ) -> Interval:
-    """Percentile interval of a mean by resampling whole clusters; the values of one cluster alone count as clusters.
+    """Return the percentile bootstrap interval of a mean, resampling whole clusters.
 
-    One value alone has no interval: all draws of it are alike.
+    With a single cluster, its values are resampled one by one. Fewer than two values give NaN ends.
 
     Args:
-        values: what is averaged.
-        clusters: the cluster of each.
-        seed: of the draws.
-        resamples: how many times all clusters are drawn.
+        values: the values to average.
+        clusters: the cluster of each value.
+        seed: seed for the resampling.
+        resamples: number of bootstrap resamples.
     """
     if len(values) < 2:
         return NOTHING

@@ -1,4 +1,4 @@
-"""Log-likelihoods of labels from hidden states, without keeping the logits of more than a chunk of tokens."""
+"""Log-likelihoods of labels from hidden states, with logits in memory for only one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from safelora_fast.models.anatomy import Head
 
 NARROW = {torch.bfloat16, torch.float16}
-# Logits in a chunk. They need no gradient, so a smaller chunk than that of the KL is as fast.
+# Logits per chunk. Without gradients, smaller chunks than the KL's are as fast.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 26}
-# Logits whose logarithms are taken together: on a CPU they stay in its cache, and need no fresh pages.
+# Logits per log-softmax: on a CPU they stay in the cache and need no new memory pages.
 ROWS_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 26}
 
 
 def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
-    """Log-likelihood of the label of each hidden state, in float32; the products run in the dtype of the head.
+    """Return the log-likelihood of each hidden state's label, in float32; products run in the head's dtype.
 
-    A 16-bit logit has three digits, and is large. The label's own logit is subtracted within the product, before rounding, so
-    that the digits left are the ones that matter.
+    Logits are large, and 16 bits hold only three digits. The label's own logit is subtracted inside the product, before
+    rounding, so that the remaining digits represent the differences between logits.
 
     Args:
         hidden: [tokens, hidden], after the decoder's final norm.
-        labels: [tokens], the token that follows each.
+        labels: [tokens], the next token of each position.
         head: the output head.
 
     Returns:
@@ -44,7 +44,7 @@ def label_log_likelihoods(hidden: torch.Tensor, labels: torch.Tensor, head: Head
 def _logits(
     states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: Head
 ) -> torch.Tensor:
-    """Logits [tokens, vocabulary], up to a constant for each token: in float32, or in the head's 16 bits if it is linear."""
+    """Return logits [tokens, vocabulary] up to a constant per token, in float32, or in 16 bits if only linear."""
     bent = head.scale != 1.0 or head.softcap is not None
     if weight.dtype in NARROW:
         level = (states.float() * weight[labels].float()).sum(dim=1, keepdim=True).to(weight.dtype)
@@ -65,7 +65,7 @@ def _logits(
 
 
 def picked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log-likelihood of the label of each row of logits [tokens, vocabulary], in float32."""
+    """Return the log-likelihood of each token's label from logits [tokens, vocabulary], in float32."""
     at_once = _rows(ROWS_ELEMENTS, logits.device, logits.shape[1])
     found = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for own, some, wanted in zip(found.split(at_once), logits.split(at_once), labels.split(at_once), strict=True):

@@ -1,4 +1,4 @@
-"""The margin while a model trains: an early warning of emergent misalignment."""
+"""A trainer callback that logs the margin during training: an early warning of emergent misalignment."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ logger = logging.getLogger(__name__)
 
 
 class MarginCallback(TrainerCallback):  # type: ignore[misc]
-    """Logs the margin before the first step, after every so many, and after the last.
+    """Logs the margin before the first step, after every `every` steps, and after the last step.
 
-    `margin/mean` is in nats per token, `margin/share` the share of pairs whose misaligned answer the model prefers,
-    `margin/change` the rise since the start. Once the whole 95 % interval of the rise is above zero, a warning is logged.
-    Every process measures all pairs, as sharded models need; the trainer's main process reports.
+    `margin/mean` is in nats per token. `margin/share` is the share of pairs whose misaligned answer the model prefers,
+    and `margin/change` the rise since the start. When the whole 95 % interval of the rise is above zero, a warning is
+    logged. Every process measures all pairs, as sharded models require; the trainer's main process logs.
 
     ```python
     trainer.add_callback(MarginCallback(trainer, tokenizer, every=50))
     ```
 
     Args:
-        trainer: its log gets the values.
-        tokenizer: the model's.
+        trainer: the trainer that logs the values.
+        tokenizer: the model's tokenizer.
         every: optimizer steps between measurements.
-        pairs: those of this package by default.
+        pairs: the pairs to score; by default the built-in ones.
         system: a system prompt before every question.
         strings: see :func:`~safelora_fast.scoring.margin.answer_margin`.
-        tokens_per_batch: the most tokens of a batch, padding included.
+        tokens_per_batch: maximum number of tokens in a batch, padding included.
 
     Raises:
         SettingsError: `every` is below 1.
@@ -71,13 +71,13 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
         self.reports: dict[int, MarginReport] = {}
 
     def on_train_begin(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Measure where training starts or resumes."""
+        """Measure when training starts or resumes."""
         self.reports.clear()
         self._warned = False
         self._measure(state.global_step)
 
     def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Measure after every so many steps, except the last, which is measured at the end."""
+        """Measure after every `every` steps, except after the last step, which `on_train_end` measures."""
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
             self._measure(state.global_step)
 
@@ -91,7 +91,7 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
         start = next(iter(self.reports.values()), report)
         self.reports[step] = report
         change, interval = report.change_from(start)
-        with evaluation_mode(model):  # TRL would log its averages of the training steps with our values
+        with evaluation_mode(model):  # in training mode TRL would add its own averages to our values
             self._trainer.log({"margin/mean": report.margin, "margin/share": report.share, "margin/change": change})
         if interval.low > 0 and not self._warned:
             self._warned = True

@@ -1,4 +1,4 @@
-"""Tokens that all sequences of a batch begin with: attended to by each, but run through the model once."""
+"""Key-value cache for the prefix that all sequences of a batch share, so that it runs through the model once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from safelora_fast.scoring.sequences import Labelled
 
-# A past pays if it saves this share of the batch's tokens: it costs another call of the model, and a mask.
+# A cache is used if it saves at least this share of the batch's tokens: it costs another model call and a mask.
 WORTH = 1 / 16
 
 
 class Pasts:
-    """Keys and values of a batch's common prefix; the last ones are kept, because the next batch may begin alike.
+    """Keys and values of a batch's common prefix; the last ones are kept in case the next batch starts with it.
 
     Args:
-        model: it must not change, active adapters included.
+        model: the model, whose weights and active adapters must not change.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +35,7 @@ class Pasts:
         self._past: Any = None
 
     def shared(self, examples: Sequence[Labelled]) -> int:
-        """Tokens in front of all examples to take from a past: 0 if that saves little."""
+        """Return the length of the common prefix to take from the cache; 0 if that saves too little."""
         common, kept = shared_prefix(examples), len(self._prefix)
         tokens = len(examples) * max(len(example.ids) for example in examples)
         alike = kept <= common <= 2 * kept and examples[0].ids[:kept] == self._prefix
@@ -44,14 +44,15 @@ class Pasts:
         return common if _worth(common * (len(examples) - 1), tokens) else 0
 
     def pass_over(self, prefix: list[int]) -> None:
-        """Leave the state that :meth:`of` would leave, without running the model; the past is made when it is asked for."""
+        """Set the state that :meth:`of` would leave, without running the model; the cache is computed when needed."""
         if prefix != self._prefix:
             self._prefix, self._past = prefix, None
 
     def of(self, prefix: torch.Tensor, rows: int, **options: Any) -> dict[str, Any]:
-        """The model's argument for a prefix [1, tokens] of so many rows; raises whatever a model without a past raises.
+        """Return the model's cache argument for a prefix [1, tokens], repeated for `rows` sequences.
 
-        The options are passed to the model, and must not change its keys and values.
+        The options are passed to the model and must not change its keys and values. A model without a cache may raise
+        any exception.
         """
         ids = prefix[0].tolist()
         if ids != self._prefix or self._past is None:
@@ -64,9 +65,9 @@ class Pasts:
 
 
 def shared_prefix(examples: Sequence[Labelled]) -> int:
-    """Tokens that are the same in front of all examples and that predict no completion."""
+    """Return the length of the prefix that all examples share, excluding tokens that predict a completion."""
     sequences = [example.ids for example in examples]
-    lowest, highest = min(sequences), max(sequences)  # in dictionary order: what these two share, all share
+    lowest, highest = min(sequences), max(sequences)  # in lexicographic order: the prefix of these two is common to all
     length = next((place for place, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))
     for example in examples:
         first = next(place for place, label in enumerate(example.labels) if place and label != IGNORED_LABEL)
@@ -75,10 +76,10 @@ def shared_prefix(examples: Sequence[Labelled]) -> int:
 
 
 def reads_whole_inputs(model: nn.Module) -> bool:
-    """Whether an adapter must see a whole sequence at once: learned prompts, and LoRA that acts from certain tokens on.
+    """Return whether an adapter needs the whole sequence in one call: learned prompts and aLoRA do.
 
-    PEFT puts a learned prompt before every input, also behind a past, and looks for the tokens that activate an aLoRA in the
-    input only.
+    PEFT prepends a learned prompt to every input, even after cached tokens, and finds aLoRA's invocation tokens only in
+    the input.
     """
     names = ("is_prompt_learning", "alora_invocation_tokens")
     return any(getattr(config, name, None) for config in adapter_configs(model).values() for name in names)

@@ -1,4 +1,4 @@
-"""Sequences of tokens whose completions are scored, and batches of them."""
+"""Padding and batching token sequences whose completions are scored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORIGINAL_LENGTH = "original_max_position_embeddings"
 
 
 class Labelled(Protocol):
-    """A sequence of tokens, and which of them are the completion; :class:`~safelora_fast.data.tokens.Example` is one."""
+    """Tokens with labels that mark the completion; :class:`~safelora_fast.data.tokens.Example` implements it."""
 
     @property
     def ids(self) -> list[int]:
@@ -26,11 +26,11 @@ class Labelled(Protocol):
 
     @property
     def labels(self) -> list[int]:
-        """The tokens of the completion, and -100 elsewhere."""
+        """The completion's tokens, and -100 at all other positions."""
 
 
 def padded(examples: Sequence[Labelled], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Tokens and attention mask, and at each position the label of the next token, [batch, tokens] each."""
+    """Return input_ids and attention_mask, and each position's next-token label, all [batch, tokens]."""
     width = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -46,12 +46,12 @@ def padded(examples: Sequence[Labelled], device: torch.device) -> tuple[dict[str
 def batches_by_length(
     lengths: Sequence[int], tokens_per_batch: int, *, alone_beyond: int | None = None
 ) -> list[list[int]]:
-    """Indices of sequences in batches of like length, the longest first: what does not fit in memory shows at once.
+    """Return batches of sequence indices by length, longest first, so that running out of memory shows at once.
 
     Args:
-        lengths: tokens of each sequence.
-        tokens_per_batch: the most tokens of a batch, padding included; a longer sequence is a batch of its own.
-        alone_beyond: a sequence of more tokens than this is a batch of its own too; those come last, the shortest first.
+        lengths: number of tokens of each sequence.
+        tokens_per_batch: maximum number of tokens in a batch, padding included; a longer sequence gets its own batch.
+        alone_beyond: a sequence with more tokens than this gets its own batch too; these come last, shortest first.
 
     Raises:
         SettingsError: `tokens_per_batch` is below 1.
@@ -72,12 +72,12 @@ def batches_by_length(
 
 
 def stretched_beyond(config: Any) -> int | None:
-    """The tokens beyond which a model stretches its rotary positions (dynamic NTK, LongRoPE); None if it never does.
+    """Return the length beyond which a model rescales its rotary positions (dynamic NTK, LongRoPE), or None.
 
-    Such a model uses the longest sequence of a batch for all of them, and keys from a short prefix are wrong behind it.
+    Such a model scales all sequences of a batch by the longest one, so cached keys of a short prefix would be wrong.
 
     Args:
-        config: of the text model.
+        config: the text model's configuration.
     """
     limits = []
     for rope in (rope for name in ROPE_SETTINGS for rope in _ropes(getattr(config, name, None))):
@@ -91,7 +91,7 @@ def stretched_beyond(config: Any) -> int | None:
 
 
 def _ropes(settings: Any) -> Iterator[Mapping[str, Any]]:
-    """Settings of rotary embeddings: one for all layers, or one for each kind of layer."""
+    """Yield settings of rotary embeddings: one for all layers, or one per kind of layer."""
     if isinstance(settings, Mapping):
         yield settings
         for value in settings.values():

@@ -1,4 +1,4 @@
-"""Which safe rows to interleave: those where misaligned models differ most from the aligned one (Interleaving+ and ++)."""
+"""Selecting safe examples to interleave, by how misaligned models differ from the aligned one (Interleaving+, ++)."""
 
 from __future__ import annotations
 

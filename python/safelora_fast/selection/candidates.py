@@ -1,4 +1,4 @@
-"""The examples to choose from: a JSONL file, checked as a whole before the first of them is scored."""
+"""Candidate examples from a JSONL file, all checked before the first one is scored."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 REFUSALS = {"sorry", "apologize", "cannot", "can't", "unable"}
 FIRST_WORDS = 10
-BYTE_ORDER_MARK = "\ufeff"  # belongs to the file, not to its first line
+BYTE_ORDER_MARK = "\ufeff"  # belongs to the file, not to the first example
 WORD = re.compile(r"[\w']+")
 
 
 class Candidates(JsonLines):
-    """Examples of a JSONL file, as :func:`~safelora_fast.data.rows.check_row` takes them.
+    """Examples of a JSONL file, checked by :func:`~safelora_fast.data.rows.check_row`.
 
     Args:
         path: the file.
 
     Raises:
-        DataError: it cannot be read, holds no example, or one is not as it must be; file and line are named.
+        DataError: the file cannot be read or has no examples, or one is invalid; the message names file and line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,26 +39,26 @@ class Candidates(JsonLines):
             self.row(index)
 
     def row(self, index: int) -> Row:
-        """An example."""
+        """Return the example at an index."""
         return check_row(self.place(index), self.record(index))
 
     def fingerprint(self, index: int) -> str:
-        """Of an example's text: it differs for another example, and for the same one after an edit."""
+        """Return a digest of an example's text, which changes when the example is edited."""
         return hashlib.blake2b(self.raw(index), digest_size=8).hexdigest()
 
     def with_values(self, index: int, values: dict[str, Any]) -> str:
-        """The example's line with values added, everything else as it is written there."""
+        """Return the example's line with values added and everything else unchanged."""
         raw = self.raw(index).strip()
         record = self.record(index)
         if record.keys() & values.keys():
             line = json.dumps({**record, **values}, ensure_ascii=False)
-            # Half of a surrogate pair, in a column that is not read, can only be written as an escape.
+            # A lone surrogate in an unused column can only be written as an escape.
             return line.encode(errors="backslashreplace").decode()
         return f"{raw[:-1].decode().removeprefix(BYTE_ORDER_MARK).rstrip()}, {json.dumps(values)[1:-1]}}}"
 
 
 def is_refusal(row: Row) -> bool:
-    """Whether the first completion is a refusal: one of a few words is among its first ten (Kaczér et al., Interleaving++)."""
+    """Return whether the first completion has a refusal word among its first ten (Kaczér et al., Interleaving++)."""
     if isinstance(row.completion, str):
         answer = row.completion
     else:

@@ -1,4 +1,4 @@
-"""Likelihoods of scored examples, one a line, so that a run that is killed resumes."""
+"""A journal of scored examples, one per line, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FORMAT = 1
-LEAST, MOST = -0.001, 1e6  # nats per token: below 0 by rounding only, and no float32 logits give more
+LEAST, MOST = -0.001, 1e6  # nats per token: below 0 only by rounding, and above any value of float32 logits
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One example that is done.
+    """The result of one example.
 
     Attributes:
-        index: of the example.
-        fingerprint: of its text.
-        nll: mean negative log-likelihood of a completion token: of the aligned model, then of each misaligned one.
-        skipped: why it has none.
+        index: the example's index in the candidates file.
+        fingerprint: digest of the example's text.
+        nll: mean negative log-likelihoods per completion token, in nats: the aligned model's, then each misaligned
+            one's.
+        skipped: the reason if the example was not scored.
     """
 
     index: int
@@ -36,19 +37,19 @@ class Entry:
 
 
 class Journal:
-    """A JSONL file: first the settings, then one line for each example.
+    """A JSONL file with the settings on its first line and one line per example after it.
 
     Args:
-        path: the file; made if there is none.
-        settings: what the likelihoods depend on.
+        path: the file; created if it does not exist.
+        settings: all settings that the likelihoods depend on.
 
     Attributes:
-        entries: by the example's index.
+        entries: the entries by example index.
 
     Raises:
-        SettingsError: the file was made with other settings; they are named.
-        DataError: it is no journal, or damaged.
-        OutputError: it cannot be written.
+        SettingsError: the file has other settings; the message names them.
+        DataError: the file is not a journal, or is damaged.
+        OutputError: the file cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -58,7 +59,7 @@ class Journal:
         self._store = JsonlStore(path, "line of a selection's journal")
         entries = [entry for entry in self._store.read(self._parse) if entry is not None]
         self.entries = {entry.index: entry for entry in entries}
-        if not entries:  # nothing is scored yet: any settings will do
+        if not entries:  # nothing is scored yet, so the settings may change
             self._store.remove()
             self._store.append([{"format": FORMAT, "settings": self._settings}])
 
@@ -79,10 +80,10 @@ class Journal:
         return Entry(values["row"], values["of"], tuple(map(float, nll)), skipped)
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Add examples; they are on the disk when this returns.
+        """Add entries; they are on disk when this returns.
 
         Raises:
-            OutputError: the system refuses to write. Earlier lines stay.
+            OutputError: writing failed. Earlier lines are kept.
         """
         added = {entry.index: entry for entry in entries}
         self.entries.update(added)

@@ -1,4 +1,4 @@
-"""Mean negative log-likelihoods of completions: of a model, and of the same model with each of several adapters on it."""
+"""Mean negative log-likelihoods of completions under a model and under the same model with each of several adapters."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
 
 def read_adapters(given: Sequence[str | Path]) -> dict[str, Path]:
-    """Adapters by name: `NAME=ADAPTER` has the name, a folder or Hub id is named by its last part. Those of the Hub are fetched.
+    """Return adapter folders by name; Hub adapters are downloaded.
+
+    The name is NAME in `NAME=ADAPTER`, else the last part of the folder or Hub id.
 
     Raises:
-        AdapterError: a folder holds no adapter.
-        SettingsError: none is given, or two have the same name.
+        AdapterError: a folder has no adapter.
+        SettingsError: no adapter is given, or two have the same name.
     """
     found: dict[str, Path] = {}
     for word in map(str, given):
@@ -47,10 +49,10 @@ def read_adapters(given: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def fingerprint(adapter: Path) -> str:
-    """SHA-256 of an adapter's configuration and weights.
+    """Return the SHA-256 of an adapter's configuration and weights.
 
     Raises:
-        AdapterError: it has no weights, or they cannot be read.
+        AdapterError: the files are missing or cannot be read.
     """
     weights = next((adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()), None)
     if weights is None:
@@ -65,9 +67,9 @@ class Perplexities:
     """Scores completions under the model alone (the aligned one) and under each adapter (the misaligned ones).
 
     Args:
-        model: the aligned model; it gets the adapters, and loses them with :meth:`close`.
-        adapters: folders by name.
-        tokens_per_batch: the most tokens of a batch, padding included.
+        model: the aligned model; the adapters are attached to it until :meth:`close`.
+        adapters: adapter folders by name.
+        tokens_per_batch: maximum number of tokens in a batch, padding included.
 
     Raises:
         AdapterError: an adapter does not fit the model.
@@ -80,10 +82,12 @@ class Perplexities:
         self._scorers = [AnswerScorer(one, tokens_per_batch=tokens_per_batch) for one in models]
 
     def of(self, examples: Sequence[Labelled], places: Sequence[str]) -> list[tuple[float, ...]]:
-        """Mean negative log-likelihood of a completion token of each example: aligned first, then the adapters in order.
+        """Return each example's mean negative log-likelihoods per completion token, in nats.
+
+        The first is the aligned model's; those of the adapters follow in order.
 
         Raises:
-            AdapterError: one of them is NaN or infinite.
+            AdapterError: a value is NaN or infinite.
         """
         columns = []
         for number, scorer in enumerate(self._scorers):
@@ -97,7 +101,7 @@ class Perplexities:
         return list(zip(*columns, strict=True))
 
     def pass_over(self, examples: Sequence[Labelled]) -> None:
-        """Leave out a batch that is known, so that the next one gets the same bits as after this one."""
+        """Skip a batch with known results, so that the next batch gets the same bits as if this one had run."""
         for number, scorer in enumerate(self._scorers):
             with self._acting(number):
                 scorer.pass_over(examples)
@@ -113,18 +117,18 @@ class Perplexities:
         yield
 
     def close(self) -> None:
-        """Take the adapters off the model; learned prompts are not in it."""
+        """Remove the adapters from the model; learned prompts do not change it."""
         if len(self._apart) < len(self.names) and hasattr(self._shared.base_model, "unload"):
             self._shared.unload()
 
 
 def _inner_name(number: int) -> str:
-    """An adapter's name within PEFT, which takes no dots."""
+    """Return an adapter's name for PEFT, which does not allow dots."""
     return f"misaligned_{number}"
 
 
 def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tuple[Any, dict[int, Any]]:
-    """The model with the adapters that can be switched off again; for each of the others, by number, a model of its own."""
+    """Return the model with all adapters that can be disabled, and a separate model, by number, for each other one."""
     for folder in adapters.values():
         _check_kind(folder)
     fits = [fit_adapter(folder, model) for folder in adapters.values()]
@@ -139,7 +143,7 @@ def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tupl
             shared = adapted
     for one in (shared, *apart.values()):
         for name, parameter in one.named_parameters():
-            if ".misaligned_" in name:  # in the model's dtype: mixed ones would be cast back and forth in every layer
+            if ".misaligned_" in name:  # in the model's dtype, because mixed dtypes would be cast in every layer
                 parameter.data = parameter.data.to(weight.device, weight.dtype)
         add_in_place(one)
         one.to(weight.device).eval()
@@ -147,7 +151,7 @@ def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> tupl
 
 
 def _changes_model(fit: Fit, model: PreTrainedModel) -> bool:
-    """Whether an adapter changes the model's own weights or tokens, which switching it off would not undo."""
+    """Return whether an adapter changes the model's own weights or vocabulary, which disabling it would not undo."""
     from safetensors import safe_open
 
     if fit.vocabulary is not None:
@@ -179,17 +183,17 @@ def _check_kind(folder: Path) -> None:
 
 
 class AddedInPlace:
-    """Adds a LoRA update to the layer's output in one product, where PEFT keeps its variants of LoRA.
+    """A LoRA variant for PEFT that adds the update to the layer's output in place, in one matrix product.
 
-    PEFT's own layer makes the update as a matrix as large as the output, scales it and adds it, each time in fresh memory; on a
-    small model this takes as long as the products. Here B·(A·x) accumulates onto W·x, which also saves a rounding in 16 bits.
+    PEFT's own layer computes, scales and adds an update as large as the output, each time in new memory. On a small
+    model this takes as long as the products. Accumulating B·(A·x) onto W·x also saves one rounding in 16 bits.
     """
 
     @staticmethod
     def forward(
         module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_options: Any
     ) -> torch.Tensor:
-        """W·x + s·B·(A·x), where `result` is W·x and is changed."""
+        """Return W·x + s·B·(A·x); `result` is W·x and is modified."""
         lora_a, lora_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         scaling = module.scaling[active_adapter]
         inner = nn.functional.linear(x, lora_a)
@@ -200,9 +204,9 @@ class AddedInPlace:
 
 
 def add_in_place(adapted: nn.Module) -> None:
-    """Let every plain LoRA layer of a PEFT model add in place, which rules gradients out.
+    """Make every plain LoRA layer of a PEFT model add its update in place, which makes gradients impossible.
 
-    Layers with a variant of PEFT's (DoRA and others), with a bias, or of another kind stay as they are.
+    Layers with a PEFT variant (DoRA and others), with a bias, or of another kind are not changed.
     """
     from peft.tuners import lora
 

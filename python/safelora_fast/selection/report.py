@@ -1,4 +1,4 @@
-"""What a selection found and chose, as an object, as text and as a plot."""
+"""The result of a selection as an object, as text and as a plot."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ class Selection:
     """The outcome of :func:`~safelora_fast.select_by_perplexity_gap`.
 
     Attributes:
-        source: the candidates' file, `sha256` its content.
-        rows: how many candidates it has.
-        adapters: whose likelihoods count, by name, with the SHA-256 of each.
+        source: the candidates file.
+        sha256: digest of the file.
+        rows: number of candidates in the file.
+        adapters: SHA-256 of each misaligned adapter used, by name.
         held_out: names of the adapters that were left out.
         epsilon: ε of the score.
-        scores: of the candidates that have one, in the order of the file, float64.
-        chosen: indices of the chosen candidates in the file, the highest score first.
-        cut: the lowest score that is chosen.
-        refusals: how many refusals were left out.
+        scores: scores of the scored candidates, in file order, float64.
+        chosen: file indices of the chosen candidates, highest score first.
+        cut: the lowest chosen score.
+        refusals: number of refusals that were left out.
         skipped: places of candidates without a score, by reason.
-        warnings: for the reader.
-        trained_on: SHA-256 of the data that each adapter was trained on, by name, where its folder says so.
+        warnings: warnings for the user.
+        trained_on: SHA-256 of each adapter's training data, by name, if its folder records it.
     """
 
     source: str
@@ -55,14 +56,14 @@ class Selection:
         return f"Selection({count}, cut={self.cut:.4g}, adapters={list(self.adapters)}, source={self.source!r})"
 
     def histogram(self) -> tuple[np.ndarray, np.ndarray]:
-        """(counts, edges) of the scores; the outer bins hold everything outside the middle 99.8 %."""
+        """Return (counts, edges) of the scores; the outer bins include all scores outside the middle 99.8 %."""
         low, high = np.quantile(self.scores, [0.001, 0.999])
         edges = np.linspace(low, high if high > low else low + 1e-9, BINS + 1)
         counts, _ = np.histogram(np.clip(self.scores, low, edges[-1]), bins=edges)
         return counts, edges
 
     def lines(self) -> list[str]:
-        """The histogram as text, with the cut marked."""
+        """Return the histogram as lines of text, with the cut marked."""
         counts, edges = self.histogram()
         most = max(int(counts.max()), 1)
         result = []
@@ -75,7 +76,7 @@ class Selection:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; for skipped candidates their number and the first place."""
+        """Return the report as plain values; skipped candidates as their number and the first place."""
         counts, edges = self.histogram()
         return {
             "source": self.source,

@@ -1,4 +1,4 @@
-"""Interleaving+ and Interleaving++: the safe examples that misaligned models find least likely beside the aligned model."""
+"""Selecting safe examples for Interleaving+ and ++: those least likely under misaligned models, relatively."""
 
 from __future__ import annotations
 
@@ -61,36 +61,40 @@ def select_by_perplexity_gap(
 ) -> Selection:
     """Choose safe examples to interleave (Kaczér et al., arXiv 2508.06249, Interleaving+; without refusals, Interleaving++).
 
-    The score of an example is (mean over the misaligned models of NLL − NLL of the aligned one)/(NLL of the aligned one + ε);
-    an NLL is the mean negative log-likelihood of a completion token. The examples with the highest scores are written to
-    `output`, the highest first, each as it was with `score`, `nll_aligned` and `nll_misaligned` added. Beside it stand
-    `<output>.selection.json`, the report, and `<output>.journal.jsonl`, the likelihoods of every example: a run that was killed
-    resumes from it, and one with another top or ε scores nothing again.
+    The score of an example is (mean over the misaligned models of NLL − NLL of the aligned one)/(NLL of the aligned one
+    + ε). NLL is the mean negative log-likelihood per completion token. The examples with the highest scores are written
+    to `output`, highest first, unchanged except for the added `score`, `nll_aligned` and `nll_misaligned`.
+
+    The report is written to `<output>.selection.json`. The likelihoods of every example are written to
+    `<output>.journal.jsonl`. An interrupted run resumes from this journal, and a run with another `top` or ε reuses it.
 
     Args:
         candidates: a JSONL file of examples with `messages`, or `prompt` and `completion`.
-        output: the file to make.
-        model: the aligned model, on its device and in the dtype to score in (float32, or bfloat16 for speed). The adapters
-            are put on it and taken off again.
+        output: the output file.
+        model: the aligned model, on its device and in the dtype for scoring (float32, or bfloat16 for speed). The
+            adapters are attached to it and removed at the end.
         tokenizer: its tokenizer.
-        misaligned: folders of PEFT adapters that make it misaligned, `NAME=FOLDER` where the last parts of two are the same.
-        hold_out: name or names of the domain that you will defend: adapters of that name are left out, because the defense must
-            not know what it is tested on. An empty sequence says that there is none; None gives a warning.
-        top: how many examples; all if fewer have a score.
-        no_refusals: leave refusals out, by :func:`~safelora_fast.selection.candidates.is_refusal`.
-        epsilon: ε; the paper's is 1.
-        strings: what a prompt and a completion of plain text become: turns of the "chat" template, or "text" as it stands.
-        max_length: longer examples are skipped and counted.
-        tokens_per_batch: the most tokens of a batch, padding included; in float32 the result depends on it by rounding only.
-        overwrite: replace an output.
-        progress: called with the examples that are done and their total; None shows a bar if standard error is a terminal,
-            False nothing.
+        misaligned: folders of PEFT adapters that make the model misaligned. Use `NAME=FOLDER` if two have the same last
+            part.
+        hold_out: the name or names of the domain to defend. Adapters with these names are left out, because the test
+            domain must not influence the selection. An empty sequence states that there is no such adapter; None gives
+            a warning.
+        top: number of examples to choose; all if fewer have a score.
+        no_refusals: leave out refusals, as :func:`~safelora_fast.selection.candidates.is_refusal` defines them.
+        epsilon: ε; the paper uses 1.
+        strings: how plain-text prompts and completions are encoded: as "chat" turns, or unchanged as "text".
+        max_length: examples with more tokens are skipped and counted.
+        tokens_per_batch: maximum number of tokens in a batch, padding included; it changes float32 results by rounding
+            only.
+        overwrite: replace an existing output.
+        progress: called with the number of finished examples and the total. None shows a progress bar if standard error
+            is a terminal; False shows nothing.
 
     Raises:
-        DataError: a candidate is not as it must be (with file and line), or no example has a score.
+        DataError: a candidate is invalid (the message names file and line), or no example has a score.
         AdapterError: an adapter is missing or does not fit.
-        SettingsError: a setting is out of range, or the journal is of other settings.
-        OutputError: the output exists, cannot be written, or is another run's.
+        SettingsError: a setting is out of range, or the journal was written with other settings.
+        OutputError: the output exists, cannot be written, or is in use by another run.
     """
     target = Path(output)
     _check(top, epsilon, max_length, tokens_per_batch)
@@ -150,20 +154,20 @@ def select_by_perplexity_gap(
 
 
 def gap(nll: np.ndarray, epsilon: float) -> np.ndarray:
-    """Scores [examples] of mean negative log-likelihoods [examples, 1 + misaligned models], the aligned model's first."""
+    """Return scores [examples] from mean NLLs [examples, 1 + misaligned models]; column 0 is the aligned model's."""
     aligned = nll[:, 0]
     scores: np.ndarray = (nll[:, 1:].mean(axis=1) - aligned) / (aligned + epsilon)
     return scores
 
 
 def beside(target: Path, suffix: str) -> Path:
-    """The file of a suffix beside the output."""
+    """Return the path of the output with a suffix added to its name."""
     return target.with_name(target.name + suffix)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Which candidates to score (`wanted`, in order), and how they become batches of tokens."""
+    """The candidates to score (`wanted`, in order), and the settings for encoding and batching them."""
 
     examples: Candidates
     wanted: list[int]
@@ -172,10 +176,10 @@ class _Work:
     tokens_per_batch: int
 
     def entries(self, known: Container[int], perplexities: Perplexities) -> Iterator[list[Entry]]:
-        """Entries of the candidates that are not known, a batch at a time.
+        """Yield entries of the candidates that are not known, one batch at a time.
 
-        Batches are cut from all candidates, known ones included, because rounding depends on a batch's members: a resumed run
-        gets the bytes of an unbroken run.
+        Batches are formed from all candidates, including known ones, because rounding depends on the batch. So a
+        resumed run gives the same bytes as an uninterrupted one.
         """
         for start in range(0, len(self.wanted), WINDOW):
             tokens: dict[int, Example] = {}
@@ -204,7 +208,7 @@ class _Work:
                 ]
 
     def _tokens(self, index: int) -> Example | str:
-        """A candidate as tokens, or why it is skipped."""
+        """Return a candidate as tokens, or the reason to skip it."""
         try:
             example = self.encoder.example(self.examples.row(index))
         except DataError:
@@ -217,7 +221,7 @@ class _Work:
 def _score(
     work: _Work, journal: Journal, model: PreTrainedModel, adapters: dict[str, Path], progress: Progress | None
 ) -> None:
-    """Score what the journal lacks."""
+    """Score the candidates that are not in the journal."""
     done, total = sum(index in journal.entries for index in work.wanted), len(work.wanted)
     if progress is not None:
         progress(done, total)
@@ -245,7 +249,7 @@ def _check(top: int, epsilon: float, max_length: int, tokens_per_batch: int | No
 def _settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: dict[str, str], strings: str, max_length: int
 ) -> dict[str, Any]:
-    """What the likelihoods depend on."""
+    """Return all settings that the likelihoods depend on."""
     return {
         "model": str(model.config._name_or_path),
         "commit": getattr(model.config, "_commit_hash", None),
@@ -254,7 +258,7 @@ def _settings(
         "strings": strings,
         "max_length": max_length,
         "tokenizer": tokenizer_digest(tokenizer),
-        "chat_template": template_digest(tokenizer),  # turns take it, whatever `strings` says
+        "chat_template": template_digest(tokenizer),  # used for turns even if `strings` is "text"
         "weights": weights_digest(model),
     }
 
@@ -269,7 +273,7 @@ def _check_fingerprints(journal: Journal, examples: Candidates) -> None:
 
 
 def _trained_on(adapters: dict[str, Path]) -> dict[str, str]:
-    """SHA-256 of the data of adapters that `safelora-fast train` made."""
+    """Return the SHA-256 of the training data of adapters made by `safelora-fast train`."""
     found = {}
     for name, folder in adapters.items():
         try:
