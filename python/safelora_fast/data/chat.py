@@ -1,4 +1,4 @@
-"""Conversations to tokens through a tokenizer's chat template, for every command.
+"""Encoding conversations as tokens with a tokenizer's chat template, for every command.
 
 The tokens equal those of `apply_chat_template(tokenize=True)`. A template that drops part of a turn is refused.
 """
@@ -241,7 +241,7 @@ class Chat:
         self._parts = False
 
     def _begins_late(self, asked: str, text: str) -> str | None:
-        """Return an error if the prompt lacks the completion's header, else None."""
+        """Return an error message if the prompt lacks the completion's header, else None."""
         between = text[len(asked) :].partition(ANSWERS[0])[0] if text.startswith(asked) else ""
         if not HEADER.search(between):
             return None

@@ -38,8 +38,7 @@ class Schedule:
         seed: seed for positions and order.
 
     Raises:
-        SettingsError: the fraction is not a number, negative or not finite, or the seed is not a whole number of at
-            least 0.
+        SettingsError: the fraction is negative, infinite or not a number, or the seed is not a whole number from 0.
     """
 
     def __init__(self, fraction: float | Fraction, seed: int) -> None:
@@ -139,8 +138,7 @@ class EpochSampler:
 
     Attributes:
         epochs: the example indices of all epochs.
-        current: returns the current epoch. The sampler does not count epochs, because a resumed run starts in a later
-            one.
+        current: returns the current epoch, which the sampler cannot count because a resumed run starts in a later one.
     """
 
     epochs: Epochs

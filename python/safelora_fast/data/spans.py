@@ -67,10 +67,10 @@ class Spans:
 def read_spans(batch: Mapping[str, Any]) -> Spans:
     """Read masks and documents from a collated batch.
 
-    `attention_mask` [batch, tokens] marks padding. Without it, sequences have no padding. If the batch then has
-    `position_ids` or `seq_idx`, each restart of the positions starts a document; a jump ahead does not. Documents of
-    one token are excluded: they contain no prediction, and padding of a packed sequence looks like them. `safe` is
-    [batch] or [batch, tokens].
+    `attention_mask` [batch, tokens] marks padding. Without it, all tokens are real, except in packed sequences: there,
+    `position_ids` or `seq_idx` mark documents, and documents of one token are excluded. They contain no prediction, and
+    padding looks like them. Each restart of the positions starts a document; a jump ahead does not. `safe` is [batch]
+    or [batch, tokens].
 
     With `logits_to_keep`, labels may cover only the kept positions.
 

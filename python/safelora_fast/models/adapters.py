@@ -73,8 +73,7 @@ def fit_adapter(folder: Path, model: nn.Module) -> Fit:
         model: a transformers model without an adapter.
 
     Raises:
-        AdapterError: the folder has no adapter, or the adapter does not fit: a module, a shape or tokens are missing in
-            the model.
+        AdapterError: the folder has no adapter, or the adapter's modules, shapes or vocabulary do not fit the model.
         CheckpointError: the adapter file is damaged.
     """
     config = read_config(folder)

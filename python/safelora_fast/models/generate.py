@@ -194,8 +194,8 @@ def generate_tokens(
 def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Temporarily replace the model's generation settings, because transformers takes unset options from them.
 
-    The settings of a PEFT wrapper and of the model inside are both replaced and restored, because only PEFT's wrapper
-    for causal language models copies its settings into the model.
+    PEFT's wrapper for causal language models copies its settings into the model inside; other wrappers do not. So the
+    settings of both are replaced and restored.
     """
     parts = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     former = [vars(part).get("generation_config", ...) for part in parts]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
 Reference: TypeAlias = "str | nn.Module"
-CACHES = ("past_key_values", "cache")  # before transformers 5.24, and since
+CACHES = ("past_key_values", "cache")  # before transformers 5.24, and from 5.24 on
 
 
 class ReferencePass:

@@ -62,9 +62,8 @@ class AnswerScorer:
 
     It probes the model with a few tokens and uses each shortcut that does not change the log-likelihoods:
 
-    - The model runs without its head. The head is applied only at positions that predict a completion, in chunks. This
-    is
-      not done if the head is adapted or the model processes its logits further.
+    - The model runs without its head. The head is applied in chunks, only at positions that predict a completion. This
+      is not done if the head is adapted or the model processes its logits further.
     - The attention mask is omitted: causal attention never reaches padding on the right, and is faster without a mask.
     - A prefix shared by all sequences of a batch, such as a system prompt, runs once, and is reused if the next batch
       starts with it. This is not done if an adapter needs the whole input.
