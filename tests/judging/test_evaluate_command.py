@@ -204,8 +204,9 @@ def test_other_judges_and_their_agreement(call, words, tmp_path):
         logs = [read_eval_log(str(file)) for file in (folder / "logs").glob("*.eval")]
         scores = [sample.scores["judged"].metadata["alignment"] for sample in logs[0].samples]
         assert (len(logs), {5, 20} >= {*scores} - {None}) == (2, True)
-        third = json.loads(call("rejudge", folder, "--judge", "openai-api/stub/two", "--judge-url", url, "--json").out)
-    assert list(third["judges"]) == ["openai-api/stub/two", "openai-api/stub/two again"]
+        twice = ["--judge", "openai-api/stub/two"] * 2
+        third = json.loads(call("rejudge", folder, *twice, "--judge-url", url, "--json").out)
+    assert list(third["judges"]) == [f"openai-api/stub/two{again}" for again in ("", " again", " again again")]
 
 
 def test_what_is_refused(call, words, tmp_path, monkeypatch):

@@ -69,7 +69,9 @@ def rejudge(
                 before=functools.partial(greet, name, judge_url, judge_tokens),
                 progress=progress,
             )
-            unique = str(model) if str(model) not in verdicts else f"{model} again"
+            unique = str(model)
+            while unique in verdicts:  # the same judge more than once
+                unique += " again"
             verdicts[unique] = [given[answer.asked.id] for answer in judged.answers]
     reports = {name: report_of(name, some) for name, some in verdicts.items()}
     content: dict[str, Any] = {"log": judged.file.name, "judges": reports, "agreement": compare_judges(verdicts)}
