@@ -1,4 +1,4 @@
-"""Operations on torch tensors, for people who embed them. Importing this package imports torch."""
+"""Operations on torch tensors, to use in your own training code. Importing this package imports torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safelora_fast.errors import MissingDependencyError, how_to_install
 if find_spec("torch") is None:
     raise MissingDependencyError(f"safelora_fast.ops needs torch: {how_to_install('train')}")
 
-# The functions are bound here at once: a name that is bound later would be hidden by the folder of the same name.
+# Bind the functions now: later, the folder of the same name would hide a function.
 from safelora_fast.ops.feature_distance import OP as FEATURE_DISTANCE
 from safelora_fast.ops.feature_distance import feature_distance
 from safelora_fast.ops.linear_kl import OP as LINEAR_KL

@@ -1,21 +1,22 @@
-"""What every operation has: its backends, the choice among them, and examples.
+"""The interface of an operation: its backends, how one is chosen, and example inputs.
 
 An operation is a folder. Its `__init__.py` has the public function and
 
     OP = Op("name", reference=torch_impl.Torch, backends=("native", "triton", "cuda"), examples=_examples)
 
-from which come the dispatch, `safelora-fast env --self-test`, the tests of `torch.compile` and the tests on a GPU. The other
-files of the folder are its backends, each with a class that has the methods the public function calls:
+The dispatch, `safelora-fast env --self-test`, the `torch.compile` tests and the GPU tests are all driven by OP. The
+other files of the folder are its backends. Each has a class with the methods that the public function calls:
 
-- `torch_impl.Torch(dtype)`: torch operations. In float64 it is the oracle that the others are compared with (`reference`);
-  without a dtype it serves what the kernels do not: other devices and dtypes, tensor subclasses (`eager`).
-- `native.Backend`: the extension module, for tensors on the CPU.
-- `triton.Backend`: Triton kernels, for GPUs of NVIDIA, AMD and Intel.
+- `torch_impl.Torch(dtype)`: torch operations. In float64 it is the oracle that the others are compared with
+  (`reference`). Without a dtype it serves devices, dtypes and tensor subclasses that no kernel supports (`eager`).
+- `native.Backend`: the extension module, for CPU tensors.
+- `triton.Backend`: Triton kernels, for NVIDIA, AMD and Intel GPUs.
 - `cuda.Backend`: CUDA kernels launched by the extension module, for NVIDIA GPUs.
 
-All can be imported on every machine. `unsupported_reason` of a backend says in one line why it cannot serve the given
-tensors, or gives None. By default the first supported backend of DEFAULTS serves. `SAFELORA_FAST_BACKEND` names another one.
-An operation that has no such backend is served as by default; a backend that exists but cannot serve is an error.
+All can be imported on every machine. `unsupported_reason` of a backend returns one line that says why it cannot serve
+the given tensors, or None. By default the first supported backend in DEFAULTS serves; `SAFELORA_FAST_BACKEND` selects
+another. If an operation has no backend of that name, it uses its default. If the backend exists but cannot serve, that
+is an error.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 BackendName: TypeAlias = Literal["reference", "native", "triton", "cuda", "eager"]
-# A function of tensors and its inputs. What a backend gives for it is compared with the oracle (see `outcomes`).
+# A function of tensors, and its inputs. Each backend's results are compared with the oracle's (see `outcomes`).
 Example: TypeAlias = "tuple[Callable[..., Any], Sequence[torch.Tensor]]"
 
 VARIABLE = "SAFELORA_FAST_BACKEND"
 CHOICES: tuple[BackendName, ...] = ("reference", "triton", "cuda")
 DEFAULTS: tuple[BackendName, ...] = ("native", "triton", "eager")
-# What kernels read, by the names that the extension module uses.
+# Dtypes that the kernels support, with the extension module's names for them.
 DTYPE_NAMES: dict[torch.dtype, Literal["F32", "BF16", "F16"]] = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -49,30 +50,30 @@ DTYPE_NAMES: dict[torch.dtype, Literal["F32", "BF16", "F16"]] = {
 
 
 class Backend:
-    """One way to compute an operation; subclasses add the methods that the operation calls."""
+    """One implementation of an operation; subclasses add the methods that the operation calls."""
 
     def unsupported_reason(self, tensors: Sequence[torch.Tensor]) -> str | None:  # noqa: ARG002
-        """Say in one line why this backend cannot serve the tensors, or None. Without tensors: why not on this machine."""
+        """Return one line on why this backend cannot serve the tensors (without any: this machine), or None."""
         return None
 
 
 class NativeBackend(Backend):
-    """Kernels of the extension module, which read tensors of the CPU where they lie."""
+    """Kernels of the extension module, which read CPU tensors in place."""
 
     def unsupported_reason(self, tensors: Sequence[torch.Tensor]) -> str | None:
-        """Say why the kernels cannot read these tensors, or None."""
+        """Return why the kernels cannot read these tensors, or None."""
         return unreadable_reason(tensors, lambda device: device.type == "cpu")
 
 
 def unreadable_reason(
     tensors: Sequence[torch.Tensor], is_served: Callable[[torch.device], bool], where: str = ""
 ) -> str | None:
-    """Say why kernels cannot read these tensors by their addresses, or None.
+    """Return why kernels cannot read these tensors by address, or None.
 
     Args:
-        tensors: what they would read.
+        tensors: the tensors to read.
         is_served: whether the kernels run on a device.
-        where: what the message says about the devices that they run on.
+        where: the devices they run on, for the message.
     """
     for tensor in tensors:
         if not is_served(tensor.device):
@@ -86,12 +87,12 @@ def unreadable_reason(
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves.
+    """The chosen backend.
 
     Attributes:
-        name: of the backend.
-        backend: its object.
-        reason: why it is this one, in a few words for `safelora-fast env`.
+        name: name of the backend.
+        backend: the backend object.
+        reason: why it was chosen, in a few words, for `safelora-fast env`.
     """
 
     name: BackendName
@@ -104,11 +105,11 @@ class Op:
     """An operation on tensors.
 
     Attributes:
-        name: of the operation and of its folder.
-        reference: makes the torch form that computes in a dtype; None: in the usual precision of the operands.
+        name: name of the operation and of its folder.
+        reference: makes the torch implementation that computes in the given dtype; None: in the operands' precision.
         backends: names of the files with kernels.
-        examples: makes small examples from a function that gives random tensors by shape and seed, all of one dtype and
-            device.
+        examples: yields small examples, given a function that makes a random tensor from a shape and a seed. All
+            tensors of one call have the same dtype and device.
     """
 
     name: str
@@ -119,11 +120,11 @@ class Op:
 
     @property
     def names(self) -> tuple[BackendName, ...]:
-        """Every backend that this operation has."""
+        """Return the names of all backends of this operation."""
         return ("reference", *self.backends, "eager")
 
     def backend(self, name: BackendName) -> Any:
-        """The backend of this name."""
+        """Return the backend with this name."""
         if name not in self._loaded:
             if name in {"reference", "eager"}:
                 self._loaded[name] = self.reference(torch.float64 if name == "reference" else None)
@@ -132,11 +133,11 @@ class Op:
         return self._loaded[name]
 
     def choose(self, tensors: Sequence[torch.Tensor]) -> Choice:
-        """Choose the backend that serves these tensors.
+        """Choose the backend for these tensors.
 
         Raises:
             SettingsError: `SAFELORA_FAST_BACKEND` holds an unknown name.
-            BackendError: the backend that it names cannot serve these tensors; the message says why.
+            BackendError: the backend named there cannot serve these tensors; the message says why.
         """
         if _forced and _forced[-1] in self.names:
             return Choice(_forced[-1], self.backend(_forced[-1]), "chosen by the caller")
@@ -158,7 +159,7 @@ class Op:
         raise BackendError(f"nothing serves {self.name}: {'; '.join(reasons)}")
 
     def describe(self) -> str:
-        """Say which backends serve on this machine, and why not others, in one line.
+        """Return one line that lists the backends available on this machine, and why the others are not.
 
         Raises:
             SettingsError: `SAFELORA_FAST_BACKEND` holds an unknown name.
@@ -186,10 +187,10 @@ class Op:
 
 
 def requested_backend() -> BackendName | None:
-    """The backend that `SAFELORA_FAST_BACKEND` names, None where it is unset or empty.
+    """Return the backend that `SAFELORA_FAST_BACKEND` names, or None if it is unset or empty.
 
     Raises:
-        SettingsError: it is not one of CHOICES.
+        SettingsError: the value is not in CHOICES.
     """
     value = os.environ.get(VARIABLE)
     if not value:
@@ -205,7 +206,7 @@ _forced: list[BackendName] = []
 
 @contextmanager
 def served_by(name: BackendName) -> Iterator[None]:
-    """Let one backend serve every operation that has it, without asking whether it can: to test that backend."""
+    """Make one backend serve every operation that has it, without checking whether it can. For tests."""
     _forced.append(name)
     try:
         yield
@@ -214,7 +215,7 @@ def served_by(name: BackendName) -> Iterator[None]:
 
 
 def outcomes(example: Example) -> list[torch.Tensor]:
-    """What the function of an example gives, then the gradients of its sum in the inputs that require one."""
+    """Return the results of an example's function, then the gradients of their sum for inputs that require one."""
     function, inputs = example
     found = function(*inputs)
     values = [found] if isinstance(found, torch.Tensor) else list(found)
@@ -226,10 +227,10 @@ def outcomes(example: Example) -> list[torch.Tensor]:
 
 
 def require_tensors(**named: object) -> None:
-    """Raise TypeError unless every operand is a tensor, with its name, what it is, and how to make a tensor of it.
+    """Raise TypeError unless every operand is a tensor. The message says which is not, its type, and how to convert it.
 
     Args:
-        named: operands by the names that the caller knows, such as `hidden` or `operands[1]`.
+        named: operands by the caller's names, such as `hidden` or `operands[1]`.
     """
     for name, value in named.items():
         if isinstance(value, torch.Tensor):
@@ -242,14 +243,14 @@ def require_tensors(**named: object) -> None:
 def differentiable_once(
     gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], *, owner: str
 ) -> Sequence[torch.Tensor]:
-    """Return the gradients of a backward; where a graph of them is recorded, differentiating them raises RuntimeError.
+    """Return the gradients of a backward. Differentiating them again raises RuntimeError.
 
-    They depend on `inputs` by way of what the forward kept, which autograd takes for constant.
+    They depend on `inputs` through values that the forward saved, which autograd would treat as constants.
 
     Args:
-        gradients: what the backward gives.
+        gradients: results of the backward.
         inputs: tensors that they depend on.
-        owner: the operation, for the message.
+        owner: name of the operation, for the message.
     """
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return gradients

@@ -1,4 +1,4 @@
-"""CUDA as the extension module needs it: driver, compiler and stream, found when a kernel is first wanted."""
+"""CUDA driver, compiler and current stream for the extension module, loaded when a kernel is first needed."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ DRIVERS = ("libcuda.so.1", "libcuda.so")
 
 @lru_cache(maxsize=1)
 def runtime() -> _core.Cuda:
-    """The driver of this machine; the first call initializes it.
+    """Return the CUDA driver; the first call initializes it.
 
     Raises:
-        BackendError: there is none, or it refuses.
+        BackendError: the driver is missing or fails to initialize.
     """
     return _core.Cuda(driver=DRIVERS, nvrtc=nvrtc_candidates(), cache=cache_folder())
 
 
 def place(device: torch.device) -> tuple[int, int]:
-    """The number of a CUDA device, and the address of torch's current stream there."""
+    """Return the index of a CUDA device and the address of torch's current stream on it."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return index, int(torch.cuda.current_stream(index).cuda_stream)
 
 
 class CudaBackend(Backend):
-    """CUDA kernels on the tensors' own memory."""
+    """CUDA kernels that work on the tensors' own memory."""
 
     def unsupported_reason(self, tensors: Sequence[torch.Tensor]) -> str | None:
-        """Say why no kernel can read these tensors, or None."""
+        """Return why no kernel can read these tensors, or None."""
         reason = unreadable_reason(tensors, _is_nvidia, ", not on an NVIDIA GPU")
         if reason is not None:
             return reason
@@ -58,7 +58,7 @@ def _is_nvidia(device: torch.device) -> bool:
 
 
 def nvrtc_candidates() -> list[str]:
-    """Where NVRTC may be: torch's own first, whose version fits the driver as torch does, then what the system finds."""
+    """Return where NVRTC may be: torch's own copy first, whose version fits the driver, then the system's."""
     packages = Path(torch.__file__).parents[1]
     folders = [packages / "torch" / "lib", *sorted((packages / "nvidia").glob("*/lib"), reverse=True)]
     major = (torch.version.cuda or "").split(".")[0]
@@ -69,7 +69,7 @@ def nvrtc_candidates() -> list[str]:
 
 
 def cache_folder() -> str | None:
-    """Where compiled kernels are kept: in the user's cache, or nowhere for a user without a home."""
+    """Return the folder for compiled kernels in the user's cache, or None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return str((Path(base) if base else Path.home() / ".cache") / "safelora_fast" / "kernels")
@@ -78,5 +78,5 @@ def cache_folder() -> str | None:
 
 
 def is_captured(device: torch.device) -> bool:
-    """Whether work on this device goes into a CUDA graph now."""
+    """Return whether work on this device is being captured into a CUDA graph."""
     return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())

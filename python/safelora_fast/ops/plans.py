@@ -1,4 +1,4 @@
-"""Plans of grouped launches by Triton, and uploads: kept for as long as the operands stay where they are."""
+"""Cache of plans for grouped Triton launches and their uploads. A plan is valid while the operands stay in place."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ Plan = TypeVar("Plan")
 
 
 class Plans(Generic[Plan]):
-    """The plans that were used last, and those that a CUDA graph reads whenever it is replayed.
+    """The most recently used plans, and the plans that CUDA graphs read at every replay.
 
-    A plan is of one stream: on another one its tables might be read before they are there, or be overwritten while they are read.
+    A plan belongs to one stream: on another stream its tables could be read before the upload, or overwritten during
+    use.
 
     Attributes:
-        recent: by stream and name, the latest last.
-        captured: kept for good.
+        recent: plans by stream and name, the latest last.
+        captured: plans kept forever.
     """
 
     def __init__(self) -> None:
@@ -37,14 +38,14 @@ class Plans(Generic[Plan]):
         self.captured: list[Plan] = []
 
     def find(self, name: Hashable, device: torch.device, make: Callable[[], Plan]) -> Plan:
-        """The plan of this name for the current stream of a device, made where there is none."""
+        """Return the plan of this name for the device's current stream, calling `make` if there is none."""
         key, in_graph = (_stream(device), name), is_captured(device)
         plan = self.recent.pop(key, None)
         if plan is None and in_graph:
-            # Uploaded before the capture began, for which the device was waited for.
+            # Uploaded before the capture began, which waited for the device.
             plan = next((other for (_, known), other in self.recent.items() if known == name), None)
             if plan is None:
-                # Uploaded when the graph runs, and not before: of no use to anybody else.
+                # The graph uploads it when it runs, so nothing else can use it.
                 plan = make()
                 self.captured.append(plan)
                 return plan
@@ -59,10 +60,10 @@ class Plans(Generic[Plan]):
 
 
 def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Arrays as tensors on a device, by one copy that nobody waits for on a CUDA device.
+    """Copy arrays to a device in one transfer; on a CUDA device the host does not wait for it.
 
     Returns:
-        The tensors, each at a multiple of ALIGNMENT, and the host's memory, which a graph copies from at every replay.
+        The tensors, each at a multiple of ALIGNMENT, and the host memory, which a graph copies from at every replay.
     """
     is_pinned = device.type == "cuda"
     *starts, size = itertools.accumulate([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays], initial=0)
@@ -77,7 +78,7 @@ def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[t
     return tensors, host
 
 
-# Pinned memory for what CUDA graphs upload: older torch cannot allocate it while a stream is captured.
+# Pinned memory for uploads in CUDA graphs: older torch cannot allocate it during capture.
 _spare: list[torch.Tensor] = []
 
 
@@ -91,6 +92,6 @@ def _pinned(size: int, in_graph: bool) -> torch.Tensor:
 
 
 def _stream(device: torch.device) -> Hashable:
-    """The current stream of a GPU; a CPU has one."""
+    """The current stream of a GPU; constant on the CPU."""
     found: Hashable = None if device.type == "cpu" else getattr(torch, device.type).current_stream(device)
     return found

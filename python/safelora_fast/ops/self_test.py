@@ -1,4 +1,4 @@
-"""Compare every backend of this machine with the float64 oracle, on the examples of each operation."""
+"""Self-test: compare every backend on this machine with the float64 oracle, on the examples of each operation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Check:
-    """What one backend made of one operation.
+    """Result of one backend on one operation.
 
     Attributes:
-        operation: its name.
-        backend: its name.
-        device: where the tensors were.
-        dtype: of the tensors.
-        error: largest ‖ours − exact‖/‖exact‖ of the results; NaN where one is missing.
-        tolerance: what it may be.
-        failure: what was raised, if anything.
+        operation: name of the operation.
+        backend: name of the backend.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        error: largest ‖ours − exact‖/‖exact‖ of the results; NaN if one is missing.
+        tolerance: largest error allowed.
+        failure: the exception, if one was raised.
     """
 
     operation: str
@@ -49,7 +49,7 @@ class Check:
 
 
 def run_checks() -> Iterator[Check]:
-    """Check every backend but the oracle, on the CPU and on a GPU where there is one."""
+    """Check every backend except the oracle, on the CPU and on a GPU if there is one."""
     devices = [torch.device("cpu"), *(device for device in [gpu()] if device is not None)]
     for op in OPS:
         for device in devices:
@@ -61,13 +61,13 @@ def run_checks() -> Iterator[Check]:
                         continue
                     try:
                         error, failure = largest_error(_results(op, name, make), exact), None
-                    except Exception as raised:  # whatever it is, it is the answer
+                    except Exception as raised:  # any exception is a result
                         error, failure = math.nan, f"{type(raised).__name__}: {raised}".splitlines()[0]
                     yield Check(op.name, name, device, dtype, error, tolerance, failure)
 
 
 def random_tensors(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """Make a function that gives the same random tensor for the same shape and seed."""
+    """Return a function that makes the same random tensor for the same shape and seed."""
 
     def make(*shape: int, seed: int = 0) -> torch.Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
@@ -76,7 +76,7 @@ def random_tensors(device: torch.device, dtype: torch.dtype) -> Callable[..., to
 
 
 def largest_error(ours: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
-    """The largest ‖ours − exact‖/‖exact‖, NaN where one is NaN."""
+    """Return the largest ‖ours − exact‖/‖exact‖; NaN if one of them is NaN."""
     errors = [
         float((mine.double() - theirs.double()).norm() / theirs.double().norm())
         for mine, theirs in zip(ours, exact, strict=True)

@@ -1,7 +1,7 @@
-"""What the Triton backends share: whether they can serve, and how they launch.
+"""Shared by the Triton backends: whether they can serve, and how they launch.
 
-Triton is imported when the first kernel is needed, never before. With `TRITON_INTERPRET=1` in the environment from the
-start its interpreter runs the kernels on the CPU, which is how they are tested without a GPU.
+Triton is imported only when the first kernel is needed. If the environment has `TRITON_INTERPRET=1` from the start,
+Triton's interpreter runs the kernels on the CPU. That is how they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-GPUS = ("cuda", "xpu")  # "cuda" is AMD's device type too
-OLDEST = (3, 3)  # the first whose kernels take tuples of pointers
-# Said at every launch: a product and the sum that it goes into are rounded once, whatever this version's default is.
+GPUS = ("cuda", "xpu")  # torch also uses "cuda" for AMD
+OLDEST = (3, 3)  # the first version whose kernels take tuples of pointers
+# Passed at every launch: fuse multiply-adds (one rounding), whatever this version's default is.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -31,7 +31,7 @@ class TritonBackend(Backend):
     """Triton kernels on a GPU, or on the CPU by the interpreter."""
 
     def unsupported_reason(self, tensors: Sequence[torch.Tensor]) -> str | None:
-        """Say why Triton cannot serve these tensors, or None."""
+        """Return why Triton cannot serve these tensors, or None."""
         reason = _missing()
         if reason is not None:
             return reason
@@ -48,29 +48,29 @@ def _is_served(device: torch.device) -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU; Triton reads this when a kernel is defined."""
+    """Return whether Triton's interpreter replaces the GPU. Triton checks this when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one while kernels are launched on its tensors."""
+    """Make a GPU the current device while kernels are launched on its tensors."""
     return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
 def dtype(of_torch: torch.dtype) -> Any:
-    """Triton's name of a dtype."""
+    """Return Triton's dtype for a torch dtype."""
     from triton import language
 
     return getattr(language, str(of_torch).removeprefix("torch."))
 
 
 def tiles(count: int, tile: int) -> int:
-    """How many tiles hold so many elements."""
+    """Return how many tiles cover `count` elements."""
     return -(-count // tile)
 
 
 def power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`, and at least 2."""
+    """Return the smallest power of two that is at least `count` and at least 2."""
     return 1 << max(count - 1, 1).bit_length()
 
 
@@ -89,17 +89,17 @@ def _missing() -> str | None:
 
 @functools.cache
 def launcher_error() -> str | None:
-    """Say why Triton cannot launch kernels on the GPU: it builds its launcher with a C compiler and Python's headers."""
+    """Return why Triton cannot build its launcher, which needs a C compiler and Python's headers; None if it can."""
     try:
         driver = importlib.import_module("triton.runtime.driver").driver
         driver.active.get_current_target()
-    except Exception as error:  # whatever the compiler or the driver says
+    except Exception as error:  # any error of the compiler or the driver
         return f"triton cannot build its launcher ({' '.join(str(error).split())}): it needs a C compiler and Python.h"
     return None
 
 
 def gpu() -> torch.device | None:
-    """The GPU that torch uses by default, None where it finds none."""
+    """Return torch's default GPU, or None if there is none."""
     for kind in GPUS:
         if hasattr(torch, kind) and getattr(torch, kind).is_available():
             return torch.device(kind)

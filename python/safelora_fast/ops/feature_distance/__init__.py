@@ -27,32 +27,34 @@ def feature_distance(
     normalize: Normalize = "sequence",
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over layers, mean over sequences, of ‖x − x₀‖² (Kaczér et al., arXiv 2508.06249: LDIFS).
+    """Sum over layers, mean over sequences, of ‖x − x₀‖² (LDIFS; Kaczér et al., arXiv 2508.06249).
 
-    Computed from ‖h − h₀‖², ⟨h − h₀, h₀⟩ and ‖h₀‖², because 2 − 2⟨x, x₀⟩ cancels. On the CPU these are summed in float64
-    in one read, the gradient takes one more, and the bits do not depend on the number of threads. On a GPU one launch of
-    a Triton kernel reads all layers and one writes all gradients, with sums in float32 and the same bits every run. On
-    other devices and for float64 the same algebra runs in torch. `SAFELORA_FAST_BACKEND` chooses another backend
-    (ops/base.py). Differentiable once, in `features` only. Tokens that do not count may hold anything.
-    `torch.compile(fullgraph=True)` takes it as one operation.
+    Computed from ‖h − h₀‖², ⟨h − h₀, h₀⟩ and ‖h₀‖², because 2 − 2⟨x, x₀⟩ cancels.
+
+    On the CPU the sums are float64 and take one read, the gradient takes one more. The bits do not depend on the number
+    of threads. On a GPU one Triton launch reads all layers and one writes all gradients, with float32 sums and the same
+    bits every run. Other devices and float64 use the same algebra in torch. `SAFELORA_FAST_BACKEND` selects another
+    backend (ops/base.py). Differentiable once, and only with respect to `features`. Tokens outside the mask may hold
+    any value. `torch.compile(fullgraph=True)` treats it as one operation.
 
     Args:
         features: per layer, hidden states [batch, tokens, hidden]; float32, bfloat16, float16 or float64.
         reference_features: per layer, hidden states of the reference model, same shapes.
         mask: [batch, tokens] bool, the tokens that count.
-        normalize: what is scaled to unit length: "sequence", each sequence's tokens × hidden; "token", each token;
+        normalize: what is scaled to unit length: "sequence", the tokens × hidden of each sequence; "token", each token;
             "none", nothing.
-        segments: [batch, tokens] int; in packed rows, tokens of one row with one number are a sequence. None: each
-            row is one.
+        segments: [batch, tokens] int, for packed batches: tokens of one batch row with the same number are one
+            sequence.
+            None: each batch row is one sequence.
 
     Returns:
-        A float32 scalar (float64 for float64 features); zero where no token counts.
+        A float32 scalar (float64 for float64 features); zero if no token counts.
 
     Raises:
         TypeError: an operand is not a tensor.
         ValueError: shapes differ, or `normalize` is unknown.
         BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
-        RuntimeError: a gradient of the gradient is asked for.
+        RuntimeError: a second derivative is requested.
     """
     _check(features, reference_features, mask, normalize, segments)
     references = [reference.detach() for reference in reference_features]
@@ -101,16 +103,16 @@ def _check(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hidden states of two models, layer by layer: the checked arguments, as every backend takes them.
+    """The checked arguments: hidden states of two models, layer by layer. Every backend takes them in this form.
 
     A backend has two methods:
 
         forward(comparison) -> (value, factors)
         backward(comparison, factors, gradient) -> one gradient per layer, like its features
 
-    The value is a scalar of `value_dtype` on the first layer's device. The factors are those of `empty_factors`, (a, b)
-    for each token: its gradient is a·(h − h₀) − b·h, times the scalar `gradient`. They are (0, 0) where a token does not
-    count, whose gradient is zero whatever it holds.
+    The value is a scalar of `value_dtype` on the first layer's device. The factors are made by `empty_factors`. For
+    each token they hold (a, b): its gradient is a·(h − h₀) − b·h, times the scalar `gradient`. A token that does not
+    count has factors (0, 0) and a zero gradient, whatever values it holds.
 
     Attributes:
         features: per layer [batch, tokens, hidden].
@@ -127,7 +129,7 @@ class Comparison:
     segments: torch.Tensor | None
 
     def only(self, layers: Sequence[int]) -> Comparison:
-        """The same with these layers alone, and everything on their device."""
+        """Return a comparison of these layers alone, with everything on their device."""
         device = self.features[layers[0]].device if layers else self.device
         return Comparison(
             [self.features[index].detach() for index in layers],
@@ -138,7 +140,7 @@ class Comparison:
         )
 
     def groups(self, key: Callable[[torch.Tensor, torch.Tensor], Hashable]) -> list[list[int]]:
-        """The layers whose features and reference have the same key together, in the order of the first of each group."""
+        """Group layer indices by `key(features, reference)`, in the order of the first layer of each group."""
         found: dict[Hashable, list[int]] = {}
         for index, pair in enumerate(zip(self.features, self.references, strict=True)):
             found.setdefault(key(*pair), []).append(index)
@@ -146,7 +148,7 @@ class Comparison:
 
     @property
     def device(self) -> torch.device:
-        """Where value and factors are."""
+        """Device of the value and the factors."""
         return self.features[0].device
 
     @property
@@ -156,12 +158,12 @@ class Comparison:
         return torch.float64 if wide else torch.float32
 
     def empty_factors(self) -> torch.Tensor:
-        """Factors yet to be written [layers, batch, tokens, 2]; float64 on the CPU, else as the value."""
+        """Uninitialized factors [layers, batch, tokens, 2]; float64 on the CPU, elsewhere the dtype of the value."""
         dtype = torch.float64 if self.device.type == "cpu" else self.value_dtype
         return torch.empty((len(self.features), *self.mask.shape, 2), dtype=dtype, device=self.device)
 
     def for_extension(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Features and references as the extension module reads them: of one dtype, with a contiguous hidden axis."""
+        """Features and references as the extension module reads them: one dtype per layer, contiguous hidden axis."""
         features, references = [], []
         for layer, given in zip(self.features, self.references, strict=True):
             reference = given.to(layer.device)
@@ -181,7 +183,7 @@ def view_of(tensor: torch.Tensor) -> View:
 
 
 class _Distance(torch.autograd.Function):  # type: ignore[misc]
-    """The distance by a backend, without torch's dispatcher, which takes longer than a small distance."""
+    """Calls a backend without torch's dispatcher, which takes longer than a small distance."""
 
     @staticmethod
     def forward(
@@ -205,7 +207,7 @@ class _Distance(torch.autograd.Function):  # type: ignore[misc]
         count = len(tensors) // 2
         wanted = [index for index in range(count) if ctx.needs_input_grad[4 + index]]
         comparison = Comparison(tensors[:count], tensors[count:], mask, ctx.normalize, segments)
-        if len(wanted) < count:  # a list of indices would be uploaded, and waited for
+        if len(wanted) < count:  # indexing with a list would copy it to the device and wait
             comparison, factors = comparison.only(wanted), torch.stack([factors[index] for index in wanted])
         with torch.no_grad():
             gradients = ctx.backend.backward(comparison, factors, gradient)
@@ -217,7 +219,7 @@ class _Distance(torch.autograd.Function):  # type: ignore[misc]
         return tuple(result)
 
 
-# For torch.compile and export: two operations of torch.library, which see one node without looking in.
+# For torch.compile and export: two torch.library operations, each an opaque node in the graph.
 _INPUTS = "Tensor[] features, Tensor[] references, Tensor mask, str normalize, Tensor? segments"
 
 
@@ -285,7 +287,7 @@ _node.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _examples(random: Callable[..., torch.Tensor]) -> Iterator[Example]:
-    """Packed rows of odd sizes, with each normalization; some tokens do not count."""
+    """Packed batches of odd sizes, with each normalization; some tokens do not count."""
     references = [random(3, 19, 70, seed=layer) for layer in range(2)]
     features = [(layer + random(3, 19, 70, seed=9)).requires_grad_() for layer in references]
     mask = random(3, 19, seed=5) > -0.5

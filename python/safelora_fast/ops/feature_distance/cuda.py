@@ -1,4 +1,4 @@
-"""Feature distance on NVIDIA GPUs, by the extension module, on the tensors' own memory and torch's current stream."""
+"""Feature distance on NVIDIA GPUs, by the extension module, in the tensors' own memory on torch's current stream."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Backend(cuda_runtime.CudaBackend):
-    """Tensors whose hidden axis is contiguous are read in place, others are copied.
+    """Reads tensors with a contiguous hidden axis in place, and copies others.
 
-    Nothing waits for the device, and a CUDA graph can capture it. The layers of a model that is spread over several
-    devices are read where they lie.
+    Never waits for the device, so a CUDA graph can capture it. If a model is spread over several devices, each layer is
+    read on its own device.
     """
 
     def forward(self, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distance and the factors."""
+        """Return the distance and the factors."""
         parts, factors = [], comparison.empty_factors().to(torch.float32)
         for layers in comparison.groups(_device):
             value, part = _forward(comparison.only(layers))
@@ -33,7 +33,7 @@ class Backend(cuda_runtime.CudaBackend):
         return torch.stack(parts).sum(), factors
 
     def backward(self, comparison: Comparison, factors: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of all layers, contiguous and in their dtypes."""
+        """Return the gradients of all layers, contiguous and in their dtypes."""
         outputs: dict[int, torch.Tensor] = {}
         for layers in comparison.groups(_device):
             group = comparison.only(layers)
@@ -55,7 +55,7 @@ class Backend(cuda_runtime.CudaBackend):
 
 
 def _forward(comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for layers on one device."""
+    """`forward` for layers on one device."""
     features, references = comparison.for_extension()
     device, mask = comparison.device, comparison.mask
     packing = None if comparison.segments is None else pack(mask, comparison.segments.to(torch.int64))
@@ -84,16 +84,16 @@ def _forward(comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack(mask: torch.Tensor, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort the tokens of every row by segment, on their device and without waiting for it.
+    """Sort the tokens of every batch row by segment, on their device and without waiting for it.
 
     Args:
         mask: [batch, tokens] bool, the tokens that count.
-        segments: [batch, tokens] int64; tokens of one row with one number are a sequence.
+        segments: [batch, tokens] int64; tokens of one batch row with the same number are one sequence.
 
     Returns:
-        order [batch, tokens]: the tokens of a row, sequence after sequence and each in the order in which they stand,
-        then those that do not count; starts [batch, tokens + 1]: where each sequence starts in it, then where the last
-        ends; counts [batch]: how many sequences there are. All int32 and contiguous.
+        order [batch, tokens]: the tokens of each row, sequence after sequence in their original order, then the tokens
+        that do not count; starts [batch, tokens + 1]: where each sequence starts in it, then where the last one ends;
+        counts [batch]: number of sequences. All int32 and contiguous.
     """
     batch, tokens = mask.shape
     by_segment = segments.argsort(dim=1, stable=True)
@@ -101,7 +101,7 @@ def pack(mask: torch.Tensor, segments: torch.Tensor) -> tuple[torch.Tensor, torc
     counted, sorted_segments = mask.gather(1, order), segments.gather(1, order)
     first = counted.clone()
     first[:, 1:] &= sorted_segments[:, 1:] != sorted_segments[:, :-1]
-    starts = counted.sum(1, keepdim=True).repeat(1, tokens + 2)  # the last column takes what does not start a sequence
+    starts = counted.sum(1, keepdim=True).repeat(1, tokens + 2)  # the last column absorbs tokens that start no sequence
     positions = torch.arange(tokens, device=mask.device).expand(batch, tokens)
     starts.scatter_(1, torch.where(first, first.cumsum(1) - 1, tokens + 1), positions)
     return order.int().contiguous(), starts[:, : tokens + 1].int().contiguous(), first.sum(1).int()

@@ -1,4 +1,4 @@
-"""Feature distance on the CPU, by the extension module, on the tensors' own memory."""
+"""Feature distance on the CPU, by the extension module, in the tensors' own memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Backend(NativeBackend):
-    """Sums in float64 in one read; tensors whose hidden axis is contiguous are read in place, others are copied."""
+    """Sums in float64 in one read. Tensors with a contiguous hidden axis are read in place, others are copied."""
 
     def forward(self, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distance and the factors."""
+        """Return the distance and the factors."""
         features, references = comparison.for_extension()
         factors = comparison.empty_factors()
         mask, segments = comparison.mask.cpu(), comparison.segments
@@ -37,7 +37,7 @@ class Backend(NativeBackend):
         return torch.tensor(distance, dtype=torch.float32), factors
 
     def backward(self, comparison: Comparison, factors: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of all layers, contiguous and in their dtypes."""
+        """Return the gradients of all layers, contiguous and in their dtypes."""
         features, references = comparison.for_extension()
         outputs = [torch.empty(layer.shape, dtype=layer.dtype) for layer in features]
         _core.feature_distance_gradient(
@@ -52,7 +52,7 @@ class Backend(NativeBackend):
 
 
 def threads() -> int | None:
-    """What the package's variable says, or else no more than torch uses: processes that share a machine set that."""
+    """Return None if SAFELORA_FAST_NUM_THREADS is set, else at most the number of threads that torch uses."""
     if os.environ.get("SAFELORA_FAST_NUM_THREADS"):
         return None
     return min(_core.default_threads(), int(torch.get_num_threads()))

@@ -1,4 +1,4 @@
-"""Feature distance by torch operations on one row at a time, with its gradient written out."""
+"""Feature distance by torch operations, one batch row at a time, with an explicit gradient."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Torch(Backend):
-    """The distance in `dtype`; by default in float32, and in float64 for float64 features."""
+    """Computes in `dtype`; by default in float32, and in float64 for float64 features."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
 
     def forward(self, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distance and the factors."""
+        """Return the distance and the factors."""
         groups, sequences = _groups(comparison.mask, comparison.segments)
         value = torch.zeros((), dtype=self._dtype or comparison.value_dtype, device=comparison.device)
         factors = comparison.empty_factors()
@@ -38,7 +38,7 @@ class Torch(Backend):
         return (value / count).to(comparison.value_dtype), factors.div_(count)
 
     def backward(self, comparison: Comparison, factors: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of all layers, in their dtypes."""
+        """Return the gradients of all layers, in their dtypes."""
         return [
             _gradient(layer, reference.to(layer.device), part.to(layer.device), gradient.to(layer.device), self._exact(layer))
             for layer, reference, part in zip(comparison.features, comparison.references, factors, strict=True)
@@ -49,7 +49,7 @@ class Torch(Backend):
 
 
 def _groups(mask: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-    """Per token the number of its sequence, or the number of sequences where the token does not count."""
+    """Index of each token's sequence, and number of sequences; tokens that do not count have that number as index."""
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)
     if segments is not None and segments.numel():
         low = segments.min()
@@ -111,7 +111,7 @@ def _row_sums(h: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def _summed(values: torch.Tensor, groups: torch.Tensor, sequences: int) -> torch.Tensor:
-    """Sums over the tokens of each sequence; the last entry collects what does not count."""
+    """Sums over the tokens of each sequence; the last entry collects the tokens that do not count."""
     result = torch.zeros(sequences + 1, dtype=values.dtype, device=values.device)
     return result.index_add_(0, groups.flatten(), values.flatten())
 
@@ -119,15 +119,15 @@ def _summed(values: torch.Tensor, groups: torch.Tensor, sequences: int) -> torch
 def _unit_distance(
     squared: torch.Tensor, dot: torch.Tensor, norm: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Distance of the unit vectors, and the factors of d and h in its gradient.
+    """Distance between unit vectors, and the factors of d and h in its gradient.
 
     With p = ‖h‖ and q = ‖h₀‖: (‖d‖² − (p − q)²)/(pq), gradient 2/(pq)·(d − ((⟨d, h₀⟩ + ‖d‖²)/p²)·h). A zero vector has
-    no direction: its unit vector counts as zero, and its gradient too.
+    no direction: its unit vector is taken as zero, and so is its gradient.
     """
     q = norm.sqrt()
     p_squared = (norm + 2 * dot + squared).clamp(min=0)
     p = p_squared.sqrt()
-    known = (p != 0) & ((q != 0) | p.isnan())  # so that NaN shows
+    known = (p != 0) & ((q != 0) | p.isnan())  # keeps NaN visible
     product = torch.where(known, p * q, torch.ones_like(q))
     gap = torch.where(known, (2 * dot + squared) / torch.where(known, p + q, product), torch.zeros_like(q))
     unknown = (p != q).to(q.dtype)

@@ -1,4 +1,4 @@
-"""Feature distance by Triton: one launch reads all layers, one more writes all gradients, small ones add up between."""
+"""Feature distance by Triton: one launch reads all layers, small ones add up, one writes all gradients."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
     from safelora_fast.ops.feature_distance import Comparison
 
-TOKENS, COLUMNS = 4, 512  # the tile of the kernels that read hidden states: 16 elements a thread and tensor
-TOKEN_TILE = 1024  # of those that read one number a token
+TOKENS, COLUMNS = 4, 512  # tile of the kernels that read hidden states: 16 elements per thread and tensor
+TOKEN_TILE = 1024  # tile of the kernels that read one number per token
 BOUNDS_TILE = 64
 
 
 class Backend(triton_runtime.TritonBackend):
-    """Nothing waits for the GPU."""
+    """Never waits for the GPU."""
 
     def forward(self, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distance and the factors."""
+        """Return the distance and the factors."""
         value = torch.zeros((), dtype=torch.float32, device=comparison.device)
         factors = comparison.empty_factors()
         if not comparison.mask.numel():
             return value, factors
         if comparison.segments is not None:
-            factors.zero_()  # the kernels write those of a sequence, and a token that does not count is in none
+            factors.zero_()  # the kernels write only tokens that belong to a sequence
         count = None
         for layers in comparison.groups(_alike):
             launch = _Launch(comparison.only(layers))
@@ -38,7 +38,7 @@ class Backend(triton_runtime.TritonBackend):
                 part = factors if is_all else torch.zeros_like(factors[: len(layers)], device=launch.device)
                 total = launch.factors(part).sum(dtype=launch.exact)
             for index, of_layer in zip(layers, () if is_all else part, strict=not is_all):
-                factors[index].copy_(of_layer)  # one by one: a list of indices would be uploaded, and waited for
+                factors[index].copy_(of_layer)  # one by one: indexing with a list would copy it to the device and wait
             if count is None:
                 count = launch.sequences().to(value.device).clamp(min=1)
             value += (total.to(value.device) / count).to(value.dtype)
@@ -46,7 +46,7 @@ class Backend(triton_runtime.TritonBackend):
         return value, factors
 
     def backward(self, comparison: Comparison, factors: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of all layers, contiguous and in their dtypes."""
+        """Return the gradients of all layers, contiguous and in their dtypes."""
         outputs = [torch.empty(layer.shape, dtype=layer.dtype, device=layer.device) for layer in comparison.features]
         if not comparison.mask.numel():
             return outputs
@@ -60,12 +60,12 @@ class Backend(triton_runtime.TritonBackend):
 
 
 def _alike(layer: torch.Tensor, reference: torch.Tensor) -> Hashable:
-    """What the layers of one launch have in common; as a rule all do."""
+    """What layers must share to be in one launch; usually all do."""
     return layer.device, layer.shape, layer.dtype, reference.dtype, layer.stride(), reference.stride()
 
 
 class _Launch:
-    """The launches for layers of one device, hidden size, strides and dtypes."""
+    """Launches for layers with the same device, hidden size, strides and dtypes."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.device = comparison.device
@@ -78,13 +78,13 @@ class _Launch:
         self._bounds: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def sequences(self) -> torch.Tensor:
-        """Number of sequences with a token that counts, after `factors`."""
+        """Return the number of sequences with a token that counts. Call after `factors`."""
         if self._bounds is None:
             return self._mask.any(1).sum()
         return (self._bounds[0] == torch.arange(self._tokens, device=self.device)).sum()
 
     def factors(self, factors: torch.Tensor) -> torch.Tensor:
-        """Write the factors of the layers; returns distances, whose sum is what counts."""
+        """Write the factors of the layers and return distances; their sum is the result."""
         from safelora_fast.ops.feature_distance import triton_kernels
 
         if self._segments is not None:
@@ -117,7 +117,7 @@ class _Launch:
         )  # fmt: skip
 
     def _sums(self) -> torch.Tensor:
-        """‖d‖², ⟨d, h₀⟩ and ‖h₀‖² [3, layers, batch, tokens] of the tokens that count."""
+        """‖d‖², ⟨d, h₀⟩ and ‖h₀‖² of the tokens that count: [3, layers, batch, tokens]."""
         from safelora_fast.ops.feature_distance import triton_kernels
 
         shape = (3, len(self._states[0]), self._rows, self._tokens)

@@ -1,7 +1,9 @@
-"""Triton kernels of the feature distance. Sums of one token are float32, sums over tokens EXACT (float64 where there is any).
+"""Triton kernels of the feature distance.
 
-Layers come as a tuple of pointers, so that one launch goes over all of them without a table in memory: a launch can be
-captured in a graph as it is. Inputs are upcast right after the load: the interpreter cannot compute in bfloat16.
+Sums within a token are float32; sums over tokens are EXACT (float64 if the GPU supports it).
+
+Layers come as a tuple of pointers. One launch covers all of them without a pointer table in memory, so a graph can
+capture it. Inputs are upcast right after the load, because the interpreter cannot compute in bfloat16.
 """
 
 import triton
@@ -10,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _pick(pointers, index):
-    """The pointer at a place that is known at run time only."""
+    """Select a pointer by an index known only at run time."""
     chosen = pointers[0]
     for place in tl.static_range(1, len(pointers)):
         chosen = tl.where(index == place, pointers[place], chosen)
@@ -32,9 +34,9 @@ def token_sums(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """‖d‖², ⟨d, h₀⟩ and ‖h₀‖² of every token that counts, else zeros.
+    """‖d‖², ⟨d, h₀⟩ and ‖h₀‖² of every token that counts, zeros for the others.
 
-    Grid: (tiles of TOKENS tokens, layers). sums is [3, layers, rows of the batch · tokens].
+    Grid: (tiles of TOKENS tokens, layers). sums is [3, layers, batch rows · tokens].
     """
     layer = tl.program_id(1)
     flat = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -66,9 +68,10 @@ def token_sums(
 
 @triton.jit
 def sequence_bounds(mask, segments, first, last, tokens, mask_strides, segment_strides, TILE: tl.constexpr):
-    """The first and the last token of each token's sequence: those of its row that count and have its number.
+    """The first and last token of each token's sequence: tokens of the same batch row that count and share its number.
 
-    Grid: (tiles of tokens, rows of the batch). first, last: [rows, tokens] int32; (tokens, -1) for one that does not count.
+    Grid: (tiles of tokens, batch rows). first, last: [rows, tokens] int32; (tokens, -1) for a token that does not
+    count.
     """
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -91,13 +94,13 @@ def sequence_bounds(mask, segments, first, last, tokens, mask_strides, segment_s
 
 @triton.jit
 def _unit_distance(squared, dot, norm):
-    """Distance of the unit vectors, and the factors of d and of h in its gradient (docs/methods.md).
+    """Distance between unit vectors, and the factors of d and h in its gradient (docs/methods.md).
 
-    A zero vector has no direction: its unit vector counts as zero, and its gradient too.
+    A zero vector has no direction: its unit vector is taken as zero, and so is its gradient.
     """
     q = tl.sqrt(norm)
     p_squared = norm + 2 * dot + squared
-    p_squared = tl.where(p_squared < 0, 0, p_squared)  # written so that NaN stays
+    p_squared = tl.where(p_squared < 0, 0, p_squared)  # keeps NaN
     p = tl.sqrt(p_squared)
     known = (p != 0) & ((q != 0) | (p != p))
     product = tl.where(known, p * q, 1)
@@ -123,16 +126,16 @@ def sequence_factors(
     EXACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Distance of every sequence, and the factors of its tokens; tokens are added in one order.
+    """Distance of every sequence, and the factors of its tokens, with the tokens added in a fixed order.
 
-    Grid: (sequences that a row can have, rows of the batch, layers), where a PACKED row can have one per token: the
-    program of a sequence is that of its first token. distances: [layers, rows, sequences that a row can have];
-    factors: [layers, rows, tokens, 2], which the programs together write once for every token that counts.
+    Grid: (possible sequences per batch row, batch rows, layers). A PACKED row can have one sequence per token; the
+    program of a sequence is that of its first token. distances: [layers, rows, possible sequences per row]. factors:
+    [layers, rows, tokens, 2]; each token that counts is written once.
     """
     slot, row, layer = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = slot if PACKED else 0
     end = tl.load(last + row * tokens + slot) + 1 if PACKED else tokens
-    if PACKED:  # an empty range where another token comes first, or this one does not count
+    if PACKED:  # the range is empty if this token is not the first of its sequence, or does not count
         end = tl.where(tl.load(first + row * tokens + slot) == slot, end, 0)
     plane = tl.num_programs(2) * rows * tokens
     place = (layer * rows + row) * tokens
@@ -173,9 +176,9 @@ def token_factors(
     EXACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Distance and factors of every token by itself, scaled to UNIT length or as it is.
+    """Distance and factors of every token on its own, scaled to UNIT length or unscaled.
 
-    Grid: (tiles of tokens, rows of the batch, layers). distances: [layers, rows, tokens].
+    Grid: (tiles of tokens, batch rows, layers). distances: [layers, rows, tokens].
     """
     row, layer = tl.program_id(1).to(tl.int64), tl.program_id(2)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -211,7 +214,7 @@ def gradients(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gradient of every token, weight · (a·(h − h₀) − b·h); zero, and nothing read, where a is zero.
+    """Gradient of every token, weight · (a·(h − h₀) − b·h). If a is zero, writes zero and reads nothing.
 
     Grid: (tiles of TOKENS tokens, layers). factors: [layers, rows, tokens, 2]; outputs are contiguous.
     """

@@ -1,4 +1,4 @@
-"""KL divergence between two models that share an output head, from their hidden states; with or without cross-entropy."""
+"""KL divergence between two models that share an output head, from hidden states, with optional cross-entropy."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Direction = Literal["reverse", "forward"]
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Metrics of each label under the student, [batch, tokens] each and without gradient; zero where there is no label.
+    """Metrics of each label under the student, [batch, tokens] each, without gradient; zero where there is no label.
 
     Attributes:
         nll: negative log-likelihood.
         entropy: entropy of the next-token distribution.
-        is_top1: whether the label is the first choice; of equal ones the first counts.
+        is_top1: whether the label is the top prediction; of tied classes the first wins.
     """
 
     nll: torch.Tensor
@@ -41,10 +41,11 @@ class SharedLoss:
     """KL and cross-entropy from the same logits.
 
     Attributes:
-        loss: kl_weight · kl + cross_entropy_weight · cross_entropy, differentiable; float32 (float64 for float64 states).
+        loss: kl_weight · kl + cross_entropy_weight · cross_entropy, differentiable; float32, or float64 for float64
+            states.
         kl: sum of the divergence over the tokens in the mask, without gradient.
         cross_entropy: sum of the negative log-likelihood of the labels, without gradient.
-        tokens: metrics per token, where they were asked for.
+        tokens: metrics per token, if requested with `figures`.
     """
 
     loss: torch.Tensor
@@ -67,15 +68,15 @@ def linear_kl(
 ) -> torch.Tensor:
     """Mean over tokens of the KL divergence between the next-token distributions of two hidden states.
 
-    Logits are softcap(logit_scale · (h·Wᵀ + bias))/temperature. They are made a chunk of tokens at a time, of the
-    reference and of the difference W(h − h₀), so that nothing cancels while both are close; the gradient with respect
-    to `hidden` is computed on the way, and only that is kept. There is none for W, the bias or the reference.
+    Logits are softcap(logit_scale · (h·Wᵀ + bias))/temperature. They are computed one chunk of tokens at a time, for
+    the reference and for the difference W(h − h₀), so nothing cancels while both are close. The gradient with respect
+    to `hidden` is computed in the same pass, and only it is kept. W, the bias and the reference get no gradient.
 
     Args:
         hidden: [batch, tokens, hidden] of the student; float32, bfloat16, float16 or float64.
-        reference_hidden: the same of the reference.
-        head_weight: W [vocabulary, hidden], shared; used in the dtype of `hidden`, or of autocast where that is on, as
-            a linear layer would be. Everything else is float32 (float64 for float64 states).
+        reference_hidden: the same of the reference model.
+        head_weight: W [vocabulary, hidden], shared; used in the dtype of `hidden`, or the autocast dtype if autocast is
+            on, as in a linear layer. Everything else is float32 (float64 for float64 states).
         mask: [batch, tokens] bool, the tokens that count.
         bias: [vocabulary].
         direction: "reverse" is KL(student ‖ reference), "forward" is KL(reference ‖ student).
@@ -84,11 +85,11 @@ def linear_kl(
         softcap: c of c·tanh(logits/c).
 
     Returns:
-        A float32 scalar (float64 for float64 states); zero where no token counts.
+        A float32 scalar (float64 for float64 states); zero if no token counts.
 
     Raises:
         ValueError: shapes or dtypes do not fit, `direction` is unknown, temperature or soft-cap is not positive.
-        RuntimeError: a gradient of the gradient is asked for.
+        RuntimeError: a second derivative is requested.
     """
     _check(hidden, reference_hidden, head_weight, mask, direction)
     _check_head(head_weight, bias, temperature, softcap)
@@ -118,30 +119,30 @@ def linear_kl_cross_entropy(
     softcap: float | None = None,
     figures: bool = False,
 ) -> SharedLoss:
-    """The divergence of :func:`linear_kl` and the task's cross-entropy, both from one set of the student's logits.
+    """Compute the divergence of :func:`linear_kl` and the task's cross-entropy from one set of student logits.
 
-    The weights are those that the sums have in the loss (λ over the number of tokens, one over the number of labels):
-    with them known in the forward, one product with W gives the gradient of both, and one [batch, tokens, hidden]
-    tensor keeps it. Separately they would take two products and two tensors.
+    The weights are the factors of the two sums in the loss (λ / number of tokens, 1 / number of labels). Since the
+    forward knows them, one product with W gives the gradient of both, stored in one [batch, tokens, hidden] tensor.
+    Separate losses would take two products and two tensors.
 
     Args:
-        hidden: as in :func:`linear_kl`, like the arguments that are not named here.
-        reference_hidden: likewise.
-        head_weight: likewise.
+        hidden: as in :func:`linear_kl`.
+        reference_hidden: as in :func:`linear_kl`.
+        head_weight: as in :func:`linear_kl`.
         mask: [batch, tokens] bool, the tokens whose divergence counts.
-        labels: [batch, tokens], at each position the token that follows; -100 where none counts.
+        labels: [batch, tokens], the next token at each position; -100 for none.
         kl_weight: factor of the sum of the divergence, a number or a scalar tensor.
-        cross_entropy_weight: factor of the sum of the negative log-likelihood, likewise.
+        cross_entropy_weight: factor of the sum of the negative log-likelihood, a number or a scalar tensor.
         bias: [vocabulary].
         direction: as in :func:`linear_kl`.
         temperature: divides the logits of the divergence; the cross-entropy has none.
         logit_scale: multiplies the logits before the soft-cap.
         softcap: c of c·tanh(logits/c).
-        figures: whether to give `tokens` too: two more passes over the logits.
+        figures: also return `tokens`; this takes two more passes over the logits.
 
     Raises:
-        ValueError: as :func:`linear_kl`.
-        RuntimeError: a gradient of the gradient is asked for.
+        ValueError: as in :func:`linear_kl`.
+        RuntimeError: a second derivative is requested.
     """
     _check(hidden, reference_hidden, head_weight, mask, direction)
     _check_head(head_weight, bias, temperature, softcap)
@@ -193,7 +194,7 @@ def _head(
 
 
 def _scalar(value: torch.Tensor | float, hidden: torch.Tensor) -> torch.Tensor:
-    """A weight on the device; filled in there if it is a number, since a copy would have to be waited for."""
+    """Return a weight as a scalar on the device. A number is filled in there; copying it would wait for the device."""
     if isinstance(value, torch.Tensor):
         return value.detach().to(hidden.device, exact_dtype(hidden))
     return torch.full((), value, dtype=exact_dtype(hidden), device=hidden.device)
@@ -212,7 +213,7 @@ class _Call(NamedTuple):
 
 
 def _losses(call: _Call, kl_weight: torch.Tensor, cross_entropy_weight: torch.Tensor) -> tuple[SharedLoss, int | None]:
-    """Both losses, differentiable once, in `hidden`; and the number of tokens computed, where the host knows it."""
+    """Both losses, differentiable once in `hidden`, and the number of computed tokens if the host knows it."""
     hidden, reference, head, mask, labels, settings, figures = call
     if torch.compiler.is_compiling():
         is_differentiable = hidden.requires_grad and torch.is_grad_enabled()
@@ -222,7 +223,7 @@ def _losses(call: _Call, kl_weight: torch.Tensor, cross_entropy_weight: torch.Te
         )  # fmt: skip
         return SharedLoss(loss, kl, cross_entropy, TokenFigures(*per_token) if figures else None), None
     rows = Rows.of(mask, labels, settings, figures=figures)
-    anchor = hidden.narrow(0, 0, 0).clone()  # ties the gradient to `hidden` without keeping it in memory
+    anchor = hidden.narrow(0, 0, 0).clone()  # connects the gradient to `hidden` without keeping it in memory
     loss, kl, cross_entropy, *per_row = _LinearLoss.apply(
         hidden, anchor, reference, head, rows, kl_weight, cross_entropy_weight
     )
@@ -231,7 +232,7 @@ def _losses(call: _Call, kl_weight: torch.Tensor, cross_entropy_weight: torch.Te
 
 
 def _per_token(rows: Rows, per_row: Sequence[torch.Tensor], shape: Sequence[int]) -> list[torch.Tensor]:
-    """Metrics of the rows as [batch, tokens], with zeros for the others."""
+    """Scatter per-row metrics to [batch, tokens], with zeros elsewhere."""
     whole = [torch.zeros(rows.counts.shape, dtype=row.dtype, device=row.device) for row in per_row]
     for flat, row in zip(whole, per_row, strict=True):
         rows.put(flat, slice(None), row)
@@ -239,7 +240,7 @@ def _per_token(rows: Rows, per_row: Sequence[torch.Tensor], shape: Sequence[int]
 
 
 class _LinearLoss(torch.autograd.Function):  # type: ignore[misc]
-    """Both weighted sums over the tokens; the gradient is computed in the forward, where the logits are at hand."""
+    """Weighted sum of both losses. The forward computes the gradient too, because it has the logits."""
 
     @staticmethod
     def forward(
@@ -272,8 +273,8 @@ def _backend(hidden: torch.Tensor, reference: torch.Tensor, head: Head) -> Any:
     return OP.choose((hidden, reference, head.weight)).backend
 
 
-# For torch.compile and export: an operation of torch.library. Compiled code could not look into it: which tokens count is
-# known at run time only.
+# For torch.compile and export: a torch.library operation. Compiled code cannot trace it, because which tokens count is
+# known only at run time.
 @torch.library.custom_op(  # type: ignore[untyped-decorator]
     "safelora_fast::linear_kl",
     mutates_args=(),
@@ -297,7 +298,7 @@ def _node(
     figures: bool,
     differentiable: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Loss, Σ KL, Σ NLL, three metrics per token, the gradient divided by a size, and that size."""
+    """Loss, Σ KL, Σ NLL, three metrics per token, the gradient divided by a scale, and that scale."""
     head, rows = (
         Head(weight, bias, scale, softcap),
         Rows.of(mask, labels, Settings(forward, temperature), figures=figures),
@@ -342,7 +343,7 @@ _node.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _examples(random: Callable[..., torch.Tensor]) -> Iterator[Example]:
-    """Both directions, with labels inside and outside of the mask; and the divergence alone, of logits with a soft-cap."""
+    """Both losses in both directions, with labels inside and outside the mask; then the KL alone with a soft-cap."""
     reference, head, mask = random(2, 5, 8), random(333, 8, seed=1), random(2, 5, seed=5) > -1
     hidden = (reference + 0.3 * random(2, 5, 8, seed=2)).requires_grad_()
     labels = torch.arange(10, device=mask.device).view(2, 5)

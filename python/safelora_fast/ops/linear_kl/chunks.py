@@ -1,12 +1,12 @@
-"""Sums of KL and cross-entropy, a chunk of tokens at a time, with the gradient on the way and without autograd.
+"""Sums of KL and cross-entropy, computed one chunk of tokens at a time together with the gradient, without autograd.
 
-The products with the head are made here. A backend does the elementwise passes over a block of rows of logits: its
-`passes(head, settings, rows, exact)` gives an object with `rows`, the most rows that it takes at once, and
+This file computes the products with the head. A backend does the elementwise passes over a block of rows of logits. Its
+`passes(head, settings, rows, exact)` returns an object with `rows`, the most rows it takes at once, and
 
     block(raw, delta, wanted) -> Given
 
-for h₀·Wᵀ and (h − h₀)·Wᵀ of some rows in the dtype of the head; `delta` becomes the gradient with respect to what it was, and
-`raw` may be written over. Its results are in the dtype `exact`.
+`raw` is h₀·Wᵀ and `delta` is (h − h₀)·Wᵀ of some rows, in the dtype of the head. `block` overwrites `delta` with the
+gradient with respect to it, and may overwrite `raw`. Its results have the dtype `exact`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 IGNORED_LABEL = -100
-# Logits of one model that a chunk may have: large enough for the matrix product to be efficient.
+# Logits of one model in a chunk: large enough for an efficient matrix product.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "other": 1 << 26}
-# Those of a block of a chunk, which the elementwise passes go over while they are in cache.
+# Logits in a block of a chunk: small enough to stay in cache for the elementwise passes.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
 
 
 class Settings(NamedTuple):
-    """The divergence: KL(q‖p) (`forward`) or KL(p‖q), of logits over the temperature; cross-entropy has none."""
+    """Settings of the divergence: KL(q‖p) (`forward`) or KL(p‖q), and its temperature; cross-entropy has none."""
 
     forward: bool
     temperature: float
@@ -37,13 +37,13 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a block of rows is asked for.
+    """What to compute for a block of rows.
 
     Attributes:
         divergence_factor: [rows, 1], factor of the divergence in the gradient.
         labels: [rows], the class of each row; None without cross-entropy.
-        label_factor: [rows, 1], factor of the cross-entropy in the gradient, zero where a row has no label.
-        figures: whether the student's entropy and hits are asked for.
+        label_factor: [rows, 1], factor of the cross-entropy in the gradient, zero for a row without a label.
+        figures: whether to compute the student's entropy and top-1 hits.
     """
 
     divergence_factor: torch.Tensor
@@ -53,7 +53,7 @@ class Wanted:
 
 
 class Given(NamedTuple):
-    """Metrics of a block, [rows] each: KL, the label's negative log-likelihood, the student's entropy, and hits."""
+    """Metrics of a block, [rows] each: KL, the label's negative log-likelihood, the student's entropy, top-1 hits."""
 
     divergence: torch.Tensor
     nll: torch.Tensor | None = None
@@ -71,16 +71,16 @@ class Head:
     softcap: float | None
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The logits of hidden states."""
+        """Return the logits of hidden states."""
         raw = states @ self.weight.T
         raw = (raw if self.bias is None else raw + self.bias) * self.scale
         return raw if self.softcap is None else self.softcap * (raw / self.softcap).tanh()
 
     def bend(self, raw: torch.Tensor, delta: torch.Tensor) -> torch.Tensor | None:
-        """Turn h₀·Wᵀ and (h − h₀)·Wᵀ into the reference's logits and the student's distance to them, in place.
+        """Turn h₀·Wᵀ and (h − h₀)·Wᵀ, in place, into the reference's logits and the student's difference from them.
 
         Returns:
-            Slope of the soft-cap at the student's logits, None where there is none.
+            Slope of the soft-cap at the student's logits, or None without a soft-cap.
         """
         if self.bias is not None:
             raw.add_(self.bias.to(raw))
@@ -99,15 +99,15 @@ class Head:
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens that are computed, in the order of their flat positions.
+    """The tokens to compute, in the order of their flat positions.
 
     Attributes:
-        positions: of the tokens that count; None: every token is computed, those that do not count from zeros.
+        positions: flat positions of the tokens that count. None: compute every token, with zeros for the others.
         counts: [tokens] bool, which tokens count.
-        in_mask: whether the divergence counts, of each token that is computed.
-        labels: likewise its label; None without cross-entropy.
-        settings: of the divergence.
-        figures: whether metrics of each token are wanted.
+        in_mask: for each computed token, whether its divergence counts.
+        labels: the label of each computed token; None without cross-entropy.
+        settings: settings of the divergence.
+        figures: whether to compute metrics of each token.
     """
 
     positions: torch.Tensor | None
@@ -119,11 +119,11 @@ class Rows:
 
     @classmethod
     def of(cls, mask: torch.Tensor, labels: torch.Tensor | None, settings: Settings, *, figures: bool) -> Rows:
-        """The tokens in a flat mask or with a label.
+        """Return the tokens that are in a flat mask or have a label.
 
-        Their number decides the size of the products with the head, so the host waits for it: on a GPU that costs
-        microseconds, and tokens that do not count would cost their share of three products. While a CUDA graph is captured
-        nobody may wait, and the graph serves any mask: then every token is computed.
+        Their number sets the size of the products with the head, so the host waits for it. On a GPU that takes
+        microseconds, while computing every token would enlarge three products. During CUDA graph capture the host may
+        not wait, and the graph must serve any mask: then every token is computed.
         """
         counts = mask if labels is None else mask | (labels != IGNORED_LABEL)
         if cuda_runtime.is_captured(mask.device):
@@ -132,24 +132,24 @@ class Rows:
         return cls(positions, counts, mask[positions], None if labels is None else labels[positions], settings, figures)
 
     def __len__(self) -> int:
-        """How many tokens are computed."""
+        """Return the number of computed tokens."""
         return len(self.in_mask)
 
     def take(self, states: torch.Tensor, part: slice) -> torch.Tensor:
-        """States [tokens, hidden] of some of the rows; zeros where a token does not count, which may hold anything."""
+        """Select rows of states [tokens, hidden]; zeros for tokens that do not count, whatever values they hold."""
         if self.positions is None:
             return states[part].masked_fill(~self.counts[part, None], 0)
         return states[self.positions[part]]
 
     def put(self, whole: torch.Tensor, part: slice, values: torch.Tensor) -> None:
-        """Write the values of some of the rows to their places among all tokens."""
+        """Write the values of some rows to their positions among all tokens."""
         if self.positions is None:
             whole[part] = values
         else:
             whole.index_copy_(0, self.positions[part], values)
 
     def wanted(self, part: slice, divergence: torch.Tensor, label: torch.Tensor) -> Wanted:
-        """What the rows of `part` are asked for, with the factors that both losses have in the gradient."""
+        """Return what to compute for the rows of `part`, with the factors of both losses in the gradient."""
         of_divergence = (self.in_mask[part] * divergence)[:, None]
         if self.labels is None:
             return Wanted(of_divergence)
@@ -159,7 +159,7 @@ class Rows:
 
 
 class _Chunk:
-    """Buffers for the logits of a chunk of tokens, made once and used for every chunk of `tokens`."""
+    """Buffers for the logits of one chunk, allocated once and reused for every chunk of `tokens`."""
 
     def __init__(self, head: Head, tokens: int) -> None:
         self._head = head
@@ -169,24 +169,24 @@ class _Chunk:
         self._stacked = torch.empty(2 * self.tokens, vocabulary, dtype=head.weight.dtype, device=device)
 
     def fill(self, hidden: torch.Tensor, reference: torch.Tensor) -> None:
-        """Make h₀·Wᵀ and (h − h₀)·Wᵀ by one product; both are [tokens, hidden] in the exact dtype."""
+        """Compute h₀·Wᵀ and (h − h₀)·Wᵀ in one product; inputs are [tokens, hidden] in the exact dtype."""
         states = torch.cat([reference, hidden - reference]).to(self._head.weight.dtype)
         self._count = len(hidden)
         torch.mm(states, self._head.weight.T, out=self._stacked[: len(states)])
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """(which rows, h₀·Wᵀ, (h − h₀)·Wᵀ), at most so many at once; what the caller leaves in the last one is kept."""
+        """Yield (row slice, h₀·Wᵀ, (h − h₀)·Wᵀ), at most `rows` rows; `back` multiplies what is left in the last."""
         for start in range(0, self._count, rows):
             part = slice(start, min(start + rows, self._count))
             yield part, self._stacked[part], self._stacked[self._count + part.start : self._count + part.stop]
 
     def back(self) -> torch.Tensor:
-        """Gradients with respect to the logits, left in the blocks, times W: [tokens, hidden]."""
+        """Multiply the gradients left in the blocks by W: [tokens, hidden]."""
         return self._stacked[self._count : 2 * self._count] @ self._head.weight
 
 
 def exact_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """What sums are made in: float32, or float64 for float64 states."""
+    """Return the dtype of the sums: float32, or float64 for float64 states."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
@@ -199,10 +199,10 @@ def weighted_sums(
     weights: tuple[torch.Tensor, torch.Tensor],
     gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """(size, (loss, Σ KL, Σ NLL, NLL, entropy, hits)), the last three by row or None, without autograd.
+    """Return (size, (loss, Σ KL, Σ NLL, NLL, entropy, hits)), the last three per row or None, without autograd.
 
-    The gradient goes into `gradient`, which is zero, where there is one. It is divided by the larger weight, `size`, so
-    that small weights (one over very many tokens) do not underflow in half precision.
+    If `gradient` is given, it must be zero and receives the gradient, divided by the larger weight, `size`. This way
+    small weights (one over very many tokens) do not underflow in half precision.
     """
     exact = exact_dtype(hidden)
     flat, reference = hidden.flatten(0, -2), reference.to(hidden.device).flatten(0, -2)

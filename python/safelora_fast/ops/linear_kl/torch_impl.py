@@ -1,8 +1,8 @@
 """KL, cross-entropy and their gradient for a block of rows of logits, by torch operations on any device.
 
-With q the reference, δ = z − z₀ less its mean under q, A = Σ q·δ·(e^δ − 1) and N = Σ q·(e^δ − 1 − δ), both sums of
-terms that are never negative: KL(q‖p) = log(1 + N), KL(p‖q) = A/(1 + N) − log(1 + N), p = q·e^δ/(1 + N).
-So nothing cancels while p is near q, and the exponential is taken twice an element.
+With q the reference, δ = z − z₀ less its mean under q, A = Σ q·δ·(e^δ − 1) and N = Σ q·(e^δ − 1 − δ), all terms of both
+sums are non-negative, and KL(q‖p) = log(1 + N), KL(p‖q) = A/(1 + N) − log(1 + N), p = q·e^δ/(1 + N). So nothing cancels
+while p is close to q, and each element takes two exponentials.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from safelora_fast.ops.linear_kl.chunks import BLOCK_ELEMENTS, Given, Settings, 
 if TYPE_CHECKING:
     from safelora_fast.ops.linear_kl.chunks import Head
 
-# From here on Σ q·e^δ is left to logarithms: products with q would lose what matters, or overflow.
+# Above this, Σ q·e^δ is computed with logarithms: products with q would lose precision or overflow.
 LARGEST_SUM = 1e20
 
 
 class Torch(Backend):
-    """Elementwise passes in `dtype`; by default in that of the results."""
+    """Does the elementwise passes in `dtype`; by default in the dtype of the results."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
 
     def passes(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> Passes:
-        """What goes over the blocks of a chunk (chunks.py)."""
+        """Return the passes over the blocks of a chunk (chunks.py)."""
         return Passes(head, settings, rows, exact, self._dtype or exact)
 
 
 class Passes:
-    """Goes over blocks in buffers of the dtype `compute` that are made once; the results are in `exact`."""
+    """Processes blocks in buffers of dtype `compute` that are allocated once; results are in `exact`."""
 
     def __init__(self, head: Head, settings: Settings, rows: int, exact: torch.dtype, compute: torch.dtype) -> None:
         weight = head.weight
@@ -45,7 +45,7 @@ class Passes:
         self._buffers, self._cast = buffers[:3], buffers[3:] if is_cast else None
 
     def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
-        """Metrics of a block; `delta` becomes the gradient with respect to what it was."""
+        """Return the metrics of a block, and overwrite `delta` with the gradient with respect to it."""
         logits, distance = raw, delta
         if self._cast is not None:
             logits, distance = (
@@ -65,11 +65,11 @@ class Passes:
         return Given(*(part if part is None or part.dtype == torch.bool else part.to(self._exact) for part in given))
 
     def _block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
-        """The same from logits; `delta` becomes the gradient with respect to the student's logits.
+        """`block` on logits: overwrites `delta` with the gradient with respect to the student's logits.
 
         Args:
             raw: [rows, vocabulary], logits of the reference.
-            delta: the student's distance to them.
+            delta: the student's logits minus `raw`.
             wanted: factors and labels.
         """
         if self._temperature == 1.0:
@@ -113,7 +113,7 @@ class Passes:
     def _student(
         self, raw: torch.Tensor, delta: torch.Tensor, q: torch.Tensor, student: torch.Tensor, scratch: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill `student` with p (with p − q for the forward direction); returns (log Σ q·e^δ, Σ p·δ), [rows, 1] each."""
+        """Fill `student` with p (with p − q for the forward direction); return (log Σ q·e^δ, Σ p·δ), [rows, 1] each."""
         torch.expm1(delta, out=student)
         moved = torch.mul(q, delta, out=scratch).mul_(student).sum(-1, keepdim=True)
         excess = torch.sub(student, delta, out=scratch).mul_(q).sum(-1, keepdim=True)
@@ -131,7 +131,7 @@ class Passes:
 
 
 def _cross_entropy(logits: torch.Tensor, gradient: torch.Tensor, wanted: Wanted, divergence: torch.Tensor) -> Given:
-    """Metrics of the labels from the student's own logits, which are overwritten; their gradient is added."""
+    """Return the labels' metrics from the student's logits (overwritten), and add to `gradient`."""
     assert wanted.labels is not None  # noqa: S101
     assert wanted.label_factor is not None  # noqa: S101
     labels = wanted.labels[:, None]

@@ -17,22 +17,22 @@ TILE, WARPS = 4096, 8
 
 
 class Backend(triton_runtime.TritonBackend):
-    """Goes over the logits where the product left them."""
+    """Processes the logits in the buffers that the product wrote."""
 
     def passes(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> Passes:
-        """What goes over the blocks of a chunk (chunks.py)."""
+        """Return the passes over the blocks of a chunk (chunks.py)."""
         return Passes(head, settings, rows, exact)
 
 
 class Passes:
-    """One launch a block."""
+    """One launch per block."""
 
     def __init__(self, head: Head, settings: Settings, rows: int, exact: torch.dtype) -> None:
         self._head, self._settings, self.rows, self._exact = head, settings, rows, exact
         self._bias = None if head.bias is None else head.bias.to(head.weight.device).contiguous()
 
     def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
-        """Metrics of a block; `delta` becomes the gradient with respect to what it was."""
+        """Return the metrics of a block, and overwrite `delta` with the gradient with respect to it."""
         from safelora_fast.ops.linear_kl import triton_kernels
 
         count, vocabulary = raw.shape

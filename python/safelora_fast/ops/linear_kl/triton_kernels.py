@@ -1,9 +1,9 @@
 """Triton kernel of KL and cross-entropy over rows of logits, in float32.
 
-A row is read twice and its gradient written once. The first reading goes a tile at a time and keeps sums about the running
-mean of δ = z − z₀ under the reference q, so that nothing cancels while student and reference are close (torch_impl.py has the
-algebra): with f(x) = eˣ − 1 − x, moving the center of N = Σ q·f and A = Σ q·x·(eˣ − 1) by s, where Σ q·x = 0, gives
-e⁻ˢ·N + q·f(−s) and e⁻ˢ·(A − s·N) − q·s·(e⁻ˢ − 1).
+A row is read twice and its gradient written once. The first pass works tile by tile and keeps sums centered on the
+running mean of δ = z − z₀ under the reference q, so nothing cancels while student and reference are close (algebra:
+torch_impl.py). With f(x) = eˣ − 1 − x, moving the center of N = Σ q·f and A = Σ q·x·(eˣ − 1) by s, where Σ q·x = 0,
+gives e⁻ˢ·N + q·f(−s) and e⁻ˢ·(A − s·N) − q·s·(e⁻ˢ − 1).
 """
 
 import triton
@@ -33,7 +33,7 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x ≥ 0, exact to the last digits where x is small."""
+    """log(1 + x) for x ≥ 0, accurate to the last digits even for small x."""
     one_more = 1 + x
     return tl.where(one_more == 1, x, tl.log(one_more) * (x / tl.where(one_more == 1, 1, one_more - 1)))
 
@@ -47,7 +47,7 @@ def _tanh(x):
 
 @triton.jit
 def _logits(raw, delta, bias, column, inside, scale, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """The reference's logits, the student's distance to them, and its slope with respect to delta."""
+    """The reference's logits, the student's difference from them, and its slope with respect to delta."""
     reference = tl.load(raw + column, mask=inside, other=0.0).to(tl.float32)
     distance = tl.load(delta + column, mask=inside, other=0.0).to(tl.float32) * scale
     if HAS_BIAS:
@@ -65,7 +65,7 @@ def _logits(raw, delta, bias, column, inside, scale, softcap, HAS_BIAS: tl.const
 
 @triton.jit
 def _recentered(excess, moved, weight, shift):
-    """(N, A) about a center that lies `shift` further."""
+    """(N, A) after moving the center by `shift`."""
     shrink = tl.exp(-shift)
     return (
         shrink * excess + weight * _excess(-shift),
@@ -96,20 +96,20 @@ def linear_loss(
     LABELLED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """KL, negative log-likelihood, entropy and first choice of a row; its gradient takes the place of delta.
+    """KL, negative log-likelihood, entropy and top-1 hit of a row; overwrites delta with the gradient.
 
-    Grid: rows. figures: [4, rows] float32: divergence, nll, entropy, and whether the label is the first choice.
+    Grid: rows. figures: [4, rows] float32: divergence, nll, entropy, and whether the label is the top prediction.
     """
     row = tl.program_id(0).to(tl.int64)
     raw += row * raw_stride
     delta += row * delta_stride
     label = tl.load(labels + row) if LABELLED else 0
-    # A largest logit starts above −∞, whose difference with itself would be NaN.
-    # Of the reference: largest logit, Σ e^(z₀ − that), mean of δ, N and A times that sum.
+    # Largest logits start above −∞, because −∞ − (−∞) is NaN.
+    # Reference: largest logit, Σ e^(z₀ − largest), mean of δ, and N and A times that sum.
     q_max, q_sum, mean, excess, moved = -3e38, 0.0, 0.0, 0.0, 0.0
-    # Of the student, over the temperature: largest logit, Σ e^(z − that) and Σ e^(z − that)·δ.
+    # Student, over the temperature: largest logit, Σ e^(z − largest) and Σ e^(z − largest)·δ.
     p_max, p_sum, p_moved = -3e38, 0.0, 0.0
-    # Of the student as it is: likewise, Σ e^(z − that)·(z − that), the first choice and the label's logit.
+    # Student without temperature: largest, Σ e^(z − largest), Σ e^(z − largest)·(z − largest), top class, label.
     z_max, z_sum, z_spread, first, of_label = -3e38, 0.0, 0.0, 0, 0.0
     farthest = 0.0
     for start in range(0, vocabulary, TILE):

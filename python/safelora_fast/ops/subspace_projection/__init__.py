@@ -1,4 +1,4 @@
-"""C·B with SafeLoRA's C = V·Vᵀ/‖V‖_F, or P_k·B with an orthonormal basis: for one module, or for all at once."""
+"""C·B with SafeLoRA's C = V·Vᵀ/‖V‖_F, or P_k·B with an orthonormal basis, for one module or many at once."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = [
     "transposed_products",
 ]
 
-# aligned and base, whose difference is V; or a matrix alone, such as an orthonormal basis U_k.
+# (aligned, base), whose difference is V; or a single matrix, such as an orthonormal basis U_k.
 Matrix: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
 Normalize = Literal["frobenius", "spectral"]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One module's projected factor, float32, and the r×r products that the cosine needs.
+    """One module's projected lora_B, float32, and the r×r products that the cosine needs.
 
     Attributes:
-        product: S = C·B or P_k·B [m, r]; B itself where V is zero.
-        v_norm: ‖V‖_F, a scalar; NaN for an orthonormal basis, which knows no V.
+        product: S = C·B or P_k·B [m, r]; B itself if V is zero.
+        v_norm: ‖V‖_F, a scalar; NaN for an orthonormal basis.
         gram: BᵀB [r, r].
         cross_gram: BᵀS.
         product_gram: SᵀS.
@@ -50,7 +50,7 @@ class Projection:
     product_gram: torch.Tensor
 
     def cosine(self, right_gram: torch.Tensor) -> torch.Tensor:
-        """Frobenius cosine of S·A and B·A, a float64 scalar; NaN where one of them is zero.
+        """Return the Frobenius cosine of S·A and B·A, a float64 scalar; NaN if either is zero.
 
         Args:
             right_gram: A·Aᵀ [r, r].
@@ -71,21 +71,22 @@ def subspace_projection(
 ) -> torch.Tensor:
     """Project B onto the alignment subspace of one module: C·B with V = aligned_weight − base_weight.
 
-    Hsu et al. 2024 (arXiv 2405.16833), equation 2, as V·(Vᵀ·B)/‖V‖_F, so that neither V nor C is formed. On the CPU the
-    weights are read where they lie; on a GPU each of two passes is a Triton kernel; elsewhere, and for the spectral
-    norm on a GPU, the same algebra runs in torch. `SAFELORA_FAST_BACKEND` chooses another backend (ops/base.py).
+    Hsu et al. 2024 (arXiv 2405.16833), equation 2, computed as V·(Vᵀ·B)/‖V‖_F, so neither V nor C is formed. On the CPU
+    the weights are read in place. On a GPU each of two passes is a Triton kernel. Elsewhere, and for the spectral norm
+    on a GPU, torch runs the same algebra. `SAFELORA_FAST_BACKEND` selects another backend (ops/base.py).
 
     Args:
         aligned_weight: [out_features, in_features]; float32, bfloat16 or float16.
         base_weight: the same shape; its dtype may differ.
         lora_b: [out_features, rank]; any strides.
-        normalize: "frobenius" divides V·Vᵀ by ‖V‖_F, as the paper does; "spectral" by σ₁(V)², for a largest gain of 1.
+        normalize: "frobenius" divides V·Vᵀ by ‖V‖_F, as in the paper; "spectral" divides by σ₁(V)², for a gain of at
+            most 1.
 
     Returns:
-        A new tensor like lora_b, on its device and in its dtype, without gradient. It equals lora_b where V is zero.
+        A new tensor with the device and dtype of lora_b, without gradient. It equals lora_b if V is zero.
 
     Raises:
-        ValueError: when shapes, dtypes or devices do not fit, or an input requires grad while gradients are recorded.
+        ValueError: shapes, dtypes or devices do not fit, or an input requires grad while gradients are recorded.
         BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
     """
     named = {"aligned_weight": aligned_weight, "base_weight": base_weight, "lora_b": lora_b}
@@ -117,17 +118,19 @@ def subspace_projection(
 
 
 def subspace_projections(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[Projection]:
-    """Project the B of every module, each onto its own alignment subspace (Hsu et al. 2024, arXiv 2405.16833).
+    """Project lora_B of every module onto the module's own alignment subspace (Hsu et al. 2024, arXiv 2405.16833).
 
-    With a pair of weights V = aligned − base it is the paper's C·B, C = V·Vᵀ/‖V‖_F, as V·(VᵀB)/‖V‖_F; with an
-    orthonormal basis U_k it is P_k·B = U_k·(U_kᵀB). Neither V, C nor P_k is formed. On a GPU each of the passes is one
-    launch for all modules that are alike in dtypes and layout, longest first, with float32 sums in an order that depends on
-    shapes alone, and products of float32 split rather than rounded to tf32. On the CPU the modules take turns.
+    For a pair of weights, V = aligned − base, and the result is the paper's C·B, C = V·Vᵀ/‖V‖_F, computed as
+    V·(VᵀB)/‖V‖_F. For an orthonormal basis U_k it is P_k·B = U_k·(U_kᵀB). V, C and P_k are never formed.
+
+    On a GPU each pass is one launch for all modules with the same dtypes and layout, longest first. Sums are float32 in
+    an order that depends only on shapes. Float32 products are split rather than rounded to tf32. The CPU computes one
+    module at a time.
 
     Args:
-        matrices: per module (aligned, base), [m, n] each, or U_k [m, k]; float32, bfloat16 or float16, rows or columns
-            contiguous (others are copied).
-        factors: per module B [m, r], on the device of its matrix; any strides.
+        matrices: per module (aligned, base), [m, n] each, or U_k [m, k]; float32, bfloat16 or float16, with contiguous
+            rows or columns (others are copied).
+        factors: per module lora_B [m, r], on the device of its matrix; any strides.
 
     Raises:
         ValueError: shapes or devices do not fit, or there is no module.
@@ -143,7 +146,7 @@ def subspace_projections(matrices: Sequence[Matrix], factors: Sequence[torch.Ten
         flat = _projected(matrices, factors)
     count = len(factors)
     products, norms, grams, crosses, squares = (flat[start : start + count] for start in range(0, 5 * count, count))
-    # A basis has no ‖V‖. The NaN is put in here: torch's checks of operations compare results with ==.
+    # A basis has no ‖V‖. NaN is set here, because torch's operation checks compare results with ==.
     norms = [norm if pair else torch.full_like(norm, math.nan) for norm, pair in zip(norms, is_pair, strict=True)]
     return [Projection(*module) for module in zip(products, norms, grams, crosses, squares, strict=True)]
 
@@ -151,14 +154,14 @@ def subspace_projections(matrices: Sequence[Matrix], factors: Sequence[torch.Ten
 def transposed_products(
     matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Mᵀ·X of every module [columns, rank], and ‖M‖²_F of the pairs [modules] (zero for a matrix alone), float32."""
+    """Return Mᵀ·X of every module [columns, rank], and ‖M‖²_F [modules] (zero for a single matrix), float32."""
     _check(matrices, factors, 0)
     found: tuple[list[torch.Tensor], torch.Tensor] = _backend(matrices, factors).transposed_products(matrices, factors)
     return found
 
 
 def matrix_products(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """M·X of every module [rows, rank], float32."""
+    """Return M·X of every module [rows, rank], float32."""
     _check(matrices, factors, 1)
     found: list[torch.Tensor] = _backend(matrices, factors).products(matrices, factors)
     return found
@@ -171,7 +174,7 @@ def _projected_one(pair: tuple[torch.Tensor, torch.Tensor], lora_b: torch.Tensor
 
 
 def _projected(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Products, norms and the three Grams, each of all modules."""
+    """Products, norms and the three Gram matrices, each of all modules."""
     with torch.no_grad():
         found = _backend(matrices, factors).project(matrices, factors)
         products, norms = ([result.float() for result in results] for results in found)
@@ -188,7 +191,7 @@ def _parts(matrices: Sequence[Matrix]) -> list[torch.Tensor]:
 
 
 def _check(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], axis: int) -> None:
-    """Raise ValueError unless every factor has `matrix.shape[axis]` rows, on the device of all."""
+    """Raise ValueError unless every factor has `matrix.shape[axis]` rows and all tensors share one device."""
     if len(matrices) != len(factors) or not factors:
         raise ValueError(f"{len(matrices)} matrices and {len(factors)} factors; one factor belongs to each matrix")
     operands = [*_parts(matrices), *factors]
@@ -207,7 +210,7 @@ def _check(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], axis: in
             raise ValueError(f"module {index} is not on {device}, where the first one is; group modules by device")
 
 
-# For torch.compile and export: an operation of torch.library, which sees one node; it has no gradient.
+# For torch.compile and export: a torch.library operation, an opaque node in the graph, without gradient.
 @torch.library.custom_op(  # type: ignore[untyped-decorator]
     "safelora_fast::subspace_projection",
     mutates_args=(),
@@ -222,7 +225,7 @@ def _node(
     normalize: Any,
     with_grams: bool,
 ) -> list[torch.Tensor]:
-    """Products in the dtypes of the factors; or float32 products, norms (those of bases are zero) and Grams."""
+    """Products in the dtypes of the factors; or float32 products, norms (zero for a basis) and Gram matrices."""
     others = iter(subtrahends)
     matrices = [(whole, next(others)) if pair else whole for whole, pair in zip(minuends, is_pair, strict=True)]
     if not with_grams:
@@ -231,7 +234,7 @@ def _node(
         results, count = _projected(matrices, factors), len(factors)
         for index, pair in enumerate(is_pair):
             results[count + index] = results[count + index] if pair else torch.zeros_like(results[count + index])
-    # They lie side by side in one piece of memory, which results of an operation must not.
+    # They share one piece of memory, which results of an operation may not do.
     return [tensor.clone(memory_format=torch.contiguous_format) for tensor in results]
 
 
@@ -251,7 +254,7 @@ def _(*inputs: Any) -> list[torch.Tensor]:
 
 
 def _examples(random: Callable[..., torch.Tensor]) -> Iterator[Example]:
-    """One module with each normalization; then pairs of odd shapes and an orthonormal basis together."""
+    """One module with each normalization; then pairs of odd shapes together with an orthonormal basis."""
     aligned, base, factor = random(96, 80), random(96, 80, seed=1), random(96, 5, seed=2)
     for normalize in ("frobenius", "spectral"):
         yield (

@@ -1,4 +1,4 @@
-"""Products of many tall matrices with thin factors on NVIDIA GPUs: a launch for all modules that are alike."""
+"""Products of many tall matrices with thin factors on NVIDIA GPUs: one launch for all modules of the same kind."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
     from safelora_fast.ops.subspace_projection import Matrix
 
-_ALIGNMENT = 16  # bytes, of a factor
+_ALIGNMENT = 16  # bytes, for factors
 
 
 class Backend(cuda_runtime.CudaBackend, Projector):
-    """The extension module makes the plans of launches and keeps them; parts are added in an order of their own."""
+    """The extension module makes and caches the launch plans. Partial sums are added in a fixed order."""
 
     def transposed_products(
         self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules], float32."""
+        """Return Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules], float32."""
         return _products(matrices, factors, transposed=True)
 
     def products(self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """M·X of every module, float32."""
+        """Return M·X of every module, float32."""
         return _products(matrices, factors, transposed=False)[0]
 
 
 def _products(
     matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], *, transposed: bool
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The products, and ‖M‖²_F (zero for a matrix alone)."""
+    """The products, and ‖M‖²_F (zero for a single matrix)."""
     device = factors[0].device
     runtime, place, in_graph = cuda_runtime.runtime(), cuda_runtime.place(device), cuda_runtime.is_captured(device)
     given = matrices, factors
@@ -62,7 +62,7 @@ def _products(
 
 
 def _readable(matrix: Matrix) -> Matrix:
-    """Weights of one dtype, with contiguous rows or contiguous columns; copies where they are not."""
+    """Convert a pair to one dtype, and make rows or columns contiguous; copies only if needed."""
     if not isinstance(matrix, tuple):
         return matrix if _has_contiguous_rows(matrix) or _has_contiguous_rows(matrix.mT) else matrix.contiguous()
     first, second = matrix

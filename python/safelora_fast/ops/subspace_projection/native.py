@@ -1,4 +1,4 @@
-"""The projection on the CPU, by the extension module, on the tensors' own memory."""
+"""The projection on the CPU, by the extension module, in the tensors' own memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Backend(NativeBackend, Torch):
-    """Projects one module onto its weights where they lie; of many modules, and products alone, torch takes care."""
+    """Projects one module with weights read in place. Many modules, and products alone, are left to torch."""
 
     def project_one(
         self, pair: tuple[torch.Tensor, torch.Tensor], lora_b: torch.Tensor, normalize: Normalize
     ) -> torch.Tensor:
-        """C·B of one module, in the dtype of B.
+        """Return C·B of one module, in the dtype of B.
 
-        Weights whose rows are contiguous, or whose columns are (a transposed view), are read in place; others are copied.
+        Weights with contiguous rows or contiguous columns (a transposed view) are read in place; others are copied.
         """
         (aligned, base), lora_b = (part.detach() for part in pair), lora_b.detach()
         transposed = not (_rows_contiguous(aligned) and _rows_contiguous(base))

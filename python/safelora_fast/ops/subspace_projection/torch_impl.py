@@ -1,4 +1,4 @@
-"""Projections and products of tall matrices with thin factors by torch, one module after the other."""
+"""Projections and products of tall matrices with thin factors by torch, one module at a time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 class Projector(Backend):
-    """Projects by the products of a backend; subclasses make them, in float32."""
+    """Computes projections from a backend's products, which subclasses make in float32."""
 
     def project_one(
         self, pair: tuple[torch.Tensor, torch.Tensor], lora_b: torch.Tensor, normalize: Normalize
     ) -> torch.Tensor:
-        """C·B of one module, in the dtype of B."""
+        """Return C·B of one module, in the dtype of B."""
         (product,), _ = self.project([pair], [lora_b], normalize)
         return product.to(lora_b.dtype)
 
     def project(
         self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], normalize: Normalize = "frobenius"
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """C·B or P_k·B of every module, and ‖V‖_F of the pairs; σ₁(V) is left to torch."""
+        """Return C·B or P_k·B of every module, and ‖V‖_F of the pairs. σ₁(V) is computed by torch."""
         if normalize == "spectral":
             return Torch().project(matrices, factors, normalize)
         inner, squares = self.transposed_products(matrices, factors)
@@ -38,16 +38,16 @@ class Projector(Backend):
     def transposed_products(
         self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules] (zero for a matrix alone)."""
+        """Return Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules] (zero for a single matrix)."""
         raise NotImplementedError
 
     def products(self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """M·X of every module."""
+        """Return M·X of every module."""
         raise NotImplementedError
 
 
 class Torch(Projector):
-    """Computes in `dtype`, by default in float32; products alone are given in float32."""
+    """Computes in `dtype`, by default in float32; `products` and `transposed_products` return float32."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype or torch.float32
@@ -55,7 +55,7 @@ class Torch(Projector):
     def project(
         self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], normalize: Normalize = "frobenius"
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """V·(Vᵀ·B) over ‖V‖_F or σ₁(V)², or P_k·B, and ‖V‖_F."""
+        """Return V·(Vᵀ·B) over ‖V‖_F or σ₁(V)², or P_k·B, and ‖V‖_F."""
         products, norms = [], []
         for matrix, factor in zip(matrices, factors, strict=True):
             values, exact = self._values(matrix), factor.to(self._dtype)
@@ -68,7 +68,7 @@ class Torch(Projector):
     def transposed_products(
         self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules] (zero for a matrix alone)."""
+        """Return Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules] (zero for a single matrix)."""
         results, squares = [], []
         for matrix, factor in zip(matrices, factors, strict=True):
             values = self._values(matrix)
@@ -77,7 +77,7 @@ class Torch(Projector):
         return results, torch.stack(squares).float()
 
     def products(self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """M·X of every module."""
+        """Return M·X of every module."""
         pairs = zip(matrices, factors, strict=True)
         return [(self._values(matrix) @ factor.to(self._dtype)).float() for matrix, factor in pairs]
 
@@ -88,7 +88,7 @@ class Torch(Projector):
 
 
 def _divided(matrix: Matrix, factor: torch.Tensor, product: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    """V·(Vᵀ·B) over its divisor, and B where V is zero; what a basis gives is left as it is."""
+    """Divide V·(Vᵀ·B) by `divisor`; return B if V is zero, and the product unchanged for a basis."""
     if isinstance(matrix, tuple):
         return torch.where(divisor == 0, factor.to(product.dtype), product / divisor)
     return product

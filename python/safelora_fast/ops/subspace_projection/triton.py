@@ -1,4 +1,4 @@
-"""Products of many tall matrices with thin factors by Triton: one launch for all modules that are alike."""
+"""Products of many tall matrices with thin factors by Triton: one launch for all modules of the same kind."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
     from safelora_fast.ops.subspace_projection import Matrix
 
-WIDTH = 64  # columns of a factor that a program takes at once; wider ones are cut
+WIDTH = 64  # columns of a factor per program; wider factors are split
 CHUNK = 1024  # rows that a program of transposed_parts adds up
-COLUMN_TILE = 64  # most columns whose products a program of transposed_parts holds
+COLUMN_TILE = 64  # most columns of a program of transposed_parts
 ROW_TILE = 64  # rows that a program of products writes
-STEP = 32  # rows or columns that are multiplied at once
-LEAST = 16  # rows and columns of a product on tensor cores
+STEP = 32  # rows or columns multiplied at once
+LEAST = 16  # fewest rows and columns of a product on tensor cores
 
 
 class Backend(triton_runtime.TritonBackend, Projector):
-    """A launch for each pass; parts over rows are added in one order."""
+    """One launch for each pass. Partial sums over rows are added in a fixed order."""
 
     def transposed_products(
         self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules], float32."""
+        """Return Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules], float32."""
         from safelora_fast.ops.subspace_projection import triton_kernels
 
         outputs, views, places = _outputs(matrices, 1, factors)
@@ -61,7 +61,7 @@ class Backend(triton_runtime.TritonBackend, Projector):
         return views, squares
 
     def products(self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """M·X of every module, float32."""
+        """Return M·X of every module, float32."""
         from safelora_fast.ops.subspace_projection import triton_kernels
 
         outputs, views, places = _outputs(matrices, 0, factors)
@@ -76,7 +76,7 @@ class Backend(triton_runtime.TritonBackend, Projector):
 
 
 class _Key(NamedTuple):
-    """What modules of one launch have in common."""
+    """What modules must share to be in one launch."""
 
     dtypes: tuple[torch.dtype, ...]
     is_pair: bool
@@ -88,14 +88,14 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class _Group:
-    """Modules that one launch can serve; as a rule all of them.
+    """Modules that one launch can serve; usually all of them.
 
     Attributes:
-        key: what they have in common.
-        operands: minuend, subtrahend and factor of the first one.
-        entries: rows of the table of triton_kernels.py; a module has several where its factor is wider than WIDTH.
-        owners: which module each is of.
-        held: the operands, so that copies among them live until the launch.
+        key: what they share.
+        operands: minuend, subtrahend and factor of the first module.
+        entries: rows of the table in triton_kernels.py; a module with a factor wider than WIDTH has several.
+        owners: the module of each entry.
+        held: the operands, so that temporary copies live until the launch.
     """
 
     key: _Key
@@ -105,7 +105,7 @@ class _Group:
     held: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, module: int, operands: Sequence[torch.Tensor], output: int) -> None:
-        """Add a module whose result goes to `output`, in elements, in rows as wide as its factor."""
+        """Add a module. Its result starts at element `output`, with rows as wide as its factor."""
         along = 1 if self.key.is_flipped else 0
         minuend, subtrahend, factor = operands
         places = [_distance(*ends) for ends in zip(operands, self.operands, strict=True)]
@@ -118,13 +118,13 @@ class _Group:
             self.owners.append(module)
 
     def plan(self, make: Callable[[_Group], _Plan]) -> _Plan:
-        """The plan, made once for as long as everything stays where it is."""
+        """Return the plan, which is reused while all operands stay in place."""
         device = self.operands[0].device
         name = make, self.key, device, tuple(self.entries), tuple(self.owners)
         return _plans.find(name, device, lambda: make(self))
 
     def settings(self) -> dict[str, Any]:
-        """What the kernels that read matrices are compiled for."""
+        """Compile-time constants of the kernels that read matrices."""
         return {
             "PAIR": self.key.is_pair,
             "FLIPPED": self.key.is_flipped,
@@ -136,22 +136,22 @@ class _Group:
         }
 
     def uploaded(self, *arrays: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The entries and these arrays on the device, and the host's memory."""
+        """Copy the entries and these arrays to the device; also return the host memory."""
         return uploaded([np.array(self.entries, dtype=np.int64), *arrays], self.operands[0].device)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who does what, on the device; triton_kernels.py says what the columns are.
+    """Work of each program, on the device; triton_kernels.py describes the columns.
 
     Attributes:
         table: where the operands of each entry are.
         work: one row for each program.
         tile: rows or columns that a program writes.
         width: columns of the factor that it takes.
-        host: memory that the others were copied from.
+        host: host memory that the tensors were copied from.
         combine: one row for each program of combine_parts.
-        most: tiles of the module that has most.
+        most: most tiles of any module.
     """
 
     table: torch.Tensor
@@ -221,12 +221,12 @@ def _groups(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor], places:
 
 
 def _is_flipped(*parts: torch.Tensor) -> bool:
-    """Whether matrices are stored by columns, and not by rows."""
+    """Whether the matrices are stored by columns."""
     return all(part.stride(0) == 1 for part in parts) and any(part.stride(1) != 1 for part in parts)
 
 
 def _is_multiple(part: torch.Tensor, along: int, count: int) -> bool:
-    """Whether place, stride and size of what is contiguous are multiples of so many elements."""
+    """Whether address, stride and size along the contiguous axis are multiples of `count` elements."""
     at, stride, size = part.data_ptr() // part.element_size(), part.stride(along), part.shape[1 - along]
     return not (at % count or stride % count or size % count)
 
@@ -238,7 +238,7 @@ def _contiguous(part: torch.Tensor, axis: int) -> torch.Tensor:
 def _outputs(
     matrices: Sequence[Matrix], axis: int, factors: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
-    """One piece of memory for all results, the results as matrices in it, and where each begins."""
+    """One piece of memory for all results, the results as matrices in it, and the offset of each."""
     wholes = [matrix[0] if isinstance(matrix, tuple) else matrix for matrix in matrices]
     shapes = [(whole.shape[axis], factor.shape[1]) for whole, factor in zip(wholes, factors, strict=True)]
     places = [0, *itertools.accumulate(-(-rows * rank // 16) * 16 for rows, rank in shapes)]
@@ -252,12 +252,12 @@ def _outputs(
 
 
 def _has_tf32(device: torch.device) -> bool:
-    """Whether products of float32 can be split in three for tensor cores; elsewhere they are multiplied as they are."""
+    """Whether float32 products can be split in three for tensor cores; elsewhere they are multiplied directly."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _distance(tensor: torch.Tensor, other: torch.Tensor) -> int:
-    """How many elements lie between two tensors."""
+    """Number of elements between two tensors."""
     apart: int = (tensor.data_ptr() - other.data_ptr()) // tensor.element_size()
     return apart

@@ -1,14 +1,14 @@
 """Triton kernels of products of many tall matrices with thin factors: M·X and Mᵀ·X, in float32.
 
-M is a matrix, or the difference of two; ALIGNED and THIN_ALIGNED are numbers of elements that places, strides and sizes of
-matrices and of factors are multiples of. One launch serves all modules from a work list. A table says where the operands of
-each module are, as distances in elements from those of the first one, so that it holds for as long as these do.
+M is a matrix, or the difference of two. ALIGNED and THIN_ALIGNED are element counts that divide the offsets, strides
+and sizes of matrices and factors. One launch serves all modules from a work list. A table holds each module's operands
+as distances in elements from those of the first module. It stays valid while the operands stay in place.
 """
 
 import triton
 import triton.language as tl
 
-# Columns of the table: triton.py fills it.
+# Columns of the table, filled by triton.py.
 MINUEND = tl.constexpr(0)
 MINUEND_STRIDE = tl.constexpr(1)
 SUBTRAHEND = tl.constexpr(2)
@@ -25,14 +25,14 @@ FIELDS = tl.constexpr(11)
 
 @triton.jit
 def _operand(first, entry, PLACE: tl.constexpr, STRIDE: tl.constexpr, MULTIPLE: tl.constexpr):
-    """Where an operand of a module begins, and its stride, both known to be multiples; before a loop, or that is lost."""
+    """Pointer and stride of an operand, both marked as multiples. Call it before a loop, or the mark is lost."""
     offset = tl.multiple_of(tl.load(entry + PLACE), MULTIPLE)
     return first + offset, tl.multiple_of(tl.load(entry + STRIDE), MULTIPLE)
 
 
 @triton.jit
 def _block(operand, stride, row, column, inside, FLIPPED: tl.constexpr):
-    """A block of an operand in float32, zero outside; FLIPPED is stored by columns."""
+    """Load a block of an operand as float32, zero outside; FLIPPED means stored by columns."""
     row, column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
     place = column * stride + row if FLIPPED else row * stride + column
     return tl.load(operand + place, mask=inside, other=0.0).to(tl.float32)
@@ -61,10 +61,10 @@ def transposed_parts(
 ):
     """Mᵀ·X of TILE columns over CHUNK rows, and the sum of squares of that block of M.
 
-    What is turned on its way to the tensor cores cannot be copied 16 bytes at a time if it is float32: TURNED turns the
-    factor instead of M.
+    A float32 operand that is transposed on its way to the tensor cores cannot be copied 16 bytes at a time. TURNED
+    transposes the factor instead of M.
 
-    Grid: work, [items, 4]: module, first column, first row, and where in parts [items, TILE, WIDTH] the result goes.
+    Grid: work, [items, 4]: module, first column, first row, and the result's index in parts [items, TILE, WIDTH].
     """
     work += 4 * tl.program_id(0)
     entry = table + tl.load(work) * FIELDS
@@ -108,8 +108,8 @@ def combine_parts(
 ):
     """Add up the parts of TILE columns of a module, in the order of the rows.
 
-    Grid: work, [tiles, 5]: module, first column, first part, number of parts, and where in square_sums the
-    squares go (nowhere: -1).
+    Grid: work, [tiles, 5]: module, first column, first part, number of parts, and the index in square_sums for the sum
+    of squares (-1: none).
     """
     work += 5 * tl.program_id(0)
     entry = table + tl.load(work) * FIELDS
