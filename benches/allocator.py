@@ -1,4 +1,4 @@
-"""Memory that torch gets back after it freed it: otherwise a peer that makes temporaries pays for fresh pages, call by call."""
+"""Make torch reuse freed memory. Otherwise a peer that makes temporaries pays for fresh pages at every call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def reuse_memory() -> str:
-    """Let this process keep what it frees; returns the settings in words, for the table."""
+    """Make this process keep freed memory; return the settings as text, for the table."""
     library = ctypes.CDLL(None)
     mallopt = getattr(library, "mallopt", None)
     if mallopt is None or not (mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1)):

@@ -1,7 +1,7 @@
 """Random checkpoints and adapters with the shapes of real models, written shard by shard without torch.
 
-The weights come from one pool of normal values read at seeded offsets, so that a 7B pair is written at disk speed; the
-base differs from the aligned model by a second, smaller draw in a tenth of the elements.
+The weights come from one pool of normal values, read at seeded offsets, so a 7B pair is written at disk speed. The base
+differs from the aligned model by a second, smaller draw in a tenth of the elements.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Shapes:
     shards: int
 
     def projections(self) -> dict[str, tuple[int, int]]:
-        """The seven projections of a block: module path -> (out, in)."""
+        """The seven projections of a layer: module path -> (out, in)."""
         return {
             "self_attn.q_proj": (self.hidden, self.hidden),
             "self_attn.k_proj": (self.key_value, self.hidden),
@@ -45,7 +45,7 @@ class Shapes:
         }
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes in the order in which they are written."""
+        """Names and shapes in the order of the file."""
         yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
@@ -65,13 +65,13 @@ QWEN_7B = Shapes("qwen2.5-7b", 3584, 512, 18_944, 28, 152_064, tied=False, shard
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
-    """The bfloat16 bits of float32 values, rounded to nearest even."""
+    """Return the bfloat16 bits of float32 values, rounded to nearest even."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]], chunks: Iterator[np.ndarray]) -> None:
-    """Write bfloat16 tensors whose bytes arrive as `chunks`, in the order of `tensors`."""
+    """Write bfloat16 tensors; `chunks` yields their bytes in the order of `tensors`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in tensors.items():
@@ -87,7 +87,7 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]], chunks: I
 
 
 def write_pair(folder: Path, shapes: Shapes, seed: int = 0) -> tuple[Path, Path]:
-    """Write `folder/aligned` and `folder/base`, unless they are there already, and return both."""
+    """Write `folder/aligned` and `folder/base` unless they exist, and return both."""
     aligned, base = folder / "aligned", folder / "base"
     if (base / "complete").exists():
         return aligned, base
@@ -110,7 +110,7 @@ def write_pair(folder: Path, shapes: Shapes, seed: int = 0) -> tuple[Path, Path]
 
 
 def _shards(tensors: dict[str, tuple[int, ...]], count: int) -> list[dict[str, tuple[int, ...]]]:
-    """Cut the tensors, in order, into `count` shards of about the same size."""
+    """Split the tensors, in order, into `count` shards of about the same size."""
     sizes = np.cumsum([np.prod(shape) for shape in tensors.values()], dtype=np.int64)
     numbers = np.minimum((sizes - 1) * count // sizes[-1], count - 1)
     shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]

@@ -1,4 +1,4 @@
-"""One table per suite, printed at the end of the run and, with --record, kept as CSV under benches/results/."""
+"""Print one table per suite at the end of the run; with --record, also write it as CSV to benches/results/."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def add_row(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def machine() -> Row:
-    """What every recorded row carries: where and with what it was measured."""
+    """Columns of every recorded row: the machine and the versions."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -90,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real 135M model, made from its GGUF file."""
+    """The real 135M model, converted from its GGUF file."""
     from safelora_fast.demo.packaged_model import gguf_file, save_from_gguf
 
     kept = request.config.getoption("--scratch")

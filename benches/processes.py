@@ -1,4 +1,4 @@
-"""Processes of their own for what is measured: allocator settings are read when a process starts."""
+"""Run measurements in separate processes, because allocator settings are read when a process starts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What is freed is kept, so that nobody pays for fresh pages; and what is freed goes back at once, so that a peak is one.
+# Keep freed memory, so that nobody pays for fresh pages; or return it at once, so that a peak is a true peak.
 KEEPING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 
 
 def run_script(script: Path, allocator: dict[str, str], *arguments: object) -> Any:
-    """Run a script with these settings of the allocator; returns the JSON of its last line."""
+    """Run a script with these allocator settings; return the JSON on its last line."""
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         env={**os.environ, **allocator, "HF_HUB_OFFLINE": "1"},
@@ -30,7 +30,7 @@ def run_script(script: Path, allocator: dict[str, str], *arguments: object) -> A
 
 
 def peak_memory(work: Callable[[], object]) -> dict[str, float]:
-    """Resident megabytes of this process before `work`, once it has been done, and at its peak the second time."""
+    """Return resident megabytes before `work`, after its first run, and at the peak of its second run."""
     work()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

@@ -1,8 +1,8 @@
-"""Likelihoods of answers under SmolLM2-135M and two adapters, to be timed or watched for their memory; a script.
+"""Script: score completions under SmolLM2-135M and two adapters, to measure time or memory.
 
-`selection_scores.py time FOLDER ROUNDS` prints seconds of every provider in each round and how far its scores are off;
-`selection_scores.py memory FOLDER PROVIDER` the peak of one beside what it had before, both as JSON. It runs in a process of
-its own so that the allocator can be set.
+`selection_scores.py time FOLDER ROUNDS` prints the seconds of every provider in each round, and its largest error.
+`selection_scores.py memory FOLDER PROVIDER` prints one provider's memory before and at its peak. Both print JSON. It
+runs in a separate process so that the allocator can be set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STRAIGHTFORWARD = "straightforward, float32"
 
 
 def adapters(folder: Path) -> dict[str, Path]:
-    """Adapters of random weights, made once."""
+    """Return adapters with random weights, made once."""
     made = {f"adapter{number}": folder.parent / f"selection-adapter{number}" for number in range(ADAPTERS)}
     for number, path in enumerate(made.values()):
         if (path / "adapter_config.json").exists():
@@ -58,7 +58,7 @@ def adapters(folder: Path) -> dict[str, Path]:
 
 
 def examples(folder: Path) -> list[Example]:
-    """Conversations of one to six turns from the demo's general questions."""
+    """Return conversations of one to six turns, from the demo's general questions."""
     encoder = Encoder(AutoTokenizer.from_pretrained(folder))
     texts = rows("general") * 4
     made, used = [], 0
@@ -72,7 +72,7 @@ def examples(folder: Path) -> list[Example]:
 
 
 class Scores:
-    """One set of rows, and the ways to score it."""
+    """One set of examples, and several ways to score it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class Scores:
         self._plain: Any = None
 
     def straightforward(self, dtype: torch.dtype = torch.float32) -> np.ndarray:
-        """One model at a time, one row at a time, all logits in float32."""
+        """One model at a time, one example at a time, all logits in float32."""
         from peft import PeftModel
 
         if self._plain is None:
@@ -124,9 +124,9 @@ class Scores:
 
 
 class Products:
-    """The matrix products of our batches and nothing else: no scoring takes less.
+    """Only the matrix products of our batches: a lower bound on scoring.
 
-    Left out are those of the adapters and of attention, and what padding and the common beginning of a batch ask for.
+    Excludes adapters, attention, and the extra work for padding and shared prefixes.
     """
 
     def __init__(self, folder: Path, examples: list[Example], dtype: torch.dtype) -> None:
@@ -154,7 +154,7 @@ class Products:
 
 
 def timed(scores: Scores, rounds: int) -> dict[str, Any]:
-    """Each provider in turn, round by round, after a few rows that do not count."""
+    """Alternate between the providers in each round, after a few examples as warm-up."""
     providers = scores.providers()
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     found = {}
@@ -182,7 +182,7 @@ def timed(scores: Scores, rounds: int) -> dict[str, Any]:
 
 
 def peak(scores: Scores, provider: str) -> dict[str, float]:
-    """Resident megabytes before scoring the longest rows, when that has been done once, and at its peak."""
+    """Return resident megabytes before scoring the longest examples, after the first time, and at the peak."""
     scores.examples = sorted(scores.examples, key=lambda example: len(example.ids))[-LONGEST:]
     work = scores.providers()[provider]
     return peak_memory(work)

@@ -1,4 +1,4 @@
-"""What stands between a call and its kernel: torch's dispatcher, which direct calls pass by, and the host's work for a launch."""
+"""Overhead of a call before its kernel: torch's dispatcher, which direct calls skip, and the host's launch work."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_dispatch(benchmark: Callable[..., None], add_row: Callable[..., None], 
 def test_host_of_a_training_step(
     benchmark: Callable[..., None], add_row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the host does for the CUDA launches of a projection of 196 modules, by a driver that runs no kernel."""
+    """Host time of the CUDA launches for a projection of 196 modules, with a driver that runs no kernel."""
     emulated(monkeypatch, runs_kernels=False)
     bases, factors = [torch.randn(64, 16) for _ in range(MODULES)], [torch.randn(64, 8) for _ in range(MODULES)]
 

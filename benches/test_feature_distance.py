@@ -1,8 +1,8 @@
-"""Feature distance: kernel and operation beside the memory floor and eager torch, and its share of a training step.
+"""Feature distance compared with the memory floor and eager torch, and its share of a training step.
 
-States have left the caches when they are compared: calls go round many sets of tensors, and every call takes a set that
-was not used lately. Floors are loops that read two tensors, or read two and write one, on as many threads. All is
-measured in turns within one run, because memory bandwidth drifts.
+States must have left the caches before they are compared. Calls therefore rotate through many sets of tensors, and each
+call takes the least recently used set. Floors are loops that read two tensors, or read two and write one, with as many
+threads. All measurements alternate within one run, because memory bandwidth drifts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def plain_distance(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The definition in torch, upcast to float32 and differentiated by autograd; every token counts."""
+    """The definition in torch, in float32 with autograd; every token counts."""
     x, y = features.float().flatten(1), reference.float().flatten(1)
     x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
     return (x - y).square().sum(1).mean()
 
 
 class States(NamedTuple):
-    """One set of tensors, [batch, tokens, hidden], and what the kernel needs besides."""
+    """One set of tensors, [batch, tokens, hidden], and the other arguments of the kernel."""
 
     features: torch.Tensor
     reference: torch.Tensor
@@ -101,7 +101,7 @@ def kernel_backward(states: States, threads: int) -> Figures:
 
 
 def differentiated(name: str, distance: Callable[[], torch.Tensor], states: States) -> Figures:
-    """Forward and backward of an operation; the backward reads what the forward has just read, as it is for everybody."""
+    """Forward and backward of an operation. As in practice, the backward reads what the forward has just read."""
     start = time.perf_counter()
     value = distance()
     middle = time.perf_counter()
@@ -128,7 +128,7 @@ MEASURES = [floors, kernel_forward, kernel_backward, operation, plain, by_rows]
 
 
 def measure(sets: list[States], rounds: int, threads: int) -> Figures:
-    """Medians of all figures: the measures take turns, each with a set that none of the others used lately."""
+    """Medians of all measurements, which alternate; each takes a set that no other used recently."""
     figures: dict[str, list[float]] = {}
     apart = max(len(sets) // len(MEASURES), 1)
     for step in range((rounds + 1) * len(sets)):
@@ -181,7 +181,7 @@ def test_beside_the_memory_floor(
 
 
 def test_share_of_a_training_step(benchmark: Callable[..., None], add_row: Callable[..., None]) -> None:
-    """Steps of a 135M model with a LoRA adapter, with and without the distance to a reference that is there already."""
+    """Steps of a 135M model with a LoRA adapter, with and without the distance to precomputed reference states."""
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -227,7 +227,7 @@ def test_share_of_a_training_step(benchmark: Callable[..., None], add_row: Calla
         return time.perf_counter() - start, student
 
     def alone(student: Capture) -> float:
-        """The distance and its gradient with respect to the captured states, and adding that to another gradient."""
+        """The distance and its gradient with respect to the captured states, and adding it to another gradient."""
         blocks = {index: block.detach().requires_grad_() for index, block in student.layers.items()}
         others = [torch.zeros_like(block) for block in blocks.values()]
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""C·B of one module in memory: ours beside torch (dense and factored), a plain read of the weights and the multiply-add peak.
+"""C·B of one module in memory: ours, torch (dense and factored), a plain read of the weights, and the FMA peak.
 
-Every round measures each provider in turn, and ratios are taken within a round, so that a machine whose speed drifts does not
-favour one of them. torch writes into memory that it has used before. `--levels avx512,avx2,scalar` measures other kernels.
+Every round measures each provider in turn. Ratios are computed within a round, so that drift of the machine favors none
+of them. torch writes into memory that it has used before. `--levels avx512,avx2,scalar` measures other kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 40
 
 @dataclass(frozen=True)
 class Pair:
-    """Two bfloat16 weights [out, in], and memory that torch writes V into."""
+    """Two bfloat16 weights [out, in], and the memory for torch's V."""
 
     aligned: torch.Tensor
     base: torch.Tensor
@@ -62,7 +62,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 @pytest.fixture(scope="module")
 def dense(pair: Pair) -> tuple[torch.Tensor, float]:
-    """C = V·Vᵀ/‖V‖_F in float32, which the published code forms for every module, and how long that takes."""
+    """C = V·Vᵀ/‖V‖_F in float32, which the published code forms for every module, and the seconds this takes."""
     projector = torch.empty(len(pair.v), len(pair.v))
 
     def form() -> None:
@@ -70,7 +70,7 @@ def dense(pair: Pair) -> tuple[torch.Tensor, float]:
         torch.mm(v, v.mT, out=projector).div_(torch.linalg.matrix_norm(v))
 
     elapsed = min(seconds(form) for _ in range(2))
-    # torch adds up squares in float32, which leaves the norm of so many small numbers some 0.3 % off.
+    # torch sums squares in float32; with so many small numbers the norm is off by about 0.3 %.
     projector.mul_(torch.linalg.matrix_norm(pair.v) / torch.linalg.matrix_norm(pair.v.double()))
     return projector, elapsed
 
@@ -90,7 +90,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def warm_seconds(measure: Callable[[], float]) -> float:
-    """The middle of a few runs on end after one that does not count: another provider's threads may still hold the cores."""
+    """Return the median of a few runs in a row after a warm-up: another provider's threads may still use the cores."""
     measure()
     return statistics.median(measure() for _ in range(RUNS_ON_END))
 

@@ -1,10 +1,11 @@
-"""Selection of safe rows: likelihoods of the real 135M model beside the straightforward way, reading, and the top of many.
+"""Selection of safe examples: scoring with the real 135M model, reading files, and the top k of many scores.
 
-SmolLM2-135M-Instruct and two adapters of rank 16; conversations of one to six turns. Straightforward is one model at a time, one
-row at a time, all logits, in float32. Times are taken in one process whose allocator keeps what it is given; every round
-measures each provider in turn, then the matrix products alone that our batches ask for, and ratios are taken within a
-round. Memory is that of a process for each provider, in which freed memory goes back at once: what it takes at its peak
-beyond what stays.
+Uses SmolLM2-135M-Instruct and two adapters of rank 16, on conversations of one to six turns. Straightforward code takes
+one model and one example at a time, with all logits, in float32.
+
+Times are measured in one process whose allocator keeps its memory. Every round measures each provider in turn, then
+only the matrix products of our batches. Ratios are computed within a round. Memory is measured in a separate process
+for each provider, in which freed memory is returned at once: the peak minus the memory that stays in use.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def test_memory(benchmark: Callable[..., None], add_row: Callable[..., None], fo
 
 @pytest.fixture(scope="module")
 def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations of some 600 bytes each."""
+    """Conversations of about 600 bytes each."""
     path = tmp_path_factory.mktemp("rows") / "candidates.jsonl"
     random = np.random.default_rng(0)
     words = [f"word{number}" for number in range(500)]

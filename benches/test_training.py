@@ -1,9 +1,9 @@
-"""What the defences cost a training step of a real 135M model, beside the straightforward way and TRL's divergence.
+"""Cost of the defenses in a training step of a real 135M model, compared with simple code and TRL's divergence.
 
-SmolLM2-135M-Instruct, LoRA of rank 16 on all seven projections, batches of 4 x 256 tokens without padding, AdamW; on the
-CPU. Times are taken in one process whose allocator keeps what it is given, so that nobody pays for fresh pages; every
-round measures each provider in turn, and ratios are taken within a round. Peak memory is that of a process for each
-provider, in which freed memory goes back at once.
+SmolLM2-135M-Instruct, LoRA of rank 16 on all seven projections, batches of 4 x 256 tokens without padding, AdamW, on
+the CPU. Times are measured in one process whose allocator keeps its memory, so that nobody pays for fresh pages. Every
+round measures each provider in turn, and ratios are computed within a round. Peak memory is measured in a separate
+process for each provider, in which freed memory is returned at once.
 """
 
 from __future__ import annotations

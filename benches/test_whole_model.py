@@ -1,6 +1,6 @@
-"""A whole model from disk: `safelora-fast project` beside plain reading of the same files, cold and warm.
+"""A whole model from disk: `safelora-fast project` compared with plain reading of the same files, cold and warm.
 
-Cold means that the files were dropped from the page cache first. `--models 0.5b,7b` adds the 7B pair (30 GB of disk).
+Cold: the files were dropped from the page cache first. `--models 0.5b,7b` adds the 7B pair (30 GB of disk).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READ_SIZE = 1 << 24
 
 @dataclass
 class Run:
-    """Seconds and peak memory in MB of one process."""
+    """Seconds and peak megabytes of one process."""
 
     seconds: float
     anonymous: float = 0.0
@@ -68,7 +68,7 @@ def drop_cache(files: list[Path]) -> None:
 
 
 def read(files: list[Path]) -> Run:
-    """Read the files from end to end into one reused buffer."""
+    """Read the files from start to end into one reused buffer."""
     buffer = bytearray(READ_SIZE)
     start = time.perf_counter()
     for file in files:
@@ -79,7 +79,7 @@ def read(files: list[Path]) -> Run:
 
 
 def project(pair: tuple[Path, Path], adapters: list[Path], output: Path) -> Run:
-    """Run the command line in a process of its own and watch its memory."""
+    """Run the command line in a separate process and watch its memory."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "safelora_fast", "project", *map(str, adapters)]
     command += [
@@ -148,7 +148,7 @@ def test_one_adapter(
             else:
                 read(files)
             runs.append(measure())
-        # The host may keep what this machine has dropped: whoever comes second would find it there each time.
+        # The host may still cache files that this machine dropped, which would always favor the second provider.
         providers.reverse()
 
     benchmark.pedantic(both, rounds=2 if shapes is QWEN_7B else 4)

@@ -1,7 +1,8 @@
-"""Training steps of SmolLM2-135M with LoRA, to be timed side by side or watched for their memory; a script.
+"""Script: training steps of SmolLM2-135M with LoRA, to measure time or memory.
 
-`training_steps.py time FOLDER DTYPE ROUNDS` prints the seconds of every provider in each round, `training_steps.py memory
-FOLDER DTYPE PROVIDER` the peak of one, both as JSON. It runs in a process of its own so that the allocator can be set.
+`training_steps.py time FOLDER DTYPE ROUNDS` prints the seconds of every provider in each round. `training_steps.py
+memory FOLDER DTYPE PROVIDER` prints the peak of one provider. Both print JSON. It runs in a separate process so that
+the allocator can be set.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class Steps:
-    """One model, one batch, one optimiser, and the ways to make a step of them."""
+    """One model, one batch, one optimizer, and several ways to take a step."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder, self.half = folder, dtype == "bf16"
@@ -76,7 +77,7 @@ class Steps:
 
     def ours(self, *, kl: bool, features: bool, share: bool) -> None:
         defenses = [*([KL(WEIGHT)] if kl else []), *([FeatureDistance(1.0)] if features else [])]
-        # Kept, because the model is asked whether its loss can be shared once in a run.
+        # Kept, because whether the model's loss can be shared is checked once per run.
         defended = self.defended.setdefault(repr((defenses, share)), defend(self.model, defenses, share_logits=share))
         with defended:
             with self.autocast():
@@ -84,7 +85,7 @@ class Steps:
             self.finish(loss)
 
     def straightforward(self, *, features: bool) -> None:
-        """A second frozen model, the whole logits of both, features of each row in turn."""
+        """A second frozen model, all logits of both, and the features of each example in turn."""
         if self.copy is None:
             self.copy = load(self.folder).requires_grad_(False).eval()
         reference_blocks: list[torch.Tensor] = []
@@ -111,7 +112,7 @@ class Steps:
             self.model.get_base_model().model(**self.inputs, use_cache=False)
 
     def chunked_divergence(self) -> None:
-        """TRL's divergence from hidden states, on the reference that ours has, beside the model's own loss."""
+        """TRL's divergence from hidden states, with our reference states, plus the model's own loss."""
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
         base = self.model.get_base_model()
@@ -128,7 +129,7 @@ class Steps:
         self.finish(loss + WEIGHT * divergence.mean())
 
     def features_alone(self) -> Callable[[], None]:
-        """The distance and its gradient on features that are at hand."""
+        """The distance and its gradient on precomputed features."""
         generator = torch.Generator().manual_seed(1)
         width = self.model.get_base_model().config.hidden_size
         h0 = [torch.randn(ROWS, LENGTH, width, generator=generator) for _ in self.blocks]
@@ -173,7 +174,7 @@ class Steps:
 
 @contextmanager
 def kept(layers: Any, indices: list[int], outputs: list[torch.Tensor]) -> Iterator[None]:
-    """Append the outputs of some blocks to a list."""
+    """Append the outputs of some layers to a list."""
     hooks = [
         layers[index].register_forward_hook(
             lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out)
@@ -192,7 +193,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def timed(steps: Steps, rounds: int) -> dict[str, list[float]]:
-    """Each provider in turn, round by round; the first round does not count."""
+    """Alternate between the providers in each round; the first round is a warm-up."""
     providers = steps.providers() | {"features alone": steps.features_alone(), "projection": steps.projection()}
     found: dict[str, list[float]] = {name: [] for name in providers}
     for round_ in range(rounds + 1):
@@ -204,7 +205,7 @@ def timed(steps: Steps, rounds: int) -> dict[str, list[float]]:
 
 
 def peak(steps: Steps, provider: str) -> dict[str, float]:
-    """Resident megabytes before a step, when another has been made, and at its peak."""
+    """Return resident megabytes before a step, after a first step, and at the peak of a second."""
     work = steps.providers()[provider]
     return peak_memory(work)
 

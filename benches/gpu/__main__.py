@@ -1,8 +1,8 @@
-"""`python benches/gpu`: every GPU kernel as a fraction of a copy measured in the same run, beside its peers and its aims.
+"""`python benches/gpu`: every GPU kernel relative to a copy measured in the same run, next to its peers and aims.
 
-Needs an installed wheel and torch on a GPU, builds nothing, and takes minutes; `--record` keeps the table under
-benches/results/. float32 products of peers are true float32: tf32 is off. The aims are those for an H100 or H200, and are
-judged on no other GPU.
+Needs an installed wheel and torch on a GPU, builds nothing, and takes minutes. `--record` writes the table to
+benches/results/. Peers' float32 products are true float32: tf32 is off. The aims are for an H100 or H200, and are
+checked on no other GPU.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ AIMED_AT = ("H100", "H200")
 
 
 def use(backend: str | None) -> None:
-    """Have one backend serve from now on; None: the default."""
+    """Make one backend serve from now on; None: the default."""
     os.environ.pop(VARIABLE, None)
     if backend is not None:
         os.environ[VARIABLE] = backend
 
 
 def available(operation: str) -> list[str]:
-    """The GPU backends of an operation that run here."""
+    """Return the GPU backends of an operation that run here."""
     (op,) = (op for op in OPS if op.name == operation)
     return [name for name in ("triton", "cuda") if name in op.names and op.backend(name).unsupported_reason(()) is None]
 

@@ -1,4 +1,4 @@
-"""The feature distance on five blocks of a 7B model, beside torch and torch.compile."""
+"""The feature distance on five layers of a 7B model, compared with torch and torch.compile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS, BATCH, TOKENS, HIDDEN = 5, 4, 2048, 3584
 
 
 def plain(features: list[torch.Tensor], references: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """As one would write it: unit vectors of each sequence, in float32."""
+    """The obvious implementation: unit vectors of each sequence, in float32."""
     total = features[0].new_zeros((), dtype=torch.float32)
     for block, reference in zip(features, references, strict=True):
         x, y = (torch.where(mask[..., None], states.float(), 0).flatten(1) for states in (block, reference))
@@ -40,7 +40,7 @@ def figures(timer: Timer, backends: list[str], use: Callable[[str | None], None]
         reference = [torch.randn(shape, device=timer.device, dtype=torch.bfloat16) for _ in range(BLOCKS)]
         moved = [(block + 0.05 * torch.randn_like(block)).requires_grad_() for block in reference]
         sets.append((moved, reference))
-    # The backward is measured again and again on one graph, which then may not reuse its buffers.
+    # The backward is measured repeatedly on one graph, which therefore may not reuse its buffers.
     config.donated_buffer = False
     peers = {"torch": plain, "torch.compile": torch.compile(plain)}
     times = {name: measured(timer, peer, sets, mask) for name, peer in peers.items()}
@@ -65,7 +65,7 @@ def figures(timer: Timer, backends: list[str], use: Callable[[str | None], None]
 
 
 def measured(timer: Timer, operation: Distance, sets: list, mask: torch.Tensor) -> tuple[float, float]:
-    """Milliseconds of the forward and of the backward."""
+    """Return the milliseconds of the forward and of the backward."""
     values = [operation(*given, mask) for given in sets]
     backward = timer.time([
         lambda value=value, given=given: torch.autograd.grad(value, given[0], retain_graph=True)

@@ -1,4 +1,4 @@
-"""What a suite gives: figures, one a line, each beside the aim that it is judged by."""
+"""The metrics of a suite, one per line, each with its aim."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one provider.
+    """One metric of one provider.
 
     Attributes:
-        provider: whose it is: "ours, triton", or a peer.
-        part: what was done.
-        name: what the value is: "ms", "of a copy", "× torch".
-        value: the figure.
-        least: what it should be at least.
-        most: what it should be at most.
+        provider: "ours, triton", or a peer.
+        part: what was measured.
+        name: unit of the value: "ms", "of a copy", "× torch".
+        value: the measured value.
+        least: smallest value that reaches the aim.
+        most: largest value that reaches the aim.
     """
 
     provider: str
@@ -33,14 +33,14 @@ class Figure:
 
     @property
     def aim(self) -> str:
-        """The aim in words, empty where there is none."""
+        """The aim as text, empty if there is none."""
         if self.least is not None:
             return f"≥ {self.least:g}"
         return "" if self.most is None else f"≤ {self.most:g}"
 
     @property
     def reached(self) -> str:
-        """Whether the aim is reached: yes or no; empty where there is none."""
+        """Whether the aim is reached: yes or no; empty if there is none."""
         if not self.aim:
             return ""
         enough = self.least is None or self.value >= self.least
@@ -48,7 +48,7 @@ class Figure:
 
 
 def agree(what: str, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], tolerance: float) -> None:
-    """Stop the run where two providers do not compute the same: a ratio of their times would mean nothing."""
+    """Stop the run if two providers compute different results: the ratio of their times would be meaningless."""
     for one, other in zip(ours, theirs, strict=True):
         exact = other.detach().double()
         error = float((one.detach().double() - exact).norm() / exact.norm())

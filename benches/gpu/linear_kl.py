@@ -1,4 +1,4 @@
-"""KL from hidden states at the size of a 7B model's batch, beside Liger's fused linear JSD and TRL's divergence."""
+"""KL from hidden states for a 7B model's batch, compared with Liger's fused linear JSD and TRL's divergence."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROUNDS = 5
 
 
 def ours(hidden: torch.Tensor, reference: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """This package's: KL(student ‖ reference), mean over tokens, as the peers' with beta 1."""
+    """Our KL(student ‖ reference), mean over tokens, equal to the peers' with beta 1."""
     mask = torch.ones(1, len(hidden), dtype=torch.bool, device=hidden.device)
     return linear_kl(hidden[None], reference[None], head, mask)
 
 
 def peers() -> dict[str, Loss]:
-    """Those that can be imported; the others are named on stderr."""
+    """Return the peers that can be imported; print the others to stderr."""
     found: dict[str, Loss] = {}
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
@@ -49,7 +49,7 @@ def peers() -> dict[str, Loss]:
 
 
 def figures(timer: Timer, backends: list[str], use: Callable[[str | None], None]) -> Iterator[Figure]:
-    """Forward and backward together, and the memory that they need; ours as multiples of the peers'."""
+    """Time of forward plus backward, and the memory they need; ours as multiples of the peers'."""
     make = {"device": timer.device, "dtype": torch.bfloat16}
     reference = torch.randn(TOKENS, HIDDEN, **make)
     hidden = (reference + 0.05 * torch.randn(TOKENS, HIDDEN, **make)).requires_grad_()

@@ -1,4 +1,4 @@
-"""The projection of every module of a 7B model, and that of a training step, beside the same algebra in torch."""
+"""The projection of a whole 7B model, and of a training step, compared with the same algebra in torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def figures(timer: Timer, backends: list[str], use: Callable[[str | None], None]
 def factored(
     weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factors: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """V·(Vᵀ·B), one module after the other, V in float32."""
+    """V·(Vᵀ·B), one module at a time, V in float32."""
     found = []
     for (aligned, base), factor in zip(weights, factors, strict=True):
         v = aligned.float() - base.float()
@@ -38,13 +38,13 @@ def factored(
 
 
 def dense(pair: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor) -> torch.Tensor:
-    """(V·Vᵀ)·B, as the published code does it."""
+    """(V·Vᵀ)·B, as in the published code."""
     v = pair[0].float() - pair[1].float()
     return (v @ v.T) @ factor
 
 
 def both(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Ours."""
+    """Our projection of all modules."""
     inner, _ = transposed_products(weights, factors)
     return matrix_products(weights, inner)
 
@@ -59,7 +59,7 @@ def pairs(timer: Timer, backends: list[str], use: Callable[[str | None], None]) 
         weights.append((base + 0.01 * torch.randn_like(base), base))
         factors.append(torch.randn(m, RANK, device=timer.device))
     moved = layers * layer_bytes
-    # Modules of one shape take turns: a pair alone would stay in L2.
+    # Alternate between modules of one shape: a single pair would stay in L2.
     alike = [index for index, shape in enumerate(SHAPES * layers) if shape == SHAPES[0]]
     whole, one = f"{len(weights)} modules, {layers} layers", f"one of {SHAPES[0]}"
     expected = factored(weights[: len(SHAPES)], factors[: len(SHAPES)])
@@ -87,7 +87,7 @@ def pairs(timer: Timer, backends: list[str], use: Callable[[str | None], None]) 
 
 
 def training_step(timer: Timer, backends: list[str], use: Callable[[str | None], None]) -> Iterator[Figure]:
-    """P_k·B of all modules with U_k of 64 columns in float32, as SafeLora does it at a step."""
+    """P_k·B of all modules, U_k with 64 float32 columns, as SafeLoRA computes it at each step."""
     bases = [torch.randn(m, STEP_WIDTH, device=timer.device) for m, _ in SHAPES * LAYERS]
     factors = [torch.randn(m, STEP_RANK, device=timer.device) for m, _ in SHAPES * LAYERS]
     of_bases = sum(2 * basis.nbytes for basis in bases)

@@ -1,4 +1,4 @@
-"""Times on a GPU: by events, with inputs that no cache holds, beside the rate of a copy measured in the same run."""
+"""GPU timing with events, on inputs that are in no cache, and the rate of a copy measured in the same run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 ROUNDS = 20
 L2_FALLBACK = 128 << 20
-HEAD_START = 40_000_000  # cycles, some 20 ms: more than the host needs to launch what is measured
+HEAD_START = 40_000_000  # cycles, about 20 ms: longer than the host needs to launch the measured work
 COPIED = 1 << 30
 
 
 @dataclass
 class Timer:
-    """Takes medians of milliseconds on one device.
+    """Measures median milliseconds on one device.
 
     Attributes:
         device: the GPU.
-        copy_bytes_per_ms: bytes read and written by a large copy.
+        copy_bytes_per_ms: bytes read and written per millisecond by a large copy.
     """
 
     device: torch.device
@@ -40,23 +40,23 @@ class Timer:
         return timer
 
     def sets(self, bytes_a_set: int) -> int:
-        """How many sets of inputs it takes for none to be in L2 when it is its turn again."""
+        """Return how many sets of inputs are needed so that none is still in L2 when it is used again."""
         size = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0) or L2_FALLBACK
         return max(4 * size // max(bytes_a_set, 1) + 1, 2)
 
     def free_bytes(self) -> int:
-        """Memory that is left."""
+        """Return the bytes of free memory."""
         return torch.cuda.mem_get_info(self.device)[0]
 
     def share_of_copy(self, moved: float, milliseconds: float) -> float:
-        """Bytes moved a millisecond, as a fraction of what the copy moves."""
+        """Return the bytes moved per millisecond, as a fraction of the copy's rate."""
         return moved / milliseconds / self.copy_bytes_per_ms
 
     def time(self, calls: Sequence[Callable[[], object]], rounds: int = ROUNDS, *, with_host: bool = False) -> float:
-        """Median milliseconds of a call; each has a set of inputs of its own, and they take turns.
+        """Return the median milliseconds of a call. Each call has its own set of inputs, and the calls alternate.
 
-        The launches of a call queue up behind a pause, so that the time is that of the GPU; `with_host` leaves the pause
-        out, and the time is what a caller sees who has nothing else to do.
+        The launches of a call are queued behind a pause, so only GPU time is measured. `with_host` leaves the pause out
+        and measures the time a caller sees.
         """
         for call in calls:
             call()
@@ -76,7 +76,7 @@ class Timer:
         return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Memory that a call needs beyond what was there before."""
+        """Return the bytes that a call needs beyond those already in use."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)

@@ -36,7 +36,7 @@ __version__: str
 class SafetensorsFile:
     """A memory-mapped safetensors file whose header has been checked against the file.
 
-    Raises `safelora_fast.errors.CheckpointError` when the file is missing, truncated, or its header lies.
+    Raises `safelora_fast.errors.CheckpointError` if the file is missing or truncated, or its header does not match it.
     """
 
     def __new__(cls, path: str) -> SafetensorsFile: ...
@@ -53,19 +53,19 @@ class SafetensorsFile:
         """The header's `__metadata__`, empty when there is none."""
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-        """name -> (dtype as safetensors spells it, shape, begin, end); offsets are bytes from the start of the file."""
+        """Map name to (dtype in safetensors spelling, shape, begin, end); begin and end are offsets in the file."""
     def read(self, name: str) -> bytes:
-        """The bytes of one tensor (a copy)."""
+        """Return the bytes of one tensor (a copy)."""
 
 def read_index(path: str) -> dict[str, str]:
-    """`weight_map` of a `*.safetensors.index.json`: tensor name -> absolute path of its shard.
+    """Read `weight_map` of a `*.safetensors.index.json`: tensor name -> absolute path of its shard.
 
-    Refuses entries that leave the index's folder and files that do not exist (`CheckpointError`).
+    Raises `CheckpointError` if an entry leaves the index's folder or its file does not exist.
     """
 
 @final
 class View:
-    """A strided matrix inside a tensor of a file; offsets and strides in elements. Bounds are checked here."""
+    """A strided matrix inside a tensor of a file; offsets and strides in elements. The constructor checks bounds."""
 
     def __new__(
         cls,
@@ -80,18 +80,18 @@ class View:
     ) -> View: ...
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements that the view covers."""
+        """Bytes from the first element of the view to its last."""
 
 def copy_views(views: Sequence[View], targets: Sequence[tuple[int, int]], *, threads: int | None = None) -> None:
-    """Copy the stored bytes of each view, from its first element to its last, to (address, length), by several threads.
+    """Copy the stored bytes of each view, from first element to last, to (address, length), with several threads.
 
-    The caller keeps the memory alive and lets nobody else use it meanwhile; pages of the files are given back. Raises
-    ValueError when a length is another than the view has, or two targets share memory.
+    The caller keeps the memory alive and does not touch it meanwhile. File pages are released afterwards. Raises
+    ValueError if a length differs from that of its view, or two targets share memory.
     """
 
 @final
 class Part:
-    """One block of rows of V = aligned - base. Both views have the same shape and `col_stride == 1`."""
+    """One slice of rows of V = aligned - base. Both views have the same shape and `col_stride == 1`."""
 
     def __new__(cls, aligned: View, base: View) -> Part: ...
 
@@ -103,10 +103,10 @@ class Factors:
 
 @final
 class Job:
-    """One module: V from `parts` stacked by rows, and the factors of every adapter that touches the module, if any.
+    """One module: V as `parts` stacked by rows, and the LoRA factors of every adapter for this module (may be empty).
 
-    `transposed=False`: the stored matrix is V (m, n), as `nn.Linear` keeps it. `transposed=True`: the stored matrix is
-    V^T (n, m), as Conv1D, embeddings and (E, in, out) expert weights keep it.
+    `transposed=False`: the stored matrix is V (m, n), as in `nn.Linear`. `transposed=True`: the stored matrix is V^T
+    (n, m), as in Conv1D, embeddings and (E, in, out) expert weights.
     """
 
     def __new__(
@@ -118,13 +118,13 @@ class Job:
 
 @final
 class FactorOutcome:
-    """What projection does to one adapter's factors in one module. All figures are float64.
+    """Result of projecting one adapter's factors in one module. All metrics are float64.
 
-    With C = V V^T / ||V||_F (whatever the operator) `cosine` is the Frobenius cosine of C dW and dW. The other
-    figures belong to the operator that was asked for, here O, before rounding: `gain` = ||O B||_F / ||B||_F,
-    `lora_b_norm` = ||B||_F, `lora_b_norm_projected` = ||O B||_F, `update_norm` = ||B A||_F, `update_norm_projected` = ||O
-    B A||_F (LoRA scale not applied). `cosine` and `gain` are NaN where B or A is zero; `cosine` is NaN too where V is
-    zero or C dW is zero. Where V is zero every operator leaves B as it is.
+    With C = V V^T / ||V||_F (for every operator) `cosine` is the Frobenius cosine of C dW and dW. The other metrics
+    belong to the chosen operator O, before rounding: `gain` = ||O B||_F / ||B||_F, `lora_b_norm` = ||B||_F,
+    `lora_b_norm_projected` = ||O B||_F, `update_norm` = ||B A||_F, `update_norm_projected` = ||O B A||_F (LoRA scale
+    not applied). `cosine` and `gain` are NaN if B or A is zero. `cosine` is also NaN if V or C dW is zero. If V is
+    zero, every operator leaves B unchanged.
     """
 
     @property
@@ -140,48 +140,48 @@ class FactorOutcome:
     @property
     def update_norm_projected(self) -> float: ...
     def projected(self) -> bytes:
-        """O·B, (m, r) row-major, in the stored dtype of B, rounded once to nearest even.
+        """Return O·B, (m, r) row-major, in the stored dtype of B, rounded once to nearest even.
 
-        Raises ValueError when the stream was made with `keep_projected=False`, AdapterError when a value leaves the
+        Raises ValueError if the stream was made with `keep_projected=False`, and AdapterError if a value leaves the
         range of that dtype.
         """
 
     def projected_lora_a(self) -> bytes | None:
-        """What A becomes, (r, n) row-major, in its stored dtype; None where the operator leaves A as it is.
+        """Return the new A, (r, n) row-major, in its stored dtype; None if the operator leaves A unchanged.
 
-        Raises AdapterError as `projected`.
+        Raises AdapterError like `projected`.
         """
 
 @final
 class JobOutcome:
     @property
     def index(self) -> int:
-        """Position of the job in the sequence that was given."""
+        """Position of the job in the sequence passed to the stream."""
     @property
     def v_norm(self) -> float:
         """||V||_F."""
     @property
     def rank(self) -> int | None:
-        """How many singular vectors of V the operator uses; None of an operator without any."""
+        """Number of singular vectors of V that the operator uses; None if it uses none."""
     @property
     def energy(self) -> float | None:
-        """Share of ||V||_F^2 that these vectors hold."""
+        """Fraction of ||V||_F^2 in these vectors."""
     @property
     def spectral_norm(self) -> float | None:
-        """Largest singular value of V (of operators that look for it)."""
+        """Largest singular value of V, if the operator computes it."""
     def left_vectors(self) -> bytes:
-        """U_k: `rank` orthonormal vectors of m float32 values each.
+        """Return U_k: `rank` orthonormal vectors of m float32 values each.
 
-        Raises ValueError unless the operator uses them and the stream was made with `keep_subspace=True`.
+        Raises ValueError unless the operator uses singular vectors and the stream was made with `keep_subspace=True`.
         """
     def singular_values(self) -> list[float]:
-        """The singular values of V that belong to them, descending. Raises ValueError as `left_vectors`."""
+        """Return the singular values of V for these vectors, descending. Raises ValueError like `left_vectors`."""
     @property
     def factors(self) -> list[FactorOutcome]: ...
 
 @final
 class Operator:
-    """What replaces B; docs/methods.md has the formulas, and projection/operators.py the names that users give them."""
+    """What replaces B. Formulas: docs/methods.md; user-facing names: projection/operators.py."""
 
     @staticmethod
     def frobenius() -> Operator: ...
@@ -189,7 +189,7 @@ class Operator:
     def spectral() -> Operator: ...
     @staticmethod
     def orthogonal(*, rank: int | None = None, energy: float | None = None) -> Operator:
-        """Raises SettingsError unless exactly one is given: a rank of at least 1, or a share above 0 and up to 1."""
+        """Raises SettingsError unless exactly one is given: a rank of at least 1, or an energy above 0 and up to 1."""
     @staticmethod
     def attenuate(
         *,
@@ -198,20 +198,20 @@ class Operator:
         keep: float,
         sides: Literal["both", "left"] = "both",
     ) -> Operator:
-        """Raises SettingsError as `orthogonal`, or when `keep` does not lie between 0 and 1."""
+        """Raises SettingsError like `orthogonal`, or if `keep` is not between 0 and 1."""
     @staticmethod
     def zero() -> Operator: ...
 
 @final
 class ProjectionStream(Iterator[JobOutcome]):
-    """Runs jobs in the order given and yields their outcomes in that order; `next()` honors Ctrl-C.
+    """Runs jobs in the given order and yields their outcomes in that order; `next()` can be interrupted with Ctrl-C.
 
-    `next()` raises CheckpointError where a weight or factor is NaN or infinite; nothing comes after an error.
-    Outcomes of a job do not depend on the jobs and adapters beside it, on their order or on `threads`. The orthogonal
-    operator treats singular values below 1e-5 of the largest as zero; the rank may come out lower than asked for.
+    `next()` raises CheckpointError if a weight or factor is NaN or infinite. Nothing follows an error. The outcome of a
+    job does not depend on other jobs and adapters, on their order, or on `threads`. The orthogonal operator treats
+    singular values below 1e-5 of the largest as zero, so the rank may be lower than requested.
 
-    Work runs on private threads; pages of finished jobs are given back to the system. `close()` cancels and joins. A
-    stream belongs to the process that made it: after a fork, the child's `next()` raises RuntimeError.
+    Work runs on private threads. Pages of finished jobs are released to the system. `close()` cancels and joins. A
+    stream belongs to the process that made it: after a fork, `next()` in the child raises RuntimeError.
     """
 
     def __new__(
@@ -228,7 +228,7 @@ class ProjectionStream(Iterator[JobOutcome]):
     def __next__(self) -> JobOutcome: ...
     @property
     def nbytes(self) -> int:
-        """Bytes of both checkpoints that all jobs cover."""
+        """Bytes of both checkpoints that all jobs read."""
     @property
     def bytes_done(self) -> int: ...
     def close(self) -> None: ...
@@ -245,11 +245,11 @@ def subspace_projection(
 ) -> float:
     """Write C·lora_b to `output` and return ||V||_F, on matrices in memory that the caller keeps alive.
 
-    Zeros are written where V is zero. `output` may be `lora_b` itself. Raises ValueError when shapes, strides or dtypes
-    do not fit, a value is NaN or infinite, or the result leaves the range of its dtype.
+    Writes zeros if V is zero. `output` may be `lora_b` itself. Raises ValueError if shapes, strides or dtypes do not
+    fit, a value is NaN or infinite, or the result leaves the range of its dtype.
 
     A weight is (address, dtype, rows, cols, row_stride); lora_b and output are (address, dtype, rows, cols, row_stride,
-    col_stride); strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16").
+    col_stride). Strides are in elements; dtypes are "F32", "BF16" or "F16", as in safetensors.
     """
 
 def feature_distance(
@@ -262,17 +262,17 @@ def feature_distance(
     normalize: Literal["sequence", "token", "none"] = "sequence",
     threads: int | None = None,
 ) -> float:
-    """Sum over blocks, mean over sequences, of the squared distance of (unit) hidden states that the caller keeps alive.
+    """Sum over layers, mean over sequences, of the squared distance of (unit) hidden states in memory.
 
-    One read of features and reference; of tokens that do not count, none. Every sum is in float64 and in one order, so
-    that the result does not depend on `threads` or the CPU's level. Fills `factors`, the address of float64 [blocks,
-    batch, tokens, 2], with what `feature_distance_gradient` takes. Raises ValueError when shapes, strides, dtypes or
-    addresses do not fit.
+    The caller keeps them alive. Reads features and reference once, and skips tokens that do not count. Every sum is
+    float64 in a fixed order, so the result does not depend on `threads` or the CPU's level. Fills `factors`, the
+    address of float64 [layers, batch, tokens, 2], with the input of `feature_distance_gradient`. Raises ValueError if
+    shapes, strides, dtypes or addresses do not fit.
 
-    Each block is (address, dtype, (batch, tokens, hidden), (batch_stride, token_stride)) with a contiguous hidden axis;
-    strides in elements, dtypes as safetensors spells them ("F32", "BF16", "F16"), a block's both the same. `mask` is
-    (address, (batch_stride, token_stride)) of one byte per token, `segments` the same of one int64: tokens of one row
-    and one segment are a sequence.
+    Each layer is (address, dtype, (batch, tokens, hidden), (batch_stride, token_stride)) with a contiguous hidden axis.
+    Strides are in elements; dtypes are "F32", "BF16" or "F16", the same for features and reference of a layer. `mask`
+    is (address, (batch_stride, token_stride)) of one byte per token, `segments` the same of one int64. Tokens of one
+    batch row with the same segment are one sequence.
     """
 
 def feature_distance_gradient(
@@ -284,36 +284,36 @@ def feature_distance_gradient(
     *,
     threads: int | None = None,
 ) -> None:
-    """Write `weight` times the gradient of `feature_distance` in `features` to `outputs`, contiguous and in their dtype.
+    """Write `weight` times the gradient of `feature_distance` in `features` to `outputs`, contiguous, in their dtype.
 
-    One read of features and reference, one write. `factors` are, for each block, the address of its [batch, tokens, 2].
-    Tokens that do not count get zeros and are not read. Raises ValueError when shapes, strides, dtypes or addresses do
-    not fit, or an output shares memory with another tensor.
+    Reads features and reference once, and writes once. `factors` are, for each layer, the address of its [batch,
+    tokens, 2]. Tokens that do not count get zeros and are not read. Raises ValueError if shapes, strides, dtypes or
+    addresses do not fit, or an output shares memory with another tensor.
     """
 
 @final
 class Cuda:
-    """The CUDA driver, and kernels that are compiled when first used and kept for each device until the process ends.
+    """The CUDA driver, and kernels that are compiled at first use and kept for each device until the process ends.
 
-    The first of `driver` (names and paths) that can be loaded is initialized; NVRTC is looked for among `nvrtc` once a
-    kernel is needed. Compiled kernels are kept in the folder `cache`, safe against other processes; one that cannot be
-    written is done without. Every method raises BackendError where driver or compiler is missing or refuses.
+    Initializes the first of `driver` (names and paths) that can be loaded. Looks for NVRTC among `nvrtc` once a kernel
+    is needed. Compiled kernels are cached in the folder `cache`, which several processes may share; if it cannot be
+    written, there is no cache. Every method raises BackendError if driver or compiler is missing or fails.
 
-    Kernels are put on the stream of `place` (number of the device, address of the stream) in the device's primary
-    context. They wait for nothing and allocate nothing. Addresses are those of memory of that device, which the caller
-    keeps alive and unwritten until the stream has come so far. ValueError is raised when operands do not fit.
+    Kernels are launched on the stream of `place` (device index, address of the stream) in the device's primary context.
+    They wait for nothing and allocate nothing. Addresses point to memory of that device. The caller keeps this memory
+    alive and unwritten until the stream has run the launch. Raises ValueError if operands do not fit.
     """
 
     def __new__(cls, *, driver: Sequence[str], nvrtc: Sequence[str], cache: str | None = None) -> Cuda: ...
     @property
     def driver_version(self) -> int:
-        """As 13020 for CUDA 13.2."""
+        """Driver version, such as 13020 for CUDA 13.2."""
     @property
     def device_count(self) -> int: ...
     def capability(self, device: int) -> tuple[int, int]:
-        """Compute capability. Raises BackendError below 8.0, which the kernels need."""
+        """Return the compute capability. Raises BackendError below 8.0, the minimum for the kernels."""
     def prepare(self, device: int, source: str) -> None:
-        """Compile and load the kernels of a file, so that the first launch need not."""
+        """Compile and load the kernels of a source file ahead of the first launch."""
     def feature_distance(
         self,
         place: tuple[int, int],
@@ -325,14 +325,15 @@ class Cuda:
         *,
         normalize: Literal["sequence", "token", "none"] = "sequence",
     ) -> None:
-        """Sum over blocks, mean over sequences, of the squared distance of (unit) hidden states.
+        """Sum over layers, mean over sequences, of the squared distance of (unit) hidden states.
 
-        Blocks and `mask` are as in the function of this name. `packing` holds the addresses of int32 order [batch,
-        tokens], starts [batch, tokens + 1] and counts [batch], as ops/feature_distance/cuda.py makes them; None: a
-        row is a sequence. `results` are the addresses of float64 sums [blocks, batch, tokens, 3], float32 factors
-        [blocks, batch, tokens, 2], float64 distances [blocks, batch], int32 sequences [batch], a float32 share (one
-        divided by the number of sequences, by which factors are still to be multiplied) and the float32 distance; all
-        are overwritten.
+        Layers and `mask` are as in the module's function of this name. `packing` holds the addresses of int32 order
+        [batch, tokens], starts [batch, tokens + 1] and counts [batch], as ops/feature_distance/cuda.py makes them.
+        None: each batch row is one sequence.
+
+        `results` holds the addresses of float64 sums [layers, batch, tokens, 3], float32 factors [layers, batch,
+        tokens, 2], float64 distances [layers, batch], int32 sequences [batch], a float32 share (1 / number of
+        sequences, still to be multiplied into the factors) and the float32 distance. All are overwritten.
         """
     def feature_distance_gradient(
         self,
@@ -345,8 +346,8 @@ class Cuda:
     ) -> None:
         """Write the float32 at `weight` times the gradient in the features to `outputs`, contiguous and in their dtype.
 
-        A token's gradient is a·(h − h₀) − b·h with (a, b) from `factors` [blocks, batch, tokens, 2], float32. Tokens
-        whose a is zero, as those that do not count, get zeros and are not read.
+        A token's gradient is a·(h − h₀) − b·h with (a, b) from `factors` [layers, batch, tokens, 2], float32. If a is
+        zero, as for tokens that do not count, the gradient is zero and the token is not read.
         """
     def plan(
         self,
@@ -358,73 +359,74 @@ class Cuda:
         transposed: bool,
         captured: bool,
     ) -> CudaPlan | None:
-        """The plan of the products of these torch tensors, made once for as long as they stay where they are.
+        """Return the plan of the products of these torch tensors, which is reused while they stay in place.
 
-        A matrix is a tensor V or a tuple (aligned, base), V = aligned − base. The products are VᵀX where `transposed`, else
-        VX. A plan is of one stream. The 16 that were used last are kept, and for good those found while a CUDA graph is
-        `captured`. `dtypes` has the names "F32", "BF16" and "F16" of torch's dtypes. None: a tensor must be copied first, so
-        that the weights of a pair have one dtype, rows or columns are contiguous, and factors are contiguous float32 at a
-        multiple of 16 bytes. Raises ValueError when operands are too large, or a factor is empty.
+        A matrix is a tensor V or a tuple (aligned, base), V = aligned − base. The products are VᵀX if `transposed`,
+        else VX. `dtypes` maps torch's dtypes to "F32", "BF16" and "F16". A plan belongs to one stream. The 16 most
+        recently used plans are kept; those used while a CUDA graph is `captured` are kept forever.
+
+        Returns None if a tensor must be copied first: both weights of a pair need one dtype and contiguous rows or
+        columns, and factors must be contiguous float32 at a multiple of 16 bytes. Raises ValueError if operands are too
+        large, or a factor is empty.
         """
     @property
     def plans(self) -> list[int]:
-        """How many plans are kept for now, and for good."""
+        """Return the number of recently used plans and of plans kept forever."""
     def products(self, place: tuple[int, int], plan: CudaPlan, memory: tuple[int, int, int, int, int]) -> None:
-        """Put the products of a plan on the stream.
+        """Launch the products of a plan on the stream.
 
-        `memory` holds the addresses of a copy of the plan's table, of float32 results, float32 partial and float64
-        partial squares with as many elements as the plan says, and of float32 squares [modules]: ‖V‖², written for
-        pairs alone.
+        `memory` holds the addresses of a copy of the plan's table, of float32 results, float32 partial sums and float64
+        partial squares (sizes: `sizes`), and of float32 squares [modules]: ‖V‖², written only for pairs.
         """
 
 @final
 class CudaPlan:
-    """How products of many matrices V with thin factors X are cut into blocks of launches.
+    """How products of many matrices V with thin factors X are divided into blocks of launches.
 
-    Bits of the results depend on shapes alone.
+    The bits of the results depend only on shapes.
     """
 
     @property
     def table(self) -> bytes:
-        """What the launches need on the device."""
+        """Return the table that the launches need on the device."""
     @property
     def places(self) -> list[tuple[int, int, tuple[int, int]]]:
-        """Of each module: first element of its result among all results, place of its square, and shape of its result."""
+        """For each module: offset of its result, index of its square, and shape of its result; offsets in elements."""
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Elements of results, partial sums and partial squares."""
+        """Number of elements of results, partial sums and partial squares."""
     @property
     def memory(self) -> Any:
-        """What `keep` was given; None before."""
+        """The object passed to `keep`; None before that."""
     def keep(self, memory: object) -> None:
-        """Keep what holds the table on the device as long as the plan."""
+        """Keep the object that owns the table on the device alive as long as the plan."""
 
 def cuda_kernels(source: str, architecture: str, *, nvrtc: Sequence[str], cache: str | None = None) -> bytes:
-    """Machine code of one file of kernels ("feature_distance.cu") for one architecture ("sm_90"); needs no GPU.
+    """Return the machine code of a source file ("feature_distance.cu") for an architecture ("sm_90"); needs no GPU.
 
-    Raises BackendError without NVRTC, or where it does not know the architecture.
+    Raises BackendError if NVRTC is missing or does not support the architecture.
     """
 
 def cpu_features() -> dict[str, bool]:
-    """Features that the kernels look for: avx2, fma, f16c, avx512f, ..."""
+    """Return which CPU features are present, of those that select a kernel: avx2, fma, f16c, avx512f, ..."""
 
 def kernel_level() -> Literal["scalar", "avx2", "avx512"]:
-    """The level that the kernels use here: the best the CPU has, or SAFELORA_FAST_CPU_LEVEL where that is lower."""
+    """Return the level that the kernels use: the CPU's best, or SAFELORA_FAST_CPU_LEVEL if that is lower."""
 
 def default_threads() -> int: ...
 def read_seconds(regions: Sequence[tuple[int, int]], threads: int) -> float:
-    """Seconds to read every byte of the regions (address, length) once with `threads` threads; for benchmarks.
+    """Return the seconds to read every byte of the regions (address, length) once with `threads` threads.
 
-    The caller keeps the memory alive.
+    For benchmarks. The caller keeps the memory alive.
     """
 
 def update_seconds(
     regions: Sequence[tuple[int, int]], written: tuple[int, int], threads: int, *, stream: bool = False
 ) -> float:
-    """Seconds to read the regions and to overwrite another one, past the caches with `stream`; for benchmarks.
+    """Return the seconds to read the regions and overwrite `written`; `stream` bypasses the caches. For benchmarks.
 
-    The caller keeps the memory alive, and loses what was in `written`.
+    The caller keeps the memory alive. The content of `written` is lost.
     """
 
 def fma_peak(threads: int) -> float:
-    """Fused multiply-add rate of `threads` threads on registers alone, in FLOP/s, at the widest level; for benchmarks."""
+    """Return the fused multiply-add rate of `threads` threads in registers, in FLOP/s, at the widest level."""

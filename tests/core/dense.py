@@ -1,4 +1,4 @@
-"""The dense float64 truth that the extension is compared with, and files to compare on."""
+"""The dense float64 oracle for the extension, and helpers that write test files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 def encode(values: npt.ArrayLike, dtype: str) -> bytes:
-    """Little-endian bytes of the values of a stored dtype that are nearest, ties to even."""
+    """Round values to a stored dtype (nearest, ties to even) and return their little-endian bytes."""
     single = np.ascontiguousarray(values, dtype=np.float64).astype(np.float32)
     if dtype == "F32":
         return single.tobytes()
@@ -32,7 +32,7 @@ def encode(values: npt.ArrayLike, dtype: str) -> bytes:
 
 
 def decode(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
-    """Values of little-endian bytes of a stored dtype."""
+    """Return the values of little-endian bytes of a stored dtype."""
     if dtype == "BF16":
         bits = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
         return bits.view(np.float32).astype(np.float64).reshape(shape)
@@ -40,12 +40,12 @@ def decode(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
 
 
 def rounded(values: npt.ArrayLike, dtype: str) -> Array:
-    """Values rounded to a stored dtype."""
+    """Return values rounded to a stored dtype."""
     return decode(encode(values, dtype), dtype, np.shape(values))
 
 
 def write(path: Path, tensors: dict[str, tuple[str, Array]], padding: int = 0) -> _core.SafetensorsFile:
-    """A safetensors file whose header is padded with `padding` spaces, so that tensors can lie unaligned."""
+    """Write a safetensors file; `padding` spaces in its header make tensors unaligned."""
     entries: dict[str, Any] = {}
     data = b""
     for name, (dtype, values) in tensors.items():
@@ -62,14 +62,14 @@ def write(path: Path, tensors: dict[str, tuple[str, Array]], padding: int = 0) -
 
 
 def whole(file: _core.SafetensorsFile, name: str) -> _core.View:
-    """The view of a whole tensor of two dimensions."""
+    """Return the view of a whole two-dimensional tensor."""
     rows, cols = file.tensors[name][1]
     return _core.View(file, name, rows=rows, cols=cols, row_stride=cols)
 
 
 @dataclass
 class Truth:
-    """What the paper's formulas give in float64, from dense C and dW."""
+    """Results of the paper's formulas in float64, from dense C and dW."""
 
     projected: Array
     cosine: float
@@ -85,7 +85,7 @@ def paper_operator(v: Array) -> Array:
 
 
 def truth(v: Array, lora_b: Array, lora_a: Array, operator: Array | None = None, on_a: Array | None = None) -> Truth:
-    """Metrics of one adapter: `operator` acts on B, the paper's C by default, `on_a` on A; the cosine is always that of C."""
+    """Metrics of one adapter: `operator` (default: C) acts on B, `on_a` on A; the cosine is always that of C."""
     paper = paper_operator(v)
     operator = paper if operator is None else operator
     update = lora_b @ lora_a
@@ -102,12 +102,12 @@ def truth(v: Array, lora_b: Array, lora_a: Array, operator: Array | None = None,
 
 
 def lora(file: _core.SafetensorsFile) -> _core.Factors:
-    """The factors in a file."""
+    """Return the LoRA factors in a file."""
     return _core.Factors(whole(file, "B"), whole(file, "A"))
 
 
 def start(jobs: list[_core.Job], **options: Any) -> _core.ProjectionStream:
-    """A stream of jobs; options are settings of a projection and arguments of the stream."""
+    """Start a stream of jobs; options are settings of a projection and arguments of the stream."""
     names = ("operator", "normalize", "rank", "energy", "keep", "sides")
     settings = Settings(**{name: options.pop(name) for name in names if name in options})
     return _core.ProjectionStream(jobs, settings.described_operator.in_rust(vars(settings)), **options)
@@ -115,7 +115,7 @@ def start(jobs: list[_core.Job], **options: Any) -> _core.ProjectionStream:
 
 @dataclass
 class Module:
-    """A module on disk and its values as stored."""
+    """A module on disk, and its stored values."""
 
     job: _core.Job
     parts: list[_core.Part]
@@ -124,7 +124,7 @@ class Module:
     dtype: str
 
     def run(self, **options: Any) -> _core.JobOutcome:
-        """The outcome of this module alone."""
+        """Return the outcome of this module alone."""
         stream = start([self.job], **options)
         outcomes = list(stream)
         stream.close()
@@ -132,7 +132,7 @@ class Module:
         return outcomes[0]
 
     def projected(self, outcome: _core.JobOutcome, adapter: int = 0) -> Array:
-        """The projected lora_B of an outcome."""
+        """Return the projected lora_B of an outcome."""
         return decode(outcome.factors[adapter].projected(), self.dtype, self.adapters[adapter][0].shape)
 
 
@@ -150,7 +150,7 @@ def module(
     name: str = "layer",
     padding: int = 0,
 ) -> Module:
-    """A random module on disk: `parts` are the row counts of the stored blocks."""
+    """Write a random module to disk; `parts` are the row counts of its stored parts."""
     m, n = shape
     folder.mkdir(exist_ok=True)
     base = rng.standard_normal((m, n))

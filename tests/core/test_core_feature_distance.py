@@ -1,4 +1,4 @@
-"""What the boundary refuses: every lie about memory that can be told from the numbers alone."""
+"""Errors for bad arguments: everything about memory that can be checked from addresses, shapes and strides."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from safelora_fast.errors import AdapterError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Half a unit in the last place, relative, of each dtype.
+# Relative half ULP of each dtype.
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
 
 
@@ -25,7 +25,7 @@ def assert_close(
     tolerance: float = 1e-5,
     on_a: np.ndarray | None = None,
 ):
-    """Every metric of every adapter against the dense truth."""
+    """Compare every metric of every adapter with the dense oracle."""
     assert outcome.v_norm == pytest.approx(np.linalg.norm(given.v), rel=1e-6)
     for adapter, (factors, (lora_b, lora_a)) in enumerate(zip(outcome.factors, given.adapters, strict=True)):
         expected = truth(given.v, lora_b, lora_a, operator, on_a)
@@ -42,7 +42,7 @@ def assert_close(
         ) * np.linalg.norm(expected.projected)
         allowed = tolerance * scale + 1.001 * ROUNDING[given.dtype] * np.abs(expected.projected)
         if given.dtype == "F16":
-            allowed += 2.0**-25  # subnormal numbers have an absolute rounding
+            allowed += 2.0**-25  # the rounding error of subnormal numbers is absolute
         assert (np.abs(found - expected.projected) <= allowed).all()
 
 
@@ -60,7 +60,7 @@ MODULES = [
     *({"shape": shape, "ranks": (3,), "transposed": transposed} for shape in SHAPES for transposed in (False, True)),
     {"shape": (70, 130), "parts": (10, 59, 1)},
     {"shape": (130, 70), "parts": (10, 59, 1), "transposed": True},
-    *({"weight_dtypes": ("BF16", "F32"), "padding": padding} for padding in range(8)),  # bytes that are not aligned
+    *({"weight_dtypes": ("BF16", "F32"), "padding": padding} for padding in range(8)),  # unaligned bytes
     *({"ranks": (rank,)} for rank in (1, 2, 7, 16, 33, 64, 100)),
 ]
 
@@ -130,7 +130,7 @@ def test_factors_are_read_through_strides(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     given = module(tmp_path, rng)
     lora_b, lora_a = given.adapters[0]
-    # B transposed in the middle of a larger tensor, A as every other column of another.
+    # B is transposed inside a larger tensor, A is every other column of another tensor.
     framed = rng.standard_normal((9, 80))
     framed[2:7, 4:74] = lora_b.T
     wide = rng.standard_normal((5, 260))
@@ -157,7 +157,7 @@ def test_spectral_normalization_has_gain_one_at_most(tmp_path: Path, shape: tupl
 
 
 def decaying(rng: np.random.Generator, shape: tuple[int, int], values: np.ndarray) -> np.ndarray:
-    """A matrix with these singular values."""
+    """Return a matrix with these singular values."""
     count = len(values)
     u = np.linalg.qr(rng.standard_normal((shape[0], count)))[0]
     w = np.linalg.qr(rng.standard_normal((shape[1], count)))[0]
@@ -250,7 +250,7 @@ def test_orthogonal_keeps_no_more_than_the_rank_of_v(tmp_path: Path) -> None:
 def test_the_kept_subspace_is_that_of_the_svd(
     tmp_path: Path, shape: tuple[int, int], transposed: bool, options: dict
 ) -> None:
-    """With factors beside it, without any, and for every number of threads it is the same bytes."""
+    """The bytes are the same with and without LoRA factors, and for every number of threads."""
     rng = np.random.default_rng(21)
     v = decaying(rng, shape, 0.3 * 0.9 ** np.arange(120))
     stored = shape[1] if transposed else shape[0]
@@ -310,7 +310,7 @@ def test_seed_and_name_decide_the_random_start(tmp_path: Path) -> None:
     alone = given.run(**options)
     _, among = start([other.job, given.job], **options)
     assert among.factors[0].projected() == alone.factors[0].projected()
-    # In the last digits the start shows, because the iteration stops when the vectors are good enough.
+    # The last digits depend on the start, because the iteration stops when the vectors are good enough.
     assert given.run(seed=1, **options).factors[0].projected() != alone.factors[0].projected()
     renamed = module(tmp_path / "c", np.random.default_rng(13), shape=(300, 300), name="renamed")
     assert renamed.run(**options).factors[0].projected() != alone.factors[0].projected()

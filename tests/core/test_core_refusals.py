@@ -1,4 +1,4 @@
-"""What a job of the extension module refuses: values that are not finite, views that leave their tensor, settings."""
+"""Errors of the extension module's jobs: values that are not finite, views that leave their tensor, bad settings."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_closing_early_ends_the_iteration(tmp_path: Path) -> None:
 
 
 def stream_threads() -> list[str]:
-    """Names of the threads of this process that run or feed a stream, as the system cuts them."""
+    """Names of this process's threads that run or feed a stream, truncated as the system does."""
     names = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):

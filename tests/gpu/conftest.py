@@ -1,6 +1,7 @@
-"""On a GPU: real sizes against float64, the same bits every run, streams and graph capture; skipped where torch finds none.
+"""GPU tests: real sizes against float64, the same bits every run, streams and graph capture; skipped without a GPU.
 
-Needs an installed wheel, torch and pytest, and builds nothing: `make test-gpu`, which also runs what tests/ops has for a GPU.
+They need an installed wheel, torch and pytest, and build nothing: `make test-gpu`, which also runs the GPU tests of
+tests/ops.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def device():
 
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
-    """Each backend in turn; those that this machine lacks are skipped."""
+    """Each backend in turn; skips those missing on this machine."""
     reason = OPS[0].backend(request.param).unsupported_reason(())
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -43,7 +44,7 @@ def backend(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """What torch.empty gives is full of NaN, so that an output that nobody wrote shows."""
+    """Make torch.empty return NaN, so that unwritten output shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -51,7 +52,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def captured(device):
-    """The result of a function replayed from a CUDA graph, captured after one run that compiles and makes plans."""
+    """Capture a function in a CUDA graph, after one run that compiles and makes plans; return the replay's result."""
     if device.type != "cuda":
         pytest.skip("graphs are CUDA's")
 
@@ -74,7 +75,7 @@ def captured(device):
 
 @pytest.fixture
 def on_two_streams(device):
-    """Run a function on two streams of its own at once, with work before it that its inputs do not wait for."""
+    """Run a function on two streams at once, each with earlier work that its inputs do not wait for."""
 
     def run(function):
         module = getattr(torch, device.type)

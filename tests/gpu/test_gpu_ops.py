@@ -1,4 +1,4 @@
-"""Every operation on a GPU: its examples, then sizes of real models, against the float64 oracle."""
+"""Every operation on a GPU, on its examples and on sizes of real models, compared with the float64 oracle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_examples_in_a_graph_and_on_streams(op, backend, device, captured, on_tw
         expected = outcomes(example)
         for found in on_two_streams(lambda example=example: outcomes(example)):
             assert all(map(torch.equal, found, expected))
-        # A captured loss computes every token.
+        # During capture a loss computes every token.
         assert largest_error(captured(lambda example=example: outcomes(example)), expected) <= 1e-5
 
 
@@ -75,7 +75,7 @@ def losses(hidden, reference, head, mask, labels, **settings):
 
 @pytest.fixture
 def states(device):
-    """Hidden states of 700 tokens, a head of 50257 classes, mask and labels; NaN where nothing counts."""
+    """Hidden states of 700 tokens, a head of 50257 classes, mask and labels; NaN where no token counts."""
     random = random_tensors(device, torch.float32)
     reference, head = random(1, 700, 256), random(50257, 256, seed=1) / 8
     hidden, mask = reference + 0.1 * random(1, 700, 256, seed=2), random(1, 700, seed=3) < 1
@@ -145,7 +145,7 @@ def fields(projections):
     indirect=True, ids=str,
 )  # fmt: skip
 def test_projections_twice_and_in_a_graph(device, pairs, captured):
-    """Plans of other tensors push those of the warm-up out before the replay."""
+    """Plans of other tensors evict those of the warm-up before the replay."""
     with served_by("reference"):
         exact = fields(subspace_projections(*pairs))
     ours = fields(subspace_projections(*pairs))

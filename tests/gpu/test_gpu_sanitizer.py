@@ -1,4 +1,4 @@
-"""The self-test of every backend under compute-sanitizer, where it is installed; errors of this package's kernels count."""
+"""The self-test of every backend under compute-sanitizer, if installed; only this package's kernels count."""
 
 from __future__ import annotations
 

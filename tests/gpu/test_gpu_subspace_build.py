@@ -12,7 +12,7 @@ SHAPES = {"q_proj": (512, 512), "up_proj": (1408, 512), "down_proj": (512, 1408)
 
 @pytest.fixture
 def sources(tmp_path):
-    """Two checkpoints in bfloat16 whose differences have singular values that fall off."""
+    """Two bfloat16 checkpoints whose difference has decaying singular values."""
     generator = torch.Generator().manual_seed(0)
     aligned, base = {}, {}
     for layer in range(3):

@@ -1,8 +1,9 @@
-"""The tiers that the tests of an operation run on: every backend that this machine has, and CUDA and Triton without a GPU.
+"""The tiers that the tests of an operation run on: every backend of this machine, and CUDA and Triton without a GPU.
 
 A test that takes `tier` runs once on each backend of its module's OP, and makes its tensors on the device `tier`:
-- in an ordinary run: torch, the extension module, the CUDA kernels emulated on the CPU, and what a GPU has where there is one;
-- with TRITON_INTERPRET=1 (test_triton_interpreted.py starts such a process): the Triton kernels alone, by Triton's interpreter.
+- by default: torch, the extension module, the CUDA kernels emulated on the CPU, and the GPU backends if there is a GPU;
+- with TRITON_INTERPRET=1 (test_triton_interpreted.py starts such a process): only the Triton kernels, in Triton's
+  interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if GPU is not None and not interpreted():
 
 
 def pytest_configure(config):
-    """The interpreter computes with numpy, which warns where a GPU goes on with infinity."""
+    """Ignore numpy's overflow warnings: the interpreter uses numpy, and a GPU returns infinity silently."""
     if interpreted():
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
 
@@ -40,7 +41,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The process of the interpreter runs what depends on the backend, and nothing else."""
+    """With the interpreter, run only the tests that depend on the backend."""
     if interpreted():
         others = [item for item in items if "tier" not in item.fixturenames]
         config.hook.pytest_deselected(items=others)
@@ -49,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def tier(request, monkeypatch):
-    """The device of the tensors, while one backend serves; what torch.empty gives is full of NaN."""
+    """Make one backend serve; return the device of its tensors. torch.empty returns NaN, so unwritten output shows."""
     name, device = request.param
     if name == "cuda" and device == CPU:
         emulated(monkeypatch)

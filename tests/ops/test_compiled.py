@@ -1,4 +1,4 @@
-"""Every operation under torch.compile and torch.library's checks."""
+"""Every operation under torch.compile and under torch.library's checks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from safelora_fast.ops.linear_kl import _node as loss_node
 from safelora_fast.ops.self_test import random_tensors
 from safelora_fast.ops.subspace_projection import _node as projection_node
 
-# opcheck asks inputs that it has cast for their gradients
+# opcheck reads .grad of inputs that it has cast
 OPCHECK = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 FLAGS = pytest.mark.parametrize("flag", [True, False])
 RANDOM = random_tensors(torch.device("cpu"), torch.float32)
 
 
 def compiled(function):
-    """fullgraph=True raises where the compiler would have to leave the graph."""
+    """Compile with fullgraph=True, which raises on a graph break."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
@@ -54,7 +54,7 @@ def test_opcheck_of_the_feature_distance(packed, dtype):
 @pytest.mark.parametrize("differentiable", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_opcheck_of_the_losses(flag, differentiable, dtype):
-    """With labels and metrics of the tokens, or the divergence alone."""
+    """With labels and metrics of the tokens, or with the divergence alone."""
     hidden, reference, head, bias = (RANDOM(*shape).to(dtype) for shape in ((2, 5, 8), (2, 5, 8), (37, 8), (37,)))
     hidden.requires_grad_(differentiable)
     weights = [torch.tensor(value, dtype=dtype) for value in (0.3, 0.07)]
@@ -92,7 +92,7 @@ def test_one_graph_for_a_loss_of_both():
 
 
 def test_nothing_is_computed_that_nobody_asks_for():
-    """No gradient under no_grad, and none of a layer that needs none."""
+    """No gradient under no_grad, and none for a layer that does not need one."""
     hidden, other, head = RANDOM(2, 5, 8).requires_grad_(), RANDOM(2, 5, 8, seed=1), RANDOM(37, 8)
     mask = torch.ones(2, 5, dtype=torch.bool)
     with torch.no_grad():

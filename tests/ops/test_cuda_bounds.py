@@ -1,4 +1,4 @@
-"""No kernel reads or writes beyond its operands: pages beside them may not be touched."""
+"""No kernel reads or writes beyond its operands: the pages next to them are protected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).parents[1] / "support" / "guarded_cuda.py"
 
 
 def run(*arguments):
-    libraries()  # skips where they cannot be built
+    libraries()  # skips if they cannot be built
     return subprocess.run([sys.executable, PROGRAM, *arguments], capture_output=True, text=True, check=False)
 
 

@@ -1,4 +1,4 @@
-"""CUDA found at run time, or not."""
+"""Finding the CUDA driver and compiler at run time, and what happens without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What NVRTC makes of the CUDA sources, for GPUs that need not be here."""
+"""The machine code that NVRTC makes from the CUDA sources, for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TestFeatureDistance:
     @pytest.mark.parametrize("name", [f"{kernel}_{name}" for kernel in ("token_sums", "gradient") for name in NAMES])
     def test_hot_loops_read_16_bytes_at_a_time_from_registers_that_suffice(self, architecture, name):
         kernel = kernels("feature_distance.cu", architecture)[name]
-        assert kernel.registers <= 64  # four blocks of 256 threads a multiprocessor, half of what it holds
+        assert kernel.registers <= 64  # four blocks of 256 threads per multiprocessor, half of its capacity
         assert (kernel.stack, kernel.count("LDL"), kernel.count("STL")) == (0, 0, 0)
         assert kernel.count("LDG", "128") >= 2 * 4  # both tensors, unrolled four times
         if name.startswith("gradient"):
@@ -30,7 +30,7 @@ class TestFeatureDistance:
     def test_the_small_kernels_do_not_spill(self, architecture, name):
         kernel = kernels("feature_distance.cu", architecture)[name]
         assert kernel.registers <= 64
-        assert kernel.stack <= 16  # the frame of a call to the square root, on sm_80
+        assert kernel.stack <= 16  # the stack frame of a call to the square root, on sm_80
 
 
 @pytest.mark.slow
@@ -44,10 +44,10 @@ class TestSubspaceProjection:
         self, architecture, form, kind, name, ranks
     ):
         kernel = kernels("subspace_projection.cu", architecture)[f"{form}_{kind}_{name}_{ranks}"]
-        assert kernel.registers <= (192 if ranks == 16 else 240)  # two blocks of 128 threads a multiprocessor
+        assert kernel.registers <= (192 if ranks == 16 else 240)  # two blocks of 128 threads per multiprocessor
         assert (kernel.stack, kernel.count("LDL"), kernel.count("STL")) == (0, 0, 0)
         assert kernel.count("LDG", "128", "CONSTANT") >= (8 if kind == "pair" else 4)
-        # Products of bfloat16 parts that float32 needs, in a loop for whole groups and one for any.
+        # Products of the bfloat16 parts of float32, in a loop for whole groups and in one for any.
         parts = {"f32": 6, "f16": 5, "bf16": 5 if kind == "pair" else 3}[name]
         steps = 4 if name == "f32" else 8
         assert kernel.count("HMMA", "16816", "BF16") == 2 * parts * steps * ranks // 16
@@ -61,7 +61,7 @@ class TestSubspaceProjection:
 
 
 def test_an_architecture_that_nvrtc_does_not_know_is_an_error_of_one_line():
-    kernels("feature_distance.cu", "sm_90")  # skips where there is no NVRTC
+    kernels("feature_distance.cu", "sm_90")  # skips without NVRTC
     with pytest.raises(BackendError, match=r"does not compile for sm_19 with NVRTC .*: .*gpu-architecture") as error:
         _core.cuda_kernels("feature_distance.cu", "sm_19", nvrtc=cuda_runtime.nvrtc_candidates())
     assert "\n" not in str(error.value)

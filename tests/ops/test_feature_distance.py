@@ -1,4 +1,4 @@
-"""The feature distance on every tier against its definition in float64."""
+"""The feature distance on every tier, compared with its definition in float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_value_and_gradients_twice(tier, dtype, normalize, packed):
 @pytest.mark.parametrize("hidden", [1, 2, 7, 8, 31, 255, 1024, 1031])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_any_width_gives_the_same_bits_wherever_it_lies(tier, dtype, hidden):
-    """Whole loops of wide loads, what is left of them, and single elements where a token is not aligned."""
+    """Loops of wide loads, their remainder, and single elements if a token is not aligned."""
     features, references, mask, _ = batch(DTYPES[dtype], (2, 3, hidden), layers=1, device=tier)
     ours = run(features, references, mask)
     assert_true(ours, truth(features, references, mask), mask)
@@ -51,7 +51,7 @@ def test_any_width_gives_the_same_bits_wherever_it_lies(tier, dtype, hidden):
 
 @NORMALIZATIONS
 def test_sequences_over_many_tiles(tier, normalize, monkeypatch):
-    """Numbers of a row may repeat after others; each tile of tokens starts in the middle of a sequence."""
+    """Segment numbers may repeat later in a row; each tile of tokens starts in the middle of a sequence."""
     monkeypatch.setattr(triton, "TOKEN_TILE", 32)
     monkeypatch.setattr(triton, "BOUNDS_TILE", 16)
     features, references, mask, _ = batch(torch.float32, (2, 75, 8), layers=1, device=tier)
@@ -63,7 +63,7 @@ def test_sequences_over_many_tiles(tier, normalize, monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 150, 1024), (2, 260, 3584)], ids=str)
 def test_many_units_of_work(tier, shape):
     if tier.type == "cpu" and OP.choose(()).name in {"triton", "cuda"}:
-        shape = (2, 9, 530)  # what stands in for a GPU would take minutes
+        shape = (2, 9, 530)  # the emulation and the interpreter would take minutes
     features, references, mask, segments = batch(torch.bfloat16, shape, layers=1, device=tier)
     ours = run(features, references, mask, "sequence", segments)
     assert_true(ours, truth(features, references, mask, "sequence", segments), mask)
@@ -71,7 +71,7 @@ def test_many_units_of_work(tier, shape):
 
 @pytest.mark.parametrize("drift", [1e-1, 1e-3, 1e-5])
 def test_no_cancellation_at_a_small_drift(tier, drift):
-    """In float32, 2 − 2⟨x, x₀⟩ is 73 % off at a relative drift of 1e-3."""
+    """In float32, 2 − 2⟨x, x₀⟩ is off by 73 % at a relative drift of 1e-3."""
     features, references, mask, _ = batch(torch.float32, (2, 5, 128), drift=drift, device=tier)
     assert_true(run(features, references, mask), truth(features, references, mask), mask, value=3e-6, rounding=2e-6)
 
@@ -108,7 +108,7 @@ def test_one_reference_for_all(tier):
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 def test_layers_that_differ(tier, normalize):
-    """In width and dtype, their own or that of the reference; one needs no gradient. Nobody waits for a GPU."""
+    """Layers that differ in width or dtype, or from their reference; one needs no gradient. Nothing waits for a GPU."""
     features, references, mask, segments = batch(torch.float32, (2, 6, 20), layers=4, device=tier)
     narrow, of_narrow, *_ = batch(torch.bfloat16, (2, 6, 12), layers=1, device=tier)
     features.insert(1, narrow[0])
@@ -250,7 +250,7 @@ class TestExtension:
     @pytest.mark.parametrize("drift", [1e-1, 1e-3, 1e-6])
     @pytest.mark.parametrize("aside", [1e-2, 1e-4])
     def test_states_that_grow_along_themselves(self, drift, aside):
-        """Little of the drift turns the state: ‖d‖² − (p − q)² cancels to `aside`² of its terms, which float32 would lose."""
+        """The state is barely rotated: ‖d‖² − (p − q)² cancels to `aside`² of its terms, which float32 would lose."""
         generator = torch.Generator().manual_seed(0)
         reference, turn = (torch.randn(2, 9, 400, generator=generator) for _ in range(2))
         features = [(reference.double() * (1 + drift) + drift * aside * turn).float().requires_grad_()]
@@ -291,7 +291,7 @@ class TestExtension:
 
     @pytest.mark.parametrize("is_busy", [False, True])
     def test_a_forked_child_makes_threads_of_its_own(self, monkeypatch, is_busy):
-        """Whatever the parent was doing when it forked."""
+        """Whatever the parent is doing when it forks."""
         monkeypatch.setenv("SAFELORA_FAST_NUM_THREADS", "2")
         features, references, mask, _ = batch(torch.float32, (3, 100, 700))
         features = [f.detach() for f in features]

@@ -1,4 +1,4 @@
-"""`make bench-gpu` rehearsed: everything but the clock and the GPU, on small tensors, with the reference for a kernel."""
+"""`make bench-gpu` without clock and GPU: everything else, on small tensors, with the reference instead of a kernel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = {
     "feature_distance": {"TOKENS": 6, "HIDDEN": 10},
     "linear_kl": {"TOKENS": 9, "HIDDEN": 16, "VOCABULARY": 50},
 }
-# Suite, figure and aim, as they were set.
+# Suite, metric and aim, as specified.
 AIMS = {
     ("projection", "of a copy", "≥ 0.85"),
     ("projection", "× torch, factored", "≥ 3"),
@@ -41,7 +41,7 @@ AIMS = {
 
 @pytest.fixture
 def main(monkeypatch):
-    """The script as a module, with small inputs."""
+    """Import the script as a module, with small inputs."""
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
     spec = importlib.util.spec_from_file_location("gpu_benches", FOLDER / "__main__.py")
@@ -51,7 +51,7 @@ def main(monkeypatch):
         for name, value in sizes.items():
             monkeypatch.setattr(module.SUITES[suite], name, value)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setenv(VARIABLE, "")  # so that what the script leaves there is taken away again
+    monkeypatch.setenv(VARIABLE, "")  # so that the script's own setting is undone afterwards
     donated = config.donated_buffer
     yield module
     config.donated_buffer = donated
@@ -62,7 +62,7 @@ def main(monkeypatch):
 
 def rehearsal(main):
     class Rehearsal(main.Timer):
-        """Calls everything, and says that it took two milliseconds."""
+        """Calls everything, and reports two milliseconds for each call."""
 
         def sets(self, bytes_a_set):
             assert bytes_a_set > 0
@@ -93,7 +93,7 @@ def test_every_aim_has_a_figure(main):
             if figure.aim:
                 assert figure.provider == "ours, reference"
                 found.add((suite, figure.name, figure.aim))
-    peer = set() if importlib.util.find_spec("trl.kernels") is None else {"TRL"}  # which older ones lack
+    peer = set() if importlib.util.find_spec("trl.kernels") is None else {"TRL"}  # which older versions lack
     assert found >= {aim for aim in AIMS if peer or "TRL" not in aim[1]}
     assert peers >= {"torch", "torch, factored", "torch, dense", "torch.compile"} | peer
     assert requested_backend() is None

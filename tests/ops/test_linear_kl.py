@@ -1,4 +1,4 @@
-"""KL and cross-entropy from hidden states on every tier, against whole logits in float64."""
+"""KL and cross-entropy from hidden states on every tier, compared with full logits in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = [
 SETTING = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 DIRECTION = pytest.mark.parametrize("direction", ["reverse", "forward"])
 MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
-# Labels inside and outside the mask, tokens in the mask without a label, and a row without any.
+# Labels inside and outside the mask, tokens in the mask without a label, and a sequence without any.
 LABELS = torch.tensor([[3, -100, 36, 0, -100], [-100, 7, 7, 30, -100], [-100, -100, -100, -100, -100]])
 WEIGHTS = {"kl_weight": 0.3, "cross_entropy_weight": 0.07}
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
@@ -32,14 +32,14 @@ VOCABULARY = 150
 
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch):
-    """Rows of several tiles in several chunks of several blocks, the last ones not full."""
+    """Several chunks of several blocks, rows of several tiles, the last of each partly filled."""
     monkeypatch.setattr(triton, "TILE", 64)
     monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", 5 * VOCABULARY)
     monkeypatch.setitem(chunks.BLOCK_ELEMENTS, "cpu", 2 * VOCABULARY)
 
 
 class Inputs:
-    """Hidden states, and the same losses by whole logits in float64; tokens that do not count hold NaN."""
+    """Hidden states, and the same losses from full logits in float64; tokens that do not count hold NaN."""
 
     def __init__(self, dtype, drift, settings=None, *, device="cpu", size=1.0, vocabulary=VOCABULARY, labels=LABELS):
         generator = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ class Inputs:
         )
 
     def exact(self):
-        """(hidden states, Σ KL, NLL, entropy, first choices), the last three of the labels."""
+        """Return (hidden states, Σ KL, NLL, entropy, top-1 hits), the last three for the labels."""
         hidden, reference, head, mask = self.given
         hidden = hidden.detach().double().nan_to_num(1.0).requires_grad_()
         bias = None if self.settings["bias"] is None else self.settings["bias"].double()
@@ -85,7 +85,7 @@ class Inputs:
         return hidden, (p.exp() * (p - q)).sum(), nll, -(log_p.exp() * log_p).sum(-1), logits
 
     def with_first_choices(self):
-        """Two labels become the student's first choices."""
+        """Make two labels the student's top predictions."""
         first = self.exact()[-1].argmax(-1)
         self.labels = self.labels.clone()
         self.labels[0, 0], self.labels[1, 3] = first[0], first[-1]
@@ -101,7 +101,7 @@ def assert_gradient(loss, hidden, expected, exact, rounding, unused):
 
 
 def check(inputs, *, rounding):
-    """Both losses, their gradients and the metrics of the tokens."""
+    """Compare both losses, their gradients and the metrics of the tokens."""
     hidden, kl, nll, entropy, logits = inputs.exact()
     value, unused = inputs.kl(), ~inputs.mask
     assert value.item() == pytest.approx(kl.item() / max(inputs.mask.sum().item(), 1), rel=rounding)
@@ -150,7 +150,7 @@ def test_the_oracle_takes_logits_for_exact():
 @DIRECTION
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_its_logits(tier, direction, dtype):
-    """Even where one over a million labels is below the smallest float16: only the ratio of the weights meets the logits."""
+    """Even if 1 / (a million labels) is below the smallest float16: only the ratio of the weights meets the logits."""
     inputs = Inputs(dtype, 0.1, {"direction": direction}, device=tier)
     hidden, kl, nll, *_ = inputs.exact()
     value = inputs.kl()
@@ -170,14 +170,14 @@ def test_far_apart_only_logarithms_tell(tier, direction, size):
     shared = inputs.shared()
     assert shared.kl.item() == pytest.approx(kl.item(), rel=1e-4)
     assert shared.cross_entropy.item() == pytest.approx(nll.sum().item(), rel=1e-4)
-    # Logits are in the thousands, and float32 rounds them by 5e-4.
+    # Logits are in the thousands, where float32 rounding is 5e-4.
     loss = WEIGHTS["kl_weight"] * kl + WEIGHTS["cross_entropy_weight"] * nll.sum()
     unused = ~(inputs.mask | (inputs.labels != -100))
     assert_gradient(shared.kl + shared.loss, inputs.hidden, loss, hidden, 1e-3 * size, unused)
 
 
 def test_the_same_shift_of_every_logit_is_no_divergence(tier):
-    """A student whose logits are the reference's plus a constant: the mean takes it away."""
+    """The student's logits are the reference's plus a constant, which the mean removes."""
     _, reference, head, mask = Inputs(torch.float32, 0.0, device=tier).given
     head = torch.cat([head, torch.full((len(head), 1), 4.0, device=tier)], 1)
     reference = torch.cat([reference, torch.zeros(3, 5, 1, device=tier)], -1)
@@ -190,7 +190,7 @@ def test_the_same_shift_of_every_logit_is_no_divergence(tier):
 
 @DIRECTION
 def test_classes_that_no_model_may_choose(tier, direction):
-    """Logits of −∞ by the bias, a whole tile of them first."""
+    """The bias makes logits −∞, first of all a whole tile of them."""
     settings = {"bias": True, "direction": direction}
     inputs = Inputs(torch.float32, 0.5, settings, device=tier, labels=torch.where(LABELS < 0, LABELS, LABELS + 100))
     inputs.settings["bias"][:80] = -torch.inf
@@ -213,7 +213,7 @@ def test_classes_that_no_model_may_choose(tier, direction):
     ("direction", "mask"), [("reverse", MASK), ("forward", torch.zeros_like(MASK))], ids=["some", "none"]
 )
 def test_a_graph_computes_every_token_and_waits_for_none(tier, direction, mask, monkeypatch):
-    """As while a CUDA graph is captured: the same results, whatever lies in tokens that do not count."""
+    """During CUDA graph capture: the same results, whatever values the tokens that do not count hold."""
     settings = {"direction": direction, "bias": True, "softcap": 20.0}
     labels = LABELS if mask.any() else torch.full_like(LABELS, -100)
     inputs = Inputs(torch.float32, 0.1, settings, device=tier, labels=labels)
@@ -233,7 +233,7 @@ def test_a_graph_computes_every_token_and_waits_for_none(tier, direction, mask, 
     if OP.choose(()).name == "triton":
         with NobodyWaits():
             found = results()
-    else:  # torch asks whether exponentials suffice
+    else:  # torch checks whether exponentials suffice
         found = results()
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-7)
@@ -269,7 +269,7 @@ def test_each_loss_alone():
 
 
 def test_autocast_gives_its_dtype_to_the_products_with_the_head():
-    """As in a linear layer; the difference of the hidden states is taken before it is rounded."""
+    """As in a linear layer; the difference of the hidden states is computed before rounding."""
     inputs = Inputs(torch.float32, 1e-3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = inputs.kl()

@@ -1,4 +1,4 @@
-"""Which backend serves, what the variable may say, the self-test, and installations that lack something."""
+"""The choice of a backend, the environment variable, the self-test, and incomplete installations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def no_variable(monkeypatch):
 
 
 def results(op):
-    """What the examples of an operation give, with gradients."""
+    """Results and gradients of an operation's examples."""
     return [
         tensor
         for example in op.examples(random_tensors(torch.device("cpu"), torch.float32))
@@ -104,7 +104,7 @@ def test_an_operation_without_such_a_backend_is_served_as_by_default(monkeypatch
 
 
 class Wrapped(torch.Tensor):
-    """A subclass, as distributed tensors are: its address need not lead to its values."""
+    """A subclass, such as a distributed tensor: its address need not point to its values."""
 
 
 def test_what_kernels_can_read():
@@ -117,7 +117,7 @@ def test_what_kernels_can_read():
 
 
 def test_triton_without_a_compiler_is_a_reason(monkeypatch):
-    """Triton builds its launcher when a kernel is first launched: it is asked before, and torch serves."""
+    """Triton builds its launcher at the first launch. This is checked before, so that torch can serve."""
     driver = pytest.importorskip("triton.runtime.driver").driver
 
     class NoCompiler:
@@ -178,7 +178,7 @@ def test_an_array_where_a_tensor_belongs(call, message):
 
 
 def python(code):
-    """Run code in a process of its own, which what is imported or missing calls for; what it prints."""
+    """Run code in a separate process, needed for checks of imports; return its output."""
     variables = {name: value for name, value in os.environ.items() if name != VARIABLE}
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -218,7 +218,7 @@ def test_operations_without_torch():
 
 @pytest.fixture
 def triton_is(monkeypatch):
-    """Let another module, or None, stand for Triton."""
+    """Replace Triton by another module or None."""
 
     def replace(module):
         monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -233,7 +233,7 @@ def triton_is(monkeypatch):
     ("version", "is_old"), [("3.2.0", True), ("3.3.0", False), ("3.10.1+git", False), ("4.0", False)]
 )
 def test_a_triton_without_tuples_of_pointers(triton_is, version, is_old):
-    """The oldest torch that is supported brings Triton 3.2: it is refused, and torch serves."""
+    """The oldest supported torch ships Triton 3.2, which is not supported, so torch serves."""
     module = ModuleType("triton")
     module.__version__ = version
     triton_is(module)
@@ -244,7 +244,7 @@ def test_a_triton_without_tuples_of_pointers(triton_is, version, is_old):
 
 
 def test_torch_for_the_cpu_alone(triton_is, monkeypatch):
-    """Its build knows no CUDA, and comes without triton; every operation works, and what names a GPU says what is missing."""
+    """A CPU-only build has neither CUDA nor triton. Every operation works; requests for a GPU say what is missing."""
     triton_is(None)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -264,7 +264,7 @@ def test_torch_for_the_cpu_alone(triton_is, monkeypatch):
 
 
 def test_torch_with_cuda_but_no_gpu(monkeypatch):
-    """What torch says where its driver or its GPU is missing; the interpreter would stand in, so it is off."""
+    """Messages without a driver or GPU. The interpreter is off, because it would replace the GPU."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

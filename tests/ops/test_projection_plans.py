@@ -1,4 +1,4 @@
-"""Plans of grouped launches: whose they are, and how long they live."""
+"""Plans of grouped launches: which stream they belong to, and how long they are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from safelora_fast.ops import plans
 from safelora_fast.ops.plans import KEPT, Plans, uploaded
 
-DEVICE = torch.device("cuda", 0)  # never touched: the fixture says what streams it has
+DEVICE = torch.device("cuda", 0)  # never used: the fixture defines its streams
 
 
 class Gpu:

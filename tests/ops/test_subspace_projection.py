@@ -1,4 +1,4 @@
-"""The projection of one module and of many, on every tier, against float64."""
+"""The projection of one module and of many, on every tier, compared with float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NORMALIZATIONS = pytest.mark.parametrize("normalize", ["frobenius", "spectral"])
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Several chunks of rows and tiles of columns in small matrices, and no plan of another test."""
+    """Split small matrices into several chunks and tiles, and drop the plans of other tests."""
     for name, value in {"CHUNK": 32, "COLUMN_TILE": 32, "ROW_TILE": 16, "STEP": 16}.items():
         monkeypatch.setattr(triton, name, value)
     triton._plans.recent.clear()
@@ -46,7 +46,7 @@ def values(matrix):
 
 
 def projected(aligned, base, lora_b, normalize="frobenius"):
-    """C·B in float64, written plainly."""
+    """C·B in float64, by definition."""
     v = aligned.double() - base.double()
     norm = torch.linalg.matrix_norm(v) if normalize == "frobenius" else torch.linalg.matrix_norm(v, ord=2).square()
     return v @ (v.mT @ lora_b.double()) / norm
@@ -59,7 +59,7 @@ def close(found, truth, tolerance=1e-6):
 
 
 def check_products(matrices, left, right):
-    """Both products, and ‖V‖² of pairs."""
+    """Check both products, and ‖V‖² of pairs."""
     found, squares = transposed_products(matrices, left)
     for matrix, factor, ours, square in zip(matrices, left, found, squares, strict=True):
         close(ours, values(matrix).mT @ factor.double())
@@ -113,7 +113,7 @@ def test_wide_factors(tier, rank):
 
 
 def test_layouts_and_mixed_types(tier):
-    """Stored by columns, rows of a wider tensor, gaps everywhere, factors transposed: groups of their own, one result."""
+    """Column-major, rows of a wider tensor, gaps everywhere, transposed factors: several groups, one result."""
     aligned, base = pair(48, 32, 1, device=tier)
     wide = torch.full((2, 70, 59), torch.nan, device=tier)
     wide[0, 3:51, 3:35], wide[1, 3:51, 3:35] = aligned, base
@@ -154,7 +154,7 @@ def test_nothing_to_project_on(tier):
 
 
 def test_plans_follow_what_moves(tier):
-    """The plan of one set of tensors is not used for another that lies elsewhere, or that has another shape there."""
+    """A plan is not reused for tensors at other addresses, or with other shapes at the same addresses."""
     whole = random(3, 40, 40, device=tier)
     for rows, columns in ((40, 33), (20, 33), (40, 33)):
         matrix, left = (whole[0, :rows, :columns], whole[1, :rows, :columns]), whole[2, :rows, :5]
@@ -213,7 +213,7 @@ def test_penalties_and_gradients(tier):
 
 
 def test_a_graph_waits_for_nothing_and_keeps_what_it_reads(tier, monkeypatch):
-    """As while a CUDA graph is captured: what lies elsewhere than before has its plan uploaded by the graph."""
+    """During CUDA graph capture: if operands are at new addresses, the graph uploads their plan."""
     if OP.choose(()).name == "eager":
         return
     matrices = [pair(40, 33, 1, device=tier), pair(20, 10, 5, device=tier)]
@@ -277,7 +277,7 @@ class TestCuda:
 
 
 def test_triton_plans():
-    """Used last are kept; a tile fills a step of a tensor core."""
+    """The most recently used plans are kept; a tile fills a step of a tensor core."""
     (group,) = triton._groups([random(40, 1)], [random(40, 3)], [0])
     plan = group.plan(triton._transposed_plan)
     assert (plan.tile, plan.width) == (16, 16)

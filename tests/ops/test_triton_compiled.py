@@ -1,6 +1,7 @@
-"""Every Triton kernel compiled for GPUs that are not there: no spills, wide loads, tensor cores where meant.
+"""Every Triton kernel compiled for GPUs that need not be present: no spills, wide loads, tensor cores where intended.
 
-Each architecture is a class, so that pytest-xdist gives them to different workers: a compilation takes about a second.
+Each architecture is a class, so that pytest-xdist runs them on different workers: each compilation takes about a
+second.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def compiled(request, tmp_path_factory):
 
 
 class Checks:
-    """Those of one architecture; `only` names the kernels that differ most between architectures."""
+    """Checks for one architecture; `only` names the kernels that differ most between architectures."""
 
     architecture: int
     only = "bf16"

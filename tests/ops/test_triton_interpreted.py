@@ -1,7 +1,7 @@
-"""Runs what tests/ops has for Triton, and tests/interpreted, under Triton's interpreter.
+"""Runs the Triton tests of tests/ops, and tests/interpreted, under Triton's interpreter.
 
-Triton chooses the interpreter when it is imported: each part is a process of its own. Each is a class, so that pytest-xdist
-gives them to different workers.
+Triton selects the interpreter at import, so each part is a separate process. Each is a class, so that pytest-xdist
+runs them on different workers.
 """
 
 from __future__ import annotations
