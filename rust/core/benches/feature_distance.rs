@@ -1,4 +1,4 @@
-//! Times the feature distance beside what the machine can read and write, over states that have left the caches:
+//! Times the feature distance against the machine's read and write bandwidth, on states that have left the caches:
 //! `cargo bench -p safelora-fast-core --bench feature_distance -- [hidden [megabytes ...]]`.
 
 use std::time::Instant;
@@ -7,11 +7,11 @@ use safelora_fast_core::feature_distance::{Factor, Gradient, Normalize, Pair, Se
 use safelora_fast_core::kernels::{Dtype, Engine, Level};
 use safelora_fast_core::limits::{read_seconds, update_seconds};
 
-/// Memory that a round of calls goes through, so that no call finds its tensors in a cache.
+/// Memory that one round of calls covers, large enough that no call finds its tensors in a cache.
 const COLD: usize = 1 << 29;
 const TOKENS: usize = 64;
 
-/// Bytes that begin on a cache line.
+/// Bytes aligned to a cache line.
 struct Bytes {
     memory: Vec<u8>,
     start: usize,
@@ -44,8 +44,8 @@ impl Bytes {
     }
 }
 
-/// Medians of the seconds that measures give, over some rounds through the sets. The measures take turns, because memory
-/// bandwidth drifts, and each takes a set that no other used lately.
+/// Median seconds of each measurement, over several rounds through the sets. The measurements alternate, because memory
+/// bandwidth drifts, and each takes a set that no other used recently.
 fn medians<const N: usize>(
     sets: &mut [[Bytes; 3]],
     rounds: usize,

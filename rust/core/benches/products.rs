@@ -1,4 +1,4 @@
-//! Times the products with V beside what the machine can read and multiply:
+//! Times the products with V against the machine's read bandwidth and multiply-add rate:
 //! `cargo bench -p safelora-fast-core -- [rows cols [rank ...]]`.
 
 use std::time::Instant;

@@ -1,8 +1,8 @@
-//! What fuzz targets and ordinary tests run on hostile bytes: nothing may panic, and what is accepted must be sound.
+//! Checks that fuzz targets and ordinary tests run on hostile bytes: no panics, and accepted input must be sound.
 
 use safelora_fast_core::checkpoint::{Header, parse_index};
 
-/// Reads `bytes` as a safetensors file; tensors of an accepted header cover what follows it exactly once.
+/// Parses `bytes` as a safetensors file. The tensors of an accepted header cover the bytes after it exactly once.
 pub(crate) fn header(bytes: &[u8]) {
     match Header::parse(bytes) {
         Ok(header) => {
@@ -20,7 +20,7 @@ pub(crate) fn header(bytes: &[u8]) {
     }
 }
 
-/// Reads `bytes` as an index; entries of an accepted one stay below its folder.
+/// Parses `bytes` as an index. The entries of an accepted index stay inside its folder.
 pub(crate) fn index(bytes: &[u8]) {
     match parse_index(bytes) {
         Ok(entries) => {

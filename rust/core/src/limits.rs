@@ -1,30 +1,30 @@
-//! What this machine can read and multiply: the limits that the speed of the kernels is judged by.
+//! The machine's read bandwidth and multiply-add rate: limits for judging the speed of the kernels.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::kernels::{Level, fused_chains, prefetch};
 
-/// Bytes that one thread reads of a region before it turns to the next region.
+/// Bytes that one thread reads of a region before it switches to the next region.
 const STRETCH: usize = 1 << 14;
-/// The same where a region is also written: memory is faster with shorter turns of reading and writing.
+/// Same as `STRETCH` if a region is also written: memory is faster with shorter turns of reading and writing.
 const UPDATE_STRETCH: usize = 1 << 12;
-/// Distance of the software prefetch, in bytes.
+/// Prefetch distance in bytes.
 const AHEAD: usize = 1 << 12;
 /// Fused multiply-adds in one lane of one chain, in `fma_peak`.
 const STEPS: usize = 1 << 22;
 
-/// Seconds to read every byte of `regions` once with `threads` threads that only fold what they read.
+/// Seconds to read every byte of `regions` once with `threads` threads that only fold the data.
 ///
-/// Each thread takes a contiguous share of every region and reads the regions in turn, as the kernels do with the two
-/// weights.
+/// Each thread takes a contiguous share of every region and alternates between the regions, as the kernels do with the
+/// two weights.
 #[must_use]
 pub fn read_seconds(regions: &[&[u8]], threads: usize) -> f64 {
     update_seconds(regions, &mut [], threads, false)
 }
 
-/// Seconds to read every byte of `regions` and to overwrite every byte of `written` once, as `read_seconds` does it;
-/// `stream` writes past the caches.
+/// Seconds to read every byte of `regions` and overwrite every byte of `written` once, like `read_seconds`.
+/// `stream` bypasses the caches.
 pub fn update_seconds(regions: &[&[u8]], written: &mut [u8], threads: usize, stream: bool) -> f64 {
     let threads = threads.max(1);
     let stretch = if written.is_empty() { STRETCH } else { UPDATE_STRETCH };
@@ -56,10 +56,10 @@ pub fn update_seconds(regions: &[&[u8]], written: &mut [u8], threads: usize, str
     })
 }
 
-/// Fused multiply-add rate of `threads` threads at `level` on registers alone, in FLOP/s (two for each multiply-add).
+/// Fused multiply-add rate of `threads` threads at `level` in registers only, in FLOP/s (two per multiply-add).
 ///
 /// # Panics
-/// When this CPU lacks the level.
+/// If this CPU lacks the level.
 #[must_use]
 pub fn fma_peak(threads: usize, level: Level) -> f64 {
     assert!(level.is_available(), "this CPU has no {}", level.name());
@@ -70,7 +70,7 @@ pub fn fma_peak(threads: usize, level: Level) -> f64 {
     2.0 * STEPS as f64 * lanes.into_inner() as f64 / seconds
 }
 
-/// Seconds from the moment when all threads are ready to the end of the last one's work.
+/// Seconds from the moment all threads are ready until the last one finishes.
 fn at_once(threads: usize, work: impl Fn(usize, usize) + Sync) -> f64 {
     let threads = threads.max(1);
     let barrier = std::sync::Barrier::new(threads);
@@ -108,7 +108,7 @@ fn fold_avx2(bytes: &[u8]) -> u64 {
     fold_any(bytes)
 }
 
-#[allow(clippy::inline_always)] // so that it takes on the caller's instruction set
+#[allow(clippy::inline_always)] // lets it use the caller's instruction set
 #[inline(always)]
 fn fold_any(bytes: &[u8]) -> u64 {
     let mut lanes = [0_u64; 16];
@@ -123,7 +123,7 @@ fn fold_any(bytes: &[u8]) -> u64 {
     lanes.iter().fold(0, |sum, lane| sum ^ lane) ^ rest.iter().fold(0, |sum, byte| sum ^ u64::from(*byte))
 }
 
-/// Fills `bytes`, past the caches when `stream` asks for it and the CPU can; then a `fence` must follow.
+/// Fills `bytes`, bypassing the caches if `stream` is set and the CPU can; then a `fence` must follow.
 fn overwrite(bytes: &mut [u8], value: u8, stream: bool) {
     #[cfg(target_arch = "x86_64")]
     if stream {
@@ -136,7 +136,7 @@ fn overwrite(bytes: &mut [u8], value: u8, stream: bool) {
     bytes.fill(value);
 }
 
-/// Orders streamed stores before all later ones.
+/// Orders streaming stores before all later stores.
 fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE is part of x86-64.
@@ -149,7 +149,7 @@ fn fence() {
 #[target_feature(enable = "avx512f,avx512bw")]
 fn stream_avx512(bytes: &mut [u8], value: u8) {
     use std::arch::x86_64::{__m512i, _mm512_set1_epi8, _mm512_stream_si512};
-    // SAFETY: any bytes make a register, and `body` is aligned to what is written; the caller fences.
+    // SAFETY: any bytes form a register, and `body` is aligned to it; the caller fences.
     unsafe {
         let (head, body, tail) = bytes.align_to_mut::<__m512i>();
         head.fill(value);
@@ -164,7 +164,7 @@ fn stream_avx512(bytes: &mut [u8], value: u8) {
 #[target_feature(enable = "sse2")]
 fn stream_sse2(bytes: &mut [u8], value: u8) {
     use std::arch::x86_64::{__m128i, _mm_set1_epi8, _mm_stream_si128};
-    // SAFETY: any bytes make a register, and `body` is aligned to what is written; the caller fences.
+    // SAFETY: any bytes form a register, and `body` is aligned to it; the caller fences.
     unsafe {
         let (head, body, tail) = bytes.align_to_mut::<__m128i>();
         head.fill(value);

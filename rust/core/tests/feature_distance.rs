@@ -1,4 +1,5 @@
-//! The feature distance: against its definition in f64, and every level and number of threads against plain Rust, bit for bit.
+//! Compares the feature distance with its definition in f64, and every level and number of threads bit for bit with
+//! plain Rust.
 
 use proptest::prelude::*;
 use safelora_fast_core::feature_distance::{Factor, Gradient, Normalize, Pair, Sequences, States, backward, forward};
@@ -76,7 +77,7 @@ impl Numbers {
         (self.0 >> 40) as f32 / (1_u64 << 23) as f32 - 1.0
     }
 
-    /// Numbers of sizes so different that no two orders of a sum give the same bits.
+    /// Numbers of such different magnitudes that any change in the order of a sum changes its bits.
     fn spread(&mut self) -> f32 {
         self.next() * 2.0_f32.powi(self.below(12) as i32 - 6)
     }
@@ -87,7 +88,7 @@ impl Numbers {
     }
 }
 
-/// Two blocks of one batch; tokens that do not count hold NaN.
+/// Two layers of one batch; tokens that do not count hold NaN.
 #[derive(Clone, Debug)]
 struct Case {
     blocks: Vec<[Stored; 2]>,
@@ -96,7 +97,7 @@ struct Case {
     normalize: Normalize,
 }
 
-/// What both directions give; gradients begin as NaN.
+/// Results of both directions; gradients start as NaN.
 struct Outcome {
     distance: f64,
     gradients: Vec<Vec<u8>>,
@@ -191,8 +192,8 @@ impl Case {
         keys.len().max(1) as f64
     }
 
-    /// ‖x − x₀‖² of the flattened, scaled units in f64 and how far f32 differences may lead from it, and its gradient by
-    /// the chain rule, block by block.
+    /// ‖x − x₀‖² of the flattened, scaled units in f64, the error that f32 differences may cause, and the gradient by
+    /// the chain rule, layer by layer.
     fn definition(&self) -> (f64, f64, Vec<Expected>) {
         let (mut distance, mut tolerance) = (0.0, 0.0);
         let mut gradients = Vec::new();
@@ -261,13 +262,13 @@ impl Case {
     }
 }
 
-/// The gradient of one block.
+/// The gradient of one layer.
 struct Expected {
     values: Vec<f64>,
-    /// How large the factor of d is where h − h₀ is no f32: its rounding shows where the gradient cancels.
+    /// Magnitude of the factor of d if h − h₀ is inexact in f32: its rounding is visible if the gradient cancels.
     inexact: f64,
-    /// How large the terms are whose difference the gradient is: where they cancel, as for a hidden size of one, the f64
-    /// rounding of both ways shows.
+    /// Magnitude of the terms whose difference is the gradient. If they cancel, as for a hidden size of one, the f64
+    /// rounding of both computations is visible.
     terms: f64,
 }
 
@@ -277,14 +278,14 @@ fn length(values: &[f64]) -> f64 {
 
 const WEIGHT: f64 = 0.7;
 
-/// The rounding of an f32.
+/// The rounding error of an f32.
 const HALF_ULP: f64 = 1.0 / (1_u64 << 24) as f64;
 
 fn engine(threads: usize, level: Level) -> Engine {
     Engine::new(threads, level).expect("the level is available")
 }
 
-/// One engine for each level with one and with three threads, the first of them plain.
+/// One engine for each level with one and with three threads, plain Rust first.
 fn engines() -> Vec<Engine> {
     let levels = Level::ALL.into_iter().filter(|level| level.is_available());
     levels.flat_map(|level| [engine(1, level), engine(3, level)]).collect()

@@ -1,4 +1,4 @@
-//! Headers and indices that lie, as seeds, as mutations of valid files, and one by one with their messages.
+//! Invalid headers and indices: fuzzing seeds, mutations of valid files, and single cases with their messages.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -86,7 +86,7 @@ proptest! {
     #[test]
     fn mutated_headers_never_panic(seed: prop::sample::Index, mutations in mutations(), repair: bool) {
         let mut bytes = seed.get(&seeds("header")).clone();
-        // Mutations of the header alone, with its length put right, reach deeper than mutations of everything.
+        // Mutating only the header and then fixing its length reaches deeper than mutating everything.
         if repair && bytes.len() > 8 {
             let mut header = bytes.split_off(8);
             mutate(&mutations, &mut header);
@@ -106,7 +106,7 @@ proptest! {
     }
 }
 
-/// A file with this header and these bytes behind it.
+/// Writes a file with this header, followed by these bytes.
 fn file(folder: &Path, header: &str, data: &[u8]) -> PathBuf {
     let path = folder.join("model.safetensors");
     let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat();
@@ -248,7 +248,7 @@ fn an_index_stays_in_its_folder_and_names_files_that_exist() {
         fs::write(&path, format!(r#"{{"weight_map":{map}}}"#)).expect("a writable folder");
         read_index(&path).map_err(|error| error.to_string())
     };
-    // The Hugging Face cache keeps links to its blobs: the name stays in the folder, the file need not.
+    // The Hugging Face cache uses links to its blobs: the name stays in the folder, the file may be elsewhere.
     #[cfg(unix)]
     assert_eq!(read(r#"{"a":"one.safetensors"}"#).expect("a valid index")["a"], snapshot.join("one.safetensors"));
     let cases = [

@@ -1,4 +1,4 @@
-//! The products with V: against a sum in f64, and every level and number of threads against plain Rust, bit for bit.
+//! Compares the products with V with sums in f64, and every level and number of threads bit for bit with plain Rust.
 
 use proptest::prelude::*;
 use safelora_fast_core::kernels::{Difference, Dtype, Engine, Level, Matrix};
@@ -75,7 +75,7 @@ struct Case {
     start: Vec<f32>,
 }
 
-/// What both products give; the outputs of `product` begin as NaN, those of `transposed_product` as `start`.
+/// Results of both products; outputs of `product` start as NaN, those of `transposed_product` as `start`.
 struct Outcome {
     squares: f64,
     transposed: Vec<f32>,
@@ -118,7 +118,7 @@ impl Case {
         Outcome { squares, transposed, product }
     }
 
-    /// The products in f64, with the magnitudes that bound their rounding errors.
+    /// Compares with the products in f64, within the bounds of their rounding errors.
     fn check(&self, outcome: &Outcome) -> Result<(), TestCaseError> {
         let (rows, cols) = (self.aligned.rows, self.aligned.cols);
         let squares: f64 =
@@ -156,7 +156,7 @@ fn levels() -> impl Iterator<Item = Level> {
     Level::ALL.into_iter().filter(|level| level.is_available())
 }
 
-/// One engine for each level with one and with three threads, the first of them plain.
+/// One engine for each level with one and with three threads, plain Rust first.
 fn engines() -> Vec<Engine> {
     levels().flat_map(|level| [engine(1, level), engine(3, level)]).collect()
 }

@@ -1,17 +1,17 @@
-//! Copies of stored bytes, for memory that a device reads.
+//! Copies stored bytes to memory that a device can read.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::View;
 
-/// Bytes that a thread copies at once: few enough that threads end together, and enough for reading ahead.
+/// Bytes that a thread copies at once: small enough that threads end together, large enough for reading ahead.
 const PIECE: usize = 4 << 20;
 
-/// Copies the bytes of each view, from its first element to its last, to the memory beside it, by up to `threads` threads.
-/// Pages are mapped before each piece is copied, and given back afterwards.
+/// Copies the bytes of each view, from its first element to its last, to the paired memory, with up to `threads`
+/// threads. Pages are mapped before each piece is copied, and released afterwards.
 ///
 /// # Panics
-/// When the memory beside a view is not as long as its bytes.
+/// If the memory paired with a view differs in length from its bytes.
 pub fn copy(views: Vec<(&View, &mut [u8])>, threads: usize) {
     let pieces: Vec<_> = views
         .into_iter()
@@ -33,7 +33,7 @@ pub fn copy(views: Vec<(&View, &mut [u8])>, threads: usize) {
     };
     std::thread::scope(|scope| {
         for _ in 0..helpers {
-            // If the system refuses a thread, the others do its work.
+            // If the system cannot start a thread, the others do its work.
             let _ = std::thread::Builder::new().name("safelora-fast-copy".to_owned()).spawn_scoped(scope, work);
         }
         work();

@@ -1,10 +1,10 @@
-//! Element types of a file, and which of them the kernels read.
+//! Element types of a file, and the subset that the kernels support.
 
 use safetensors::Dtype as Stored;
 
 use crate::kernels::Dtype;
 
-/// The kernels' name for a stored element type, or nothing where the kernels cannot read it.
+/// The kernels' name for a stored element type, or `None` if they do not support it.
 #[must_use]
 pub const fn kernel_dtype(stored: Stored) -> Option<Dtype> {
     match stored {

@@ -1,9 +1,9 @@
-//! What can be wrong with a checkpoint.
+//! Errors of checkpoint files.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A checkpoint file, index or tensor that is not what it claims to be: one line with file, fault and remedy.
+/// A checkpoint file, index or tensor that is invalid. The message is one line with file, fault and remedy.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {fault}", path.display())]
 pub struct CheckpointError {
@@ -13,42 +13,42 @@ pub struct CheckpointError {
     pub fault: Fault,
 }
 
-/// What is wrong with a checkpoint.
+/// The ways in which a checkpoint can be invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
-    /// There is no such file.
+    /// The file does not exist.
     #[error("no such file; check the path or download the checkpoint again")]
     Missing,
     /// The path is a folder, a pipe or a device.
     #[error("not a regular file; give the path of a .safetensors file")]
     NotAFile,
-    /// The system refuses to open, map or read the file.
+    /// The system cannot open, map or read the file.
     #[error("cannot be read: {0}; check its permissions and its disk")]
     Unreadable(#[from] io::Error),
-    /// A pointer that git-lfs left in place of the file.
+    /// The file is a git-lfs pointer instead of the weights.
     #[error("a git-lfs pointer, not the weights; run `git lfs pull` in its folder")]
     LfsPointer,
-    /// Another file format under this name.
+    /// The file has another format.
     #[error("{0}, not a safetensors file; convert it to safetensors first")]
     OtherFormat(&'static str),
-    /// Too short to hold even the length of a header.
+    /// The file is too short for the length of a header.
     #[error("truncated: a safetensors file has at least 8 bytes, this one has {0}; download it again")]
     TooShort(u64),
-    /// The header would be larger than the format allows.
+    /// The header is larger than the format allows.
     #[error("not a safetensors file: it claims a header of {} bytes, the format allows {}", grouped(*.0), grouped(*.1))]
     HeaderTooLarge(u64, u64),
-    /// The header would end beyond the file.
+    /// The header extends beyond the file.
     #[error("truncated: header promises {} bytes of itself, the file has {}; download it again", grouped(*.0), grouped(*.1))]
     HeaderTruncated(u64, u64),
     /// The header is not UTF-8.
     #[error("corrupted header: not UTF-8 at byte {0}; download it again")]
     NotUtf8(usize),
-    /// The header or the index is not JSON of the right form.
+    /// The header or the index is not valid JSON of the expected form.
     #[error("corrupted {what}: {reason}; download it again")]
     InvalidJson {
         /// The header or the index.
         what: &'static str,
-        /// What the parser met, and where.
+        /// What the parser found, and where.
         reason: String,
     },
     /// Two entries have the same name.
@@ -69,17 +69,17 @@ pub enum Fault {
         /// The dtype as the header spells it.
         dtype: String,
     },
-    /// Shape, dtype or offsets of a tensor are larger than any file.
+    /// The shape or offsets of a tensor overflow.
     #[error("corrupted header: the shape or offsets of tensor {0:?} overflow; download it again")]
     Overflow(String),
-    /// The end of a tensor lies before its beginning.
+    /// A tensor ends before it begins.
     #[error("corrupted header: tensor {tensor:?} ends at {end}, before its start at {begin}; download it again")]
     ReversedOffsets {
         /// Name of the tensor.
         tensor: String,
         /// Its first byte among the tensor bytes.
         begin: u64,
-        /// The byte after its last.
+        /// The byte after its last byte.
         end: u64,
     },
     /// The shape and dtype of a tensor need a different number of bytes than its offsets span.
@@ -138,13 +138,13 @@ pub enum Fault {
         /// Bytes after the header.
         present: u64,
     },
-    /// The file goes on after its last tensor.
+    /// The file continues after its last tensor.
     #[error("corrupted: {} bytes after the last tensor belong to no tensor; download it again", grouped(*.0))]
     TrailingBytes(u64),
-    /// The file holds no tensor of this name.
+    /// The file has no tensor of this name.
     #[error("no tensor {0:?} in this file; check that index and shard belong together")]
     NoSuchTensor(String),
-    /// A dtype that the kernels cannot compute with.
+    /// The kernels do not support the tensor's dtype.
     #[error("tensor {tensor:?} is {dtype}; only F32, BF16 and F16 can be projected: dequantize the checkpoint first")]
     UnsupportedDtype {
         /// Name of the tensor.
@@ -152,7 +152,7 @@ pub enum Fault {
         /// Its dtype.
         dtype: String,
     },
-    /// A view that leaves its tensor.
+    /// A view extends beyond its tensor.
     #[error(
         "tensor {tensor:?} of shape {shape:?} does not hold a {rows}x{cols} matrix at element {offset} with strides ({row_stride}, {col_stride})"
     )]
@@ -172,21 +172,21 @@ pub enum Fault {
         /// Elements from column to column.
         col_stride: usize,
     },
-    /// A weight that is NaN or infinite.
+    /// A weight is NaN or infinite.
     #[error(
         "tensor {tensor:?} holds {value} at row {row}, column {col}; the checkpoint is damaged or its training diverged"
     )]
     NotFinite {
         /// Name of the tensor.
         tensor: String,
-        /// Row of the first such element of the matrix in use.
+        /// Row of the first such element, in the matrix as used.
         row: usize,
         /// Column of that element.
         col: usize,
         /// The element.
         value: f32,
     },
-    /// An index entry that leads out of the folder of the index.
+    /// An index entry points outside the folder of the index.
     #[error(
         "tensor {tensor:?} is said to be in {shard:?}, which leaves the folder of the index; do not use this checkpoint"
     )]
@@ -196,7 +196,7 @@ pub enum Fault {
         /// The entry.
         shard: String,
     },
-    /// An index entry whose file does not exist.
+    /// The file of an index entry does not exist.
     #[error("names the shard {shard:?} (of tensor {tensor:?}), which is missing; download the checkpoint again")]
     MissingShard {
         /// Name of a tensor in the shard.
@@ -207,14 +207,14 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// The error that this fault of `path` makes.
+    /// Makes the error for this fault of `path`.
     #[must_use]
     pub fn of(self, path: &Path) -> CheckpointError {
         CheckpointError { path: path.to_path_buf(), fault: self }
     }
 }
 
-/// A number with commas between thousands.
+/// Formats a number with commas between thousands.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);

@@ -21,7 +21,7 @@ impl SafetensorsFile {
     /// Maps the file and checks its header.
     ///
     /// # Errors
-    /// When the file is missing, truncated, of another format, or its header lies.
+    /// If the file is missing, truncated or of another format, or its header does not match it.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, CheckpointError> {
         let path = path.into();
         match Self::map(&path) {
@@ -36,8 +36,8 @@ impl SafetensorsFile {
         if size == 0 {
             return Err(Fault::TooShort(0));
         }
-        // SAFETY: the map is read only, and this program never writes its inputs. A file that someone else truncates
-        // while it is mapped raises SIGBUS, which the documentation of this module says.
+        // SAFETY: the map is read-only, and this program never writes its inputs. If another process truncates the file
+        // while it is mapped, reads raise SIGBUS; the documentation of this module says so.
         let map = unsafe { Mmap::map(&file)? };
         let header = Header::parse(&map)?;
         Ok((map, header))
@@ -76,7 +76,7 @@ impl SafetensorsFile {
     /// The entry of one tensor.
     ///
     /// # Errors
-    /// When the file holds no such tensor.
+    /// If the file has no such tensor.
     pub fn tensor(&self, name: &str) -> Result<&TensorEntry, CheckpointError> {
         self.header.tensors.get(name).ok_or_else(|| Fault::NoSuchTensor(name.to_owned()).of(&self.path))
     }
@@ -84,24 +84,24 @@ impl SafetensorsFile {
     /// The bytes of one tensor.
     ///
     /// # Errors
-    /// When the file holds no such tensor.
+    /// If the file has no such tensor.
     pub fn read(&self, name: &str) -> Result<&[u8], CheckpointError> {
         let entry = self.tensor(name)?;
         Ok(&self.map[entry.begin..entry.end])
     }
 
-    /// Bytes `begin..end` of the file, which a checked entry or view gave.
+    /// Bytes `begin..end` of the file. The range must come from a checked entry or view.
     pub(super) fn bytes(&self, begin: usize, end: usize) -> &[u8] {
         &self.map[begin..end]
     }
 
-    /// The pages that hold bytes `begin..end` of the file.
+    /// The pages that contain bytes `begin..end` of the file.
     pub(super) fn pages(&self, begin: usize, end: usize) -> Pages<'_> {
         Pages::new(&self.map, begin, end)
     }
 }
 
-/// Opens a regular file; a pipe is refused before opening it could block.
+/// Opens a regular file. Pipes are rejected before opening, which could block.
 pub(super) fn open_regular(path: &Path) -> Result<File, Fault> {
     let missing = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Fault::Missing,

@@ -9,12 +9,12 @@ use serde::de::{MapAccess, Visitor};
 
 use super::{Fault, dtype};
 
-/// Bytes of the length that stands before the header.
+/// Size of the length field before the header.
 const LENGTH_BYTES: u64 = 8;
 /// The largest header that the format allows.
 const MOST: u64 = 100_000_000;
 
-/// A tensor of a file.
+/// A tensor in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorEntry {
     /// Element type.
@@ -23,7 +23,7 @@ pub struct TensorEntry {
     pub shape: Vec<usize>,
     /// Offset of its first byte from the start of the file.
     pub begin: usize,
-    /// Offset of the byte after its last one.
+    /// Offset of the byte after its last byte.
     pub end: usize,
 }
 
@@ -50,7 +50,7 @@ impl Header {
     /// Reads and checks the header of a file with these bytes.
     ///
     /// # Errors
-    /// When the bytes are not a safetensors file, or the header promises what the file does not hold.
+    /// If the bytes are not a safetensors file, or the header does not match the file.
     pub fn parse(file: &[u8]) -> Result<Self, Fault> {
         let size = file.len() as u64;
         let Some((length, rest)) = file.split_first_chunk::<8>() else {
@@ -75,7 +75,7 @@ impl Header {
     }
 }
 
-/// Checks every tensor, and that together they cover `present` bytes exactly once.
+/// Checks every tensor, and checks that together they cover `present` bytes exactly once.
 fn place(stored: Vec<(String, Info)>, data_start: u64, present: u64) -> Result<BTreeMap<String, TensorEntry>, Fault> {
     let mut checked = Vec::with_capacity(stored.len());
     for (name, info) in stored {
@@ -107,7 +107,7 @@ fn place(stored: Vec<(String, Info)>, data_start: u64, present: u64) -> Result<B
     Ok(entries.collect())
 }
 
-/// Checks that the dtype is known and that the shape fills the offsets; returns the tensor with its offsets.
+/// Checks that the dtype is known and that the shape matches the offsets. Returns the tensor with its offsets.
 fn check(tensor: String, info: Info) -> Result<(String, TensorEntry, (u64, u64)), Fault> {
     let Some(dtype) = dtype::parse(&info.dtype) else {
         return Err(Fault::UnknownDtype { tensor, dtype: info.dtype });
@@ -131,7 +131,7 @@ fn check(tensor: String, info: Info) -> Result<(String, TensorEntry, (u64, u64))
     Ok((tensor, TensorEntry { dtype, shape, begin: 0, end: 0 }, (begin, end)))
 }
 
-/// What the file is instead, if its first bytes tell.
+/// The actual file format, if the first bytes reveal it.
 fn other_format(file: &[u8]) -> Option<Fault> {
     const FORMATS: [(&[u8], &str); 7] = [
         (b"PK\x03\x04", "a zip archive, as torch.save writes .bin and .pt files"),
@@ -148,7 +148,7 @@ fn other_format(file: &[u8]) -> Option<Fault> {
     FORMATS.iter().find(|(start, _)| file.starts_with(start)).map(|(_, name)| Fault::OtherFormat(name))
 }
 
-/// An entry as the header spells it.
+/// An entry as it appears in the header.
 #[derive(Deserialize)]
 struct Info {
     dtype: String,
@@ -156,7 +156,7 @@ struct Info {
     data_offsets: (u64, u64),
 }
 
-/// The header's JSON before any check of its numbers.
+/// The header's JSON, before its numbers are checked.
 struct Stored {
     metadata: HashMap<String, String>,
     tensors: Vec<(String, Info)>,

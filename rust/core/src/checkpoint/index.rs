@@ -1,4 +1,4 @@
-//! The index of a sharded checkpoint: which tensor lies in which file.
+//! The index of a sharded checkpoint: which shard contains which tensor.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
@@ -12,18 +12,18 @@ use serde::de::{IgnoredAny, MapAccess, Visitor};
 use super::file::open_regular;
 use super::{CheckpointError, Fault};
 
-/// The largest index that is read.
+/// The largest index that is accepted.
 const MOST: u64 = 100_000_000;
 
 /// Tensor name → name of its shard, relative to the folder of the index.
 pub type WeightMap = BTreeMap<String, String>;
 
-/// `weight_map` of a `*.safetensors.index.json`: tensor name → absolute path of its shard.
+/// Reads `weight_map` of a `*.safetensors.index.json`: tensor name → absolute path of its shard.
 ///
-/// An entry may be a symbolic link, as the Hugging Face cache makes them, but its name must stay in the index's folder.
+/// An entry may be a symbolic link, as in the Hugging Face cache, but its name must stay in the index's folder.
 ///
 /// # Errors
-/// When the index cannot be read, is malformed, or names a shard that is missing or outside its folder.
+/// If the index cannot be read, is malformed, or names a shard that is missing or outside its folder.
 pub fn read_index(path: &Path) -> Result<BTreeMap<String, PathBuf>, CheckpointError> {
     resolve(path).map_err(|fault| fault.of(path))
 }
@@ -52,10 +52,10 @@ fn resolve(path: &Path) -> Result<BTreeMap<String, PathBuf>, Fault> {
     Ok(located)
 }
 
-/// The checked `weight_map` of an index with these bytes. Whether the shards exist is not looked at.
+/// Parses and checks the `weight_map` of an index. Does not check whether the shards exist.
 ///
 /// # Errors
-/// When the bytes are not an index, or an entry leaves its folder.
+/// If the bytes are not an index, or an entry points outside its folder.
 pub fn parse_index(bytes: &[u8]) -> Result<WeightMap, Fault> {
     if bytes.starts_with(b"version https://git-lfs") {
         return Err(Fault::LfsPointer);
@@ -77,7 +77,7 @@ pub fn parse_index(bytes: &[u8]) -> Result<WeightMap, Fault> {
     Ok(index.weight_map.entries)
 }
 
-/// Whether a relative name stays below its folder, on this system and on Windows.
+/// Whether a relative name stays inside its folder, on this system and on Windows.
 fn stays_inside(shard: &str) -> bool {
     let windows = shard.contains('\\') || shard.contains(':');
     let mut components = Path::new(shard).components().peekable();

@@ -1,7 +1,7 @@
 //! Checkpoints on disk: safetensors files, sharded indices, and bounds-checked views of their tensors.
 //!
-//! Files are mapped, never copied. Truncating a mapped file kills the process, as with every mapped file. A file whose header
-//! does not fit its contents is refused with a [`CheckpointError`].
+//! Files are mapped, never copied. Truncating a mapped file kills the process, as with every mapped file. A file whose
+//! header does not match its contents causes a [`CheckpointError`].
 
 mod copy;
 mod dtype;

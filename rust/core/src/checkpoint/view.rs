@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{CheckpointError, Fault, Pages, SafetensorsFile, kernel_dtype};
 use crate::kernels::{Dtype, Matrix, ShapeError};
 
-/// A strided matrix inside a tensor of a file; its elements all lie in the tensor.
+/// A strided matrix inside a tensor of a file. All its elements are inside the tensor.
 #[derive(Clone, Debug)]
 pub struct View {
     file: Arc<SafetensorsFile>,
@@ -19,7 +19,7 @@ pub struct View {
     col_stride: usize,
 }
 
-/// Where a view lies in its tensor, in elements.
+/// Position of a view in its tensor, in elements.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
     /// First element.
@@ -35,10 +35,10 @@ pub struct Layout {
 }
 
 impl View {
-    /// A view of `tensor` in `file`.
+    /// Makes a view of `tensor` in `file`.
     ///
-    /// # Errors
-    /// When there is no such tensor, the kernels do not read its dtype, or the view is empty or leaves the tensor.
+    /// # Errors If there is no such tensor, the kernels do not support its dtype, or the view is empty or extends
+    /// beyond the tensor.
     pub fn new(file: Arc<SafetensorsFile>, tensor: &str, layout: Layout) -> Result<Self, CheckpointError> {
         let entry = file.tensor(tensor)?;
         let Some(dtype) = kernel_dtype(entry.dtype) else {
@@ -98,7 +98,7 @@ impl View {
         self.col_stride
     }
 
-    /// Bytes of the elements that the view covers.
+    /// Bytes from the first element of the view to its last.
     #[must_use]
     pub const fn nbytes(&self) -> usize {
         self.rows * self.cols * self.dtype.size()
@@ -110,16 +110,16 @@ impl View {
         self.file.bytes(self.begin, self.end)
     }
 
-    /// The pages that hold the view.
+    /// The pages that contain the view.
     #[must_use]
     pub fn pages(&self) -> Pages<'_> {
         self.file.pages(self.begin, self.end)
     }
 
-    /// The view as the kernels read it.
+    /// The view as a kernel operand.
     ///
     /// # Errors
-    /// When columns are not contiguous or rows overlap.
+    /// If columns are not contiguous or rows overlap.
     pub fn matrix(&self) -> Result<Matrix<'_>, ShapeError> {
         if self.col_stride != 1 && self.cols > 1 {
             return Err(ShapeError::Columns { tensor: self.tensor.to_string(), stride: self.col_stride });
@@ -135,7 +135,7 @@ impl View {
 }
 
 impl Layout {
-    /// Elements from the first to one past the last, when there are any and the offset does not overflow.
+    /// Number of elements from the first to the last, or `None` if the view is empty or the offset overflows.
     fn span(&self) -> Option<usize> {
         let rows = self.rows.checked_sub(1)?.checked_mul(self.row_stride)?;
         let cols = self.cols.checked_sub(1)?.checked_mul(self.col_stride)?;

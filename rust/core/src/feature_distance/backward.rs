@@ -1,4 +1,4 @@
-//! The gradient: one read of both tensors, one write.
+//! The gradient: reads both tensors once, writes once.
 
 use super::element::{Bf16, Element, F16, F32};
 use super::formula::Factor;
@@ -6,27 +6,27 @@ use super::rows::Rows;
 use super::states::Pair;
 use crate::kernels::{Dtype, Engine, ShapeError, at_level};
 
-/// Bytes of gradients from which on they go past the caches: they would not be there any more when they are read.
+/// Gradients of at least this many bytes bypass the caches, because they would be evicted before they are read.
 const STREAM: usize = 1 << 20;
-/// What streaming stores ask of an address.
+/// Alignment that streaming stores need.
 const LINE: usize = 64;
 
-/// One block whose gradient is wanted.
+/// One layer for which to compute the gradient.
 #[derive(Debug)]
 pub struct Gradient<'a> {
-    /// The block.
+    /// The layer.
     pub block: Pair<'a>,
-    /// What `forward` left for each token of the block.
+    /// The output of `forward` for each token of the layer.
     pub factors: &'a [Factor],
-    /// The gradient, in the dtype of the block, contiguous.
+    /// The gradient, in the dtype of the layer, contiguous.
     pub output: &'a mut [u8],
 }
 
-/// Writes `weight` times the gradient of what `forward` returned with respect to the features of each block. Tokens that do not
-/// count get zeros, and are not read.
+/// Writes `weight` times the gradient of `forward`'s result with respect to the features of each layer. Tokens that do
+/// not count get zeros and are not read.
 ///
 /// # Errors
-/// When factors or output have another length than the block, in which case nothing is written.
+/// If the length of factors or output does not match the layer. Then nothing is written.
 pub fn backward(engine: &Engine, gradients: &mut [Gradient<'_>], weight: f64) -> Result<(), ShapeError> {
     let mut bytes = 0;
     for Gradient { block, factors, output } in &*gradients {
@@ -54,7 +54,7 @@ pub fn backward(engine: &Engine, gradients: &mut [Gradient<'_>], weight: f64) ->
     Ok(())
 }
 
-/// Neighboring tokens of a block.
+/// Adjacent tokens of a layer.
 struct Unit<'a> {
     block: &'a Pair<'a>,
     first: usize,
@@ -82,7 +82,7 @@ impl Unit<'_> {
                 output.fill(0);
                 continue;
             }
-            // SAFETY: the engine has checked the CPU; `stream` says that outputs are aligned.
+            // SAFETY: the engine has checked the CPU; `stream` is set only if outputs are aligned.
             unsafe {
                 if self.stream {
                     L::differentiate::<E, true>(features, reference, scaled, output);

@@ -1,13 +1,13 @@
-//! Stored element types. A level takes 32 neighbors as 2 × 16 lanes, in the order that is cheapest for the type: a sum may run
-//! in any order, as long as it is the same on every level.
+//! Stored element types. A level reads 32 adjacent elements as 2 × 16 lanes, in the order that is cheapest for the
+//! type. A sum may use any order, as long as all levels use the same.
 
 use crate::kernels::Dtype;
 use crate::kernels::Simd;
 
-/// How one part (`WIDTH` of the 16 lanes, twice) of a group of 32 elements is read and written.
+/// Reads and writes one part (`WIDTH` of the 16 lanes, twice) of a group of 32 elements.
 ///
 /// # Safety
-/// As [`Simd`].
+/// Same as [`Simd`].
 pub(super) trait Element {
     const DTYPE: Dtype;
 
@@ -27,13 +27,13 @@ impl Element for F32 {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(group: *const u8, part: usize) -> [S::Register; 2] {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the contracts are the same.
         unsafe { S::load_f32(group, part) }
     }
 
     #[inline(always)]
     unsafe fn store<S: Simd, const STREAM: bool>(group: *mut u8, part: usize, values: [S::Register; 2]) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the contracts are the same.
         unsafe { S::store_f32::<STREAM>(group, part, values) }
     }
 }
@@ -43,13 +43,13 @@ impl Element for Bf16 {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(group: *const u8, part: usize) -> [S::Register; 2] {
-        // SAFETY: passed on to the caller; a part is `2·WIDTH` neighbors of two bytes.
+        // SAFETY: the contracts are the same; a part is `2·WIDTH` neighbors of two bytes.
         unsafe { S::split_bf16(group.add(part * 4 * S::WIDTH)) }
     }
 
     #[inline(always)]
     unsafe fn store<S: Simd, const STREAM: bool>(group: *mut u8, part: usize, values: [S::Register; 2]) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the contracts are the same.
         unsafe { S::store_bf16::<STREAM>(group, part, values) }
     }
 }
@@ -59,13 +59,13 @@ impl Element for F16 {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(group: *const u8, part: usize) -> [S::Register; 2] {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the contracts are the same.
         unsafe { S::load_f16(group, part) }
     }
 
     #[inline(always)]
     unsafe fn store<S: Simd, const STREAM: bool>(group: *mut u8, part: usize, values: [S::Register; 2]) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the contracts are the same.
         unsafe { S::store_f16::<STREAM>(group, part, values) }
     }
 }

@@ -1,4 +1,4 @@
-//! From the three sums to the distance and to the factors of its gradient.
+//! Computes the distance and the factors of its gradient from the three sums.
 
 use std::ops::AddAssign;
 
@@ -29,19 +29,19 @@ impl AddAssign for Sums {
     }
 }
 
-/// The gradient of the distance with respect to one token is scale·(d − share·h). A scale of zero means that the gradient
-/// is zero whatever the token holds.
+/// The gradient of the distance with respect to one token is scale·(d − share·h). If scale is zero, the gradient is
+/// zero whatever values the token holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct Factor {
-    /// The factor of all.
+    /// Factor of the whole gradient.
     pub scale: f64,
-    /// The factor of h.
+    /// Factor of h.
     pub share: f64,
 }
 
 impl Factor {
-    /// The factors of a gradient that is `weight` times as large.
+    /// The factors of the gradient times `weight`.
     pub(super) fn times(self, weight: f64) -> Self {
         Self { scale: weight * self.scale, share: self.share }
     }
@@ -50,8 +50,8 @@ impl Factor {
 impl Sums {
     /// The squared distance of the unit vectors, and the factors of its gradient.
     ///
-    /// With p = ‖h‖ and q = ‖h₀‖: (‖d‖² − (p − q)²)/(pq), gradient 2/(pq)·(d − ((⟨d, h₀⟩ + ‖d‖²)/p²)·h). A zero vector has no
-    /// direction: its unit vector counts as zero, and so does its gradient. NaN stays NaN.
+    /// With p = ‖h‖ and q = ‖h₀‖: (‖d‖² − (p − q)²)/(pq), gradient 2/(pq)·(d − ((⟨d, h₀⟩ + ‖d‖²)/p²)·h). A zero vector
+    /// has no direction: its unit vector is taken as zero, and so is its gradient. NaN stays NaN.
     pub(super) fn unit_distance(self) -> (f64, Factor) {
         let growth = 2.0 * self.dot + self.squared;
         let mut p_squared = self.norm + growth;
@@ -68,7 +68,7 @@ impl Sums {
         (0.5 * scale * (self.squared - gap * gap), Factor { scale, share: (self.dot + self.squared) / p_squared })
     }
 
-    /// ‖d‖² itself, and the factors of its gradient.
+    /// ‖d‖², and the factors of its gradient.
     pub(super) const fn plain_distance(self) -> (f64, Factor) {
         (self.squared, Factor { scale: 2.0, share: 0.0 })
     }

@@ -1,4 +1,4 @@
-//! The distance: one read of both tensors.
+//! The distance: reads both tensors once.
 
 use super::element::{Bf16, Element, F16, F32};
 use super::formula::{Factor, Normalize, Sums};
@@ -7,13 +7,13 @@ use super::sequences::{NONE, Sequences};
 use super::states::Pair;
 use crate::kernels::{Dtype, Engine, ShapeError, at_level};
 
-/// The sum over blocks and the mean over sequences of the squared distance; zero where there is no sequence.
+/// Returns the sum over layers and the mean over sequences of the squared distance; zero if there is no sequence.
 ///
-/// `factors` holds, for each block and token, the factors of the gradient of what is returned; zeros for tokens that do not
-/// count, of which nothing is read.
+/// Writes to `factors`, for each layer and token, the factors of the gradient of the result. Tokens that do not count
+/// get zeros and are not read.
 ///
 /// # Errors
-/// When a block has other tokens than `sequences`, or `factors` another length.
+/// If a layer does not have the tokens of `sequences`, or `factors` has the wrong length.
 pub fn forward(
     engine: &Engine,
     blocks: &[Pair<'_>],
@@ -55,7 +55,7 @@ pub fn forward(
     Ok(total * share)
 }
 
-/// Neighboring tokens of a block, and what is kept of them.
+/// Adjacent tokens of a layer, and their results.
 struct Unit<'a> {
     block: &'a Pair<'a>,
     first: usize,
@@ -72,7 +72,8 @@ impl Unit<'_> {
         }
     }
 
-    /// Reduces every token that counts to its sums; where tokens are not taken together, to its distance in the place of ‖d‖².
+    /// Reduces every token that counts to its sums. If tokens are separate, stores the token's distance instead of
+    /// ‖d‖².
     fn reduce<L: Rows, E: Element>(self, sequences: &Sequences, normalize: Normalize, share: f64) {
         let numbers = &sequences.of_token[self.first..];
         let tokens = self.block.tokens_from(self.first).zip(numbers);
@@ -93,7 +94,7 @@ impl Unit<'_> {
     }
 }
 
-/// Adds up the tokens of each sequence; its factors go to all of its tokens.
+/// Adds up the tokens of each sequence, and writes the sequence's factors to all of its tokens.
 fn distance_of_sequences(kept: &[Sums], factors: &mut [Factor], sequences: &Sequences, share: f64) -> f64 {
     let mut sums = vec![Sums::default(); sequences.count()];
     for (number, kept) in sequences.of_token.iter().zip(kept) {

@@ -5,21 +5,22 @@ use super::formula::{Factor, Sums};
 use crate::kernels::Simd;
 use crate::kernels::{GROUP, LANES, Scalar, prefetch};
 
-/// Elements that are summed in lanes before the lanes are added up: both tensors' stay in L1 for a level that takes the
-/// lanes in parts.
+/// Elements that are summed in lanes before the lanes are added up. Both tensors' elements stay in L1 if a level
+/// processes the lanes in parts.
 const STRETCH: usize = 2048;
-/// Distance of the prefetch, in bytes. Beside streamed writes it does harm.
+/// Prefetch distance in bytes. With streaming stores, prefetching slows things down.
 const AHEAD: usize = 1 << 12;
 
 /// The micro kernels of one level.
 ///
 /// # Safety
-/// Of every function: the CPU has the level's instructions.
+/// For every function: the CPU has the level's instructions.
 pub(super) trait Rows: Simd {
-    /// The sums of one token; both slices hold as many elements.
+    /// Returns the sums of one token; both slices have the same number of elements.
     unsafe fn reduce<E: Element>(features: &[u8], reference: &[u8]) -> Sums;
 
-    /// Writes scale·(d − share·h) of one token; all slices hold as many elements. With `STREAM` the output is aligned to 64 bytes.
+    /// Writes scale·(d − share·h) of one token; all slices have the same number of elements. With `STREAM` the output
+    /// is aligned to 64 bytes.
     unsafe fn differentiate<E: Element, const STREAM: bool>(
         features: &[u8],
         reference: &[u8],
@@ -28,7 +29,7 @@ pub(super) trait Rows: Simd {
     );
 }
 
-/// The part of a token beyond whole groups of 32 elements, filled up with zeros.
+/// The part of a token beyond whole groups of 32 elements, padded with zeros.
 struct Padded([u8; 4 * GROUP]);
 
 impl Padded {
@@ -48,7 +49,7 @@ unsafe fn reduce<S: Simd, E: Element>(features: &[u8], reference: &[u8]) -> Sums
         let groups = features.len() / (GROUP * size);
         let (whole, rest) = features.split_at(groups * GROUP * size);
         let (reference_whole, reference_rest) = reference.split_at(whole.len());
-        // SAFETY: `whole` is so many groups, a padding one; the caller vouches for the CPU.
+        // SAFETY: `whole` has this many groups, a padded rest has one; the contract of `Rows` guarantees the CPU.
         unsafe {
             let mut totals = [S::wide_zero(); 3];
             for part in 0..LANES / S::WIDTH {
@@ -80,7 +81,7 @@ unsafe fn add<S: Simd, E: Element>(
     part: usize,
     sums: &mut [[S::Wide; 2]; 3],
 ) {
-    // SAFETY: the caller vouches for the CPU and for `groups` groups at both pointers.
+    // SAFETY: the contract of this function guarantees the CPU and `groups` groups at both pointers.
     unsafe {
         for group in 0..groups {
             let offset = group * GROUP * E::DTYPE.size();
@@ -101,7 +102,7 @@ unsafe fn add<S: Simd, E: Element>(
     }
 }
 
-/// Asks for the group that lies `AHEAD` bytes further on.
+/// Prefetches the group that starts `AHEAD` bytes later.
 #[inline(always)]
 fn prefetch_group<E: Element>(pointer: *const u8) {
     for line in 0..E::DTYPE.size() / 2 {
@@ -121,7 +122,7 @@ unsafe fn differentiate<S: Simd, E: Element, const STREAM: bool>(
     let (whole, rest) = features.split_at(groups * GROUP * size);
     let (reference_whole, reference_rest) = reference.split_at(whole.len());
     let (output_whole, output_rest) = output.split_at_mut(whole.len());
-    // SAFETY: `whole` is so many groups, a padding one; the caller vouches for the CPU and the alignment.
+    // SAFETY: `whole` has this many groups, a padded rest has one; the contract of `Rows` guarantees CPU and alignment.
     unsafe {
         let constants = Constants::<S>::new(factor);
         let (features, reference) = (whole.as_ptr(), reference_whole.as_ptr());
@@ -137,9 +138,9 @@ unsafe fn differentiate<S: Simd, E: Element, const STREAM: bool>(
 
 /// A token's factors in every lane.
 struct Constants<S: Simd> {
-    /// −share and what is left of it: so small an error that d − share·h is right where it cancels.
+    /// −share as a sum of two f32, precise enough that d − share·h is right even if it cancels.
     share: [S::Register; 2],
-    /// Two numbers whose product is the scale: neither leaves the range of f32 where the result does not.
+    /// Two numbers whose product is the scale. Neither leaves the range of f32 unless the result does.
     scale: [S::Register; 2],
 }
 
@@ -150,7 +151,7 @@ impl<S: Simd> Constants<S> {
         let left = (-factor.share - f64::from(share)) as f32;
         let root = f64::from_bits(factor.scale.abs().sqrt().to_bits() & f64::INFINITY.to_bits());
         let [first, second] = [root as f32, (factor.scale / root) as f32];
-        // SAFETY: the caller vouches for the CPU.
+        // SAFETY: the contract of `Rows` guarantees the CPU.
         let splat = |value: f32| unsafe { S::splat(&raw const value) };
         Self { share: [splat(share), splat(left)], scale: [splat(first), splat(second)] }
     }
@@ -163,7 +164,8 @@ impl<S: Simd> Constants<S> {
         groups: usize,
         output: *mut u8,
     ) {
-        // SAFETY: the caller vouches for the CPU, for `groups` groups at all pointers, and for the alignment of `output`.
+        // SAFETY: the contract of `Rows` guarantees the CPU, `groups` groups at all pointers, and the alignment of
+        // `output`.
         unsafe {
             for index in 0..groups * LANES / S::WIDTH {
                 let (group, part) = (index * S::WIDTH / LANES, index % (LANES / S::WIDTH));
@@ -189,7 +191,7 @@ macro_rules! rows {
         impl Rows for $level {
             $(#[$feature])?
             unsafe fn reduce<E: Element>(features: &[u8], reference: &[u8]) -> Sums {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { reduce::<Self, E>(features, reference) }
             }
 
@@ -200,7 +202,7 @@ macro_rules! rows {
                 factor: Factor,
                 output: &mut [u8],
             ) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { differentiate::<Self, E, STREAM>(features, reference, factor, output) }
             }
         }

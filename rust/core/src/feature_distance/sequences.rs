@@ -1,8 +1,8 @@
-//! Which sequence every token belongs to.
+//! The sequence of every token.
 
 use std::collections::HashMap;
 
-/// Stands for the sequence of a token that does not count.
+/// Marks a token that does not count, and so has no sequence.
 pub(super) const NONE: u32 = u32::MAX;
 
 /// The sequence of every token of a batch, numbered in the order of their first tokens.
@@ -13,7 +13,8 @@ pub struct Sequences {
 }
 
 impl Sequences {
-    /// Tokens that count are a sequence where they share row and segment; `counts` and `segment` take row and token.
+    /// Groups tokens that count into sequences by row and segment. `counts` and `segment` are called with row and
+    /// token.
     pub fn new(
         [batch, tokens]: [usize; 2],
         counts: impl Fn(usize, usize) -> bool,

@@ -1,4 +1,4 @@
-//! Hidden states where they lie in memory.
+//! Hidden states in memory.
 
 use crate::kernels::{Dtype, ShapeError};
 
@@ -12,13 +12,13 @@ pub struct States<'a> {
 }
 
 impl<'a> States<'a> {
-    /// A view whose rows of the batch and tokens start `strides` elements apart.
+    /// Makes a view; `strides` are the elements from one batch row to the next, and from one token to the next.
     ///
     /// # Errors
-    /// When the last element lies beyond `bytes`.
+    /// If the last element is beyond `bytes`.
     pub fn new(bytes: &'a [u8], dtype: Dtype, shape: [usize; 3], strides: [usize; 2]) -> Result<Self, ShapeError> {
         if Self::span(dtype, shape, strides).is_some_and(|span| span <= bytes.len()) {
-            // Nothing is read of tokens without elements, wherever they are said to lie.
+            // Tokens without elements are never read, so their strides do not matter.
             let strides = if shape[2] == 0 { [0; 2] } else { strides };
             Ok(Self { bytes, dtype, shape, strides })
         } else {
@@ -26,7 +26,7 @@ impl<'a> States<'a> {
         }
     }
 
-    /// Bytes from the first element to the end of the last; `None` where that is beyond what addresses can count.
+    /// Bytes from the first element to the end of the last; `None` if that exceeds the address range.
     #[must_use]
     pub fn span(dtype: Dtype, shape: [usize; 3], strides: [usize; 2]) -> Option<usize> {
         let [batch, tokens, hidden] = shape;
@@ -50,13 +50,13 @@ impl<'a> States<'a> {
         self.shape
     }
 
-    /// Tokens of the whole batch.
+    /// Number of tokens in the batch.
     #[must_use]
     pub const fn rows(&self) -> usize {
         self.shape[0] * self.shape[1]
     }
 
-    /// The stored bytes of the tokens from `first` on, counted over the whole batch.
+    /// The stored bytes of the tokens starting at token `first` of the batch.
     fn tokens_from(&self, first: usize) -> impl Iterator<Item = &'a [u8]> {
         let Self { bytes, dtype, shape: [batch, tokens, hidden], strides } = *self;
         let (mut row, mut token) = (first.checked_div(tokens).unwrap_or(batch), first.checked_rem(tokens).unwrap_or(0));
@@ -74,7 +74,7 @@ impl<'a> States<'a> {
     }
 }
 
-/// Hidden states and those of the reference.
+/// Hidden states and those of the reference model.
 #[derive(Clone, Copy, Debug)]
 pub struct Pair<'a> {
     pub(super) features: States<'a>,
@@ -82,10 +82,10 @@ pub struct Pair<'a> {
 }
 
 impl<'a> Pair<'a> {
-    /// Pairs states of one shape and dtype.
+    /// Pairs states of the same shape and dtype.
     ///
     /// # Errors
-    /// When shapes or dtypes differ.
+    /// If shapes or dtypes differ.
     pub fn new(features: States<'a>, reference: States<'a>) -> Result<Self, ShapeError> {
         let kinds = ((features.shape, features.dtype), (reference.shape, reference.dtype));
         if kinds.0 == kinds.1 {
@@ -101,7 +101,7 @@ impl<'a> Pair<'a> {
         self.features.dtype
     }
 
-    /// Tokens of the whole batch.
+    /// Number of tokens in the batch.
     #[must_use]
     pub const fn rows(&self) -> usize {
         self.features.rows()
@@ -124,12 +124,12 @@ impl<'a> Pair<'a> {
         self.features.shape[2] * self.features.dtype.size()
     }
 
-    /// The stored bytes of the tokens of both from `first` on, counted over the whole batch.
+    /// The stored bytes of both, starting at token `first` of the batch.
     pub(super) fn tokens_from(&self, first: usize) -> impl Iterator<Item = [&'a [u8]; 2]> {
         self.features.tokens_from(first).zip(self.reference.tokens_from(first)).map(|(h, h0)| [h, h0])
     }
 
-    /// How many rows one thread takes at a time.
+    /// Number of tokens that one thread takes at a time.
     pub(super) fn unit(&self) -> usize {
         (UNIT / self.row_size().max(1)).max(1)
     }

@@ -1,4 +1,4 @@
-//! AVX2 with FMA and F16C: two registers make a logical vector.
+//! AVX2 with FMA and F16C: two registers form a logical vector.
 
 use std::arch::x86_64::*;
 
@@ -35,18 +35,18 @@ pub(super) fn sums(values: [__m256; 4]) -> [f32; 4] {
 }
 
 /// # Safety
-/// The CPU has AVX, and 32 bytes at `pointer` may be written; with `STREAM` it is aligned to them.
+/// The CPU has AVX, and 32 bytes at `pointer` may be written; with `STREAM`, `pointer` is aligned to 32 bytes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn put<const STREAM: bool>(pointer: *mut u8, value: __m256i) {
-    // SAFETY: the caller vouches for the pointer; every trait function that streams leaves the fence to the caller.
+    // SAFETY: see above; trait functions that stream require a later `fence`.
     unsafe {
         if STREAM { _mm256_stream_si256(pointer.cast(), value) } else { _mm256_storeu_si256(pointer.cast(), value) }
     }
 }
 
 /// # Safety
-/// The CPU has SSE2, and 16 bytes at `pointer` may be written; with `STREAM` it is aligned to them.
+/// The CPU has SSE2, and 16 bytes at `pointer` may be written; with `STREAM`, `pointer` is aligned to 16 bytes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn put_half<const STREAM: bool>(pointer: *mut u8, value: __m128i) {
@@ -54,7 +54,7 @@ unsafe fn put_half<const STREAM: bool>(pointer: *mut u8, value: __m128i) {
     unsafe { if STREAM { _mm_stream_si128(pointer.cast(), value) } else { _mm_storeu_si128(pointer.cast(), value) } }
 }
 
-/// Each lane's bfloat16 in its upper half, with anything below.
+/// Rounds each lane to bfloat16 in its upper half; the lower half is arbitrary.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn round_bf16(value: __m256) -> __m256i {
@@ -88,21 +88,21 @@ impl Simd for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn load(pointer: *const f32) -> __m256 {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { _mm256_load_ps(pointer) }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn store(pointer: *mut f32, value: __m256) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { _mm256_store_ps(pointer, value) }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn splat(pointer: *const f32) -> __m256 {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { _mm256_set1_ps(*pointer) }
     }
 
@@ -127,14 +127,14 @@ impl Simd for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn split_f32(pointer: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller vouches for 16 values at the pointer.
+        // SAFETY: 16 values are readable at the pointer by the contract of `Simd`.
         unsafe { split(_mm256_loadu_ps(pointer.cast()), _mm256_loadu_ps(pointer.add(32).cast())) }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn split_bf16(pointer: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller vouches for 16 values at the pointer.
+        // SAFETY: 16 values are readable at the pointer by the contract of `Simd`.
         unsafe {
             let pairs = _mm256_loadu_si256(pointer.cast());
             let even = _mm256_slli_epi32::<16>(pairs);
@@ -146,7 +146,7 @@ impl Simd for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn split_f16(pointer: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller vouches for 16 values at the pointer.
+        // SAFETY: 16 values are readable at the pointer by the contract of `Simd`.
         unsafe {
             let low = _mm256_cvtph_ps(_mm_loadu_si128(pointer.cast()));
             let high = _mm256_cvtph_ps(_mm_loadu_si128(pointer.add(16).cast()));
@@ -207,14 +207,14 @@ impl Simd for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn load_f32(group: *const u8, part: usize) -> [__m256; 2] {
-        // SAFETY: the caller vouches for 32 values at the pointer.
+        // SAFETY: 32 values are readable at the pointer by the contract of `Simd`.
         unsafe { [_mm256_loadu_ps(group.add(part * 32).cast()), _mm256_loadu_ps(group.add(64 + part * 32).cast())] }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn load_f16(group: *const u8, part: usize) -> [__m256; 2] {
-        // SAFETY: the caller vouches for 32 values at the pointer.
+        // SAFETY: 32 values are readable at the pointer by the contract of `Simd`.
         unsafe {
             let low = _mm256_cvtph_ps(_mm_loadu_si128(group.add(part * 16).cast()));
             [low, _mm256_cvtph_ps(_mm_loadu_si128(group.add(32 + part * 16).cast()))]
@@ -224,7 +224,7 @@ impl Simd for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn store_f32<const STREAM: bool>(group: *mut u8, part: usize, [low, high]: [__m256; 2]) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe {
             put::<STREAM>(group.add(part * 32), _mm256_castps_si256(low));
             put::<STREAM>(group.add(64 + part * 32), _mm256_castps_si256(high));
@@ -234,7 +234,7 @@ impl Simd for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn store_f16<const STREAM: bool>(group: *mut u8, part: usize, [low, high]: [__m256; 2]) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe {
             put_half::<STREAM>(group.add(part * 16), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low));
             put_half::<STREAM>(group.add(32 + part * 16), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high));
@@ -244,7 +244,7 @@ impl Simd for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn store_bf16<const STREAM: bool>(group: *mut u8, part: usize, [even, odd]: [__m256; 2]) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe {
             let even = _mm256_srli_epi32::<16>(round_bf16(even));
             put::<STREAM>(group.add(part * 32), _mm256_blend_epi16::<0b1010_1010>(even, round_bf16(odd)));

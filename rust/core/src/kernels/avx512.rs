@@ -1,4 +1,4 @@
-//! AVX-512: a register is a logical vector.
+//! AVX-512: one register is a logical vector.
 
 use std::arch::x86_64::*;
 
@@ -7,7 +7,7 @@ use super::simd::Simd;
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
 
-/// Lane numbers for `_mm512_permutex2var_ps`; 16 and above take from the second operand.
+/// Lane indices for `_mm512_permutex2var_ps`; 16 and above select from the second operand.
 const EVEN: [i32; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
 const ODD: [i32; 16] = [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31];
 const LOW: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
@@ -22,17 +22,17 @@ fn permute(a: __m512, b: __m512, lanes: &[i32; 16]) -> __m512 {
 }
 
 /// # Safety
-/// The CPU has AVX-512 F, and 64 bytes at `pointer` may be written; with `STREAM` it is aligned to them.
+/// The CPU has AVX-512 F, and 64 bytes at `pointer` may be written; with `STREAM`, `pointer` is aligned to 64 bytes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
 unsafe fn put<const STREAM: bool>(pointer: *mut u8, value: __m512i) {
-    // SAFETY: the caller vouches for the pointer; every trait function that streams leaves the fence to the caller.
+    // SAFETY: see above; trait functions that stream require a later `fence`.
     unsafe {
         if STREAM { _mm512_stream_si512(pointer.cast(), value) } else { _mm512_storeu_si512(pointer.cast(), value) }
     }
 }
 
-/// Each lane's bfloat16 in its upper half, with anything below.
+/// Rounds each lane to bfloat16 in its upper half; the lower half is arbitrary.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
 fn round_bf16(value: __m512) -> __m512i {
@@ -57,21 +57,21 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn load(pointer: *const f32) -> __m512 {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { _mm512_load_ps(pointer) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn store(pointer: *mut f32, value: __m512) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { _mm512_store_ps(pointer, value) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn splat(pointer: *const f32) -> __m512 {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { _mm512_set1_ps(*pointer) }
     }
 
@@ -96,7 +96,7 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn split_f32(pointer: *const u8) -> [__m512; 2] {
-        // SAFETY: the caller vouches for 32 values at the pointer.
+        // SAFETY: 32 values are readable at the pointer by the contract of `Simd`.
         unsafe {
             let low = _mm512_loadu_ps(pointer.cast());
             let high = _mm512_loadu_ps(pointer.add(64).cast());
@@ -107,7 +107,7 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn split_bf16(pointer: *const u8) -> [__m512; 2] {
-        // SAFETY: the caller vouches for 32 values at the pointer.
+        // SAFETY: 32 values are readable at the pointer by the contract of `Simd`.
         unsafe {
             let pairs = _mm512_loadu_si512(pointer.cast());
             let even = _mm512_slli_epi32::<16>(pairs);
@@ -119,7 +119,7 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn split_f16(pointer: *const u8) -> [__m512; 2] {
-        // SAFETY: the caller vouches for 32 values at the pointer.
+        // SAFETY: 32 values are readable at the pointer by the contract of `Simd`.
         unsafe {
             let low = _mm512_cvtph_ps(_mm256_loadu_si256(pointer.cast()));
             let high = _mm512_cvtph_ps(_mm256_loadu_si256(pointer.add(32).cast()));
@@ -183,14 +183,14 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn load_f32(pointer: *const u8, _: usize) -> [__m512; 2] {
-        // SAFETY: the caller vouches for 32 values at the pointer.
+        // SAFETY: 32 values are readable at the pointer by the contract of `Simd`.
         unsafe { [_mm512_loadu_ps(pointer.cast()), _mm512_loadu_ps(pointer.add(64).cast())] }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn load_f16(pointer: *const u8, _: usize) -> [__m512; 2] {
-        // SAFETY: the caller vouches for 32 values at the pointer.
+        // SAFETY: 32 values are readable at the pointer by the contract of `Simd`.
         unsafe {
             let low = _mm512_cvtph_ps(_mm256_loadu_si256(pointer.cast()));
             [low, _mm512_cvtph_ps(_mm256_loadu_si256(pointer.add(32).cast()))]
@@ -200,7 +200,7 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, _: usize, [low, high]: [__m512; 2]) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe {
             put::<STREAM>(pointer, _mm512_castps_si512(low));
             put::<STREAM>(pointer.add(64), _mm512_castps_si512(high));
@@ -210,7 +210,7 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, _: usize, [low, high]: [__m512; 2]) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe {
             let low = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low);
             let high = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high);
@@ -221,7 +221,7 @@ impl Simd for Avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, _: usize, [even, odd]: [__m512; 2]) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe {
             let even = _mm512_srli_epi32::<16>(round_bf16(even));
             put::<STREAM>(pointer, _mm512_mask_blend_epi16(0xaaaa_aaaa, even, round_bf16(odd)));

@@ -1,11 +1,11 @@
-//! The products with V, split over a private thread pool.
+//! The products with V, divided among a private thread pool.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::workspace::Workspace;
 use super::{Difference, Level, ShapeError, StartError, micro, norm, product, transposed};
 
-/// Threads, SIMD level and reusable workspace of the products with V.
+/// Threads, SIMD level and reusable workspace for the products with V.
 #[derive(Debug)]
 pub struct Engine {
     level: Level,
@@ -28,10 +28,10 @@ macro_rules! at_level {
 pub(crate) use at_level;
 
 impl Engine {
-    /// An engine with `threads` threads (at least one) at `level`.
+    /// Makes an engine with `threads` threads (at least one) at `level`.
     ///
     /// # Errors
-    /// When the CPU lacks `level` or the system refuses the threads.
+    /// If the CPU lacks `level` or the system cannot start the threads.
     pub fn new(threads: usize, level: Level) -> Result<Self, StartError> {
         let level = level.check()?;
         let pool = rayon::ThreadPoolBuilder::new()
@@ -59,9 +59,9 @@ impl Engine {
         self.pool.install(work)
     }
 
-    /// Does `work` on every item, each once, on the calling thread and as many of the engine's as make up its number: the
-    /// caller starts at once, while the others wake up. Each takes a stretch of neighbors in their order, because memory
-    /// is read fastest so, and helps with what is left of the others' when its own is done.
+    /// Calls `work` once on every item, on the calling thread and on enough of the engine's threads to make up its
+    /// number. The caller starts at once, while the others wake up. Each thread takes a range of adjacent items in
+    /// order, because sequential reads are fastest, and then helps with the rest of the others' ranges.
     pub fn share<T: Send>(&self, mut items: Vec<T>, work: impl Fn(T) + Sync) {
         let size = items.len().div_ceil(self.threads()).max(1);
         let mut stretches = Vec::new();
@@ -89,13 +89,13 @@ impl Engine {
         });
     }
 
-    /// `y += Vᵀ·x` for `rank` vectors, returning ‖V‖² (Frobenius).
+    /// `y += Vᵀ·x` for `rank` vectors. Returns ‖V‖² (Frobenius).
     ///
     /// `x` is (rank, rows) and `y` (rank, cols), both row-major: each vector is contiguous.
-    /// ‖V‖² is not finite when V holds a NaN or an infinity.
+    /// ‖V‖² is not finite if V contains NaN or infinity.
     ///
     /// # Errors
-    /// When the lengths of `x` or `y` do not match.
+    /// If the lengths of `x` or `y` do not match.
     pub fn transposed_product(
         &mut self,
         v: &Difference<'_>,
@@ -117,7 +117,7 @@ impl Engine {
     /// `x` is (rank, cols) and `y` (rank, rows), both row-major: each vector is contiguous.
     ///
     /// # Errors
-    /// When the lengths of `x` or `y` do not match.
+    /// If the lengths of `x` or `y` do not match.
     pub fn product(&mut self, v: &Difference<'_>, x: &[f32], rank: usize, y: &mut [f32]) -> Result<(), ShapeError> {
         check(x, rank, v.cols(), "x")?;
         check(y, rank, v.rows(), "y")?;
@@ -127,8 +127,8 @@ impl Engine {
     }
 }
 
-/// Runs `steps` fused multiply-adds in each lane of as many independent chains as keep the CPU busy; returns the number of
-/// lanes. The caller has checked the level.
+/// Runs `steps` fused multiply-adds in each lane of enough independent chains to keep the CPU busy. Returns the number
+/// of lanes. The CPU must support the level.
 pub(crate) fn fused_chains(level: Level, steps: usize) -> usize {
     at_level!(level, micro::fused_chains, (steps))
 }

@@ -1,4 +1,4 @@
-//! Which instruction set the kernels use, chosen once at run time.
+//! The instruction set that the kernels use, chosen once at run time.
 
 /// The environment variable that can lower the level.
 pub const LEVEL_VARIABLE: &str = "SAFELORA_FAST_CPU_LEVEL";
@@ -14,13 +14,13 @@ pub enum Level {
     Avx512,
 }
 
-/// A level that cannot be used.
+/// Why a level cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LevelError {
-    /// The word names no level.
+    /// The word is not the name of a level.
     #[error("{LEVEL_VARIABLE} is {0:?}; use scalar, avx2 or avx512")]
     Unknown(String),
-    /// The CPU has no such instructions.
+    /// The CPU lacks these instructions.
     #[error("this CPU cannot run {}; its widest level is {}", .0.name(), Level::detect().name())]
     Unavailable(Level),
 }
@@ -29,7 +29,7 @@ impl Level {
     /// Every level, narrowest first.
     pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
 
-    /// The widest level that this CPU has.
+    /// The widest level that this CPU supports.
     #[must_use]
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -51,10 +51,10 @@ impl Level {
         Self::Scalar
     }
 
-    /// The widest level that this CPU has, or the one that `SAFELORA_FAST_CPU_LEVEL` names.
+    /// The widest level that this CPU supports, or the level in `SAFELORA_FAST_CPU_LEVEL`.
     ///
     /// # Errors
-    /// When the variable holds an unknown word or a level that this CPU lacks.
+    /// If the variable holds an unknown word or a level that this CPU lacks.
     pub fn from_environment() -> Result<Self, LevelError> {
         std::env::var_os(LEVEL_VARIABLE)
             .filter(|word| !word.is_empty())
@@ -66,21 +66,21 @@ impl Level {
         level.ok_or_else(|| LevelError::Unknown(word.to_owned()))?.check()
     }
 
-    /// The level itself when this CPU can run it.
+    /// Returns the level if this CPU supports it.
     ///
     /// # Errors
-    /// When the CPU lacks the level.
+    /// If the CPU lacks the level.
     pub fn check(self) -> Result<Self, LevelError> {
         if self.is_available() { Ok(self) } else { Err(LevelError::Unavailable(self)) }
     }
 
-    /// Whether this CPU can run the level.
+    /// Whether this CPU supports the level.
     #[must_use]
     pub fn is_available(self) -> bool {
         self <= Self::detect()
     }
 
-    /// Lower-case name, as `SAFELORA_FAST_CPU_LEVEL` spells it.
+    /// Lower-case name, as in `SAFELORA_FAST_CPU_LEVEL`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {

@@ -3,7 +3,7 @@
 use super::ShapeError;
 use super::micro::Corner;
 
-/// Element types that the kernels read.
+/// Element types that the kernels support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dtype {
     /// IEEE binary32.
@@ -36,10 +36,10 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// A view of `rows` rows of `cols` elements whose starts are `row_stride` elements apart.
+    /// Makes a view of `rows` rows of `cols` elements; rows start `row_stride` elements apart.
     ///
     /// # Errors
-    /// When a row overlaps the next one or the last element lies beyond `bytes`.
+    /// If rows overlap or the last element is beyond `bytes`.
     pub fn new(bytes: &'a [u8], dtype: Dtype, rows: usize, cols: usize, row_stride: usize) -> Result<Self, ShapeError> {
         let needed = match rows {
             0 => Some(0),
@@ -77,7 +77,7 @@ impl<'a> Matrix<'a> {
     /// The stored bytes of row `row`.
     ///
     /// # Panics
-    /// When `row` is out of range.
+    /// If `row` is out of range.
     #[must_use]
     pub fn row(&self, row: usize) -> &'a [u8] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
@@ -85,7 +85,7 @@ impl<'a> Matrix<'a> {
         &self.bytes[start..start + self.cols * self.dtype.size()]
     }
 
-    /// The address of an element, which may lie outside the matrix when nothing is read there.
+    /// The address of an element. It may be outside the matrix if nothing is read there.
     pub(super) fn corner(&self, row: usize, col: usize) -> Corner {
         let size = self.dtype.size();
         let offset = row.wrapping_mul(self.row_stride).wrapping_add(col).wrapping_mul(size);
@@ -94,7 +94,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// V = aligned − base, formed element by element in f32 as it is read.
+/// V = aligned − base, computed element by element in f32 as it is read.
 #[derive(Clone, Copy, Debug)]
 pub struct Difference<'a> {
     aligned: Matrix<'a>,
@@ -105,7 +105,7 @@ impl<'a> Difference<'a> {
     /// Pairs two matrices of the same shape; their dtypes may differ.
     ///
     /// # Errors
-    /// When the shapes differ.
+    /// If the shapes differ.
     pub fn new(aligned: Matrix<'a>, base: Matrix<'a>) -> Result<Self, ShapeError> {
         let shapes = ((aligned.rows, aligned.cols), (base.rows, base.cols));
         if shapes.0 == shapes.1 {

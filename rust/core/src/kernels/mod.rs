@@ -1,10 +1,10 @@
-//! Products with V = aligned − base that read both weights as they are stored and never form V, C = V·Vᵀ or ΔW.
+//! Products with V = aligned − base that read both weights as stored and never form V, C = V·Vᵀ or ΔW.
 //!
-//! Everything here is deterministic: the same input gives the same bits on every SIMD level and for every number of
-//! threads, because each output element is summed by one task in one fixed order with fused multiply-adds.
+//! Everything here is deterministic. The same input gives the same bits on every SIMD level and for every number of
+//! threads, because one task sums each output element in a fixed order with fused multiply-adds.
 
-// Register tiles are arrays with constant bounds: indices keep the loops of a micro kernel in step. Its pieces must be
-// inlined whatever their size, and a level takes all of its instruction set at once.
+// Register tiles are arrays with constant bounds: indices keep the loops of a micro kernel in step. Parts of a micro
+// kernel must be inlined whatever their size, and a level imports all its intrinsics.
 #![allow(clippy::needless_range_loop, clippy::inline_always, clippy::wildcard_imports)]
 
 #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! ‖V‖² (Frobenius) where squares leave the range of f32.
+//! ‖V‖² (Frobenius) when squares leave the range of f32.
 
 use rayon::prelude::*;
 
@@ -6,10 +6,11 @@ use super::Difference;
 use super::micro::Kernels;
 use super::simd::{GROUP, LANES, Line};
 
-/// Whether squares in f32 may have lost something that matters: overflowed, or fallen below the smallest normal number.
+/// Whether squares in f32 may be inaccurate: some overflowed, or fell below the smallest normal number.
 pub(super) fn is_doubtful(squares: f64, v: &Difference<'_>) -> bool {
     let elements = v.rows() as f64 * v.cols() as f64;
-    // A square that underflows is off by 2⁻¹⁵⁰ at most: here all of them together stay below 2⁻³⁰ of the sum.
+    // A square that underflows is off by at most 2⁻¹⁵⁰. Above this bound, all such errors together are below 2⁻³⁰ of
+    // the sum.
     !squares.is_finite() || squares < elements * 2.0_f64.powi(-120)
 }
 
@@ -34,7 +35,8 @@ fn squares<L: Kernels>(v: &Difference<'_>, row: usize) -> f64 {
             }
         }
         let dtypes = [v.aligned().dtype(), v.base().dtype()];
-        // SAFETY: both pointers lead to a group of 32 elements, and `staged` has room for it; the engine has checked the CPU.
+        // SAFETY: both pointers lead to a group of 32 elements, and `staged` has room for it; the engine has checked
+        // the CPU.
         unsafe { L::stage(pointers, dtypes, 1, staged.as_mut_ptr()) };
         for line in staged {
             for (lane, value) in lanes.iter_mut().zip(line.0) {

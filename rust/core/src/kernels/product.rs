@@ -1,8 +1,8 @@
-//! `y = V·x`: V is read once, a few rows at a time; lanes take part in the sum over the columns.
+//! `y = V·x`: V is read once, a few rows at a time; the sum over the columns runs across lanes.
 //!
-//! An element of the result is summed over blocks of 512 columns, in order. Within a block, lane l of 16 sums by fused
-//! multiply-adds, group of 32 columns by group, first column 2·l of the group, then column 2·l + 1; the lanes are added
-//! up as a tree: l + 8, l + 4, l + 2, l + 1.
+//! An element of the result is summed over blocks of 512 columns, in order. Within a block, lane l of 16 adds with
+//! fused multiply-adds, one group of 32 columns after another: first column 2·l of the group, then column 2·l + 1. Then
+//! the lanes are added as a tree: l + 8, l + 4, l + 2, l + 1.
 
 use rayon::prelude::*;
 
@@ -15,11 +15,11 @@ use super::{Difference, Matrix};
 const BLOCK: usize = 512;
 /// Vectors of 16 columns in a block.
 const VECTORS: usize = BLOCK / LANES;
-/// Bands of four rows that are staged together. With 512 columns in f32 they fill half of a 32 KiB L1 cache.
+/// Bands of four rows that are staged together. 512 columns of them in f32 fill half of a 32 KiB L1 cache.
 const BANDS: usize = 2;
-/// How far ahead rows are prefetched, in columns.
+/// Prefetch distance along the rows, in columns.
 const AHEAD: usize = 2 * BLOCK;
-/// Values of x that should stay in L2 while the rows go by.
+/// Values of x that should stay in L2 while the rows are processed.
 const RESIDENT: usize = 100_000;
 
 pub(super) fn run<L: Kernels>(
@@ -36,7 +36,7 @@ pub(super) fn run<L: Kernels>(
         return;
     }
     let groups = cols.div_ceil(GROUP);
-    // Four rows of four vectors are one line of sums; an odd rank leaves part of the last one unused.
+    // Four rows of four vectors are one line of sums. If the rank is odd, part of the last line is unused.
     let lines = rank.div_ceil(LANES / ROWS);
     let bands = rows.div_ceil(ROWS);
     let Borrowed { vectors, sums, .. } = workspace.borrow(groups * GROUP * rank, bands * lines, 0);
@@ -54,7 +54,7 @@ pub(super) fn run<L: Kernels>(
             let values = sums.iter().flat_map(|line| line.0.as_chunks::<ROWS>().0);
             for (k, values) in values.enumerate().take(rank) {
                 for (offset, value) in values.iter().enumerate().take(rows - row) {
-                    // SAFETY: `y` is (rank, rows) and no other unit covers this row.
+                    // SAFETY: `y` is (rank, rows), and no other unit covers this row.
                     unsafe { *y.at(k * rows + row + offset) = *value };
                 }
             }
@@ -62,7 +62,7 @@ pub(super) fn run<L: Kernels>(
     });
 }
 
-/// Rearranges a block of columns of `x` to (tile of vectors, vector of 16 columns, vector, lane), zeros at the end.
+/// Rearranges a block of columns of `x` to (tile of vectors, vector of 16 columns, vector, lane), padded with zeros.
 fn pack<L: Kernels>(x: &[f32], rank: usize, cols: usize, start: usize, packed: &mut [f32]) {
     let block = packed.len() / rank;
     let width = block.min(cols - start);
@@ -85,7 +85,7 @@ fn pack<L: Kernels>(x: &[f32], rank: usize, cols: usize, start: usize, packed: &
     }
 }
 
-/// Neighboring rows that one thread works on.
+/// Adjacent rows that one thread works on.
 struct Unit<'a> {
     v: &'a Difference<'a>,
     packed: &'a [f32],
@@ -159,8 +159,8 @@ impl Block<'_> {
         }
     }
 
-    /// Where the rows of a band lie, in copies when the last group of columns is not full. Rows that V does not have
-    /// are stood in for by its last one.
+    /// Addresses of the rows of a band, in padded copies if the last group of columns is not full. Rows beyond the end
+    /// of V are replaced by its last row.
     fn rows(&self, offset: usize, width: usize, padding: &mut [Padding; 2]) -> [[*const u8; ROWS]; 2] {
         let v = self.unit.v;
         let mut bands = [[std::ptr::null(); ROWS]; 2];
@@ -179,5 +179,5 @@ impl Block<'_> {
     }
 }
 
-/// Copies of the last block of a band of one matrix, filled up with zeros.
+/// Copies of the last block of a band of one matrix, padded with zeros.
 struct Padding([[u8; 4 * BLOCK]; ROWS]);

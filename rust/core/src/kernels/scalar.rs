@@ -1,15 +1,15 @@
-//! Plain Rust, for CPUs without the wider levels and as the yardstick that they are compared with.
+//! Plain Rust, for CPUs without the wider levels, and as the baseline that they are compared with.
 
 use super::simd::{LANES, Simd};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
 
-/// `a·b + c` rounded once, as the hardware's fused multiply-add does it.
+/// `a·b + c` rounded once, like the hardware's fused multiply-add.
 ///
 /// The product of two f32 is exact in f64. Its sum with `c` is rounded to odd (the last bit records whether anything
-/// was lost), so that rounding it again to f32 gives the correctly rounded result (Boldo and Melquiond 2008). Unlike a
-/// call of libm's `fmaf` this needs no FMA instruction to be fast, and vectorizes.
+/// was lost), so rounding it again to f32 gives the correctly rounded result (Boldo and Melquiond 2008). Unlike libm's
+/// `fmaf`, this is fast without an FMA instruction, and vectorizes.
 #[inline(always)]
 fn fused(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
@@ -40,7 +40,7 @@ fn each(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
 /// `2·LANES` values of `SIZE` bytes lie at `pointer`.
 #[inline(always)]
 unsafe fn split<const SIZE: usize>(pointer: *const u8, decode: impl Fn([u8; SIZE]) -> f32) -> [[f32; LANES]; 2] {
-    // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
+    // SAFETY: see above; byte arrays have no alignment.
     let values = unsafe { &*pointer.cast::<[[u8; SIZE]; 2 * LANES]>() };
     [each(|lane| decode(values[2 * lane])), each(|lane| decode(values[2 * lane + 1]))]
 }
@@ -57,19 +57,19 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn load(pointer: *const f32) -> [f32; LANES] {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { *pointer.cast() }
     }
 
     #[inline(always)]
     unsafe fn store(pointer: *mut f32, value: [f32; LANES]) {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { *pointer.cast() = value }
     }
 
     #[inline(always)]
     unsafe fn splat(pointer: *const f32) -> [f32; LANES] {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         [unsafe { *pointer }; LANES]
     }
 
@@ -90,19 +90,19 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn split_f32(pointer: *const u8) -> [[f32; LANES]; 2] {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { split(pointer, f32::from_le_bytes) }
     }
 
     #[inline(always)]
     unsafe fn split_bf16(pointer: *const u8) -> [[f32; LANES]; 2] {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { split(pointer, |bytes| half::bf16::from_le_bytes(bytes).to_f32()) }
     }
 
     #[inline(always)]
     unsafe fn split_f16(pointer: *const u8) -> [[f32; LANES]; 2] {
-        // SAFETY: the caller vouches for the pointer.
+        // SAFETY: the pointer is valid by the contract of `Simd`.
         unsafe { split(pointer, |bytes| half::f16::from_le_bytes(bytes).to_f32()) }
     }
 
@@ -161,28 +161,28 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn load_f32(pointer: *const u8, _: usize) -> [[f32; LANES]; 2] {
-        // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
+        // SAFETY: the pointer is valid by the contract of `Simd`; byte arrays have no alignment.
         let halves = unsafe { &*pointer.cast::<[[[u8; 4]; LANES]; 2]>() };
         halves.map(|half| half.map(f32::from_le_bytes))
     }
 
     #[inline(always)]
     unsafe fn load_f16(pointer: *const u8, _: usize) -> [[f32; LANES]; 2] {
-        // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
+        // SAFETY: the pointer is valid by the contract of `Simd`; byte arrays have no alignment.
         let halves = unsafe { &*pointer.cast::<[[[u8; 2]; LANES]; 2]>() };
         halves.map(|half| half.map(|bytes| half::f16::from_le_bytes(bytes).to_f32()))
     }
 
     #[inline(always)]
     unsafe fn store_f32<const STREAM: bool>(pointer: *mut u8, _: usize, halves: [[f32; LANES]; 2]) {
-        // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
+        // SAFETY: the pointer is valid by the contract of `Simd`; byte arrays have no alignment.
         unsafe { *pointer.cast() = halves.map(|half| half.map(f32::to_le_bytes)) }
     }
 
     #[inline(always)]
     unsafe fn store_f16<const STREAM: bool>(pointer: *mut u8, _: usize, halves: [[f32; LANES]; 2]) {
         let rounded = halves.map(|half| half.map(|value| half::f16::from_f32(value).to_le_bytes()));
-        // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
+        // SAFETY: the pointer is valid by the contract of `Simd`; byte arrays have no alignment.
         unsafe { *pointer.cast() = rounded }
     }
 
@@ -190,7 +190,7 @@ impl Simd for Scalar {
     unsafe fn store_bf16<const STREAM: bool>(pointer: *mut u8, _: usize, [even, odd]: [[f32; LANES]; 2]) {
         let pairs: [[[u8; 2]; 2]; LANES] =
             std::array::from_fn(|lane| [even[lane], odd[lane]].map(|value| half::bf16::from_f32(value).to_le_bytes()));
-        // SAFETY: the caller vouches for the pointer; byte arrays have no alignment.
+        // SAFETY: the pointer is valid by the contract of `Simd`; byte arrays have no alignment.
         unsafe { *pointer.cast() = pairs }
     }
 
@@ -209,7 +209,7 @@ mod tests {
         #[test]
         fn fused_rounds_once(a in any::<u32>(), b in any::<u32>(), c in any::<u32>(), near in 0_u32..64) {
             let (a, b) = (f32::from_bits(a), f32::from_bits(b));
-            // Every other addend lies near the product, where cancellation and double rounding happen.
+            // Every other addend is near the product, where cancellation and double rounding happen.
             let c = if near.is_multiple_of(2) { f32::from_bits(c) } else { f32::from_bits((-(a * b)).to_bits().wrapping_add(near)) };
             let (ours, theirs) = (fused(a, b, c), a.mul_add(b, c));
             prop_assert!(ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()), "{a:e} {b:e} {c:e}");

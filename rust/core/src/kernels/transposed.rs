@@ -1,11 +1,11 @@
 //! `y += Vᵀ·x`: V is read once; lanes are columns.
 //!
-//! Every column of every vector is summed by fused multiply-adds in the order of the rows, from zero in each block of
-//! 1024 rows; the sums of the blocks are added to `y` in order. The squares of V are summed likewise in each column of a
-//! block, and from there on in f64: over the columns of a group of 32, the blocks, the groups.
+//! Every column of every vector is summed with fused multiply-adds in the order of the rows, starting from zero in each
+//! block of 1024 rows. The sums of the blocks are added to `y` in order. The squares of V are summed the same way in
+//! each column of a block, and then in f64: over the columns of a group of 32, the blocks, the groups.
 //!
-//! Four rows of V at a time are held in registers while each sum is fetched, multiplied into and put back. That costs little
-//! for each weight, reads V in long rows, and needs no more than two registers of sums whatever the rank.
+//! Four rows of V at a time are held in registers while each sum is loaded, updated and stored. That costs little per
+//! weight, reads V in long rows, and needs only two registers of sums for any rank.
 
 use rayon::prelude::*;
 
@@ -14,11 +14,11 @@ use super::simd::{GROUP, Line};
 use super::workspace::{Borrowed, Shared, Workspace};
 use super::{Difference, Matrix};
 
-/// Rows whose sums start from zero.
+/// Rows in a block, whose sums start from zero.
 const BLOCK: usize = 1024;
-/// Rows that are taken panel by panel of columns.
+/// Rows that are processed one panel of columns after another.
 const SWEEP: usize = 32;
-/// Lines of sums of a panel: they should stay in L2 while the rows of a sweep go by.
+/// Lines of sums in a panel: they should stay in L2 while the rows of a sweep are processed.
 const PANEL: usize = 2048;
 
 pub(super) fn run<L: Kernels>(
@@ -62,7 +62,7 @@ pub(super) fn run<L: Kernels>(
     squares.iter().sum()
 }
 
-/// Rearranges four rows of `x` to (vector, row), or the fewer rows at the end to (row, vector).
+/// Rearranges four rows of `x` to (vector, row), or the remaining fewer rows to (row, vector).
 fn pack(x: &[f32], rank: usize, rows: usize, start: usize, packed: &mut [f32]) {
     let band = packed.len() / rank;
     let (row_step, step) = if band == ROWS { (1, ROWS) } else { (rank, 1) };
@@ -73,7 +73,7 @@ fn pack(x: &[f32], rank: usize, rows: usize, start: usize, packed: &mut [f32]) {
     }
 }
 
-/// Neighboring groups of 32 columns that one thread works on.
+/// Adjacent groups of 32 columns that one thread works on.
 struct Unit<'a> {
     v: &'a Difference<'a>,
     packed: &'a [f32],
@@ -100,7 +100,7 @@ impl Unit<'_> {
         }
     }
 
-    /// Adds rows `start` to `end` of some groups to their sums, prefetching what comes `after` (row, group).
+    /// Adds rows `start` to `end` of some groups to their sums, prefetching the block at `after` (row, group).
     fn sweep<L: Kernels>(
         &self,
         (start, end): (usize, usize),
@@ -117,8 +117,8 @@ impl Unit<'_> {
             let next = [aligned, base].map(|matrix| matrix.corner(next_row, column(next_group)).pointer);
             let (aligned, base) = (aligned.corner(row, column(group)), base.corner(row, column(group)));
             let (x, sums) = (self.packed[row * self.rank..].as_ptr(), sums.as_mut_ptr());
-            // SAFETY: V has these rows and groups, `packed` `rows` values for each vector, and `sums` two lines for each group
-            // and vector and the squares; the engine has checked the CPU.
+            // SAFETY: V has these rows and groups, `packed` has `rows` values for each vector, and `sums` has two lines
+            // for each group and vector and for the squares; the engine has checked the CPU.
             unsafe {
                 with_constant!(rows, L::update, [1 4], (aligned, base, next, groups, x, self.rank, sums));
             }
@@ -126,7 +126,7 @@ impl Unit<'_> {
         }
     }
 
-    /// Adds rows `start` to `end` of the last group, which is narrower than the others, to its sums.
+    /// Adds rows `start` to `end` of the last group, which is narrower, to its sums.
     fn sweep_tail<L: Kernels>(&self, (start, end): (usize, usize), sums: &mut [Line]) {
         let (mut aligned_padding, mut base_padding) = (Padding::ZERO, Padding::ZERO);
         let column = self.v.cols() / GROUP * GROUP;
@@ -137,7 +137,7 @@ impl Unit<'_> {
             let base = base_padding.copy(&self.v.base(), row, rows, column);
             let next = [aligned.pointer, base.pointer];
             let (x, sums) = (self.packed[row * self.rank..].as_ptr(), sums.as_mut_ptr());
-            // SAFETY: the copies hold `rows` rows of 32 elements; the rest as in `sweep`.
+            // SAFETY: the copies have `rows` rows of 32 elements; the rest as in `sweep`.
             unsafe {
                 with_constant!(rows, L::update, [1 4], (aligned, base, next, 1, x, self.rank, sums));
             }
@@ -146,7 +146,7 @@ impl Unit<'_> {
     }
 }
 
-/// The last columns of a few rows of one matrix, copied and filled up with zeros to a group of 32.
+/// The last columns of a few rows of one matrix, copied and padded with zeros to a group of 32.
 struct Padding([[u8; 4 * GROUP]; ROWS]);
 
 impl Padding {
@@ -164,14 +164,14 @@ impl Padding {
 /// Adds the sums of a unit to its columns of `y`.
 ///
 /// # Safety
-/// `y` is (rank, cols), and nothing else writes to the columns from `first`·32 on that `sums` covers.
+/// `y` is (rank, cols), and nothing else writes to the columns from `first`·32 that `sums` covers.
 unsafe fn add<L: Kernels>(sums: &[Line], lines: usize, rank: usize, first: usize, cols: usize, y: Shared) {
     for (tile, sums) in sums.chunks_exact(lines).enumerate() {
         let column = (first + tile) * GROUP;
         for k in 0..rank {
             let split = sums[2 * (1 + k)..].as_ptr();
             let width = GROUP.min(cols - column);
-            // SAFETY: `width` values lie at `output`, ours alone; a narrower group takes a detour.
+            // SAFETY: `width` values at `output` belong to this unit alone; a narrower group goes through a copy.
             unsafe {
                 let output = y.at(k * cols + column);
                 if width == GROUP {

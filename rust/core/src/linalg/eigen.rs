@@ -11,10 +11,10 @@ pub struct Eigen {
     pub vectors: Vec<f64>,
 }
 
-/// Decomposes a symmetric (n, n) matrix; empty for a matrix that is not finite.
+/// Decomposes a symmetric (n, n) matrix. The result is empty if the matrix is not finite.
 ///
 /// # Panics
-/// When the matrix is not n×n.
+/// If the matrix is not n×n.
 #[must_use]
 pub fn symmetric_eigen(matrix: &[f64], n: usize) -> Eigen {
     assert_eq!(matrix.len(), n * n, "an {n}x{n} matrix");

@@ -1,8 +1,8 @@
-//! Small dense pieces in f64 around the products with V.
+//! Small dense linear algebra in f64 for the products with V.
 //!
-//! Vectors are stored as rows of f32: `count` vectors of `length` values, each contiguous. Every output element is summed
-//! by one task in one fixed order without fused multiply-adds, so results are the same bits on every CPU and for every
-//! number of threads. Functions run on the rayon pool they are called in.
+//! Vectors are stored as rows of f32: `count` vectors of `length` values, each contiguous. One task sums every output
+//! element in a fixed order without fused multiply-adds, so results have the same bits on every CPU and for every
+//! number of threads. Functions run on the current rayon pool.
 
 mod eigen;
 mod orthonormal;

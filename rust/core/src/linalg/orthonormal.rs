@@ -2,21 +2,21 @@
 
 use super::{combine, gram, inner_products};
 
-/// A vector is dropped when what it adds to those before it is shorter than this, relative to its length.
+/// A vector is dropped if its component outside the previous ones is shorter than this, relative to its length.
 const DEPENDENT: f64 = 1e-4;
 
 /// An orthonormal basis of the span of `vectors`, orthogonal to the orthonormal vectors `against`.
 ///
-/// The first j vectors of the basis span what the first j independent vectors do. Vectors that depend on those before
-/// them, or on `against`, are left out, and so are vectors that are zero or not finite.
+/// The first j vectors of the basis have the same span as the first j independent vectors. Vectors that depend on
+/// earlier ones or on `against` are left out, as are vectors that are zero or not finite.
 #[must_use]
 pub fn orthonormal(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> {
-    // Twice is enough: the first round leaves errors of rounding times 1/DEPENDENT, the second of rounding alone.
+    // Twice is enough: the first round leaves errors of rounding/DEPENDENT, the second only rounding.
     let once = in_order(&independent(vectors, against, length), length);
     in_order(&removed(&once, against, length), length)
 }
 
-/// The part of each vector outside of `against`, where that is more than rounding.
+/// The component of each vector outside `against`, if it is more than rounding.
 fn independent(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> {
     let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
     let rest = removed(vectors, against, length);
@@ -42,7 +42,7 @@ pub fn removed(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> {
     rest
 }
 
-/// Gram-Schmidt on coefficients: every new vector is a combination of `vectors` found from their inner products.
+/// Gram-Schmidt on coefficients: every new vector is a linear combination of `vectors`, from their inner products.
 fn in_order(vectors: &[f32], length: usize) -> Vec<f32> {
     if vectors.is_empty() {
         return Vec::new();

@@ -9,7 +9,7 @@ const LANES: usize = 8;
 /// Columns of a linear combination that are summed together.
 const BLOCK: usize = 64;
 
-/// Compiles a function for AVX-512, AVX2 and the baseline, and calls the widest that the CPU has.
+/// Compiles a function for AVX-512, AVX2 and the baseline, and calls the widest that the CPU supports.
 macro_rules! multiversion {
     ($name:ident, $body:ident, ($($argument:ident: $type:ty),*) -> $result:ty) => {
         fn $name($($argument: $type),*) -> $result {
@@ -24,7 +24,7 @@ macro_rules! multiversion {
                     $body($($argument),*)
                 }
                 if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-                    // SAFETY: the CPU has just been found to have these features.
+                    // SAFETY: the CPU features were checked just above.
                     return unsafe { avx512($($argument),*) };
                 }
                 if is_x86_feature_detected!("avx2") {
@@ -40,7 +40,7 @@ macro_rules! multiversion {
 /// Inner products ⟨aᵢ, aⱼ⟩ of vectors of `length` values: a symmetric (count, count) matrix, row-major.
 ///
 /// # Panics
-/// When `a` does not hold whole vectors.
+/// If `a` does not hold whole vectors.
 #[must_use]
 pub fn gram(a: &[f32], length: usize) -> Vec<f64> {
     products(a, a, length, true)
@@ -49,7 +49,7 @@ pub fn gram(a: &[f32], length: usize) -> Vec<f64> {
 /// Inner products ⟨aᵢ, bⱼ⟩ of vectors of `length` values: an (a's count, b's count) matrix, row-major.
 ///
 /// # Panics
-/// When `a` or `b` does not hold whole vectors.
+/// If `a` or `b` does not hold whole vectors.
 #[must_use]
 pub fn inner_products(a: &[f32], b: &[f32], length: usize) -> Vec<f64> {
     products(a, b, length, false)
@@ -66,7 +66,7 @@ fn products(a: &[f32], b: &[f32], length: usize, symmetric: bool) -> Vec<f64> {
         .par_iter()
         .map(|(row, col)| {
             let at = |vectors: &[f32], count: usize, first: usize, index: usize| {
-                // A tile over the edge repeats the last vector; the copies are not stored.
+                // A tile across the edge repeats the last vector; the copies are not stored.
                 let start = (first + index).min(count - 1) * length;
                 start..start + length.min(vectors.len())
             };
@@ -95,7 +95,7 @@ multiversion!(tile, tile_body, (left: [&[f32]; TILE], right: [&[f32]; TILE]) -> 
 #[inline(always)]
 fn tile_body(left: [&[f32]; TILE], right: [&[f32]; TILE]) -> [[f64; TILE]; TILE] {
     let mut sums = [[[0.0; LANES]; TILE]; TILE];
-    // The same length for all, which spares the loop its bounds checks.
+    // The same length for all, so the compiler can drop the bounds checks.
     let length = left[0].len();
     let (left, right) = (left.map(|vector| &vector[..length]), right.map(|vector| &vector[..length]));
     let whole = length - length % LANES;
@@ -122,7 +122,7 @@ fn padded(rest: &[f32]) -> [f32; LANES] {
     lanes
 }
 
-// Loops instead of array methods: those stay calls, which keeps the sums out of the registers.
+// Loops instead of array methods, which are not inlined and would keep the sums out of registers.
 #[allow(clippy::inline_always, clippy::needless_range_loop, reason = "as above")]
 #[inline(always)]
 fn add(sums: &mut [[[f64; LANES]; TILE]; TILE], left: [&[f32]; TILE], right: [&[f32]; TILE], start: usize) {
@@ -155,7 +155,7 @@ fn total(lanes: [f64; LANES]) -> f64 {
 /// `yⱼ = Σₖ weights[k, j]·xₖ` with sums in f64: `outputs` vectors of `length` values, rounded once to f32.
 ///
 /// # Panics
-/// When `x` does not hold whole vectors or `weights` is not (x's count, outputs), row-major.
+/// If `x` does not hold whole vectors or `weights` is not (x's count, outputs), row-major.
 #[must_use]
 pub fn combine(x: &[f32], length: usize, weights: &[f64], outputs: usize) -> Vec<f32> {
     let inputs = count(x, length);

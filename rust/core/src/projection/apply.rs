@@ -8,21 +8,21 @@ use super::{ProjectionError, Random, Stacked};
 use crate::kernels::Engine;
 use crate::linalg::orthonormal;
 
-/// What C·B is divided by.
+/// The divisor of C·B.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Normalization {
-    /// ‖V‖, as the paper has it.
+    /// ‖V‖, as in the paper.
     Frobenius,
     /// σ₁(V)², so that the largest gain is 1.
     Spectral,
 }
 
-/// V·Vᵀ·B before its last scaling.
+/// V·Vᵀ·B before its final scaling.
 #[derive(Debug)]
 pub struct Applied {
-    /// (r, m): columns of B, multiplied.
+    /// (r, m): columns of V·Vᵀ·B.
     pub columns: Vec<f32>,
-    /// C·B = factor·columns; zero where V is zero.
+    /// C·B = factor·columns; zero if V is zero.
     pub factor: f64,
     /// ‖V‖.
     pub v_norm: f64,
@@ -31,7 +31,7 @@ pub struct Applied {
 /// Multiplies B, stored as columns (r, m), by C.
 ///
 /// # Errors
-/// When V or B are not finite.
+/// If V or B is not finite.
 pub fn apply(
     engine: &mut Engine,
     v: &mut Stacked<'_>,

@@ -11,23 +11,23 @@ pub enum ProjectionError {
     /// A weight or factor is NaN or infinite.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Finite weights whose products are not.
+    /// Products of finite weights are not finite.
     #[error(
         "module {0}: the products with V leave the range of float32; the weights are damaged or not on their usual scale"
     )]
     OutOfRange(String),
-    /// Shapes that do not fit each other.
+    /// Shapes do not fit together.
     #[error("module {module}: {source}")]
     Shape {
         /// Name of the module.
         module: String,
-        /// What does not fit.
+        /// The shape error.
         source: ShapeError,
     },
-    /// The run was asked to stop.
+    /// The run was cancelled.
     #[error("cancelled")]
     Cancelled,
-    /// A defect of this program.
+    /// A bug in this program.
     #[error("module {module}: internal error: {message}; please report it")]
     Internal {
         /// Name of the module.
@@ -38,7 +38,7 @@ pub enum ProjectionError {
 }
 
 impl ProjectionError {
-    /// [`ProjectionError::Cancelled`] once the run has been asked to stop.
+    /// Returns [`ProjectionError::Cancelled`] if the run was cancelled.
     pub(super) fn if_cancelled(cancel: &AtomicBool) -> Result<(), Self> {
         if cancel.load(Ordering::Relaxed) { Err(Self::Cancelled) } else { Ok(()) }
     }

@@ -1,14 +1,14 @@
-//! LoRA factors and weights as f32, with a check that they are finite.
+//! LoRA factors and weights as f32, checked to be finite.
 
 use crate::checkpoint::{CheckpointError, View};
 use crate::kernels::Dtype;
 
 /// Vectors that are converted together.
 const TILE: usize = 16;
-/// Elements of each of them that are converted in one go.
+/// Elements of each vector that are converted at a time.
 const BLOCK: usize = 256;
 
-/// Elements in two nested loops over stored bytes.
+/// Elements of stored bytes, addressed by two nested loops.
 #[derive(Clone, Copy, Debug)]
 pub struct Walk {
     /// First element.
@@ -33,7 +33,7 @@ pub struct NotFinite {
 /// Appends the columns of a view to `vectors`, each contiguous.
 ///
 /// # Errors
-/// When an element is NaN or infinite.
+/// If an element is NaN or infinite.
 pub(super) fn append_columns(view: &View, vectors: &mut Vec<f32>) -> Result<(), CheckpointError> {
     let walk = Walk { start: 0, outer: (view.cols(), view.col_stride()), inner: (view.rows(), view.row_stride()) };
     append(view.bytes(), view.dtype(), walk, vectors)
@@ -43,14 +43,14 @@ pub(super) fn append_columns(view: &View, vectors: &mut Vec<f32>) -> Result<(), 
 /// Appends the rows of a view to `vectors`, each contiguous.
 ///
 /// # Errors
-/// When an element is NaN or infinite.
+/// If an element is NaN or infinite.
 pub(super) fn append_rows(view: &View, vectors: &mut Vec<f32>) -> Result<(), CheckpointError> {
     let walk = Walk { start: 0, outer: (view.rows(), view.row_stride()), inner: (view.cols(), view.col_stride()) };
     append(view.bytes(), view.dtype(), walk, vectors)
         .map_err(|found| view.not_finite(found.outer, found.inner, found.value))
 }
 
-/// The first element of a view that is NaN or infinite, as an error.
+/// The error for the first element of a view that is NaN or infinite, if any.
 pub(super) fn first_not_finite(view: &View) -> Option<CheckpointError> {
     let mut values = Vec::new();
     (0..view.rows()).find_map(|row| {
@@ -68,7 +68,7 @@ pub(super) fn first_not_finite(view: &View) -> Option<CheckpointError> {
 /// At the first element that is NaN or infinite.
 ///
 /// # Panics
-/// When the walk leaves the bytes.
+/// If the walk extends beyond the bytes.
 pub fn append(bytes: &[u8], dtype: Dtype, walk: Walk, vectors: &mut Vec<f32>) -> Result<(), NotFinite> {
     match dtype {
         Dtype::F32 => convert::<4>(bytes, walk, vectors, f32::from_le_bytes),
@@ -95,7 +95,7 @@ fn convert<const SIZE: usize>(
     let first = vectors.len();
     vectors.resize(first + outer * inner, 0.0);
     for (tile, vectors) in vectors[first..].chunks_mut(TILE * inner).enumerate() {
-        // Neighboring vectors may share cache lines: take a stretch of each before going on.
+        // Adjacent vectors may share cache lines: convert a range of each before continuing.
         for block in (0..inner).step_by(BLOCK) {
             for (i, vector) in vectors.chunks_exact_mut(inner).enumerate() {
                 let from = start + (tile * TILE + i) * outer_stride + block * inner_stride;

@@ -1,4 +1,4 @@
-//! What belongs to one module: the weights that make V and the factors of every adapter.
+//! One module: the weights that make V, and the LoRA factors of every adapter.
 
 use crate::checkpoint::View;
 use crate::kernels::{Difference, ShapeError};
@@ -6,64 +6,64 @@ use crate::kernels::{Difference, ShapeError};
 /// Views that do not fit together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JobError {
-    /// The two weights of a part.
+    /// The two weights of a part do not fit together.
     #[error("{tensor}: {source}")]
     Part {
         /// The aligned tensor.
         tensor: String,
-        /// What does not fit.
+        /// The shape error.
         source: ShapeError,
     },
-    /// A module without a part.
+    /// A module has no parts.
     #[error("module {0}: no weights")]
     NoWeights(String),
-    /// Parts of different widths.
+    /// Parts differ in width.
     #[error("module {module}: {tensor} has {found} columns, the first part {expected}")]
     PartWidth {
         /// Name of the module.
         module: String,
-        /// The aligned tensor of the odd part.
+        /// The aligned tensor of the part that differs.
         tensor: String,
-        /// Its columns.
+        /// Its number of columns.
         found: usize,
         /// Columns of the first part.
         expected: usize,
     },
-    /// B with other rows than V.
+    /// B and V differ in rows.
     #[error("module {module}: {tensor} has {found} rows but the weight has {expected}")]
     Rows {
         /// Name of the module.
         module: String,
-        /// The tensor of B.
+        /// Name of B's tensor.
         tensor: String,
-        /// Its rows.
+        /// Its number of rows.
         found: usize,
         /// Rows of V.
         expected: usize,
     },
-    /// A with other columns than V.
+    /// A and V differ in columns.
     #[error("module {module}: {tensor} has {found} columns but the weight has {expected}")]
     Columns {
         /// Name of the module.
         module: String,
-        /// The tensor of A.
+        /// Name of A's tensor.
         tensor: String,
-        /// Its columns.
+        /// Its number of columns.
         found: usize,
         /// Columns of V.
         expected: usize,
     },
-    /// Two factors of one adapter with different ranks.
+    /// B and A of one adapter have different ranks.
     #[error("{} has rank {} but {} has rank {}", lora_b.0, lora_b.1, lora_a.0, lora_a.1)]
     Ranks {
-        /// Tensor and rank of B.
+        /// Tensor name and rank of B.
         lora_b: (String, usize),
-        /// Tensor and rank of A.
+        /// Tensor name and rank of A.
         lora_a: (String, usize),
     },
 }
 
-/// One block of rows of the stored matrix, in both checkpoints.
+/// One slice of rows of the stored matrix, in both checkpoints.
 #[derive(Clone, Debug)]
 pub struct Part {
     aligned: View,
@@ -74,7 +74,7 @@ impl Part {
     /// Pairs two views of the same shape with contiguous columns.
     ///
     /// # Errors
-    /// When the shapes differ or columns are not contiguous.
+    /// If the shapes differ or columns are not contiguous.
     pub fn new(aligned: View, base: View) -> Result<Self, JobError> {
         let part = |source| JobError::Part { tensor: aligned.tensor().to_owned(), source };
         Difference::new(aligned.matrix().map_err(part)?, base.matrix().map_err(part)?).map_err(part)?;
@@ -93,7 +93,7 @@ impl Part {
         &self.base
     }
 
-    /// The block as the kernels read it.
+    /// The part as a kernel operand.
     ///
     /// # Errors
     /// Never after [`Part::new`].
@@ -110,10 +110,10 @@ pub struct Factors {
 }
 
 impl Factors {
-    /// Pairs two factors of the same rank.
+    /// Pairs B and A of the same rank.
     ///
     /// # Errors
-    /// When the ranks differ.
+    /// If the ranks differ.
     pub fn new(lora_b: View, lora_a: View) -> Result<Self, JobError> {
         if lora_b.cols() == lora_a.rows() {
             return Ok(Self { lora_b, lora_a });
@@ -141,7 +141,7 @@ impl Factors {
     }
 }
 
-/// One module: V from parts stacked by stored rows, and the factors of every adapter that touches it.
+/// One module: V as parts stacked by stored rows, and the LoRA factors of every adapter for it.
 #[derive(Clone, Debug)]
 pub struct Job {
     name: String,
@@ -151,10 +151,10 @@ pub struct Job {
 }
 
 impl Job {
-    /// A module whose stored matrix is V (m, n), or Vᵀ (n, m) when `transposed`.
+    /// Makes a module. The stored matrix is V (m, n), or Vᵀ (n, m) if `transposed`.
     ///
     /// # Errors
-    /// When there is no part, parts differ in width, or a factor does not fit V.
+    /// If there are no parts, parts differ in width, or B or A does not fit V.
     pub fn new(name: String, parts: Vec<Part>, factors: Vec<Factors>, transposed: bool) -> Result<Self, JobError> {
         let job = Self { name, parts, factors, transposed };
         job.check().map(|()| job)
@@ -190,13 +190,13 @@ impl Job {
         &self.name
     }
 
-    /// Blocks of rows of the stored matrix.
+    /// Slices of rows of the stored matrix.
     #[must_use]
     pub fn parts(&self) -> &[Part] {
         &self.parts
     }
 
-    /// Factors of every adapter.
+    /// LoRA factors of every adapter.
     #[must_use]
     pub fn factors(&self) -> &[Factors] {
         &self.factors
@@ -216,7 +216,7 @@ impl Job {
         if self.transposed { (cols, rows) } else { (rows, cols) }
     }
 
-    /// Bytes of both checkpoints that the module covers.
+    /// Bytes of both checkpoints that the module reads.
     #[must_use]
     pub fn nbytes(&self) -> usize {
         self.parts.iter().map(|part| part.aligned.nbytes() + part.base.nbytes()).sum()

@@ -1,4 +1,4 @@
-//! The operators: what replaces B, and what each needs to know of V.
+//! The operators: what replaces B, and what each needs from V.
 
 use std::borrow::Cow;
 
@@ -9,19 +9,19 @@ use crate::linalg::{combine, gram, inner_products};
 /// The operator O that replaces B by O·B.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Operator {
-    /// C = V·Vᵀ/‖V‖, the paper's.
+    /// The paper's C = V·Vᵀ/‖V‖.
     Frobenius,
-    /// C/σ₁(C) = V·Vᵀ/σ₁(V)², whose largest gain is 1.
+    /// C/σ₁(C) = V·Vᵀ/σ₁(V)², with a gain of at most 1.
     Spectral,
     /// U·Uᵀ with the leading left singular vectors U of V.
     Orthogonal(Extent),
-    /// U·Uᵀ + keep·(1 − U·Uᵀ) on B and, with `both` sides, W·Wᵀ + keep·(1 − W·Wᵀ) on A with the right singular vectors W.
+    /// U·Uᵀ + keep·(1 − U·Uᵀ) on B and, if `both`, W·Wᵀ + keep·(1 − W·Wᵀ) on A with the right singular vectors W.
     Attenuate {
-        /// How many singular vectors.
+        /// Number of singular vectors.
         extent: Extent,
-        /// The share of the rest that stays.
+        /// The fraction of the rest to keep.
         keep: f64,
-        /// Whether A is attenuated too.
+        /// Whether to attenuate A too.
         both: bool,
     },
     /// O = 0, the control.
@@ -33,7 +33,7 @@ pub enum Operator {
 pub struct Settings {
     /// The operator.
     pub operator: Operator,
-    /// Whether outcomes keep the projected factors.
+    /// Whether outcomes keep the projected B and A.
     pub keep_projected: bool,
     /// Whether outcomes keep the singular vectors that the operator uses.
     pub keep_subspace: bool,
@@ -41,21 +41,21 @@ pub struct Settings {
     pub seed: u64,
 }
 
-/// What is known of one adapter and of V once both products with V are done.
+/// Data of one adapter and of V after both products with V.
 pub(super) struct Products<'a> {
     /// B, (r, m).
     pub(super) lora_b: &'a [f32],
     /// Rows m of B.
     pub(super) rows: usize,
-    /// S = V·T with T = VᵀB/t, (r, m).
+    /// S = V·T with T = VᵀB/t: (r, m).
     pub(super) applied: &'a [f32],
     /// SᵀS, (r, r).
     pub(super) applied_gram: &'a [f64],
     /// The power of two t.
     pub(super) scale: f64,
-    /// ‖V‖, above zero.
+    /// ‖V‖, greater than zero.
     pub(super) v_norm: f64,
-    /// Leading singular vectors of V, where [`Operator::extent`] asks for some.
+    /// Leading singular vectors of V, if [`Operator::extent`] needs any.
     pub(super) leading: Option<&'a Leading>,
 }
 
@@ -84,17 +84,17 @@ impl Operator {
         }
     }
 
-    /// Whether the operator uses singular vectors of V, so that outcomes say how many.
+    /// Whether the operator uses singular vectors of V, so that outcomes report their number.
     pub(super) const fn uses_vectors(self) -> bool {
         matches!(self, Self::Orthogonal(_) | Self::Attenuate { .. })
     }
 
-    /// Whether the operator changes A, so that it needs the right singular vectors too.
+    /// Whether the operator changes A, and so needs the right singular vectors too.
     pub(super) const fn changes_lora_a(self) -> bool {
         matches!(self, Self::Attenuate { both: true, .. })
     }
 
-    /// What A (r, n) becomes with the right singular vectors (k, n) of V, if the operator changes it.
+    /// The new A (r, n), from the right singular vectors (k, n) of V, if the operator changes A.
     pub(super) fn apply_to_lora_a(self, right: &[f32], lora_a: &[f32], n: usize) -> Option<Projected<'static>> {
         match self {
             Self::Attenuate { keep, both: true, .. } => Some(attenuated(right, lora_a, n, keep)),

@@ -1,11 +1,12 @@
-//! What projection did to one module.
+//! Results of projecting one module.
 
 use super::{Leading, Overflow};
 
-/// What projection does to one adapter's factors in one module. The stub of the Python class of this name defines the metrics.
+/// Result of projecting one adapter's LoRA factors in one module. The stub of the Python class of this name defines the
+/// metrics.
 #[derive(Clone, Debug)]
 pub struct FactorOutcome {
-    /// Frobenius cosine of C·ΔW and ΔW, whatever the operator.
+    /// Frobenius cosine of C·ΔW and ΔW, for every operator.
     pub cosine: f64,
     /// ‖O·B‖/‖B‖.
     pub gain: f64,
@@ -19,33 +20,33 @@ pub struct FactorOutcome {
     pub update_norm_projected: f64,
     /// O·B, (m, r).
     pub lora_b: Option<Rounded>,
-    /// What A becomes, (r, n), where the operator changes it.
+    /// The new A, (r, n), if the operator changes it.
     pub lora_a: Option<Rounded>,
 }
 
-/// A projected factor, row-major in its stored dtype.
+/// A projected LoRA factor, row-major in its stored dtype.
 #[derive(Clone, Debug)]
 pub struct Rounded {
     /// Its elements.
     pub bytes: Vec<u8>,
-    /// The first element that the dtype cannot hold.
+    /// The first element that is out of the dtype's range.
     pub overflow: Option<Overflow>,
 }
 
-/// What projection does to one module.
+/// Result of projecting one module.
 #[derive(Clone, Debug)]
 pub struct JobOutcome {
     /// ‖V‖.
     pub v_norm: f64,
-    /// How many singular vectors the operator uses, if any.
+    /// Number of singular vectors that the operator uses, if any.
     pub rank: Option<usize>,
-    /// Share of ‖V‖² that they hold.
+    /// Fraction of ‖V‖² in these vectors.
     pub energy: Option<f64>,
     /// σ₁(V).
     pub spectral_norm: Option<f64>,
-    /// These vectors, if they are to be kept.
+    /// These vectors, if they are kept.
     pub leading: Option<Leading>,
-    /// One outcome for each adapter.
+    /// One outcome per adapter.
     pub factors: Vec<FactorOutcome>,
 }
 
@@ -76,7 +77,7 @@ impl Grams {
     pub(super) fn cosine(&self, reduced: &[f64], applied: &[f64], scale: f64) -> f64 {
         let inner = scale * trace(reduced, &self.lora_a).max(0.0);
         let norms = self.of_update(applied) * self.update_norm();
-        // C·ΔW = 0 makes both sides zero, and 0/0 is NaN as promised.
+        // C·ΔW = 0 makes both sides zero; 0/0 is NaN, as documented.
         (inner / norms).clamp(-1.0, 1.0)
     }
 }

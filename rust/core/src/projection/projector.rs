@@ -15,7 +15,7 @@ use crate::checkpoint::View;
 use crate::kernels::{Engine, ShapeError};
 use crate::linalg::{gram, orthonormal};
 
-/// Projects modules one after another with the same threads and buffers.
+/// Projects modules one after another, with the same threads and buffers.
 #[derive(Debug)]
 pub struct Projector {
     engine: Engine,
@@ -30,26 +30,26 @@ pub struct Projector {
     applied: Vec<f32>,
 }
 
-/// One adapter's share of the stacked columns.
+/// One adapter's part of the stacked columns.
 struct Share<'a> {
     factors: &'a Factors,
     columns: Range<usize>,
     grams: Grams,
-    /// T was divided by this power of two.
+    /// The power of two that T was divided by.
     scale: f64,
 }
 
 impl Projector {
-    /// A projector on the threads of `engine`.
+    /// Makes a projector on the threads of `engine`.
     #[must_use]
     pub const fn new(engine: Engine, settings: Settings) -> Self {
         Self { engine, settings, lora_b: Vec::new(), lora_a: Vec::new(), reduced: Vec::new(), applied: Vec::new() }
     }
 
-    /// Projects every adapter's factors of one module.
+    /// Projects every adapter's LoRA factors of one module.
     ///
     /// # Errors
-    /// When a weight or factor is not finite, products leave the range of f32, or `cancel` is set meanwhile.
+    /// If a weight or LoRA factor is not finite, products leave the range of f32, or `cancel` is set.
     pub fn run(&mut self, job: &Job, cancel: &AtomicBool) -> Result<JobOutcome, ProjectionError> {
         let shape = |source: ShapeError| ProjectionError::Shape { module: job.name().to_owned(), source };
         let parts: Result<Vec<_>, _> = job.parts().iter().map(super::Part::difference).collect();
@@ -116,7 +116,7 @@ impl Projector {
         Ok(JobOutcome { v_norm, rank, energy, spectral_norm, leading, factors })
     }
 
-    /// Reads the factors of every adapter.
+    /// Reads the LoRA factors of every adapter.
     fn load<'a>(&mut self, job: &'a Job) -> Result<Vec<Share<'a>>, ProjectionError> {
         let (m, n) = job.shape();
         self.lora_b.clear();
@@ -133,7 +133,7 @@ impl Projector {
         Ok(shares)
     }
 
-    /// The metrics of one adapter, and O·B.
+    /// Returns the metrics of one adapter, and O·B.
     fn project(
         &self,
         job: &Job,
@@ -221,7 +221,7 @@ impl Projector {
         }
     }
 
-    /// The outcome where V is zero: B stays as it is.
+    /// The outcome if V is zero: B is unchanged.
     fn unchanged(&self, share: &Share<'_>) -> FactorOutcome {
         let view = share.factors.lora_b();
         let rank = share.columns.len();
@@ -250,7 +250,7 @@ impl Projector {
     }
 }
 
-/// Rounds a projected factor to the dtype of its view; `element(i, j)` is the place of element i of vector j.
+/// Rounds a projected LoRA factor to the dtype of its view; `element(i, j)` is the index of element i of vector j.
 fn rounded(projected: &Projected<'_>, view: &View, element: impl Fn(usize, usize) -> usize) -> Rounded {
     let mut bytes = vec![0; view.nbytes()];
     let length = projected.columns.len() / projected.count();
@@ -258,8 +258,8 @@ fn rounded(projected: &Projected<'_>, view: &View, element: impl Fn(usize, usize
     Rounded { bytes, overflow }
 }
 
-/// Divides by the power of two just above the largest magnitude, and returns it. A second product with V then overflows, or
-/// falls below the smallest normal number, only where the result itself does.
+/// Divides by the power of two just above the largest magnitude, and returns it. Then a second product with V
+/// overflows, or underflows, only if the result does.
 pub(super) fn normalize(values: &mut [f32]) -> f64 {
     let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
     if largest == 0.0 || !largest.is_finite() {
@@ -273,7 +273,7 @@ pub(super) fn normalize(values: &mut [f32]) -> f64 {
     scale
 }
 
-/// Finds out which weight is not finite.
+/// Finds the weight that is not finite.
 fn not_finite(job: &Job) -> ProjectionError {
     let views = job.parts().iter().flat_map(|part| [part.aligned(), part.base()]);
     let found = views.into_iter().find_map(first_not_finite);

@@ -1,11 +1,11 @@
-//! Random vectors that depend on a seed and a name alone.
+//! Random vectors that depend only on a seed and a name.
 
-/// A stream of uniform values from a seed and a name (SplitMix64).
+/// A stream of uniform values, from a seed and a name (SplitMix64).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// The stream of this seed and name. It does not depend on other modules, their order or threads.
+    /// Makes the stream for a seed and a name. It does not depend on other modules, their order, or threads.
     #[must_use]
     pub fn new(seed: u64, name: &str) -> Self {
         let start = seed ^ 0xcbf2_9ce4_8422_2325;

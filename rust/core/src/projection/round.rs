@@ -1,4 +1,4 @@
-//! Results in the dtype of the adapter.
+//! Rounding of results to the dtype of the adapter.
 
 use half::{bf16, f16};
 
@@ -7,7 +7,7 @@ use crate::kernels::Dtype;
 /// Rows that are written together.
 const BLOCK: usize = 64;
 
-/// A result that its dtype cannot hold.
+/// A result that is out of its dtype's range.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Overflow {
     /// Row of one such element.
@@ -18,12 +18,12 @@ pub struct Overflow {
     pub value: f64,
 }
 
-/// Writes `factor`·x in `dtype`, rounded to nearest even, where x is stored as columns of `rows` values each.
+/// Writes `factor`·x in `dtype`, rounded to nearest even. x is stored as columns of `rows` values each.
 ///
 /// `element(row, col)` is the offset in bytes of an element of the output. Returns an element that overflows, if any.
 ///
 /// # Panics
-/// When an offset lies beyond the output.
+/// If an offset is beyond the output.
 pub fn write_rounded(
     columns: &[f32],
     rows: usize,
@@ -65,7 +65,7 @@ fn write<const SIZE: usize>(
     output: &mut [u8],
 ) -> Option<Overflow> {
     let mut overflow = None;
-    // Neighboring columns share cache lines of a row-major output: write a few rows of all before going on.
+    // Adjacent columns share cache lines of a row-major output: write a few rows of all columns before continuing.
     for block in (0..rows).step_by(BLOCK) {
         for (col, column) in columns.chunks_exact(rows).enumerate() {
             for (row, value) in column.iter().enumerate().skip(block).take(BLOCK) {

@@ -1,8 +1,8 @@
-//! V from stored blocks of rows, possibly stored as its transpose.
+//! V as stored slices of rows, possibly of its transpose.
 
 use crate::kernels::{Difference, Engine, ShapeError};
 
-/// V (m, n) as blocks of rows of the stored matrix, which is V or, when transposed, Vᵀ.
+/// V (m, n) as slices of rows of the stored matrix, which is V or, if transposed, Vᵀ.
 #[derive(Debug)]
 pub struct Stacked<'a> {
     parts: Vec<Difference<'a>>,
@@ -12,7 +12,7 @@ pub struct Stacked<'a> {
 }
 
 impl<'a> Stacked<'a> {
-    /// Stacks blocks of the same width.
+    /// Stacks slices of the same width.
     #[must_use]
     pub const fn new(parts: Vec<Difference<'a>>, transposed: bool) -> Self {
         Self { parts, transposed, scratch: Vec::new(), norm_squared: None }
@@ -25,7 +25,7 @@ impl<'a> Stacked<'a> {
         if self.transposed { (cols, rows) } else { (rows, cols) }
     }
 
-    /// ‖V‖² (Frobenius), known once the stored matrix has been multiplied from the left.
+    /// ‖V‖² (Frobenius), available after the stored matrix has been multiplied from the left.
     #[must_use]
     pub const fn norm_squared(&self) -> Option<f64> {
         self.norm_squared
@@ -34,7 +34,7 @@ impl<'a> Stacked<'a> {
     /// `y = Vᵀ·x`, x (rank, m) and y (rank, n), each vector contiguous.
     ///
     /// # Errors
-    /// When the lengths of `x` or `y` do not match.
+    /// If the lengths of `x` or `y` do not match.
     pub fn transposed_product(
         &mut self,
         engine: &mut Engine,
@@ -52,7 +52,7 @@ impl<'a> Stacked<'a> {
     /// `y = V·x`, x (rank, n) and y (rank, m), each vector contiguous.
     ///
     /// # Errors
-    /// When the lengths of `x` or `y` do not match.
+    /// If the lengths of `x` or `y` do not match.
     pub fn product(&mut self, engine: &mut Engine, x: &[f32], rank: usize, y: &mut [f32]) -> Result<(), ShapeError> {
         if self.transposed {
             self.stored_transposed_times(engine, x, rank, y)

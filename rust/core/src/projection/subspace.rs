@@ -1,9 +1,9 @@
-//! Leading left singular vectors of V by a restarted block Krylov method with Rayleigh-Ritz.
+//! Leading left singular vectors of V, by a restarted block Krylov method with Rayleigh-Ritz.
 //!
-//! Z holds orthonormal vectors on the side of the columns and Y = V·Z. The eigenvectors Q of YᵀY rotate both to Ritz
-//! vectors: U = Y·Q/σ on the side of the rows. What Vᵀ·U has outside of Z is both the residual, which tells when a
-//! vector has converged, and the next block of Z. All of it costs two reads of V for a block (Halko, Martinsson and
-//! Tropp 2011, arXiv 0909.4061, section 4.5; Knyazev 2001 for the soft locking of converged vectors).
+//! Z holds orthonormal vectors of length n, and Y = V·Z. The eigenvectors Q of YᵀY rotate both to Ritz vectors; those of
+//! length m are U = Y·Q/σ. The component of Vᵀ·U outside Z is the residual, which shows when a vector has converged. It
+//! is also the next block of Z. Each block costs two reads of V (Halko, Martinsson and Tropp 2011, arXiv 0909.4061,
+//! section 4.5; Knyazev 2001 for the soft locking of converged vectors).
 
 use std::sync::atomic::AtomicBool;
 
@@ -15,22 +15,22 @@ use crate::linalg::{Eigen, combine, gram, inner_products, orthonormal, removed, 
 const OVERSAMPLING: usize = 8;
 /// Residual, relative to σ₁, at which a singular vector counts as converged.
 const TOLERANCE: f64 = 1e-5;
-/// After this many blocks the iteration stops, even where a singular vector has not converged.
+/// The iteration stops after this many blocks, even if a singular vector has not converged.
 const MOST_BLOCKS: usize = 48;
-/// Singular values below this share of σ₁ are lost in the rounding of the products with V.
+/// Singular values below this fraction of σ₁ are lost in the rounding of the products with V.
 const NUMERICAL_RANK: f64 = TOLERANCE;
 
-/// How many leading singular vectors of V are wanted.
+/// The number of leading singular vectors of V to compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Extent {
-    /// This many, or all where V has fewer.
+    /// This many, or all if V has fewer.
     Rank(usize),
-    /// As many as hold this share of ‖V‖².
+    /// As many as needed for this fraction of ‖V‖².
     Energy(f64),
 }
 
 impl Extent {
-    /// The extent for V (m, n): no rank beyond its shorter side.
+    /// The extent for V (m, n), with the rank limited to the shorter side.
     pub(super) fn within(self, (m, n): (usize, usize)) -> Self {
         match self {
             Self::Rank(rank) => Self::Rank(rank.min(m).min(n)),
@@ -49,7 +49,7 @@ pub struct Leading {
 }
 
 impl Leading {
-    /// σ₁, NaN where there is none.
+    /// σ₁; NaN if there is none.
     pub(super) fn largest(&self) -> f64 {
         self.values.first().copied().unwrap_or(f64::NAN)
     }
@@ -60,7 +60,7 @@ impl Leading {
     }
 }
 
-/// Vectors in the random start of an iteration.
+/// Number of vectors in the random start of an iteration.
 pub(super) fn start_count(extent: Extent, (m, n): (usize, usize)) -> usize {
     let wanted = match extent {
         Extent::Rank(rank) => rank.saturating_add(OVERSAMPLING),
@@ -95,7 +95,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         Self { v, engine, right, left, gram, extent, random }
     }
 
-    /// Improves the vectors until those wanted have converged.
+    /// Improves the vectors until the wanted ones have converged.
     pub(super) fn run(mut self, cancel: &AtomicBool) -> Result<Leading, Failure> {
         let n = self.v.shape().1;
         let norm_squared = self.v.norm_squared().unwrap_or(0.0);
@@ -126,12 +126,12 @@ impl<'a, 'v> Iteration<'a, 'v> {
         self.right.len() / self.v.shape().1
     }
 
-    /// How many vectors are wanted, if the basis holds so many.
+    /// Number of wanted vectors, if the basis has that many.
     fn wanted(&self, ritz: &Eigen, norm_squared: f64) -> Option<usize> {
         match self.extent {
             Extent::Rank(rank) => Some(rank).filter(|rank| *rank <= ritz.values.len()),
             Extent::Energy(share) => {
-                // The last digits of ‖V‖² and of the products in f32 differ.
+                // ‖V‖² and the f32 products differ in the last digits.
                 let goal = share * norm_squared * (1.0 - 1e-6);
                 let mut energy = 0.0;
                 let position = ritz.values.iter().position(|value| {
@@ -143,7 +143,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         }
     }
 
-    /// New directions: residuals of the vectors that have not converged, or random ones where there are none left.
+    /// New directions: residuals of vectors that have not converged, or random ones if there are none.
     fn next_block(&mut self, ritz: &Eigen, wanted: Option<usize>) -> Result<Vec<f32>, ShapeError> {
         let (m, n) = self.v.shape();
         let (count, room) = (self.count(), n - self.count());
@@ -154,7 +154,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         self.v.transposed_product(self.engine, &ritz_left, improved, &mut images)?;
         let limit = TOLERANCE * ritz.values.first().map_or(0.0, |value| value.max(0.0).sqrt());
         let right = &self.right;
-        // Zᵀ·Vᵀ·U = YᵀU = Q·σ: the part inside Z is known.
+        // Zᵀ·Vᵀ·U = YᵀU = Q·σ: the component inside Z is known.
         let mut inside = columns(ritz, improved);
         for row in inside.chunks_exact_mut(improved.max(1)) {
             for (weight, value) in row.iter_mut().zip(&ritz.values) {
@@ -193,7 +193,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         Ok(block)
     }
 
-    /// The first `count` Ritz vectors on the side of the rows, without those that are lost in rounding.
+    /// The first `count` left Ritz vectors, without those lost in rounding.
     fn rotated_left(&self, ritz: &Eigen, count: usize) -> Vec<f32> {
         let m = self.v.shape().0;
         let floor = ritz.values.first().map_or(0.0, |value| value * NUMERICAL_RANK * NUMERICAL_RANK);
@@ -278,7 +278,7 @@ impl Failure {
     }
 }
 
-/// The images of random vectors that have more than rounding outside of `right`.
+/// The images of random vectors whose component outside `right` is more than rounding.
 fn beyond_rounding(images: &[f32], right: &[f32], n: usize, limit: f64) -> Vec<f32> {
     let rest = removed(images, right, n);
     let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>().sqrt();

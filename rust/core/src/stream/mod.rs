@@ -1,4 +1,4 @@
-//! Many modules in a row: pages are mapped before the work needs them, and given back afterwards.
+//! Projects many modules in order. Pages are mapped before they are needed, and released afterwards.
 
 mod prefetch;
 mod threads;
@@ -16,25 +16,25 @@ use prefetch::Progress;
 
 pub use threads::{THREADS_VARIABLE, ThreadsError, default_threads};
 
-/// Outcomes that may wait for the caller before the work pauses.
+/// Most outcomes that wait for the caller before the work pauses.
 const WAITING: usize = 4;
 
 type Message = (usize, Result<JobOutcome, ProjectionError>);
 
-/// What [`Stream::next`] found.
+/// Result of [`Stream::next`].
 #[derive(Debug)]
 pub enum Next {
     /// The outcome of the job at this position.
     Outcome(usize, JobOutcome),
-    /// The job at this position failed, and nothing comes after it.
+    /// The job at this position failed; nothing follows.
     Failed(usize, ProjectionError),
-    /// Nothing yet.
+    /// No outcome yet.
     Pending,
-    /// All outcomes have been handed out, or the stream was closed.
+    /// All outcomes were returned, or the stream was closed.
     Finished,
 }
 
-/// Projects jobs in the order given on threads of its own.
+/// Projects jobs in the given order, on its own threads.
 #[derive(Debug)]
 pub struct Stream {
     receiver: Mutex<Option<Receiver<Message>>>,
@@ -49,7 +49,7 @@ impl Stream {
     /// Starts the work.
     ///
     /// # Errors
-    /// When the CPU lacks `level` or the system refuses the threads.
+    /// If the CPU lacks `level` or the system cannot start the threads.
     pub fn start(jobs: Vec<Arc<Job>>, settings: Settings, threads: usize, level: Level) -> Result<Self, StartError> {
         let projector = Projector::new(Engine::new(threads, level)?, settings);
         let jobs: Arc<[Arc<Job>]> = jobs.into();
@@ -82,7 +82,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Whether this process inherited the stream through a fork; its threads stayed with the parent.
+    /// Whether this process inherited the stream through a fork. The threads exist only in the parent.
     #[must_use]
     pub fn is_foreign(&self) -> bool {
         self.process != std::process::id()
@@ -112,13 +112,13 @@ impl Stream {
         }
     }
 
-    /// Bytes of both checkpoints that finished jobs cover.
+    /// Bytes of both checkpoints that finished jobs have read.
     #[must_use]
     pub fn bytes_done(&self) -> u64 {
         self.bytes_done.load(Ordering::Relaxed)
     }
 
-    /// Asks the work to stop, without waiting.
+    /// Tells the work to stop, without waiting.
     pub fn cancel(&self) {
         self.cancel.store(true, Ordering::Relaxed);
         if !self.is_foreign() {
@@ -132,11 +132,11 @@ impl Stream {
         if self.is_foreign() {
             return;
         }
-        // A worker that waits for room among the outcomes ends when nobody can receive them.
+        // A worker that waits for room in the channel ends when the receiver is gone.
         *self.receiver.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
-            // A panic has been reported as an outcome.
+            // A panic was already reported as an outcome.
             let _ = thread.join();
         }
     }
@@ -145,7 +145,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.is_foreign() {
-            // Threads and channel belong to the parent process: leave them as they are.
+            // Threads and channel belong to the parent process: leave them unchanged.
             if let Ok(receiver) = self.receiver.get_mut() {
                 std::mem::forget(receiver.take());
             }

@@ -1,4 +1,4 @@
-//! The thread that maps pages before the work needs them, and gives them back afterwards.
+//! The thread that maps pages before they are needed, and releases them afterwards.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -7,10 +7,10 @@ use crate::projection::Job;
 
 /// Bytes that may be mapped ahead of the first unfinished job.
 const AHEAD: usize = 512 << 20;
-/// Bytes that are asked for at once.
+/// Bytes requested at a time.
 const PIECE: usize = 8 << 20;
 
-/// How far the work has come.
+/// Progress of the work.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     state: Mutex<State>,
@@ -19,13 +19,13 @@ pub(super) struct Progress {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
-    /// Jobs that are finished.
+    /// Number of finished jobs.
     finished: usize,
     stopped: bool,
 }
 
 impl Progress {
-    /// Notes that the job at this position and all jobs before it are finished.
+    /// Records that the job at this position and all jobs before it are finished.
     pub(super) fn finish(&self, index: usize) {
         self.lock().finished = index + 1;
         self.changed.notify_all();
@@ -47,9 +47,9 @@ impl Progress {
     }
 }
 
-/// Maps the pages of the jobs in order and gives back those of finished jobs, until the work stops.
+/// Maps the pages of the jobs in order and releases those of finished jobs, until the work stops.
 pub(super) fn run(jobs: &[Arc<Job>], progress: &Progress) {
-    // Where each job starts in the order of the bytes.
+    // Position of each job in the sequence of all bytes.
     let starts: Vec<usize> = jobs
         .iter()
         .scan(0, |total, job| {
@@ -97,12 +97,12 @@ pub(super) fn run(jobs: &[Arc<Job>], progress: &Progress) {
     follow(state.finished);
 }
 
-/// All stretches of both checkpoints that a job reads.
+/// All ranges of both checkpoints that a job reads.
 fn stretches(job: &Job) -> impl Iterator<Item = Pages<'_>> {
     job.parts().iter().flat_map(|part| [part.aligned().pages(), part.base().pages()])
 }
 
-/// The stretches of a job in pieces, both checkpoints side by side as the work reads them.
+/// The ranges of a job in pieces, alternating between both checkpoints as the work reads them.
 fn pieces(job: &Job) -> impl Iterator<Item = Pages<'_>> {
     job.parts().iter().flat_map(|part| {
         let (mut aligned, mut base) = (part.aligned().pages().pieces(PIECE), part.base().pages().pieces(PIECE));

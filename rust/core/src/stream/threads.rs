@@ -1,26 +1,26 @@
-//! How many threads to use.
+//! The number of threads to use.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The environment variable that sets the number of threads.
 pub const THREADS_VARIABLE: &str = "SAFELORA_FAST_NUM_THREADS";
 
-/// More threads than this gain nothing: they share the machine's memory bandwidth.
+/// More threads gain nothing: they share the machine's memory bandwidth.
 const MOST: usize = 64;
 
-/// The threads that the system lets this process use; zero before it was asked. Asking takes longer than a small kernel. No lock,
-/// which a fork could leave locked.
+/// Number of threads available to this process; zero means not yet determined. The system call takes longer than a
+/// small kernel. There is no lock, because a fork could leave it locked.
 static AVAILABLE: AtomicUsize = AtomicUsize::new(0);
 
-/// A value of the environment variable that is not a number of threads.
+/// A value of the environment variable that is not a valid number of threads.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{THREADS_VARIABLE} is {0:?}; use a whole number from 1 to {MOST}")]
 pub struct ThreadsError(pub String);
 
-/// The number of threads from `SAFELORA_FAST_NUM_THREADS`, or else what the system lets this process use.
+/// The number of threads in `SAFELORA_FAST_NUM_THREADS`, or else the number available to this process.
 ///
 /// # Errors
-/// When the variable holds no number from 1 to 64.
+/// If the variable is not a number from 1 to 64.
 pub fn default_threads() -> Result<usize, ThreadsError> {
     match std::env::var_os(THREADS_VARIABLE).filter(|word| !word.is_empty()) {
         Some(word) => parse(&word.to_string_lossy()),

@@ -1,4 +1,4 @@
-//! V·x, four rows of V at a time: lanes take part in the sum over the columns.
+//! V·x, four rows of V at a time; the sum over the columns runs across lanes.
 
 use super::load::{for_dtypes, load_split};
 use super::{Ahead, Band, Corner, Dtype, ROWS};
@@ -13,7 +13,7 @@ pub(super) unsafe fn dot_band<S: Simd, const K: usize>(
     first: bool,
     staged: *mut Line,
 ) {
-    // SAFETY: the caller vouches for the CPU and for all shapes.
+    // SAFETY: the contract of `Kernels` guarantees the CPU and all shapes.
     unsafe {
         let mut totals = [[S::zero(); ROWS]; K];
         macro_rules! body {
@@ -77,11 +77,11 @@ fn prefetch_group(corner: Corner, size: usize, group: usize) {
     }
 }
 
-/// Adds up the lanes of every total and puts or adds them to `sums`.
+/// Adds up the lanes of every total, and stores them in `sums` or adds them to it.
 #[inline(always)]
 unsafe fn add_sums<S: Simd, const K: usize>(totals: [[S::Register; ROWS]; K], sums: *mut f32, first: bool) {
     for k in 0..K {
-        // SAFETY: the caller vouches for the CPU and for K times four sums.
+        // SAFETY: the contract of this function guarantees the CPU and K times four sums.
         unsafe {
             let values = S::sums(totals[k]);
             for row in 0..ROWS {
@@ -101,7 +101,7 @@ pub(super) unsafe fn dot<S: Simd, const K: usize>(
     first: bool,
     ahead: Ahead,
 ) {
-    // SAFETY: the caller vouches for the CPU and for all three shapes.
+    // SAFETY: the contract of `Kernels` guarantees the CPU and all three shapes.
     unsafe {
         let mut totals = [[S::zero(); ROWS]; K];
         for part in 0..LANES / S::WIDTH {

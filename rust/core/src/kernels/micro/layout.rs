@@ -1,4 +1,4 @@
-//! Between rows as they are stored and groups that are split.
+//! Conversion between rows as stored and split groups.
 
 use crate::kernels::simd::{GROUP, LANES, Line, Simd};
 
@@ -10,7 +10,7 @@ pub(super) unsafe fn split<S: Simd>(
     odd_step: usize,
     group_step: usize,
 ) {
-    // SAFETY: the caller vouches for the CPU and for both shapes.
+    // SAFETY: the contract of `Kernels` guarantees the CPU and both shapes.
     unsafe {
         for group in 0..groups {
             for part in 0..LANES / S::WIDTH {
@@ -25,7 +25,7 @@ pub(super) unsafe fn split<S: Simd>(
 
 #[inline(always)]
 pub(super) unsafe fn add_joined<S: Simd>(split: *const Line, output: *mut f32) {
-    // SAFETY: the caller vouches for the CPU and for both shapes.
+    // SAFETY: the contract of `Kernels` guarantees the CPU and both shapes.
     unsafe {
         let mut joined = [Line::ZERO; 2];
         for part in 0..LANES / S::WIDTH {

@@ -1,11 +1,11 @@
-//! Elements of V, split into even and odd columns.
+//! Loads of elements of V, split into even and odd columns.
 
 use super::Dtype;
 use crate::kernels::simd::{LANES, Line, Simd};
 
 #[inline(always)]
 pub(super) unsafe fn load_split<S: Simd>(pointer: *const u8, dtype: Dtype) -> [S::Register; 2] {
-    // SAFETY: the caller vouches for the CPU and the pointer.
+    // SAFETY: the contract of `Kernels` guarantees the CPU and the pointer.
     unsafe {
         match dtype {
             Dtype::F32 => S::split_f32(pointer),
@@ -15,7 +15,7 @@ pub(super) unsafe fn load_split<S: Simd>(pointer: *const u8, dtype: Dtype) -> [S
     }
 }
 
-/// Calls `$body!(aligned dtype, base dtype)` with both dtypes known to the compiler.
+/// Calls `$body!(aligned dtype, base dtype)` with both dtypes as compile-time constants.
 macro_rules! for_dtypes {
     ($aligned:expr, $base:expr, $call:ident) => {
         match ($aligned, $base) {
@@ -35,7 +35,7 @@ pub(super) use for_dtypes;
 
 #[inline(always)]
 pub(super) unsafe fn stage<S: Simd>(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line) {
-    // SAFETY: the caller vouches for the CPU and for all three shapes.
+    // SAFETY: the contract of `Kernels` guarantees the CPU and all three shapes.
     unsafe {
         let [aligned, base] = dtypes;
         for part in 0..groups * LANES / S::WIDTH {

@@ -1,7 +1,7 @@
 //! The micro kernels, written once over [`Simd`] and compiled for every level.
 //!
-//! `update` multiplies V from the left (lanes are columns), `dot` and `dot_band` from the right (lanes take part in a
-//! reduction); `stage` forms a tile of V in f32 for them.
+//! `update` multiplies V from the left (lanes are columns), `dot` and `dot_band` multiply it from the right (lanes are
+//! part of the reduction). `stage` computes a tile of V in f32 for them.
 
 mod chains;
 mod dot;
@@ -22,9 +22,10 @@ use update::update;
 pub(super) use chains::fused_chains;
 pub(super) use tiles::{tiles, with_constant};
 
-/// Independent chains of multiply-adds: they hide the latency of any CPU, and fit sixteen registers.
+/// Independent chains of multiply-adds: enough to hide the latency of any CPU, few enough for sixteen registers.
 const CHAINS: usize = 12;
-/// Rows that `update` and `dot` take together. More would lie in the same few sets of L1 where rows are a power of two long.
+/// Rows that `update` and `dot` process together. If row lengths are powers of two, more rows would compete for the
+/// same few L1 sets.
 pub(super) const ROWS: usize = 4;
 
 /// A corner of a stored matrix: unaligned rows that start `row_step` bytes apart.
@@ -35,7 +36,7 @@ pub(super) struct Corner {
     pub(super) dtype: Dtype,
 }
 
-/// Lines that `dot` brings into L2: `per_vector` for each vector of 16 columns, taking [`ROWS`] rows in turn.
+/// Lines that `dot` prefetches into L2: `per_vector` for each vector of 16 columns, alternating between [`ROWS`] rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ahead {
     pub(super) pointer: *const u8,
@@ -43,31 +44,31 @@ pub(super) struct Ahead {
     pub(super) per_vector: usize,
 }
 
-/// A band of rows of both weights, wherever they lie, and what to bring into L2 while reading it.
+/// A band of rows of both weights, and what to prefetch into L2 while reading it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Band {
     pub(super) rows: [[*const u8; ROWS]; 2],
     pub(super) dtypes: [Dtype; 2],
     pub(super) ahead: [Corner; 2],
-    /// Whether base is brought in too, or aligned alone.
+    /// Whether to prefetch base too, or only aligned.
     pub(super) ahead_of_base: bool,
 }
 
 /// The micro kernels of one level.
 ///
 /// # Safety
-/// Of every function: the CPU has the level's instructions, and pointers are valid for the shapes given.
+/// For every function: the CPU has the level's instructions, and pointers are valid for the given shapes.
 pub(super) trait Kernels: Simd {
-    /// Most vectors that one call of `dot` takes.
+    /// Most vectors in one call of `dot`.
     const DOT: usize;
-    /// Most vectors that one call of `dot_band` takes.
+    /// Most vectors in one call of `dot_band`.
     const DOT_BAND: usize;
 
-    /// Stages `groups`·32 elements of aligned − base of one row.
+    /// Computes `groups`·32 elements of aligned − base of one row.
     unsafe fn stage(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line);
 
-    /// `sums[group][0] += Σ_row v²` and `sums[group][1 + k] += Σ_row x[k][row]·v[row]` for R rows (1 or `ROWS`) of `groups`·32 columns of
-    /// aligned − base and `rank` vectors.
+    /// `sums[group][0] += Σ_row v²` and `sums[group][1 + k] += Σ_row x[k][row]·v[row]` for R rows (1 or `ROWS`) of
+    /// `groups`·32 columns of aligned − base and `rank` vectors.
     unsafe fn update<const R: usize>(
         aligned: Corner,
         base: Corner,
@@ -78,7 +79,7 @@ pub(super) trait Kernels: Simd {
         sums: *mut Line,
     );
 
-    /// What `dot` does, of a band that is read from memory, and stored as (vector, row, lane) unless `staged` is null.
+    /// `dot` on a band read from memory. Also stores the band as (vector, row, lane) unless `staged` is null.
     unsafe fn dot_band<const K: usize>(
         band: Band,
         x: *const f32,
@@ -88,8 +89,8 @@ pub(super) trait Kernels: Simd {
         staged: *mut Line,
     );
 
-    /// `sums[k][row] = Σ_vector Σ_lane v[vector][row]·x[vector][k]` for four rows, added to what `sums` held unless `first`.
-    /// `x` is aligned as a line.
+    /// `sums[k][row] = Σ_vector Σ_lane v[vector][row]·x[vector][k]` for four rows, added to `sums` unless `first`.
+    /// `x` is aligned like a line.
     unsafe fn dot<const K: usize>(
         v: *const Line,
         x: *const f32,
@@ -102,7 +103,8 @@ pub(super) trait Kernels: Simd {
     /// `steps` multiply-adds in registers only, for each of [`CHAINS`] registers.
     unsafe fn chains(steps: usize) -> [Self::Register; CHAINS];
 
-    /// Splits `groups`·32 unaligned f32 values; group `g` goes to `output + g·group_step`, its odd half `odd_step` further.
+    /// Splits `groups`·32 unaligned f32 values. Group `g` goes to `output + g·group_step`, its odd half to `odd_step`
+    /// beyond.
     unsafe fn split(values: *const f32, groups: usize, output: *mut f32, odd_step: usize, group_step: usize);
 
     /// Adds a split group of 32 to unaligned values.
@@ -118,7 +120,7 @@ macro_rules! kernels {
 
             $(#[$feature])?
             unsafe fn stage(pointers: [*const u8; 2], dtypes: [Dtype; 2], groups: usize, staged: *mut Line) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { stage::<Self>(pointers, dtypes, groups, staged) }
             }
 
@@ -131,7 +133,7 @@ macro_rules! kernels {
                 first: bool,
                 staged: *mut Line,
             ) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { dot_band::<Self, K>(band, x, vectors, sums, first, staged) }
             }
 
@@ -145,7 +147,7 @@ macro_rules! kernels {
                 rank: usize,
                 sums: *mut Line,
             ) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { update::<Self, R>(aligned, base, next, groups, x, rank, sums) }
             }
 
@@ -158,13 +160,13 @@ macro_rules! kernels {
                 first: bool,
                 ahead: Ahead,
             ) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { dot::<Self, K>(v, x, vectors, sums, first, ahead) }
             }
 
             $(#[$feature])?
             unsafe fn chains(steps: usize) -> [Self::Register; CHAINS] {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { chains::<Self>(steps) }
             }
 
@@ -176,13 +178,13 @@ macro_rules! kernels {
                 odd_step: usize,
                 group_step: usize,
             ) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { split::<Self>(values, groups, output, odd_step, group_step) }
             }
 
             $(#[$feature])?
             unsafe fn add_joined(split: *const Line, output: *mut f32) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the contracts are the same.
                 unsafe { add_joined::<Self>(split, output) }
             }
         }

@@ -1,6 +1,6 @@
-//! Which vectors one call of a micro kernel takes.
+//! Distribution of vectors over calls of a micro kernel.
 
-/// Calls a micro kernel whose number of vectors is a constant of the type.
+/// Calls a micro kernel with the number of vectors as a compile-time constant.
 macro_rules! with_constant {
     ($count:expr, $level:ident :: $kernel:ident, [$($constant:literal)+], $arguments:tt) => {
         match $count {
@@ -11,8 +11,8 @@ macro_rules! with_constant {
 }
 pub(in crate::kernels) use with_constant;
 
-/// Cuts `rank` vectors into tiles, as few and as even as can be: the first of at most `first`, the others of at most `most`.
-/// Gives the (start, count) of each.
+/// Divides `rank` vectors into as few and as even tiles as possible: at most `first` in the first, at most `most` in
+/// the others. Returns the (start, count) of each.
 pub(in crate::kernels) fn tiles(
     rank: usize,
     first: usize,

@@ -4,11 +4,11 @@ use super::load::{for_dtypes, load_split};
 use super::{Corner, Dtype};
 use crate::kernels::simd::{GROUP, LANES, Line, Simd, prefetch};
 
-/// How far ahead `update` prefetches, in groups of 32 columns.
+/// Prefetch distance of `update`, in groups of 32 columns.
 const AHEAD: usize = 32;
 
-/// Prefetches R rows of the group of 32 columns that lies `AHEAD` groups after `group` in a stretch of `groups` from `corner`
-/// on, continued at `next`.
+/// Prefetches R rows of the group of 32 columns that is `AHEAD` groups after `group`, in a range of `groups` groups
+/// that starts at `corner` and continues at `next`.
 #[inline(always)]
 fn prefetch_rows<const R: usize>(corner: Corner, next: *const u8, size: usize, group: usize, groups: usize) {
     let target = group + AHEAD;
@@ -31,7 +31,7 @@ pub(super) unsafe fn update<S: Simd, const R: usize>(
     rank: usize,
     sums: *mut Line,
 ) {
-    // SAFETY: the caller vouches for the CPU and for all shapes.
+    // SAFETY: the contract of `Kernels` guarantees the CPU and all shapes.
     unsafe {
         macro_rules! body {
             ($aligned:expr, $base:expr) => {
