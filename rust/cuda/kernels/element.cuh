@@ -1,6 +1,6 @@
-// Stored elements, 16 bytes at a time, and sums over a warp. Compiled without headers.
+// Loads of stored elements, 16 bytes at a time, and sums over a warp. Compiles without headers.
 
-// How 16 bytes hold elements of one type.
+// Layout of one type's elements in 16 bytes.
 struct F32 {
     static constexpr int WIDTH = 4;
     static constexpr int SIZE = 4;
@@ -21,7 +21,7 @@ __device__ inline float f16_to_float(unsigned bits) {
     return value;
 }
 
-// The first in the lower half; rounded to nearest even.
+// Packs `low` into the lower half; rounds to nearest even.
 __device__ inline unsigned pack_f16(float low, float high) {
     unsigned bits;
     asm("{ .reg .b16 low, high; cvt.rn.f16.f32 low, %1; cvt.rn.f16.f32 high, %2; mov.b32 %0, {low, high}; }"
@@ -37,7 +37,7 @@ __device__ inline unsigned pack_bf16(float low, float high) {
 }
 #endif
 
-// The values of one 32-bit word: one float, or two halves of which the first lies in the lower half.
+// The values of one 32-bit word: one float, or two halves, with the first in the lower half.
 __device__ inline void unpack(F32, unsigned word, float* values) { values[0] = __uint_as_float(word); }
 __device__ inline void unpack(Bf16, unsigned word, float* values) {
     values[0] = __uint_as_float(word << 16);
@@ -68,7 +68,7 @@ __device__ inline uint4 pack(const float (&values)[Element::WIDTH]) {
                       pack(Element(), values + 3 * PER_WORD));
 }
 
-// One element at any address that its size allows.
+// Loads one element from any address that is aligned to its size.
 template <class Element>
 __device__ inline unsigned load_bits(const char* address) {
     if (Element::SIZE == 4) return *reinterpret_cast<const unsigned*>(address);
@@ -84,7 +84,7 @@ __device__ inline void store_bits(char* address, unsigned bits) {
     }
 }
 
-// The first `count` of WIDTH neighbors one by one, then zeros: the same bits that an aligned load gives.
+// Loads the first `count` of WIDTH adjacent elements one by one, then zeros: the same bits as an aligned load.
 template <class Element>
 __device__ inline uint4 load_some(const char* address, int count) {
     unsigned words[4] = {0, 0, 0, 0};
@@ -109,7 +109,7 @@ __device__ inline void store_some(char* address, const uint4& value, int count) 
     }
 }
 
-// The sum over the lanes, the same bits in each: every step adds the same two numbers, in either order.
+// The sum over the lanes, with the same bits in each lane: every step adds the same two numbers, in either order.
 __device__ inline double warp_sum(double value) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);

@@ -1,9 +1,9 @@
-// The squared distance of the unit vectors of hidden states h and their reference h0, and its gradient.
+// The squared distance between the unit vectors of hidden states h and reference states h0, and its gradient.
 //
-// With d = h - h0 the forward reduces |d|^2, <d, h0> and |h0|^2 of every token in one read, then tokens to sequences and sequences
-// to one number, each in a fixed order. d is formed in float32 and the sums are in float64, where products of float32 are exact:
-// where states mostly grow or shrink the three sums nearly cancel. GPUs for data centers have the rate for it; on others it takes
-// about twice as long as the read.
+// With d = h - h0, the forward reduces |d|^2, <d, h0> and |h0|^2 of every token in one read. It then adds tokens to
+// sequences and sequences to one number, each in a fixed order. d is computed in float32. The sums are float64, in
+// which products of float32 are exact: if states mostly grow or shrink, the three sums nearly cancel. Data center GPUs
+// have the float64 rate for it; on other GPUs it takes about twice as long as the read.
 
 constexpr int LAYERS = 48;  // 48 * 64 bytes, within the 4 KiB of a launch's parameters
 constexpr int WARPS = 8;
@@ -17,20 +17,20 @@ struct Layer {
     long long features_strides[2];
     long long reference_strides[2];
     int hidden;
-    int aligned;  // every token starts at a multiple of 16 bytes
+    int aligned;  // whether every token starts at a multiple of 16 bytes
 };
 
 struct Layers {
     Layer layer[LAYERS];
 };
 
-// Which tokens count, and which are a sequence.
+// The tokens that count, and the sequences they form.
 struct Tokens {
     const unsigned char* mask;
     long long mask_strides[2];
-    const int* order;   // [batch, tokens]: those that count first, by sequence; null: a row is a sequence
-    const int* starts;  // [batch, tokens + 1]: where the sequences of a row start in `order`, then where the last ends
-    const int* counts;  // [batch]: sequences in a row
+    const int* order;   // [batch, tokens]: tokens that count, by sequence, then the rest; null: no packing
+    const int* starts;  // [batch, tokens + 1]: where sequences start in `order`, then where the last one ends
+    const int* counts;  // [batch]: number of sequences in a batch row
     int batch;
     int tokens;
 };
@@ -39,8 +39,8 @@ struct Sums {
     double squared, dot, norm;
 };
 
-// The gradient of one token is of_difference * d - of_features * h; an `of_difference` of zero is a gradient of zero whatever the
-// token holds.
+// The gradient of one token is of_difference * d - of_features * h. If `of_difference` is zero, the gradient is zero
+// whatever values the token holds.
 struct Factor {
     float of_difference, of_features;
 };
@@ -63,7 +63,7 @@ __device__ inline void add(Sums& sums, const uint4& features, const uint4& refer
     }
 }
 
-// One warp a token. `sums` is [layers, batch, tokens]; what does not count is neither read nor written.
+// One warp per token. `sums` is [layers, batch, tokens]; tokens that do not count are neither read nor written.
 template <class Element>
 __device__ inline void token_sums(const Layers& layers, const Tokens& tokens, int first, Sums* sums) {
     const int lane = threadIdx.x % 32;
@@ -105,8 +105,8 @@ __device__ inline void token_sums(const Layers& layers, const Tokens& tokens, in
 
 enum Normalize { SEQUENCE = 0, TOKEN = 1, NONE = 2 };
 
-// With p = |h| and q = |h0|: (|d|^2 - (p - q)^2)/(pq), gradient 2/(pq) * (d - ((<d, h0> + |d|^2)/p^2) * h). A zero vector has no
-// direction: its unit vector counts as zero, and so does its gradient. NaN stays NaN.
+// With p = |h| and q = |h0|: (|d|^2 - (p - q)^2)/(pq), gradient 2/(pq) * (d - ((<d, h0> + |d|^2)/p^2) * h). A zero
+// vector has no direction: its unit vector is taken as zero, and so is its gradient. NaN stays NaN.
 __device__ inline double unit_distance(const Sums& sums, Factor& factor) {
     const double growth = 2.0 * sums.dot + sums.squared;
     double p_squared = sums.norm + growth;
@@ -120,8 +120,8 @@ __device__ inline double unit_distance(const Sums& sums, Factor& factor) {
     return 0.5 * scale * (sums.squared - gap * gap);
 }
 
-// Distance and factors of one row of one layer; one block of four warps each, blocks (batch, layers). `distances` is [layers, batch],
-// `sequences` [batch].
+// Distance and factors of one batch row of one layer. Grid: (batch, layers) blocks of four warps. `distances` is
+// [layers, batch], `sequences` is [batch].
 extern "C" __global__ void __launch_bounds__(128)
     sequence_factors(const Tokens tokens, int normalize, const Sums* sums, Factor* factors, double* distances, int* sequences) {
     __shared__ double by_warp[4];
@@ -186,7 +186,8 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
-// The sum over layers and the mean over sequences, and the share of one sequence for the gradient; one block of one warp.
+// The sum over layers and the mean over sequences, and the share of one sequence for the gradient. One block of one
+// warp.
 extern "C" __global__ void __launch_bounds__(32)
     total_distance(int layers, int batch, const double* distances, const int* sequences, float* share, float* result) {
     double sum = 0.0, count = 0.0;
@@ -213,8 +214,8 @@ __device__ inline uint4 differentiate(const Factor& factor, const uint4& feature
     return pack<Element>(h);
 }
 
-// One warp a token: `weight` (the scalar from autograd) times the gradient, in the dtype of the features. `factors` is [layers, batch,
-// tokens], of the layers given from `first` on.
+// One warp per token: `weight` (the scalar from autograd) times the gradient, in the dtype of the features. `factors`
+// is [layers, batch, tokens], for the given layers starting at layer `first`.
 template <class Element>
 __device__ inline void gradient(const Layers& layers, int batch, int tokens, int first, const Factor* factors, const float* weight) {
     const int lane = threadIdx.x % 32;

@@ -1,32 +1,33 @@
-// Products of many matrices V with thin factors X in one launch: V^T X (contraction over the rows of V) and V X (over its columns).
-// V is aligned - base of a pair of weights, or one matrix; it is formed in float32 and never stored.
+// Products of many matrices V with thin factors X in one launch: V^T X (contraction over the rows of V) and V X (over
+// its columns). V is aligned - base of a pair of weights, or one matrix; it is formed in float32 and never stored.
 //
-// bfloat16 tensor cores multiply float32 numbers as sums of bfloat16 parts: a pair of 16-bit weights has two, a float32 three. Of
-// the products of parts those are left out that float32 would round away. Each step of 16 is summed from zero on the tensor
-// core, which truncates, and added to the rest in float32, which rounds.
+// bfloat16 tensor cores multiply float32 numbers as sums of bfloat16 parts: a pair of 16-bit weights has two parts, a
+// float32 has three. Products of parts that float32 would round away are left out. Each step of 16 is summed from zero
+// on the tensor core, which truncates, and then added to the total in float32, which rounds.
 //
-// The order of a contraction is free as long as both operands share it, so that every lane loads 16 neighbors of a row of V and
-// uses them where they are; nothing is exchanged, and no shared memory is used. A block takes a tile of V; sums of tiles that
+// The order of a contraction is free as long as both operands share it. So every lane loads 16 adjacent elements of a
+// row of V and uses them in place, without exchange or shared memory. A block takes a tile of V. Sums of tiles that
+// belong together are stored separately and added in their order.
 // belong together are written apart and added in the order in which they stand.
 
 constexpr int WARPS = 4;
 
-// One module. V is [rows, columns], row-major with a stride; X and the result are contiguous, `rank` wide.
+// One module. V is [rows, columns], row-major with a stride; X and the result are contiguous, with `rank` columns.
 struct Module {
     const char* aligned;
     const char* base;
     const float* factor;
     long long aligned_stride;
     long long base_stride;
-    long long result;    // first element of the result among all results
+    long long result;    // offset of the result among all results
     int rows;
     int columns;
     int rank;
-    int is_aligned;      // every row of both weights starts at a multiple of 16 bytes, and ends at one
-    int tiles;           // along what is not contracted
+    int is_aligned;      // whether every row of both weights starts and ends at a multiple of 16 bytes
+    int tiles;           // along the axis that is not contracted
     int chunks;          // along the contraction
-    int first;           // number of its first block
-    int first_finished;  // number of its first block among those that add chunks
+    int first;           // index of its first block
+    int first_finished;  // index of its first block among those that add chunks
 };
 
 // The bfloat16 parts of two numbers, largest first.
@@ -48,7 +49,7 @@ __device__ inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], uns
 }
 #endif
 
-// One step of 16: all products of parts whose places add up to less than LEAST, the smallest first.
+// One step of 16: all products of parts whose indices add up to less than LEAST, the smallest first.
 template <int A_PARTS, int B_PARTS>
 __device__ inline void step(float (&total)[4], const unsigned (&a)[A_PARTS][4], const unsigned (&b)[2][B_PARTS]) {
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -64,8 +65,9 @@ __device__ inline void step(float (&total)[4], const unsigned (&a)[A_PARTS][4], 
     for (int index = 0; index < 4; ++index) total[index] += sum[index];
 }
 
-// What a loop needs of a module, in registers. FAST: every group of neighbors is whole and lies at a multiple of its size. Then
-// what is beyond an edge is loaded from before it, without a branch: X is zero there, or the result is not stored.
+// Data of a module that a loop needs, in registers. FAST: every group of adjacent elements is complete and aligned to
+// its size. Elements beyond an edge are then replaced by earlier ones, without a branch: X is zero there, or the result
+// is not stored.
 template <class Element, bool PAIR, bool FAST>
 struct Operands {
     const char *aligned, *base;
@@ -79,7 +81,7 @@ struct Operands {
 
     __device__ bool has(int row, int column) const { return row < rows && column < columns; }
 
-    // WIDTH neighbors of one row of both weights.
+    // Loads WIDTH adjacent elements of one row of both weights.
     __device__ void load(int row, int column, uint4& left, uint4& right) const {
         if (FAST) {
             const int inside = min(row, rows - 1), offset = min(column, columns - Element::WIDTH) * Element::SIZE;
@@ -92,7 +94,7 @@ struct Operands {
         }
     }
 
-    // COUNT neighbors of one row of X, of which there are `length`; zeros beyond its edges.
+    // Loads COUNT adjacent elements of one row of X, which has `length` of them; zeros beyond its edges.
     template <int COUNT>
     __device__ void load_factor(int length, int row, int column, float (&x)[COUNT]) const {
         if (FAST) {
@@ -134,7 +136,7 @@ __device__ inline double squares(const float (&v)[Element::WIDTH]) {
     return sum;
 }
 
-// Which part of which module a block computes.
+// The part of a module that a block computes.
 struct Block {
     const Module& module;
     int tile, chunk, group;  // group: 16 * RANK_TILES columns of X
@@ -147,7 +149,7 @@ __device__ inline Block find(const Module* modules, const int* owners) {
     return {module, index % of_group / module.chunks, index % module.chunks, index / of_group, blockIdx.x};
 }
 
-// Where a block puts element (place along the tile, rank): in the result, or among the sums of chunks.
+// Where a block stores element (index along the tile, rank): in the result, or among the sums of chunks.
 template <int TILE, int RANKS>
 struct Target {
     float* start;
@@ -168,11 +170,12 @@ struct Target {
     }
 };
 
-// V^T X: lane (g, t) of a warp, g = lane / 4, t = lane % 4, holds rows 4t .. 4t + 3 of 16 and WIDTH columns from WIDTH * g on.
+// V^T X: lane (g, t) of a warp, g = lane / 4, t = lane % 4, has rows 4t .. 4t + 3 of 16 and WIDTH columns from WIDTH *
+// g.
 template <class Element, bool PAIR, int V_PARTS, int RANK_TILES>
 struct Transposed {
     static constexpr int WIDTH = Element::WIDTH, COLUMNS = 8 * WIDTH, TILE = WARPS * COLUMNS, RANKS = 16 * RANK_TILES;
-    static constexpr int NEIGHBORS = 2;  // of a row of X
+    static constexpr int NEIGHBORS = 2;  // adjacent elements of a row of X
     float sums[RANK_TILES][WIDTH][4] = {};
     double square = 0.0;
 
@@ -238,11 +241,11 @@ struct Transposed {
     }
 };
 
-// V X: lane (g, t) holds rows g and g + 8 of each 16, and WIDTH columns from WIDTH * t on.
+// V X: lane (g, t) has rows g and g + 8 of each 16, and WIDTH columns from WIDTH * t.
 template <class Element, bool PAIR, int V_PARTS, int RANK_TILES>
 struct Straight {
     static constexpr int WIDTH = Element::WIDTH, COLUMNS = 4 * WIDTH, ROWS = 32, TILE = WARPS * ROWS, RANKS = 16 * RANK_TILES;
-    static constexpr int NEIGHBORS = 2 * RANK_TILES;  // lane g has columns NEIGHBORS * g and on of X
+    static constexpr int NEIGHBORS = 2 * RANK_TILES;  // lane g has the columns of X from NEIGHBORS * g
     float sums[2][NEIGHBORS][4] = {};
     double square = 0.0;
 
@@ -271,7 +274,7 @@ struct Straight {
                 unsigned a[2][V_PARTS][4];
 #pragma unroll
                 for (int half = 0; half < 8; ++half) {
-                    // Rows g, g + 8 with the first two of four columns, then with the last two; of each 16 rows.
+                    // Rows g, g + 8 of each 16 rows, with the first two of four columns, then with the last two.
                     const float(&of_row)[WIDTH] = v[half / 4 * 2 + half % 2];
                     unsigned parts[V_PARTS];
                     split<V_PARTS>(of_row[four + half % 4 / 2 * 2], of_row[four + half % 4 / 2 * 2 + 1], parts);
@@ -330,7 +333,7 @@ __device__ inline void multiply(const Module* modules, const int* owners, int le
     }
 }
 
-// Adds the chunks of one tile and group, in their order: one block each, of modules that have several.
+// Adds the chunks of one tile and group in order. One block per tile and group, only for modules with several chunks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     add_chunks(const Module* modules, const int* owners, int tile_size, int ranks, int of_columns, float* results, const float* partial) {
     const Module& module = modules[owners[blockIdx.x]];
@@ -347,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
 }
 
-// |V|^2 of every module: one block of one warp each.
+// |V|^2 of every module. One block of one warp per module.
 extern "C" __global__ void __launch_bounds__(32) add_squares(const Module* modules, const double* partial_squares, float* squares) {
     const Module& module = modules[blockIdx.x];
     const double* start = partial_squares + static_cast<long long>(module.first) * WARPS;

@@ -1,4 +1,4 @@
-//! Parameters of kernels: numbers that fit, and where they are.
+//! Kernel parameters: range-checked numbers, and their addresses.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -15,7 +15,7 @@ pub(crate) fn long(strides: [usize; 2]) -> Result<[i64; 2], CudaError> {
         .map_err(|_| CudaError::Operands(format!("strides {strides:?} are larger than memory")))
 }
 
-/// The values of a kernel's parameters, in their order; the driver wants the address of each.
+/// The values of a kernel's parameters, in order. The driver needs the address of each.
 pub(crate) trait Parameters {
     fn with_addresses<Result>(&mut self, call: impl FnOnce(&mut [*mut c_void]) -> Result) -> Result;
 }

@@ -9,32 +9,33 @@ use sha2::{Digest, Sha256};
 
 use crate::{CudaError, Nvrtc, Source};
 
-/// The first bytes of a file of the cache, before the SHA-256 of the machine code and the code itself.
+/// The first bytes of a cache file, followed by the SHA-256 of the machine code and the code itself.
 const MAGIC: &[u8; 8] = b"SLFCUBIN";
 const HEADER: usize = MAGIC.len() + 32;
-/// Files larger than any kernel are not read.
+/// Larger files are not read; no kernel has this size.
 const LARGEST: u64 = 1 << 28;
 
-/// A folder of compiled kernels, or none.
+/// A folder of compiled kernels, or no folder.
 ///
-/// A file's name is the SHA-256 of all that its content depends on: source, options, architecture, NVRTC's version. It is written
-/// under another name and renamed, so that it is whole whoever reads it, and checked when read: a damaged one is replaced.
+/// The name of a file is the SHA-256 of everything its content depends on: source, options, architecture, NVRTC's
+/// version. It is written under another name and then renamed, so every reader finds it complete. It is checked when
+/// read, and replaced if damaged.
 #[derive(Clone, Debug)]
 pub struct Cache {
     folder: Option<PathBuf>,
 }
 
 impl Cache {
-    /// A cache in `folder`, which is made when needed; without one every process compiles anew.
+    /// Makes a cache in `folder`, which is created when needed. Without a folder every process compiles again.
     #[must_use]
     pub const fn new(folder: Option<PathBuf>) -> Self {
         Self { folder }
     }
 
-    /// The machine code of a source: from the cache, or else compiled and left there.
+    /// Returns the machine code of a source, from the cache or else compiled and then cached.
     ///
     /// # Errors
-    /// When the source does not compile. A cache that cannot be written is no error: the next process compiles again.
+    /// If the source does not compile. A cache that cannot be written is no error: the next process compiles again.
     pub fn cubin(&self, nvrtc: &Nvrtc, source: Source, architecture: &str) -> Result<Vec<u8>, CudaError> {
         let path = self.folder.as_ref().map(|folder| folder.join(file_name(nvrtc, source, architecture)));
         if let Some(found) = path.as_deref().and_then(read) {
@@ -42,7 +43,7 @@ impl Cache {
         }
         let cubin = nvrtc.compile(source, architecture)?;
         if let Some(path) = path {
-            // A full disk or a folder of somebody else must not stop a training that needs no cache.
+            // A full disk or another user's folder must not stop a training run that does not need the cache.
             let _ = write(&path, &cubin);
         }
         Ok(cubin)
@@ -68,7 +69,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
     })
 }
 
-/// The machine code in a file, unless there is none or it is damaged.
+/// The machine code in a file, or `None` if the file is missing or damaged.
 fn read(path: &Path) -> Option<Vec<u8>> {
     let mut file = File::open(path).ok()?;
     if file.metadata().ok()?.len() > LARGEST {
@@ -96,7 +97,7 @@ fn write(path: &Path, cubin: &[u8]) -> io::Result<()> {
 }
 
 fn write_whole(path: &Path, cubin: &[u8]) -> io::Result<()> {
-    // A process of the same number that died here may have left one: it is overwritten.
+    // A process with the same id that died here may have left such a file: it is overwritten.
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
     file.write_all(MAGIC)?;
     file.write_all(&Sha256::digest(cubin))?;

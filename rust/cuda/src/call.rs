@@ -7,31 +7,31 @@ use libloading::Library;
 
 use crate::CudaError;
 
-/// The first of `candidates` that can be loaded, with its name.
+/// Loads the first of `candidates` that can be loaded. Also returns its name.
 pub(crate) fn open(what: &'static str, candidates: &[String]) -> Result<(Library, String), CudaError> {
     let mut reason = "nothing was given to look for".to_owned();
     for candidate in candidates {
-        // SAFETY: the caller vouches that these are the driver or NVRTC, whose initializers may run at any time.
+        // SAFETY: the candidates are names of the driver or NVRTC, whose initializers may run at any time.
         match unsafe { Library::new(OsStr::new(candidate)) } {
             Ok(library) => return Ok((library, candidate.clone())),
-            // The error itself says that the loader refused, its source why.
+            // The error only says that loading failed; its source says why.
             Err(error) => reason = one_line(&error.source().map_or_else(|| error.to_string(), ToString::to_string)),
         }
     }
     Err(CudaError::LibraryMissing { what, looked_for: candidates.to_vec(), reason })
 }
 
-/// Text of a library as a part of one line.
+/// Turns a library's text into one line.
 pub(crate) fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// A symbol without the zero at its end.
+/// A symbol without its terminating zero.
 pub(crate) fn name(symbol: &'static [u8]) -> &'static str {
     std::str::from_utf8(symbol).unwrap_or("a function").trim_end_matches('\0')
 }
 
-/// Declares a table of functions that is filled from a library, and kept with it.
+/// Declares a table of functions that is filled from a library and keeps the library loaded.
 macro_rules! functions {
     ($(#[$meta:meta])* $table:ident: $what:literal { $($name:ident = $symbol:literal ($($argument:ty),*);)* }) => {
         $(#[$meta])*
@@ -46,7 +46,7 @@ macro_rules! functions {
                 let (library, path) = crate::call::open($what, candidates)?;
                 Ok(Self {
                     $($name: {
-                        // SAFETY: the signature is that of the library's header; the library is kept as long as the table.
+                        // SAFETY: the signature is that of the library's header; the table keeps the library loaded.
                         let symbol = unsafe { library.get::<unsafe extern "C" fn($($argument),*) -> i32>($symbol) };
                         *symbol.map_err(|_| crate::CudaError::SymbolMissing {
                             what: $what,

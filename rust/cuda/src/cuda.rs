@@ -1,4 +1,4 @@
-//! Everything that a process needs to run kernels, found when first asked for.
+//! Driver, compiler and devices for kernels, found on first use.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -8,7 +8,7 @@ use crate::driver::Driver;
 use crate::library::Library;
 use crate::{Cache, CudaError, Nvrtc, Source};
 
-/// The driver, the devices that were used, and where to find the compiler and the cache.
+/// The driver, the devices in use, and where to find the compiler and the cache.
 #[allow(missing_debug_implementations, reason = "handles of the driver")]
 pub struct Cuda {
     driver: Driver,
@@ -19,10 +19,11 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// Loads the first driver of `drivers` (names and paths) and initializes it. NVRTC is loaded once a kernel is needed.
+    /// Loads the first of `drivers` (names and paths) that can be loaded, and initializes it. NVRTC is loaded when a
+    /// kernel is needed.
     ///
     /// # Errors
-    /// When there is no driver, it is too old, or it refuses to be initialized.
+    /// If there is no driver, it is too old, or it fails to initialize.
     pub fn open(drivers: &[String], nvrtc: Vec<String>, cache: Option<PathBuf>) -> Result<Self, CudaError> {
         Ok(Self {
             driver: Driver::open(drivers)?,
@@ -33,10 +34,10 @@ impl Cuda {
         })
     }
 
-    /// As 13020 for CUDA 13.2.
+    /// Driver version, such as 13020 for CUDA 13.2.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// If the driver call fails.
     pub fn driver_version(&self) -> Result<i32, CudaError> {
         self.driver.version()
     }
@@ -44,7 +45,7 @@ impl Cuda {
     /// Number of GPUs.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// If the driver call fails.
     pub fn device_count(&self) -> Result<i32, CudaError> {
         self.driver.device_count()
     }
@@ -52,15 +53,15 @@ impl Cuda {
     /// Compute capability of a GPU.
     ///
     /// # Errors
-    /// When there is no such GPU, or it is older than the kernels.
+    /// If there is no such GPU, or it is too old for the kernels.
     pub fn capability(&self, device: i32) -> Result<(i32, i32), CudaError> {
         Ok(self.device(device)?.capability())
     }
 
-    /// Compiles and loads the kernels of a source on a GPU, so that the first launch need not.
+    /// Compiles and loads the kernels of a source on a GPU ahead of the first launch.
     ///
     /// # Errors
-    /// When there is no such GPU, no NVRTC, or they do not fit one another.
+    /// If there is no such GPU or no NVRTC, or NVRTC does not support the GPU.
     pub fn prepare(&self, device: i32, source: Source) -> Result<(), CudaError> {
         self.library(&*self.device(device)?, source).map(drop)
     }

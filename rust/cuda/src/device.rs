@@ -1,4 +1,4 @@
-//! One GPU: its primary context, the kernels loaded there, and launches.
+//! One GPU: its primary context, its loaded kernels, and launches.
 
 use std::ffi::c_int;
 use std::ptr;
@@ -12,19 +12,19 @@ use crate::{CudaError, Source};
 const MAJOR: c_int = 75;
 const MINOR: c_int = 76;
 
-/// A GPU whose primary context (the one that torch uses) is retained until the process ends.
+/// A GPU. Its primary context (the one that torch uses) is retained until the process ends.
 pub(crate) struct Device {
     context: Handle,
     capability: (i32, i32),
     libraries: Mutex<Vec<(Source, Arc<Library>)>>,
 }
 
-// SAFETY: a context may be pushed by any thread; everything else is guarded.
+// SAFETY: any thread may push a context; everything else is behind a lock.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
 
-/// How many blocks of how many threads.
+/// Number of blocks, and of threads per block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Grid {
     pub(crate) blocks: (usize, usize),
@@ -49,12 +49,12 @@ impl Device {
         self.capability
     }
 
-    /// As `sm_90`.
+    /// Architecture name, such as `sm_90`.
     pub(crate) fn architecture(&self) -> String {
         format!("sm_{}{}", self.capability.0, self.capability.1)
     }
 
-    /// The kernels of a source, compiled and loaded by the first who asks.
+    /// The kernels of a source, compiled and loaded at first use.
     pub(crate) fn library(
         &self,
         driver: &Driver,
@@ -72,7 +72,7 @@ impl Device {
         Ok(library)
     }
 
-    /// Puts kernels on `stream`, in the order in which `work` launches them.
+    /// Launches kernels on `stream`, in the order in which `work` calls for them.
     pub(crate) fn on_stream(
         &self,
         driver: &Driver,
@@ -93,11 +93,10 @@ pub(crate) struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    /// Launches a kernel of a library; nothing where there is no block to run.
+    /// Launches a kernel of a library; does nothing if the grid is empty.
     ///
-    /// # Safety
-    /// The parameters are those of the kernel, in their order, and what their addresses point to on the device stays valid until
-    /// the kernel has run.
+    /// # Safety The parameters match the kernel's, in order. Device memory that they point to stays valid until the
+    /// kernel has run.
     pub(crate) unsafe fn launch(
         &self,
         library: &Library,
@@ -113,7 +112,7 @@ impl Stream<'_> {
         let across = i32::try_from(across).map_err(too_many)?.cast_unsigned();
         let down = u16::try_from(down).map_err(too_many)?;
         let function = library.function(name)?;
-        // SAFETY: the function is the library's; the caller vouches for the parameters.
+        // SAFETY: the function is the library's; the parameters match by the contract of this function.
         let code = parameters.with_addresses(|addresses| unsafe {
             (self.driver.functions.launch)(
                 function,

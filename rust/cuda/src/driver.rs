@@ -6,13 +6,13 @@ use std::ptr;
 use crate::CudaError;
 use crate::call::functions;
 
-/// A CUcontext, CUlibrary, CUkernel or CUstream: an address of the driver's.
+/// A CUcontext, CUlibrary, CUkernel or CUstream: an address in the driver.
 pub(crate) type Handle = *mut c_void;
 
 const RELAXED: c_int = 2;
 
 functions! {
-    /// Of CUDA 12.0; later drivers keep them.
+    /// As of CUDA 12.0; later drivers keep them.
     Functions: "the CUDA driver" {
         init = b"cuInit\0" (c_uint);
         error_name = b"cuGetErrorName\0" (c_int, *mut *const c_char);
@@ -35,12 +35,12 @@ functions! {
     }
 }
 
-/// The driver, initialized.
+/// The initialized driver.
 pub(crate) struct Driver {
     pub(crate) functions: Functions,
 }
 
-// What the driver gives out in a call is written before the call returns with zero; so it is in every one below.
+// In every call below, the driver writes its results before it returns zero.
 impl Driver {
     pub(crate) fn open(candidates: &[String]) -> Result<Self, CudaError> {
         let driver = Self { functions: Functions::load(candidates)? };
@@ -49,14 +49,14 @@ impl Driver {
         Ok(driver)
     }
 
-    /// The error of a CUresult that is not zero.
+    /// Makes an error of a CUresult that is not zero.
     pub(crate) fn check(&self, call: &'static str, code: c_int) -> Result<(), CudaError> {
         if code == 0 {
             return Ok(());
         }
         let words = |function: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int, unknown: &str| {
             let mut text = ptr::null();
-            // SAFETY: the driver gives a string that lives as long as itself, or none.
+            // SAFETY: the driver returns a string that lives as long as the driver, or none.
             unsafe {
                 if function(code, &raw mut text) == 0 && !text.is_null() {
                     CStr::from_ptr(text).to_string_lossy().into_owned()
@@ -73,7 +73,7 @@ impl Driver {
         })
     }
 
-    /// As 13020 for CUDA 13.2.
+    /// Driver version, such as 13020 for CUDA 13.2.
     pub(crate) fn version(&self) -> Result<i32, CudaError> {
         let mut version = 0;
         // SAFETY: the pointer is that of a number on this stack.
@@ -88,7 +88,7 @@ impl Driver {
         Ok(count)
     }
 
-    /// The driver's device of this number.
+    /// The driver's handle of a device.
     pub(crate) fn device(&self, index: i32) -> Result<c_int, CudaError> {
         let count = self.device_count()?;
         if !(0..count).contains(&index) {
@@ -108,14 +108,14 @@ impl Driver {
         Ok(value)
     }
 
-    /// Makes a context current as long as the guard lives.
+    /// Makes a context current until the guard is dropped.
     pub(crate) fn enter(&self, context: Handle) -> Result<Entered<'_>, CudaError> {
-        // SAFETY: the context is one that the driver gave out and that is still retained.
+        // SAFETY: the driver returned this context, and it is still retained.
         self.check("cuCtxPushCurrent", unsafe { (self.functions.context_push)(context) })?;
         Ok(Entered { driver: self })
     }
 
-    /// Lets this thread load code as long as the guard lives, even if a stream of it is being captured.
+    /// Lets this thread load code until the guard is dropped, even if one of its streams is being captured.
     pub(crate) fn relax(&self) -> Result<Relaxed<'_>, CudaError> {
         let mut mode = RELAXED;
         // SAFETY: the pointer is that of a number on this stack.
@@ -124,7 +124,7 @@ impl Driver {
     }
 }
 
-/// A context that is current; leaving it restores the one before.
+/// A current context; dropping the guard restores the previous one.
 pub(crate) struct Entered<'a> {
     driver: &'a Driver,
 }
@@ -132,7 +132,7 @@ pub(crate) struct Entered<'a> {
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
         let mut context = ptr::null_mut();
-        // SAFETY: a context was pushed by this thread. A failure to pop one has nobody left to be told.
+        // SAFETY: this thread pushed a context. An error cannot be reported from `drop`.
         unsafe { (self.driver.functions.context_pop)(&raw mut context) };
     }
 }
@@ -145,7 +145,7 @@ pub(crate) struct Relaxed<'a> {
 
 impl Drop for Relaxed<'_> {
     fn drop(&mut self) {
-        // SAFETY: the pointer is that of a number in this guard. A failure has nobody left to be told.
+        // SAFETY: the pointer is that of a number in this guard. An error cannot be reported from `drop`.
         unsafe { (self.driver.functions.capture_mode)(&raw mut self.before) };
     }
 }

@@ -18,7 +18,7 @@ pub enum Dtype {
 impl Dtype {
     pub(crate) const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
 
-    /// As in the names of kernels.
+    /// Name used in the names of kernels.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -39,7 +39,7 @@ impl Dtype {
 impl FromStr for Dtype {
     type Err = CudaError;
 
-    /// As safetensors spells them.
+    /// Parses safetensors' spelling.
     fn from_str(name: &str) -> Result<Self, CudaError> {
         match name {
             "F32" => Ok(Self::F32),

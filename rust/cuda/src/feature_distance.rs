@@ -1,12 +1,12 @@
-//! The feature distance and its gradient: from operands to launches.
+//! Launches of the feature distance and its gradient.
 
 use crate::argument::{int, long};
 use crate::device::Grid;
 use crate::{Cuda, CudaError, Dtype, Source};
 
-/// Layers of one launch, as in the kernels' source.
+/// Most layers of one launch, as in the kernels' source.
 const LAYERS: usize = 48;
-/// Tokens of one block of threads there.
+/// Tokens per block of threads, as in the kernels' source.
 const WARPS: usize = 8;
 /// Bytes of one load.
 const WIDE: usize = 16;
@@ -22,7 +22,7 @@ pub enum Normalize {
     None,
 }
 
-/// Hidden states of one layer, and those of the reference: [batch, tokens, hidden] with a contiguous hidden axis.
+/// Hidden states of one layer, and of the reference model: [batch, tokens, hidden] with a contiguous hidden axis.
 #[derive(Clone, Copy, Debug)]
 pub struct Pair {
     /// Element type of both.
@@ -33,54 +33,54 @@ pub struct Pair {
     pub features: usize,
     /// Address of the reference.
     pub reference: usize,
-    /// Elements from row to row of the batch and from token to token, of the features.
+    /// Elements from one batch row to the next, and from one token to the next, in the features.
     pub features_strides: [usize; 2],
-    /// The same of the reference.
+    /// Same for the reference.
     pub reference_strides: [usize; 2],
 }
 
 /// The tokens that count, and how they form sequences.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokens {
-    /// Rows of the batch and tokens of a row.
+    /// Batch rows, and tokens per row.
     pub shape: [usize; 2],
-    /// Address of one byte for each token; zero where it does not count.
+    /// Address of one byte per token; zero if the token does not count.
     pub mask: usize,
-    /// Bytes from row to row and from token to token.
+    /// Bytes from one batch row to the next, and from one token to the next.
     pub mask_strides: [usize; 2],
-    /// Without, a row is a sequence.
+    /// None: each batch row is one sequence.
     pub packing: Option<Packing>,
 }
 
-/// Addresses of int32 arrays that say which tokens of a row are a sequence.
+/// Addresses of int32 arrays that define the sequences of a batch row.
 #[derive(Clone, Copy, Debug)]
 pub struct Packing {
-    /// [batch, tokens]: the tokens of a row, sequence after sequence, then those that do not count.
+    /// [batch, tokens]: the tokens of a batch row, sequence after sequence, then those that do not count.
     pub order: usize,
-    /// [batch, tokens + 1]: where the sequences start in that order, then where the last ends.
+    /// [batch, tokens + 1]: where the sequences start in that order, then where the last one ends.
     pub starts: usize,
     /// [batch]: number of sequences.
     pub counts: usize,
 }
 
-/// Addresses of what the forward writes.
+/// Addresses of the forward's outputs.
 #[derive(Clone, Copy, Debug)]
 pub struct Results {
-    /// float64 [layers, batch, tokens, 3], for its own use.
+    /// float64 [layers, batch, tokens, 3], scratch.
     pub sums: usize,
-    /// float32 [layers, batch, tokens, 2]: what the gradient of each token is made of, before the mean over sequences.
+    /// float32 [layers, batch, tokens, 2]: factors of each token's gradient, before the mean over sequences.
     pub factors: usize,
-    /// float64 [layers, batch], for its own use.
+    /// float64 [layers, batch], scratch.
     pub distances: usize,
-    /// int32 [batch], for its own use.
+    /// int32 [batch], scratch.
     pub sequences: usize,
-    /// float32: one divided by the number of sequences.
+    /// float32: 1 / number of sequences.
     pub share: usize,
     /// float32: the distance.
     pub distance: usize,
 }
 
-/// As `Layer` in the kernels' source.
+/// Same as `Layer` in the kernels' source.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Layer {
@@ -93,7 +93,7 @@ struct Layer {
     aligned: i32,
 }
 
-/// As `Tokens` in the kernels' source.
+/// Same as `Tokens` in the kernels' source.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct TokensArgument {
@@ -107,15 +107,14 @@ struct TokensArgument {
 }
 
 impl Cuda {
-    /// Puts the sum over layers and the mean over sequences of the squared distance on `stream`. The layers of one dtype are read in
-    /// one launch, 48 at a time.
+    /// Computes the sum over layers and the mean over sequences of the squared distance on `stream`. Layers of the same
+    /// dtype are read in one launch, up to 48 at a time.
     ///
-    /// # Safety
-    /// Every address is that of as many elements on the device as its description says, which stay valid until the stream has come
-    /// this far, and which nothing else writes meanwhile.
+    /// # Safety Every address points to device memory with the described number of elements. The memory stays valid,
+    /// and nothing else writes to it, until the stream has run the launches.
     ///
     /// # Errors
-    /// When operands are too large, or the kernels cannot be compiled, loaded or launched.
+    /// If operands are too large, or the kernels cannot be compiled, loaded or launched.
     pub unsafe fn feature_distance(
         &self,
         device: i32,
@@ -136,7 +135,8 @@ impl Cuda {
             for launch in launches {
                 let grid =
                     Grid { blocks: ((batch * length).div_ceil(WARPS), launch.count), threads: 32 * WARPS as u32 };
-                // SAFETY: the parameters are Layers, Tokens, int and Sums*; the caller vouches for the addresses.
+                // SAFETY: the parameters are Layers, Tokens, int and Sums*; the addresses are valid by the contract of
+                // this function.
                 unsafe {
                     let name = format!("token_sums_{}", launch.dtype.name());
                     stream.launch(&library, &name, grid, (launch.layers, argument, launch.first, sums))?;
@@ -144,17 +144,19 @@ impl Cuda {
             }
             let grid = Grid { blocks: (batch, pairs.len()), threads: 128 };
             let parameters = (argument, normalize as i32, sums, factors, distances, sequences);
-            // SAFETY: the parameters are Tokens, int, Sums*, Factor*, double* and int*; the caller vouches for the addresses.
+            // SAFETY: Tokens, int, Sums*, Factor*, double* and int*; the addresses are valid by the contract of this
+            // function.
             unsafe { stream.launch(&library, "sequence_factors", grid, parameters)? };
             let grid = Grid { blocks: (1, 1), threads: 32 };
             let parameters = (layers, argument.batch, distances, sequences, share, distance);
-            // SAFETY: the parameters are int, int, double*, int*, float* and float*; the caller vouches for the addresses.
+            // SAFETY: int, int, double*, int*, float* and float*; the addresses are valid by the contract of this
+            // function.
             unsafe { stream.launch(&library, "total_distance", grid, parameters) }
         })
     }
 
-    /// Puts `weight` (the address of one float32) times the gradient in the features of each layer on `stream`, to `gradients`:
-    /// addresses of memory of the layers' shape and dtype, contiguous.
+    /// Writes `weight` (the address of one float32) times the gradient in the features of each layer to `gradients` on
+    /// `stream`. These are addresses of contiguous memory with the layers' shape and dtype.
     ///
     /// # Safety
     /// As [`Cuda::feature_distance`]; `factors` is the address of float32 [layers, batch, tokens, 2].
@@ -185,7 +187,8 @@ impl Cuda {
                 let grid = Grid { blocks, threads: 32 * WARPS as u32 };
                 let name = format!("gradient_{}", launch.dtype.name());
                 let parameters = (launch.layers, batch, length, launch.first, factors, weight);
-                // SAFETY: the parameters are Layers, int, int, int, Factor* and float*; the caller vouches for the addresses.
+                // SAFETY: Layers, int, int, int, Factor* and float*; the addresses are valid by the contract of this
+                // function.
                 unsafe { stream.launch(&library, &name, grid, parameters)? };
             }
             Ok(())
@@ -193,17 +196,17 @@ impl Cuda {
     }
 }
 
-/// Neighboring layers of one dtype, that are read in one launch.
+/// Adjacent layers of the same dtype, read in one launch.
 struct Launch {
     dtype: Dtype,
     layers: [Layer; LAYERS],
-    /// Place of the first among all layers.
+    /// Index of the first one among all layers.
     first: i32,
     count: usize,
 }
 
 impl Launch {
-    /// The launches for pairs and the addresses of their gradients.
+    /// Makes the launches for pairs and the addresses of their gradients.
     fn all<'a>(pairs: impl Iterator<Item = (&'a Pair, usize)>) -> Result<Vec<Self>, CudaError> {
         let mut launches: Vec<Self> = Vec::new();
         for (index, (pair, gradient)) in pairs.enumerate() {
@@ -235,7 +238,7 @@ impl Layer {
         let strides = pair.features_strides.iter().chain(&pair.reference_strides);
         let mut steps =
             strides.map(|stride| stride.wrapping_mul(size)).chain([pair.features, pair.reference, gradient]);
-        // The gradient is contiguous: its tokens start at a multiple of 16 bytes where its size is one.
+        // The gradient is contiguous: its tokens are 16-byte aligned if a token's size is a multiple of 16 bytes.
         let whole = gradient == 0 || (pair.hidden * size).is_multiple_of(WIDE);
         let aligned = whole && steps.all(|step| step.is_multiple_of(WIDE));
         Ok(Self {

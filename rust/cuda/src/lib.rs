@@ -1,7 +1,8 @@
 //! CUDA host layer of safelora-fast: kernels compiled by NVRTC when first used, cached, and launched on the caller's stream.
 //!
-//! Nothing of CUDA is needed to build, and nothing of it is touched before [`Cuda::open`]. Tensors cross as addresses; their
-//! memory is the caller's. A launch allocates nothing, waits for nothing, and can be captured into a graph.
+//! Building needs nothing of CUDA, and no CUDA library is loaded before [`Cuda::open`]. Tensors are passed as
+//! addresses; the caller owns their memory. A launch allocates nothing, waits for nothing, and can be captured into a
+//! graph.
 
 mod argument;
 mod cache;

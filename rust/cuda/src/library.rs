@@ -12,18 +12,20 @@ pub(crate) struct Library {
     kernels: HashMap<String, Handle>,
 }
 
-// SAFETY: handles of the driver may be used from any thread.
+// SAFETY: any thread may use the driver's handles.
 unsafe impl Send for Library {}
 // SAFETY: as above.
 unsafe impl Sync for Library {}
 
 impl Library {
-    /// Loads machine code into the current context. It stays until the process ends: launches may be under way at any time.
+    /// Loads machine code into the current context. It stays loaded until the process ends, because launches may still
+    /// be running.
     pub(crate) fn load(driver: &Driver, source: Source, cubin: &[u8]) -> Result<Self, CudaError> {
         let _relaxed = driver.relax()?;
         let none = ptr::null_mut();
         let mut library = ptr::null_mut();
-        // SAFETY: the code is whole (it was compiled, or its checksum held) and copied by the driver; there are no options.
+        // SAFETY: the code is complete (just compiled, or its checksum matched), and the driver copies it; there are no
+        // options.
         let code = unsafe {
             (driver.functions.library_load)(
                 &raw mut library,
@@ -39,13 +41,13 @@ impl Library {
         driver.check("cuLibraryLoadData", code)?;
         let kernels = Self::functions(driver, source, library);
         if kernels.is_err() {
-            // SAFETY: nothing of it was launched.
+            // SAFETY: none of its kernels has been launched.
             unsafe { (driver.functions.library_unload)(library) };
         }
         Ok(Self { kernels: kernels? })
     }
 
-    /// The kernels as functions of the current context: asking for them loads them, which a launch need not do then.
+    /// Gets the kernels as functions of the current context. This loads them, so that a launch need not.
     fn functions(driver: &Driver, source: Source, library: Handle) -> Result<HashMap<String, Handle>, CudaError> {
         let mut functions = HashMap::new();
         for name in source.kernels() {
@@ -54,7 +56,7 @@ impl Library {
             // SAFETY: the library is loaded, and the name lives until the call returns.
             let code = unsafe { (driver.functions.library_kernel)(&raw mut kernel, library, symbol.as_ptr()) };
             driver.check("cuLibraryGetKernel", code)?;
-            // SAFETY: the kernel is the driver's.
+            // SAFETY: the driver returned this kernel.
             driver.check("cuKernelGetFunction", unsafe {
                 (driver.functions.kernel_function)(&raw mut function, kernel)
             })?;

@@ -1,4 +1,4 @@
-//! The runtime compiler.
+//! NVRTC, CUDA's runtime compiler.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr;
@@ -9,7 +9,7 @@ use crate::{CudaError, Source};
 type Program = *mut c_void;
 
 functions! {
-    /// Of NVRTC 12.0; later ones keep them.
+    /// As of NVRTC 12.0; later versions keep them.
     Functions: "NVRTC" {
         version = b"nvrtcVersion\0" (*mut c_int, *mut c_int);
         create = b"nvrtcCreateProgram\0"
@@ -23,7 +23,7 @@ functions! {
     }
 }
 
-/// NVRTC, found and loaded.
+/// The loaded NVRTC.
 #[allow(missing_debug_implementations, reason = "a list of addresses")]
 pub struct Nvrtc {
     functions: Functions,
@@ -31,10 +31,10 @@ pub struct Nvrtc {
 }
 
 impl Nvrtc {
-    /// The first of `candidates` (names and paths) that can be loaded.
+    /// Loads the first of `candidates` (names and paths) that can be loaded.
     ///
     /// # Errors
-    /// When none can, or it is older than 12.0.
+    /// If none can be loaded, or it is older than 12.0.
     pub fn open(candidates: &[String]) -> Result<Self, CudaError> {
         let functions = Functions::load(candidates)?;
         let (mut major, mut minor) = (0, 0);
@@ -43,16 +43,16 @@ impl Nvrtc {
         Ok(Self { functions, version: (major, minor) })
     }
 
-    /// As `13.2`.
+    /// Version, such as `13.2`.
     #[must_use]
     pub fn version(&self) -> String {
         format!("{}.{}", self.version.0, self.version.1)
     }
 
-    /// Machine code for one architecture (`sm_90`).
+    /// Compiles a source to machine code for one architecture (`sm_90`).
     ///
     /// # Errors
-    /// When the source does not compile, or the architecture is newer than this NVRTC.
+    /// If the source does not compile, or the architecture is newer than this NVRTC.
     pub fn compile(&self, source: Source, architecture: &str) -> Result<Vec<u8>, CudaError> {
         let text = CString::new(source.text()).map_err(|error| CudaError::Operands(error.to_string()))?;
         let name = CString::new(source.name()).map_err(|error| CudaError::Operands(error.to_string()))?;
@@ -83,20 +83,20 @@ impl Nvrtc {
         // SAFETY: the program is compiled; the pointer is that of a number on this stack.
         check("nvrtcGetCUBINSize", unsafe { (self.functions.cubin_size)(program.program, &raw mut size) })?;
         let mut cubin = vec![0_u8; size];
-        // SAFETY: the buffer has the size that NVRTC asked for.
+        // SAFETY: the buffer has the size that NVRTC returned.
         check("nvrtcGetCUBIN", unsafe { (self.functions.cubin)(program.program, cubin.as_mut_ptr().cast()) })?;
         Ok(cubin)
     }
 }
 
-/// A program that NVRTC forgets when this is dropped.
+/// An NVRTC program, destroyed on drop.
 struct Compiling<'a> {
     functions: &'a Functions,
     program: Program,
 }
 
 impl Compiling<'_> {
-    /// What the compiler says, on one line.
+    /// The compiler's log on one line.
     fn log(&self) -> Option<String> {
         let mut size = 0;
         // SAFETY: the program exists; the pointer is that of a number on this stack.
@@ -104,7 +104,7 @@ impl Compiling<'_> {
             return None;
         }
         let mut text = vec![0_u8; size + 1];
-        // SAFETY: the buffer has the size that NVRTC asked for.
+        // SAFETY: the buffer has the size that NVRTC returned.
         if unsafe { (self.functions.log)(self.program, text.as_mut_ptr().cast()) } != 0 {
             return None;
         }
@@ -117,7 +117,7 @@ impl Compiling<'_> {
 impl Drop for Compiling<'_> {
     fn drop(&mut self) {
         if !self.program.is_null() {
-            // SAFETY: the program was made by NVRTC and nothing holds it any more.
+            // SAFETY: NVRTC created the program, and nothing else uses it.
             unsafe { (self.functions.destroy)(&raw mut self.program) };
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::{feature_distance, subspace_projection};
 
-/// A file of kernels.
+/// A source file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
     /// Feature distance and its gradient.
@@ -15,7 +15,7 @@ impl Source {
     /// Every source.
     pub const ALL: [Self; 2] = [Self::FeatureDistance, Self::SubspaceProjection];
 
-    /// The file's name.
+    /// Name of the file.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -24,7 +24,7 @@ impl Source {
         }
     }
 
-    /// The program: what the files share, and the file.
+    /// The whole program: the shared code, then the file.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
@@ -37,13 +37,13 @@ impl Source {
         }
     }
 
-    /// Options of the compiler, the architecture aside.
+    /// Compiler options, except the architecture.
     #[must_use]
     pub const fn options(self) -> &'static [&'static str] {
         &["--std=c++17", "-lineinfo"]
     }
 
-    /// Names of the kernels, which are `extern "C"`.
+    /// Names of the `extern "C"` kernels.
     #[must_use]
     pub fn kernels(self) -> Vec<String> {
         match self {

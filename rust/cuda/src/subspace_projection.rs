@@ -1,8 +1,9 @@
-//! Products of many matrices V with thin factors X, all in one launch: Vᵀ·X or V·X, and ‖V‖² of pairs on the way.
+//! Products of many matrices V with thin factors X in one launch: Vᵀ·X or V·X, plus ‖V‖² of pairs.
 //!
-//! Which block computes what is settled once, in a [`Plan`]: a table that is copied to the device and kept for as long as its
-//! operands stay where they are ([`Plans`]). Blocks are alike but for those at edges, so none waits for a long one at the end, and the
-//! order of a launch is that of the modules. How a module is cut depends on shapes alone, and so do the bits of its result.
+//! A [`Plan`] assigns work to blocks once. It is a table that is copied to the device and reused while its operands
+//! stay in place ([`Plans`]). Blocks are equal except at edges, so none waits for a long one at the end, and a launch
+//! processes modules in order. The division of a module depends only on shapes, and therefore so do the bits of its
+//! result.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,13 +12,13 @@ use crate::argument::int;
 use crate::device::Grid;
 use crate::{Cuda, CudaError, Dtype, Source};
 
-/// Warps of a block in the kernels' source.
+/// Warps per block, as in the kernels' source.
 const WARPS: usize = 4;
 /// Bytes of one load.
 const WIDE: usize = 16;
-/// Elements of the contraction that a block takes, from the most to the least; all are multiples of what a step takes.
+/// Lengths of the contraction per block, from longest to shortest; all are multiples of a step.
 const LENGTHS: [usize; 6] = [4096, 2048, 1024, 512, 256, 128];
-/// Blocks that keep any GPU busy to the end, where the work suffices.
+/// Number of blocks that keeps any GPU busy, if there is enough work.
 const ENOUGH: usize = 2048;
 
 /// Which product.
@@ -29,37 +30,37 @@ pub enum Form {
     Straight,
 }
 
-/// What the matrices of one launch are.
+/// The properties that all matrices of a launch share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind {
     /// Which product.
     pub form: Form,
-    /// Element type of all.
+    /// Element type of all matrices.
     pub dtype: Dtype,
-    /// V is aligned − base, rather than one matrix.
+    /// Whether V is aligned − base, rather than one matrix.
     pub is_pair: bool,
 }
 
-/// One module's operands, by their addresses on the device.
+/// One module's operands, as device addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand {
     /// [rows, columns] with contiguous columns.
     pub aligned: usize,
-    /// Likewise; of no meaning where there is no pair.
+    /// Same; unused if there is no pair.
     pub base: usize,
-    /// Elements from row to row.
+    /// Elements from one row to the next.
     pub aligned_stride: usize,
-    /// Likewise.
+    /// Elements from one row to the next.
     pub base_stride: usize,
     /// Rows and columns of V.
     pub shape: (usize, usize),
-    /// float32, contiguous, at a multiple of 16 bytes: [rows, rank] for the transposed form, else [columns, rank].
+    /// float32, contiguous, 16-byte aligned: [rows, rank] for the transposed form, else [columns, rank].
     pub factor: usize,
     /// Columns of X.
     pub rank: usize,
 }
 
-/// As `Module` in the kernels' source.
+/// Same as `Module` in the kernels' source.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Module {
@@ -79,7 +80,7 @@ struct Module {
     first_finished: i32,
 }
 
-/// How the work of one launch is cut: modules of one kind.
+/// The division of one launch's work: modules of one kind.
 #[derive(Clone, Debug)]
 struct Group {
     kind: Kind,
@@ -92,34 +93,34 @@ struct Group {
     results: usize,
 }
 
-/// Products of modules of any kinds: a launch for each kind.
+/// Products of modules of any kinds, with one launch per kind.
 #[derive(Clone, Debug)]
 pub struct Plan {
     groups: Vec<Group>,
-    /// Of each module, in the order given: first element of its result, and place among the squares.
+    /// For each module, in the given order: offset of its result, and index among the squares.
     places: Vec<(usize, usize)>,
 }
 
-/// Addresses of what a launch reads and writes besides the operands.
+/// Addresses that a launch reads and writes besides the operands.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
-    /// A copy of [`Plan::table`], at a multiple of 16 bytes.
+    /// A copy of [`Plan::table`], 16-byte aligned.
     pub table: usize,
     /// float32: the results of all modules, [`Plan::results`] elements.
     pub results: usize,
-    /// float32 for its own use, [`Plan::partial`] elements.
+    /// float32 scratch, [`Plan::partial`] elements.
     pub partial: usize,
-    /// float64 for its own use, [`Plan::partial_squares`] elements.
+    /// float64 scratch, [`Plan::partial_squares`] elements.
     pub partial_squares: usize,
-    /// float32 [modules]: ‖V‖² in the order of the kinds; written for pairs alone.
+    /// float32 [modules]: ‖V‖² in the order of the kinds; written only for pairs.
     pub squares: usize,
 }
 
 impl Plan {
-    /// Cuts the work.
+    /// Divides the work.
     ///
     /// # Errors
-    /// When there is no operand, or one is larger than a kernel can count.
+    /// If there is no operand, or one is too large for a kernel.
     pub fn new(modules: &[(Kind, Operand)]) -> Result<Self, CudaError> {
         let mut kinds: Vec<Kind> = Vec::new();
         for (kind, _) in modules {
@@ -146,7 +147,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// What is copied to the device.
+    /// The table to copy to the device.
     #[must_use]
     pub fn table(&self) -> Vec<u8> {
         let mut table = Vec::new();
@@ -156,7 +157,8 @@ impl Plan {
         table
     }
 
-    /// Of each module, in the order given: first element of its result, [columns or rows of V, rank], and place among the squares.
+    /// For each module, in the given order: offset of its result [columns or rows of V, rank], and index among the
+    /// squares.
     #[must_use]
     pub fn places(&self) -> &[(usize, usize)] {
         &self.places
@@ -168,13 +170,13 @@ impl Plan {
         self.groups.last().map_or(0, |group| group.results)
     }
 
-    /// Elements that sums of chunks take; launches of one stream take turns.
+    /// Elements of the sums of chunks. Launches on one stream share them.
     #[must_use]
     pub fn partial(&self) -> usize {
         self.groups.iter().map(Group::partial).max().unwrap_or(0)
     }
 
-    /// Elements that squares take.
+    /// Elements of the partial squares.
     #[must_use]
     pub fn partial_squares(&self) -> usize {
         self.groups.iter().map(Group::partial_squares).max().unwrap_or(0)
@@ -253,7 +255,7 @@ impl Group {
         Ok(())
     }
 
-    /// Appends the modules and the owners, up to a multiple of what a module is aligned to.
+    /// Appends the modules and the owners, padded to the alignment of a module.
     fn write(&self, table: &mut Vec<u8>) {
         let words = |values: &[i32]| values.iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<u8>>();
         for module in &self.modules {
@@ -270,7 +272,7 @@ impl Group {
         table.resize(table.len().next_multiple_of(WIDE), 0);
     }
 
-    /// Where the owners of blocks start in the table after this group's start, those of blocks that add chunks, and the next group.
+    /// Offsets in the table from this group's start: owners of blocks, owners of blocks that add chunks, next group.
     fn starts(&self) -> [usize; 3] {
         let owners = self.modules.len() * size_of::<Module>();
         let finished = owners + self.owners[0].len() * size_of::<i32>();
@@ -287,7 +289,7 @@ impl Group {
 }
 
 impl Kind {
-    /// Rows or columns of V that a block takes of what is not contracted.
+    /// Rows or columns of V per block, along the axis that is not contracted.
     const fn tile(self) -> usize {
         match self.form {
             Form::Transposed => WARPS * 8 * (WIDE / self.dtype.size()),
@@ -303,7 +305,7 @@ impl Kind {
         }
     }
 
-    /// At least one, so that zeros are written where there is nothing to add.
+    /// At least one, so that zeros are written if there is nothing to add.
     const fn chunks(self, operand: &Operand, length: usize) -> usize {
         let (rows, columns) = operand.shape;
         let contracted = match self.form {
@@ -336,14 +338,14 @@ pub(crate) fn kernels() -> Vec<String> {
 }
 
 impl Cuda {
-    /// Puts the products of a plan on `stream`.
+    /// Launches the products of a plan on `stream`.
     ///
-    /// # Safety
-    /// Every address, those of the plan's operands among them, is that of as many elements on the device as its description says,
-    /// which stay valid until the stream has come this far, and which nothing else writes meanwhile.
+    /// # Safety Every address, including those of the plan's operands, points to device memory with the described
+    /// number of elements. The memory stays valid, and nothing else writes to it, until the stream has run the
+    /// launches.
     ///
     /// # Errors
-    /// When the kernels cannot be compiled, loaded or launched.
+    /// If the kernels cannot be compiled, loaded or launched.
     pub unsafe fn products(&self, device: i32, stream: usize, plan: &Plan, memory: Memory) -> Result<(), CudaError> {
         let device = self.device(device)?;
         let library = self.library(&device, Source::SubspaceProjection)?;
@@ -355,16 +357,18 @@ impl Cuda {
                 let (length, tile) = (int("elements", group.length)?, int("elements", kind.tile())?);
                 let grid = Grid { blocks: (group.owners[0].len(), 1), threads: 32 * WARPS as u32 };
                 let parameters = (table, owners, length, results, partial, partial_squares);
-                // SAFETY: the parameters are Module*, int*, int, float*, float* and double*; the caller vouches for the addresses.
+                // SAFETY: Module*, int*, int, float*, float* and double*; the addresses are valid by the contract of
+                // this function.
                 unsafe { stream.launch(&library, &kind.kernel(ranks), grid, parameters)? };
                 let grid = Grid { blocks: (group.owners[1].len(), 1), ..grid };
                 let of_columns = i32::from(kind.form == Form::Transposed);
                 let parameters = (table, finished, tile, int("columns", ranks)?, of_columns, results, partial);
-                // SAFETY: the parameters are Module*, int*, int, int, int, float* and float*; the caller vouches for the addresses.
+                // SAFETY: Module*, int*, int, int, int, float* and float*; the addresses are valid by the contract of
+                // this function.
                 unsafe { stream.launch(&library, "add_chunks", grid, parameters)? };
                 if kind.is_pair {
                     let grid = Grid { blocks: (group.modules.len(), 1), threads: 32 };
-                    // SAFETY: the parameters are Module*, double* and float*; the caller vouches for the addresses.
+                    // SAFETY: Module*, double* and float*; the addresses are valid by the contract of this function.
                     unsafe { stream.launch(&library, "add_squares", grid, (table, partial_squares, squares))? };
                 }
                 table = next;
@@ -375,20 +379,20 @@ impl Cuda {
     }
 }
 
-/// Plans that were made, each with what the caller keeps beside it (its table on the device).
+/// A cache of plans, each with the caller's data for it (its table on the device).
 ///
-/// A plan is of one stream: on another one its table might be read before it is there, or be given up while it is read. Those used
-/// last are kept, and for good those that a CUDA graph reads whenever it is replayed.
+/// A plan belongs to one stream: on another stream its table could be read before the upload, or freed while it is
+/// read. The most recently used plans are kept. Plans that a CUDA graph reads at every replay are kept forever.
 #[derive(Debug)]
 pub struct Plans<Kept> {
     recent: VecDeque<(Request, Arc<Kept>)>,
     captured: Vec<Arc<Kept>>,
 }
 
-/// What a plan is found by.
+/// The key of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Number of the device and address of the stream.
+    /// Device index and address of the stream.
     pub place: (i32, usize),
     /// The modules.
     pub modules: Vec<(Kind, Operand)>,
@@ -401,10 +405,10 @@ impl<Kept> Default for Plans<Kept> {
 }
 
 impl<Kept> Plans<Kept> {
-    /// Plans that are kept.
+    /// Most recently used plans to keep.
     pub const MOST: usize = 16;
 
-    /// The plan for a request, made where there is none.
+    /// Returns the plan for a request, calling `make` if there is none.
     ///
     /// # Errors
     /// Those of `make`.
@@ -417,10 +421,10 @@ impl<Kept> Plans<Kept> {
         let known = self.recent.iter().position(|(known, _)| *known == request);
         let mut kept = known.and_then(|index| self.recent.remove(index)).map(|(_, kept)| kept);
         if kept.is_none() && is_captured {
-            // Uploaded before the capture began, for which the device was waited for.
+            // Uploaded before the capture began, which waited for the device.
             let same = self.recent.iter().find(|(known, _)| known.modules == request.modules);
             let Some((_, found)) = same else {
-                // Uploaded when the graph runs, and not before: of no use to anybody else.
+                // The graph uploads it when it runs, so nothing else can use it.
                 let made = Arc::new(make(&request)?);
                 self.captured.push(Arc::clone(&made));
                 return Ok(made);
@@ -441,7 +445,7 @@ impl<Kept> Plans<Kept> {
         Ok(kept)
     }
 
-    /// Number of plans that are kept for now, and for good.
+    /// Number of recently used plans, and of plans kept forever.
     #[must_use]
     pub fn counts(&self) -> [usize; 2] {
         [self.recent.len(), self.captured.len()]

@@ -1,4 +1,4 @@
-//! The host layer on a machine without a GPU: a stand-in driver and a stand-in compiler.
+//! Tests of the host layer without a GPU, using a stand-in driver and a stand-in compiler.
 
 #![allow(clippy::expect_used, reason = "tests")]
 
@@ -68,7 +68,7 @@ fn the_first_library_that_loads_is_taken() {
 #[test]
 fn an_old_driver_is_told_by_the_symbol_it_lacks() {
     let stand_in = StandIn::new();
-    // The compiler is a library without any function of the driver.
+    // The compiler is a library without the driver's functions.
     let error = Cuda::open(&[stand_in.nvrtc.name()], Vec::new(), None).err();
     let Some(CudaError::SymbolMissing { what: "the CUDA driver", symbol: "cuInit", library }) = error else {
         panic!("{error:?}")
@@ -114,7 +114,7 @@ fn every_call_on_the_way_to_a_launch_may_fail_and_leaves_no_context_behind() {
         };
         assert_eq!(call, name);
         assert_eq!(stand_in.driver.number(b"stand_in_depth"), 0, "{name}");
-        // What failed is tried again, and works once the driver does.
+        // After a failure, a retry works once the driver does.
         stand_in.driver.fail("", 0);
         forward(&cuda, 0, 0x77, &[pair(Dtype::F32)]).expect(name);
     }
@@ -132,7 +132,7 @@ fn devices_that_are_not_there_or_too_old_are_refused() {
     stand_in.driver.devices(1, 7, 5);
     let error = cuda.capability(0).expect_err("an old device");
     assert!(error.to_string().starts_with("CUDA device 0 has compute capability 7.5; the kernels need 8.0"), "{error}");
-    // Nothing of it was kept.
+    // The failure was not cached.
     stand_in.driver.devices(1, 8, 6);
     assert_eq!(cuda.capability(0).expect("a device"), (8, 6));
 }
@@ -150,7 +150,7 @@ fn a_launch_goes_to_the_callers_stream_in_the_primary_context_of_its_device() {
     ];
     assert_eq!(launches(&stand_in.driver), expected);
 
-    // Once loaded, a call launches and does nothing else: no allocation, no copy, no waiting.
+    // After loading, a call only launches: no allocation, no copy, no waiting.
     stand_in.driver.forget();
     forward(&cuda, 1, 0x78, &[pair(Dtype::Bf16)]).expect("a launch");
     let calls: Vec<_> =
@@ -163,7 +163,7 @@ fn a_launch_goes_to_the_callers_stream_in_the_primary_context_of_its_device() {
     forward(&cuda, 0, 0, &[pair(Dtype::F32)]).expect("a launch");
     assert_eq!(stand_in.driver.record().iter().filter(|line| line.starts_with("cuLibraryLoadData")).count(), 1);
     assert!(launches(&stand_in.driver).iter().all(|line| line.ends_with(&format!("stream (nil) context {CONTEXT_0}"))));
-    // It has the architecture of the first, so its machine code came from the cache.
+    // It has the architecture of the first device, so its machine code came from the cache.
     assert_eq!(stand_in.nvrtc.number(b"stand_in_compilations"), 1);
 }
 

@@ -1,4 +1,4 @@
-//! How grouped products are cut.
+//! Tests of how grouped products are divided.
 
 #![allow(clippy::expect_used, reason = "tests")]
 
@@ -22,7 +22,7 @@ fn plan(form: Form, operands: &[Operand]) -> Plan {
     Plan::new(&modules).expect("a plan")
 }
 
-/// The integers of the table: eight of each module after its six addresses and strides, then the module of every block.
+/// The integers of the table: eight per module, after its six addresses and strides, then the module of every block.
 fn words(plan: &Plan, modules: usize) -> (Vec<[i32; 8]>, Vec<i32>) {
     let table = plan.table();
     let word = |at: usize| i32::from_ne_bytes(table[at..at + 4].try_into().expect("four bytes"));
@@ -36,7 +36,7 @@ fn every_tile_chunk_and_group_has_its_block() {
     let operands = [operand((300, 4096), 16), operand((4096, 300), 5)];
     let plan = plan(Form::Transposed, &operands);
     let (modules, owners) = words(&plan, 2);
-    // 256 columns a tile; so little work is cut into chunks of 128 rows.
+    // 256 columns per tile; with so little work, chunks have 128 rows.
     let [first, second] = modules[..] else { panic!("two modules") };
     assert_eq!(first, [300, 4096, 16, 1, 16, 3, 0, 0]);
     assert_eq!(second, [4096, 300, 5, 0, 2, 32, 48, 16]);
@@ -127,10 +127,10 @@ fn a_plan_is_of_one_stream_and_those_used_last_are_kept() {
 fn a_graph_keeps_what_it_reads() {
     let mut plans = Plans::default();
     let first = find(&mut plans, request(1, 1), false);
-    // The capture has a stream of its own, and takes over what was uploaded before.
+    // The capture has its own stream, and reuses the earlier upload.
     assert!(Arc::ptr_eq(&first, &find(&mut plans, request(2, 1), true)));
     assert_eq!(plans.counts(), [2, 1]);
-    // What the graph itself uploads is of no use to anybody else.
+    // Nothing else can use what the graph itself uploads.
     let of_the_graph = find(&mut plans, request(2, 5), true);
     assert_eq!(plans.counts(), [2, 2]);
     assert!(!Arc::ptr_eq(&of_the_graph, &find(&mut plans, request(2, 5), false)));

@@ -72,7 +72,7 @@ impl SafetensorsFile {
     }
 }
 
-/// `weight_map` of a `*.safetensors.index.json`: tensor name -> absolute path of its shard.
+/// Read `weight_map` of a `*.safetensors.index.json`: tensor name -> absolute path of its shard.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
 pub(crate) fn read_index(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
@@ -125,7 +125,7 @@ impl View {
     }
 }
 
-/// Copy the bytes of views to memory that the caller keeps alive and lets nobody else use meanwhile.
+/// Copy the stored bytes of each view, from first element to last, to (address, length), with several threads.
 #[pyfunction]
 #[pyo3(signature = (views, targets, *, threads=None))]
 #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
@@ -156,7 +156,7 @@ pub(crate) fn copy_views(
     }
     py.detach(|| {
         let pairs = views.iter().zip(targets).map(|(view, (address, length))| {
-            // SAFETY: the caller promises that the memory is its own to write; no two targets share any.
+            // SAFETY: Python owns this memory during the call (documented in the stub); no two targets overlap.
             let target =
                 unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), length) };
             (view, target)

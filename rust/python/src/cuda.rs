@@ -1,4 +1,4 @@
-//! Kernels on NVIDIA GPUs, on tensors that Python keeps alive.
+//! Kernels on NVIDIA GPUs, for tensors that Python keeps alive.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +16,7 @@ use crate::errors::BackendError;
 /// (address, dtype, (batch, tokens, hidden), (`batch_stride`, `token_stride`)).
 type Spec = (usize, String, (usize, usize, usize), (usize, usize));
 
-/// The CUDA driver, and the kernels that were compiled for its devices.
+/// The CUDA driver, and kernels that are compiled at first use and kept for each device until the process ends.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct Cuda {
     cuda: safelora_fast_cuda::Cuda,
@@ -83,7 +83,7 @@ impl Cuda {
         let (sums, factors, distances, sequences, share, distance) = results;
         let results = Results { sums, factors, distances, sequences, share, distance };
         let (device, stream) = place;
-        // SAFETY: the caller promises that the memory is that of the device and lives as the stream needs it.
+        // SAFETY: by the stub's contract this is memory of the device that lives until the stream has run the launch.
         let launched =
             py.detach(|| unsafe { self.cuda.feature_distance(device, stream, &pairs, tokens, normalize, results) });
         launched.map_err(|error| backend_error(&error))
@@ -105,7 +105,8 @@ impl Cuda {
         let (device, stream) = place;
         let launched = py.detach(|| {
             let cuda = &self.cuda;
-            // SAFETY: the caller promises that the memory is that of the device and lives as the stream needs it.
+            // SAFETY: by the stub's contract this is memory of the device that lives until the stream has run the
+            // launch.
             unsafe { cuda.feature_distance_gradient(device, stream, &pairs, &outputs, shape, factors, weight) }
         });
         launched.map_err(|error| backend_error(&error))
@@ -150,13 +151,13 @@ impl Cuda {
         let (device, stream) = place;
         let (table, results, partial, partial_squares, squares) = memory;
         let memory = Memory { table, results, partial, partial_squares, squares };
-        // SAFETY: the caller promises that the memory is that of the device and lives as the stream needs it.
+        // SAFETY: by the stub's contract this is memory of the device that lives until the stream has run the launch.
         let launched = py.detach(|| unsafe { self.cuda.products(device, stream, &plan.plan, memory) });
         launched.map_err(|error| backend_error(&error))
     }
 }
 
-/// Machine code of one file of kernels for one architecture (`sm_90`), without a GPU.
+/// Return the machine code of a source file for an architecture (`sm_90`); needs no GPU.
 #[pyfunction]
 #[pyo3(signature = (source, architecture, *, nvrtc, cache=None))]
 #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
@@ -181,7 +182,7 @@ fn parse(dtype: &str) -> PyResult<Dtype> {
     dtype.parse().map_err(|error: CudaError| PyValueError::new_err(error.to_string()))
 }
 
-/// The layers, each checked against its reference, and the tokens that all of them have.
+/// Returns the layers, each checked against its reference, and the batch and token counts that they share.
 fn pairs(features: &[Spec], reference: &[Spec]) -> PyResult<(Vec<Pair>, [usize; 2])> {
     let Some((_, _, (batch, tokens, _), _)) = features.first() else {
         return Err(PyValueError::new_err("there is no block of features"));
@@ -215,7 +216,7 @@ fn pairs(features: &[Spec], reference: &[Spec]) -> PyResult<(Vec<Pair>, [usize; 
     Ok((pairs, [*batch, *tokens]))
 }
 
-/// A `BackendError`, or a `ValueError` for operands that do not fit.
+/// Makes a `BackendError`, or a `ValueError` for operands that do not fit.
 fn backend_error(error: &CudaError) -> PyErr {
     match error {
         CudaError::Operands(message) => PyValueError::new_err(message.clone()),

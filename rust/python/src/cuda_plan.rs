@@ -9,10 +9,10 @@ use pyo3::types::{PyBytes, PyTuple};
 use safelora_fast_cuda::Dtype;
 use safelora_fast_cuda::subspace_projection::{Form, Kind, Operand, Plan};
 
-/// Bytes that the address of a factor is a multiple of.
+/// Alignment of a factor's address in bytes.
 const ALIGNMENT: usize = 16;
 
-/// How products of many matrices with thin factors are cut into blocks of launches.
+/// How products of many matrices V with thin factors X are divided into blocks of launches.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct CudaPlan {
     pub(crate) plan: Plan,
@@ -55,12 +55,12 @@ impl CudaPlan {
     }
 
     fn keep(&self, memory: Py<PyAny>) {
-        // Who came second uploaded the same.
+        // If another thread was first, it uploaded the same table.
         let _ = self.memory.set(memory);
     }
 }
 
-/// What is read of a torch tensor.
+/// The properties of a torch tensor that a plan needs.
 #[derive(Clone, Copy)]
 struct Tensor {
     address: usize,
@@ -97,8 +97,8 @@ impl Tensor {
     }
 }
 
-/// The modules as the kernels take them, None where a tensor must be copied first; a matrix whose columns are contiguous is read as
-/// its transpose.
+/// Returns the modules as kernel operands, or `None` if a tensor must be copied first. A matrix with contiguous columns
+/// is read as its transpose.
 pub(crate) fn modules(
     matrices: &Bound<'_, PyAny>,
     factors: &Bound<'_, PyAny>,

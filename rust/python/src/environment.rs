@@ -1,11 +1,11 @@
-//! What the machine offers.
+//! The CPU features and thread count of this machine.
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::settings;
 
-/// Features that the kernels look for.
+/// Return which CPU features are present, of those that select a kernel.
 #[pyfunction]
 pub(crate) fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let features = PyDict::new(py);
@@ -35,13 +35,13 @@ fn detected() -> [(&'static str, bool); 0] {
     []
 }
 
-/// The level that the kernels use here.
+/// Return the level that the kernels use.
 #[pyfunction]
 pub(crate) fn kernel_level() -> PyResult<&'static str> {
     settings::level().map(safelora_fast_core::kernels::Level::name)
 }
 
-/// The number of threads that is used when none is asked for.
+/// Return the number of threads used by default.
 #[pyfunction]
 pub(crate) fn default_threads() -> PyResult<usize> {
     settings::threads(None)

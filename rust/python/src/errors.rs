@@ -1,4 +1,4 @@
-//! The package's exceptions, and how errors of the core become them.
+//! The package's exceptions, and the conversion of core errors to them.
 
 use pyo3::PyErr;
 use pyo3::exceptions::PyRuntimeError;
@@ -11,12 +11,12 @@ pyo3::import_exception!(safelora_fast.errors, CheckpointError);
 pyo3::import_exception!(safelora_fast.errors, PairingError);
 pyo3::import_exception!(safelora_fast.errors, SettingsError);
 
-/// A `CheckpointError` with the message of the core.
+/// Makes a `CheckpointError` with the core's message.
 pub(crate) fn checkpoint_error(error: &checkpoint::CheckpointError) -> PyErr {
     CheckpointError::new_err(error.to_string())
 }
 
-/// An `AdapterError` where the factors do not fit each other, else a `PairingError`.
+/// Makes an `AdapterError` if LoRA factors do not fit together, else a `PairingError`.
 pub(crate) fn job_error(error: &JobError) -> PyErr {
     match error {
         JobError::Ranks { .. } => AdapterError::new_err(error.to_string()),
@@ -24,7 +24,7 @@ pub(crate) fn job_error(error: &JobError) -> PyErr {
     }
 }
 
-/// The exception for a module that could not be projected.
+/// Makes the exception for a module that could not be projected.
 pub(crate) fn projection_error(error: &ProjectionError) -> PyErr {
     let message = error.to_string();
     match error {

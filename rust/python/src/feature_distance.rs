@@ -14,8 +14,8 @@ type Spec = (usize, String, (usize, usize, usize), (usize, usize));
 /// (address, (`batch_stride`, `token_stride`)).
 type PerToken = (usize, (usize, usize));
 
-/// The distance of every block's features to their reference: summed over blocks, averaged over sequences. What the gradient
-/// needs goes to `factors`.
+/// Sum over layers, mean over sequences, of the squared distance of (unit) hidden states in memory. Fills `factors` for
+/// the gradient.
 #[pyfunction]
 #[pyo3(signature = (features, reference, mask, segments, factors, *, normalize="sequence", threads=None))]
 #[allow(clippy::too_many_arguments, reason = "the token and the keyword arguments of Python")]
@@ -49,7 +49,7 @@ pub(crate) fn feature_distance(
     let segments = segments.map(|spec| Elements::<i64>::new("segments", spec, [batch, tokens])).transpose()?;
     let size = blocks.len().checked_mul(batch * tokens).and_then(|count| count.checked_mul(size_of::<Factor>()));
     let range = region("factors", factors, size, align_of::<Factor>())?;
-    // SAFETY: the caller promises that this memory is its own to write; size and alignment were checked.
+    // SAFETY: Python owns this memory during the call (documented in the stub); size and alignment were checked.
     let factors = unsafe { memory_mut::<Factor>(&range) };
     py.detach(|| {
         let sequences = Sequences::new(
@@ -64,7 +64,7 @@ pub(crate) fn feature_distance(
     })
 }
 
-/// Write `weight` times the gradient of every block's features, contiguous and in their dtype, to `outputs`.
+/// Write `weight` times the gradient of `feature_distance` in `features` to `outputs`, contiguous, in their dtype.
 #[pyfunction]
 #[pyo3(signature = (features, reference, factors, outputs, weight, *, threads=None))]
 #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
@@ -104,8 +104,8 @@ pub(crate) fn feature_distance_gradient(
         .into_iter()
         .zip(read.iter().zip(&written))
         .map(|(block, (factors, output))| {
-            // SAFETY: the caller promises that this memory lives, that nothing else writes the factors, and that the output is its
-            // own to write; sizes and alignment were checked, and that the output overlaps nothing.
+            // SAFETY: by the stub's contract this memory lives, nothing else writes the factors, and Python owns the
+            // output. Sizes, alignment and overlap of the output were checked.
             unsafe { Gradient { block, factors: memory(factors), output: memory_mut(output) } }
         })
         .collect();
@@ -117,7 +117,7 @@ pub(crate) fn feature_distance_gradient(
     })
 }
 
-/// The blocks, each checked against its reference.
+/// Returns the layers, each checked against its reference.
 fn pairs<'a>(features: &[Spec], reference: &[Spec]) -> PyResult<Vec<Pair<'a>>> {
     if features.len() != reference.len() {
         return Err(PyValueError::new_err(format!(
@@ -140,7 +140,7 @@ fn states<'a>(name: &'static str, spec: &Spec) -> PyResult<States<'a>> {
     let range = span(name, spec)?;
     let (_, dtype, (batch, tokens, hidden), (batch_stride, token_stride)) = spec;
     let (shape, strides) = ([*batch, *tokens, *hidden], [*batch_stride, *token_stride]);
-    // SAFETY: the caller promises that this memory lives and stays unwritten during the call; its size was checked.
+    // SAFETY: by the stub's contract this memory lives and stays unwritten during the call; its size was checked.
     let bytes = unsafe { memory::<u8>(&range) };
     States::new(bytes, settings::dtype(name, dtype)?, shape, strides).map_err(|error| value_error(&error))
 }
@@ -152,7 +152,7 @@ fn span(name: &str, (address, dtype, shape, strides): &Spec) -> PyResult<Range<u
     region(name, *address, size, 1)
 }
 
-/// `size` bytes at `address`, if there can be such.
+/// `size` bytes at `address`, if that is a valid range.
 fn region(name: &str, address: usize, size: Option<usize>, align: usize) -> PyResult<Range<usize>> {
     let end = size.filter(|size| isize::try_from(*size).is_ok()).and_then(|size| address.checked_add(size));
     match end {
@@ -163,23 +163,23 @@ fn region(name: &str, address: usize, size: Option<usize>, align: usize) -> PyRe
 }
 
 /// # Safety
-/// The memory lives, holds valid values, and is not written as long as the slice is used.
+/// The memory lives, holds valid values, and is not written while the slice is used.
 unsafe fn memory<'a, T>(range: &Range<usize>) -> &'a [T] {
     if range.is_empty() {
         return &[];
     }
-    // SAFETY: `region` has checked size and alignment; the caller vouches for the rest.
+    // SAFETY: `region` checked size and alignment; the rest is this function's contract.
     unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(range.start), range.len() / size_of::<T>()) }
 }
 
 /// # Safety
-/// The memory lives, holds valid values, and nothing else touches it as long as the slice is used.
+/// The memory lives, holds valid values, and nothing else accesses it while the slice is used.
 unsafe fn memory_mut<'a, T>(range: &Range<usize>) -> &'a mut [T] {
     if range.is_empty() {
         return &mut [];
     }
     let pointer = std::ptr::with_exposed_provenance_mut(range.start);
-    // SAFETY: `region` has checked size and alignment; the caller vouches for the rest.
+    // SAFETY: `region` checked size and alignment; the rest is this function's contract.
     unsafe { std::slice::from_raw_parts_mut(pointer, range.len() / size_of::<T>()) }
 }
 
@@ -191,7 +191,7 @@ fn value_error(error: &ShapeError) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// One number for every token of a batch.
+/// One number per token of a batch.
 struct Elements<'a, T> {
     values: &'a [T],
     strides: [usize; 2],
@@ -207,8 +207,8 @@ impl<T: Copy> Elements<'_, T> {
             last.and_then(|(row, token)| row.checked_add(token)?.checked_add(1)?.checked_mul(size_of::<T>()))
         };
         let range = region(name, address, size, align_of::<T>())?;
-        // SAFETY: the caller promises that this memory lives and stays unwritten during the call; size and alignment were
-        // checked, and any bits make a number.
+        // SAFETY: by the stub's contract this memory lives and stays unwritten during the call. Size and alignment were
+        // checked, and any bits are a valid number.
         Ok(Self { values: unsafe { memory(&range) }, strides })
     }
 

@@ -1,4 +1,4 @@
-//! What belongs to one module.
+//! One module: its weights, and the LoRA factors of every adapter.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use safelora_fast_core::projection as core;
 use crate::checkpoint::View;
 use crate::errors::job_error;
 
-/// One block of rows of V = aligned - base.
+/// One slice of rows of V = aligned - base.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct Part {
     inner: core::Part,
@@ -48,7 +48,7 @@ impl Factors {
     }
 }
 
-/// One module: V, and the factors of every adapter that touches it.
+/// One module: V, and the LoRA factors of every adapter for this module.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct Job {
     pub(crate) inner: Arc<core::Job>,

@@ -75,8 +75,8 @@ pub(crate) fn subspace_projection(
         })?;
         let element =
             |row: usize, col: usize| (row * output.row_stride + col * output.col_stride) * output.dtype.size();
-        // SAFETY: the caller promises that the memory of `output` is its own to write; it has been found to overlap no
-        // weight, and `lora_b` has been copied.
+        // SAFETY: Python owns the memory of `output` during the call (documented in the stub). It overlaps no weight,
+        // as checked above, and `lora_b` has been copied.
         let target = unsafe { std::slice::from_raw_parts_mut(output.address as *mut u8, output.length) };
         match write_rounded(&applied.columns, output.rows, applied.factor, output.dtype, element, target) {
             None => Ok(applied.v_norm),
@@ -126,7 +126,7 @@ impl Block {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the caller promises that this memory lives and stays unwritten during the call; its size was checked.
+        // SAFETY: by the stub's contract this memory lives and stays unwritten during the call; its size was checked.
         unsafe { std::slice::from_raw_parts(self.address as *const u8, self.length) }
     }
 

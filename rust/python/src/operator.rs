@@ -1,4 +1,4 @@
-//! The operators that Python can ask for.
+//! The operators available to Python.
 
 use pyo3::prelude::*;
 use safelora_fast_core::projection as core;

@@ -1,4 +1,4 @@
-//! Options as Python spells them.
+//! Options in Python's spelling.
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -8,7 +8,7 @@ use safelora_fast_core::stream;
 
 use crate::errors::SettingsError;
 
-/// What V·Vᵀ·B is divided by.
+/// The divisor of V·Vᵀ·B.
 pub(crate) fn normalization(normalize: &str) -> PyResult<Normalization> {
     match normalize {
         "frobenius" => Ok(Normalization::Frobenius),
@@ -19,7 +19,7 @@ pub(crate) fn normalization(normalize: &str) -> PyResult<Normalization> {
     }
 }
 
-/// The element type that safetensors' name means; `owner` has it.
+/// Parses safetensors' dtype name; `owner` is the tensor's name for the error.
 pub(crate) fn dtype(owner: &str, dtype: &str) -> PyResult<Dtype> {
     match dtype {
         "F32" => Ok(Dtype::F32),
@@ -29,7 +29,7 @@ pub(crate) fn dtype(owner: &str, dtype: &str) -> PyResult<Dtype> {
     }
 }
 
-/// The number of threads asked for, or the default.
+/// The requested number of threads, or the default.
 pub(crate) fn threads(threads: Option<usize>) -> PyResult<usize> {
     match threads {
         Some(0) => Err(SettingsError::new_err("threads is 0; give at least 1")),
@@ -38,7 +38,7 @@ pub(crate) fn threads(threads: Option<usize>) -> PyResult<usize> {
     }
 }
 
-/// The SIMD level to use here.
+/// The SIMD level to use on this CPU.
 pub(crate) fn level() -> PyResult<Level> {
     Level::from_environment().map_err(|error| SettingsError::new_err(error.to_string()))
 }

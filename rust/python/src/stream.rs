@@ -1,4 +1,4 @@
-//! The run over many modules and what it yields.
+//! The run over many modules, and its outcomes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use crate::job::Job;
 use crate::operator::Operator;
 use crate::settings;
 
-/// How long signals may wait.
+/// How long a signal may wait.
 const SLICE: Duration = Duration::from_millis(50);
 
-/// What projection does to one adapter's factors in one module.
+/// Result of projecting one adapter's factors in one module.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct FactorOutcome {
     inner: core::FactorOutcome,
@@ -73,7 +73,7 @@ impl FactorOutcome {
     }
 }
 
-/// The elements of a projected factor, or the error that its dtype cannot hold one.
+/// The elements of a projected LoRA factor, or an error if one is out of its dtype's range.
 fn bytes<'py>(py: Python<'py>, rounded: &core::Rounded, view: &View) -> PyResult<Bound<'py, PyBytes>> {
     match rounded.overflow {
         None => Ok(PyBytes::new(py, &rounded.bytes)),
@@ -90,7 +90,7 @@ fn bytes<'py>(py: Python<'py>, rounded: &core::Rounded, view: &View) -> PyResult
     }
 }
 
-/// What projection does to one module.
+/// Result of projecting one module.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct JobOutcome {
     index: usize,
@@ -160,7 +160,7 @@ impl JobOutcome {
     }
 }
 
-/// Runs jobs in the order given and yields their outcomes in that order.
+/// Runs jobs in the given order and yields their outcomes in that order.
 #[pyclass(frozen, module = "safelora_fast._core")]
 pub(crate) struct ProjectionStream {
     jobs: Vec<Arc<core::Job>>,

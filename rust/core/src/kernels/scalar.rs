@@ -37,7 +37,7 @@ fn each(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
 }
 
 /// # Safety
-/// `2·LANES` values of `SIZE` bytes lie at `pointer`.
+/// `2·LANES` values of `SIZE` bytes are readable at `pointer`.
 #[inline(always)]
 unsafe fn split<const SIZE: usize>(pointer: *const u8, decode: impl Fn([u8; SIZE]) -> f32) -> [[f32; LANES]; 2] {
     // SAFETY: see above; byte arrays have no alignment.

@@ -1,4 +1,4 @@
-/* A CUDA driver of no GPU: records every call, fails where it is told to, and hands launches to emulated kernels if there are any.
+/* A CUDA driver without a GPU: records every call, fails on request, and passes launches to emulated kernels, if any.
    Device memory is the memory of this process. */
 #include <stdarg.h>
 #include <stdint.h>
@@ -32,7 +32,7 @@ EXPORT void stand_in_devices(int count, int of_major, int of_minor) {
 }
 EXPORT int stand_in_depth(void) { return depth; }
 
-/* Notes a call, and says how it ends. */
+/* Records a call and returns its result code. */
 static Result call(const char *name, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);

@@ -1,5 +1,6 @@
-// Enough of CUDA to run a kernel on the CPU: blocks one after another, the threads of a block as fibers that meet at barriers.
-// What the hardware forbids ends the process: a barrier that some thread of the block or lane of the warp never reaches.
+// Enough of CUDA to run a kernel on the CPU: blocks one after another, and the threads of a block as fibers that meet
+// at barriers. If some thread of the block or lane of the warp never reaches a barrier, the process ends, as hardware
+// forbids it.
 #pragma once
 
 #include <algorithm>
@@ -79,7 +80,7 @@ inline void enter() {
     _longjmp(scheduler, 1);
 }
 
-// Goes on once every thread from `first` to `last` has come as often as this one.
+// Continues once every thread from `first` to `last` has arrived as often as this one.
 inline void meet(long Fiber::*steps, std::size_t first, std::size_t last, const char* who) {
     const long mine = ++(fibers[running].*steps);
     for (;;) {
@@ -108,7 +109,7 @@ inline void meet_block() {
     meet(&Fiber::block_steps, 0, fibers.size(), "a thread left before a barrier of its whole block");
 }
 
-// Every lane's value, to be read before the next meeting of the warp is over.
+// Every lane's value. Read them before the warp's next meeting ends.
 template <class Value>
 void put(const Value& value) {
     static_assert(sizeof(Value) <= sizeof(Fiber::exchanged));
@@ -234,7 +235,7 @@ inline unsigned bf16_bits(float value) {
 }
 inline unsigned pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 
-// One step of a warp's matrix product by the layout of PTX's m16n8k16: c[16, 8] += a[16, 16] b[16, 8].
+// One step of a warp's matrix product in the layout of PTX's m16n8k16: c[16, 8] += a[16, 16] b[16, 8].
 inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     struct Fragments {
         unsigned a[4], b[2];

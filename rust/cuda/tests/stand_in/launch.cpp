@@ -1,4 +1,4 @@
-// The door through which the stand-in driver runs emulated kernels.
+// The entry point through which the stand-in driver runs emulated kernels.
 #include "emulation.hpp"
 
 extern "C" int emulated_launch(const char* name, unsigned across, unsigned down, unsigned threads, void** parameters) {
@@ -7,7 +7,7 @@ extern "C" int emulated_launch(const char* name, unsigned across, unsigned down,
     gridDim = {across, down, 1};
     blockDim = {threads, 1, 1};
     emulation::body = [&] { found->second(parameters); };
-    // Blocks run in any order on a GPU: here from the last to the first.
+    // A GPU may run blocks in any order: here from last to first.
     for (unsigned y = down; y-- > 0;) {
         for (unsigned x = across; x-- > 0;) {
             blockIdx = {x, y, 0};

@@ -1,4 +1,4 @@
-//! A driver and an NVRTC built with the C compiler, of which every test loads copies of its own.
+//! A stand-in driver and NVRTC, built with the C compiler. Every test loads its own copies.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ pub(crate) struct StandIn {
     pub(crate) nvrtc: Handle,
 }
 
-/// A library, by which a test talks to the copy that the code under test has loaded.
+/// A library handle, with which a test controls the copy that the tested code has loaded.
 pub(crate) struct Handle {
     path: PathBuf,
     library: Library,
@@ -27,7 +27,7 @@ impl StandIn {
         let folder = TempDir::new().expect("a temporary folder");
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let [driver, nvrtc] = ["driver", "nvrtc"].map(|name| {
-            // The loader knows libraries by their name as well as by their file.
+            // The loader identifies libraries by name as well as by file.
             let path = folder.path().join(format!("lib{name}-{number}.so"));
             build(&Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/stand_in/{name}.c")), &path);
             Handle::open(path)
@@ -39,13 +39,13 @@ impl StandIn {
         self.folder.path().join("cache")
     }
 
-    /// The host layer on these stand-ins.
+    /// Opens the host layer on these stand-ins.
     pub(crate) fn open(&self) -> Result<safelora_fast_cuda::Cuda, safelora_fast_cuda::CudaError> {
         safelora_fast_cuda::Cuda::open(&[self.driver.name()], vec![self.nvrtc.name()], Some(self.cache()))
     }
 }
 
-/// Compiles a shared library, without the functions that `-D` names leave out.
+/// Compiles a shared library, leaving out the functions that `-D` names.
 pub(crate) fn build(source: &Path, library: &Path) {
     let status = Command::new("cc")
         .args(["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o"])
@@ -58,7 +58,7 @@ pub(crate) fn build(source: &Path, library: &Path) {
 
 impl Handle {
     pub(crate) fn open(path: PathBuf) -> Self {
-        // SAFETY: the library is one of ours and runs nothing when loaded.
+        // SAFETY: this is our library, and it runs nothing when loaded.
         let library = unsafe { Library::new(&path) }.expect("a library that was just built");
         Self { path, library }
     }
@@ -67,9 +67,9 @@ impl Handle {
         self.path.to_str().expect("a path of UTF-8").to_owned()
     }
 
-    /// Calls seen so far, one a line.
+    /// Calls recorded so far, one per line.
     pub(crate) fn record(&self) -> Vec<String> {
-        // SAFETY: the function has this signature and gives a string of its own.
+        // SAFETY: the function has this signature and returns its own string.
         let text = unsafe {
             let record =
                 self.library.get::<unsafe extern "C" fn() -> *const c_char>(b"stand_in_record").expect("a stand-in");
@@ -83,7 +83,7 @@ impl Handle {
         unsafe { self.library.get::<unsafe extern "C" fn()>(b"stand_in_forget").expect("a stand-in")() }
     }
 
-    /// From now on the driver's `call` ends with `code`.
+    /// Makes the driver's `call` return `code` from now on.
     pub(crate) fn fail(&self, call: &str, code: c_int) {
         let call = CString::new(call).expect("a name");
         // SAFETY: the function has this signature and copies the name.
@@ -101,15 +101,15 @@ impl Handle {
         }
     }
 
-    /// A function of one number, or of none.
+    /// Calls a function that takes nothing and returns a number.
     pub(crate) fn number(&self, name: &[u8]) -> c_int {
-        // SAFETY: the functions called so take nothing and give a number.
+        // SAFETY: such functions take nothing and return a number.
         unsafe { self.library.get::<unsafe extern "C" fn() -> c_int>(name).expect("a stand-in")() }
     }
 
-    /// Sets a number of the compiler.
+    /// Sets a number in the compiler.
     pub(crate) fn set(&self, name: &[u8], value: c_int) {
-        // SAFETY: the functions called so take one number.
+        // SAFETY: such functions take one number.
         unsafe { self.library.get::<unsafe extern "C" fn(c_int)>(name).expect("a stand-in")(value) }
     }
 }
