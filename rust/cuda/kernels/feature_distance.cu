@@ -186,8 +186,7 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
-// The sum over layers and the mean over sequences, and the share of one sequence for the gradient. One block of one
-// warp.
+// The sum over layers and the mean over sequences, and the share of one sequence for the gradient. One block, one warp.
 extern "C" __global__ void __launch_bounds__(32)
     total_distance(int layers, int batch, const double* distances, const int* sequences, float* share, float* result) {
     double sum = 0.0, count = 0.0;

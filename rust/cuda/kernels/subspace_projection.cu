@@ -8,7 +8,6 @@
 // The order of a contraction is free as long as both operands share it. So every lane loads 16 adjacent elements of a
 // row of V and uses them in place, without exchange or shared memory. A block takes a tile of V. Sums of tiles that
 // belong together are stored separately and added in their order.
-// belong together are written apart and added in the order in which they stand.
 
 constexpr int WARPS = 4;
 
@@ -170,8 +169,8 @@ struct Target {
     }
 };
 
-// V^T X: lane (g, t) of a warp, g = lane / 4, t = lane % 4, has rows 4t .. 4t + 3 of 16 and WIDTH columns from WIDTH *
-// g.
+// V^T X: lane (g, t) of a warp, with g = lane / 4 and t = lane % 4, has rows 4t .. 4t + 3 of 16 and WIDTH columns from
+// WIDTH * g.
 template <class Element, bool PAIR, int V_PARTS, int RANK_TILES>
 struct Transposed {
     static constexpr int WIDTH = Element::WIDTH, COLUMNS = 8 * WIDTH, TILE = WARPS * COLUMNS, RANKS = 16 * RANK_TILES;

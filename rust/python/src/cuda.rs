@@ -105,8 +105,7 @@ impl Cuda {
         let (device, stream) = place;
         let launched = py.detach(|| {
             let cuda = &self.cuda;
-            // SAFETY: by the stub's contract this is memory of the device that lives until the stream has run the
-            // launch.
+            // SAFETY: by the stub's contract this is memory of the device that lives until the stream has run it.
             unsafe { cuda.feature_distance_gradient(device, stream, &pairs, &outputs, shape, factors, weight) }
         });
         launched.map_err(|error| backend_error(&error))

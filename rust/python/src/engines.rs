@@ -26,7 +26,7 @@ pub(crate) fn take(threads: usize, level: Level) -> PyResult<Engine> {
     Engine::new(threads, level).map_err(|error| PyRuntimeError::new_err(error.to_string()))
 }
 
-/// Keeps an engine for the next call, evicting engines that are no longer useful.
+/// Keeps an engine for the next call; at most four are kept.
 pub(crate) fn keep(engine: Engine) {
     if let Ok(mut waiting) = WAITING.try_lock() {
         waiting.truncate(3);

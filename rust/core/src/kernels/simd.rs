@@ -50,8 +50,8 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn split_f16(pointer: *const u8) -> [Self::Register; 2];
     /// Inverse of `split`.
     unsafe fn join(split: [Self::Register; 2]) -> [Self::Register; 2];
-    /// The sum over the lanes of each of four registers: lane l plus lane l + 8 (if there are 16), then l + 4, l + 2, l
-    /// + 1.
+    /// The sum over the lanes of each of four registers. Lanes are added as a tree: l and l + 8 (if there are 16), then
+    /// l + 4, l + 2, l + 1.
     unsafe fn sums(values: [Self::Register; 4]) -> [f32; 4];
 
     unsafe fn wide_zero() -> Self::Wide;
@@ -59,8 +59,7 @@ pub(crate) trait Simd: Copy + 'static {
     /// `a·b + c` of widened a and b. Their product is exact, so the result is rounded once, fused or not.
     unsafe fn wide_multiply_add(a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide;
     unsafe fn wide_add(a: Self::Wide, b: Self::Wide) -> Self::Wide;
-    /// The sum over the lanes, in the order of `sums`: lane l plus lane l + 8 (if there are 16), then l + 4, l + 2, l +
-    /// 1.
+    /// The sum over the lanes, in the order of `sums`.
     unsafe fn wide_sum(value: Self::Wide) -> f64;
     unsafe fn multiply(a: Self::Register, b: Self::Register) -> Self::Register;
     /// The lanes of a part (`WIDTH` of 16) of the first and the second half of 32 unaligned values.
