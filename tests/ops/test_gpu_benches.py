@@ -123,7 +123,7 @@ def test_without_a_gpu_nothing_is_measured(main, monkeypatch, capsys):
 
 @pytest.mark.skipif(gpu() is not None or shutil.which("make") is None, reason="there is a GPU, or no make")
 def test_without_a_gpu_nothing_passes_for_tested():
-    """`make test-gpu` would otherwise skip every test and end well."""
+    """`make test-gpu` would otherwise skip every test and succeed."""
     command = ["make", "test-gpu", f"GPU_PYTHON={sys.executable}"]
     not_a_child = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     run = subprocess.run(command, cwd=FOLDER.parents[1], env=not_a_child, capture_output=True, text=True, check=False)

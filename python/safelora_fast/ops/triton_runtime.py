@@ -80,7 +80,7 @@ def _missing() -> str | None:
         version = str(importlib.import_module("triton").__version__)
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    except Exception as error:  # a broken installation raises anything
+    except Exception as error:  # a broken installation can raise anything
         return f"triton cannot be imported ({error})"
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         return f"triton {version} is too old, {'.'.join(map(str, OLDEST))} or newer is needed: update torch, which brings it"
