@@ -96,7 +96,7 @@ impl Stream<'_> {
     /// Launches a kernel of a library; does nothing if the grid is empty.
     ///
     /// # Safety
-    /// The parameters match the kernel's, in order. Device memory that they point to stays valid until the kernel has run.
+    /// The parameters match the kernel's, in order. Device memory they point to stays valid until the kernel has run.
     pub(crate) unsafe fn launch(
         &self,
         library: &Library,

@@ -136,7 +136,7 @@ impl Cuda {
             for launch in launches {
                 let grid =
                     Grid { blocks: ((batch * length).div_ceil(WARPS), launch.count), threads: 32 * WARPS as u32 };
-                // SAFETY: the parameters are Layers, Tokens, int and Sums*; the addresses are valid by this function's contract.
+                // SAFETY: Layers, Tokens, int and Sums*; addresses are valid by this function's contract.
                 unsafe {
                     let name = format!("token_sums_{}", launch.dtype.name());
                     stream.launch(&library, &name, grid, (launch.layers, argument, launch.first, sums))?;
@@ -144,11 +144,11 @@ impl Cuda {
             }
             let grid = Grid { blocks: (batch, pairs.len()), threads: 128 };
             let parameters = (argument, normalize as i32, sums, factors, distances, sequences);
-            // SAFETY: Tokens, int, Sums*, Factor*, double* and int*; the addresses are valid by this function's contract.
+            // SAFETY: Tokens, int, Sums*, Factor*, double* and int*; addresses are valid by this function's contract.
             unsafe { stream.launch(&library, "sequence_factors", grid, parameters)? };
             let grid = Grid { blocks: (1, 1), threads: 32 };
             let parameters = (layers, argument.batch, distances, sequences, share, distance);
-            // SAFETY: int, int, double*, int*, float* and float*; the addresses are valid by this function's contract.
+            // SAFETY: int, int, double*, int*, float* and float*; addresses are valid by this function's contract.
             unsafe { stream.launch(&library, "total_distance", grid, parameters) }
         })
     }
@@ -185,7 +185,7 @@ impl Cuda {
                 let grid = Grid { blocks, threads: 32 * WARPS as u32 };
                 let name = format!("gradient_{}", launch.dtype.name());
                 let parameters = (launch.layers, batch, length, launch.first, factors, weight);
-                // SAFETY: Layers, int, int, int, Factor* and float*; the addresses are valid by this function's contract.
+                // SAFETY: Layers, int, int, int, Factor* and float*; addresses are valid by this function's contract.
                 unsafe { stream.launch(&library, &name, grid, parameters)? };
             }
             Ok(())

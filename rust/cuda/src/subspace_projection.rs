@@ -357,16 +357,16 @@ impl Cuda {
                 let (length, tile) = (int("elements", group.length)?, int("elements", kind.tile())?);
                 let grid = Grid { blocks: (group.owners[0].len(), 1), threads: 32 * WARPS as u32 };
                 let parameters = (table, owners, length, results, partial, partial_squares);
-                // SAFETY: Module*, int*, int, float*, float* and double*; the addresses are valid by this function's contract.
+                // SAFETY: Module*, int*, int, float*, float* and double*; addresses: this function's contract.
                 unsafe { stream.launch(&library, &kind.kernel(ranks), grid, parameters)? };
                 let grid = Grid { blocks: (group.owners[1].len(), 1), ..grid };
                 let of_columns = i32::from(kind.form == Form::Transposed);
                 let parameters = (table, finished, tile, int("columns", ranks)?, of_columns, results, partial);
-                // SAFETY: Module*, int*, int, int, int, float* and float*; the addresses are valid by this function's contract.
+                // SAFETY: Module*, int*, int, int, int, float* and float*; addresses: this function's contract.
                 unsafe { stream.launch(&library, "add_chunks", grid, parameters)? };
                 if kind.is_pair {
                     let grid = Grid { blocks: (group.modules.len(), 1), threads: 32 };
-                    // SAFETY: Module*, double* and float*; the addresses are valid by this function's contract.
+                    // SAFETY: Module*, double* and float*; addresses: this function's contract.
                     unsafe { stream.launch(&library, "add_squares", grid, (table, partial_squares, squares))? };
                 }
                 table = next;

@@ -38,7 +38,7 @@ impl View {
     /// Makes a view of `tensor` in `file`.
     ///
     /// # Errors
-    /// If there is no such tensor, the kernels do not support its dtype, or the view is empty or extends beyond the tensor.
+    /// If the tensor is missing, the kernels do not support its dtype, or the view is empty or leaves the tensor.
     pub fn new(file: Arc<SafetensorsFile>, tensor: &str, layout: Layout) -> Result<Self, CheckpointError> {
         let entry = file.tensor(tensor)?;
         let Some(dtype) = kernel_dtype(entry.dtype) else {

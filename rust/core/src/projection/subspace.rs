@@ -1,8 +1,8 @@
 //! Leading left singular vectors of V, by a restarted block Krylov method with Rayleigh-Ritz.
 //!
-//! Z holds orthonormal vectors of length n, and Y = V·Z. The eigenvectors Q of YᵀY rotate both to Ritz vectors; those of
-//! length m are U = Y·Q/σ. The component of Vᵀ·U outside Z is the residual, which shows when a vector has converged. It
-//! is also the next block of Z. Each block costs two reads of V (Halko, Martinsson and Tropp 2011, arXiv 0909.4061,
+//! Z holds orthonormal vectors of length n, and Y = V·Z. The eigenvectors Q of YᵀY rotate both to Ritz vectors.
+//! Those of length m are U = Y·Q/σ. The component of Vᵀ·U outside Z is the residual, which shows when a vector has
+//! converged. It is also the next block of Z. Each block costs two reads of V (Halko, Martinsson and Tropp 2011, arXiv 0909.4061,
 //! section 4.5; Knyazev 2001 for the soft locking of converged vectors).
 
 use std::sync::atomic::AtomicBool;
