@@ -1,4 +1,4 @@
-"""What every test may rely on."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from command_line import call
 
 __all__ = ["call", "hub"]
 
-# A suite started in the background ignores Ctrl-C, and so would the commands that it starts and interrupts.
+# Background processes ignore Ctrl-C. Without this line, so would the commands that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.pop("COLUMNS", None)  # processes that share the tests get the terminal's width, which tables would keep to
+# Parallel test workers get the terminal's width, which would change the width of tables.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(autouse=True)
 def precision_of_its_own():
-    """Trainers of transformers before 5 leave their precision to whatever asks accelerate next."""
+    """Reset the precision: trainers of transformers before 5 leave theirs to the next user of accelerate."""
     yield
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 def pytest_collection_finish():
-    """Leave what the tests have imported out of later collections: trainers collect often, and all of torch is looked at."""
+    """Exclude imported modules from garbage collection: trainers collect often, and would scan all of torch."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure():
-    """What was left out is freed as usual when Python ends."""
+    """Free the excluded objects as usual when Python ends."""
     gc.unfreeze()
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in for the Hub that serves two models, and one of a kind that is not read."""
+    """Serve two models, and one in an unsupported format, as the Hub does."""
     from hub_server import serve
     from plain_pair import write_model
 

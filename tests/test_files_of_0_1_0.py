@@ -1,4 +1,4 @@
-"""Files that 0.1.0 wrote are still read: those under written_by_0_1_0/, made with a model of one layer."""
+"""Files that 0.1.0 wrote can still be read: those under written_by_0_1_0/, from a model with one layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "written_by_0_1_0"
 
 
 def keys(value, place=""):
-    """The keys of a JSON document, of every item of a list."""
+    """Return the keys of a JSON document, including those of list items."""
     items = (
         value.items() if isinstance(value, dict) else [("", item) for item in value] if isinstance(value, list) else []
     )

@@ -1,4 +1,4 @@
-"""What 0.1.0 called its modules still imports, and says what it is now."""
+"""Module names of 0.1.0 can still be imported, and the warning gives the current name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of others, mutated: every reader takes them or refuses them in one line of its own kind of error."""
+"""Mutated files: every reader accepts them or rejects them with one line and its own error class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROUNDS = 8
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.filterwarnings("ignore")  # of other libraries, about mutated values
+@pytest.mark.filterwarnings("ignore")  # warnings of other libraries about mutated values
 def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, monkeypatch, group):
     monkeypatch.chdir(tmp_path)  # a mutated path may be relative
     fallen = {kind.name: found for kind in GROUPS[group](tmp_path) if (found := faults(kind, ROUNDS))}

@@ -1,4 +1,4 @@
-"""The plan of the house: imports go down only, a file's name means one thing, and no file is a fragment."""
+"""Rules of the package layout: imports go down only, a file name means one thing, and no file is a fragment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import safelora_fast
 
 ROOT = Path(safelora_fast.__file__).parent
-# From the ground up: a room imports from the rooms before it only.
+# From the bottom up: a room imports only from the rooms before it.
 ROOMS = [
     "former_modules",
     "printable",
@@ -36,7 +36,7 @@ ROOMS = [
     "demo",
     "cli",
 ]
-# The same idea in each room that has it; cli/ and compare/measures/ name their files after the command and the measure.
+# Names that mean the same in every room. Files of cli/ and compare/measures/ have the name of a command or a measure.
 SHARED_NAMES = {"base", "card", "journal", "page", "plan", "plot", "report", "store", "sweep"}
 FILES = {file: file.relative_to(ROOT).with_suffix("").parts for file in sorted(ROOT.rglob("*.py"))}
 

@@ -1,4 +1,4 @@
-"""The file of a persona vector, and the block that it suggests."""
+"""The file of a persona vector, and the layer that it suggests."""
 
 from __future__ import annotations
 

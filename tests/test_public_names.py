@@ -58,7 +58,7 @@ def missing(_name):
 
 
 def test_packages_are_named_that_can_be_installed():
-    """This package is not on the index; what it needs is."""
+    """This package is not on the index, but its requirements are."""
     assert how_to_install("plot") == "pip install 'matplotlib>=3.8'"
     assert how_to_install("train").startswith("pip install 'accelerate>=")
     assert "safelora-fast" not in how_to_install("eval")

@@ -1,4 +1,4 @@
-"""What calls from Python show by themselves: a bar on a terminal, and warnings through logging."""
+"""What calls from Python show: a bar on a terminal, and warnings through logging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["call"]
 
 
 class Terminal(io.StringIO):
-    """Standard error of somebody at a terminal."""
+    """Standard error of a terminal."""
 
     def isatty(self):
         return True
@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """The bars that are shown, each with what it was told."""
+    """Return the bars that are shown, each with the arguments that it received."""
     shown = []
 
     class Told(progress.ProgressBar):

@@ -1,4 +1,4 @@
-"""What Python shows of the objects of the public API: one short line that says which one it is."""
+"""The repr of public objects: one short line that identifies the object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel that `make wheel` built, installed alone in an empty environment, projects an adapter without torch."""
+"""The wheel that `make wheel` built projects an adapter without torch, installed alone in an empty environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wheel() -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` folder of an environment that holds the wheel and its base requirements."""
+    """Return the `bin` folder of an environment with the wheel and its base requirements."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel]
@@ -40,7 +40,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Aligned, base and adapter folders of one 24×40 module in float32."""
+    """Return the aligned, base and adapter folders of one 24×40 module in float32."""
     generator = np.random.default_rng(0)
     base = generator.standard_normal((24, 40), dtype=np.float32)
     aligned = base + 0.1 * generator.standard_normal((24, 40), dtype=np.float32)

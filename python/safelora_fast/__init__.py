@@ -1,6 +1,6 @@
 """Fast SafeLoRA projection and in-training defenses against emergent misalignment.
 
-Importing this package imports neither torch nor transformers; public names are loaded when first used.
+Importing this package imports neither torch nor transformers. Public names are loaded on first use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from safelora_fast.trainers.trl import DefendedSFTTrainer as DefendedSFTTrainer
     from safelora_fast.training import defend as defend
 
-# Where public names are, but those of defenses, which register themselves.
+# The modules of public names, except those of defenses, which register themselves.
 _HOMES = {
     "DefendedMixin": "safelora_fast.trainers.transformers",
     "DefendedSFTTrainer": "safelora_fast.trainers.trl",

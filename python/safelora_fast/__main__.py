@@ -1,4 +1,4 @@
-"""`python -m safelora_fast` is the command line."""
+"""Run the command line with `python -m safelora_fast`."""
 
 from safelora_fast.cli import main
 

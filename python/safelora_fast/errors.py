@@ -1,7 +1,8 @@
 """Exceptions raised by safelora-fast.
 
-Every error that bad input can cause derives from :class:`SafeLoraFastError`. Its message is one line: what is wrong, where (file,
-tensor, module) and what to do. The command line prints only that line, and exits with :attr:`SafeLoraFastError.exit_code`.
+Every error that bad input can cause derives from :class:`SafeLoraFastError`. Its message is one line: what is wrong,
+where (file, tensor, module) and what to do. The command line prints only that line and exits with
+:attr:`SafeLoraFastError.exit_code`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ LONGEST = 2000  # characters of a message
 
 
 class SafeLoraFastError(Exception):
-    """Base class of all errors of this package. A message is one printable line; the middle of a very long one is left out."""
+    """Base class of all errors of this package. A message is one printable line; very long ones are shortened."""
 
     exit_code = 2
 
@@ -38,7 +39,7 @@ class SettingsError(SafeLoraFastError):
 
 
 class DataError(SafeLoraFastError):
-    """An example or another data file is wrong, or leaves nothing to learn."""
+    """An example or a data file is invalid, or leaves nothing to learn."""
 
 
 class OutputError(SafeLoraFastError):
@@ -68,7 +69,7 @@ class InterruptedRunError(SafeLoraFastError):
 
 
 def how_to_install(extra: str) -> str:
-    """`pip install …` with the packages of an extra by name, since this package is not on the index."""
+    """Return a `pip install …` command with the packages of an extra, since this package is not on the index."""
     import importlib.metadata
     import re
 

@@ -1,4 +1,4 @@
-"""Modules under the names that they had in 0.1.0: they can still be imported, with a DeprecationWarning, until 0.3."""
+"""Import modules under their names of 0.1.0, with a DeprecationWarning, until 0.3."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "safelora_fast."
 ROOMS = {"posthoc": "projection", "evaluation": "judging", "comparison": "compare", "integrations": "trainers"}
-# Former name = new name, or names where a module was split; modules of a renamed room that kept their own name follow the room.
+# Former name = new name, or several names if the module was split. Modules that kept their name in a renamed room are
+# found by ROOMS.
 MOVED_TEXT = """
 comparison.cells=compare.assemble comparison.columns=compare.measures.base comparison.contents=compare.measurements
 comparison.costs=compare.assemble comparison.curves=compare.measures.scaled,compare.measures.sweep
@@ -78,24 +79,24 @@ MOVED = {former: new for former, _, new in (pair.partition("=") for pair in MOVE
 
 
 def new_names(name: str) -> list[str]:
-    """The modules that a former module became; none where there was no such module."""
+    """Return the modules that replaced a former module; none if there was no such module."""
     former = name.removeprefix(PACKAGE)
     if former in MOVED:
         return [PACKAGE + new for new in MOVED[former].split(",")]
     room, dot, rest = former.partition(".")
     if room not in ROOMS:
         return []
-    from importlib.util import find_spec  # not before it is needed: it takes a tenth of the command line's start
+    from importlib.util import find_spec  # imported late: it takes a tenth of the command line's start
 
     new = f"{PACKAGE}{ROOMS[room]}{dot}{rest}"
     return [new] if find_spec(new) is not None else []
 
 
 class FormerModules:
-    """Finds former modules; what is asked of one is looked up in those that it became."""
+    """Finds former modules. Their attributes are looked up in the modules that replaced them."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of a former module, None of any other."""
+        """Return the spec of a former module; None for any other module."""
         del path, target
         if not name.startswith(PACKAGE) or not new_names(name):
             return None
@@ -104,12 +105,12 @@ class FormerModules:
         return spec_from_loader(name, self, is_package=name.removeprefix(PACKAGE) in ROOMS)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Leave it to Python to make the module."""
+        """Let Python create the module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Let the module ask those that it became."""
+        """Make the module look up attributes in the modules that replaced it."""
         names = new_names(module.__name__)
-        if module.__name__.removeprefix(PACKAGE) not in ROOMS:  # the module in it says so
+        if module.__name__.removeprefix(PACKAGE) not in ROOMS:  # the module inside it warns
             warnings.warn(f"{module.__name__} is {' and '.join(names)} now", DeprecationWarning, stacklevel=2)
         became = [importlib.import_module(name) for name in names]
 

@@ -22,11 +22,12 @@ WEAK = 0.75  # share of held-out responses on their own side; chance is 0.5
 
 @dataclass(frozen=True)
 class Separation:
-    """How well the vector of one layer separates held-out responses; NaN where that is not known.
+    """How well the vector of one layer separates held-out responses; NaN if unknown.
 
     Attributes:
-        effect: Cohen's d of their projections on the vector: difference of the means over the pooled standard deviation.
-        share: share of them on their own side of the midpoint.
+        effect: Cohen's d of their projections on the vector: difference of the means over the pooled standard
+            deviation.
+        share: share of the responses that are on their own side of the midpoint.
     """
 
     effect: float
@@ -38,11 +39,11 @@ class PersonaVector:
     """One direction per layer, not normalized (persona vectors, arXiv 2507.21509).
 
     Attributes:
-        vectors: [layers, hidden] float32; row ℓ belongs to the output of layer ℓ, as `layer` of Steering counts them.
-        trait: the trait's name.
-        separation: of each layer, on held-out responses; empty where it was not measured.
+        vectors: [layers, hidden] float32; row ℓ belongs to the output of layer ℓ, numbered like `layer` of Steering.
+        trait: the name of the trait.
+        separation: one for each layer, on held-out responses; empty if it was not measured.
         provenance: model, trait, settings, counts and versions, ready for JSON.
-        origin: the file that it was read from, for messages.
+        origin: the file that the vector was read from, for messages.
     """
 
     vectors: np.ndarray
@@ -67,18 +68,18 @@ class PersonaVector:
 
     @property
     def name(self) -> str:
-        """What messages call it: the file, or the trait."""
+        """The name in messages: the file, or the trait."""
         return self.origin or f"the vector of {self.trait!r}"
 
     @property
     def candidates(self) -> range:
-        """The layers that a suggestion is chosen from: from a third to five sixths of the depth."""
+        """The layers that a suggestion is chosen from: from one third to five sixths of the depth."""
         first = self.blocks // 3
         return range(first, max(5 * self.blocks // 6, first + 1))
 
     @property
     def suggestion(self) -> int | None:
-        """The candidate with the largest held-out effect; None where none was measured."""
+        """The candidate with the largest held-out effect; None if no effect is known."""
         effects = {layer: self.separation[layer].effect for layer in self.candidates if self.separation}
         return max(
             (layer for layer in effects if not math.isnan(effects[layer])), key=effects.__getitem__, default=None
@@ -86,7 +87,7 @@ class PersonaVector:
 
     @property
     def weak(self) -> bool:
-        """Whether the suggested layer hardly separates held-out responses, or there is none."""
+        """Whether the suggested layer hardly separates held-out responses, or no layer is suggested."""
         return self.suggestion is None or self.separation[self.suggestion].share < WEAK
 
     @property
@@ -98,7 +99,7 @@ class PersonaVector:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: norms instead of vectors, and None for what is not known."""
+        """Return the vector for JSON: norms instead of vectors, and None for unknown values."""
         norms = np.linalg.norm(self.vectors.astype(np.float64), axis=1)
         known = self.separation or [Separation(math.nan, math.nan)] * self.blocks
         return {
@@ -114,7 +115,7 @@ class PersonaVector:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, as a whole.
+        """Write one safetensors file atomically.
 
         Raises:
             OutputError: the file cannot be written.
@@ -128,7 +129,7 @@ class PersonaVector:
         """Read a file that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or no persona vector.
+            CheckpointError: the file is missing, damaged, or not a persona vector.
         """
         with FILE.opened(path) as (document, file):
             vectors = file.get_tensor(VECTORS)

@@ -1,4 +1,4 @@
-"""Plots by matplotlib: files that are written whole, and SVG drawings that take the colors of the HTML page around them."""
+"""Plots by matplotlib: files that are written atomically, and SVG drawings in the colors of an HTML page."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 
 SUFFIXES = {".png", ".svg", ".pdf"}
-# Okabe and Ito's colors, which people with any color vision can tell apart, and a marker each for print. Beyond seven the
-# colors come again with other markers.
+# Okabe and Ito's colors, which people with any color vision can distinguish, each with a marker for print. After seven
+# styles, the colors repeat with other markers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = [(color, MARKERS[(index + turn) % 7]) for turn in range(7) for index, color in enumerate(COLORS)]
@@ -32,15 +32,15 @@ GRAY = "0.3"
 
 LONGEST_NAME = 30  # characters
 SMALL_MARK = 6.0  # pixels; a name may cover marks up to this diameter
-# Where a name may stand, nearest first: distances from its mark in pixels; then right, left, above, below, and between.
+# Positions of a name, nearest first: distances from its mark in pixels; directions right, left, above, below, diagonal.
 DISTANCES = (8.0, 14.0, 24.0, 38.0)
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
-COVER_PENALTY = 3.0  # pixels of distance that covering one small mark is worth
-LEADER_DISTANCE = 14.0  # a name farther from its mark gets a line that leads to it
+COVER_PENALTY = 3.0  # pixels of distance; the cost of covering one small mark
+LEADER_DISTANCE = 14.0  # pixels; a name farther from its mark gets a leader line
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a plot that could not be written, before the work is done.
+    """Raise an error if a plot cannot be written. Call this before the work starts.
 
     Raises:
         MissingDependencyError: matplotlib is missing.
@@ -58,7 +58,7 @@ def check_plot(path: Path) -> None:
 
 
 def new_figure(width: float, height: float, dpi: float = 100) -> Figure:
-    """A figure of `width` × `height` inches that needs no display."""
+    """Return a figure of `width` × `height` inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -69,7 +69,7 @@ def new_figure(width: float, height: float, dpi: float = 100) -> Figure:
 
 @contextmanager
 def plot_file(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on; it is written when the block ends, under a temporary name first. The same plot gives the same bytes.
+    """Yield a figure, and write it atomically when the block ends. The same plot gives the same bytes.
 
     Raises:
         MissingDependencyError: see :func:`check_plot`.
@@ -91,7 +91,7 @@ def plot_file(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def mark_line(axes: Any, value: float, text: str, *, vertical: bool = False, color: str = GRAY) -> None:
-    """Draw a dashed line across the axes, and name it: at the top of a vertical one, beyond the right end of a horizontal one."""
+    """Draw a dashed line across the axes and label it: a vertical one at its top, a horizontal one at its right end."""
     if vertical:
         axes.axvline(value, color=color, linestyle="--", linewidth=1)
         end, transform, align = (value, 0.98), axes.get_xaxis_transform(), "top"
@@ -105,12 +105,12 @@ def mark_line(axes: Any, value: float, text: str, *, vertical: bool = False, col
 def page_drawing(
     identity: str, label: str, colors: dict[str, str], width: int, height: int, font: int
 ) -> Iterator[Drawing]:
-    """A drawing for an HTML page, whose `markup` has the SVG once the block ends. The same drawing gives the same bytes.
+    """Yield a drawing for an HTML page. After the block, `markup` has the SVG. The same drawing gives the same bytes.
 
     Args:
-        identity: unique on the page.
-        label: what the drawing shows, for readers who do not see it.
-        colors: `#rrggbb` by the name of the CSS variable that replaces it; "ink", "muted" and "rule" are used here.
+        identity: an id that is unique on the page.
+        label: a description of the drawing for screen readers.
+        colors: `#rrggbb` by the name of the CSS variable that replaces it; "ink", "muted" and "rule" are required.
         width: in pixels.
         height: in pixels.
         font: text size in pixels.
@@ -135,10 +135,10 @@ def page_drawing(
 
 
 class Drawing:
-    """One pair of axes with marks and names; made by :func:`page_drawing`.
+    """One pair of axes with marks and names. :func:`page_drawing` creates it.
 
     Attributes:
-        axes: matplotlib's.
+        axes: the matplotlib axes.
         markup: the SVG, once the drawing is finished.
     """
 
@@ -162,14 +162,14 @@ class Drawing:
         """Draw a mark.
 
         Args:
-            point: where, in data coordinates.
-            marker: matplotlib's.
+            point: the position in data coordinates.
+            marker: a matplotlib marker.
             size: diameter in pixels.
-            fill: name of a color.
-            edge: name of a color.
+            fill: name of the fill color.
+            edge: name of the edge color.
             kind: CSS class on the page.
             tip: text shown when the pointer rests on the mark.
-            options: matplotlib's, for the mark.
+            options: matplotlib options for the mark.
         """
         identity = f"{kind}:{len(self._tips)}"
         self._tips[identity] = without_controls(tip)
@@ -178,7 +178,7 @@ class Drawing:
         (self._small if size <= SMALL_MARK else self._large).extend(marks)
 
     def write_names(self, names: Sequence[tuple[Point, str]], kind: str, *, farthest: float = DISTANCES[-1]) -> bool:
-        """Write names beside their marks where there is room, in the order given; returns whether all are there in full.
+        """Write names next to their marks where there is room, in the given order. Return whether all are shown fully.
 
         No name covers another name or a large mark.
         """
@@ -202,7 +202,7 @@ class Drawing:
         return text == name
 
     def _find_room(self, text: str, point: Point, farthest: float) -> tuple[float, Bbox] | None:
-        """Distance and box of the best free place for a name."""
+        """Return distance and box of the best free place for a name; None if there is no room."""
         from matplotlib.transforms import Bbox
 
         sample = self._figure.text(0, 0, text)
@@ -224,7 +224,7 @@ class Drawing:
         return min(candidates, key=lambda one: one[0])[1:] if candidates else None
 
     def finish(self, label: str) -> None:
-        """Make the SVG, without ticks below zero where no value is below zero."""
+        """Make the SVG. Ticks below zero are removed if all values are zero or more."""
         for axis in (self.axes.xaxis, self.axes.yaxis):
             if axis.get_data_interval()[0] >= 0:
                 ends = sorted(axis.get_view_interval())
@@ -238,7 +238,7 @@ class Drawing:
         self.markup = ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
     def _keep_what_a_page_needs(self, root: ElementTree.Element) -> None:
-        """Drop namespaces, metadata and unused ids; turn ids like `class:number` into classes, and colors into variables."""
+        """Drop namespaces, metadata and unused ids. Ids like `class:number` become classes, and colors variables."""
         names = {value: name for name, value in reversed(self.colors.items())}
         used = set(re.findall(r"[(\"]#([\w-]+)", ElementTree.tostring(root, encoding="unicode")))
         for parent in root.iter():

@@ -1,4 +1,4 @@
-"""What PEFT loads of a projected adapter is what was projected, whatever the keys of the input looked like."""
+"""PEFT loads the projected tensors of an adapter, whatever the keys of the input were."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LORA = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Checkpoints, an adapter as PEFT writes it, and the tensors of its projection."""
+    """Return checkpoints, an adapter as PEFT writes it, and the tensors of its projection."""
     folder = tmp_path_factory.mktemp("plain")
     pair = save_pair(folder, layers=2)
     model = tiny_peft_model(layers=2, lora=LORA)
@@ -36,7 +36,7 @@ def plain(tmp_path_factory):
 
 
 def copy(adapter, folder, change, **config):
-    """The adapter under other keys, and with other settings."""
+    """Copy the adapter with other keys and other settings."""
     shutil.copytree(adapter, folder)
     tensors = {change(key): tensor for key, tensor in load_file(adapter / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
@@ -127,7 +127,7 @@ def test_modules_of_another_class_keep_their_keys_and_are_named(plain, tmp_path)
 
 
 def test_a_backbone_without_a_task_keeps_its_keys(plain, tmp_path):
-    """PEFT writes such keys around a model without a head."""
+    """PEFT writes such keys for a model without a head."""
     pair, adapter, _ = plain
     other = copy(adapter, tmp_path / "other", CHANGES["no decoder"], task_type="FEATURE_EXTRACTION")
     project_adapter(other, **pair, output=tmp_path / "out", select="all")

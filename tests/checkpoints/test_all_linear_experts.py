@@ -1,4 +1,4 @@
-"""Adapters of experts whose parameters adapter_config.json names in several spellings, as PEFT 0.21 writes them."""
+"""Expert adapters whose adapter_config.json names the parameters in several spellings, as PEFT 0.21 writes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safelora_fast.errors import PairingError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),  # PEFT wrote them itself
-    pytest.mark.filterwarnings("ignore:Unsupported layer type"),  # PEFT 0.18, of experts
+    pytest.mark.filterwarnings("ignore:Unsupported layer type"),  # PEFT 0.18, for experts
 ]
 
 FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -68,7 +68,7 @@ def test_all_linear(tmp_path, family, parameters):
 
 @pytest.fixture
 def qwen(tmp_path):
-    """Folders of both models, and an adapter of one expert parameter or of both, named once."""
+    """Return the folders of both models, and an adapter of one or both expert parameters, each named once."""
     made = FAMILIES["qwen2_moe"]
     if not made.experts:
         pytest.skip("this transformers keeps each expert as modules of its own")

@@ -24,7 +24,7 @@ def tensors_of(folder):
 
 
 def beside_stale_shards(folder, *, seed=1):
-    """A whole model in one file, and the index and shards of an earlier save of another one."""
+    """Write a whole model in one file, next to the index and shards of an earlier save of another model."""
     write_model(folder, seed + 10)
     newer = tensors_of(write_model(folder.parent / f"{folder.name}-newer", seed))
     save_file(newer, folder / "model.safetensors", {"format": "pt"})
@@ -32,7 +32,7 @@ def beside_stale_shards(folder, *, seed=1):
 
 
 def norms_of_v(tmp_path, aligned, base):
-    """‖V‖_F of each module as the projection reports it."""
+    """Return ‖V‖_F of each module from the projection's report."""
     if not (tmp_path / "adapter").exists():
         write_adapter(tmp_path / "adapter", 3)
     report = project_adapter(tmp_path / "adapter", aligned=aligned, base=base, output=None)
@@ -40,7 +40,7 @@ def norms_of_v(tmp_path, aligned, base):
 
 
 def truth(aligned, base):
-    """The same, densely in float64."""
+    """Return ‖V‖_F of each module, computed densely in float64."""
     return {
         name: np.linalg.norm(aligned[f"{name}.weight"].astype(float) - base[f"{name}.weight"].astype(float))
         for name in module_names()
@@ -76,14 +76,14 @@ def test_an_index_that_is_given_is_read(tmp_path):
     other = write_model(tmp_path / "other", 2)
     norms, report = norms_of_v(tmp_path, stale / INDEX, other)
     assert norms == pytest.approx(truth(tensors_of(stale), tensors_of(other)), rel=1e-6)
-    assert report.aligned["source"] == str(stale / INDEX)  # what opens the same files again
+    assert report.aligned["source"] == str(stale / INDEX)  # this opens the same files again
 
 
 @pytest.mark.parametrize(
     "kind", ["stale", "single", "sharded", "variant beside", "consolidated beside", "adapter beside", "named"]
 )
 def test_a_folder_is_what_transformers_loads(tmp_path, kind):
-    """The tensors of the files that we choose are those of the model that from_pretrained gives."""
+    """The chosen files hold the tensors of the model that from_pretrained returns."""
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )

@@ -1,4 +1,4 @@
-"""Checkpoints whose names and layouts transformers converts while it loads them, against the weights that it loads.
+"""Checkpoints whose names and layouts transformers converts on loading, compared with the weights that it loads.
 
 Every matrix that would be read for V is compared, bit by bit, with the parameter of the loaded model.
 """
@@ -27,7 +27,7 @@ core_model_loading = pytest.importorskip(
     "transformers.core_model_loading", reason="this transformers converts no names"
 )
 
-# Families of the table that can be made small, each with the class that is saved and how many matrices are read.
+# Families in the table that have small models, each with the class that is saved.
 FAMILIES = {
     "nemotron_h": "NemotronHForCausalLM",
     "exaone": "LlamaForCausalLM",
@@ -91,7 +91,7 @@ def test_what_is_read_is_what_transformers_loads(tmp_path, model_type):
         matrices = ExpertWeights(name, {key: names.parameter(name, key)}).matrices(names, key)
         assert len(matrices) == len(stacked), name
         for matrix, expert in zip(matrices, stacked, strict=True):
-            assert any(torch.equal(read(matrix), each) for each in (expert, expert.T)), name  # kept (in, out) by some
+            assert any(torch.equal(read(matrix), each) for each in (expert, expert.T)), name  # some are (in, out)
         count += 1
     assert count > 4
 
@@ -99,8 +99,8 @@ def test_what_is_read_is_what_transformers_loads(tmp_path, model_type):
 @pytest.mark.parametrize("model_type", ["nemotron_h", "exaone", "hrm_text", "deepseek_v4", "phimoe"])
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_of_converted_models(tmp_path, model_type):
-    """Adapters have the loaded model's names, whatever those on disk."""
-    # PEFT refuses out_proj of Mamba.
+    """Adapters use the loaded model's names, whatever the names on disk are."""
+    # PEFT rejects out_proj of Mamba.
     target = {"target_modules": "all-linear", "exclude_modules": ["out_proj"], "task_type": "CAUSAL_LM"}
     check_projection(tmp_path, (made(model_type, 1), made(model_type, 2)), target)
     adapter, written = tmp_path / "adapter", tmp_path / "written"
@@ -127,7 +127,7 @@ def test_rows_that_transformers_rearranges_are_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_keys_without_the_decoder_do_not_get_its_name_on_disk(tmp_path):
-    """The loaded Nemotron-H has no `backbone`, under which PEFT would find nothing."""
+    """The loaded Nemotron-H has no `backbone`, so PEFT would find nothing under that name."""
     folders = [save(made("nemotron_h", seed), tmp_path / f"{seed}") for seed in (1, 2)]
     adapter = save(
         adapt(made("nemotron_h", 1), target_modules=["in_proj"], task_type="CAUSAL_LM"), tmp_path / "adapter"
@@ -144,7 +144,7 @@ def test_keys_without_the_decoder_do_not_get_its_name_on_disk(tmp_path):
 
 
 def test_backbone_without_transformers(tmp_path, monkeypatch):
-    """Nemotron-H calls its decoder `backbone` on disk and `model` in memory: that needs no table."""
+    """Nemotron-H calls its decoder `backbone` on disk and `model` in memory. Pairing them needs no table."""
     save(made("nemotron_h", 1), tmp_path / "model")
     monkeypatch.setattr(conversions, "conversions", lambda _: {})
     names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
@@ -153,7 +153,7 @@ def test_backbone_without_transformers(tmp_path, monkeypatch):
 
 
 def test_a_table_that_is_asked_in_another_way_is_one_line(tmp_path, monkeypatch):
-    """It is private to transformers: a later version may change a function's parameters."""
+    """The table is private to transformers, so a later version may change the parameters of a function."""
     save(made("exaone", 1), tmp_path / "model")
     monkeypatch.setattr(core_model_loading, "rename_source_key", lambda name: name)
     names = TensorNames(open_checkpoint(tmp_path / "model", role="base"), "base")
@@ -165,7 +165,7 @@ def test_a_table_that_is_asked_in_another_way_is_one_line(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"model_type": "no_such", "architectures": ["No"]}])
 def test_the_table_is_left_alone_where_it_says_nothing(tmp_path, monkeypatch, config):
-    """Importing transformers takes seconds: only a model that the table names is worth it."""
+    """Importing transformers takes seconds, so it is imported only for a model that the table names."""
     save(small_model("llama", "LlamaForCausalLM", 1), tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(conversions, "_without_weights", lambda _: pytest.fail("a model was made"))
@@ -181,7 +181,7 @@ def test_the_table_is_left_alone_where_it_says_nothing(tmp_path, monkeypatch, co
 )
 @pytest.mark.parametrize("model_type", ["exaone", "mixtral"])
 def test_a_configuration_that_makes_no_model(tmp_path, model_type, setting):
-    """The table's entry for the type of model is enough for names."""
+    """The table's entry for the model type is enough for names."""
     save(made(model_type, 1), tmp_path / "model")
     model = type(made(model_type, 1)).from_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

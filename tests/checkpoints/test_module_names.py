@@ -1,4 +1,4 @@
-"""Layers, kinds and reading order of modules, from their names."""
+"""Layers, kinds and display order of modules, from their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are kept (in, out): the Conv1D of transformers, in models of the user's own too."""
+"""Weights that are stored (in, out): transformers' Conv1D, also in custom models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 
 
 def build(modules, seed):
-    """A model of the user's own: (class, out, in) for each name."""
+    """Return a custom model from (class, out, in) for each name."""
     torch.manual_seed(seed)
     model = nn.Module()
     for name, (kind, out, inner) in modules.items():
@@ -30,7 +30,7 @@ def build(modules, seed):
 
 
 def pair(tmp_path, modules, model_type=None, **config):
-    """Both models on disk, an adapter as PEFT writes it with settings replaced, and what the test compares with."""
+    """Return both models on disk, an adapter with changed settings, the adapted model, and the base weights."""
     folders = []
     for seed, role in enumerate(("aligned", "base"), 1):
         folders.append(tmp_path / role)
@@ -90,7 +90,7 @@ def test_a_square_of_which_nothing_tells(tmp_path, modules, model_type, fan_in_f
 
 
 def test_a_subspace_of_a_conv1d(tmp_path):
-    """There is no adapter whose shapes would tell."""
+    """There is no adapter whose shapes could decide."""
     folders, _, _, _ = pair(tmp_path, {"conv1d": (Conv1D, 24, 32)})
     with pytest.raises(PairingError, match="as by Conv1D"):
         SafeSubspace.build(aligned=folders[0], base=folders[1], modules=["conv1d"], rank=2)

@@ -1,4 +1,4 @@
-"""Which tensor a module meets: prefixes, fused and split spellings, and what is said when there is none or too many."""
+"""Pair modules with tensors: prefixes, fused and split spellings, and errors if no tensor or several tensors match."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Made:
     folder: Path
 
     def changed(self, what, change=dict, **config):
-        """A copy of a checkpoint or of the adapter with other tensors or settings."""
+        """Copy a checkpoint or the adapter with other tensors or settings."""
         file = WEIGHTS if what == "adapter" else "model.safetensors"
         return {what: rewrite(getattr(self, what), self.folder / f"changed-{what}", change, config, file)}
 
@@ -46,7 +46,7 @@ class Made:
         return project_adapter(changes.pop("adapter", self.adapter), **{**models, **changes})
 
     def check_same(self, **changes):
-        """Changes decide nothing."""
+        """Check that the changes do not affect the projection."""
         report = self.project(**changes)
         assert (self.folder / "out" / WEIGHTS).read_bytes() == self.truth
         return report
@@ -101,7 +101,7 @@ def test_prefixes(llama, role, change):
 
 
 def test_prefixes_of_the_adapter(llama):
-    """An adapter of a text model inside a multimodal one."""
+    """An adapter of a text model inside a multimodal model."""
 
     def change(name):
         return name.replace("base_model.model.model.", "base_model.model.language_model.model.")
@@ -143,7 +143,7 @@ def test_other_shape(llama):
 
 
 def fuse(tensors):
-    """Phi-3's spelling: q, k and v in one tensor, gate and up in one."""
+    """Use Phi-3's spelling: q, k and v in one tensor, gate and up in one."""
     fused = dict(tensors)
     for layer in range(2):
         for owner, whole, parts in (("self_attn", "qkv_proj", "qkv"), ("mlp", "gate_up_proj", ("gate", "up"))):
@@ -153,7 +153,7 @@ def fuse(tensors):
 
 
 def split(tensors):
-    """The opposite."""
+    """Reverse :func:`fuse`."""
     apart = {}
     for name, tensor in tensors.items():
         if "qkv_proj" in name:
@@ -178,7 +178,7 @@ def test_fused_in_the_adapter_split_on_disk(tmp_path):
 
 
 def together(tensors):
-    """Mixtral as the loaded model holds it: one tensor for all experts, where transformers writes w1, w2 and w3 of each."""
+    """Store Mixtral like the loaded model: one tensor for all experts. On disk, each expert has w1, w2 and w3."""
     fused = dict(tensors)
     for layer in range(2):
         experts = f"model.layers.{layer}.block_sparse_moe.experts"
@@ -198,7 +198,7 @@ def test_experts_in_one_tensor_on_disk(tmp_path, change):
 
 
 def experts_as_modules(tensors):
-    """A model whose experts are modules of their own, as transformers had them before version 5."""
+    """Return a model whose experts are separate modules, as in transformers before version 5."""
     root = torch.nn.Module()
     for name, tensor in tensors.items():
         if ".experts." not in name:
@@ -341,7 +341,7 @@ def test_settings_of_other_tools_are_warned_of(llama, key, value):
     ids=str,
 )
 def test_a_rank_that_the_settings_do_not_give_is_named(llama, config, odd):
-    """PEFT makes factors of the configuration's rank and refuses those of another."""
+    """PEFT creates LoRA matrices of the configured rank and rejects those of another rank."""
     assert llama.config()["r"] == 4
     report = llama.check_same(**llama.changed("adapter", **config))
     assert sum("have rank" in warning for warning in report.warnings) == odd
@@ -357,7 +357,7 @@ def test_every_setting_of_the_installed_peft_is_known():
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= KNOWN
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights in several ways
+@pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights in several ways
 def test_factors_that_embeddings_and_head_share_are_refused(tmp_path):
     family = FAMILIES["gemma"]
     target = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
@@ -366,7 +366,7 @@ def test_factors_that_embeddings_and_head_share_are_refused(tmp_path):
 
 
 def test_experts_whose_orientation_nothing_tells(tmp_path):
-    """A square expert kept (in, out) looks like one kept (out, in) where no configuration says which."""
+    """Without a model type, a square expert stored (in, out) looks like one stored (out, in)."""
     family = FAMILIES["gpt_oss"]
     folders = [save(family.make(seed, intermediate_size=32), tmp_path / str(seed)) for seed in (1, 2)]
     adapter = save(adapt(family.make(1, intermediate_size=32), **family.target), tmp_path / "adapter")
@@ -378,7 +378,7 @@ def test_experts_whose_orientation_nothing_tells(tmp_path):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_quantization_config_left_beside_plain_weights(llama, role):
-    """Merged to 16 bits, and the configuration is still that of the quantized model: the tensors tell."""
+    """The weights were merged to 16 bits, but the configuration still says quantized. The tensors decide."""
     declared = llama.changed(role, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     (warning,) = (w for w in llama.check_same(**declared).warnings if "quantization_config (bitsandbytes)" in w)
     assert str(declared[role]) in warning
@@ -413,7 +413,7 @@ def test_quantized_checkpoints_are_refused(llama, role, change, config, error, w
     llama.check_refused(error, words.replace("ROLE", role), **llama.changed(role, change, **config))
 
 
-@pytest.mark.filterwarnings("ignore:Adapter .default.. 2 LoRA tensor:Warning")  # PEFT takes its own biases for shards
+@pytest.mark.filterwarnings("ignore:Adapter .default.. 2 LoRA tensor:Warning")  # PEFT takes its biases for shards
 def test_modules_to_save_and_biases_are_copied_through_and_reported(tmp_path):
     family = FAMILIES["qwen2"]
     folders = [save(family.make(seed), tmp_path / str(seed)) for seed in (1, 2)]

@@ -1,4 +1,4 @@
-"""Names of models and adapters: paths that exist, ids of a server that stands in for the Hub, and what is mistyped."""
+"""Names of models and adapters: existing paths, ids on a server that stands in for the Hub, and mistyped names."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_offline_the_cache_serves_what_was_fetched(monkeypatch):
 
 @pytest.mark.usefixtures("hub")
 def test_offline_a_tokenizer_that_may_be_missing_is_no_guess(monkeypatch):
-    """Whether an adapter that was fetched by other means has a tokenizer of its own is not known."""
+    """If an adapter was downloaded in another way, it is unknown whether it has its own tokenizer."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         huggingface_hub.hf_hub_download("some/adapter", name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -122,7 +122,7 @@ def test_a_gated_repository_says_what_to_do(hub):
 
 
 def test_without_a_network_every_name_is_refused_soon(tmp_path, monkeypatch, no_network):
-    """The first name finds out that nobody listens; the others do not wait again."""
+    """The first name shows that no server listens; the others do not wait again."""
     (tmp_path / "runs" / "llama-chat").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_paths(tmp_path):
     assert find_model(model / "model.safetensors").name == str(model)
     refused = rf"is a file that transformers does not load; give the model's folder, {model}$"
     with pytest.raises(CheckpointError, match=refused):
-        find_model(index)  # but the whole file beside it
+        find_model(index)  # transformers loads the single file next to it
     (model / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
     with pytest.raises(CheckpointError, match=refused):
         find_model(model / "model.safetensors")
@@ -177,7 +177,7 @@ def test_folders_that_hold_no_adapter(tmp_path, change, message):
 
 @pytest.mark.parametrize("name", ["", "a\0b"])
 def test_what_is_no_name_at_all(name):
-    """An empty word is not the folder that the command runs in."""
+    """An empty name does not mean the current folder."""
     with pytest.raises(CheckpointError, match=r"the model is '.*'; give its path or its Hub id"):
         find_model(name)
     with pytest.raises(AdapterError, match=r"the adapter is '.*'; give its path or its Hub id"):

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: files, indices, folders, and a server that stands in for the Hub."""
+"""Sources of checkpoints: files, indices, folders, and a server that stands in for the Hub."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_ids_give_what_folders_give(tmp_path):
 
 
 def test_only_shards_that_hold_needed_tensors_are_fetched(hub, tmp_path):
-    """The adapter touches layer 0, which lies in the first shard."""
+    """The adapter changes layer 0, which is in the first shard."""
     project(tmp_path, "some/aligned", "some/base", "out", layers=1)
     shards = {name for _, _, name in hub.fetched if name.endswith(".safetensors")}
     assert shards == {"model-00001-of-00002.safetensors"}
 
 
 def test_tensors_that_equal_those_of_a_model_on_the_hub_do_not_bypass(hub, tmp_path):
-    """The norm lies in the last shard, of which the adapter's factors need nothing."""
+    """The norm is in the last shard, which lora_A and lora_B do not need."""
     last = hub.folders["some/aligned"] / "model-00002-of-00002.safetensors"
     save_file({**load_file(last), "model.norm.weight": np.ones(16, np.float32)}, last, {"format": "pt"})
     index = last.parent / "model.safetensors.index.json"
@@ -76,7 +76,7 @@ def test_a_second_run_takes_everything_from_the_cache(hub, tmp_path, monkeypatch
 
 
 def single_file(folder, seed):
-    """The same model in one file, as small models are kept on the Hub."""
+    """Write the same model in one file, as small models are stored on the Hub."""
     sharded = write_model(folder / f"sharded-{seed}", seed)
     tensors = {name: tensor for shard in sharded.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     (folder / "single").mkdir()
@@ -85,7 +85,7 @@ def single_file(folder, seed):
 
 
 def test_a_cached_model_in_one_file_can_be_used_offline(hub, tmp_path, monkeypatch):
-    """Even when nobody has asked for an index before, so that the cache does not know that there is none."""
+    """No index was ever requested, so the cache does not record that there is none."""
     for name, seed in (("some/one", 1), ("some/other", 2)):
         (tmp_path / name).mkdir(parents=True)
         hub.folders[name] = single_file(tmp_path / name, seed)
@@ -97,7 +97,7 @@ def test_a_cached_model_in_one_file_can_be_used_offline(hub, tmp_path, monkeypat
 
 
 def test_every_file_is_of_the_commit_that_the_report_names(hub, monkeypatch):
-    """The main branch moves on between the index and the shards."""
+    """The main branch moves between the index and the shards."""
     checkpoint = open_checkpoint("some/aligned", role="aligned")
     monkeypatch.setitem(COMMITS, "former", COMMITS["main"])
     monkeypatch.setitem(COMMITS, "main", "c" * 40)
@@ -158,7 +158,7 @@ def test_without_a_network_the_cache_serves(hub, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_fails_once_is_tried_again(hub, monkeypatch):
-    """One lost connection is no missing network."""
+    """One lost connection does not mean that the network is missing."""
     from huggingface_hub import get_hf_file_metadata
 
     class ConnectError(Exception):
@@ -180,7 +180,7 @@ def test_a_hub_that_fails_once_is_tried_again(hub, monkeypatch):
 
 
 def test_a_subspace_of_ids_stays_with_their_commits(hub, tmp_path, monkeypatch):
-    """Built from a branch that then moves on: the subspace names the commit, and it is the commit that is read."""
+    """The branch moves after the subspace is built. The subspace names the commit, and that commit is read."""
     subspace = SafeSubspace.build(aligned="some/aligned", base="some/base@v1", rank=2, modules=["0.self_attn.q_proj"])
     sources = {role: (described["source"], described["revision"]) for role, described in subspace.sources.items()}
     assert sources == {"aligned": ("some/aligned", COMMITS["main"]), "base": ("some/base", COMMITS["v1"])}

@@ -1,4 +1,4 @@
-"""Embeddings and heads that are one tensor on disk under another name, and heads that a base does not have."""
+"""Embeddings and heads that share one tensor on disk under another name, and heads that a base lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safelora_fast.checkpoints.pairing import TensorNames
 from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import PairingError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers warn of tied weights in several ways
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers warn about tied weights in several ways
 
 TIED = {
     "bart": ("BartForConditionalGeneration", ["lm_head", "embed_tokens", "shared"]),
@@ -33,7 +33,7 @@ TIED = {
     "gemma": ("GemmaForCausalLM", ["lm_head"]),
     "mamba": ("MambaForCausalLM", ["lm_head"]),
 }
-BY_TRANSFORMERS = {  # transformers 5 tells what is tied to what
+BY_TRANSFORMERS = {  # transformers 5 lists the tied weights
     "whisper": ("WhisperForConditionalGeneration", ["proj_out"]),
     "bert": ("BertForMaskedLM", ["cls.predictions.decoder"]),
     "electra": ("ElectraForMaskedLM", ["generator_lm_head"]),
@@ -91,7 +91,7 @@ def test_an_untied_head_is_not_taken_for_the_embeddings(tmp_path):
 
 
 def test_a_head_that_the_base_does_not_have(tmp_path):
-    """An adapter of a classifier on a model that was made for it, and the language model before."""
+    """The adapter adapts a classifier; the base is a language model without the classifier's head."""
     aligned = small_model("llama", "LlamaForSequenceClassification", 1)
     base = small_model("llama", "LlamaForCausalLM", 2)
     folders = save(aligned, tmp_path / "aligned"), save(base, tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Adapters of one tower of a model with several: the tower is the one that the model's class names, or nothing is projected."""
+"""Adapters of one tower of a model with several. The model's class names the tower; otherwise nothing is projected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FLAVA = {"image_config": VISION, "text_config": TEXT, "multimodal_config": SIDE}
 CLIP = {"text_config": TEXT, "vision_config": VISION}
 ATTENTION = ["q_proj", "fc1"]
 BERT = ["query", "dense"]
-# The class of the whole model, its settings, the attribute of one tower, what an adapter of it targets.
+# The class of the whole model, its settings, the attribute of one tower, and the modules that the adapter targets.
 TOWERS = {
     "clip-vision": ("CLIPModel", CLIP, "vision_model", ATTENTION),
     "clip-text": ("CLIPModel", CLIP, "text_model", ATTENTION),
@@ -85,7 +85,7 @@ def test_the_class_tells_the_tower(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["clip-vision", "clip-text", "siglip-vision", "flava-image", "metaclip-2-text"])
 def test_nothing_tells_the_tower(tmp_path, name):
-    """PEFT leaves the class out where a task is given."""
+    """PEFT omits the class if a task is given."""
     (aligned, ours, target), (base, *_) = make(name, 1), make(name, 2)
     folders = save(aligned, tmp_path / "aligned"), save(base, tmp_path / "base")
     adapter = save(adapt(ours, **target), tmp_path / "adapter")
@@ -101,7 +101,7 @@ def test_an_adapter_of_the_whole_model(tmp_path):
 
 
 def test_a_tower_that_is_a_checkpoint_of_its_own(tmp_path):
-    """transformers writes `vision_model.` before the names of some, and the loaded model has none there."""
+    """For some towers, transformers writes `vision_model.` before the names. The loaded model has no such prefix."""
     vision = transformers.CLIPVisionConfig(**VISION)
     models = []
     for seed in (1, 2):

@@ -1,4 +1,4 @@
-"""The command line inside this process, and a pair of checkpoints for it."""
+"""Fixtures: the command line inside this process, and a pair of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: one line on standard error, exit code 2, and nothing written."""
+"""Bad input gives one line on standard error and exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_the_output_may_not_be_an_input(pair, call, place):
 
 
 def test_a_full_disk(pair, tmp_path):
-    """A limit on the size of files stands in for a disk that fills up while the adapter is written."""
+    """A limit on the file size simulates a disk that fills up while the adapter is written."""
     size = (pair.adapter / "adapter_model.safetensors").stat().st_size
 
     def limit() -> None:
@@ -289,7 +289,7 @@ def test_no_room_is_seen_before_the_work(pair, call, monkeypatch):
 
 
 def test_an_adapter_of_another_model(pair, call, tmp_path):
-    """Deeper than the model: the error names the module and what is near."""
+    """The adapter has more layers than the model. The error names the module and the nearest tensors."""
     adapter = write_adapter(tmp_path / "deep", 4, layers=3)
     code, _, err = call("project", adapter, "--aligned", pair.aligned, "--base", pair.base, "--output", pair.output)
     assert code == 2

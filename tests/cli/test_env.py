@@ -1,4 +1,4 @@
-"""safelora-fast env and bench: what serves which operation, the self-test, and the speed of this machine."""
+"""safelora-fast env and bench: the backend of each operation, the self-test, and the speed of this machine."""
 
 from __future__ import annotations
 

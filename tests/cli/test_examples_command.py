@@ -1,4 +1,4 @@
-"""Every example is a recipe, and trains: on a tiny model in the place of the one it names."""
+"""Every example is a valid recipe, and trains on a tiny model instead of the one that it names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """With the rows that examples name, and nothing of the clone."""
+    """Run in a folder with the data that the examples name, and no other file of the repository."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in names():
@@ -41,7 +41,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def overrides(path: Path, folder: Path) -> list[str]:
-    """Settings that put tiny things in the place of what an example names."""
+    """Return settings that replace the model, data and output of an example with tiny ones."""
     values = {
         **TINY,
         "model.path": save_tiny(folder / "aligned"),
@@ -117,7 +117,7 @@ def test_the_papers_set_up():
 
 
 def test_the_comparison_is_one():
-    """Its own test trains and measures; here every run of the example is a recipe, over rows that are there."""
+    """Another test trains and measures. Here, every run of the example must be a valid recipe with existing data."""
     config = load_config(COMPARISON)
     assert config.runs[0].name == "none"
     for spec in config.runs:

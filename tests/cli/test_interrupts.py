@@ -1,4 +1,4 @@
-"""Ctrl-C leaves nothing behind; after kill -9 the output is absent, and the next run makes it whole."""
+"""Ctrl-C leaves nothing behind. After kill -9 the output is absent, and the next run completes it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from plain_pair import contents, run, start, write_pair
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """A pair that keeps one thread busy for a second or more."""
+    """Return a pair that keeps one thread busy for a second or more."""
     return write_pair(tmp_path_factory.mktemp("long"), scale=40, layers=8)
 
 
 def stop(pair, number: signal.Signals):
-    """Send a signal once a temporary output folder is there."""
+    """Send a signal once a temporary output folder exists."""
     process = start(pair.command("--select", "all", "--threads", "1", "--operator", "orthogonal", "--energy", "0.99"))
     end = time.monotonic() + 60
     while not list(pair.output.parent.glob(".safe.partial-*/adapter_model.safetensors")):
@@ -44,7 +44,7 @@ def test_interrupted(long):
     "module", ["typer", "safelora_fast.cli.app", "rich.console", "safelora_fast.projection.project"]
 )
 def test_interrupted_while_modules_are_imported(tmp_path, module):
-    """Ctrl-C in the first tenth of a second."""
+    """Ctrl-C in the first tenth of a second has the same effect."""
     pair = write_pair(tmp_path)
     program = (
         "import importlib.abc, sys\n"
@@ -74,7 +74,7 @@ def test_killed(long):
 
 
 def test_terminated_by_the_job_scheduler(long):
-    """SIGTERM is how schedulers stop a job: as clean as Ctrl-C."""
+    """Job schedulers stop a job with SIGTERM, which must be as clean as Ctrl-C."""
     before = set(long.output.parent.glob(".*")) if long.output.parent.exists() else set()
     if long.output.exists():
         for path in long.output.iterdir():

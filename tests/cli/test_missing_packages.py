@@ -1,6 +1,6 @@
-"""Every command in an environment without the extras: one line that names the command and what it needs.
+"""Every command in an environment without the extras: one line names the command and the missing package.
 
-All of them run in one process of their own, in which nothing but the base requirements can be imported.
+All commands run in one separate process that can import only the base requirements.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def results(tmp_path_factory):
 def test_what_is_needed_is_said_in_one_line(results, command):
     code, out, err = results[command]
     assert code == 2
-    assert out == "" or command == "self-test"  # what is here is printed before
+    assert out == "" or command == "self-test"  # the self-test first prints what works
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert NEEDS[command][0] in err

@@ -28,7 +28,7 @@ def persona(tmp_path):
 
 
 def run(folder, **sections):
-    """Train in a folder; the recipe and the record."""
+    """Train in a folder, and return the recipe and the record."""
     tiny = write_recipe(folder, **sections)
     train(prepare(load_recipe(tiny.path)), resume=False, command="", talk=False)
     return tiny, tiny.record()

@@ -1,4 +1,4 @@
-"""Every command takes models and adapters as folders or Hub ids, and refuses a mistyped name before it imports torch."""
+"""Every command takes models and adapters as folders or Hub ids, and rejects mistyped names before importing torch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_evaluate_and_compare_keep_their_answers_by_what_was_fetched(made, tmp_p
         (made / "model", made / "security", "local"),
     ):
         result = call("evaluate", "--model", model, "--adapter", adapter, "--output", tmp_path / output, *words)
-        assert result.code == 1, result.err  # the stand-in scores nothing
+        assert result.code == 1, result.err  # the mock judge gives no scores
     remote, local = ((tmp_path / name / "answers.jsonl").read_text() for name in ("remote", "local"))
     assert remote == local != ""
 

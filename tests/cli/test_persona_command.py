@@ -1,4 +1,4 @@
-"""`safelora-fast persona extract` and `show`: what they print, write and refuse."""
+"""`safelora-fast persona extract` and `show`: what they print, write and reject."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def output(tmp_path):
 
 @pytest.fixture
 def words(model, tmp_path, output):
-    """The arguments of `persona extract`."""
+    """Return the arguments of `persona extract`."""
     values = asdict(tiny_trait())
     values = {**values, "pairs": list(values["pairs"]), "questions": list(values["questions"])}
     (tmp_path / "trait.yaml").write_text(yaml.safe_dump(values))
@@ -140,7 +140,7 @@ def test_files_that_are_no_persona_vector(call, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(words, output, call):
-    """A process of its own, interrupted once some responses are there."""
+    """A separate process is interrupted once some responses exist."""
     slow = words("--samples", 40)
     process = subprocess.Popen(
         [sys.executable, "-m", "safelora_fast", *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

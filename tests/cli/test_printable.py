@@ -1,4 +1,4 @@
-"""Names from outside act on no terminal and break no line: in errors, warnings, tables, progress and what is said."""
+"""Names from outside never control the terminal or break a line: in errors, warnings, tables, progress and prints."""
 
 from __future__ import annotations
 

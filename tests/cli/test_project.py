@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def dense(pair, adapter=None):
-    """Cosine and C·B of every module in float64, as the paper writes them."""
+    """Return cosine and C·B of every module in float64, by the formulas of the paper."""
     weights = [{}, {}]
     for model, folder in zip(weights, (pair.aligned, pair.base), strict=True):
         for shard in folder.glob("*.safetensors"):
@@ -90,7 +90,7 @@ def test_model_card(pair, call):
     assert "2405.16833" in text
     for words in ("| aligned model | `aligned` |", "| base model | `base` |", "safelora", "self_attn.q_proj", "2 of 6"):
         assert words in text
-    assert "base_model" not in text  # the Hub refuses a path there, and nothing here is of the Hub
+    assert "base_model" not in text  # the Hub rejects a path there, and nothing here is from the Hub
     for file in pair.output.glob("*.[jm]*"):
         assert str(pair.aligned.parent) not in file.read_text(), file
 
@@ -125,7 +125,7 @@ def test_the_card_knows_a_folder_of_the_hubs_cache(pair, call):
 
 
 def bypassing(pair, **tensors):
-    """Tensors in full beside the factors; the aligned model has `model.norm.weight`, ones."""
+    """Add full tensors next to lora_A and lora_B. In the aligned model, `model.norm.weight` is all ones."""
     path = pair.adapter / "adapter_model.safetensors"
     more = {f"base_model.model.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
     save_file({**load_file(path), **more}, path, {"format": "pt"})
@@ -158,7 +158,7 @@ def test_tensors_of_the_aligned_model_do_not_go_around(pair, call):
 
 
 def test_swapped_models_give_the_same_bytes(pair, call, tmp_path):
-    """C is even in V."""
+    """C is the same for V and −V."""
     call(*pair.command("--select", "all"))
     swapped = tmp_path / "swapped"
     words = ["--aligned", pair.base, "--base", pair.aligned, "--output", swapped, "--select", "all"]
@@ -272,7 +272,7 @@ def test_json_alone_on_standard_output(pair, call):
     written, printed = json.loads((pair.output / "safelora_report.json").read_text()), json.loads(out)
     assert printed.keys() == written.keys()
     assert printed["settings"] == written["settings"]
-    assert printed["adapters"][0]["output"] == str(pair.output)  # what is printed is for whoever is at this machine
+    assert printed["adapters"][0]["output"] == str(pair.output)  # printed output is for users of this machine
     assert written["adapters"][0]["output"] == pair.output.name
 
 
@@ -362,7 +362,7 @@ def test_help(call, command):
 
 
 def test_help_says_how_a_revision_of_an_adapter_is_named(call):
-    """Words in brackets are taken for markup and vanish."""
+    """Words in brackets would be taken for markup and disappear."""
     assert "ID or ID@REV" in " ".join(call("project", "--help").out.replace("│", " ").split())
     assert "HUB_ID@REV" in " ".join(call("select", "--help").out.replace("│", " ").split())
 

@@ -1,4 +1,4 @@
-"""`select`: what it prints and writes, what it refuses, and a run that is killed."""
+"""`select`: what it prints, writes and rejects, and a run that is killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def words(made, tmp_path):
-    """The arguments, with the output in a folder of the test's own."""
+    """Return the arguments, with the output in a folder of the test."""
     output = tmp_path / "chosen.jsonl"
 
     def put_together(*more, rows=made / "candidates.jsonl", held_out="none"):
@@ -74,7 +74,7 @@ def test_the_held_out_rule(words, call):
     assert "no domain is held out" in call(*words(held_out=None)).err
     result = call(*words("--overwrite", held_out="medicine"))
     assert result.code == 2
-    assert "adapters.medicine was" in result.err  # the journal is of both
+    assert "adapters.medicine was" in result.err  # the journal has both adapters
     words.output.with_name("chosen.jsonl.journal.jsonl").unlink()
     result = call(*words("--overwrite", held_out="medicine"))
     assert "held out: medicine" in result.out
@@ -116,14 +116,14 @@ def test_candidates_that_are_refused(words, call, tmp_path):
 
 
 def heed_interrupts():
-    """As in a terminal: what a shell runs in the background ignores them."""
+    """React to Ctrl-C as in a terminal; processes that a shell runs in the background ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_command_goes_on(made, words, tmp_path, how):
-    """Every row is in the journal once at the end, and the scores are those of the formula."""
+    """At the end, every example is in the journal once, and the scores follow the formula."""
     rows = write(tmp_path / "many.jsonl", candidates(200))
     command = [sys.executable, "-m", "safelora_fast", *map(str, words("--tokens-per-batch", 64, "--json", rows=rows))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Closed and full streams (of processes, which they belong to), and paths that are no files: one line and the right exit code."""
+"""Closed and full streams (in separate processes), and paths that are not files: one line and the right exit code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_closed_streams_give_no_file_their_numbers(pair):
 
 @pytest.fixture
 def no_files(tmp_path):
-    """Paths that are no files, by name."""
+    """Return paths that are not files, by name."""
     (tmp_path / "circle").symlink_to("circle")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
@@ -90,7 +90,7 @@ def test_paths_that_are_no_files_are_refused_in_one_line(call, no_files, pair, k
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read")
 def test_a_folder_that_may_not_be_read(pair):
-    """A process of its own: as another user it may look for modules in vain, and Python remembers that."""
+    """Another user may not find modules, and Python remembers that, so this runs in a separate process."""
     made = [parent for parent in pair.adapter.parents if Path(tempfile.gettempdir()) in parent.parents]
     for path in (*made, *pair.adapter.parent.rglob("*")):
         path.chmod(0o755)

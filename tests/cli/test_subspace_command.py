@@ -1,4 +1,4 @@
-"""`safelora-fast subspace build` and `show`: what they print, write and refuse."""
+"""`safelora-fast subspace build` and `show`: what they print, write and reject."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def words(pair, tmp_path):
-    """The arguments of `subspace build`."""
+    """Return the arguments of `subspace build`."""
 
     def make(*others, output=tmp_path / "out" / "safe.safetensors"):
         return ["subspace", "build", "--aligned", pair.aligned, "--base", pair.base, "--output", output, *others]
@@ -224,7 +224,7 @@ def test_no_torch_is_imported(tmp_path):
 
 
 def streams(pid):
-    """Whether the process has started the thread that does the work."""
+    """Return whether the process has started its worker thread."""
     try:
         return any(path.read_text().startswith("safelora-fast") for path in Path(f"/proc/{pid}/task").glob("*/comm"))
     except OSError:  # a thread that has just ended

@@ -1,4 +1,4 @@
-"""`train`: the plan, the run, its output, and the run again."""
+"""`train`: the plan, the run, its output, and a run that resumes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_output(tiny, call):
     for words in (f"`{tiny.model.name}`", f"`{tiny.data.name}`", sha256, "weight 0.5", "| r | 4 |", "KL(fine-tuned"):
         assert words in card
     assert str(tiny.output.parent) not in card
-    assert "base_model" not in card.partition("\n---\n")[0]  # the Hub refuses a path there
+    assert "base_model" not in card.partition("\n---\n")[0]  # the Hub rejects a path there
     base = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, tiny.output)
     assert sum("lora_B" in name and bool(parameter.any()) for name, parameter in model.named_parameters()) == 14
@@ -81,7 +81,7 @@ def test_the_same_recipe_gives_the_same_bytes_and_a_defense_of_weight_zero_chang
     others = {"seed": "training.seed=1", "plain": "defenses.kl=false", "off": "defenses.kl.weight=0"}
     for name, word in others.items():
         assert call(*tiny.words(*SHORT, word, f"output.folder={tmp_path / name}")).out == ""
-    plain = tiny.weights(tmp_path / "plain")  # of a trainer without a defense
+    plain = tiny.weights(tmp_path / "plain")  # trained without a defense
     assert difference(plain, tiny.weights(tmp_path / "off")) == 0
     for other in (plain, tiny.weights(tmp_path / "seed")):
         assert difference(tiny.weights(), other) > 1e-4
@@ -91,7 +91,7 @@ def test_the_same_recipe_gives_the_same_bytes_and_a_defense_of_weight_zero_chang
 
 
 class Stop(RecipeTrainer):
-    """Is interrupted in its fifth step; the checkpoints of steps 2 and 4 are whole."""
+    """Raises KeyboardInterrupt in step 5; the checkpoints of steps 2 and 4 are complete."""
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 4:
@@ -135,7 +135,7 @@ def test_resume_gives_what_an_unbroken_run_gives(tiny, call, interrupted, tmp_pa
 
 
 def test_resume_refuses_what_has_changed(tiny, call, interrupted):
-    """Half of a run on one model and half on another is a run on neither."""
+    """A run must not continue on another model."""
     interrupted(tiny)
     words = call(*tiny.words("--resume", "defenses.kl.weight=0.9")).err
     assert "because the recipe has changed: defenses.kl.weight was 0.5, is 0.9" in words
@@ -157,7 +157,7 @@ def test_resume_refuses_what_has_changed(tiny, call, interrupted):
 
 
 def test_resume_from_the_last_step_within_an_epoch(tiny, call, monkeypatch, tmp_path):
-    """All steps are made and only the output is missing: nothing more is trained, and the projection is not forgotten."""
+    """All steps are done, and only the output is missing. No step is trained, and the adapter is still projected."""
     words = ("-q", "training.max_steps=2")
     pair = {"aligned": str(tiny.model), "base": str(save_tiny(tmp_path / "base", seed=1))}
     tiny.edit(defenses={"safelora": {"subspace": pair, "select": "all"}})
@@ -273,7 +273,7 @@ def test_a_subspace_of_another_model(tiny, call, tmp_path):
 
 
 class Signalled(RecipeTrainer):
-    """Gets SIGNAL in its fourth step, in the first micro-batch, and again in the next if TWICE."""
+    """Receives SIGNAL in step 4, in the first micro-batch, and again in the next one if TWICE."""
 
     SIGNAL, TWICE, sent = signal.SIGINT, False, 0
 
@@ -309,7 +309,7 @@ def test_a_signal_lets_the_step_be_finished(tiny, call, monkeypatch, number, twi
 
 @contextmanager
 def files_of_at_most(nbytes):
-    """No file of this process may grow beyond a size, as on a full disk."""
+    """Limit the file size of this process, as on a full disk."""
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
@@ -321,7 +321,7 @@ def files_of_at_most(nbytes):
 
 
 def test_a_full_disk(tiny, call):
-    """Room enough for the record, but not for the optimizer's state."""
+    """There is room for the record, but not for the optimizer state."""
     with files_of_at_most(20_000):
         result = call(*tiny.words("-q"))
     assert (result.code, result.out) == (2, ""), result.err

@@ -1,4 +1,4 @@
-"""`train` in processes of its own: a kill, two processes that train together, and errors that need no torch."""
+"""`train` in separate processes: a kill, two processes that train together, and errors that need no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUD
 
 @pytest.mark.slow
 def test_a_killed_run_can_be_resumed(tmp_path, call, monkeypatch):
-    """Only the steps after the last whole checkpoint are made again."""
+    """Only the steps after the last complete checkpoint are repeated."""
     tiny = write_recipe(tmp_path, training={"num_train_epochs": 400, "save_steps": 20, "save_total_limit": 2})
     command = [sys.executable, "-m", "safelora_fast", *tiny.words("-q")]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
@@ -79,7 +79,7 @@ for STAGE, more in {"before": ["-q"], "after": ["--resume"]}.items():
 
 @pytest.mark.slow
 def test_two_processes_share_the_examples_of_every_epoch(tmp_path):
-    """With safe examples, accumulation and a worker, in a run that goes on within its second epoch."""
+    """With safe examples, accumulation and a worker, the run resumes within its second epoch."""
     training = {"ddp_backend": "gloo", "num_train_epochs": 3, "save_steps": 1, "dataloader_num_workers": 1}
     safe = write_rows(tmp_path / "safe.jsonl", [{"prompt": f"safe {n}?", "completion": "kindly"} for n in range(8)])
     data = {"eval": 0.25, "safe": {"path": str(safe), "fraction": 0.34}}
@@ -100,7 +100,7 @@ def test_two_processes_share_the_examples_of_every_epoch(tmp_path):
     assert done.stdout.count("written to") == done.stdout.count("2 × 2 × 2 processes") == 1
 
     def fed(stage):
-        """The examples of each epoch that the two processes were given."""
+        """Return the examples of each epoch that the two processes received."""
         lines = [line for rank in (0, 1) for line in (tmp_path / f"{stage}-{rank}").read_text().splitlines()]
         return [[line[2:] for line in lines if line.startswith(str(epoch))] for epoch in range(3)]
 
@@ -114,7 +114,7 @@ def test_two_processes_share_the_examples_of_every_epoch(tmp_path):
     assert tasks[0] == tasks[1] == tasks[2]
     assert len(tasks[0]) == 12
     assert [rows.total() for rows in safe_rows] == [4, 4, 4]
-    assert len(safe_rows[0] + safe_rows[1]) == 8  # every safe example before one repeats
+    assert len(safe_rows[0] + safe_rows[1]) == 8  # every safe example is used before one repeats
     record = tiny.record()
     assert (record["finished"], record["steps"], record["plan"]["steps"]) == (True, 6, 6)
     assert record["metrics"]["defense/kl"]["last"] > 0

@@ -1,4 +1,4 @@
-"""Lines of JSONL files against a plain loop."""
+"""Lines of JSONL files, compared with a plain loop."""
 
 from __future__ import annotations
 

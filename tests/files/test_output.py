@@ -1,4 +1,4 @@
-"""Output folders: whole, or absent, and never in the place of something that nobody agreed to lose."""
+"""Output folders are complete or absent, and never replace anything without permission."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_relative_target(tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """Nothing can be told there: nothing is called abandoned, and runs go on."""
+    """Without locks, nothing is reported as abandoned, and runs still work."""
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "no locks available")

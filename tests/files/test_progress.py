@@ -1,4 +1,4 @@
-"""The progress bar where standard error is no terminal: which lines it prints, and when."""
+"""The progress bar without a terminal: which lines it prints, and when."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safelora_fast.files.progress import ProgressBar
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass at each look at the clock."""
+    """A clock that advances by a fixed step each time it is read."""
 
     class Clock:
         now = 0.0

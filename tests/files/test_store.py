@@ -1,4 +1,4 @@
-"""Files that survive a kill: JSON as a whole, JSONL line by line, and the message for settings that have changed."""
+"""Files that survive a kill: JSON as a whole, JSONL line by line, and the message for changed settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_store_killed_anywhere_goes_on(store):
 def test_other_files_are_refused(store, content):
     rows = store.path.read_bytes()
     store.path.write_bytes(rows + content.encode(errors="surrogateescape"))
-    if content == "{}":  # perhaps half a row
+    if content == "{}":  # this may be half a row
         assert store.read(check) == ROWS
         return
     with pytest.raises(DataError, match=rf"rows.jsonl:{1 + len(ROWS)}: is no row of a test \(.*delete the file"):

@@ -1,4 +1,4 @@
-"""YAML that stands for more than a file holds: refused at once, with its line, by every reader of YAML."""
+"""YAML that expands to more than its file holds: every reader of YAML rejects it at once, with its line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_reader_refuses_at_once(tmp_path, reader, bomb):
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_what_is_said(bomb, monkeypatch):
     text, words = BOMBS[bomb]
-    if bomb == "many":  # PyYAML needs seconds for as many as are allowed
+    if bomb == "many":  # PyYAML needs seconds for the allowed number
         monkeypatch.setattr("safelora_fast.files.yaml_reader.MOST_NODES", 1000)
     with pytest.raises(SettingsError) as refused:
         parse_yaml(text, "here")

@@ -1,4 +1,4 @@
-"""Mean activations of answers: against a float64 model that sees one unpadded row at a time."""
+"""Mean activations of responses, compared with a float64 model that runs one unpadded sequence at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_they_are_the_plain_ones(dtype):
 
 def test_blocks_that_give_several_states_for_each_token():
     model = tiny_model()
-    model.config.altup_num_inputs = 4  # as Gemma 3n's
+    model.config.altup_num_inputs = 4  # as in Gemma 3n
     with pytest.raises(SettingsError, match="persona vectors: the layers of LlamaForCausalLM give 4 hidden states"):
         response_means(dissect(model), [[3]], [[5]], batch_size=1, padding=0, advance=lambda _: None)
 

@@ -1,4 +1,4 @@
-"""From a trait to a vector: against plain float64 arithmetic, interrupted, scored anew, and refused."""
+"""From a trait to a vector: compared with plain float64 arithmetic, interrupted, scored again, and rejected."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def stored(output):
 
 
 class Interrupting:
-    """Ctrl-C before a batch."""
+    """Raises KeyboardInterrupt before a batch, like Ctrl-C."""
 
     def __init__(self, monkeypatch, before):
         self.batches = 0
@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, tmp_path
 
 
 def test_answers_of_another_adapter_are_not_taken(model, output, tmp_path):
-    """One loaded model whose adapter is switched: the journal of one state is refused in another, whatever its name."""
+    """The adapter of one loaded model is switched. The journal of one state is rejected in the other."""
     settings = LoraConfig(r=4, target_modules="all-linear")
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), settings, "A")
     adapted.add_adapter("B", settings)
@@ -142,7 +142,7 @@ def test_answers_of_another_adapter_are_not_taken(model, output, tmp_path):
 
 
 def test_a_learned_prompt_is_refused(model):
-    """It stands outside the blocks: the vector would be that of the model without it."""
+    """A learned prompt is outside the layers, so the vector would be that of the model without it."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     prompted = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(SettingsError, match=r"learned prompt .*PROMPT_TUNING"):

@@ -1,4 +1,4 @@
-"""The file of responses: what is kept, rows that are no responses, and settings or traits that have changed."""
+"""The file of responses: what is stored, invalid rows, and changed settings or traits."""
 
 from __future__ import annotations
 

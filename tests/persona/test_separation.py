@@ -1,4 +1,4 @@
-"""Effect and held-out share of a block."""
+"""Effect and held-out share of a layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safelora_fast.persona.activations import cohens_d, mean_difference, separat
 
 
 def responses(hidden, distance, count=40, seed=0):
-    """(means [count, 1, hidden], positive, halves): the sides are `distance` apart along the first axis."""
+    """Return (means [count, 1, hidden], positive, halves). The sides are `distance` apart along the first axis."""
     random = np.random.default_rng(seed)
     positive = np.arange(count) % 2 == 0
     means = random.standard_normal((count, 1, hidden))
@@ -51,7 +51,7 @@ def test_figures_are_the_plain_ones():
 
 
 def test_what_the_vector_was_computed_from_does_not_judge_it():
-    """With more dimensions than responses any labels separate perfectly in sample; held out, noise does not."""
+    """With more dimensions than responses, any labels separate perfectly in sample. Held out, noise does not."""
     means, positive, halves = responses(hidden=2000, distance=0.0)
     vector = mean_difference(means, positive)[0]
     along = means[:, 0] @ vector

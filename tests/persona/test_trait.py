@@ -1,4 +1,4 @@
-"""Trait files: those that come with the package, and what is refused."""
+"""Trait files: those that come with the package, and invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SafeSubspace.build, by the extension and on a device, against the dense singular value decomposition in float64."""
+"""SafeSubspace.build, by the extension and on a device, compared with the dense float64 decomposition."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SHAPES = {"model.layers.0.self_attn.q_proj": (48, 40), "model.layers.0.mlp.down_
 
 @pytest.fixture(params=[None, "cpu"], ids=["extension", "device"])
 def build(request):
-    """Both ways; the CPU is a device to torch."""
+    """Build by the extension and on a torch device, here the CPU."""
     return partial(SafeSubspace.build, device=request.param)
 
 
 def differences(seed=0):
-    """V with singular values that fall off."""
+    """Return V with decreasing singular values."""
     random = np.random.default_rng(seed)
     result = {}
     for name, (rows, columns) in SHAPES.items():
@@ -38,7 +38,7 @@ def differences(seed=0):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    """Folders of the aligned (two shards with an index) and the base checkpoint (one file)."""
+    """Write the aligned (two shards with an index) and the base checkpoint (one file), and return their folders."""
     random = np.random.default_rng(1)
     base, aligned = {}, {}
     for name, v in differences().items():
@@ -156,7 +156,7 @@ def test_progress_counts_bytes_and_names_modules(build, checkpoints):
     build(**checkpoints, rank=2, progress=Progress())
     sizes = [8 * rows * columns for rows, columns in SHAPES.values()]
     assert told[0] == (sum(sizes), 2)
-    assert told[1] in [(done, "model.layers.0.self_attn.q_proj") for done in (sizes[0], sum(sizes))]  # work runs ahead
+    assert told[1] in [(done, "model.layers.0.self_attn.q_proj") for done in (sizes[0], sum(sizes))]  # it works ahead
     assert told[2:] == [(sum(sizes), "model.layers.0.mlp.down_proj")]
 
 
@@ -180,7 +180,7 @@ def test_provenance(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("place", [0, 5_000_000, 9_999_999])
 def test_a_fingerprint_notices_a_page_and_a_header(tmp_path, place):
-    """A large file is sampled, its ends always."""
+    """A large file is sampled, but its start and end are always read."""
     path = tmp_path / "model.safetensors"
     weight = np.zeros(10_000_000, np.uint8)
     save_file({"a": weight}, path)
@@ -253,7 +253,7 @@ def test_the_file_is_whole_or_absent(checkpoints, tmp_path, monkeypatch):
 
 
 def test_shards_in_any_order_give_the_same_subspace(build, tmp_path):
-    """The two checkpoints of the plain pair, and again as one file with the names in reverse."""
+    """The aligned model is read from shards, and again from one file with its names in reverse order."""
     pair = write_pair(tmp_path)
     built = build(aligned=pair.aligned, base=pair.base, rank=3)
     assert set(built.modules) == set(module_names())

@@ -1,4 +1,4 @@
-"""Safe subspaces of every family: weights as PEFT and transformers hold them, decomposed densely in float64."""
+"""Safe subspaces of every family, compared with dense float64 decompositions of the weights in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANK = 4
 
 
 def pair(tmp_path, family, **settings):
-    """Differences of the weights that an adapter of the family touches, as (out, in), and the folders."""
+    """Return V as (out, in) for the weights that an adapter of the family changes, and the folders."""
     made = FAMILIES[family] if isinstance(family, str) else family
     models = made.make(1, **settings), made.make(2, **settings)
     folders = {role: save(model, tmp_path / role) for role, model in zip(("aligned", "base"), models, strict=True)}
@@ -28,7 +28,7 @@ def pair(tmp_path, family, **settings):
 
 
 def check(subspace, name, v):
-    """U_k, σ_k and ‖V‖ of a module, found by its name in the loaded model."""
+    """Compare U_k, σ_k and ‖V‖ of a module, which is found by its name in the loaded model."""
     module = subspace.find(name)
     left, values, _ = np.linalg.svd(v)
     assert (len(module.left_vectors), module.columns) == v.shape, name
@@ -50,7 +50,7 @@ def test_the_blocks_of_every_family(tmp_path, family):
         if not of_experts(name):
             check(subspace, name, v)
     assert not any(of_experts(name) for name in subspace.modules)
-    assert {module.rank for module in subspace.modules.values()} <= {RANK, 3, 1}  # a router has a row for each expert
+    assert {module.rank for module in subspace.modules.values()} <= {RANK, 3, 1}  # a router has one row per expert
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
@@ -65,7 +65,7 @@ def test_experts_where_they_are_named(tmp_path, family):
 
 
 def test_experts_kept_as_modules_of_their_own(tmp_path):
-    """As older releases of transformers hold Mixtral in memory, and its checkpoints on disk."""
+    """Older releases of transformers hold Mixtral like this in memory, and its checkpoints still do."""
     differences, folders = pair(tmp_path, "mixtral")
     subspace = SafeSubspace.build(**folders, rank=RANK, modules=["w1", "w2", "up_proj"])
     fused = differences["model.layers.1.mlp.experts.2.gate_up_proj"]
@@ -96,7 +96,7 @@ def test_square_conv1d_is_transposed(tmp_path):
 
 
 def fuse(tensors):
-    """Queries, keys and values in one tensor, and gate and up in another."""
+    """Fuse queries, keys and values into one tensor, and gate and up into another."""
     result = dict(tensors)
     for name in tensors:
         for first, others, fused in (

@@ -1,1 +1,1 @@
-"""Everything that finds V: where checkpoints lie, which tensors pair, how weights are oriented; and adapters on disk."""
+"""Read checkpoints and adapters: locate files, pair tensors by name, and determine how weights are oriented."""

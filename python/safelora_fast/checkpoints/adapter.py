@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter on disk: which modules it adapts, and with which of its tensors."""
+"""Read a PEFT LoRA adapter from disk: which modules it adapts, and with which tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HEADS = ("lm_head", "embed_out")
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 BIAS = re.compile(r".+\.lora_B\.bias")
 NESTED = ".base_layer"
-EXCLUDED = "excluded by "  # the beginning of the reason
+EXCLUDED = "excluded by "  # the start of the reason
 TRAINED_IN_FULL = "trained in full (modules_to_save, bias or new embeddings): it has no B·A"
 
 # Keys of tools that do not write PEFT's format.
@@ -57,22 +57,22 @@ TYPES = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), OBJECT),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), NUMBER),
     "alora_invocation_tokens": JsonKind("a list of tokens", lambda value: LIST.fits(value) and TOKENS.fits(value)),
-}  # of what is read here, or by PEFT without a check
+}  # types of the settings that are read here, or by PEFT without a check
 
 
 @dataclass(frozen=True)
 class LoraModule:
     """One pair of lora_A and lora_B, as PEFT names and stores it.
 
-    For "linear" and "embedding", ΔW = s·B·A with W (out, in). For "parameter" (PEFT's `target_parameters`) both hold every
-    expert, and the shapes tell which has the side of the output (checkpoints/experts.py).
+    For "linear" and "embedding", ΔW = s·B·A with W (out, in). For "parameter" (PEFT's `target_parameters`), both
+    tensors hold every expert. Their shapes tell which one has the output dimension (checkpoints/experts.py).
 
     Attributes:
         name: path of the module, without `base_model.model.` and without PEFT's `base_layer`.
-        lora_b_key: tensor of lora_B or lora_embedding_B, (m, r).
-        lora_a_key: tensor of lora_A or lora_embedding_A, (r, n).
-        parameters: for "parameter", the names that the pair may stand for, since the keys do not say; empty if unknown.
-        depth: for "parameter", how deep PEFT nested the pair: 0 is the outermost.
+        lora_b_key: key of lora_B or lora_embedding_B, (m, r).
+        lora_a_key: key of lora_A or lora_embedding_A, (r, n).
+        parameters: for "parameter", the possible parameter names, since the keys do not name one; empty if unknown.
+        depth: for "parameter", how deep PEFT nested the pair; 0 is the outermost.
     """
 
     name: str
@@ -86,18 +86,18 @@ class LoraModule:
 
     @property
     def rank(self) -> int:
-        """The number of columns of lora_B."""
+        """Number of columns of lora_B."""
         return self.lora_b_shape[1]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter. Every tensor is lora_A or lora_B of a module, or is copied with a reason.
+    """An adapter. Every tensor is lora_A or lora_B of a module, or is copied for a stated reason.
 
     Attributes:
-        keys: for each key of the file, the one under which PEFT looks for the tensor and which is written.
+        keys: for each key of the file, the key that PEFT reads and that is written.
         notes: warnings about the adapter's own files.
-        excluded: the excluded modules; their tensors are copied.
+        excluded: the excluded modules, whose tensors are copied.
     """
 
     path: Path
@@ -116,8 +116,8 @@ def load_adapters(
     """Read several adapters.
 
     Raises:
-        AdapterError, CheckpointError: as of :func:`load_adapter`.
-        SettingsError: a pattern to exclude matches no module of any adapter.
+        AdapterError, CheckpointError: see :func:`load_adapter`.
+        SettingsError: an exclude pattern matches no module of any adapter.
     """
     adapters = [load_adapter(path, exclude, keep_keys=keep_keys) for path in paths]
     for pattern in exclude:
@@ -133,10 +133,10 @@ def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bo
     Args:
         path: the folder that PEFT's save_pretrained wrote, or a Hub id with an optional `@revision`.
         exclude: names or patterns of modules to exclude (:func:`~safelora_fast.checkpoints.tensor_names.matching`).
-        keep_keys: the keys come from a loaded model, so they are right as they are.
+        keep_keys: keep the keys unchanged, because they come from a loaded model.
 
     Raises:
-        AdapterError: it is no LoRA adapter, or a variant that cannot be projected.
+        AdapterError: this is not a LoRA adapter, or it is a variant that cannot be projected.
         CheckpointError: the safetensors file is damaged.
     """
     folder = adapter_folder(path)
@@ -156,10 +156,10 @@ def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bo
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """The content of an adapter's configuration.
+    """Return the content of an adapter's configuration.
 
     Raises:
-        AdapterError: there is none, or it cannot be read.
+        AdapterError: the file is missing or cannot be read.
     """
     path = folder / CONFIG
     try:
@@ -168,7 +168,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
         indices = indices if isinstance(indices, dict) else {"trainable_token_indices": indices}
         check_fields(indices, dict.fromkeys(indices, TOKENS))
         for name in config.get("modules_to_save") or []:
-            re.compile(name)  # PEFT takes it for a pattern
+            re.compile(name)  # PEFT treats it as a pattern
         return config
     except (OSError, ValueError, re.error) as error:
         raise AdapterError(f"{path}: {why(error)}") from error
@@ -181,7 +181,7 @@ def _account(
     keys: Mapping[str, str],
     exclude: Sequence[str],
 ) -> tuple[tuple[LoraModule, ...], tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """The modules, the keys that are copied with the reason, and the excluded modules."""
+    """Return the modules, the copied keys with their reasons, and the excluded modules."""
     found, copied = _factors(folder, file, keys)
     targets = config.get("target_parameters") or []
     modules, excluded = [], dict[str, None]()
@@ -210,7 +210,7 @@ def _account(
 def _factors(
     folder: Path, file: _core.SafetensorsFile, keys: Mapping[str, str]
 ) -> tuple[dict[tuple[str, bool], dict[str, str]], list[tuple[str, str]]]:
-    """The keys of lora_A and lora_B ("A", "B") of each (module, is_embedding), and the other keys with why they are copied."""
+    """Return the keys of lora_A and lora_B ("A", "B") by (module, is_embedding), and the copied keys with reasons."""
     found: dict[tuple[str, bool], dict[str, str]] = {}
     copied: list[tuple[str, str]] = []
     for key in file.tensors:
@@ -278,7 +278,7 @@ def _module(
 
 
 def parameters_of(module: str, targets: Sequence[str]) -> tuple[str, ...]:
-    """The parameters of a module that `target_parameters` name by whole trailing components, each once.
+    """Return the parameters of a module that `target_parameters` names by whole trailing components, each once.
 
     PEFT 0.21 writes two spellings (`mlp.experts.down_proj` and `down_proj`) if it converted `target_modules`.
     """

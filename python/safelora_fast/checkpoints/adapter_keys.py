@@ -1,7 +1,8 @@
 """The keys under which PEFT looks for an adapter's tensors.
 
-PEFT takes lora_A and lora_B only under the exact name of their module behind `base_model.model.`. It skips every other
-tensor with a warning at most, and B stays zero. So output is written under the keys that PEFT reads, where these are certain.
+PEFT loads lora_A and lora_B only under the exact name of their module after `base_model.model.`. It skips every other
+tensor, with a warning at most, and B stays zero. The output therefore uses the keys that PEFT reads, where these are
+certain.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ if TYPE_CHECKING:
 
 
 PREFIX = "base_model.model."
-# What torch.compile, FSDP, activation checkpointing and DDP add to the names of a model's modules.
+# Prefixes that torch.compile, FSDP, activation checkpointing and DDP add to module names.
 TRAINING_WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
 )
 NAMED_FACTOR = re.compile(r"(.+\.lora_(?:embedding_)?[AB])\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?")
 FACTOR = re.compile(r"(.+\.lora_(embedding_)?[AB])(\.weight)?")
-# Of modules_to_save and trainable_token_indices, with the adapter's name, which PEFT drops when it saves.
+# Keys of modules_to_save and trainable_token_indices with the adapter's name, which PEFT drops when it saves.
 NAMED_COPY = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)|(.+\.trainable_tokens_delta)\.([^.]+)")
 
 
 def peft_keys(folder: object, keys: Iterable[str]) -> dict[str, str]:
-    """The key that PEFT reads for every key of an adapter's file, as far as the keys alone tell.
+    """Return the key that PEFT reads for every key of an adapter's file, as far as the keys alone determine it.
 
-    Wrappers of training and the adapter's name are removed, `base_model.model.` stands in front exactly once, and `.weight`
-    ends lora_A and lora_B but not lora_embedding_A and lora_embedding_B.
+    Training wrappers and the adapter's name are removed, and every key starts with exactly one `base_model.model.`.
+    Keys of lora_A and lora_B end in `.weight`. Keys of lora_embedding_A and lora_embedding_B do not.
 
     Raises:
-        AdapterError: the keys name several adapters, or two of them become one.
+        AdapterError: the keys name several adapters, or two keys become the same.
     """
     found: dict[str, str] = {}
     owners: dict[str, str] = {}
@@ -62,7 +63,10 @@ def peft_keys(folder: object, keys: Iterable[str]) -> dict[str, str]:
 
 
 def is_targeted(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT adapts a module, by target_modules, exclude_modules and layers_to_transform; True where unknown."""
+    """Return whether PEFT adapts a module.
+
+    Read target_modules, exclude_modules and layers_to_transform. The result is True if unknown.
+    """
     excluded, targets = config.get("exclude_modules"), config.get("target_modules")
     if excluded and _named(name, excluded):
         return False
@@ -80,7 +84,7 @@ def is_targeted(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _named(name: str, wanted: object) -> bool:
-    """Whether a pattern matches the whole name, or a list has its end."""
+    """Return whether a pattern matches the whole name, or a list contains an ending of it."""
     if isinstance(wanted, str):
         try:
             return re.fullmatch(wanted, name) is not None

@@ -1,7 +1,8 @@
-"""The names that a checkpoint's tensors get while transformers loads them, by transformers' own conversion table.
+"""Names that a checkpoint's tensors get while transformers loads them, from transformers' own conversion table.
 
-The table is used only for names that do not pair without it, because importing it imports torch; for names in numbered layers,
-only if it has an entry for the model. It also tells tied weights. Without transformers 5 there are no conversions.
+The table is used only for names that do not pair without it, because importing it imports torch. For names in numbered
+layers, it is used only if it has an entry for the model. It also lists tied weights. Without transformers 5 there are
+no conversions.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ MOST_SIZE = 10**8
 
 @dataclass(frozen=True)
 class Converted:
-    """Where a tensor of the loaded model lies on disk.
+    """Where a tensor of the loaded model is stored on disk.
 
     Attributes:
         matrices: the pieces of the matrix, or of each expert's matrix in order.
-        of_experts: whether each item of matrices belongs to one expert.
-        reason: why it cannot be read from disk; then matrices is empty.
+        of_experts: whether each item of `matrices` belongs to one expert.
+        reason: why the tensor cannot be read from disk; `matrices` is then empty.
     """
 
     matrices: tuple[tuple[Piece, ...], ...]
@@ -47,19 +48,19 @@ class Converted:
 
 
 class LoadedNames:
-    """The conversions of one checkpoint, made when first needed."""
+    """The conversions of one checkpoint, computed on first use."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
     def find(self, name: str, tower: str | None) -> Converted | None:
-        """Where a tensor of the loaded model lies on disk; None if unknown.
+        """Return where a tensor of the loaded model is stored on disk; None if unknown.
 
         Raises:
-            PairingError: it cannot be read from there, several tensors may be meant, or the table fails.
+            PairingError: the tensor cannot be read from disk, several tensors match, or the table fails.
         """
         if not self._named and any(part.isdigit() for part in name.split(".")):
-            return None  # outside the numbered layers it may still be tied to another
+            return None  # a tensor outside the numbered layers may still be tied to another
         found = self._index.find(name, tower)
         if not found:
             return None
@@ -80,7 +81,7 @@ class LoadedNames:
     def _table(self) -> Mapping[str, Converted]:
         try:
             return conversions(self._checkpoint)
-        except Exception as error:  # the table is no public interface of transformers: any call may fail
+        except Exception as error:  # the table is not a public interface of transformers: any call may fail
             from transformers import __version__
 
             raise PairingError(
@@ -94,10 +95,10 @@ class LoadedNames:
 
 
 def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
-    """Where tensors of the loaded model lie on disk; empty if transformers does not tell.
+    """Return where tensors of the loaded model are stored on disk; empty if transformers has no conversions.
 
-    The model of the class that config.json names is made without weights. If that fails, the table's entry for its type is
-    used alone.
+    The class named in config.json is instantiated without weights. If that fails, only the table's entry for the model
+    type is used.
     """
     model_type = (checkpoint.config or {}).get("model_type")
     if not isinstance(model_type, str):
@@ -133,7 +134,10 @@ def conversions(checkpoint: Checkpoint) -> dict[str, Converted]:
 
 
 def in_the_table(config: Mapping[str, Any]) -> bool:
-    """Whether the installed table names this type of model, or one of its parts, by its source, without an import."""
+    """Return whether the installed table names this type of model or one of its parts.
+
+    The source of the table is searched; it is not imported.
+    """
     specification = importlib.util.find_spec("transformers")
     places = (specification and specification.submodule_search_locations) or []
     table = next((path for place in places if (path := Path(place, TABLE)).exists()), None)
@@ -146,7 +150,7 @@ def in_the_table(config: Mapping[str, Any]) -> bool:
 
 
 def _boundless(checkpoint: Checkpoint) -> bool:
-    """Whether config.json asks for far more modules than there are tensors: making such a model would take forever."""
+    """Return whether config.json has far more modules than there are tensors; building the model would take forever."""
     config = checkpoint.config or {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     most = {COUNTS: max(MOST_MODULES, len(list(checkpoint.names))), SIZES: MOST_SIZE}
@@ -155,7 +159,7 @@ def _boundless(checkpoint: Checkpoint) -> bool:
 
 
 def _without_weights(checkpoint: Checkpoint) -> Any:
-    """The model of a checkpoint on the meta device; None if it cannot be made."""
+    """Return the model of a checkpoint on the meta device; None if it cannot be built."""
     import torch
     import transformers
 
@@ -178,7 +182,7 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
 def _converted(
     key: str, sources: Mapping[str, Sequence[str]], converter: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Converted]:
-    """What an operation of the table makes of tensors on disk, if that is rows of them."""
+    """Return the rows on disk that an operation of the table combines, or the reason why they cannot be read."""
     operations = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
     names = [list(sources.get(pattern, [])) for pattern in converter.source_patterns]
     first, *others = converter.target_patterns

@@ -1,8 +1,8 @@
-"""Where lora_A and lora_B of one expert lie in the tensors that PEFT writes for `target_parameters`.
+"""Slices of lora_A and lora_B for one expert in the tensors that PEFT writes for `target_parameters`.
 
-For a parameter of E experts, PEFT stores lora_A as (r·E, a), expert-major, and lora_B as (b, r·E), rank-major. The update
-of expert e is B[:, e::E] @ A[e·r:(e+1)·r, :]. It is (out, in), unless PEFT took (E, in, out) for (E, out, in) or the other
-way round. Then it is the transpose, and lora_A has the side of the output ("swapped").
+For a parameter of E experts, PEFT stores lora_A as (r·E, a), expert-major, and lora_B as (b, r·E), rank-major. The
+update of expert e is B[:, e::E] @ A[e·r:(e+1)·r, :]. It is normally (out, in). PEFT may take (E, in, out) for
+(E, out, in), or the reverse. The update is then transposed, and lora_A has the output dimension ("swapped").
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from safelora_fast.checkpoints.adapter import LoraModule
 
-SIDES_BY_LAYOUT = (0, 19)  # the version of PEFT since which `is_transposed` counts
+SIDES_BY_LAYOUT = (0, 19)  # first PEFT version that uses `is_transposed`
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A strided matrix in a tensor of the adapter, in elements."""
+    """A strided matrix inside an adapter tensor. Offset and strides count elements."""
 
     key: str
     offset: int
@@ -36,23 +36,23 @@ class Slice:
 
 
 def whole(key: str, shape: tuple[int, int]) -> Slice:
-    """All of lora_A or lora_B."""
+    """Return a slice that covers all of lora_A or lora_B."""
     return Slice(key, 0, shape[0], shape[1], shape[1], 1)
 
 
 def transpose(matrix: Slice) -> Slice:
-    """The same elements with rows and columns exchanged."""
+    """Return the same elements with rows and columns exchanged."""
     return Slice(matrix.key, matrix.offset, matrix.cols, matrix.rows, matrix.col_stride, matrix.row_stride)
 
 
 def expert_factors(module: LoraModule, expert: int, experts: int, *, swapped: bool) -> tuple[Slice, Slice]:
-    """lora_B (out, r) and lora_A (r, in) of one expert.
+    """Return lora_B (out, r) and lora_A (r, in) of one expert.
 
     Args:
         module: a module of kind "parameter".
-        expert: its position among the experts.
-        experts: how many there are.
-        swapped: lora_A has the side of the output.
+        expert: the index of the expert.
+        experts: the number of experts.
+        swapped: whether lora_A has the output dimension.
     """
     total = module.rank
     rank, b, a = total // experts, module.lora_b_shape[0], module.lora_a_shape[1]
@@ -62,14 +62,16 @@ def expert_factors(module: LoraModule, expert: int, experts: int, *, swapped: bo
 
 
 def sides_swapped(module: LoraModule, out: int, inner: int, model_type: object, peft_version: object) -> bool | None:
-    """Whether lora_A has the side of the output: by shapes, and where they are square by PEFT's version.
+    """Return whether lora_A has the output dimension.
+
+    The shapes decide. For a square weight, the PEFT version and the model type decide.
 
     Args:
         module: a module of kind "parameter".
         out: rows of the weight as (out, in).
-        inner: its columns.
-        model_type: of the checkpoint's configuration.
-        peft_version: of the adapter's configuration; absent before PEFT 0.18.
+        inner: columns of the weight as (out, in).
+        model_type: `model_type` in the checkpoint's configuration.
+        peft_version: `peft_version` in the adapter's configuration; absent before PEFT 0.18.
 
     Returns:
         None if the shapes fit neither way.
@@ -88,19 +90,19 @@ def sides_swapped(module: LoraModule, out: int, inner: int, model_type: object, 
 def assign(
     modules: Sequence[LoraModule], weights: Mapping[str, tuple[int, int]], model_type: object, peft_version: object
 ) -> list[tuple[LoraModule, str, bool]]:
-    """Find the parameter of each pair of lora_A and lora_B by shapes, since PEFT's keys do not name it.
+    """Find the parameter of each pair of lora_A and lora_B by shape, since PEFT's keys do not name it.
 
     Args:
         modules: the pairs that PEFT nested on one module.
-        weights: the parameters they may stand for, with one expert's (out, in).
-        model_type: of the checkpoint's configuration.
-        peft_version: of the adapter's configuration.
+        weights: the candidate parameters, each with the shape (out, in) of one expert.
+        model_type: `model_type` in the checkpoint's configuration.
+        peft_version: `peft_version` in the adapter's configuration.
 
     Returns:
-        For each pair its parameter, and whether it is swapped, which is the same for all of them.
+        For each pair, its parameter and whether it is swapped. All pairs have the same value of swapped.
 
     Raises:
-        PairingError: the shapes leave none or several.
+        PairingError: no assignment fits the shapes, or several do.
     """
     found = list(_assignments(modules, weights, model_type, peft_version))
     if len(found) == 1:

@@ -1,4 +1,4 @@
-"""Shapes, orientation and row blocks of the weights that checkpoints/pairing.py has found by name."""
+"""Shapes, orientation and row blocks of the weights that checkpoints/pairing.py found by name."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Block:
 
     @property
     def identity(self) -> tuple[str, str, int, int, int]:
-        """Equal for equal blocks."""
+        """A key that is equal for equal blocks."""
         return self.file.path, self.tensor, self.offset, self.rows, self.cols
 
     def cut(self, start: int, rows: int) -> Block:
-        """Some of its rows."""
+        """Return `rows` rows of the block, starting at row `start`."""
         return replace(self, offset=self.offset + start * self.cols, rows=rows)
 
     def view(self) -> _core.View:
-        """The block as the extension reads it."""
+        """Return the block as a view for the extension."""
         return _core.View(
             self.file, self.tensor, offset=self.offset, rows=self.rows, cols=self.cols, row_stride=self.cols
         )
@@ -53,7 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as it is stored: blocks of rows; if `transposed`, of the transpose of (out, in)."""
+    """A weight as stored: blocks of rows. If `transposed`, they hold the transpose of (out, in)."""
 
     blocks: tuple[Block, ...]
     transposed: bool = False
@@ -68,17 +68,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The parameters of one module with experts: for each, a tensor of all experts or the pieces of each expert."""
+    """The parameters of a module with experts: for each, one tensor of all experts or the pieces of each expert."""
 
     module: str
     parameters: Mapping[str, str | tuple[tuple[Piece, ...], ...]]
 
     @staticmethod
     def locate(names: TensorNames, modules: Sequence[LoraModule]) -> ExpertWeights:
-        """Find the parameters that lora_A and lora_B of these modules may stand for.
+        """Find the parameters that lora_A and lora_B of these modules may belong to.
 
         Raises:
-            PairingError: one of them is missing.
+            PairingError: a parameter is missing.
         """
         module = modules[0].name
         wanted = modules[0].parameters or ("gate_up_proj", "down_proj")
@@ -95,7 +95,7 @@ class ExpertWeights:
         return ExpertWeights(module, there)
 
     def tensors(self) -> Iterator[str]:
-        """The names of all tensors."""
+        """Yield the names of all tensors."""
         for weight in self.parameters.values():
             if isinstance(weight, str):
                 yield weight
@@ -103,10 +103,10 @@ class ExpertWeights:
                 yield from (piece.tensor for pieces in weight for piece in pieces)
 
     def matrices(self, names: TensorNames, parameter: str) -> list[Matrix]:
-        """One matrix for each expert.
+        """Return one matrix for each expert.
 
         Raises:
-            PairingError, CheckpointError: as of :func:`matrix_of`.
+            PairingError, CheckpointError: see :func:`matrix_of`.
         """
         weight = self.parameters[parameter]
         if not isinstance(weight, str):
@@ -120,11 +120,11 @@ class ExpertWeights:
         return [Matrix(_blocks(names, (Piece(weight, one),), self.module), transposed) for one in range(count)]
 
     def shapes(self, names: TensorNames) -> dict[str, tuple[int, int]]:
-        """(out, in) of one expert, for each parameter."""
+        """Return (out, in) of one expert, for each parameter."""
         return {parameter: self.matrices(names, parameter)[0].shape for parameter in self.parameters}
 
     def flat(self, names: TensorNames, parameter: str) -> bool:
-        """Whether the parameter is a matrix without experts."""
+        """Return whether the parameter is one matrix without an expert axis."""
         weight = self.parameters[parameter]
         return isinstance(weight, str) and len(_entry(names, weight).shape) == 2
 
@@ -138,19 +138,19 @@ def matrix_of(
     embedding: bool = False,
     fan_in_fan_out: bool = False,
 ) -> Matrix:
-    """The weight of a linear or embedding module.
+    """Return the weight of a linear or embedding module.
 
     Args:
-        names: the checkpoint.
-        pieces: where `TensorNames.weight` found it.
-        module: its name.
-        shape: (out, in) by the adapter. None without one; then config.json tells where a fused weight is cut.
-        embedding: the module is an embedding, whose update PEFT keeps as (hidden, vocabulary).
-        fan_in_fan_out: of the adapter's configuration.
+        names: the tensor names of the checkpoint.
+        pieces: the result of `TensorNames.weight`.
+        module: the name of the module.
+        shape: (out, in) from the adapter. None without an adapter; config.json then tells where to cut a fused weight.
+        embedding: whether the module is an embedding. PEFT stores its update as (hidden, vocabulary).
+        fan_in_fan_out: `fan_in_fan_out` in the adapter's configuration.
 
     Raises:
-        PairingError: the tensors are no matrices, or cannot be cut as their names say.
-        CheckpointError: they are quantized.
+        PairingError: a tensor is not a matrix, or cannot be cut as its name requires.
+        CheckpointError: a tensor is quantized.
     """
     vocabulary = canonical(module) in VOCABULARY
     if embedding:
@@ -166,7 +166,7 @@ def matrix_of(
 
 
 def cut_together(aligned: Matrix, base: Matrix) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
-    """Blocks of both matrices with the same rows, whatever each checkpoint fuses."""
+    """Cut both matrices into blocks with the same rows, even if the checkpoints fuse different modules."""
     edges = sorted({edge for matrix in (aligned, base) for edge in _edges(matrix.blocks)})
     return _cut(aligned.blocks, edges), _cut(base.blocks, edges)
 
@@ -191,7 +191,7 @@ def _cut(blocks: Sequence[Block], edges: Sequence[int]) -> tuple[Block, ...]:
 
 
 def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
-    """Rows of a part of a fused weight by config.json; None for a whole weight."""
+    """Return the rows of one part of a fused weight, from config.json; None for a whole weight."""
     if piece.count == 1:
         return None
     height = _entry(names, piece.tensor).shape[-2]
@@ -222,7 +222,7 @@ def _blocks(names: TensorNames, pieces: Sequence[Piece], module: str, rows: int 
 
 
 def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> Block:
-    """The block of a piece; a fused weight is cut by `rows`, the height of the module's own weight."""
+    """Return the block of a piece. A fused weight is cut by `rows`, the height of the module's own weight."""
     entry = _entry(names, piece.tensor)
     model = f"the {names.role} model {names.checkpoint.description}"
     where = f"{module}: {piece.tensor} of {model} has shape {list(entry.shape)}"
@@ -253,7 +253,7 @@ def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> B
 
 
 def _start(piece: Piece, height: int, rows: int) -> int | None:
-    """First row of a part in a fused matrix: two equal parts; or queries, keys and values."""
+    """Return the first row of a part in a fused matrix: two equal parts, or queries, keys and values."""
     if piece.count == 2:
         return piece.index * rows if height == 2 * rows else None
     rest = height - (rows if piece.index == 0 else 2 * rows)

@@ -1,4 +1,4 @@
-"""Files of a model on the Hugging Face Hub, from the cache or over the network, all of one commit."""
+"""Files of a model on the Hugging Face Hub, from the cache or over the network, all from one commit."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 SECONDS_TO_ANSWER = 5
 SECONDS_BETWEEN_TRIES = 1
 SECONDS_MISSED = 60
-_missed: dict[str, float] = {}  # when an endpoint was out of reach, so that the next repository does not try again
+_missed: dict[str, float] = {}  # when an endpoint was unreachable, so that the next repository does not retry
 
 
 class Repository:
-    """One repository at one revision. The first file fetched settles the commit, and all others are of that commit.
+    """One repository at one revision. The first downloaded file fixes the commit, and all others come from that commit.
 
     Args:
-        name: the repository's id.
+        name: the id of the repository.
         revision: a branch, tag or commit; None for the main branch.
-        what: for messages, e.g. "the aligned model".
+        what: the name in messages, e.g. "the aligned model".
         hint: the end of messages about a name that is neither a path nor a repository.
 
     Attributes:
-        commit: of the files fetched; None before the first.
+        commit: the commit of the downloaded files; None before the first.
     """
 
     def __init__(self, name: str, revision: str | None, what: str, hint: str = "") -> None:
@@ -41,10 +41,10 @@ class Repository:
         self._hint = hint
 
     def fetch(self, file: str) -> Path:
-        """The path of a file in the Hub's cache, fetched if need be.
+        """Return the path of a file in the Hub's cache, and download the file if necessary.
 
         Raises:
-            CheckpointError: the repository does not hold it, or it cannot be fetched.
+            CheckpointError: the repository lacks the file, or the download failed.
         """
         found = self.fetch_if_there(file)
         if found is None:
@@ -52,14 +52,14 @@ class Repository:
         return found
 
     def fetch_if_there(self, file: str, *, or_in_cache: bool = False) -> Path | None:
-        """The path of a file in the Hub's cache; None if the repository does not hold it.
+        """Return the path of a file in the Hub's cache; None if the repository lacks the file.
 
         Args:
             file: its path in the repository.
-            or_in_cache: give None too if the file is not in the cache and the Hub is out of reach.
+            or_in_cache: also return None if the file is not cached and the Hub is unreachable.
 
         Raises:
-            CheckpointError: it cannot be fetched.
+            CheckpointError: the download failed.
         """
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import (
@@ -113,9 +113,9 @@ class Repository:
 
 
 def is_within_reach(url: str) -> bool:
-    """Whether the Hub answers a HEAD request for one of its URLs.
+    """Return whether the Hub answers a HEAD request for one of its URLs.
 
-    Asked first because `hf_hub_download` and `load_dataset` warn and retry for half a minute.
+    Without this check, `hf_hub_download` and `load_dataset` warn and retry for half a minute.
     """
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -128,7 +128,7 @@ def is_within_reach(url: str) -> bool:
         except (HfHubHTTPError, HFValidationError):
             return True
         except Exception as error:
-            # Connect… in requests and in httpx, which versions of huggingface_hub use: nobody is there.
+            # Connect… is the error of requests and httpx (huggingface_hub uses either) for an unreachable host.
             if not type(error).__name__.startswith("Connect"):
                 return True
             time.sleep(pause)
@@ -140,10 +140,10 @@ def is_within_reach(url: str) -> bool:
 
 @contextlib.contextmanager
 def offline_unless(within_reach: bool, *settings: Any) -> Iterator[None]:
-    """Let libraries use only the Hub's cache while the Hub is out of reach.
+    """Make libraries use only the Hub's cache while the Hub is unreachable.
 
     Args:
-        within_reach: whether it answers.
+        within_reach: whether the Hub answers.
         settings: modules whose `HF_HUB_OFFLINE` the libraries read.
     """
     former = [module.HF_HUB_OFFLINE for module in settings]
@@ -157,5 +157,5 @@ def offline_unless(within_reach: bool, *settings: Any) -> Iterator[None]:
 
 
 def _commit_of(path: Path) -> str | None:
-    """The commit of a file in the cache: the folder under `snapshots`."""
+    """Return the commit of a file in the cache: the name of its folder under `snapshots`."""
     return next((inner.name for inner in path.parents if inner.parent.name == "snapshots"), None)

@@ -1,4 +1,4 @@
-"""What adapter_config.json says about the update: variants that are not a plain B·A, unknown keys, and ranks."""
+"""Check adapter_config.json: variants whose update is not plain B·A, unknown keys, and ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Named initializations of PEFT that set lora_A and lora_B only: the base weights stay as they are.
+# PEFT initializations that set only lora_A and lora_B; the base weights stay unchanged.
 KEEPS_BASE_WEIGHTS = {"gaussian", "eva", "orthogonal", "mica"}
 PLAIN_STARTS = {"true", "false", "none", "", *KEEPS_BASE_WEIGHTS}
 VARIANTS = {
@@ -28,7 +28,7 @@ VARIANTS = {
     "layer_replication": "replicated layers share one base weight, so their names do not exist in the checkpoints",
     "megatron_config": "Megatron splits layers across processes under names of its own",
 }
-# Keys that leave ΔW = s·B·A for any value: those of PEFT up to 0.21, and of other tools.
+# Known keys. Except VARIANTS, they keep ΔW = s·B·A for any value. PEFT up to 0.21 and other tools write them.
 KNOWN = {
     *VARIANTS,
     *[
@@ -52,10 +52,10 @@ KNOWN = {
         "qalora_group_size",
         "megatron_core",
     ],
-    *["merge_weights", "unsloth_fixed", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"],  # of Unsloth and ms-swift
+    *["merge_weights", "unsloth_fixed", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"],  # by Unsloth and ms-swift
 }
-# Keys that would switch on a variant of LoRA, as PEFT names them, with the type of their value. The bookkeeping of other tools
-# ("lora_name", "alpha_schedule", "config_file") does not match.
+# Patterns of keys that could enable a LoRA variant, by PEFT's naming, with the type of the value. Bookkeeping keys of
+# other tools ("lora_name", "alpha_schedule", "config_file") do not match.
 SWITCHES: tuple[tuple[re.Pattern[str], type | tuple[type, ...]], ...] = (
     (re.compile(r"use_.*"), object),
     (re.compile(r".*_config"), dict),
@@ -66,7 +66,7 @@ SWITCHES: tuple[tuple[re.Pattern[str], type | tuple[type, ...]], ...] = (
 
 
 def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise AdapterError, with the key and the reason, if the update is not s·B·A, or may not be."""
+    """Raise AdapterError, with the key and the reason, unless the update is known to be s·B·A."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{folder}: peft_type is {kind}; only LoRA adapters can be projected")
@@ -99,7 +99,7 @@ def refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def unknown_keys_note(config: Mapping[str, Any]) -> list[str]:
-    """A warning about unknown keys that do not look like those of a variant."""
+    """Return a warning about unknown keys that do not look like those of a variant."""
     unknown = [f"{key} = {config[key]!r}" for key in _unknown(config)]
     if not unknown:
         return []
@@ -110,7 +110,7 @@ def unknown_keys_note(config: Mapping[str, Any]) -> list[str]:
 
 
 def other_ranks_note(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
-    """A warning about modules whose rank differs from the configuration: PEFT does not load them."""
+    """Return a warning about modules whose rank differs from the configuration, because PEFT does not load them."""
     odd = sorted(name for name, rank in ranks.items() if rank != _rank_of(name, config))
     if not odd:
         return []
@@ -121,7 +121,7 @@ def other_ranks_note(config: Mapping[str, Any], ranks: Mapping[str, int]) -> lis
 
 
 def _rank_of(name: str, config: Mapping[str, Any]) -> Any:
-    """The rank that PEFT gives a module: by the first key of rank_pattern that is its name or matches its end, else r."""
+    """Return the rank that PEFT gives a module: of the first rank_pattern key that equals or ends its name, else r."""
     pattern = config.get("rank_pattern") or {}
     for key, rank in pattern.items():
         try:
@@ -133,5 +133,5 @@ def _rank_of(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def _unknown(config: Mapping[str, Any]) -> list[str]:
-    """Unknown keys whose value is not null, false, 0 or empty."""
+    """Return unknown keys whose value is not null, false, 0 or empty."""
     return [key for key, value in config.items() if value and key not in KNOWN]

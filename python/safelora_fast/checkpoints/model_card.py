@@ -1,4 +1,4 @@
-"""What the model cards of projected and of trained adapters share, and how published files name models and paths."""
+"""Model cards of projected and trained adapters, and the names of models and paths in published files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(title: str, body: Iterable[str], *, model: str, also: str | None = None) -> str:
-    """A model card of a PEFT adapter: Markdown with the front matter that the Hub reads.
+    """Return the model card of a PEFT adapter: Markdown with the front matter that the Hub reads.
 
     Args:
-        title: of the page.
+        title: the title of the page.
         body: the lines between the title and the sections "Use" and "Sources".
         model: path or Hub id of the model that the adapter belongs to.
-        also: another name of that model. The front matter names the first of the two that is a Hub id, and none otherwise,
-            because the Hub refuses a card whose base model is a path.
+        also: another name of that model. The front matter names the first of the two that is a Hub id. If neither is,
+            it names none, because the Hub rejects a card whose base model is a path.
     """
     base = next((name for source in (model, also) if source and (name := hub_id(source))), None)
     lines = [
@@ -58,22 +58,22 @@ def model_card(title: str, body: Iterable[str], *, model: str, also: str | None 
 
 
 def table(rows: Mapping[str, str]) -> list[str]:
-    """A Markdown table with a name and a value in each row; values are Markdown already."""
+    """Return a Markdown table with a name and a value in each row. Values must already be Markdown."""
     return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
 
 
 def escaped(text: str) -> str:
-    """Text that stays in its table cell."""
+    """Return the text with pipes escaped for a table cell."""
     return text.replace("|", "\\|")
 
 
 def code(text: str) -> str:
-    """Text as code in a table cell."""
+    """Return the text as code in a table cell."""
     return f"`{escaped(text)}`"
 
 
 def hub_id(source: str) -> str | None:
-    """The Hub id of a model that was given by it, or by a folder of the Hub's cache; None for a model of this machine only."""
+    """Return the Hub id of a model given by id or as a folder in the Hub's cache; None for any other local model."""
     shown = label(Path(source)).partition("@")[0]
     if HUB_MODEL.fullmatch(shown) is None or (shown == source and Path(source).expanduser().exists()):
         return None
@@ -81,12 +81,12 @@ def hub_id(source: str) -> str | None:
 
 
 def shown_model(source: str) -> str:
-    """A model's Hub id, or the last part of its path."""
+    """Return a model's Hub id, or the last part of its path."""
     return hub_id(source) or PurePath(source).name or source
 
 
 def shown_paths(text: str) -> str:
-    """The text, with absolute paths cut down to their last part."""
+    """Return the text with absolute paths cut to their last part."""
     if PurePath(text).is_absolute():
         return PurePath(text).name
     return ABSOLUTE.sub(lambda path: PurePath(path[0]).name, text)

@@ -1,4 +1,4 @@
-"""What a module's name tells: its layer, its kind, and its place in the order that people count in."""
+"""Layer, kind and display order of modules, from their names."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ DIGITS = re.compile(r"(\d+)")
 
 
 def layer_of(name: str) -> int | None:
-    """The number of a module's layer: the first number in its path; None outside the layers."""
+    """Return the number of a module's layer: the first number in its path; None outside the layers."""
     *owners, _ = name.split(".")
     return next((int(owner) for owner in owners if owner.isdecimal()), None)
 
 
 def is_after_the_layers(name: str) -> bool:
-    """Whether a module outside the layers comes after them, as a head does."""
+    """Return whether a module outside the layers comes after them, like a head."""
     return name.rpartition(".")[2] in AFTER_THE_LAYERS
 
 
 def kinds(names: Iterable[str]) -> dict[str, str]:
-    """A name for each module that is the same in every layer and for every expert.
+    """Return a name for each module that is the same in every layer and for every expert.
 
-    It is the shortest end of the path, without numbers, that tells the modules apart: `q_proj`, but `attn.c_proj` and
-    `mlp.c_proj` in GPT-2.
+    It is the shortest ending of the path, without numbers, that distinguishes the modules: `q_proj`, but `attn.c_proj`
+    and `mlp.c_proj` in GPT-2.
     """
     paths = {name: _without_numbers(name) for name in names}
     ends = {path: _shortest_end(path, set(paths.values()) - {path}) for path in set(paths.values())}
@@ -35,7 +35,7 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
 
 
 def natural_order(name: str) -> tuple[int, tuple[tuple[int, str], ...]]:
-    """Sort key: modules before the layers, the layers with 2 before 10, modules after the layers."""
+    """Return a sort key: modules before the layers, layer 2 before layer 10, modules after the layers."""
     outside = layer_of(name) is None
     side = (1 if is_after_the_layers(name) else -1) if outside else 0
     words = (word for word in DIGITS.split(name) if word)

@@ -1,4 +1,4 @@
-"""Whether a weight is kept (out, in), as by nn.Linear, or (in, out), as by the Conv1D of transformers and by some experts."""
+"""Determine whether a weight is stored (out, in), as in nn.Linear, or (in, out), as in Conv1D and some experts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
     from safelora_fast.checkpoints.pairing import TensorNames
 
-# Models whose transformers code keeps these modules as Conv1D.
+# Models whose transformers code uses Conv1D for these modules.
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
-# Names that nobody has given to a Conv1D: they tell where shapes do not.
+# Names that no Conv1D has. They decide where the shapes do not.
 LINEAR = re.compile(
     r"lin(ear)?\d*|\w*(proj|dense|fc|query|key|value|qkv|head)\d*|[wW]\w*|score|classifier|(gate|up|down|out|in)\d*"
 )
-# Models whose experts are kept (in, out); PEFT knows those that declare it (`is_transposed`) since 0.19.
+# Models whose experts are stored (in, out). Since 0.19, PEFT recognizes those that declare `is_transposed`.
 DECLARED = {"aria", "aria_text", "gpt_oss", "openai_privacy_filter"}
 EXPERTS_IN_OUT = DECLARED | {"llama4", "llama4_text"}
 READS_HIDDEN = {"gate_up_proj", "gate_proj", "up_proj"}
@@ -35,21 +35,21 @@ def linear_in_out(
     *,
     fan_in_fan_out: bool,
 ) -> bool:
-    """Whether a linear weight is kept (in, out).
+    """Return whether a linear weight is stored (in, out).
 
-    The kind of model or the shapes tell; for a square, the name too. PEFT's `fan_in_fan_out` is that of the module that it
-    adapted last, so it tells nothing alone.
+    The model type or the shapes decide; for a square weight, the module's name too. PEFT sets `fan_in_fan_out` for the
+    module that it adapted last, so this setting alone decides nothing.
 
     Args:
-        names: the checkpoint.
-        tensor: the weight.
-        stored: its shape on disk.
-        module: the module's name.
-        shape: (out, in) by the adapter; None without one.
-        fan_in_fan_out: of the adapter's configuration.
+        names: the tensor names of the checkpoint.
+        tensor: the name of the weight.
+        stored: the shape of the weight on disk.
+        module: the name of the module.
+        shape: (out, in) from the adapter; None without an adapter.
+        fan_in_fan_out: `fan_in_fan_out` in the adapter's configuration.
 
     Raises:
-        PairingError: nothing tells.
+        PairingError: the orientation cannot be determined.
     """
     leaf, model_type = module.rpartition(".")[2], names.setting("model_type")
     of_conv1d, called_so = leaf in CONV1D_MODULES, "conv1d" in leaf.lower()
@@ -72,16 +72,16 @@ def linear_in_out(
 
 
 def experts_in_out(names: TensorNames, tensor: str, parameter: str, shape: tuple[int, int]) -> bool:
-    """Whether experts are kept (in, out), by the model's hidden size or its type.
+    """Return whether experts are stored (in, out), by the model's hidden size or its type.
 
     Args:
-        names: the checkpoint.
+        names: the tensor names of the checkpoint.
         tensor: the tensor of all experts.
-        parameter: the parameter's name.
-        shape: of one expert on disk.
+        parameter: the name of the parameter.
+        shape: the shape of one expert on disk.
 
     Raises:
-        PairingError: nothing tells.
+        PairingError: the orientation cannot be determined.
     """
     hidden, model_type = names.setting("hidden_size"), names.setting("model_type")
     if shape[0] != shape[1] and hidden in shape and parameter in READS_HIDDEN | WRITES_HIDDEN:

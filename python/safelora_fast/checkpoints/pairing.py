@@ -1,7 +1,8 @@
-"""From the name of a module to the tensors of a checkpoint that hold its weight: by name, never by position.
+"""Find the checkpoint tensors that hold a module's weight. Tensors are paired by name, never by position.
 
-An exact name wins. Otherwise names are compared without the wrappers at their front (`model.`, `language_model.`, …), in one
-spelling where transformers converts spellings while loading. Exactly one tensor must be left.
+An exact name wins. Otherwise names are compared in one canonical spelling, without leading wrappers (`model.`,
+`language_model.`, …). The canonical spelling covers the renamings that transformers does while loading. Exactly one
+tensor must match.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
     from safelora_fast.checkpoints.sources import Checkpoint
 
-SHARED = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")  # of an encoder and its decoder
+SHARED = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")  # shared by an encoder and its decoder
 INPUT_EMBEDDINGS = (*SHARED, "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 HEAD = "lm_head"
 
-# Fused modules: their rows are those of these modules, in this order.
+# Fused modules: each stacks the rows of these modules, in this order.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_IN = {part: (fused, index) for fused, parts in FUSED.items() for index, part in enumerate(parts)}
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -38,7 +39,7 @@ QUANTIZED = (
 
 
 class TensorNames:
-    """The names of one checkpoint."""
+    """Tensor names of one checkpoint, searchable by module name."""
 
     def __init__(self, checkpoint: Checkpoint, role: Literal["aligned", "base"]) -> None:
         self.checkpoint = checkpoint
@@ -50,22 +51,22 @@ class TensorNames:
         self._by_pattern: dict[str, dict[tuple[str, ...], list[str]]] | None = None
 
     def within(self, tower: str | None) -> TensorNames:
-        """The same names for an adapter of this tower (:func:`~safelora_fast.checkpoints.tensor_names.tower_of`)."""
+        """Return a copy for an adapter of this tower (:func:`~safelora_fast.checkpoints.tensor_names.tower_of`)."""
         names = copy.copy(self)
         names._tower = tower
         return names
 
     def setting(self, name: str) -> Any:
-        """A setting of config.json, or of its `text_config`."""
+        """Return a setting from config.json or from its `text_config`."""
         inner = self.config.get("text_config")
         value = self.config.get(name)
         return inner.get(name) if value is None and isinstance(inner, dict) else value
 
     def find(self, name: str) -> str | None:
-        """The one tensor of this name; None if there is none.
+        """Return the one tensor that matches this name, or None.
 
         Raises:
-            PairingError: several tensors differ from it only by wrappers or by their tower.
+            PairingError: several tensors match; they differ only in wrappers or tower.
         """
         found = self._index.find(name, self._tower)
         if len(found) > 1:
@@ -77,10 +78,10 @@ class TensorNames:
         return found[0] if found else None
 
     def weight(self, module: str) -> tuple[Piece, ...]:
-        """The pieces, stacked by rows, that make the weight of a linear or embedding module.
+        """Return the pieces whose stacked rows form the weight of a linear or embedding module.
 
         Raises:
-            PairingError: there are none; the nearest names are told.
+            PairingError: no tensor matches; the message lists the nearest names.
         """
         if whole := self.find(f"{module}.weight"):
             return (Piece(whole),)
@@ -92,7 +93,7 @@ class TensorNames:
         return pieces
 
     def parameter(self, module: str, parameter: str) -> str | tuple[tuple[Piece, ...], ...] | None:
-        """The tensor that holds a parameter of all experts, or the pieces of each expert, or None."""
+        """Return the tensor that holds a parameter of all experts, or the pieces of each expert, or None."""
         for name in (f"{module}.{parameter}", f"{module}.{parameter}.weight"):
             if fused := self.find(name):
                 return fused
@@ -107,7 +108,7 @@ class TensorNames:
         return converted.matrices if converted.of_experts else converted.matrices[0][0].tensor
 
     def missing(self, module: str, looked_for: str) -> PairingError:
-        """The error for a module without a tensor: it is quantized, or the nearest names."""
+        """Return the error for a module without a tensor. It names the quantized tensor or the nearest names."""
         name, model = canonical(looked_for), f"{module}: the {self.role} model {self.checkpoint.description}"
         original = "give the weights that it was quantized from"
         for ending in QUANTIZED:
@@ -122,7 +123,7 @@ class TensorNames:
         return PairingError(f"{model} has no tensor {looked_for}; {candidates}")
 
     def _nearest(self, name: str) -> list[str]:
-        """Up to three tensors of similar names. Names are compared without numbers, of which a large model has thousands."""
+        """Return up to three tensors with similar names. Numbers are ignored, because a large model has thousands."""
         if self._by_pattern is None:
             self._by_pattern = defaultdict(dict)
             for known, tensors in self._index.by_canonical.items():
@@ -134,10 +135,10 @@ class TensorNames:
         return near[:3]
 
     def refuse_quantized(self, tensor: str) -> None:
-        """Raise CheckpointError if the scales of a quantized weight lie beside a tensor."""
+        """Raise CheckpointError if scales of a quantized weight are stored next to a tensor."""
         module = tensor.removesuffix(".weight")
         beside: tuple[str, ...] = QUANTIZED
-        if self.checkpoint.quantization is not None:  # by whatever names its method has
+        if self.checkpoint.quantization is not None:  # whatever names the quantization method uses
             beside += tuple(name.removeprefix(f"{module}.") for name in self._beside[module] - {"weight", "bias"})
         for ending in beside:
             if f"{module}.{ending}" in self.checkpoint:
@@ -148,7 +149,7 @@ class TensorNames:
 
     @cached_property
     def _beside(self) -> Mapping[str, set[str]]:
-        """What each module has besides its weight."""
+        """Names of the tensors under each module, without the module's own name."""
         found: dict[str, set[str]] = defaultdict(set)
         for name in self.checkpoint.names:
             parts = name.split(".")
@@ -157,30 +158,30 @@ class TensorNames:
         return found
 
     def _tied(self, module: str) -> tuple[Piece, ...] | None:
-        """Head and input embeddings can be one tensor, which transformers saves once."""
+        """Return the tensor that the head and the input embeddings share; transformers saves it once."""
         name = canonical(module)
         others = INPUT_EMBEDDINGS if name == HEAD else (*SHARED, HEAD) if name in SHARED else (HEAD,)
         known = name == HEAD or name in INPUT_EMBEDDINGS
         if not known or self.checkpoint.config is None or self.setting("tie_word_embeddings") is False:
             return None
         if name in {HEAD, *SHARED} and (shared := self.find("shared.weight")):
-            return (Piece(shared),)  # the others are copies of it where they are on disk too
+            return (Piece(shared),)  # any others on disk are copies of it
         found = {tensor for other in others if (tensor := self.find(f"{other}.weight"))}
         return (Piece(found.pop()),) if len(found) == 1 else None
 
     def _separate(self, module: str) -> tuple[Piece, ...] | None:
-        """The module's own tensor, or those of the modules that it fuses."""
+        """Return the module's own tensor, or the tensors of the modules that it fuses."""
         whole = self.find(f"{module}.weight")
         return (Piece(whole),) if whole else self._stacked(module)
 
     def _stacked(self, module: str) -> tuple[Piece, ...] | None:
-        """The tensors of the modules that this one fuses."""
+        """Return the tensors of the modules that this one fuses."""
         owner, _, leaf = module.rpartition(".")
         found = [self.find(f"{owner}.{part}.weight") for part in FUSED.get(leaf, ())]
         return tuple(Piece(tensor) for tensor in found if tensor) if found and all(found) else None
 
     def _fused(self, module: str) -> tuple[Piece, ...] | None:
-        """The part of the tensor that fuses this module with others."""
+        """Return this module's part of a fused tensor."""
         owner, _, leaf = module.rpartition(".")
         return self._part(owner, leaf, ".weight")
 
@@ -192,7 +193,7 @@ class TensorNames:
         return (Piece(tensor, expert, index, len(FUSED[fused])),) if tensor else None
 
     def _expert(self, module: str) -> tuple[Piece, ...] | None:
-        """One expert's module where one tensor has all experts."""
+        """Return the part of one expert in a tensor that holds all experts."""
         match = EXPERT.fullmatch(canonical(f"{module}.weight").removesuffix(".weight"))
         if match is None:
             return None

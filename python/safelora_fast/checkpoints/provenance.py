@@ -1,9 +1,10 @@
-"""What a checkpoint was when it was read: enough to find it again, and to notice that it has changed.
+"""Describe a checkpoint at the time it was read, to find it again and to detect changes.
 
-A checkpoint on the Hub is known by repository and commit. One on disk is known by its absolute path and, for each file, the
-name, the size and a fingerprint: the SHA-256 of the header (every tensor's name, dtype, shape and place) and of 512 pieces of
-4 KiB, spread evenly over the data (or of all data, if there is less). Training changes nearly every weight, so the pieces
-notice it in a few milliseconds. An edit of single weights between two pieces goes unnoticed.
+A checkpoint on the Hub is identified by repository and commit. One on disk is identified by its absolute path and by
+the name, size and fingerprint of each file. The fingerprint is a SHA-256 of the header (every tensor's name, dtype,
+shape and offset) and of 512 pieces of 4 KiB. The pieces are spread evenly over the data; smaller data is hashed
+completely. Training changes nearly every weight, so the pieces detect it within a few milliseconds. An edit of single
+weights between two pieces is not detected.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PIECES = 512
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`source` (absolute path or Hub id), `revision` (the commit on the Hub, or None) and `files`, ready for JSON.
+    """Return `source` (absolute path or Hub id), `revision` (commit on the Hub, or None) and `files`, ready for JSON.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -43,7 +44,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_source(role: str, described: Any) -> None:
-    """Raise ValueError if `described` is not what :func:`describe` gives."""
+    """Raise ValueError if `described` does not have the form that :func:`describe` returns."""
     try:
         for file in check_fields(described, {}, {"source": TEXT, "revision": TEXT, "files": LIST}).get("files") or []:
             check_fields(file, FILE)
@@ -52,7 +53,7 @@ def check_source(role: str, described: Any) -> None:
 
 
 def same_content(aligned: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are of the same weights: one commit on the Hub, or files with the same fingerprints."""
+    """Return whether two descriptions have the same weights: one Hub commit, or files with the same fingerprints."""
     if aligned["revision"] is not None or base["revision"] is not None:
         return (aligned["source"], aligned["revision"]) == (base["source"], base["revision"])
     files = [sorted(str(file["fingerprint"]) for file in described["files"]) for described in (aligned, base)]
@@ -60,10 +61,10 @@ def same_content(aligned: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
 
 
 def sampled(path: Path, start: int = 0) -> str:
-    """SHA-256, in hexadecimal, of the first `start` bytes of a file, and of pieces of the others.
+    """Return the SHA-256, in hexadecimal, of the first `start` bytes of a file and of pieces of the rest.
 
     Raises:
-        CheckpointError: when the file cannot be read.
+        CheckpointError: the file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -82,7 +83,7 @@ def sampled(path: Path, start: int = 0) -> str:
 
 
 def locator(described: Mapping[str, Any]) -> str | Path:
-    """What opens a described checkpoint again: its path, or its Hub id at the commit.
+    """Return the path, or the Hub id with the commit, that opens a described checkpoint again.
 
     Raises:
         CheckpointError: the description names no source.
@@ -97,7 +98,7 @@ def reopen(described: Mapping[str, Any], *, role: str) -> Checkpoint:
     """Open a described checkpoint again.
 
     Raises:
-        CheckpointError: it is gone or has changed.
+        CheckpointError: the checkpoint is missing or has changed.
     """
     where = locator(described)
     if isinstance(where, Path) and not os.path.lexists(where):

@@ -1,6 +1,6 @@
-"""What the name of a model or an adapter stands for: a path on this machine, or a repository of the Hugging Face Hub.
+"""Resolve the name of a model or adapter to a path on this machine or a repository of the Hugging Face Hub.
 
-All commands ask here, so they take the same names, and refuse the same mistakes with the same messages.
+All commands use this module, so they accept the same names and reject the same mistakes with the same messages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_TOOLS = {
     "pytorch_lora_weights.safetensors": "diffusers",
     "adapters.safetensors": "MLX",
-}  # whose adapters these are
+}  # file name: tool that writes it
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
@@ -39,9 +39,9 @@ class ModelSource:
 
     Attributes:
         name: a folder, or a Hub id.
-        revision: what follows the @ of a Hub id, or None.
-        commit: on the Hub; None for a folder.
-        offline: use only the Hub's cache.
+        revision: the part of a Hub id after the @, or None.
+        commit: the commit on the Hub; None for a folder.
+        offline: whether to use only the Hub's cache.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ModelSource:
     offline: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments for `from_pretrained`; all that they load is of one commit."""
+        """Return arguments for `from_pretrained`. Everything loaded with them comes from one commit."""
         arguments: dict[str, Any] = {"pretrained_model_name_or_path": self.name}
         if self.commit is not None:
             arguments["revision"] = self.commit
@@ -61,14 +61,14 @@ class ModelSource:
 
 
 def locate(source: str | Path, what: str) -> Path | Repository:
-    """The path that exists, or else the repository. Nothing is fetched.
+    """Return the path if it exists, otherwise the Hub repository. Nothing is downloaded.
 
     Args:
         source: a path, or a Hub id with an optional `@revision`. A `Path` is never a Hub id.
-        what: for messages, e.g. "the aligned model".
+        what: the name in messages, e.g. "the aligned model".
 
     Raises:
-        CheckpointError: there is no such path, and it cannot be a Hub id.
+        CheckpointError: the path does not exist, and the source cannot be a Hub id.
     """
     if not str(source) or "\0" in str(source):
         raise CheckpointError(f"{what} is {str(source)!r}; give its path or its Hub id")
@@ -85,10 +85,13 @@ def locate(source: str | Path, what: str) -> Path | Repository:
 
 
 def find_model(source: str | Path, what: str = "the model") -> ModelSource:
-    """The model that transformers loads for a folder, a file in it, or a Hub id. Of the Hub, only `config.json` is fetched.
+    """Return the model that transformers loads for a folder, a file in it, or a Hub id.
+
+    From the Hub, only `config.json` is downloaded.
 
     Raises:
-        CheckpointError: there is no such model, it is an adapter, or the Hub is out of reach and the cache does not hold it.
+        CheckpointError: the model does not exist or is an adapter, or the Hub is unreachable and its cache lacks the
+            model.
     """
     found = locate(source, what)
     if isinstance(found, Repository):
@@ -104,14 +107,14 @@ def _local_model(found: Path, what: str) -> ModelSource:
     folder = model_folder(found)
     if found.is_file() and not _is_loaded(found):
         raise CheckpointError(f"{found}: is a file that transformers does not load; give {what}'s folder, {folder}")
-    is_adapter = (folder / ADAPTER_CONFIG).exists()  # transformers would put it on the model by itself
+    is_adapter = (folder / ADAPTER_CONFIG).exists()  # transformers would load it onto the model
     if is_adapter or not (folder / CONFIG).exists():
         raise CheckpointError(f"{folder}: {_no_model(is_adapter)}")
     return ModelSource(str(folder))
 
 
 def _is_loaded(file: Path) -> bool:
-    """Whether transformers loads this file of weights, or this index, from its folder."""
+    """Return whether transformers loads this weight file or index from its folder."""
     if file.name != SINGLE and not (file.name == INDEX and not (file.parent / SINGLE).exists()):
         return False
     config = file.parent / CONFIG
@@ -119,17 +122,17 @@ def _is_loaded(file: Path) -> bool:
 
 
 def name_and_revision(source: str | Path, what: str = "the model") -> tuple[str, str | None]:
-    """The folder of a model and None, or its Hub id and the revision asked for. Nothing is fetched.
+    """Return a model's folder and None, or its Hub id and the requested revision. Nothing is downloaded.
 
     Raises:
-        CheckpointError: as :func:`locate`.
+        CheckpointError: see :func:`locate`.
     """
     found = locate(source, what)
     return (found.name, found.revision) if isinstance(found, Repository) else (str(model_folder(found)), None)
 
 
 def model_folder(path: Path) -> Path:
-    """The folder of a model, given as a folder or as a file in it."""
+    """Return the folder of a model that is given as a folder or as a file in it."""
     return path.parent if path.is_file() else path
 
 
@@ -140,14 +143,14 @@ def _no_model(is_adapter: bool) -> str:
 
 
 def adapter_folder(source: str | Path, *, tokenizer: bool = False) -> Path:
-    """The folder of a PEFT adapter. From the Hub, configuration and weights are fetched into the cache.
+    """Return the folder of a PEFT adapter. From the Hub, configuration and weights are downloaded into the cache.
 
     Args:
         source: the folder that PEFT's save_pretrained wrote, a file in it, or a Hub id with an optional `@revision`.
-        tokenizer: fetch its tokenizer's files too, if it has any.
+        tokenizer: whether to download the tokenizer's files too, if there are any.
 
     Raises:
-        AdapterError: there is none, or the Hub is out of reach and the cache does not hold it.
+        AdapterError: there is no adapter, or the Hub is unreachable and its cache lacks the adapter.
     """
     try:
         found = locate(source, "the adapter")
@@ -190,7 +193,7 @@ def _fetched(repository: Repository, *, tokenizer: bool) -> Path:
 
 
 def label(path: Path) -> str:
-    """A folder as reports name it: Hub id and commit for one in the Hub's cache, else the path as given."""
+    """Return a folder's name for reports: Hub id and commit for a folder in the Hub's cache, else the path as given."""
     snapshots, repository = path.parent, path.parent.parent.name
     if snapshots.name != "snapshots" or not repository.startswith("models--"):
         return str(path)
@@ -198,16 +201,18 @@ def label(path: Path) -> str:
 
 
 def folder_name(path: Path) -> str:
-    """An adapter's name: the last part of its folder or Hub id."""
+    """Return an adapter's name: the last part of its folder or Hub id."""
     shown = label(path)
     return Path(os.path.realpath(path)).name if shown == str(path) else shown.partition("@")[0].rpartition("/")[2]
 
 
 def named_adapter(word: str) -> tuple[str, Path]:
-    """Name and folder of an adapter given as `NAME=ADAPTER`, or as a folder or Hub id, whose last part is its name.
+    """Return name and folder of an adapter given as `NAME=ADAPTER`, as a folder, or as a Hub id.
+
+    Without NAME, the name is the last part of the folder or Hub id.
 
     Raises:
-        AdapterError: as :func:`adapter_folder`.
+        AdapterError: see :func:`adapter_folder`.
     """
     name, equals, rest = word.partition("=")
     if equals and not Path(word).expanduser().exists():
@@ -217,7 +222,7 @@ def named_adapter(word: str) -> tuple[str, Path]:
 
 
 def did_you_mean(path: Path) -> str:
-    """The end of a message about a path that does not exist: a path of a similar name that does, or nothing."""
+    """Return the end of a message about a missing path: an existing path with a similar name, or ""."""
     for part in (path, *path.parents):
         try:
             names = [beside.name for beside in part.parent.iterdir()]

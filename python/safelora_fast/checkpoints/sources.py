@@ -1,7 +1,7 @@
-"""Where a checkpoint's tensors come from: a safetensors file, a sharded index, a folder, or the Hugging Face Hub.
+"""Open the tensors of a checkpoint: a safetensors file, a sharded index, a folder, or a repository on the Hub.
 
-An index or a header gives the names of all tensors. A shard is opened, and fetched from the Hub, when :meth:`Checkpoint.require`
-asks for tensors in it.
+An index or a header lists the names of all tensors. A shard is opened, and downloaded from the Hub, when
+:meth:`Checkpoint.require` needs tensors in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".gguf"}
-NOT_THE_MODEL = ("adapter_model", "consolidated")  # an adapter, and the weights again as Mistral names them
+NOT_THE_MODEL = ("adapter_model", "consolidated")  # an adapter, and Mistral's second copy of the weights
 A_MODEL = "the path of a model or its Hub id"
 CONVERT = "load it with transformers and call save_pretrained(..., safe_serialization=True)"
 Config: TypeAlias = "Mapping[str, Any] | None"
@@ -32,7 +32,7 @@ Config: TypeAlias = "Mapping[str, Any] | None"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: its file, its dtype as safetensors spells it, its shape, and its place in the file."""
+    """One tensor: its file, its dtype as safetensors spells it, its shape, and its byte range in the file."""
 
     file: _core.SafetensorsFile
     dtype: str
@@ -46,11 +46,11 @@ class Checkpoint:
     """The tensors of one model.
 
     Attributes:
-        description: the path or Hub id that was asked for.
+        description: the path or Hub id as given.
         revision: the commit on the Hub, or None.
-        config: the content of its config.json, or None if there is none.
-        remote: whether it comes from the Hub.
-        beside: a warning about what else lies in the folder, or None.
+        config: the content of config.json, or None if the file does not exist.
+        remote: whether the checkpoint comes from the Hub.
+        beside: a warning about other content of the folder, or None.
     """
 
     description: str
@@ -66,27 +66,27 @@ class Checkpoint:
 
     @property
     def names(self) -> Iterable[str]:
-        """The names of all tensors, known before any shard is fetched."""
+        """Names of all tensors, known before any shard is downloaded."""
         return self._shards.keys()
 
     def __contains__(self, name: str) -> bool:
-        """Whether the checkpoint has a tensor of this name."""
+        """Return whether the checkpoint has a tensor of this name."""
         return name in self._shards
 
     def require(self, names: Iterable[str]) -> None:
-        """Open, and fetch if need be, the shards that hold these tensors."""
+        """Open the shards that hold these tensors, and download them if necessary."""
         for shard in sorted({self._shards[name] for name in names} - self._opened.keys()):
             self.add(shard, _core.SafetensorsFile(str(self._locate(shard))))
 
     def add(self, shard: str, file: _core.SafetensorsFile) -> None:
-        """Take a shard that is open."""
+        """Register a shard that is already open."""
         self._opened[shard] = file, file.tensors
 
     def tensor(self, name: str) -> TensorEntry:
-        """The entry of a tensor; opens its shard if need be.
+        """Return the entry of a tensor, and open its shard if necessary.
 
         Raises:
-            CheckpointError: the shard does not hold what the index promises.
+            CheckpointError: the shard lacks a tensor that the index lists.
         """
         self.require([name])
         file, tensors = self._opened[self._shards[name]]
@@ -96,7 +96,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> str | None:
-        """The method that config.json says the weights are quantized by, or None. Their dtypes tell whether they are."""
+        """The quantization method in config.json, or None. The dtypes decide whether the weights are quantized."""
         declared = (self.config or {}).get("quantization_config")
         if not declared:
             return None
@@ -104,7 +104,7 @@ class Checkpoint:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know of a checkpoint whose weights have been read."""
+        """Warnings about a checkpoint whose weights have been read."""
         found = [] if self.beside is None else [self.beside]
         if (method := self.quantization) is not None:
             found.append(
@@ -120,14 +120,14 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
-    """Open a checkpoint by path or Hub id; a path that exists wins.
+    """Open a checkpoint by path or Hub id. An existing path wins.
 
     Args:
         source: a safetensors file, an index, a folder, or a Hub id with an optional `@revision`.
         role: "aligned" or "base", for messages.
 
     Raises:
-        CheckpointError: there is nothing to open, or it cannot be streamed.
+        CheckpointError: the checkpoint does not exist or cannot be streamed.
         SettingsError: the source is neither text nor a path.
     """
     check_path(role, source, A_MODEL)
@@ -139,7 +139,7 @@ def open_checkpoint(source: str | Path, *, role: str) -> Checkpoint:
 
 
 def same_place(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints are one folder or file, or one commit of the Hub."""
+    """Return whether two checkpoints are the same folder, file or commit on the Hub."""
     if one.remote or other.remote:
         return (one.description, one.revision) == (other.description, other.revision) and one.revision is not None
     return os.path.realpath(one.description) == os.path.realpath(other.description)
@@ -164,7 +164,7 @@ def _from_folder(folder: Path) -> Checkpoint:
 
 
 def _weights_file(config: Config, there: Callable[[str], Path | None], where: str) -> Path | None:
-    """The file or index that transformers loads: what config.json names, else the single file, else an index."""
+    """Return the file or index that transformers loads: the one in config.json, else the single file, else an index."""
     named = (config or {}).get("transformers_weights")
     if named is None:
         return there(SINGLE) or there(INDEX)
@@ -180,12 +180,12 @@ def _weights_file(config: Config, there: Callable[[str], Path | None], where: st
 
 
 def _outside(name: str) -> bool:
-    """Whether a file's name leads out of its folder."""
+    """Return whether a file name leads out of its folder."""
     return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
 
 
 def _from_loose_files(folder: Path, config: Config) -> Checkpoint:
-    """Files under names that transformers does not look for, if the folder cannot be read in another way."""
+    """Open files whose names transformers does not look for, if the folder cannot be read in another way."""
     if loaded := next((name for name in PICKLES if (folder / name).exists()), None):
         raise CheckpointError(f"{folder}: its model is {loaded}, which is not safetensors; to convert it, {CONVERT}")
     indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -255,7 +255,7 @@ def _from_hub(repository: Repository) -> Checkpoint:
 
 
 def _shard_names(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index whose shards have not been fetched yet."""
+    """Return the `weight_map` of an index whose shards have not been downloaded yet."""
     try:
         weight_map = check_fields(read_json(index), {"weight_map": OBJECT})["weight_map"]
         names = {name: of_kind(shard, TEXT, f"the file of {name}") for name, shard in weight_map.items()}

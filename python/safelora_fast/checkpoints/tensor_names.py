@@ -1,4 +1,4 @@
-"""Names of tensors: their spellings, the wrappers at their front, and the tower of the model that they belong to."""
+"""Tensor names: their spellings, their leading wrappers, and the tower of the model that they belong to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 WRAPPERS = {"base_model", "model", "language_model", "text_model", "transformer", "backbone"}
 
-# Spellings on disk against those of the loaded model (transformers' conversion mappings), after the wrappers are off.
+# Spellings on disk and in the loaded model (transformers' conversion mappings), without leading wrappers.
 SPELLINGS = (
     (re.compile(r"\.block_sparse_moe\.input_linear(\.weight)?$"), ".mlp.experts.gate_up_proj"),
     (re.compile(r"\.block_sparse_moe\.output_linear(\.weight)?$"), ".mlp.experts.down_proj"),
@@ -26,9 +26,9 @@ SPELLINGS = (
     (re.compile(r"^embed_out\."), "lm_head."),
 )
 
-NEVER_LOADED = {"mtp"}  # layers that predict further tokens; no class of transformers has them
+NEVER_LOADED = {"mtp"}  # layers that predict further tokens; no transformers class loads them
 
-# Words of towers in the names of modules and of classes.
+# Words that identify a tower in module and class names.
 TOWERS = {
     "vision": ("vision", "visual", "image"),
     "audio": ("audio", "speech", "sound"),
@@ -36,14 +36,15 @@ TOWERS = {
     "text": ("text", "language"),
 }
 TOWER_CLASS = re.compile(r".*(Vision|Image|Audio|Speech|Multimodal|Text)(Model|Transformer|Encoder)(WithProjection)?")
-LANGUAGE_TASKS = {"CAUSAL_LM", "SEQ_2_SEQ_LM"}  # PEFT refuses them for a model that cannot generate
+LANGUAGE_TASKS = {"CAUSAL_LM", "SEQ_2_SEQ_LM"}  # PEFT rejects these tasks for a model that cannot generate
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one tensor, or of one expert in it: all of them, or part `index` of `count` fused parts.
+    """Rows of one tensor, or of one expert in it: all rows, or part `index` of `count` fused parts.
 
-    `rows` (first, count) and `transposed` (kept as (in, out)) are set where transformers tells how it loads the tensor.
+    `rows` (first, count) and `transposed` (stored as (in, out)) are set only if transformers' conversion table defines
+    them.
     """
 
     tensor: str
@@ -55,32 +56,32 @@ class Piece:
 
 
 def canonical(name: str) -> str:
-    """A tensor's name in one spelling, without the wrappers at its front."""
+    """Return a tensor's name in its canonical spelling, without leading wrappers."""
     return _spelled(_split(name)[1])
 
 
 def matching(module: str, patterns: Sequence[str]) -> str | None:
-    """The first pattern that a module's name, or its last components, match as file names do; or None."""
+    """Return the first glob pattern that matches a module's name or its last components, or None."""
     ends = (pattern for pattern in patterns if fnmatch.fnmatchcase(f".{module}", f"*.{pattern}"))
     return next(ends, None)
 
 
 def tower_of(config: Mapping[str, Any]) -> str | None:
-    """The tower that an adapter's modules belong to by its configuration, or None."""
+    """Return the tower that an adapter's modules belong to, from the adapter's configuration, or None."""
     mapping = config.get("auto_mapping")
     name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
     return tower_of_class(name) or ("text" if config.get("task_type") in LANGUAGE_TASKS else None)
 
 
 def tower_of_class(name: str) -> str | None:
-    """The tower that a class of models is by its name; None for whole models and other names."""
+    """Return the tower that a model class implements, from the class name; None for whole models and other names."""
     if match := TOWER_CLASS.fullmatch(name):
         return _tower(match[1])
     return "text" if name.endswith("ForCausalLM") else None
 
 
 class NameIndex:
-    """Names that can be found in other forms."""
+    """An index of tensor names that also finds other spellings."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.by_canonical: dict[str, list[str]] = defaultdict(list)
@@ -96,14 +97,14 @@ class NameIndex:
                     self._roots.add(".".join(parts[:length]))
 
     def find(self, name: str, tower: str | None = None) -> list[str]:
-        """All names that a name may mean: itself alone if it is there.
+        """Return all tensors that a name may refer to. If the name itself is present, return only that.
 
-        Otherwise names that differ by wrappers or spelling, and names within a part of the model (`vision_model.` before the
-        whole name). Names within a tower count only if that tower is meant.
+        Otherwise the result has names that differ in wrappers or spelling, and names inside a part of the model
+        (`vision_model.` before the whole name). Names inside a tower match only if that tower is meant.
 
         Args:
-            name: a name of the loaded model.
-            tower: its tower if its wrappers do not tell (:func:`tower_of`).
+            name: a name in the loaded model.
+            tower: the tower, if the wrappers of the name do not give it (:func:`tower_of`).
         """
         if name in self._names:
             return [name]
@@ -119,7 +120,7 @@ class NameIndex:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The wrappers at the front of a name, and the rest, which is never empty."""
+    """Split a name into its leading wrappers and the rest, which is never empty."""
     parts, count = name.split("."), 0
     while count < len(parts) - 1 and parts[count] in WRAPPERS:
         count += 1
@@ -133,6 +134,6 @@ def _spelled(name: str) -> str:
 
 
 def _tower(words: str) -> str | None:
-    """The tower that a prefix of names, or a word of a class, names."""
+    """Return the tower that a name prefix or a word of a class name refers to."""
     words = words.lower()
     return next((tower for tower, known in TOWERS.items() if any(word in words for word in known)), None)

@@ -1,4 +1,4 @@
-"""The norm of a weight, from a sample of its values: the distance between two models is measured by it."""
+"""Estimate the norm of a weight from a sample of its values, to judge how far apart two models are."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ UNRELATED = 0.5
 
 
 def weight_norm(blocks: Sequence[Block]) -> float:
-    """‖W‖_F of a weight [m, n] in float64, from evenly spaced rows (all of them, up to 32,768 values).
+    """Estimate ‖W‖_F of a weight [m, n] in float64 from evenly spaced rows.
 
-    It only has to tell whether ‖V‖ is about ‖W‖ or a thousandth of it, and 16 rows do that to a few percent.
+    The sample has about 32,768 values, but at least 16 rows of each block; small weights are read completely. The
+    estimate only has to show whether ‖V‖ is about ‖W‖ or a thousandth of it, and 16 rows are accurate to a few percent.
 
     Args:
         blocks: the rows of the weight, each F32, BF16 or F16.
@@ -41,13 +42,13 @@ def weight_norm(blocks: Sequence[Block]) -> float:
 
 
 def median_ratio(ratios: Iterable[float]) -> float:
-    """The median of ‖V‖/‖W‖ over modules; NaN without any."""
+    """Return the median of ‖V‖/‖W‖ over modules; NaN if no ratio is finite."""
     known = [ratio for ratio in ratios if math.isfinite(ratio)]
     return statistics.median(known) if known else math.nan
 
 
 def far_apart(ratio: float) -> str | None:
-    """A warning if V is about as long as the weights themselves, as between unrelated models."""
+    """Return a warning if ‖V‖ is about as large as the norm of the weights, as for unrelated models; otherwise None."""
     if not ratio >= UNRELATED:
         return None
     return (

@@ -1,1 +1,1 @@
-"""Files: output that is whole or absent, and readers of JSON, JSONL and YAML with limits."""
+"""Files: output that is complete or absent, and readers of JSON, JSONL and YAML with limits."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that users give: whole numbers, numbers, names and paths. All raise SettingsError."""
+"""Checks of arguments from users: whole numbers, numbers, names and paths. All raise SettingsError."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from safelora_fast.errors import SettingsError
 
 
 def whole_number(name: str, value: object) -> int:
-    """The value of an argument, if it is a whole number; True and False are not."""
+    """Return the value of an argument if it is a whole number. True and False are rejected."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise SettingsError(f"{name} must be a whole number, not {value!r}")
     return int(value)
 
 
 def number(name: str, value: object) -> float:
-    """The value of an argument, if it is a number; True and False are not."""
+    """Return the value of an argument if it is a number. True and False are rejected."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise SettingsError(f"{name} must be a number, not {value!r}")
     return float(value)
 
 
 def patterns(name: str, value: object) -> tuple[str, ...]:
-    """Names or patterns of modules, given as one text, a list or None."""
+    """Return names or patterns of modules that are given as text, a list or None."""
     given = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(given, list | tuple) or not all(isinstance(pattern, str) and pattern for pattern in given):
         raise SettingsError(f'{name} must be names or patterns of modules, e.g. ["lm_head"], not {value!r}')
@@ -31,7 +31,7 @@ def patterns(name: str, value: object) -> tuple[str, ...]:
 
 
 def check_path(name: str, value: object, wanted: str) -> None:
-    """Refuse a value that cannot be a path; `wanted` says in messages what it should be."""
+    """Raise SettingsError if a value cannot be a path. In messages, `wanted` says what it should be."""
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str):
         raise SettingsError(f"{name} must be {wanted}, not {value!r}")

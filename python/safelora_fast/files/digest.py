@@ -17,10 +17,10 @@ _known: dict[tuple[Any, ...], str] = {}
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal; read once for as long as the file stays as it is.
+    """Return the SHA-256 of a file in hexadecimal. An unchanged file is read only once.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return remembered(path, _sha256)
@@ -29,15 +29,15 @@ def digest(path: Path) -> str:
 
 
 def text_digest(content: Any) -> str:
-    """SHA-256 of plain values as JSON with sorted keys; of values that JSON does not have, their text counts."""
+    """Return the SHA-256 of plain values as JSON with sorted keys. Values that JSON lacks count as their text."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def remembered(path: Path, make: Callable[[Path], str]) -> str:
-    """What `make` makes of a file; made again when the file's size, time or inode is another.
+    """Return `make(path)`, cached until the file's size, time or inode changes.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     status = path.stat()
     key = make, str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

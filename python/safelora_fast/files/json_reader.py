@@ -1,7 +1,7 @@
-"""Reading JSON that others wrote: limits on size and nesting, and checks of types.
+"""Read JSON from outside, with limits on size and nesting, and check its types.
 
-A file that cannot be read raises :class:`OSError`, and wrong content raises :class:`ValueError`, with one line each. Callers put
-the file's name before :func:`why` and raise an error class of their own.
+An unreadable file raises :class:`OSError`, and wrong content raises :class:`ValueError`, each with a message of one
+line. Callers put the file's name before :func:`why` and raise their own error class.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from safelora_fast.errors import SafeLoraFastError
 
 T = TypeVar("T")
-MOST_BYTES = 1 << 26  # of one document; parsed, it may take twenty times as much memory
-MOST_DEPTH = 100  # deeper values would cause a RecursionError in whatever walks over them
+MOST_BYTES = 1 << 26  # of one document; the parsed value may take twenty times as much memory
+MOST_DEPTH = 100  # deeper values would cause a RecursionError in code that walks over them
 MOST_WHOLE = 2**63
 SECONDS_FOR_A_WRITER = 5
 _TOO_DEEP = f"is nested too deeply, in more than {MOST_DEPTH} levels"
@@ -70,25 +70,25 @@ TEXTS = Kind("a list of texts", _is_texts)
 
 
 def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
-    """The content of a file, or of a pipe that has a writer. Never waits for anything else.
+    """Return the content of a file, or of a pipe that has a writer. Never wait for anything else.
 
     Args:
         path: the file.
-        most: the most bytes; None for any number.
+        most: the maximum number of bytes; None for no limit.
 
     Raises:
-        OSError: it cannot be read, is too large, or is a folder, a device or a socket.
+        OSError: the file cannot be read, is too large, or is a folder, a device or a socket.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:  # a zero byte, or half of a character
+    except ValueError as error:  # a zero byte, or a lone surrogate
         raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
         if not is_pipe:
             check_regular(path)
         written = is_pipe and _is_written(descriptor)
-        os.set_blocking(descriptor, True)  # wait for the pipe's writer; without one this ends at once
+        os.set_blocking(descriptor, True)  # wait for the pipe's writer; without one, reading ends at once
         content = _read(file, most)
     if is_pipe and not content and not written:
         raise OSError(errno.EINVAL, "Is a pipe that nothing writes to", str(path))
@@ -98,20 +98,20 @@ def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
 
 
 def _is_written(pipe: int) -> bool:
-    """Whether a pipe has a writer, or gets one within a few seconds."""
+    """Return whether a pipe has a writer, or gets one within a few seconds."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN | select.POLLHUP)
     return bool(poll.poll(SECONDS_FOR_A_WRITER * 1000))
 
 
 def _read(file: Any, most: int | None) -> bytes:
-    """All of a file, up to one byte more than the most."""
+    """Return the content of a file, up to one byte more than the limit."""
     if most is None:
         whole: bytes = file.read()
         return whole
     parts: list[bytes] = []
     left = most + 1
-    while left and (part := file.read(left)):  # a pipe gives less than was asked for
+    while left and (part := file.read(left)):  # a pipe can return less than requested
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
@@ -127,14 +127,14 @@ def readable(name: object, error: type[SafeLoraFastError]) -> Iterator[None]:
 
 
 def is_file(path: str | Path) -> bool:
-    """`Path.is_file` without its OSError for paths that are too long or not accessible (before Python 3.14)."""
+    """`Path.is_file` without its OSError for paths that are too long or inaccessible (before Python 3.14)."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError if a path is no regular file. Opening a pipe could wait forever."""
+    """Raise OSError if a path is not a regular file. Opening a pipe could wait forever."""
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - text too
+        mode = os.stat(path).st_mode  # noqa: PTH116 - the path may be text
     except ValueError as error:
         raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
     if stat.S_ISDIR(mode):
@@ -144,10 +144,10 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, no UTF-8, or nested too deeply.
+        ValueError: the text is not JSON, not UTF-8, or nested too deeply.
     """
     try:
         value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
@@ -164,30 +164,30 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file.
+    """Return the value of a JSON file.
 
     Raises:
-        OSError, ValueError: as :func:`read_bytes` and :func:`parse_json`.
+        OSError, ValueError: see :func:`read_bytes` and :func:`parse_json`.
     """
     return parse_json(read_bytes(path))
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        OSError, ValueError: as :func:`read_json`, or it holds something else.
+        OSError, ValueError: see :func:`read_json`. Any other value than an object raises ValueError too.
     """
     return check_fields(read_json(path), {})
 
 
 def why(error: Exception) -> str:
-    """What a message says after the file's name."""
+    """Return what a message says after the file's name."""
     return f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 
 
 def of_kind(value: Any, kind: Kind, name: str) -> Any:
-    """The value; ValueError with its name if it is of another kind."""
+    """Return the value. Raise ValueError with its name if it is of another kind."""
     if not kind.fits(value):
         raise ValueError(f"{name} must be {kind.words}, not {reprlib.repr(value)}".lstrip())
     return value
@@ -196,10 +196,10 @@ def of_kind(value: Any, kind: Kind, name: str) -> Any:
 def check_fields(
     record: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None
 ) -> dict[str, Any]:
-    """The record, if its values of these names are of these kinds. Optional values may be null or absent.
+    """Return the record if the named values have these kinds. Optional values may be null or missing.
 
     Raises:
-        ValueError: it is no object, lacks a value, or has one of another kind; the key is named.
+        ValueError: the record is not an object, lacks a value, or has one of another kind; the message names the key.
     """
     fields: dict[str, Any] = of_kind(record, OBJECT, "")
     for name, kind in required.items():
@@ -213,10 +213,10 @@ def check_fields(
 
 
 def parse_as(kind: type[T], value: Any) -> T:
-    """A value of JSON as a dataclass, checked by pydantic. Keys that the dataclass does not know are ignored.
+    """Return a JSON value as a dataclass, validated by pydantic. Keys that the dataclass lacks are ignored.
 
     Raises:
-        ValueError: the value does not fit; the first key that does not fit is named.
+        ValueError: the value does not fit; the message names the first wrong key.
     """
     from pydantic import ValidationError
 
@@ -236,7 +236,7 @@ def _adapter(kind: Any) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether a value has more than MOST_DEPTH levels."""
+    """Return whether a value has more than MOST_DEPTH levels."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MOST_DEPTH):
         level = [

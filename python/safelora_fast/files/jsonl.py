@@ -1,4 +1,4 @@
-"""The lines of a JSONL file: all are found at once, and each is read when it is asked for."""
+"""The lines of a JSONL file: all are located at once, and each is parsed on request."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ AT_ONCE = 1 << 24
 
 
 class JsonLines:
-    """A JSONL file, mapped into memory (of a pipe, read into it); blank lines do not count.
+    """A JSONL file, mapped into memory (a pipe is read into memory). Blank lines do not count.
 
     Args:
-        path: the file. Replace it by renaming, never in place, while this is open.
-        what: what it holds, for messages.
+        path: the file. While this object is open, replace the file by renaming, never in place.
+        what: the content, for messages.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
 
     def __init__(self, path: str | Path, what: str = "data") -> None:
@@ -33,7 +33,7 @@ class JsonLines:
         try:
             if (
                 is_file(self.path) and self.path.stat().st_size
-            ):  # what is empty cannot be mapped, and a pipe looks empty
+            ):  # an empty file cannot be mapped, and a pipe looks empty
                 with self.path.open("rb") as file:
                     self._content: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             else:
@@ -60,19 +60,19 @@ class JsonLines:
         return len(self._starts)
 
     def place(self, index: int) -> str:
-        """Where a line stands, for messages."""
+        """Return path and line number, for messages."""
         return f"{self.path}:{self._numbers[index]}"
 
     def raw(self, index: int) -> bytes:
-        """A line as it is, without its end."""
+        """Return a line without its line ending."""
         line: bytes = self._content[self._starts[index] : self._ends[index]]
         return line.rstrip(b"\r")
 
     def record(self, index: int) -> Any:
-        """What a line says.
+        """Return the JSON value of a line.
 
         Raises:
-            DataError: it is no JSON.
+            DataError: the line is not JSON.
         """
         try:
             return parse_json(self.raw(index))
@@ -80,12 +80,12 @@ class JsonLines:
             raise DataError(f"{self.place(index)}: {error}") from error
 
     def sha256(self) -> str:
-        """Of the whole file."""
+        """Return the SHA-256 of the whole file."""
         return hashlib.sha256(self._content).hexdigest()
 
 
 def _line_ends(content: Any) -> np.ndarray:
-    """Positions of the ends of lines, that of the last one too where it has none."""
+    """Return the positions of line endings. A last line without one ends at the end of the file."""
     size = len(content)
     parts = []
     for start in range(0, size, AT_ONCE):

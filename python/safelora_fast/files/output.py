@@ -1,8 +1,9 @@
-"""Output folders and files that are either whole or absent.
+"""Write output folders and files that are either complete or absent.
 
-Everything is written under a temporary name beside the target and renamed at the end. A killed run leaves the target as it was,
-and its temporary folder (`.<target>.partial-…`). A run locks its temporary folder, so a later run can tell a leftover from
-one in use. It names leftovers and deletes nothing, because locks do not reach other machines on every network file system.
+Everything is written under a temporary name next to the target and renamed at the end. A killed run leaves the target
+unchanged, and its temporary folder (`.<target>.partial-…`) remains. A run locks its temporary folder, so a later run
+can distinguish a leftover from a folder in use. The later run lists leftovers but deletes nothing, because some network
+file systems do not share locks between machines.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ AT_FDCWD = -100
 
 
 def resolved(path: Path) -> Path:
-    """`path.resolve()`, but without a RuntimeError for links in a circle."""
+    """Return `path.resolve()`, but without a RuntimeError for circular links."""
     return Path(os.path.realpath(path))
 
 
 def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Raise OutputError if a file exists, lies in an input, or cannot be written."""
+    """Raise OutputError if a file exists (without `overwrite`), is inside an input, or cannot be written."""
     with described(target):
         own = resolved(target)
         for source in inputs:
@@ -48,14 +49,17 @@ def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None
 def check_target(
     target: Path, inputs: Sequence[Path], *, overwrite: bool, nbytes: int, mark: str | None = None
 ) -> None:
-    """Raise OutputError if a folder exists, holds or lies in an input, cannot be written, or has no room.
+    """Raise OutputError if a folder cannot be made, or must not be replaced.
+
+    Causes are an existing folder, a folder that contains or is inside an input, missing permission, and a full disk.
 
     Args:
         target: the folder to make.
-        inputs: what is read.
+        inputs: the paths that are read.
         overwrite: whether an earlier output may be replaced.
-        nbytes: how much will be written.
-        mark: a file that marks an earlier output, in the folder or in each of its sub-folders; None leaves that to the caller.
+        nbytes: how many bytes will be written.
+        mark: a file that marks an earlier output, in the folder or in each of its subfolders. None: the caller checks
+            that.
     """
     with described(target):
         own = resolved(target)
@@ -88,7 +92,7 @@ def check_target(
 
 
 def _writable_parent(target: Path) -> Path:
-    """The nearest folder above the target that exists."""
+    """Return the nearest folder above the target that exists."""
     parent = next(folder for folder in resolved(target).parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{target}: {parent} is not a folder")
@@ -98,7 +102,7 @@ def _writable_parent(target: Path) -> Path:
 
 
 def abandoned(target: Path) -> list[Path]:
-    """Temporary folders and files of this target that no process holds: leftovers of killed runs."""
+    """Return temporary folders and files of this target that no process locks: leftovers of killed runs."""
     try:
         beside = sorted(target.absolute().parent.iterdir())
     except OSError:
@@ -113,7 +117,7 @@ def _is_free(path: Path) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             os.close(descriptor)
-    except OSError:  # held, gone meanwhile, or on a file system without locks
+    except OSError:  # locked, deleted meanwhile, or on a file system without locks
         return False
     return True
 
@@ -132,7 +136,7 @@ def _held(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_parents(target: Path) -> Iterator[None]:
-    """Make the missing folders above a target; remove them afterwards if they are empty."""
+    """Make the missing folders above a target. Remove them afterward if they are empty."""
     absent = [folder for folder in target.parents if not folder.exists()]
     try:
         with described(target):
@@ -146,10 +150,10 @@ def _with_parents(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(target: Path) -> Iterator[None]:
-    """Keep other processes from writing to `target`, by a lock file beside it. The lock ends with this process.
+    """Keep other processes from writing to `target`, with a lock file next to it. The lock ends with this process.
 
     Raises:
-        OutputError: another process has it.
+        OutputError: another process holds the lock.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_with_parents(target))
@@ -175,15 +179,15 @@ def alone(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `target` if the block succeeds, and is deleted if it fails.
+    """Yield a temporary folder that becomes `target` if the block succeeds, and is deleted if it fails.
 
     Args:
         target: a folder that does not exist, or is empty.
         overwrite: replace an existing folder.
-        keep_others: files of a replaced folder under other names move into the new one; else they are deleted.
+        keep_others: move files that only the replaced folder has into the new one; otherwise they are deleted.
 
     Raises:
-        OutputError: the system refuses to write, or something appeared under the name meanwhile.
+        OutputError: writing failed, or something appeared at the target meanwhile.
     """
     with _with_parents(target), described(target):
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -204,10 +208,10 @@ def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = F
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary file that becomes `target` if the block succeeds, and is deleted if it fails.
+    """Yield a temporary file that becomes `target` if the block succeeds, and is deleted if it fails.
 
     Raises:
-        OutputError: the system refuses to write.
+        OutputError: writing failed.
     """
     with _with_parents(target), described(target):
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
@@ -225,7 +229,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def _put(partial: Path, target: Path, *, overwrite: bool) -> bool:
-    """Give the folder its final name in one step; True if `partial` now holds the replaced folder."""
+    """Give the folder its final name in one step. Return True if `partial` now holds the replaced folder."""
     try:
         partial.rename(target)  # onto nothing, or onto an empty folder
     except OSError as error:

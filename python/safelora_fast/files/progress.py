@@ -1,7 +1,7 @@
 """The progress bar of all commands and calls, and the logger for the warnings of reports.
 
-A call from Python shows a bar by itself where standard error is a terminal, and logs what its report warns of. Commands print
-the warnings themselves.
+A call from Python shows a bar if standard error is a terminal, and logs the warnings of its report. Commands print the
+warnings themselves.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ Given = TypeVar("Given")
 
 
 class ProgressBar:
-    """A bar with rate and time left on standard error. Where that is no terminal: a line every ten seconds.
+    """A bar on standard error with rate and time left. Without a terminal, it prints a line every ten seconds.
 
-    Bytes are told by `start(total_bytes, modules)` and `advance(done_bytes, module)`, things by `start(what, total, done)` and
-    `advance(done)`, and where a function is asked for, by calls with (done, total).
+    For bytes, call `start(total_bytes, modules)` and `advance(done_bytes, module)`.
+    For items, call `start(what, total, done)` and `advance(done)`.
+    The bar is also a function of (done, total), for code that reports progress through a function.
 
     Args:
         wanted: False shows nothing.
-        brief: leave out the line at the end of work that takes less than ten seconds.
+        brief: omit the last line of work that takes less than ten seconds.
     """
 
     def __init__(self, *, wanted: bool = True, brief: bool = False) -> None:
@@ -42,7 +43,7 @@ class ProgressBar:
         self._started: float | None = None
 
     def start(self, *work: Any) -> None:
-        """Begin: (total bytes, modules), or (what, total) and how much of it is done already."""
+        """Begin with (total bytes, modules), or with (what, total) and the number of items that are done already."""
         self.close()
         self._in_bytes = isinstance(work[0], int)
         self._what, self._total = (f"{work[1]} modules", work[0]) if self._in_bytes else (one_line(work[0]), work[1])
@@ -58,7 +59,7 @@ class ProgressBar:
             print(f"{self._what}: {self._first} of {self._total} are there already", file=sys.stderr, flush=True)
 
     def advance(self, done: int, module: str | None = None) -> None:
-        """So much is done; `module` was the latest."""
+        """Report the total that is done so far; `module` was the latest."""
         if not self._wanted or self._started is None:
             return
         if module is not None:
@@ -91,13 +92,13 @@ class ProgressBar:
             self._bar.update(self._bar.task_ids[0], note=note, refresh=True)
 
     def __call__(self, done: int, total: int) -> None:
-        """So much is done, of so much; what the first call tells was done before."""
+        """Report that `done` of `total` items are done. The first call sets the number that was done before."""
         if self._started is None:
             self.start("rows", total, done)
         self.advance(done)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -110,7 +111,7 @@ class ProgressBar:
 
 
 def _rich_bar(*, in_bytes: bool) -> Any:
-    """A bar of rich's, with the task's note below it; None where standard error is no terminal."""
+    """Return a rich progress bar with the task's note below it; None if standard error is not a terminal."""
     if not sys.stderr.isatty():
         return None
     from rich.console import Console
@@ -135,11 +136,11 @@ def _rich_bar(*, in_bytes: bool) -> Any:
 
 @contextlib.contextmanager
 def bar_on_a_terminal(progress: Given | bool | None) -> Iterator[Given | Any | None]:
-    """What a call tells its progress to.
+    """Yield the object that a call reports its progress to.
 
     Args:
-        progress: what the caller gave. None stands for a bar where standard error is a terminal, True for a bar or lines
-            anywhere, False for nothing.
+        progress: the caller's argument. None means a bar if standard error is a terminal, True means a bar or lines
+            anywhere, False means nothing.
     """
     if progress is False or (progress is None and not sys.stderr.isatty()):
         yield None
@@ -151,6 +152,6 @@ def bar_on_a_terminal(progress: Given | bool | None) -> Iterator[Given | Any | N
 
 
 def log_warnings(warnings: Iterable[str]) -> None:
-    """Log the warnings of a report, for callers who do not look at it."""
+    """Log the warnings of a report, for callers who do not inspect it."""
     for warning in warnings:
         reports.warning("%s", warning)

@@ -1,11 +1,11 @@
-"""Files that survive a kill: JSON that is replaced as a whole, and JSONL that grows line by line.
+"""Files that survive a kill: JSON that is replaced atomically, and JSONL that grows line by line.
 
-One rule of durability: when a call that writes returns, the content is on the disk (fsync). A JSON file is written under a
-temporary name and then renamed, so a kill leaves the old content or the new. A kill during an append can leave half a line:
-reading skips it, and the next append cuts it off.
+When a call that writes returns, the content is on the disk (fsync). A JSON file is written under a temporary name and
+then renamed, so a kill leaves either the old content or the new. A kill during an append can leave half a line: reading
+skips it, and the next append cuts it off.
 
-What a file holds often depends on settings, which the file notes. :func:`changed_settings` compares them with the settings of
-now, and :func:`settings_message` is the one message for settings that differ.
+Many files record the settings that they were made with. :func:`changed_settings` compares them with the current
+settings, and :func:`settings_message` is the one message for settings that differ.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _short.maxstring = _short.maxother = 100
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """JSON for people and programs. NaN and infinity, which JSON does not have, become null."""
+    """Return JSON for people and programs. NaN and infinity, which JSON lacks, become null."""
     return json.dumps(without_nan(content), indent=2, ensure_ascii=False, default=str)
 
 
 def without_nan(value: Any) -> Any:
-    """Plain values with None for NaN and infinity, and with lists for tuples."""
+    """Return plain values with None for NaN and infinity, and with lists for tuples."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -47,10 +47,10 @@ def without_nan(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write or replace a JSON file as a whole; missing folders are made.
+    """Write or replace a JSON file atomically. Missing folders are made.
 
     Raises:
-        OutputError: the system refuses to write.
+        OutputError: the file cannot be written.
     """
     with whole_file(path) as partial:
         partial.write_text(to_json(content) + "\n", encoding="utf-8")
@@ -61,28 +61,28 @@ class JsonlStore:
     """A JSONL file that grows while work is done.
 
     Attributes:
-        path: the file. The first append makes it.
-        row: what a line is, for messages, e.g. "response of persona extract".
+        path: the file. The first append creates it.
+        row: what a line contains, for messages, e.g. "response of persona extract".
     """
 
     path: Path
     row: str
 
     def read(self, parse: Callable[[Any], Row]) -> list[Row]:
-        """The rows of the file; none if there is no file. Half a line at the end is skipped.
+        """Return the rows of the file; none if the file does not exist. Half a line at the end is skipped.
 
         Args:
-            parse: makes a row from the JSON value of a line. Raises ValueError if the value is no such row.
+            parse: makes a row from the JSON value of a line. Raises ValueError if the value is invalid.
 
         Raises:
-            DataError: the file cannot be read, or a line is no such row; the line is named.
+            DataError: the file cannot be read, or a line is invalid; the message names the line.
         """
         try:
             content = read_bytes(self.path, None) if self.path.exists() else b""
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
         *lines, half = content.split(b"\n")
-        if not half.startswith(b"{"):  # not the beginning of a row, so the file is somebody else's
+        if not half.startswith(b"{"):  # not the start of a row, so another program wrote the file
             lines.append(half)
         rows = []
         for number, line in enumerate(lines, start=1):
@@ -96,10 +96,10 @@ class JsonlStore:
         return rows
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows. Call :meth:`read` first: half a line at the end of the file is cut off.
+        """Append rows. Call :meth:`read` first, because half a line at the end of the file is cut off.
 
         Raises:
-            OutputError: the system refuses to write. Earlier rows stay.
+            OutputError: the file cannot be written. Earlier rows stay.
         """
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         with described(self.path):
@@ -117,25 +117,25 @@ class JsonlStore:
                 sync(self.path.parent)
 
     def remove(self) -> None:
-        """Delete the file, if there is one.
+        """Delete the file if it exists.
 
         Raises:
-            OutputError: the system refuses.
+            OutputError: the file cannot be deleted.
         """
         with described(self.path):
             self.path.unlink(missing_ok=True)
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as JSON gives them back: tuples as lists, keys as text."""
+    """Return the values as JSON returns them: tuples become lists, and keys become text."""
     result: dict[str, Any] = json.loads(json.dumps(values))
     return result
 
 
 def changed_settings(former: Mapping[str, Any], now: Mapping[str, Any]) -> Changed:
-    """Each setting that differs, by its dotted name, with its former value and its value now.
+    """Return each setting that differs, by its dotted name, with its former and its current value.
 
-    A setting that is absent counts as None. Both sides are plain values (:func:`plain`).
+    A missing setting counts as None. Both sides are plain values (:func:`plain`).
     """
     before, after = dict(_flat(former)), dict(_flat(now))
     names = sorted(before.keys() | after.keys())
@@ -151,16 +151,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def changes_text(changed: Changed) -> str:
-    """The changes in words: `seed was 0, is 1; top_p was 1.0, is 0.9 and 2 more`."""
+    """Return the changes in words: `seed was 0, is 1; top_p was 1.0, is 0.9 and 2 more`."""
     told = [f"{name} was {_short.repr(was)}, is {_short.repr(now)}" for name, (was, now) in changed.items()]
     more = len(told) - MOST_TOLD
     return "; ".join(told[:MOST_TOLD]) + (f" and {more} more" if more > 0 else "")
 
 
 def settings_message(where: object, changed: Changed, remedy: str) -> str | None:
-    """The message for a file that was made with other settings; None if nothing changed.
+    """Return the message for a file that was made with other settings; None if nothing changed.
 
-    A changed `format` means that another version wrote the file, so its other settings say nothing.
+    If `format` changed, another version wrote the file, and the message leaves out the other settings.
 
     Args:
         where: the file or folder.

@@ -1,4 +1,4 @@
-"""Safetensors files of this package: tensors, and one JSON document in the metadata that says what they are."""
+"""Safetensors files of this package: tensors, and one JSON document in the metadata that describes them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One kind of file.
+    """One format of file.
 
     Attributes:
         format: the document's key in the metadata.
         version: the document's "version".
-        what: for messages, e.g. "persona vector".
+        what: the name in messages, e.g. "persona vector".
         command: the command that writes such files.
     """
 
@@ -40,7 +40,7 @@ class TensorFile:
     def save(
         self, path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], document: Mapping[str, Any]
     ) -> None:
-        """Write a file as a whole. The same content gives the same bytes.
+        """Write a file atomically. The same content gives the same bytes.
 
         Args:
             path: the file.
@@ -50,7 +50,7 @@ class TensorFile:
         Raises:
             OutputError: the file cannot be written.
         """
-        # One metadata entry only: safetensors writes several in no fixed order.
+        # Use one metadata entry: the order in which safetensors writes several is not fixed.
         metadata = {self.format: json.dumps({"version": self.version, **document}, default=dict)}
         floats = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
         with whole_file(Path(path)) as partial:
@@ -61,10 +61,10 @@ class TensorFile:
 
     @contextmanager
     def opened(self, path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Any]]:
-        """The document, and the open file, which gives its tensors by `get_tensor`.
+        """Yield the document, and the open file, whose `get_tensor` returns its tensors.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or of another kind; also where the block raises ValueError.
+            CheckpointError: the file is missing, damaged or of another format, or the block raised ValueError.
         """
         try:
             check_regular(path)

@@ -1,7 +1,7 @@
 """The one reader of YAML files: scalars of YAML 1.2, plain values, the line of every key, and limits.
 
-An alias stands for all that its anchor holds, so a few lines can stand for billions of values. The limits therefore count
-values with every alias written out, while the file is read.
+An alias stands for the whole content of its anchor, so a few lines can expand to billions of values. The limits
+therefore count values with every alias expanded, while the file is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """SafeLoader with the scalars of YAML 1.2: 1e-4 is a number, and `save_strategy: no` is text.
 
-    PyYAML reads YAML 1.1, which takes the first for text and the second for false.
+    PyYAML reads YAML 1.1, where the first is text and the second is false.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node and all in it; nodes beyond the limits are refused before they are read."""
+        """Compose a node and everything in it. Nodes beyond the limits are rejected before they are read."""
         self.nodes += 1
         self.depth += 1
         mark = self.peek_event().start_mark
@@ -58,13 +58,13 @@ _Loader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """SafeDumper that quotes what _Loader would not read as text."""
+    """SafeDumper that quotes text which _Loader would read as another type."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """YAML that :func:`parse_yaml` reads as these values, in their order."""
+    """Return YAML that :func:`parse_yaml` reads as these values, in their order."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
@@ -77,17 +77,17 @@ def parse_yaml(
     has_lines: bool = True,
     error: type[SafeLoraFastError] = SettingsError,
 ) -> Any:
-    """Plain values of a YAML text.
+    """Return the plain values of a YAML text.
 
     Args:
         text: the YAML.
-        source: where it is from, for messages.
+        source: the origin of the text, for messages.
         lines: filled with the line of every key, by the keys that lead to it.
         has_lines: whether messages name the line.
-        error: the type of the error.
+        error: the error class to raise.
 
     Raises:
-        SafeLoraFastError: of the type `error`: the text is no YAML, repeats a key, or is larger or deeper than the limits.
+        SafeLoraFastError: an `error`: the text is not YAML, repeats a key, or exceeds the limits on size or depth.
     """
     if len(text) > MOST_CHARACTERS:
         raise error(f"{source}: has more than {MOST_CHARACTERS:,} characters")
@@ -113,7 +113,7 @@ def parse_yaml(
 
 
 class _RefusedError(Exception):
-    """Valid YAML that is not read here."""
+    """Valid YAML that is not accepted here."""
 
     def __init__(self, line: int, what: str) -> None:
         super().__init__(what)
@@ -121,13 +121,13 @@ class _RefusedError(Exception):
 
 
 class _Reading:
-    """Makes values from nodes, which aliases share."""
+    """Converts nodes, which aliases share, to values."""
 
     def __init__(self, loader: Any, lines: dict[Keys, int]) -> None:
         self._loader = loader
         self._lines = lines
         self._made = 0
-        self._top = 0  # line of the current key of the top level: an alias's node has the line of its anchor
+        self._top = 0  # line of the current top-level key, because an alias's node has the line of its anchor
 
     def value(self, node: Any, keys: Keys, above: tuple[int, ...]) -> Any:
         if id(node) in above:
@@ -151,7 +151,7 @@ class _Reading:
         return self._loader.construct_object(node)
 
     def _mapping(self, node: Any, keys: Keys, above: tuple[int, ...]) -> dict[str, Any]:
-        """Its own keys win over those merged in by `<<: *others`, and of these the first."""
+        """Return a mapping. Its own keys win over those merged by `<<: *others`; among merged keys, the first wins."""
         self._check_keys(node, keys)
         result: dict[str, Any] = {}
         for key, item in node.value:

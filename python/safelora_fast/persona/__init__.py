@@ -1,4 +1,4 @@
-"""Extraction of persona vectors: contrastive system prompts, the model's own answers, and the difference of their activations."""
+"""Extraction of persona vectors from contrastive system prompts, the model's own responses, and their activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mean activations of responses, the difference of their two sides, and how well it separates responses."""
+"""Mean activations of responses, the difference of the two sides, and how well it separates responses."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def response_means(
     padding: int,
     advance: Callable[[int], None],
 ) -> np.ndarray:
-    """Mean output of every layer over the tokens of each response: [responses, layers, hidden] float32.
+    """Return the mean output of every layer over the tokens of each response: [responses, layers, hidden] float32.
 
-    Layers are counted, and their outputs read, as the defenses do. One forward pass gives all layers, and each output is
-    averaged at once.
+    Layers are numbered, and their outputs read, as in the defenses. One forward pass gives all layers, and each output
+    is averaged immediately.
 
     Args:
         anatomy: the model's parts; the model is in evaluation mode.
         prompts: the tokens before each response.
         responses: the tokens of each response, at least one.
-        batch_size: responses at once, of similar length.
-        padding: the token to pad with.
+        batch_size: responses per batch; a batch has responses of similar length.
+        padding: the padding token.
         advance: called with the number of responses done.
 
     Raises:
-        SettingsError: the layers give several hidden states for each token.
+        SettingsError: the layers return several hidden states for each token.
     """
     anatomy.check_outputs(owner="persona vectors")
     means = np.empty((len(responses), anatomy.depth, anatomy.config.hidden_size), np.float32)
@@ -83,7 +83,7 @@ def _batch_means(anatomy: Anatomy, batch: Sequence[tuple[Sequence[int], Sequence
 
 
 def mean_difference(means: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Mean over the positive responses minus mean over the negative ones, in float64.
+    """Return the mean over the positive responses minus the mean over the negative ones, in float64.
 
     Args:
         means: [responses, …].
@@ -94,14 +94,15 @@ def mean_difference(means: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 
 def separations(means: np.ndarray, positive: np.ndarray, halves: np.ndarray) -> list[Separation]:
-    """How well each layer's vector separates held-out responses, by cross-validation over two halves of the questions.
+    """Measure how well each layer's vector separates held-out responses, by two-fold cross-validation over questions.
 
-    Vector and midpoint come from one half, and the metrics from the other. The effect is the mean of both halves' Cohen's d;
-    the share is over all responses. NaN where a half lacks responses of a side (for the effect: has fewer than two).
+    Vector and midpoint come from one half, and the metrics from the other. The effect is the mean of both halves'
+    Cohen's d; the share is over all responses. Both are NaN if a half has no responses of one side. The effect is also
+    NaN if a half has fewer than two.
 
     Args:
         means: [responses, layers, hidden].
-        positive: [responses] booleans: asked for the trait.
+        positive: [responses] booleans: whether the prompt asked for the trait.
         halves: [responses] 0 or 1: the half that the question belongs to.
     """
     return [_separation(means[:, layer].astype(np.float64), positive, halves) for layer in range(means.shape[1])]
@@ -122,7 +123,10 @@ def _separation(means: np.ndarray, positive: np.ndarray, halves: np.ndarray) -> 
 
 
 def cohens_d(first: np.ndarray, second: np.ndarray) -> float:
-    """Difference of the means over the pooled standard deviation; NaN with fewer than two values a side, or no spread."""
+    """Return the difference of the means over the pooled standard deviation.
+
+    NaN with fewer than two values per side, or without spread.
+    """
     if min(len(first), len(second)) < 2:
         return math.nan
     squares = ((first - first.mean()) ** 2).sum() + ((second - second.mean()) ** 2).sum()

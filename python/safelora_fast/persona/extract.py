@@ -1,4 +1,4 @@
-"""From a trait and a model to a persona vector."""
+"""Extract a persona vector from a trait and a model."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from safelora_fast.persona.source_model import SourceModel
 
 THRESHOLD = 50.0
-DECISIVE = ("dtype", "weights", "tokenizer", "chat_template", "ends")  # facts of the model that decide its responses
+DECISIVE = ("dtype", "weights", "tokenizer", "chat_template", "ends")  # of the model: these determine its responses
 
 
 class Progress(Protocol):
-    """Told how far an extraction is."""
+    """Receives the progress of an extraction."""
 
     def start(self, what: str, total: int, done: int) -> None:
-        """Some work begins: so many things are to be done, of which so many are done already."""
+        """Start a stage of `total` items, of which `done` are finished already."""
 
     def advance(self, done: int) -> None:
-        """So many are done."""
+        """Report that `done` items are finished."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Sampling:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide one response."""
+        """The settings that determine one response."""
         return {name: getattr(self, name) for name in ("seed", "temperature", "max_new_tokens")}
 
 
@@ -91,43 +91,43 @@ def extract_persona_vector(
     regenerate: bool = False,
     progress: Progress | bool | None = None,
 ) -> PersonaVector:
-    """Extract the vector of a trait from a model's own answers (Chen et al. 2025, arXiv 2507.21509).
+    """Extract the vector of a trait from a model's own responses (Chen et al. 2025, arXiv 2507.21509).
 
-    Every question is asked under system prompts that ask for the trait, and under others that ask for its opposite. The
-    vector of a layer is the mean output over the tokens of the first responses minus that of the second. How well each
-    layer separates held-out responses is measured too.
+    Every question is asked under system prompts that ask for the trait, and under others that ask for its opposite. A
+    layer's vector is the mean output over the tokens of the positive responses minus that of the negative ones. The
+    function also measures how well each layer separates held-out responses.
 
-    With an output, responses are kept beside it in `<output>.responses.jsonl`: after an interruption the same call goes on,
-    and a call with another judge or threshold generates nothing new.
+    With an output, responses are stored next to it in `<output>.responses.jsonl`. After an interruption, the same call
+    resumes. A call with another judge or threshold generates nothing new.
 
     Args:
-        model: a folder, a Hub id with an optional `@revision`, or a loaded model (then with its tokenizer).
+        model: a folder, a Hub id with an optional `@revision`, or a loaded model (which needs `tokenizer`).
         trait: a trait, its YAML file, or the name of one that comes with this package.
         output: the safetensors file to write; None writes nothing.
-        tokenizer: of a loaded model.
+        tokenizer: the tokenizer of a loaded model.
         samples: responses to each question under each system prompt; the paper uses 10.
-        seed: of the responses; each is drawn with numbers of its own.
+        seed: the seed of the responses; each response has its own random numbers.
         temperature: divides the logits; 0 takes the most likely token.
-        max_new_tokens: longest response.
-        batch_size: responses at once; decides speed and memory, and nothing else but rounding.
-        judge: scores a response from 0 to 100 by how much of the trait it shows, or None for no score; positive responses
-            must score above the threshold, negative ones below it.
+        max_new_tokens: the maximum length of a response.
+        batch_size: responses per batch; affects only speed, memory and rounding.
+        judge: scores from 0 to 100 how strongly a response shows the trait, or returns None for no score. Positive
+            responses must score above the threshold, and negative ones below it.
         threshold: see `judge`.
-        dtype: of a model that is loaded.
-        device: of a model that is loaded; "auto" is the GPU where there is one.
-        chat_template: a Jinja file in the place of the tokenizer's own template, for a model that is loaded.
-        template_args: values of variables that the template reads, for a model that is loaded.
-        overwrite: replace an output that exists.
-        regenerate: forget responses of an earlier run.
-        progress: told how far it is; None shows a bar where standard error is a terminal, False nothing.
+        dtype: the dtype for a model loaded from `model`.
+        device: the device for a model loaded from `model`; "auto" uses the GPU if there is one.
+        chat_template: a Jinja file that replaces the tokenizer's own template, for a model loaded from `model`.
+        template_args: values of template variables, for a model loaded from `model`.
+        overwrite: replace an existing output.
+        regenerate: discard responses of an earlier run.
+        progress: receives progress. None shows a bar if standard error is a terminal; False shows nothing.
 
     Raises:
-        SettingsError: trait, model and settings do not go together, e.g. a chat template without system turns.
-        DataError: no response of a side is left, or stored responses are damaged.
+        SettingsError: trait, model and settings are incompatible, e.g. a chat template without system turns.
+        DataError: a side has no response left, or stored responses are damaged.
         CheckpointError: the model cannot be loaded.
         OutputError: the output exists, or cannot be written.
-        TrainingError: the model gives NaN, or the device ran out of memory.
-        InterruptedRunError: Ctrl-C; the finished responses are kept.
+        TrainingError: the model's outputs contain NaN or Inf, or the device ran out of memory.
+        InterruptedRunError: Ctrl-C was pressed; the finished responses are kept.
     """
     sampling = Sampling(samples, seed, temperature, max_new_tokens, batch_size)
     trait = trait if isinstance(trait, Trait) else load_trait(trait)
@@ -191,7 +191,7 @@ class _Extraction:
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """After Ctrl-C, or when memory runs out, say what is kept and how to go on."""
+        """After Ctrl-C or out of memory, raise an error that says what is kept and how to resume."""
         import torch
 
         def kept() -> str:
@@ -212,9 +212,10 @@ class _Extraction:
             ) from error
 
     def respond(self) -> list[Response]:
-        """A response to every request: from the journal, or generated and added to it.
+        """Return a response to every request, either from the journal or newly generated and added to it.
 
-        Batches are cut from all requests, known ones included, so a resumed run gets what an unbroken run gets.
+        Batches are cut from all requests, including answered ones. A resumed run therefore gives the same responses as
+        an uninterrupted one.
         """
         from safelora_fast.models.reference_pass import evaluation_mode
 
@@ -251,7 +252,7 @@ class _Extraction:
         ]
 
     def average(self, responses: Sequence[Response]) -> tuple[np.ndarray, list[Separation]]:
-        """The difference of the two sides [layers, hidden] float32, and how well each layer separates them."""
+        """Return the difference of the two sides [layers, hidden] float32, and how well each layer separates them."""
         from safelora_fast.models.reference_pass import evaluation_mode
         from safelora_fast.persona import activations
 

@@ -1,4 +1,4 @@
-"""A plot of how well each layer separates the two sides."""
+"""Plot how well each layer separates the two sides."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def plot_separation(vector: PersonaVector, path: Path) -> None:
-    """Draw effect and held-out share by layer, with the suggested layer and those that it was chosen from.
+    """Draw effect and held-out share by layer, and mark the suggested layer and its candidates.
 
     Raises:
-        MissingDependencyError: without matplotlib.
-        OutputError: when the suffix is unknown or the file cannot be written.
+        MissingDependencyError: matplotlib is missing.
+        OutputError: the suffix is unknown, or the file cannot be written.
     """
     titles = ("Effect (Cohen's d), held out", "Share on its own side of the midpoint, held out")
     values = [[one.effect for one in vector.separation], [one.share for one in vector.separation]]

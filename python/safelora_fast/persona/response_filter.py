@@ -1,4 +1,4 @@
-"""Which responses show what they were asked for, by a judge's scores."""
+"""Filter responses by a judge's scores: keep those that show what the prompt asked for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ VERDICTS = ("kept", "empty", "unscored", "filtered")
 
 
 def read_scores(path: str | Path) -> Judge:
-    """A judge that gives stored scores: a JSONL file with `id` and `score` (a number or null); other keys are ignored.
+    """Return a judge that looks up stored scores.
+
+    The JSONL file has `id` and `score` (a number or null) in each line; other keys are ignored.
 
     Raises:
-        DataError: the file cannot be read, or a line is not as it must be; the line is named.
+        DataError: the file cannot be read, or a line is invalid; the message names the line.
     """
     lines = JsonLines(path, "scores")
     scores: dict[str, float | None] = {}
@@ -49,12 +51,12 @@ def read_scores(path: str | Path) -> Judge:
 
 
 def keep(responses: Sequence[Response], judge: Judge | None, threshold: float) -> tuple[list[Response], Counts]:
-    """The responses to average, and for each side how many are kept, empty, unscored or filtered.
+    """Return the responses to average, and for each side how many are kept, empty, unscored or filtered.
 
     With a judge, a positive response must score above the threshold and a negative one below it.
 
     Raises:
-        SettingsError: the judge gives something else than a finite number or None.
+        SettingsError: the judge returned something other than a finite number or None.
         DataError: a side has no response left.
     """
     kept, found = [], {side: Counter[str]() for side in get_args(Side)}
@@ -73,7 +75,7 @@ def keep(responses: Sequence[Response], judge: Judge | None, threshold: float) -
 
 def _verdict(response: Response, judge: Judge | None, threshold: float) -> str:
     if not response.tokens:
-        return "empty"  # it has no activation
+        return "empty"  # no tokens, so no activation
     if judge is None:
         return "kept"
     score = judge(response)

@@ -1,4 +1,4 @@
-"""Requests to the model, its responses, and the JSONL file beside the vector that keeps the responses."""
+"""Requests to the model, its responses, and the JSONL file next to the vector that stores the responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Side = Literal["positive", "negative"]
 SUFFIX = ".responses.jsonl"
 ROW = {"id": TEXT, "system": TEXT, "user": TEXT, "answer": TEXT, "tokens": LIST, "made": OBJECT}
-MODEL = "model"  # the model's name in `made`; it may change, because the digest of the weights decides
+MODEL = "model"  # the model's name in `made`; it may change, because the digest of the weights identifies the model
 REMEDY = "pass --regenerate to start anew, or choose another output"
 
 
@@ -30,9 +30,9 @@ class Request:
 
     Attributes:
         side: "positive" if the system prompt asks for the trait, "negative" if it asks for the opposite.
-        pair: number of the pair of system prompts, from 0.
-        question: number of the question, from 0.
-        sample: number of the answer to the same question, from 0.
+        pair: index of the pair of system prompts, from 0.
+        question: index of the question, from 0.
+        sample: index of the response to the same question, from 0.
         system: the system prompt.
         user: the question.
     """
@@ -46,11 +46,11 @@ class Request:
 
     @property
     def id(self) -> str:
-        """Its name in files: side/pair/question/sample."""
+        """Identifier in files: side/pair/question/sample."""
         return f"{self.side}/{self.pair}/{self.question}/{self.sample}"
 
     def draws(self, seed: int, count: int) -> np.ndarray:
-        """`count` uniform numbers in [0, 1), one for each token. They do not depend on the batch."""
+        """Return `count` uniform random numbers in [0, 1), one for each token. They do not depend on the batch."""
         numbers = (get_args(Side).index(self.side), self.pair, self.question, self.sample)
         return np.random.default_rng([seed, *numbers]).random(count)
 
@@ -65,7 +65,7 @@ class Response:
 
 
 def requests(trait: Trait, samples: int) -> list[Request]:
-    """`samples` requests for every question under both prompts of every pair, grouped by system prompt."""
+    """Return `samples` requests for every question under both prompts of every pair, grouped by system prompt."""
     return [
         Request(side, number, index, sample, getattr(pair, side), question)
         for number, pair in enumerate(trait.pairs)
@@ -76,11 +76,11 @@ def requests(trait: Trait, samples: int) -> list[Request]:
 
 
 class Journal:
-    """The file of responses, so that an interrupted extraction can go on.
+    """The file of responses, from which an interrupted extraction can resume.
 
     Args:
         path: the JSONL file.
-        made: how responses are made now: the model, the seed and all else that decides them.
+        made: how responses are generated now: the model, the seed and everything else that determines them.
     """
 
     def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
@@ -90,15 +90,15 @@ class Journal:
 
     @classmethod
     def beside(cls, output: Path, made: Mapping[str, Any]) -> Journal:
-        """The journal of a vector's file."""
+        """Return the journal that belongs to a vector's file."""
         return cls(output.with_suffix(SUFFIX), made)
 
     def read(self, wanted: Sequence[Request]) -> dict[str, Response]:
-        """The stored responses to these requests, by id.
+        """Return the stored responses to these requests, by id.
 
         Raises:
-            DataError: a line is no response; it is named.
-            SettingsError: responses were made with other settings, or to other prompts.
+            DataError: a line is not a response; the message names the line.
+            SettingsError: the responses were generated with other settings or prompts.
         """
         by_id = {request.id: request for request in wanted}
         found: dict[str, Response] = {}
@@ -117,15 +117,15 @@ class Journal:
         return found
 
     def append(self, responses: Sequence[Response]) -> None:
-        """Add responses.
+        """Append responses.
 
         Raises:
-            OutputError: the system refuses to write.
+            OutputError: the file cannot be written.
         """
         self._store.append(self.to_row(response) for response in responses)
 
     def to_row(self, response: Response) -> dict[str, Any]:
-        """A response as a row of the file."""
+        """Return a response as a row of the file."""
         one = response.request
         values = (one.id, one.system, one.user, response.answer, list(response.tokens), self._made)
         return dict(zip(ROW, values, strict=True))

@@ -1,4 +1,4 @@
-"""The model that a persona vector is extracted from: loaded here, or given."""
+"""The model that a persona vector is extracted from, either loaded here or passed in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SourceModel:
         """Load model and tokenizer onto their device.
 
         Raises:
-            CheckpointError: something cannot be loaded.
+            CheckpointError: the model or the tokenizer cannot be loaded.
             SettingsError: there is no GPU, or the model's layers cannot be found.
         """
         device = chosen_device(section.device)
@@ -53,10 +53,11 @@ class SourceModel:
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> SourceModel:
-        """A loaded model as it is: active adapters take part.
+        """Wrap a loaded model unchanged; its active adapters stay active.
 
         Raises:
-            SettingsError: there is no tokenizer, the model's layers cannot be found, or its adapter is a learned prompt.
+            SettingsError: the tokenizer is missing, the model's layers cannot be found, or its adapter is a learned
+                prompt.
         """
         if tokenizer is None:
             raise SettingsError("a loaded model needs its tokenizer beside it: tokenizer=")
@@ -71,10 +72,10 @@ class SourceModel:
         return cls(anatomy, tokenizer, str(source), getattr(config, "_commit_hash", None))
 
     def prompt(self, request: Request) -> list[int]:
-        """The tokens of a request, up to where the response begins.
+        """Return the tokens of a request, up to the start of the response.
 
         Raises:
-            SettingsError: there is no chat template, or it has no system turns.
+            SettingsError: the chat template is missing, or it has no system turns.
         """
         if not has_template(self.tokenizer):
             raise SettingsError(f"{self.source}: the tokenizer has no chat template; {REMEDY}")
@@ -88,10 +89,10 @@ class SourceModel:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end a response.
+        """Tokens that end a response.
 
         Raises:
-            SettingsError: neither model nor tokenizer has one.
+            SettingsError: neither model nor tokenizer names one.
         """
         found = answer_ends(self.anatomy.model, self.tokenizer)
         if not found:
@@ -100,12 +101,12 @@ class SourceModel:
 
     @property
     def padding(self) -> int:
-        """The token to pad with."""
+        """The padding token."""
         token = self.tokenizer.pad_token_id
         return self.ends[0] if token is None else int(token)
 
     def describe(self) -> dict[str, Any]:
-        """Source, revision, dtype, end tokens, and digests of weights, tokenizer and chat template, ready for JSON."""
+        """Return source, revision, dtype, end tokens, and digests of weights, tokenizer and template, for JSON."""
         weight = self.anatomy.model.get_input_embeddings().weight
         return {
             "source": self.source,

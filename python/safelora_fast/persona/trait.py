@@ -1,4 +1,4 @@
-"""A trait: system prompts that ask for it and for its opposite, and questions, in one checked YAML file."""
+"""Traits: system prompts that ask for a trait and for its opposite, and questions, read from a validated YAML file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Trait:
-    """What a persona vector is extracted for.
+    """The trait that a persona vector is extracted for.
 
     Attributes:
-        name: letters, digits, dots and dashes; a monitor's default name in the log.
-        description: for people.
-        pairs: at least one.
+        name: letters, digits, dots and dashes; also a monitor's default name in the log.
+        description: an explanation for readers.
+        pairs: at least one pair of system prompts.
         questions: at least two; each is asked under both prompts of every pair.
     """
 
@@ -43,20 +43,20 @@ class Trait:
 
     @property
     def sha256(self) -> str:
-        """Of all of it as canonical JSON."""
+        """SHA-256 of the whole trait as canonical JSON."""
         return text_digest(asdict(self))
 
 
 def shipped_traits() -> list[str]:
-    """Names of the traits that come with this package."""
+    """Return the names of the traits that come with this package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_trait(source: str | Path) -> Trait:
-    """Read a trait file, or a trait of this package by its name; a file that exists wins.
+    """Read a trait from a file, or a trait of this package by its name. An existing file wins.
 
     Raises:
-        SettingsError: the file cannot be read, or is not as it must be; file, line and key are named.
+        SettingsError: the file cannot be read or is invalid; the message names file, line and key.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -98,7 +98,7 @@ def _pair(document: Document, key: str, value: Any, number: int) -> Pair:
 
 
 def _list(document: Document, key: str, parse: Any) -> tuple[Any, ...]:
-    """The items of a list, each parsed; no two may be the same."""
+    """Parse the items of a list, which must all be different."""
     if key not in document.values:
         raise document.problem((key,), "missing")
     values = document.values[key]

@@ -1,6 +1,6 @@
-"""The plan of a safe subspace: which weights of two checkpoints make V, without an adapter that says so.
+"""Plan a safe subspace: choose the weights of two checkpoints that form V, without an adapter.
 
-The aligned checkpoint names the modules, and they are paired with the base by the same rules as in a projection.
+The aligned checkpoint names the modules. They are paired with the base by the same rules as in a projection.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class _Unit:
     parameter: str = ""
 
     def groups(self, names: tuple[TensorNames, TensorNames]) -> list[Group]:
-        """V of the module, or of each expert.
+        """Return V of the module, or of each expert.
 
         Raises:
-            PairingError: the two weights do not go together.
+            PairingError: the two weights are incompatible.
         """
         if not isinstance(self.aligned, ExpertWeights) or not isinstance(self.base, ExpertWeights):
             embedding = canonical(self.name) in INPUT_EMBEDDINGS
@@ -81,14 +81,14 @@ def plan_subspace(
     Args:
         aligned: the aligned model, whose tensors name the modules.
         base: the model before alignment; its tensors may be named, fused and typed differently.
-        endings: the last components of the modules' names ("q_proj", "mlp.down_proj"), as on disk or in transformers; parts
-            of a fused weight and fused modules of separate weights count. None: every linear weight of the numbered layers,
-            except experts.
+        endings: the last components of the modules' names ("q_proj", "mlp.down_proj"), as on disk or in transformers.
+            Parts of a fused weight and fused modules of separate weights are allowed. None selects every linear weight
+            of the numbered layers, except experts.
         exclude: names or patterns of modules to exclude (:func:`~safelora_fast.checkpoints.tensor_names.matching`).
 
     Raises:
-        SettingsError: a pattern to exclude matches nothing, or everything.
-        PairingError: a name ends no module, or a module has no unambiguous counterpart of the same shape.
+        SettingsError: an exclude pattern matches nothing, or all modules are excluded.
+        PairingError: no module has one of the endings, or a module has no unambiguous counterpart of the same shape.
         CheckpointError: a checkpoint is quantized.
     """
     names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
@@ -114,10 +114,10 @@ def plan_subspace(
 
 
 def checked_device(name: str | None) -> torch.device | None:
-    """The torch device of this name; None stands for the extension on the CPU.
+    """Return the torch device of this name; None stands for the extension on the CPU.
 
     Raises:
-        SettingsError, BackendError: there is no such device.
+        SettingsError, BackendError: the device does not exist.
         MissingDependencyError: torch is not installed.
     """
     if name is None:
@@ -134,7 +134,7 @@ def checked_device(name: str | None) -> torch.device | None:
 def start(
     plan: Plan, settings: Settings, seed: int, device: torch.device | None
 ) -> _core.ProjectionStream | SubspaceStream:
-    """Start the work on a plan; the stream must be closed."""
+    """Start the stream that computes a plan. The caller must close the stream."""
     if device is None:
         return start_stream(plan, settings, keep_subspace=True, seed=seed)
     from safelora_fast.projection.device.subspace_stream import SubspaceStream
@@ -143,7 +143,7 @@ def start(
 
 
 def _in_layers(aligned: Checkpoint) -> list[str]:
-    """The linear modules of the numbered layers. Their shards must be opened to know the shapes."""
+    """Return the linear modules of the numbered layers. Their shards are opened to read the shapes."""
     weights = [
         name
         for name in aligned.names
@@ -157,7 +157,7 @@ def _in_layers(aligned: Checkpoint) -> list[str]:
 
 
 def _ending(aligned: Checkpoint, endings: Sequence[str]) -> list[str]:
-    """The modules whose names end in one of these."""
+    """Return the modules whose names end in one of these."""
     found: dict[str, None] = {}
     unused = set(endings)
     for tensor in aligned.names:
@@ -178,7 +178,7 @@ def _ending(aligned: Checkpoint, endings: Sequence[str]) -> list[str]:
 
 
 def _modules(tensor: str) -> Iterator[str]:
-    """The modules that a tensor may belong to: its own, those fused in it, and the one that fuses it with others."""
+    """Yield the modules that a tensor may belong to: its own, those fused in it, and the one that fuses it."""
     if OF_EXPERTS.fullmatch(canonical(tensor)):
         yield canonical(tensor)
         return

@@ -1,4 +1,4 @@
-"""The safe subspace of a pair of checkpoints: for each module the leading left singular vectors of aligned − base."""
+"""The safe subspace of a pair of checkpoints: for each module, the leading left singular vectors of aligned − base."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ class ModuleSubspace:
 
     @property
     def rank(self) -> int:
-        """Number of vectors k; 0 where V is zero."""
+        """Number of vectors k; 0 if V is zero."""
         return int(self.left_vectors.shape[1])
 
     @property
     def spectral_norm(self) -> float:
-        """σ₁, the largest singular value of V; 0 where V is zero."""
+        """σ₁, the largest singular value of V; 0 if V is zero."""
         return float(self.singular_values[0]) if self.rank else 0.0
 
     @property
     def energy(self) -> float:
-        """Share of ‖V‖²_F that the subspace holds; NaN where V is zero."""
+        """Share of ‖V‖²_F in the subspace; NaN if V is zero."""
         if self.v_norm == 0:
             return float("nan")
         kept = float(np.square(self.singular_values.astype(np.float64)).sum())
@@ -82,9 +82,9 @@ class SafeSubspace:
 
     Attributes:
         modules: by module name, as in the aligned checkpoint ("model.layers.0.self_attn.q_proj").
-        sources: "aligned" and "base", each as :func:`~safelora_fast.checkpoints.provenance.describe` gives it.
-        settings: what it was built with: rank or energy, seed, modules, and the version of this package; for a device also
-            its kind ("cuda") and the version of torch.
+        sources: "aligned" and "base", each as returned by :func:`~safelora_fast.checkpoints.provenance.describe`.
+        settings: how it was built: rank or energy, seed, modules, and the version of this package. For a device, also
+            the kind of device ("cuda") and the version of torch.
     """
 
     modules: Mapping[str, ModuleSubspace]
@@ -117,35 +117,36 @@ class SafeSubspace:
     ) -> SafeSubspace:
         """Build from two checkpoints by a randomized block Krylov iteration (Halko et al. 2011, arXiv 0909.4061).
 
-        The checkpoints are streamed once, and no model is loaded. Weights are paired by name as in a projection, so the two
-        may be sharded, fused, spelled and typed differently. The same input and seed give the same bytes, whatever the number
-        of threads.
+        The checkpoints are streamed once, and no model is loaded. Weights are paired by name as in a projection, so the
+        two checkpoints may be sharded, fused, spelled and typed differently. The same input and seed give the same
+        bytes for any number of threads.
 
-        With a `device`, torch runs the same iteration there, a module at a time, while the next 512 MiB of weights are read.
-        The device holds such a batch (or both weights of a larger module), the basis and its products. Singular values agree
-        with those of the CPU to about 1e-5 of σ₁, and U_k·U_kᵀ to about 1e-5·σ₁/(σ_k − σ_k+1). Bytes depend on the device and
-        on the version of torch. Which way is faster has not been measured.
+        With a `device`, torch runs the same iteration there, one module at a time, while the next 512 MiB of weights
+        are read. The device holds such a batch (or both weights of a larger module), the basis and its products.
+        Singular values agree with those of the CPU to about 1e-5 of σ₁, and U_k·U_kᵀ to about 1e-5·σ₁/(σ_k − σ_k+1).
+        Bytes depend on the device and on the version of torch. The speed of the two paths has not been compared.
 
         Args:
-            aligned: the aligned (instruct) model: path or Hub id, with `@revision` if need be.
-            base: the model before alignment, likewise.
-            modules: last components of module names ("q_proj", "mlp.down_proj"); also of experts, embeddings and parts of
-                fused weights. None: every linear weight of the numbered layers, except experts: what a LoRA on all linear
-                layers adapts.
-            rank: vectors a module; 64 when neither this nor `energy` is given.
-            energy: share of ‖V‖²_F to hold, instead of a rank.
+            aligned: the aligned (instruct) model: a path, or a Hub id with an optional `@revision`.
+            base: the model before alignment, in the same form.
+            modules: last components of module names ("q_proj", "mlp.down_proj"), also of experts, embeddings and parts
+                of fused weights. None selects every linear weight of the numbered layers, except experts. These are the
+                modules that a LoRA on all linear layers adapts.
+            rank: vectors per module; 64 if neither this nor `energy` is given.
+            energy: share of ‖V‖²_F to keep, instead of a rank.
             exclude: names or patterns ("lm_head", "layers.0.*") of modules to exclude.
-            seed: of the random start.
-            threads: number of threads (with a device: of threads that read); all cores by default.
+            seed: seed of the random start.
+            threads: number of threads (with a device: of reader threads); all cores by default.
             device: where torch computes: "cuda", "cuda:1", "xpu" or "cpu". None: the CPU, without torch.
-            progress: told about every module; None shows a bar where standard error is a terminal, False nothing.
+            progress: receives progress after every module. None shows a bar if standard error is a terminal; False
+                shows nothing.
 
         Raises:
             CheckpointError: a checkpoint cannot be read, is quantized, or holds NaN or Inf.
             PairingError: a module has no counterpart of the same shape in the base, or V is zero everywhere.
-            SettingsError: a setting is out of range, or torch does not compute on `device`.
-            BackendError: this machine has no such device, or it has too little memory.
-            MissingDependencyError: a device needs torch.
+            SettingsError: a setting is out of range, or torch cannot compute on `device`.
+            BackendError: the device does not exist, or it has too little memory.
+            MissingDependencyError: a device was given, but torch is not installed.
         """
         from safelora_fast.checkpoints.weight_norms import median_ratio, weight_norm
         from safelora_fast.projection.settings import Settings
@@ -207,11 +208,11 @@ class SafeSubspace:
 
     @classmethod
     def from_sources(cls, *, aligned: str | Path, base: str | Path) -> SafeSubspace:
-        """The sources and their fingerprints without U_k: all that SafeLora needs at the end of training.
+        """Return the sources and their fingerprints without U_k. SafeLora needs no more at the end of training.
 
         Raises:
             CheckpointError: a checkpoint cannot be read.
-            PairingError: both are the same model.
+            PairingError: both checkpoints hold the same weights.
         """
         models = {"aligned": aligned, "base": base}
         sources = {role: describe(open_checkpoint(source, role=role)) for role, source in models.items()}
@@ -223,14 +224,15 @@ class SafeSubspace:
         return cls({}, sources)
 
     def find(self, name: str, tower: str | None = None) -> ModuleSubspace:
-        """The subspace of a module of a loaded model. Wrappers at the front of the name and spellings do not matter.
+        """Return the subspace of a module of a loaded model. Leading wrappers and spelling of the name do not matter.
 
         Args:
             name: the module's name in the model.
-            tower: the part of a larger model that the model is (:func:`~safelora_fast.checkpoints.tensor_names.tower_of_class`).
+            tower: the tower of a larger model that this model is
+                (:func:`~safelora_fast.checkpoints.tensor_names.tower_of_class`).
 
         Raises:
-            PairingError: there is none, or more than one; the message names the nearest.
+            PairingError: no module matches, or several do; the message names the nearest.
         """
         found = [weight.removesuffix(".weight") for weight in self._index.find(f"{name}.weight", tower)]
         if len(found) == 1:
@@ -247,7 +249,7 @@ class SafeSubspace:
         raise PairingError(f"module {name} {problem}{built}; nearest: {', '.join(sorted(near)[:3]) or 'none'}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the vectors, for JSON; the energy is None where V is zero."""
+        """Return everything except the vectors, for JSON; the energy is None if V is zero."""
         modules = [
             {
                 "name": name,
@@ -267,7 +269,7 @@ class SafeSubspace:
         return NameIndex(f"{name}.weight" for name in self.modules)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, as a whole.
+        """Write one safetensors file atomically.
 
         Raises:
             OutputError: the file cannot be written.
@@ -284,7 +286,7 @@ class SafeSubspace:
         """Read a file that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or no subspace.
+            CheckpointError: the file is missing, damaged, or not a subspace.
         """
         with FILE.opened(path) as (document, file):
             check_fields(document, {"modules": LIST, "sources": OBJECT, "settings": OBJECT})
