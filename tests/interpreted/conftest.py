@@ -1,6 +1,7 @@
-"""Triton kernels under Triton's interpreter, which is chosen when triton is imported: a process of its own.
+"""Setup for tests of the Triton kernels under Triton's interpreter.
 
-tests/ops/test_triton_interpreted.py runs this folder in one; alone, as `TRITON_INTERPRET=1 pytest tests/interpreted`.
+The interpreter is selected when triton is imported, so these tests need a separate process.
+tests/ops/test_triton_interpreted.py starts one; to run only this folder: `TRITON_INTERPRET=1 pytest tests/interpreted`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 
 def pytest_configure(config):
-    """The interpreter computes with numpy, which warns where a GPU goes on with infinity."""
+    """Ignore NumPy's warnings in the interpreter about infinity, which a GPU handles silently."""
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
 def served_by_triton(monkeypatch):
-    """Every operation goes to Triton or fails, and what torch.empty gives is full of NaN."""
+    """Require the Triton backend for all operations, and fill the results of torch.empty with NaN."""
     monkeypatch.setenv("SAFELORA_FAST_BACKEND", "triton")
     torch.use_deterministic_algorithms(True)
     yield

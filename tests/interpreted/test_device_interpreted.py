@@ -1,4 +1,4 @@
-"""A projection and safe subspaces on a device, from checkpoints to files, by the Triton kernels."""
+"""Projection and safe subspaces on a device with the Triton kernels, from checkpoints to output files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_same_report_and_adapter(family, settings, sources, tmp_path):
         assert (found[key] - tensor).norm() <= 2e-5 * tensor.norm()
 
 
-# GPT-2 keeps its weights transposed.
+# GPT-2 stores its weights transposed.
 @pytest.mark.parametrize(("family", "extent"), [("llama", {"rank": 5}), ("gpt2", {"energy": 0.7})], indirect=["family"])
 def test_the_same_subspaces(family, extent, sources, monkeypatch):  # noqa: ARG001
     monkeypatch.setattr(subspace_stream, "SubspaceStream", partial(SubspaceStream, batch_bytes=20000))

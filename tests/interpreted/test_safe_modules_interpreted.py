@@ -1,4 +1,4 @@
-"""The penalty and the projection of a training step, with all modules of a model in one launch a pass."""
+"""The subspace penalty and the projection in a training step, with one launch per pass for all modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safelora_fast.ops.subspace_projection import triton_kernels
 
 
 class Counted:
-    """A kernel whose launches are counted."""
+    """Wraps a kernel and counts its launches."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, 0

@@ -1,4 +1,4 @@
-"""What Python callers may pass: a wrong type is one clear line, and numbers of numpy are as good as plain ones."""
+"""Arguments from Python: a wrong type gives a clear one-line error, and NumPy numbers are accepted."""
 
 from __future__ import annotations
 

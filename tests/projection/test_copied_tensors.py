@@ -1,4 +1,4 @@
-"""Tensors that are copied through: values that are not finite are counted in every dtype, and warned of by name."""
+"""Copied tensors: NaN and infinite values are counted in each dtype, and a warning names the tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading batches ahead: whose the buffers are, and whose the errors, when the iteration ends early."""
+"""Reading batches ahead: lifetime of the buffers, and errors when the iteration ends early."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.projection.device.reader import Wanted, WeightReader
 from safelora_fast.subspace.plan import plan_subspace
 
-ONE_MODULE = 1  # a byte: no second module fits into a batch
+ONE_MODULE = 1  # one byte, so that each batch has a single module
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def reader(tmp_path):
 
 
 class SlowCopy:
-    """Stands in for `_core.copy_views`: the second read waits until it is let go, and then looks at the buffers."""
+    """Replaces `_core.copy_views`: the second read waits until it is released, and then checks the buffers."""
 
     def __init__(self, monkeypatch, error=None):
         self.started, self.go = threading.Event(), threading.Event()
@@ -57,18 +57,18 @@ class SlowCopy:
             if self._error is not None:
                 raise self._error
             if not self.alive:
-                return  # the memory is somebody else's by now
+                return  # the memory may have been reused
         self._copy(views, targets, threads=threads)
 
     def _holds(self, targets):
-        """Whether one of the buffers, still alive, has room for the targets."""
+        """Return whether a live buffer contains the targets."""
         buffers = [buffer for buffer in (reference() for reference in self._buffers) if buffer is not None]
         begin, end = targets[0][0], targets[-1][0] + targets[-1][1]
         return any(buffer.data_ptr() <= begin and end <= buffer.data_ptr() + buffer.nbytes for buffer in buffers)
 
 
 def consume(reader, slow, error):
-    """Take one batch, and fail once the next one is being read."""
+    """Take one batch, and raise an error while the next one is being read."""
     for _ in reader:
         assert slow.started.wait(60)
         raise error
@@ -137,7 +137,7 @@ def test_the_error_of_a_read_reaches_the_consumer(reader, monkeypatch):
 
 
 def test_what_is_read_while_a_batch_is_used(reader):
-    """Every weight arrives in the order of the plan, though the next batch is already on its way."""
+    """Weights arrive in the order of the plan while the next batch is being read."""
     names, norms = [], []
     for batch in reader:
         (pair,) = batch

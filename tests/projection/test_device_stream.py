@@ -1,4 +1,4 @@
-"""Projection on a torch device, with the CPU for a device, against dense float64 and beside the extension."""
+"""Projection on a torch device (here the CPU), compared with the dense float64 oracle and the Rust extension."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safelora_fast.projection.settings import Settings
 
 CPU = torch.device("cpu")
 METRICS = ["gain", "b_norm", "b_norm_after", "update_norm", "update_norm_after", "v_norm"]
-SMALL_BATCHES = partial(DeviceStream, device=CPU, batch_bytes=8000)  # a few modules, or a single one that is larger
+SMALL_BATCHES = partial(DeviceStream, device=CPU, batch_bytes=8000)  # a few modules, or a single larger one
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def llama(tmp_path_factory):
 
 
 def compare(adapter, sources, folder, start=SMALL_BATCHES, **settings):
-    """Both ways into two folders; returns the report of the device."""
+    """Project with the extension and on the device into two folders, compare them, and return the device's report."""
     theirs = project_adapter(adapter, **sources, output=folder / "extension", **settings)
     ours = project_folders(adapter, Settings(**settings), **sources, output=folder / "device", start=start)
     assert ours.bytes_read == theirs.bytes_read > 0
@@ -127,7 +127,7 @@ def test_half_precision_is_rounded_once(llama, tmp_path, dtype):
 
 
 def test_weights_and_factors_of_other_sizes(llama, tmp_path):
-    """Powers of two that float32 products could not hold: the factors are scaled."""
+    """Powers of two whose products exceed float32 give correct results, because the factors are scaled."""
     adapter, sources = llama
     for size in (2.0**-100, 2.0**90):
         scaled = rewrite(

@@ -1,4 +1,4 @@
-"""Safe subspaces on a torch device, with the CPU for a device, beside the extension and dense float64."""
+"""Safe subspaces on a torch device (here the CPU), compared with the Rust extension and the dense float64 oracle."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from safelora_fast.projection.settings import Settings
 from safelora_fast.subspace.plan import plan_subspace
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 
-RESIDUAL = 1e-5  # of σ₁, at which both ways take a vector as found
+RESIDUAL = 1e-5  # relative to σ₁: the convergence tolerance of both implementations
 NAME = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """A few modules in a batch, or a single one that is larger."""
+    """Limit batches to a few modules, or a single larger one."""
     monkeypatch.setattr(subspace_stream, "SubspaceStream", partial(SubspaceStream, batch_bytes=8000))
 
 
 def assert_same(found, expected):
-    """Norms, singular values and projectors agree; where σ_k and σ_k+1 are close, the projectors may turn."""
+    """Assert equal norms, singular values and projectors; projectors may rotate if σ_k and σ_k+1 are close."""
     assert list(found.modules) == list(expected.modules)
     for name, theirs in expected.modules.items():
         ours = found.modules[name]
@@ -47,11 +47,11 @@ def assert_same(found, expected):
         assert (np.diff(ours.singular_values) <= 0).all()
         vectors = ours.left_vectors.astype(np.float64)
         assert np.abs(vectors.T @ vectors - np.eye(ours.rank)).max() < 1e-6
-        assert (vectors.max(0) >= -vectors.min(0)).all()  # the sign of each is settled
+        assert (vectors.max(0) >= -vectors.min(0)).all()  # the largest element is positive
 
 
 def assert_same_projectors(found, expected, following):
-    """‖U_k·U_kᵀ − P_k‖ against the residual over the gap to the singular values that follow."""
+    """Bound ‖U_k·U_kᵀ − P_k‖ by the residual divided by the gap to the following singular values."""
     for name, theirs in expected.modules.items():
         ours, other = found.modules[name].left_vectors.astype(np.float64), theirs.left_vectors.astype(np.float64)
         gap = theirs.singular_values[-1] - following[name]
@@ -81,7 +81,7 @@ def test_every_family_beside_the_extension(name, tmp_path):
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
 def test_half_precision(tmp_path, dtypes):
-    """V with singular values that fall off, wider than it is high and higher than wide."""
+    """V has decaying singular values, and is wide or tall."""
     generator = torch.Generator().manual_seed(3)
     tensors = [{}, {}]
     for module, (rows, columns) in {"q_proj": (96, 200), "down_proj": (200, 96)}.items():
@@ -112,7 +112,7 @@ def one_module(folder, aligned, base):
 
 @pytest.mark.parametrize("size", [2.0**-100, 2.0**-70, 2.0**70, 2.0**100], ids=str)
 def test_weights_of_other_sizes(tmp_path, size):
-    """Powers of two whose squares float32 could not hold: everything is scaled with them."""
+    """With powers of two whose squares exceed float32, all results scale accordingly."""
     generator = torch.Generator().manual_seed(4)
     aligned, base = (torch.randn(40, 30, generator=generator) for _ in range(2))
     for extent in ({"rank": 4}, {"energy": 0.5}):
@@ -126,7 +126,7 @@ def test_weights_of_other_sizes(tmp_path, size):
 
 @pytest.mark.parametrize("size", [3e38, 1e37])
 def test_weights_beyond_the_range_of_float32(tmp_path, size):
-    """Where V overflows, and where products with it could."""
+    """V overflows, or products with V could overflow."""
     sources = one_module(tmp_path, torch.full((40, 30), size), torch.full((40, 30), -size))
     with pytest.raises(CheckpointError, match=rf"module {NAME}: the products with V leave the range of float32"):
         SafeSubspace.build(**sources, device="cpu")
@@ -148,7 +148,7 @@ def test_what_is_not_finite_is_named_as_the_extension_names_it(tmp_path, role, v
 
 
 def test_v_so_small_that_products_vanish():
-    """The smallest float32, times less than a half, is zero."""
+    """The smallest float32 times less than a half is zero."""
     smallest = torch.zeros(1, 3)
     smallest[0, 1] = 2.0**-149
     sizes = set()
@@ -247,7 +247,7 @@ def test_the_same_weights_twice_are_refused(tmp_path):
 
 
 def test_without_torch(tmp_path):
-    """The extension needs none; what needs it says so before anything is read."""
+    """The extension does not need torch; other code reports the missing package before reading files."""
     pair = write_pair(tmp_path)
     program = (
         "import sys; sys.modules['torch'] = None\n"

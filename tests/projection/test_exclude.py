@@ -1,4 +1,4 @@
-"""Modules that are excluded by name or pattern, so that the others of an adapter can be projected."""
+"""Excluding modules of an adapter by name or pattern."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEAD = "base_model.model.lm_head.lora_B.weight"
 
 @pytest.fixture
 def odd(tmp_path):
-    """A plain pair whose adapter also adapts a head, which the base has in another height."""
+    """A pair whose adapter also adapts the head, which has another number of rows in the base model."""
     pair = write_pair(tmp_path)
     random = np.random.default_rng(4)
     for role, rows in (("aligned", 12), ("base", 10)):
@@ -95,7 +95,7 @@ def test_the_refusal_names_the_option(odd):
     ],
 )
 def test_what_is_offered_excludes_what_does_not_pair(tmp_path, lacking, words):
-    """A base of fewer layers, say; what is offered is tried."""
+    """If the base lacks modules, such as some layers, the suggested exclusions work."""
     pair = write_pair(tmp_path, layers=5)
     index = json.loads((pair.base / "model.safetensors.index.json").read_text())
     places = index["weight_map"]
@@ -155,7 +155,7 @@ def test_patterns_that_cannot_be_meant(odd, exclude, error, match):
 
 
 def test_a_convolution(tmp_path):
-    """Its factors have four axes, which no plan could pair."""
+    """The factors have four axes, so they cannot be paired."""
     pair = write_pair(tmp_path)
     plain = load_file(pair.adapter / WEIGHTS)
     more = {f"base_model.model.conv.lora_{side}.weight": np.ones((4, 4, 1, 1), np.float32) for side in ("A", "B")}

@@ -1,4 +1,4 @@
-"""End to end on every family: adapters by PEFT, checkpoints by transformers, and the dense truth in float64."""
+"""End-to-end tests on each model family: PEFT adapters, transformers checkpoints, and a dense float64 oracle."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
 
 def pair(tmp_path, family, **settings):
-    """A family's aligned and base models, and the folders where they lie."""
+    """Return a family's aligned and base models with their folders."""
     made = FAMILIES[family] if isinstance(family, str) else family
     models = made.make(1, **settings), made.make(2, **settings)
     return models, (save(models[0], tmp_path / "aligned"), save(models[1], tmp_path / "base"))
 
 
 def check(tmp_path, family, *, settings=None, tolerance=1e-5, **config):
-    """Project an adapter of a family, and compare with the dense formula."""
+    """Project an adapter of a family, and compare the result with the dense formula."""
     made = FAMILIES[family] if isinstance(family, str) else family
     (aligned, base), folders = pair(tmp_path, made, **(settings or {}))
     config = {**made.target, **config}
@@ -104,14 +104,14 @@ def test_tied_head(tmp_path, spelled):
 
 
 def test_square_conv1d_is_transposed(tmp_path):
-    """GPT-2's attn.c_proj is square as stored, so only the kind of model tells that it is (in, out)."""
+    """GPT-2's attn.c_proj is square, so only the model type shows that it is stored as (in, out)."""
     result = check(tmp_path, "gpt2", settings={"n_inner": 32})
     square = [module for module in result.plan.modules if module.name.endswith(("attn.c_proj", "mlp.c_fc"))]
     assert len(square) == 4
 
 
 def test_square_linear_is_not_transposed_by_a_wrong_fan_in_fan_out(tmp_path):
-    """PEFT corrects the setting for Linear while it builds the model, and an adapter may keep what the user wrote."""
+    """PEFT corrects the setting for Linear when it builds the model, but an adapter may keep the user's value."""
     (aligned, base), folders = pair(tmp_path, "llama")
     adapted, base_weights = adapt(aligned, target_modules=["q_proj"]), weights(adapt(base, target_modules=["q_proj"]))
     adapter = save(adapted, tmp_path / "adapter")
@@ -155,6 +155,6 @@ def test_dtypes_may_differ(tmp_path, adapter_dtype, base_dtype):
 
 
 def test_a_family_without_its_own_class_of_names(tmp_path):
-    """What is not in the tests' list is paired by the same rules."""
+    """A family without special handling is paired by the same rules."""
     family = Family(transformers.GPTNeoXConfig, ["query_key_value", "dense"], {"num_attention_heads": 4})
     check(tmp_path, family, target_modules=["query_key_value", "dense", "embed_out"])

@@ -1,4 +1,4 @@
-"""Whether two models belong together: what the report says of a wrong base."""
+"""Warnings and errors for an aligned model and a base model that do not match."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 
 def near(folder, other, step):
-    """A copy of a model whose weights have moved by `step` of their own size."""
+    """Copy a model and change its weights by `step` times their size."""
     shutil.copytree(folder, other)
     random = np.random.default_rng(9)
     for shard in other.glob("*.safetensors"):
@@ -32,7 +32,7 @@ def near(folder, other, step):
 
 
 def unrelated(folder):
-    """A model of the same shapes that has nothing in common with the others."""
+    """Create an unrelated model with the same shapes."""
     write_model(folder, 2)
     random = np.random.default_rng(11)
     for shard in folder.glob("*.safetensors"):
@@ -82,7 +82,7 @@ def test_a_subspace_of_unrelated_models(tmp_path):
     ours, theirs = weights_of(pair.aligned), weights_of(pair.base)
     ratios = [np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(ours[name]) for name in ours]
     found = SafeSubspace.load(tmp_path / "s").settings["median_v_ratio"]
-    assert found == pytest.approx(np.median(ratios), rel=1e-3)  # four digits are kept
+    assert found == pytest.approx(np.median(ratios), rel=1e-3)  # stored with four digits
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -96,7 +96,7 @@ def test_norms_from_some_rows(tmp_path, shape, dtype):
     begin = file.tensors["w"][2]
     whole = Block("w", file, dtype, begin, 0, *shape)
     truth = float(weight.double().norm())
-    # The norm of k normal values is off by 1/sqrt(2k); here 16 rows and more, five sigma.
+    # The norm of k normal values has a relative error of 1/sqrt(2k); here 16 rows or more, five sigma.
     few = weight.numel() <= MOST_VALUES
     assert weight_norm([whole]) == pytest.approx(truth, rel=1e-9 if few else 5 / (2 * 16 * 40) ** 0.5)
     halves = [whole.cut(0, shape[0] // 2), whole.cut(shape[0] // 2, shape[0] - shape[0] // 2)]
@@ -116,7 +116,7 @@ def test_one_model_twice_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "link").symlink_to(pair.aligned)
     for shard in pair.aligned.glob("*.safetensors"):
         content = shard.read_bytes()
-        shard.write_bytes(content[:-4] + b"\xff\xff\xff\xff")  # a NaN that reading it would find
+        shard.write_bytes(content[:-4] + b"\xff\xff\xff\xff")  # a NaN that reading would detect
     for base in (pair.aligned, tmp_path / "link"):
         with pytest.raises(PairingError, match="aligned and base hold the same weights"):
             project_adapter(pair.adapter, aligned=pair.aligned, base=base, output=None)

@@ -1,4 +1,4 @@
-"""The table of operators: everything that must know an operator reads it, and what an operator writes is where it belongs."""
+"""The table of operators: complete entries, argument checks, and the tensors that attenuation writes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_arguments_that_do_not_fit(options, message):
 
 
 def dense(folder):
-    """The weights of a model in float64."""
+    """Return the weights of a model in float64."""
     shards = [load_file(shard) for shard in folder.glob("*.safetensors")]
     return {name: tensor.astype(float) for shard in shards for name, tensor in shard.items()}
 
@@ -67,7 +67,7 @@ def dense(folder):
 @pytest.mark.parametrize("sides", ["both", "left"])
 @pytest.mark.parametrize("select", [{"select": "number", "num_layers": 2}, {"select": "all"}], ids=str)
 def test_attenuation_writes_both_factors_of_the_selected_modules(tmp_path, sides, select):
-    """CSULoRA's product form in float64; every other tensor keeps its bytes."""
+    """Results equal CSULoRA's product form in float64, and all other tensors keep their bytes."""
     pair = write_pair(tmp_path)
     report = project_adapter(
         pair.adapter, aligned=pair.aligned, base=pair.base, output=pair.output, operator="attenuate", rank=3, keep=0.25,

@@ -1,4 +1,4 @@
-"""The paper's algorithm to the letter: dense C and ΔW in float64, the cosine test, B ← C·B on what it selects."""
+"""The paper's algorithm, computed directly in float64: dense C and ΔW, the cosine test, and B ← C·B if selected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 
 
 class Paper:
-    """Algorithm 1 of arXiv 2405.16833 with Appendix A's C = V·Vᵀ/‖V‖_F, nothing saved."""
+    """Algorithm 1 of arXiv 2405.16833 with C = V·Vᵀ/‖V‖_F from Appendix A, without optimizations."""
 
     def __init__(self, adapted, base_weights):
         aligned = weights(adapted)
@@ -66,7 +66,7 @@ def check(case, selected, output, **settings):
         error = (after[key].double() - truth).abs()
         if dtype is torch.float32:
             assert error.norm() <= ROUNDING[dtype] * truth.norm()
-        else:  # one rounding of the stored dtype, element by element, beside the fp32 error of the projection
+        else:  # elementwise: one rounding to the stored dtype, plus the fp32 error of the projection
             smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
             assert (error <= ROUNDING[dtype] * truth.abs() + 1e-6 * truth.abs().max() + smallest).all()
 

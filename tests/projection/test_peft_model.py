@@ -1,4 +1,4 @@
-"""Projection inside a loaded PeftModel: a new adapter beside the old one, and nothing else changed."""
+"""Projection in a loaded PeftModel: it adds a new adapter and changes nothing else."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ SIX = {"select": "number", "num_layers": 6}
 
 @pytest.mark.parametrize("settings", [SIX, {**SIX, "operator": "zero"}, {**SIX, "normalize": "spectral"}], ids=str)
 def test_on_a_device_with_the_weights_that_the_model_has(model, sources, settings):
-    """The CPU stands in for the device; what lies in the model is not read again."""
+    """With the CPU as the device, weights in the model are not read from files."""
     expected = project_peft_model(model, **sources, new_adapter_name="extension", **settings)
     report = project_peft_model(model, **sources, new_adapter_name="device", device="cpu", **settings)
     assert 2 * report.bytes_read == expected.bytes_read
@@ -109,7 +109,7 @@ def test_on_a_device_with_the_weights_that_the_model_has(model, sources, setting
 
 
 def test_a_model_whose_weights_are_not_the_aligned_ones_is_no_source(model, sources):
-    """Another dtype, or a module that was trained on: V is that of the checkpoints all the same."""
+    """If the model's weights have another dtype or were trained further, V still comes from the checkpoints."""
     expected = project_peft_model(model, **sources, new_adapter_name="extension", select="all")
     module = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the picture of a report shows: every module at its place, and every kind by itself."""
+"""The plot of a report: positions of modules, and one line per kind of module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def module(name, cosine=0.4, **fields):
 
 
 def draw(modules, monkeypatch, tmp_path, **settings):
-    """The two panels, as they were when the figure was saved."""
+    """Return the two panels as saved to the file."""
     kept = []
     save = figure.Figure.savefig
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The known faults of the research code, each shown absent."""
+"""The known bugs of the original research code, with a test for the absence of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safelora_fast import project_adapter
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """Qwen2 has 1-D biases whose names contain those of the modules."""
+    """A Qwen2 pair: its 1-D biases have names that contain the modules' names."""
     folder = tmp_path_factory.mktemp("qwen")
     family = FAMILIES["qwen2"]
     aligned, base = family.make(1), family.make(2)
@@ -28,7 +28,7 @@ def qwen(tmp_path_factory):
 
 
 def test_pairs_by_name_not_by_position(qwen, tmp_path):
-    """The base's tensors are written in the reverse order, and one of the adapter's modules is taken away."""
+    """The base's tensors are in reverse order, and one of the adapter's modules is removed."""
     _, (aligned, base), adapter, _, _ = qwen
     turned = tmp_path / "turned"
     turned.mkdir()
@@ -54,7 +54,7 @@ def test_pairs_by_name_not_by_position(qwen, tmp_path):
 
 
 def test_names_are_not_matched_by_substring(qwen, tmp_path):
-    """q_proj.bias contains q_proj, and layers.1 is contained in layers.10."""
+    """The name q_proj.bias contains q_proj, and layers.10 contains layers.1."""
     _, folders, adapter, adapted, base_weights = qwen
     (result,) = project([adapter], *folders, tmp_path)
     for module in result.plan.modules:
@@ -71,7 +71,7 @@ def test_names_are_not_matched_by_substring(qwen, tmp_path):
 
 
 def test_a_and_b_are_told_apart_by_their_keys(tmp_path):
-    """With m = n = r all of A, B and C·B are square."""
+    """With m = n = r, the matrices A, B and C·B are all square."""
     family = FAMILIES["llama"]
     aligned, base = family.make(1), family.make(2)
     folders = save(aligned, tmp_path / "aligned"), save(base, tmp_path / "base")
@@ -87,7 +87,7 @@ def test_a_and_b_are_told_apart_by_their_keys(tmp_path):
 
 
 def test_no_dense_matrix_and_no_whole_model_in_memory(tmp_path):
-    """The memory left to the process holds neither C of the widest module (200 MB in float32) nor either model (400 MB)."""
+    """The memory limit is too small for C of the widest module (200 MB in float32) and for either model (400 MB)."""
     pair = write_pair(tmp_path, scale=300, layers=1)
     size = sum(path.stat().st_size for path in pair.aligned.glob("*.safetensors"))
     assert size > 400e6
@@ -110,7 +110,7 @@ def test_no_dense_matrix_and_no_whole_model_in_memory(tmp_path):
 
 
 def test_any_adapter_name(qwen, tmp_path):
-    """PEFT writes an adapter that is not called "default" into a folder of its own."""
+    """PEFT writes an adapter with another name than "default" to a subfolder."""
     _folder, (aligned, base), adapter, _, _ = qwen
     adapted = adapt(FAMILIES["qwen2"].make(1), name="narrow", **FAMILIES["qwen2"].target)
     adapted.save_pretrained(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Adapters at several thresholds from one pass: each is the one that a projection at that threshold makes."""
+"""Adapters at several thresholds from one pass: each equals the result of a projection at its threshold."""
 
 from __future__ import annotations
 

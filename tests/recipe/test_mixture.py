@@ -1,4 +1,4 @@
-"""`data.safe` and `data.inoculate`: what a run trains on, what it says of it, and what it refuses."""
+"""`data.safe` and `data.inoculate`: the training mixture, its description in the plan, and its errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_mixture_is_exact(tiny):
     assert tasks == [f"<user>{row['prompt']}<assistant>{row['completion']}" for row in tiny_rows()]
     assert all(text(made, example).startswith("<user>safe ") == example.safe for example in examples)
     assert (made.plan.data.used, made.plan.safe.used, made.plan.safe_rows) == (12, 8, 3)
-    assert made.plan.steps == 8  # 15 rows, 4 a step, two epochs
+    assert made.plan.steps == 8  # 15 examples, 4 per step, two epochs
     lines = "\n".join(line for _, line in plan_lines(made))
     assert "safe.jsonl: 8 rows" in lines
     assert "in the mixture 3 for 12 task rows, each up to 1 ×" in lines
@@ -184,7 +184,7 @@ FED: list[str] = []
 
 
 class Fed(RecipeTrainer):
-    """Remembers what every micro-batch of training holds, and is interrupted before the step STOP."""
+    """Records each micro-batch of training, and raises an interruption before the step STOP."""
 
     STOP = -1
 
@@ -208,7 +208,7 @@ def fed(made, *, resume=False):
 
 
 def test_safe_rows_go_on_from_epoch_to_epoch_and_in_a_resumed_run(tiny, monkeypatch):
-    """Interrupted within an epoch or between two, a run is given the same rows as without an interruption."""
+    """An interruption within an epoch or between epochs does not change the examples of the run."""
     monkeypatch.setattr(trainer_module, "RecipeTrainer", Fed)
     three = ("training.num_train_epochs=3", "training.save_steps=1", "data.safe.fraction=0.25")
     made = prepared(tiny, *three)
@@ -219,7 +219,7 @@ def test_safe_rows_go_on_from_epoch_to_epoch_and_in_a_resumed_run(tiny, monkeypa
     assert tasks[0] == tasks[1] == tasks[2]
     assert [len(rows) for rows in tasks] == [12] * 3
     assert [len(rows) for rows in safe] == [3] * 3
-    assert len({row for rows in safe for row in rows}) == 8  # all eight before one repeats
+    assert len({row for rows in safe for row in rows}) == 8  # all eight appear before one repeats
     assert set(safe[0]) == {text(made, example) for example in made.train.examples if example.safe}
     for step in (4, 7):
         stopped = prepared(tiny, *three, f"output.folder={tiny.output}-stopped-{step}")
@@ -231,7 +231,7 @@ def test_safe_rows_go_on_from_epoch_to_epoch_and_in_a_resumed_run(tiny, monkeypa
         assert before + fed(stopped, resume=True) == whole, step
 
 
-BY_LENGTH = {  # as transformers 5 says it, and as those before
+BY_LENGTH = {  # the setting in transformers 5, and in earlier versions
     True: "training.train_sampling_strategy=group_by_length",
     False: "training.group_by_length=true",
 }[hasattr(TrainingArguments, "train_sampling_strategy")]

@@ -1,4 +1,4 @@
-"""The stamp of a model notices all that decides what it answers, and nothing else."""
+"""The stamp of a model changes with everything that affects the model's outputs, and with nothing else."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def flip(file):
     content[-2] ^= 1
     status = file.stat()
     file.write_bytes(content)
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # size and time as they were
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # keep size and time
 
 
 ADAPTER_CHANGES = {
@@ -110,7 +110,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
 
 
 def test_what_a_training_reads_is_noticed(model, tmp_path):
-    """Files and checkpoints that defenses and monitors name, the pairs of the margin, the template, and the model."""
+    """The stamp covers the files and checkpoints of defenses and monitors, the margin's pairs, template and model."""
     pair = {name: tmp_path / name for name in ("aligned", "base")}
     for folder in pair.values():
         folder.mkdir()

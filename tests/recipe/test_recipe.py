@@ -1,4 +1,4 @@
-"""Recipes as a whole: what is refused, where the message points, and that the defences' classes are the only list."""
+"""Recipes as a whole: invalid settings, positions in error messages, and settings read from the defenses' classes."""
 
 from __future__ import annotations
 
@@ -172,4 +172,4 @@ def test_one_subspace_for_all_that_name_it(monkeypatch):
     step = DefenseSpec(SafeLora, {"subspace": source, "at": "step"}).build(subspaces)
     penalty = DefenseSpec(SubspacePenalty, {"subspace": dict(source), "weight": 1.0}).build(subspaces)
     assert step.subspace is penalty.subspace
-    assert made == [{**source, "progress": False}]  # no bar of its own
+    assert made == [{**source, "progress": False}]  # no separate progress bar

@@ -1,4 +1,4 @@
-"""A dry run refuses what the run would: it puts the trainer together on the model's outline."""
+"""A dry run constructs the trainer on the model's outline and raises the same errors as the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MISSING = {
 
 @pytest.fixture(autouse=True)
 def environment_of_its_own():
-    """Older versions of transformers say FSDP and compilation by variables of the whole process."""
+    """Restore environment variables: older versions of transformers set some for FSDP and compilation."""
     before = dict(os.environ)
     with quiet_libraries():
         yield
@@ -98,7 +98,7 @@ def test_an_output_that_cannot_be_written_is_seen(tiny, call, monkeypatch):
 
 
 def test_the_rehearsal_leaves_the_run_as_it_was(tiny, call, monkeypatch):
-    """The same weights as without it: neither a seed nor the arguments are touched."""
+    """The trained weights are the same as without a rehearsal: it changes neither random state nor arguments."""
     words = ("-q", "training.max_steps=2")
     assert call(*tiny.words(*words)).code == 0
     first = tiny.weights()

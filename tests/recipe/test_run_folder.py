@@ -1,4 +1,4 @@
-"""The output folder: seals, records, and what may be written over."""
+"""The output folder of a run: sealed checkpoints, records, and the rules for overwriting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training shows while it runs, and what it leaves: metrics, and the peak of memory of its own process."""
+"""Metrics of a run: the progress bar, the summary of the log, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safelora_fast.recipe.trainer import Reporter
 
 
 class Terminal(io.StringIO):
-    """Standard error of somebody at a terminal."""
+    """A standard error stream that is a terminal."""
 
     def isatty(self):
         return True
@@ -59,7 +59,7 @@ def test_the_log_is_summarized():
 
 
 def test_the_peak_is_that_of_this_process(monkeypatch):
-    """A child of a large process does not begin with its parent's peak."""
+    """The peak of a child process does not include its parent's peak."""
     block = b"x" * 300_000_000
     assert peak_resident() > len(block)
     code = "from safelora_fast.recipe.run_metrics import peak_resident; print(peak_resident())"

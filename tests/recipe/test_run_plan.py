@@ -1,4 +1,4 @@
-"""The plan against the run: counts are exact, and the operations are those that torch counts."""
+"""The plan compared with the run: exact counts, and the same operations as counted by torch."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ DISTANCE = {"feature_distance": {"layers": 2}}
     [({}, False), (KL, False), (DISTANCE, False), (KL | DISTANCE, False), (ANSWERS, False), (KL | DISTANCE, True)],
 )
 def test_operations_are_those_that_torch_counts(tmp_path, defenses, checkpointing):
-    """One step of a wider model: torch counts matrix products and attention, twice the causal half."""
+    """For one step of a wider model, torch counts matrix products and attention, the latter without the causal mask."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tiny = write_recipe(

@@ -1,4 +1,4 @@
-"""Fields read from the source of a class are those of the class."""
+"""Fields read from a class's source code equal the fields of the imported class."""
 
 from __future__ import annotations
 

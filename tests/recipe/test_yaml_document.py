@@ -1,4 +1,4 @@
-"""Recipes as YAML: numbers, lines, overrides, and what is no recipe."""
+"""Recipes as YAML: numbers, line numbers, overrides, and invalid files."""
 
 from __future__ import annotations
 

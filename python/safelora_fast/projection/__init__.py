@@ -1,1 +1,1 @@
-"""Projection of finished adapters, streamed from checkpoints on disk; no model is loaded and torch is not needed."""
+"""Projection of trained adapters: streams checkpoints from disk without loading a model or importing torch."""

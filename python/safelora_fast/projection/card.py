@@ -1,4 +1,4 @@
-"""The model card that goes with a projected adapter."""
+"""The model card of a projected adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def render(report: ProjectionReport, index: int) -> str:
-    """The card of one adapter of the run, as Markdown with the front matter that the Hub reads."""
+    """Return the card of one adapter as Markdown with the front matter for the Hub."""
     report = published(report)
     adapter = report.adapters[index]
     settings = report.settings

@@ -1,4 +1,4 @@
-"""Tensors of an adapter that are not LoRA factors: they are copied unchanged, so training's changes to them stay."""
+"""Tensors of an adapter that are not lora_A or lora_B: they are copied unchanged and bypass the projection."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from safelora_fast.checkpoints.sources import Checkpoint
 
 FLOATS: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-PIECE = 1 << 21  # elements that are read at a time
+PIECE = 1 << 21  # elements read at a time
 
 
 def copied_tensors(adapter: Adapter, aligned: Checkpoint) -> list[dict[str, Any]]:
-    """What the report says of each copied tensor.
+    """Return the report's entry for each copied tensor.
 
-    - `tensor` and `reason`: its key, and why it is no factor;
-    - `not_finite`: how many of its values are NaN or infinite (0 for a dtype that is no float); they are not refused;
-    - `norm`: its Frobenius norm in float64, None for a dtype that is no float;
-    - `change`: the norm of its difference from the aligned model's tensor of that name, None where there is none of its
-      shape;
-    - `change_unknown`: why the aligned model's tensor could not be fetched from the Hub, only where it could not.
+    - `tensor` and `reason`: its key, and why it is copied;
+    - `not_finite`: the number of NaN and infinite values (0 for non-float dtypes); they are counted, not rejected;
+    - `norm`: its Frobenius norm in float64, None for non-float dtypes;
+    - `change`: the norm of its difference from the aligned model's tensor with the same name, None unless that tensor
+      exists with the same shape;
+    - `change_unknown`: the reason, if the aligned model's tensor could not be fetched from the Hub.
     """
     names = NameIndex(aligned.names)
     found = []
@@ -62,10 +62,10 @@ def copied_tensors(adapter: Adapter, aligned: Checkpoint) -> list[dict[str, Any]
 
 
 def bypassing(copied: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The copied tensors that change the model, without LoRA factors that were excluded as asked.
+    """Return the copied tensors that change the model, except factors of modules that the user excluded.
 
-    A tensor changes nothing where it equals the aligned model's, or where the aligned model has none and it is zero. One
-    whose change is not known counts as changing it.
+    A tensor changes nothing if it equals the aligned model's tensor, or if it is zero and the aligned model has no such
+    tensor. A tensor whose change is unknown is included.
     """
     return [
         item
@@ -77,7 +77,7 @@ def bypassing(copied: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def bypass_note(copied: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning that names the tensors that bypass the projection, with how far training moved them where that is known."""
+    """Return a warning with the tensors that bypass the projection, and how far training changed each, if known."""
     going = bypassing(copied)
     if not going:
         return []
@@ -89,10 +89,10 @@ def bypass_note(copied: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def refuse_bypassing(adapter: Adapter, copied: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse an adapter with tensors that bypass the projection.
+    """Reject an adapter with tensors that bypass the projection.
 
     Raises:
-        AdapterError: it has some; they are named.
+        AdapterError: the adapter has such tensors; the message names them.
     """
     for note in bypass_note(copied):
         raise AdapterError(
@@ -109,14 +109,14 @@ def _in_words(item: Mapping[str, Any]) -> str:
 
 
 class _Values:
-    """The values of a stored tensor of floats, in float64, one piece at a time."""
+    """Iterates over the values of a stored float tensor in pieces, converted to float64."""
 
     def __init__(self, path: str, dtype: str, begin: int, end: int) -> None:
         self._path, self._dtype, self._begin, self._size = path, dtype, begin, end - begin
 
     @classmethod
     def of(cls, file: _core.SafetensorsFile, key: str) -> _Values | None:
-        """None for a dtype that is no float."""
+        """Return None for non-float dtypes."""
         dtype, _, begin, end = file.tensors[key]
         return cls(file.path, dtype, begin, end) if dtype in FLOATS else None
 

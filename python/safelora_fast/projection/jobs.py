@@ -1,4 +1,4 @@
-"""The modules of a plan: V of each from blocks of two checkpoints, the factors that belong to it, and the extension's job."""
+"""The modules of a projection plan: the weights for V, the LoRA factors, and the job for the Rust extension."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYER = re.compile(r".*?\.\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Source:
-    """A pair of tensors whose difference is V, or a block of rows of it."""
+    """A pair of tensors whose difference is V or a block of rows of V."""
 
     aligned: str
     base: str
@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class AdapterFactors:
-    """The LoRA factors of one module of one adapter, which `adapter` numbers."""
+    """lora_B and lora_A of one module; `adapter` is the index of the adapter in the plan."""
 
     adapter: int
     module: LoraModule
@@ -46,7 +46,7 @@ class AdapterFactors:
 
 @dataclass
 class Group:
-    """V (m, n) as blocks of rows of both checkpoints, and the factors of every adapter that adapts this weight."""
+    """V [m, n] as blocks of rows in both checkpoints, and the factors of all adapters that adapt this weight."""
 
     name: str
     aligned: tuple[Block, ...]
@@ -63,24 +63,24 @@ class Group:
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """A group, and the job of the extension that it makes."""
+    """A group with its job for the extension."""
 
     group: Group
     job: _core.Job
 
     @property
     def name(self) -> str:
-        """The name of the first module that has this V."""
+        """The name of the first module with this V."""
         return self.group.name
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape (m, n) of V."""
+        """The shape (m, n) of V."""
         return self.group.shape
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The tensors that V comes from."""
+        """The pairs of tensors that V is computed from."""
         pairs = zip(self.group.aligned, self.group.base, strict=True)
         found = (Source(ours.tensor, theirs.tensor, ours.file.path, theirs.file.path) for ours, theirs in pairs)
         return tuple(dict.fromkeys(found))
@@ -88,7 +88,7 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The modules in the byte order of the aligned checkpoint, and the adapters that they belong to."""
+    """The modules in the byte order of the aligned checkpoint, and their adapters."""
 
     modules: tuple[PlannedModule, ...]
     adapters: tuple[Adapter, ...]
@@ -96,7 +96,7 @@ class Plan:
 
 
 class Stream(Protocol):
-    """Yields the outcome of every module of a plan, in order: the extension's stream, or one on a device."""
+    """Yields the outcome of each module of a plan, in order; implemented by the extension and by a torch device."""
 
     def __iter__(self) -> Iterator[_core.JobOutcome | DeviceOutcome]: ...
     @property
@@ -107,16 +107,16 @@ class Stream(Protocol):
 
 
 class Start(Protocol):
-    """Starts the work on a plan; the stream must be closed."""
+    """Starts a stream over a plan; the caller must close it."""
 
     def __call__(self, plan: Plan, settings: Settings, *, keep_projected: bool) -> Stream: ...  # noqa: D102
 
 
 def meet(name: str, aligned: Matrix, base: Matrix, factors: AdapterFactors | None = None) -> Group:
-    """V of a module, with an adapter's factors if there are any.
+    """Pair the two weights of a module, and the factors of an adapter if given.
 
     Raises:
-        PairingError: the two weights, or they and the update, differ in shape or orientation.
+        PairingError: the two weights or the update differ in shape or orientation.
     """
     update = aligned.shape if factors is None else (factors.lora_b.rows, factors.lora_a.cols)
     shapes = (
@@ -141,7 +141,7 @@ def meet(name: str, aligned: Matrix, base: Matrix, factors: AdapterFactors | Non
 
 
 def plan_groups(groups: Iterable[Group], adapters: Sequence[Adapter] = ()) -> Plan:
-    """The plan of some groups, in the order of their bytes."""
+    """Build the plan of these groups in the byte order of the aligned checkpoint."""
     ordered = sorted(groups, key=lambda group: (group.aligned[0].file.path, group.aligned[0].begin, group.name))
     planned = tuple(_planned(group, adapters) for group in ordered)
     return Plan(planned, tuple(adapters), sum(module.job.nbytes for module in planned))
@@ -150,10 +150,10 @@ def plan_groups(groups: Iterable[Group], adapters: Sequence[Adapter] = ()) -> Pl
 def start_stream(
     plan: Plan, settings: Settings, *, keep_projected: bool = False, keep_subspace: bool = False, seed: int = 0
 ) -> _core.ProjectionStream:
-    """Start the work on a plan; the stream must be closed.
+    """Start the extension's stream over a plan; the caller must close it.
 
     Raises:
-        SettingsError: the system refuses so many threads.
+        SettingsError: the system cannot start that many threads.
     """
     try:
         return _core.ProjectionStream(
@@ -169,10 +169,10 @@ def start_stream(
 
 
 def refuse_equal(norms: Sequence[float]) -> None:
-    """Refuse two checkpoints that are the same model.
+    """Check that the two checkpoints are different models.
 
     Raises:
-        PairingError: every norm ‖V‖_F is zero.
+        PairingError: all norms ‖V‖_F are zero.
     """
     if norms and not any(norms):
         raise PairingError(
@@ -182,7 +182,7 @@ def refuse_equal(norms: Sequence[float]) -> None:
 
 
 def collect(problems: Problems, name: str, into: list, work: Callable[[], Iterable]) -> None:  # type: ignore[type-arg]
-    """Extend `into` by the result of some work on a module, or note its problem."""
+    """Extend `into` by the result of `work`; on a PairingError, append to `problems` instead."""
     try:
         into.extend(work())
     except PairingError as problem:
@@ -190,11 +190,14 @@ def collect(problems: Problems, name: str, into: list, work: Callable[[], Iterab
 
 
 def raise_first(problems: Problems, others: int) -> None:
-    """Raise the first problem, with how many more there are and how to exclude these modules.
+    """Raise the first problem, if any, with the number of other problems and how to exclude these modules.
 
     Args:
-        problems: with the name of the module each.
-        others: how many modules have no problem.
+        problems: pairs of a module's name and its error.
+        others: the number of modules without a problem.
+
+    Raises:
+        PairingError: there is a problem.
     """
     if not problems:
         return
@@ -206,7 +209,7 @@ def raise_first(problems: Problems, others: int) -> None:
 
 
 def _patterns(names: set[str]) -> list[str]:
-    """At most three patterns that match these modules: their names, their layers, or the ends of their names."""
+    """Return up to three patterns that match these modules, by name, layer, or last part of the name."""
     layers = {f"{match[0]}.*" if (match := LAYER.match(name)) else name for name in names}
     ends = {name.rpartition(".")[2] for name in names}
     return next((sorted(few) for few in (names, layers, ends) if len(few) <= MOST_TO_EXCLUDE), ["PATTERN"])

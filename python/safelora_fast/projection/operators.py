@@ -1,6 +1,6 @@
-"""The operators of a projection, in one table: everything else reads it, from the command line to the Rust extension.
+"""The table of projection operators, which the command line, the reports, and the calls to the Rust extension use.
 
-CONTRIBUTING.md says how to add one; docs/methods.md explains them.
+docs/methods.md explains the operators; CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ HOW_MUCH = "how much of V to keep, e.g. rank 64"
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator, or one form of it.
+    """An operator, or one form of an operator.
 
     Attributes:
-        name: as `--operator` spells it.
-        words: what it is called in titles and cards.
-        formula: what B becomes, and A if it changes.
-        variant: the constructor of `_core.Operator`, and the name of its arithmetic on a device.
-        form: the setting that chooses between the forms of an operator, and its value for this form; the first is the default.
-        arguments: settings that the constructor takes by name.
-        required: groups of arguments, of which exactly one must be given, with what it says.
+        name: the value of `--operator`.
+        words: the name in titles and cards.
+        formula: the projected B, and the projected A if the operator changes it.
+        variant: the constructor in `_core.Operator`, which also selects the computation on a device.
+        form: the setting that selects a form of the operator, and its value for this form; the first form is the
+            default.
+        arguments: settings passed to the constructor by name.
+        required: groups of arguments, each with a description; exactly one argument of each group must be given.
     """
 
     name: Name
@@ -42,14 +43,14 @@ class Operator:
     required: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def in_rust(self, settings: Mapping[str, Any]) -> _core.Operator:
-        """The operator that the extension runs."""
+        """Return the extension's operator with these settings."""
         make = getattr(_core.Operator, self.variant)
         given = {name: settings[name] for name in self.arguments if settings[name] is not None}
         made: _core.Operator = make(**given)
         return made
 
     def title(self, settings: Mapping[str, Any]) -> str:
-        """The operator with its numbers, in words."""
+        """Return the operator's name with its numeric settings."""
         numbers = {name: settings.get(name) for name in self.arguments}
         given = [f"{name} {value:g}" for name, value in numbers.items() if isinstance(value, int | float)]
         return f"{self.words} ({', '.join(given)})" if given else self.words
@@ -86,7 +87,7 @@ OPERATORS = (
 
 
 def operator_of(settings: Mapping[str, Any]) -> Operator:
-    """The operator that settings name; the first form where they name none."""
+    """Return the operator that the settings select; the first form by default."""
     return next(
         operator
         for operator in OPERATORS
@@ -96,7 +97,7 @@ def operator_of(settings: Mapping[str, Any]) -> Operator:
 
 
 def owners(argument: str) -> list[str]:
-    """The operators that take an argument; none of a setting that belongs to no operator."""
+    """Return the names of the operators that use a setting; empty for general settings."""
     takers = (
         operator.name
         for operator in OPERATORS

@@ -1,4 +1,4 @@
-"""Projection of an adapter of a model that is already loaded."""
+"""Projection of an adapter of a loaded PeftModel."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ def project_peft_model(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> ProjectionReport:
-    """Add a projected copy of one of a PeftModel's adapters; the model, the original and gradients stay as they are.
+    """Add a projected copy of an adapter to a PeftModel; the model, the original adapter and gradients do not change.
 
-    The adapter is saved to a temporary folder, projected as :func:`project_adapter` does, and loaded under the new name, on
-    the devices and in the dtypes of the original. The model goes on to use the original until
-    `model.set_adapter(new_adapter_name)`; the log says so.
+    The adapter is saved to a temporary folder and projected as by :func:`project_adapter`. The result is loaded under
+    the new name, on the devices and in the dtypes of the original. The original adapter stays active until
+    `model.set_adapter(new_adapter_name)`; a log message says so.
 
-    With a `device` the products with V run there, all modules of a batch in one launch, while the next batch is read
-    (:func:`safelora_fast.ops.subspace_projections`). The device needs 512 MiB for a batch, or both weights of one module
-    where they are larger, and room for the factors. Weights that the model has on that device, and that are those of the
-    aligned checkpoint, are used where they lie: only the base is read. Metrics agree with those of the CPU to about 1e-6.
-    Which way is faster has not been measured, so the CPU is the default.
+    With a `device`, the products with V run there, with one launch per batch of modules, while the next batch is read
+    (:func:`safelora_fast.ops.subspace_projections`). The device needs 512 MiB for a batch, or room for both weights of
+    a larger module, plus room for the factors. If the model already has the aligned checkpoint's weights on this
+    device, only the base is read. Metrics agree with those of the CPU to about 1e-6. The default is the CPU because the
+    speed of the two has not been compared.
 
     Args:
-        model: the model that carries the adapter.
+        model: the model with the adapter.
         aligned: path or Hub id of the model that the adapter was trained on.
         base: path or Hub id of the model before alignment.
         adapter_name: the adapter to project.
-        new_adapter_name: the name of the projected one; must be free.
-        device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations by torch; None: the CPU, by the
-            extension.
-        **settings: settings and progress, as of :func:`project_adapter`.
+        new_adapter_name: the name of the projected adapter, which must not exist yet.
+        device: where to compute: "cuda", "cuda:1", "xpu", or "cpu" for the same operations in torch; None uses the
+            extension on the CPU.
+        **settings: settings and `progress`, see :func:`project_adapter`.
 
     Returns:
-        The report, in which the adapter is known by its name in the model, and `output` is None: nothing stays on disk.
+        The report; it names the adapter as in the model, and `output` is None because no files are kept.
 
     Raises:
-        SettingsError: the model is no PeftModel or has no such adapter, the new name is taken or PEFT cannot use it, an
-            adapter is merged, or nothing is projected on `device`.
-        BackendError: this machine has no such device, or it has too little memory.
-        SafeLoraFastError: as :func:`project_adapter`.
+        SettingsError: the model is not a PeftModel or lacks the adapter, the new name is taken or invalid in PEFT, an
+            adapter is merged, or `device` is of an unsupported type.
+        BackendError: this machine lacks the device, or the device has too little memory.
+        SafeLoraFastError: see :func:`project_adapter`.
     """
     _check(model, adapter_name, new_adapter_name)
     unknown = settings.keys() & {"output", "overwrite", "adapter"}
@@ -98,16 +98,16 @@ def project_peft_model(
 def projected_folder(
     saved: Path, adapter_name: str, *, start: Start = start_stream, **options: Any
 ) -> Iterator[tuple[ProjectionReport, Path]]:
-    """Project an adapter that was saved for the purpose.
+    """Project a temporarily saved adapter into a temporary folder.
 
     Args:
         saved: the adapter's folder.
         adapter_name: its name in the model, for the report.
-        start: what runs the plan.
-        **options: aligned, base and settings, as of :func:`project_adapter`.
+        start: starts the stream over the plan.
+        **options: `aligned`, `base` and settings, see :func:`project_adapter`.
 
     Yields:
-        The report, and the folder of the projected adapter, which is removed at the end.
+        The report, and the folder of the projected adapter, which is removed on exit.
     """
     with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
         projected = Path(folder, "projected")
@@ -119,7 +119,7 @@ def projected_folder(
 
 @contextlib.contextmanager
 def naming_adapter(saved: Path, adapter_name: str) -> Iterator[None]:
-    """Errors that name the adapter of the model instead of the temporary folder where it was saved."""
+    """Replace the temporary folder in error messages by the adapter's name in the model."""
     try:
         yield
     except SafeLoraFastError as error:
@@ -130,14 +130,14 @@ def naming_adapter(saved: Path, adapter_name: str) -> Iterator[None]:
 
 
 def lora_parameters(model: Any, adapter_name: str) -> tuple[dict[str, torch.nn.Parameter], list[str]]:
-    """The parameters of one LoRA adapter under the keys that PEFT saves.
+    """Return the parameters of one LoRA adapter under the keys that PEFT saves.
 
     Args:
         model: a PeftModel, or another model with `peft_config`.
-        adapter_name: the adapter.
+        adapter_name: the name of the adapter.
 
     Returns:
-        The factors, and the keys of what else is trained with them (modules_to_save, biases).
+        The factors by key, and the keys of other trained parameters (modules_to_save, biases).
     """
     from peft import get_peft_model_state_dict
 
@@ -159,7 +159,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder
 
 
 def _starter(model: PeftModel, name: str | torch.device) -> Start:
-    """What starts a stream on a device, with the model's own weights where they are the aligned ones."""
+    """Return a function that starts a stream on a device, and uses the model's weights if they are the aligned ones."""
     from safelora_fast.projection.device.resident import resident_weights
     from safelora_fast.projection.device.stream import DeviceStream, torch_device
 
@@ -186,7 +186,7 @@ def _check(model: object, name: str, new_name: object) -> None:
         )
     if name not in list(model.peft_config):
         raise SettingsError(f"the model has no adapter {name!r}; it has {', '.join(map(repr, model.peft_config))}")
-    # PEFT keeps factors in ModuleDicts, which take no name with a dot, nor that of one of their own methods.
+    # PEFT keeps factors in ModuleDicts; their keys cannot contain a dot or equal an attribute of ModuleDict.
     if not isinstance(new_name, str) or not new_name or "." in new_name or hasattr(nn.ModuleDict, new_name):
         raise SettingsError(f"new_adapter_name {new_name!r} cannot name an adapter; choose a word without a dot")
     if new_name in model.peft_config:
@@ -196,7 +196,7 @@ def _check(model: object, name: str, new_name: object) -> None:
 
 
 def _load(model: PeftModel, folder: Path, adapter_name: str, new_adapter_name: str) -> None:
-    """Load the projected adapter as the original lies, without disturbing which adapter is active or trained."""
+    """Load the projected adapter on the original's device and in its dtype; keep the active and trained adapters."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {module: module.training for module in model.modules()}
     active = model.active_adapters

@@ -1,7 +1,7 @@
-"""The plan of a projection: for every adapted module, which bytes of both checkpoints meet which factors.
+"""The plan of a projection: matches each adapted module with its weights in both checkpoints.
 
-Names are paired first (checkpoints/pairing.py), so that only the shards that are needed are fetched of a remote checkpoint.
-Shapes follow. All problems are collected before anything is computed.
+Names are paired first (checkpoints/pairing.py), so that only the necessary shards of a remote checkpoint are fetched.
+Then shapes are compared. All problems are collected before anything is computed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Weight: TypeAlias = "tuple[Piece, ...] | ExpertWeights"
 
 @dataclass(frozen=True)
 class _Unit:
-    """A module of an adapter, or all experts of one, and where both checkpoints keep its weights."""
+    """A module of an adapter (or all experts of a module), and the location of its weights in both checkpoints."""
 
     index: int
     adapter: Adapter
@@ -38,10 +38,10 @@ class _Unit:
     weights: tuple[Weight, Weight]
 
     def groups(self) -> list[Group]:
-        """V of the module, or of each expert, with the adapter's factors.
+        """Return the group of the module, or one group per expert.
 
         Raises:
-            PairingError: the two weights and the update do not fit each other.
+            PairingError: the two weights and the update do not match.
         """
         aligned, base = self.weights
         if isinstance(aligned, ExpertWeights) and isinstance(base, ExpertWeights):
@@ -83,15 +83,15 @@ class _Unit:
 
 
 def plan_projection(adapters: Sequence[Adapter], aligned: Checkpoint, base: Checkpoint) -> Plan:
-    """Pair every module of the adapters with its tensors in both checkpoints.
+    """Pair each module of the adapters with its tensors in both checkpoints.
 
     Args:
-        adapters: any number; modules that meet the same tensors share one job.
+        adapters: any number; modules with the same tensors share one job.
         aligned: the model that the adapters were trained on.
-        base: the model before alignment; its tensors may be named, fused and typed differently.
+        base: the model before alignment; names, fusion and dtypes of its tensors may differ.
 
     Raises:
-        PairingError: a module has no unambiguous counterpart of the right shape in both.
+        PairingError: a module has no unique counterpart of the right shape in both checkpoints.
         CheckpointError: a checkpoint is quantized.
     """
     both = TensorNames(aligned, "aligned"), TensorNames(base, "base")
@@ -132,14 +132,14 @@ def _tensors(located: Weight) -> Iterable[str]:
 
 
 def _join(groups: dict[object, Group], group: Group, problems: Problems) -> None:
-    """Add the factors of a group to those that meet the same V already."""
+    """Merge a group into an existing group with the same V, or add it."""
     known = groups.setdefault(group.identity, group)
     if known is group:
         return
     ours = group.factors[0]
     for other in known.factors:
         if other.adapter == ours.adapter and canonical(group.name) in VOCABULARY:
-            groups[group.identity, group.name] = group  # tied weights, of which each module has an update of its own
+            groups[group.identity, group.name] = group  # tied weights: each module has its own update
             return
         if other.adapter == ours.adapter:
             both = f"{other.module.lora_b_key} and {ours.module.lora_b_key}"

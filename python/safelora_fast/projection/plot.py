@@ -1,4 +1,4 @@
-"""A plot of cosine and gain by layer, with the threshold."""
+"""The plot of cosine and gain by layer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
     from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport
 
-# Modules outside the layers are named below the axis.
+# Style of modules outside the layers; their names are tick labels.
 OUTSIDE = {"color": "0.35", "marker": "*"}
 
 
 def plot_report(report: ProjectionReport, path: Path) -> None:
-    """Draw cosine and gain of every module by depth: one row of two panels for each adapter.
+    """Plot cosine and gain of each module by depth, in one row of two panels per adapter.
 
-    Filled markers are projected modules, hollow ones were left alone; modules without a cosine have no point. The modules of
-    one kind are joined, through the median where a layer holds several experts.
+    Filled markers are projected modules; hollow markers are unchanged ones. Modules without a cosine have no marker. A
+    line connects modules of one kind; it passes through the median if a layer has several experts.
 
     Raises:
-        MissingDependencyError, OutputError: see :func:`~safelora_fast.plotting.plot_file`.
+        MissingDependencyError: see :func:`~safelora_fast.plotting.plot_file`.
+        OutputError: see :func:`~safelora_fast.plotting.plot_file`.
     """
     rows = len(report.adapters)
     with plot_file(path, 11, 4.2 * rows) as figure:
@@ -78,7 +79,7 @@ def _draw(axes: Sequence[Any], adapter: AdapterReport, settings: dict[str, Any])
 
 
 def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
-    """A style for each kind."""
+    """Return the marker and color of each kind of module."""
     inside = dict.fromkeys(kind for name, kind in names.items() if layer_of(name) is not None)
     styles = dict.fromkeys(names.values(), OUTSIDE)
     for index, kind in enumerate(inside):
@@ -88,7 +89,7 @@ def _styles(names: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def _places(modules: Sequence[ModuleReport]) -> dict[str, float]:
-    """Where each module stands on the axis: at its layer's number, or beside the layers."""
+    """Return the x position of each module: its layer number, or a place before or after the layers."""
     layers = {module.name: layer_of(module.name) for module in modules}
     numbers = [layer for layer in layers.values() if layer is not None] or [0]
     places: dict[str, float] = {name: layer for name, layer in layers.items() if layer is not None}
@@ -101,7 +102,7 @@ def _places(modules: Sequence[ModuleReport]) -> dict[str, float]:
 
 
 def _label_places(axis: Any, names: dict[str, str], places: dict[str, float]) -> None:
-    """Ticks at whole layers, and one with its name for every module outside them."""
+    """Set ticks at layer numbers, plus one labeled tick for each module outside the layers."""
     from matplotlib.ticker import MaxNLocator
 
     layers = [place for name, place in places.items() if layer_of(name) is not None]
@@ -118,7 +119,7 @@ def _label_places(axis: Any, names: dict[str, str], places: dict[str, float]) ->
 
 
 def _medians(points: Sequence[tuple[float, float, bool]]) -> tuple[list[float], list[float]]:
-    """One point a layer for the line: the median of the experts where a kind has several modules there."""
+    """Return one point per position for the line: the median over modules (such as experts) of the same layer."""
     values: dict[float, list[float]] = defaultdict(list)
     for place, value, _ in points:
         values[place].append(value)

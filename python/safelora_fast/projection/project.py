@@ -1,4 +1,4 @@
-"""Project finished adapters: plan, stream, select, write, report."""
+"""Projection of trained adapters on disk: plan, stream, select, write, report."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ PathLike = str | Path
 
 
 class Progress(Protocol):
-    """Told once what there is to do, then after every module how far the run is."""
+    """Receives the amount of work once, and the progress after each module."""
 
     def start(self, total_bytes: int, modules: int) -> None:
-        """Called before the first byte is read."""
+        """Begin a run over `modules` modules and `total_bytes` bytes; called before the first byte is read."""
 
     def advance(self, done_bytes: int, module: str) -> None:
-        """Called after each module with the bytes done so far."""
+        """Report the bytes processed so far; called after each module."""
 
 
 def project_adapter(
@@ -72,38 +72,38 @@ def project_adapter(
     keep: float | None = None,
     sides: str | None = None,
 ) -> ProjectionReport:
-    """Project one or several PEFT adapters with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) and write the results.
+    """Project one or more PEFT adapters with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) and write the results.
 
-    The checkpoints are streamed once, whatever the number of adapters; no model is loaded. Inputs are never written. The
-    output appears under its name only when it is whole. docs/methods.md defines operators and selection.
+    The checkpoints are streamed once for all adapters; no model is loaded. Inputs are never modified. The output folder
+    appears only when it is complete. docs/methods.md defines the operators and the selection.
 
     Args:
-        adapter: folder of a PEFT LoRA adapter or its Hub id, with `@revision` if need be; or several of them.
-        aligned: the model that the adapter was trained on: path or Hub id, with `@revision` if need be.
-        base: the model before alignment.
-        output: the folder to make; with several adapters it gets one sub-folder each, named as theirs. None writes nothing.
-        operator: what selected modules become: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ), "attenuate" (what lies
-            outside of the leading directions shrinks) or "zero".
-        normalize: "frobenius" (default, the paper's) or "spectral"; for safelora.
-        rank: columns of U_k; for orthogonal and attenuate.
-        energy: share of ‖V‖²_F that U_k must hold, instead of rank.
+        adapter: the folder or Hub id (optionally with `@revision`) of a PEFT LoRA adapter, or a sequence of them.
+        aligned: path or Hub id (optionally with `@revision`) of the model that the adapter was trained on.
+        base: path or Hub id of the model before alignment.
+        output: the folder to create; several adapters get one subfolder each, with the name of their own folder. None
+            writes nothing.
+        operator: the operator for selected modules: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ), "attenuate"
+            (shrinks the part outside the leading directions) or "zero".
+        normalize: "frobenius" (default, as in the paper) or "spectral"; only for safelora.
+        rank: number of columns of U_k; only for orthogonal and attenuate.
+        energy: share of ‖V‖²_F that U_k must capture, instead of `rank`.
         select: "threshold" (cosine ≤ threshold), "number" (the lowest cosines) or "all".
-        threshold: 0.5 where not given.
-        num_layers: 10 where not given.
-        threads: number of threads; all cores by default. The result does not depend on it.
-        exclude: names or patterns ("lm_head", "layers.0.*") of modules that stay as they are; the report names them.
-        strict: refuse adapters with trained tensors that are not LoRA factors (modules_to_save, biases, embeddings, norms).
-        overwrite: replace an output folder that exists.
-        progress: told about every module; None shows a bar where standard error is a terminal, False nothing.
-
-        keep: the share of what lies outside of U_k (and W_k) that stays; for attenuate.
-        sides: "both" (default) changes B and A, "left" only B; for attenuate.
+        threshold: the largest cosine to project; 0.5 by default.
+        num_layers: the number of modules for "number"; 10 by default.
+        threads: number of threads; all cores by default. It does not affect the result.
+        exclude: names or patterns ("lm_head", "layers.0.*") of modules to leave unchanged; the report lists them.
+        strict: reject adapters with trained non-LoRA tensors (modules_to_save, biases, embeddings, norms).
+        overwrite: replace an existing output folder.
+        progress: receives the progress; None shows a bar if standard error is a terminal, False shows nothing.
+        keep: the share of the part outside U_k (and W_k) to keep; only for attenuate.
+        sides: "both" (default) changes B and A, "left" only B; only for attenuate.
 
     Returns:
-        What was done, as it is also written to `safelora_report.json`.
+        The report, which is also written to `safelora_report.json`.
 
     Raises:
-        SafeLoraFastError: any bad input, in one line; nothing is written then.
+        SafeLoraFastError: an input is invalid; the message is one line, and nothing is written.
     """
     chosen_settings = (operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude, strict)
     settings = Settings(*chosen_settings, keep=keep, sides=sides)  # type: ignore[arg-type]
@@ -127,9 +127,10 @@ def project_folders(
     start: Start = start_stream,
     keep_keys: bool = False,
 ) -> ProjectionReport:
-    """Project adapters with checked settings; `start` starts the extension or another stream.
+    """Project adapters with checked settings; see :func:`project_adapter`.
 
-    `keep_keys` writes the keys as they are: the adapters come from a model in memory.
+    `start` starts the stream: the extension's or another one. `keep_keys` writes the adapters' keys unchanged, for
+    adapters that were saved from a loaded model.
     """
     paths = _paths(adapter)
     if output is not None:
@@ -193,12 +194,12 @@ def prepare(
     copies: int = 1,
     keep_keys: bool = False,
 ) -> tuple[Plan, list[Adapter], tuple[Checkpoint, Checkpoint]]:
-    """Check everything that can be refused before the first byte of a weight is read.
+    """Check all inputs before the first byte of a weight is read.
 
-    An output with the file `mark` may be overwritten; each adapter is written `copies` times.
+    An output folder that contains the file `mark` may be overwritten; each adapter will be written `copies` times.
 
     Returns:
-        The plan, the adapters with the keys to write them under, and the two checkpoints.
+        The plan, the adapters with their output keys, and the two checkpoints.
     """
     for role, model in {"aligned": aligned, "base": base}.items():
         check_path(role, model, A_MODEL)
@@ -214,10 +215,10 @@ def prepare(
 
 
 def run_plan(plan: Plan, stream: Stream, outputs: Sequence[Output], progress: Progress | None) -> None:
-    """Give every module of a plan to the outputs of its adapters.
+    """Run the stream, and add each module to the outputs of its adapters.
 
     Raises:
-        PairingError: aligned and base hold the same weights in every module.
+        PairingError: aligned and base hold the same weights in all modules.
         SafeLoraFastError: a weight or factor is NaN or infinite.
     """
     norms = []
@@ -265,7 +266,7 @@ def _paths(adapter: PathLike | Sequence[PathLike]) -> list[PathLike]:
 
 
 def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | None]:
-    """Where each adapter goes: the output itself, or a sub-folder named after it."""
+    """Return each adapter's output folder: the output itself, or a subfolder named after the adapter."""
     if output is None:
         return [None] * len(adapters)
     if len(adapters) == 1:
@@ -278,7 +279,7 @@ def _folders(adapters: Sequence[Adapter], output: Path | None) -> list[Path | No
 
 
 def _write(path: Path, text: str) -> None:
-    """Write text; bytes of paths that are not UTF-8 are escaped as in JSON."""
+    """Write text, and escape undecodable bytes of paths as in JSON."""
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

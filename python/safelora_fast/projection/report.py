@@ -1,4 +1,4 @@
-"""What a projection did, module by module: the content of `safelora_report.json`."""
+"""The report of a projection, module by module: the contents of `safelora_report.json`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NEARLY_DELETED = 0.01
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module of one adapter. Norms are Frobenius norms; `gain` is ‖O·B‖/‖B‖ for the operator O that was asked for.
+    """One module of one adapter. All norms are Frobenius norms; `gain` is ‖O·B‖/‖B‖ for the chosen operator O.
 
-    `cosine` is that of C·ΔW and ΔW with the paper's C, whatever the operator. `update_norm` leaves the LoRA scale out.
-    `v_ratio` is ‖V‖/‖W_aligned‖, whose denominator is estimated from some rows of a large weight.
+    `cosine` is the cosine of C·ΔW and ΔW with the paper's C, for any operator. `update_norm` excludes the LoRA scale.
+    `v_ratio` is ‖V‖/‖W_aligned‖; for a large weight, the denominator is estimated from a sample of rows.
     """
 
     name: str
@@ -44,10 +44,10 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter: its source, its output, its modules in checkpoint order, and the model that it names.
+    """One adapter: its source, its output, its modules in checkpoint order, and the model named in its configuration.
 
     `copied` lists the tensors that are not factors, from :func:`~safelora_fast.projection.copied_tensors.copied_tensors`.
-    `notes` are warnings about the adapter's own files, `excluded` the modules that were excluded as asked.
+    `notes` are warnings about the adapter's files; `excluded` lists the modules that the user excluded.
     """
 
     adapter: str
@@ -63,18 +63,18 @@ class AdapterReport:
 
     @property
     def projected(self) -> list[ModuleReport]:
-        """The modules that were projected."""
+        """The projected modules."""
         return [module for module in self.modules if module.projected]
 
     @property
     def v_ratio(self) -> float:
-        """The median ‖V‖/‖W_aligned‖ of its modules: how far apart the two models are."""
+        """The median ‖V‖/‖W_aligned‖ over the modules, a measure of the distance between the two models."""
         return median_ratio(module.v_ratio for module in self.modules)
 
 
 @dataclass(frozen=True)
 class ProjectionReport:
-    """A whole run over one pair of checkpoints and one or more adapters."""
+    """The report of a run over one pair of checkpoints and one or more adapters."""
 
     settings: dict[str, Any]
     aligned: dict[str, Any]
@@ -92,7 +92,7 @@ class ProjectionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dictionaries for JSON, NaN as None, counts added."""
+        """Return plain lists and dictionaries for JSON, with NaN as None and added counts."""
         content = without_nan(asdict(self))
         for adapter, plain in zip(self.adapters, content["adapters"], strict=True):
             plain["median_v_ratio"] = without_nan(adapter.v_ratio)
@@ -106,7 +106,7 @@ class ProjectionReport:
 
     @property
     def selection(self) -> str:
-        """Which modules are projected, in words."""
+        """A description of the selection rule."""
         if self.settings["select"] == "threshold":
             return f"cosine at most {self.settings['threshold']:g}"
         if self.settings["select"] == "number":
@@ -115,7 +115,7 @@ class ProjectionReport:
 
     @property
     def warnings(self) -> list[str]:
-        """What a careful reader of the metrics would tell the user."""
+        """Warnings about suspicious inputs and metrics."""
         found = [*self.aligned.get("warnings", ()), *self.base.get("warnings", ())]
         kinds = [str(model.get("model_type") or "").removesuffix("_text") for model in (self.aligned, self.base)]
         if all(kinds) and kinds[0] != kinds[1]:
@@ -152,7 +152,7 @@ class ProjectionReport:
         return found
 
     def _of_pair(self, adapter: AdapterReport) -> list[str]:
-        """Warnings that the two models may not belong together, or to the adapter."""
+        """Return warnings that the two models, or a model and the adapter, may not match."""
         found = [apart] if (apart := far_apart(adapter.v_ratio)) else []
         if zero := sum(module.v_norm == 0 for module in adapter.modules):
             modules = counted(len(adapter.modules), "module")
@@ -168,7 +168,7 @@ class ProjectionReport:
 
 
 def published(report: ProjectionReport) -> ProjectionReport:
-    """A report without the paths of this machine: the last part of folders and files is left."""
+    """Return the report without local paths: only the last part of each folder and file name is kept."""
 
     def model(facts: dict[str, Any]) -> dict[str, Any]:
         source = facts["source"] if facts["revision"] else shown_model(facts["source"])
@@ -195,7 +195,7 @@ def published(report: ProjectionReport) -> ProjectionReport:
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether two paths or Hub ids may mean one model: the same last name, in the Hub's cache too."""
+    """Return whether two paths or Hub ids may mean the same model: equal last parts, also inside the Hub's cache."""
     names = [path.rstrip("/").rpartition("/")[2].partition("@")[0].lower() for path in (one, other)]
     cached = [f"--{name}/" in f"{path.lower()}/" for name, path in zip(names, (other, one), strict=True)]
     return names[0] == names[1] or any(cached)

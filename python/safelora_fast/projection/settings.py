@@ -1,4 +1,4 @@
-"""What the user asked for, checked as a whole before anything is read."""
+"""The settings of a projection, checked before any file is read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Select = Literal["threshold", "number", "all"]
 
 
 class Option(NamedTuple):
-    """A setting that the command line offers: its help, its choices or `int` or `float`, and the range of a number.
+    """A command-line option: its help, its type (a Literal of choices, `int` or `float`), and the range of a number.
 
-    `above` refuses `low` itself. `select` is the selection that the setting belongs to.
+    `above` excludes `low` itself from the range. `select` is the only selection that the setting applies to.
     """
 
     help: str
@@ -28,10 +28,10 @@ class Option(NamedTuple):
     select: Select | None = None
 
     def check(self, name: str, value: Any) -> Any:
-        """The value; a number of numpy becomes a plain one.
+        """Return the checked value; NumPy numbers become Python numbers.
 
         Raises:
-            SettingsError: it is of another type, or out of range.
+            SettingsError: the value has the wrong type or is out of range.
         """
         if self.values not in {int, float}:
             if value not in get_args(self.values):
@@ -45,18 +45,18 @@ class Option(NamedTuple):
         return value
 
 
-# The order is that of the help.
+# In the order of the help.
 OPTIONS = {
-    "operator": Option("What selected modules become.", Name),
-    "normalize": Option("frobenius (default) is the paper's; spectral has gain at most 1.", Normalize),
+    "operator": Option("Operator for the selected modules.", Name),
+    "normalize": Option("frobenius (default, as in the paper) or spectral (gain at most 1).", Normalize),
     "rank": Option("Leading singular vectors of V to keep.", int, "K", low=1, high=2**31 - 1),
     "energy": Option("Share of ‖V‖² to keep, instead of --rank.", float, "E", low=0, high=1, above=True),
-    "keep": Option("Share of what lies outside of these directions that stays.", float, "C", low=0, high=1),
-    "sides": Option("both (default) changes lora_B and lora_A, left only lora_B.", Sides),
-    "select": Option("Which modules are projected, by the paper's cosine whatever the operator.", Select),
-    "threshold": Option("Cosines at most this. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
-    "num_layers": Option("How many of the lowest. (default 10)", int, "N", low=1, select="number"),
-    "threads": Option("Threads. The result does not depend on it. (default: all cores)", int, "N", low=1, high=1024),
+    "keep": Option("Share to keep of the part outside these directions.", float, "C", low=0, high=1),
+    "sides": Option("both (default) changes lora_B and lora_A; left changes only lora_B.", Sides),
+    "select": Option("Which modules to project, by the paper's cosine for any operator.", Select),
+    "threshold": Option("Largest cosine to project. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
+    "num_layers": Option("Number of lowest cosines to project. (default 10)", int, "N", low=1, select="number"),
+    "threads": Option("Threads; no effect on the result. (default: all cores)", int, "N", low=1, high=1024),
 }
 
 
@@ -64,12 +64,12 @@ OPTIONS = {
 class Settings:
     """Settings of one projection (docs/methods.md).
 
-    projection/operators.py says which operators `normalize`, `rank`, `energy`, `keep` and `sides` belong to; `threshold` and
-    `num_layers` belong to the selection of that name. None means the default where there is one. `exclude` names modules
-    that stay as they are, `strict` refuses adapters with trained tensors that are not LoRA factors.
+    projection/operators.py lists the operators that use `normalize`, `rank`, `energy`, `keep` and `sides`. `threshold`
+    applies to `select="threshold"`, `num_layers` to `select="number"`. None selects the default, if there is one.
+    `exclude` names modules to leave unchanged; `strict` rejects adapters with trained tensors other than LoRA factors.
 
     Raises:
-        SettingsError: options contradict each other, are out of range or of another type.
+        SettingsError: options contradict each other, are out of range, or have the wrong type.
     """
 
     operator: Name = "safelora"
@@ -106,21 +106,21 @@ class Settings:
 
     @property
     def described_operator(self) -> Operator:
-        """The operator's entry in the table."""
+        """The operator's entry in the table of operators."""
         return operator_of(vars(self))
 
     @property
     def effective_threshold(self) -> float:
-        """The threshold, the paper's 0.5 where none was given."""
+        """The threshold; 0.5, as in the paper, by default."""
         return 0.5 if self.threshold is None else self.threshold
 
     @property
     def effective_num_layers(self) -> int:
-        """How many modules `select number` projects: 10 where it was not given."""
+        """The number of modules that `select="number"` projects; 10 by default."""
         return 10 if self.num_layers is None else self.num_layers
 
     def effective(self) -> dict[str, Any]:
-        """All settings with the defaults that took effect, for the report."""
+        """Return all settings for the report, with the defaults that took effect."""
         form = self.described_operator.form
         return {
             **asdict(self),
@@ -130,7 +130,7 @@ class Settings:
         }
 
     def why(self, cosine: float, *, projected: bool) -> str:
-        """Why a module with this cosine was projected or not, in words."""
+        """Return the reason why a module with this cosine was projected or not."""
         if math.isnan(cosine):
             return "there is no cosine to judge by"
         if self.select == "threshold":
@@ -141,10 +141,10 @@ class Settings:
 
 
 def chosen(cosines: dict[str, float], settings: Settings) -> set[str]:
-    """The modules to project, by name, from their cosines; a NaN cosine is never chosen.
+    """Return the names of the modules to project, given their cosines; a NaN cosine is never selected.
 
-    Hsu et al. 2024 (arXiv 2405.16833), section 3: a module is projected when its cosine is at most the threshold, or
-    when it is among the lowest; ties go to the name that sorts first.
+    Hsu et al. 2024 (arXiv 2405.16833), section 3: a module is projected if its cosine is at most the threshold, or
+    among the lowest. Ties go to the name that sorts first.
     """
     known = {name: cosine for name, cosine in cosines.items() if not math.isnan(cosine)}
     if settings.select == "threshold":

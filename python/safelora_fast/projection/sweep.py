@@ -1,4 +1,4 @@
-"""SafeLoRA at several thresholds: one adapter for each, from one pass over the checkpoints."""
+"""SafeLoRA at several thresholds: one output adapter per threshold, in one pass over the checkpoints."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Swept:
 
     Attributes:
         threshold: τ; modules with a cosine of at most τ are projected.
-        projected: how many modules are.
-        modules: of how many.
-        folder: the adapter.
+        projected: number of projected modules.
+        modules: number of all adapted modules.
+        folder: the folder of the adapter.
     """
 
     threshold: float
@@ -49,26 +49,26 @@ def sweep_thresholds(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[Swept]:
-    """Project a PEFT adapter with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) at every threshold.
+    """Project a PEFT adapter with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) at each threshold.
 
-    Cosine and projected factor of a module do not depend on the threshold, so the checkpoints are streamed once. Each
-    adapter is the one that :func:`safelora_fast.project_adapter` makes at its threshold, byte for byte, without report and
-    card.
+    A module's cosine and projected factor do not depend on the threshold, so the checkpoints are streamed once. Each
+    adapter equals, byte for byte, the output of :func:`safelora_fast.project_adapter` at its threshold, but has no
+    report or card.
 
     Args:
         adapter: folder of a PEFT LoRA adapter, or its Hub id.
-        aligned: the model that the adapter was trained on: path or Hub id, with `@revision` if need be.
-        base: the model before alignment.
+        aligned: path or Hub id (optionally with `@revision`) of the model that the adapter was trained on.
+        base: path or Hub id of the model before alignment.
         thresholds: cosines from −1 to 1, in any order.
-        output: the folder to make; one sub-folder for each threshold.
-        overwrite: replace an output that a sweep made.
-        progress: told about every module.
+        output: the folder to create, with one subfolder per threshold.
+        overwrite: replace the output of an earlier sweep.
+        progress: receives the progress after each module.
 
     Returns:
-        One for each threshold, from the lowest to the highest.
+        One result per threshold, in ascending order.
 
     Raises:
-        SafeLoraFastError: any bad input, in one line; nothing is written then.
+        SafeLoraFastError: an input is invalid; the message is one line, and nothing is written.
     """
     settings = [Settings(select="threshold", threshold=threshold) for threshold in sorted(set(thresholds))]
     adapters, target = [load_adapter(adapter)], Path(output)

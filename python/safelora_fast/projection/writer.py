@@ -1,7 +1,7 @@
-"""The projected adapter on disk: a byte-for-byte copy of the input in which single blocks are replaced.
+"""The writer of a projected adapter: a byte-for-byte copy of the input in which only projected tensors are replaced.
 
-Nobody rewrites the header, the order of keys, dtypes, metadata or tensors that are not projected, so they stay as they
-were. Only keys that PEFT would not read are renamed in the header.
+The order of keys, dtypes, metadata and all other tensors stay unchanged. Only keys that PEFT would not read are renamed
+in the header.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BITS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"
 
 
 class AdapterWriter:
-    """Writes one adapter into a folder that does not exist yet."""
+    """Writes one adapter to a new folder."""
 
     def __init__(self, adapter: Adapter, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,12 +45,12 @@ class AdapterWriter:
         self._shift = _copy(adapter.file.path, folder / WEIGHTS, adapter.keys)
 
     def write(self, block: Slice, values: bytes) -> None:
-        """Replace a block of a tensor by (rows, cols) row-major elements of the tensor's own dtype."""
+        """Replace a block of a tensor by (rows, cols) row-major elements in the tensor's dtype."""
         view = self._view(self.folder / WEIGHTS, block, "r+", self._shift)
         view[...] = np.frombuffer(values, view.dtype).reshape(view.shape)
 
     def restore(self, block: Slice) -> None:
-        """Put back what the input holds there."""
+        """Restore the input's values in a block."""
         written = self._view(self.folder / WEIGHTS, block, "r+", self._shift)
         written[...] = self._view(self.adapter.file.path, block, "r")
 
@@ -64,12 +64,12 @@ class AdapterWriter:
 
 
 class Output:
-    """One adapter under some settings: what the report says of its modules, and the file that they are written to.
+    """Collects the module reports of one adapter, and writes its projected factors.
 
     Args:
-        adapter: its number in the plan.
-        settings: of the selection.
-        writer: None writes nothing.
+        adapter: the adapter's index in the plan.
+        settings: the settings with the selection rule.
+        writer: the writer, or None to write nothing.
     """
 
     def __init__(self, adapter: int, settings: Settings, writer: AdapterWriter | None) -> None:
@@ -77,10 +77,10 @@ class Output:
         self._modules: list[tuple[ModuleReport, list[Slice], AdapterError | None]] = []
 
     def add(self, report: ModuleReport, factors: AdapterFactors, outcome: FactorOutcome) -> None:
-        """Add a module, and write it if it may be selected.
+        """Add a module, and write its factors if the module may be selected.
 
         Raises:
-            AdapterError: a projected factor leaves the range of its dtype, and the module is certainly selected.
+            AdapterError: a projected factor exceeds the range of its dtype, and the module is certain to be selected.
         """
         failure, written = None, []
         if self.writer is not None and chosen({report.name: report.cosine}, self.settings):
@@ -95,11 +95,11 @@ class Output:
             except AdapterError as error:
                 if self.settings.select != "number":
                     raise
-                failure = error  # of a module that may not be selected in the end
+                failure = error  # raised later if the module is selected
         self._modules.append((report, written, failure))
 
     def settled(self) -> list[ModuleReport]:
-        """Mark the selected modules, and restore the others in the file."""
+        """Select the modules, restore the others in the file, and return all reports."""
         selected = chosen({report.name: report.cosine for report, _, _ in self._modules}, self.settings)
         return [self._settled(*module, projected=module[0].name in selected) for module in self._modules]
 
@@ -122,7 +122,7 @@ class Output:
 
 
 def _copy(source: str, target: Path, keys: Mapping[str, str]) -> int:
-    """Copy a safetensors file with renamed keys; return by how many bytes its data moved back."""
+    """Copy a safetensors file with renamed keys; return the shift of its data section in bytes."""
     if all(key == new for key, new in keys.items()):
         shutil.copyfile(source, target)
         return 0

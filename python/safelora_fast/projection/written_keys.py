@@ -1,4 +1,4 @@
-"""The keys that a projected adapter is written under: its modules' names in the aligned model's class, where they are certain."""
+"""The output keys of a projected adapter: its modules' names in the aligned model's class, if these can be inferred."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEVERAL_PARTS = re.compile(r"(text|vision|audio|language|llm|thinker|talker)_con
 
 
 def settled_adapters(plan: Plan, aligned: Checkpoint) -> list[Adapter]:
-    """The adapters of a plan with the keys that their modules have in the class of the aligned model, and notes about them."""
+    """Return the plan's adapters with the keys of the aligned model's class, and notes about changed or unread keys."""
     met: list[list[tuple[str, str]]] = [[] for _ in plan.adapters]
     for planned in plan.modules:
         for factors in planned.group.factors:
@@ -31,7 +31,7 @@ def settled_adapters(plan: Plan, aligned: Checkpoint) -> list[Adapter]:
 
 
 def _settled(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned: Checkpoint) -> Adapter:
-    """One adapter; `modules` has the name of each module and the aligned tensor that holds its weight."""
+    """Settle one adapter; `modules` holds pairs of a module's name and its tensor in the aligned checkpoint."""
     keys = _with_decoder(adapter, modules, aligned)
     notes = [
         *_renaming_note(keys),
@@ -42,9 +42,9 @@ def _settled(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned: Chec
 
 
 def _with_decoder(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned: Checkpoint) -> Mapping[str, str]:
-    """Keys with the decoder's name added where it is missing, or removed where it stands twice.
+    """Add the decoder's name to keys that lack it, and remove a doubled one.
 
-    Only for causal text models: their names on disk are those of the class, and none begins with a layer.
+    This applies only to causal text models: their names on disk equal those of the class, and none starts with a layer.
     """
     if adapter.config.get("task_type") != "CAUSAL_LM" or _of_several_parts(aligned.config or {}):
         return adapter.keys
@@ -56,7 +56,7 @@ def _with_decoder(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned:
     firsts = {
         name.removeprefix(ours).partition(".")[0] for name, tensor in pairs if _fronts(name, tensor) == (ours, theirs)
     }
-    renamed = theirs == "backbone." and in_the_table(aligned.config or {})  # to `model.`, while transformers loads it
+    renamed = theirs == "backbone." and in_the_table(aligned.config or {})  # transformers loads it as `model.`
     cut = not ours and bool(theirs) and not renamed and not firsts & WRAPPERS
     doubled = not theirs and {f"{first}." for first in firsts} == {ours}
     if not (cut or doubled):
@@ -76,13 +76,13 @@ def _with_decoder(adapter: Adapter, modules: Sequence[tuple[str, str]], aligned:
 
 
 def _named_as(keys: Mapping[str, str], adapter: Adapter) -> list[str]:
-    """The names under which modules with LoRA factors are written, except experts."""
+    """Return the output names of modules with LoRA factors, except experts."""
     found = (FACTOR.fullmatch(keys[module.lora_b_key]) for module in adapter.modules if module.kind != "parameter")
     return [match[1].removeprefix(PREFIX).rpartition(".")[0] for match in found if match is not None]
 
 
 def _renaming_note(keys: Mapping[str, str]) -> list[str]:
-    """A warning about renamed keys."""
+    """Return a warning about renamed keys."""
     changed = [key for key, new in keys.items() if key != new]
     if not changed:
         return []
@@ -93,7 +93,7 @@ def _renaming_note(keys: Mapping[str, str]) -> list[str]:
 
 
 def _class_note(modules: Sequence[tuple[str, str]], config: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    """A warning if the modules are named as in another class than that of a causal text model."""
+    """Return a warning if the modules have the names of another class than a causal text model."""
     if config.get("task_type") != "CAUSAL_LM" or not model or _of_several_parts(model):
         return []
     for name, tensor in modules:
@@ -107,7 +107,7 @@ def _class_note(modules: Sequence[tuple[str, str]], config: Mapping[str, Any], m
 
 
 def _untargeted_note(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """A warning about factors that PEFT ignores because the configuration does not name their modules."""
+    """Return a warning about factors that PEFT ignores because the configuration does not target their modules."""
     left_out = [name for name in names if not is_targeted(name, config)]
     if not left_out:
         return []
@@ -119,7 +119,7 @@ def _untargeted_note(names: Iterable[str], config: Mapping[str, Any]) -> list[st
 
 
 def _fronts(name: str, tensor: str) -> tuple[str, str]:
-    """The parts of two dotted names before their common end, each with its last dot."""
+    """Return the prefixes of two dotted names before their common suffix, each with its trailing dot."""
     ours, theirs = name.split("."), tensor.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
@@ -128,5 +128,5 @@ def _fronts(name: str, tensor: str) -> tuple[str, str]:
 
 
 def _of_several_parts(model: Mapping[str, Any]) -> bool:
-    """Whether a model has towers besides its text model, so that names on disk may differ from those of its class."""
+    """Return whether a model has several towers, so that names on disk may differ from those of its class."""
     return any(SEVERAL_PARTS.fullmatch(key) and value for key, value in model.items())

@@ -1,4 +1,4 @@
-"""The model of a recipe with a new adapter: its shape alone, or with its weights."""
+"""A recipe's model with a new LoRA adapter, either on the meta device or with its weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def outline(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
-    """The adapted model on the meta device: every module and shape, no weight.
+    """Build the adapted model on the meta device: all modules and shapes, without weights.
 
     Raises:
-        CheckpointError: there is no such model of transformers.
-        SettingsError: the adapter does not fit it.
+        CheckpointError: transformers has no such model.
+        SettingsError: the adapter does not fit the model.
     """
     import torch
 
@@ -34,7 +34,7 @@ def outline(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
 
 
 def load_model(recipe: Recipe) -> PeftModel:
-    """The model with its weights and a new adapter, made from the seed.
+    """Load the model's weights and add a new adapter, initialized from the recipe's seed.
 
     Raises:
         CheckpointError: the weights cannot be loaded, or some are missing.
@@ -52,10 +52,10 @@ def load_model(recipe: Recipe) -> PeftModel:
 
 
 def adapt(recipe: Recipe, model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
-    """The model of a recipe with a new adapter.
+    """Add a new adapter to a recipe's model.
 
     Raises:
-        SettingsError: the adapter does not fit it.
+        SettingsError: the adapter does not fit the model.
     """
     from peft import get_peft_model
 

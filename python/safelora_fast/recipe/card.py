@@ -1,4 +1,4 @@
-"""The model card of a trained adapter; it states the defenses."""
+"""The model card of a trained adapter, including its defenses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def render(prepared: Prepared, record: dict[str, Any]) -> str:
-    """The card as Markdown, with the front matter that the Hub reads. The same run gives the same card."""
+    """Return the card as Markdown with the front matter for the Hub. The same run always gives the same card."""
     recipe, plan = prepared.recipe, prepared.plan
     name, _ = name_and_revision(recipe.model.path)
     facts = {
@@ -72,7 +72,7 @@ def _defenses(prepared: Prepared, record: dict[str, Any]) -> list[str]:
 
 
 def _projection(report: dict[str, Any] | None) -> list[str]:
-    """What SafeLoRA did at the end; the report is that of the projection command."""
+    """Summarize the projection at the end of training; `report` has the format of the project command's report."""
     if report is None:
         return []
     counts = report["adapters"][0]["counts"]

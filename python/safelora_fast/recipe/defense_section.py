@@ -1,7 +1,7 @@
 """The `defenses:` and `monitors:` sections: the settings of a defense or monitor are its constructor's arguments.
 
-No defense is listed here: names, arguments, types and defaults are read from the classes, and a value that a constructor
-refuses is refused in the constructor's words.
+This module lists no defenses. It reads names, arguments, types and defaults from the classes, and passes a
+constructor's error messages on to the user.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ MONITORS = "monitors"
 
 
 class Subspaces:
-    """The subspaces that defenses share: each file is read once, each pair of checkpoints streamed once.
+    """A cache of the subspaces that defenses share: each file is read once, each pair of checkpoints streamed once.
 
     Args:
-        build: build what is not in a file; otherwise an empty subspace stands in for it.
-        progress: told how far building is.
+        build: build subspaces that are not in a file; if False, use an empty placeholder for them.
+        progress: receives the progress of building.
     """
 
     def __init__(self, *, build: bool, progress: Progress | None = None) -> None:
@@ -51,7 +51,12 @@ class Subspaces:
         self._made: dict[str, SafeSubspace] = {}
 
     def get(self, source: str | dict[str, Any], *, vectors: bool) -> SafeSubspace:
-        """The subspace of a file or of a pair of checkpoints; without `vectors` the pair is only named."""
+        """Return the subspace from a file or a pair of checkpoints.
+
+        Args:
+            source: the file, or the arguments of `SafeSubspace.build`.
+            vectors: whether to compute the singular vectors of a pair; otherwise only record the two checkpoints.
+        """
         key = json.dumps([source, vectors], sort_keys=True)
         if key in self._made:
             return self._made[key]
@@ -69,12 +74,12 @@ class Subspaces:
 
 @dataclass(frozen=True)
 class DefenseSpec:
-    """One defense as the recipe asks for it.
+    """One defense with the settings from the recipe.
 
     Attributes:
         kind: its class.
-        settings: every argument of the constructor, defaults included, as YAML can say it.
-        known: the subspaces that are in files.
+        settings: all constructor arguments, including defaults, as YAML values.
+        known: the cache of subspaces that are stored in files.
     """
 
     kind: type[Defense]
@@ -83,28 +88,28 @@ class DefenseSpec:
 
     @property
     def name(self) -> str:
-        """Its key in the recipe and in metrics."""
+        """The defense's key in the recipe and in metrics."""
         return self.kind.name
 
     @property
     def subspace(self) -> str | dict[str, Any] | None:
-        """Where its subspace comes from, if it has one: a file, or the arguments of `SafeSubspace.build`."""
+        """The source of its subspace: a file, the arguments of `SafeSubspace.build`, or None."""
         found = [value for name, value in self.settings.items() if _takes(self.kind, name, "SafeSubspace")]
         return found[0] if found else None
 
     @cached_property
     def outline(self) -> Defense:
-        """The defense, without the vectors of a subspace that is yet to be built: enough to check and to estimate it."""
+        """The defense, with an empty subspace if that must still be built: enough for checks and cost estimates."""
         return self._with(lambda source: self.known.get(source, vectors=True))
 
     def build(self, subspaces: Subspaces) -> Defense:
-        """The defense for the training, whose subspace is built if it is not in a file."""
+        """Return the defense for training; build its subspace if that is not stored in a file."""
         if not isinstance(self.subspace, dict):
             return self.outline
         return self._with(lambda source: subspaces.get(source, vectors=self.outline.needs_vectors))
 
     def rehearsed(self) -> Defense | None:
-        """The defense for the rehearsal; None if it waits for a subspace to be built or for its sources to be fetched."""
+        """Return the defense for the rehearsal; None if its subspace must be built or its checkpoints fetched first."""
         if isinstance(self.subspace, dict):
             pair = [Path(self.subspace[role]).expanduser() for role in ("aligned", "base")]
             if self.outline.needs_vectors or not all(path.exists() for path in pair):
@@ -119,25 +124,27 @@ class DefenseSpec:
 
 @dataclass(frozen=True)
 class MonitorSpec:
-    """One monitor as the recipe asks for it: its name in the log, `monitor/<name>`, and DriftMonitor's other arguments."""
+    """One monitor from the recipe: its name in the log (`monitor/<name>`) and DriftMonitor's other arguments."""
 
     name: str
     settings: Mapping[str, Any]
 
     def build(self) -> DriftMonitor:
-        """The monitor; its file is read.
+        """Return the monitor after reading its vector file.
 
         Raises:
-            SettingsError: the vector or the name is not as it must be.
+            SettingsError: the vector or the name is invalid.
         """
         return DriftMonitor(**self.settings, name=self.name)
 
 
 def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
-    """The checked section. `NAME:` alone and `NAME: true` take the defaults, `NAME: false` leaves the defense out.
+    """Read and check the `defenses:` section.
+
+    `NAME:` alone and `NAME: true` select the defaults; `NAME: false` leaves the defense out.
 
     Raises:
-        SettingsError: a defense or a setting does not exist, is missing, of another type, or refused by the defense.
+        SettingsError: a defense or setting is unknown, missing, of the wrong type, or rejected by the defense.
     """
     known, subspaces = registered(), Subspaces(build=False)
     specs = []
@@ -158,7 +165,7 @@ def _read_defense(
     document: Document, keys: Keys, kind: type[Defense], given: dict[str, Any], subspaces: Subspaces
 ) -> DefenseSpec:
     spec = DefenseSpec(kind, check(document, keys, _section(kind), given).model_dump(), subspaces)
-    if not any(_takes(kind, name, "Tensor") for name in spec.settings):  # making one imports torch
+    if not any(_takes(kind, name, "Tensor") for name in spec.settings):  # constructing the defense imports torch
         try:
             _ = spec.outline
         except SafeLoraFastError as error:
@@ -172,10 +179,10 @@ def _read_defense(
 
 
 def read_monitors(document: Document) -> tuple[MonitorSpec, ...]:
-    """The checked section `monitors:`.
+    """Read and check the `monitors:` section.
 
     Raises:
-        SettingsError: a setting does not exist, is missing, or of another type.
+        SettingsError: a setting is unknown, missing, or of the wrong type.
     """
     specs, section = [], _section(DriftMonitor, but={"name"})
     for name, given in document.section(MONITORS).items():
@@ -187,7 +194,7 @@ def read_monitors(document: Document) -> tuple[MonitorSpec, ...]:
 
 
 def _section(kind: Callable[..., Any], but: Collection[str] = ()) -> type[Section]:
-    """The settings of a defense or monitor: YAML names subspaces and vectors by their files."""
+    """Return the schema of a defense or monitor; in YAML, subspaces and vectors are given as files."""
     types = {}
     for name in inspect.signature(kind).parameters:
         if _takes(kind, name, "SafeSubspace"):

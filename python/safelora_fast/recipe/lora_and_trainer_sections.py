@@ -1,6 +1,6 @@
 """The `lora:` and `training:` sections, whose keys are the arguments of PEFT's LoraConfig and TRL's SFTConfig.
 
-Both are checked against the classes that are installed. The defaults are those of Kaczér et al. (arXiv 2508.06249).
+Both are checked against the installed versions of the classes. The defaults are from Kaczér et al. (arXiv 2508.06249).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class ForeignSection:
-    """A section whose keys are the arguments of a dataclass of another package.
+    """A section whose keys are the arguments of a dataclass in another package.
 
     Attributes:
         section: its name in the recipe.
-        package: the package of the class.
-        name: the class.
-        defaults: ours; they replace those of the class.
-        elsewhere: arguments that must not be given, with what to do instead.
-        types: of arguments whose annotation allows too much.
+        package: the package that contains the class.
+        name: the name of the class.
+        defaults: our defaults, which replace those of the class.
+        elsewhere: arguments that must not be given, each with what to do instead.
+        types: stricter types for arguments whose annotation allows too much.
     """
 
     section: str
@@ -51,10 +51,10 @@ class ForeignSection:
     types: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, document: Document) -> dict[str, Any]:
-        """The checked section, our defaults first.
+        """Read and check the section, and add our defaults.
 
         Raises:
-            SettingsError: an argument does not exist, is set elsewhere, or is of another type.
+            SettingsError: an argument is unknown, must be set elsewhere, or has the wrong type.
         """
         given = document.section(self.section)
         for name in given:
@@ -144,10 +144,10 @@ TRAINING = ForeignSection(
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
-    """The adapter's configuration.
+    """Return the adapter's configuration.
 
     Raises:
-        SettingsError: LoraConfig refuses it.
+        SettingsError: LoraConfig rejects a value.
     """
     from peft import LoraConfig
 
@@ -158,10 +158,10 @@ def lora_config(recipe: Recipe) -> LoraConfig:
 
 
 def trainer_arguments(recipe: Recipe) -> SFTConfig:
-    """The trainer's arguments; what the recipe leaves open is the class's default.
+    """Return the trainer's arguments; the class's defaults apply to everything that the recipe does not set.
 
     Raises:
-        SettingsError: SFTConfig refuses a value; the key is named if the words of the refusal tell it.
+        SettingsError: SFTConfig rejects a value. The message names the key if SFTConfig's error reveals it.
     """
     import torch
     from trl import SFTConfig
@@ -176,9 +176,9 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         values.update(dataloader_pin_memory=False, use_cpu=True)
     if recipe.data.eval is not None:
         values["eval_on_start"] = True
-    if not recipe.training.get("packing") or recipe.data.safe is not None:  # a mixture is packed before, with its tags
+    if not recipe.training.get("packing") or recipe.data.safe is not None:  # a mixture is packed earlier, with its tags
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    if "activation_checkpointing" not in known:  # older versions choose the reentrant kind, which DDP does not support
+    if "activation_checkpointing" not in known:  # older versions default to reentrant, which DDP lacks
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     values |= {name: value for name, value in recipe.training.items() if name != "completion_only_loss"}
     values = {name: value for name, value in values.items() if name in known}

@@ -1,4 +1,4 @@
-"""What is trained on: the task's rows with a prompt in training only, and safe rows among them."""
+"""The training mixture: task examples, optionally with a training-only system prompt, and safe examples."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REPORT_SUFFIX = ".selection.json"
 
 
 def inoculated(recipe: Recipe, rows: RowSet, tokenizer: PreTrainedTokenizerBase) -> RowSet:
-    """The task's rows with the system prompt that the recipe gives them in training, if it does.
+    """Add the system prompt from `data.inoculate` to the task's examples, if the recipe sets one.
 
     Raises:
-        SettingsError: the chat template takes no system turn.
+        SettingsError: the chat template does not support a system turn.
     """
     prompt = recipe.data.inoculate
     if prompt is None:
@@ -39,7 +39,7 @@ def inoculated(recipe: Recipe, rows: RowSet, tokenizer: PreTrainedTokenizerBase)
 
     def changed(row: Row) -> Row:
         completion = _turns(row.completion, "assistant")
-        if row.prompt == []:  # of a row of messages, all turns are in the completion
+        if row.prompt == []:  # an example of `messages` has all turns in its completion
             return replace(row, completion=with_system_turn(completion, prompt))
         return replace(row, prompt=with_system_turn(_turns(row.prompt, "user"), prompt), completion=completion)
 
@@ -51,10 +51,10 @@ def _turns(part: str | list[Message], role: str) -> list[Message]:
 
 
 def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleSet:
-    """The task's examples with safe ones among them, as the first epoch has them.
+    """Return the mixture of task and safe examples for the first epoch.
 
     Raises:
-        DataError: the fraction comes to no safe row.
+        DataError: the fraction amounts to less than one safe example.
     """
     section = recipe.data.safe
     if section is None or safe is None:
@@ -69,7 +69,7 @@ def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleS
 
 
 def schedule_of(recipe: Recipe) -> Schedule:
-    """How many safe rows come for each task row, and in which order: by their own seed, or that of the training."""
+    """Return the schedule of safe examples: their number per task example, and the seed of their order."""
     section, seed = recipe.data.safe, recipe.training["seed"]
     return (
         Schedule(0, seed)
@@ -79,7 +79,7 @@ def schedule_of(recipe: Recipe) -> Schedule:
 
 
 def held_out_warnings(recipe: Recipe, task_sha256: str) -> tuple[str, ...]:
-    """Warnings of safe rows that were chosen with an adapter trained on the task's own data, as the report of `select` says."""
+    """Warn about safe examples that `select` chose with an adapter trained on the task's own data (see its report)."""
     section = recipe.data.safe
     if section is None:
         return ()
@@ -96,9 +96,9 @@ def held_out_warnings(recipe: Recipe, task_sha256: str) -> tuple[str, ...]:
 
 
 def to_table(examples: ExampleSet, arguments: SFTConfig, *, tagged: bool) -> Dataset:
-    """Tokens and labels; and the labels once more as a mask, because TRL 0.24 packs tokens and masks only.
+    """Return a table of tokens, labels, and a completion mask, which duplicates the labels.
 
-    Tagged examples that the recipe packs are packed here: TRL's own packing drops the tag.
+    TRL 0.24 packs only tokens and masks. Tagged examples are packed here because TRL's packing drops the tag.
     """
     import pyarrow
     from datasets import Dataset

@@ -1,9 +1,10 @@
-"""The stamp of a model on disk: digests of everything that its answers depend on, to which stored results are tied.
+"""The stamp of a model on disk: digests of everything that its outputs depend on, stored with results.
 
-These are the model's folder, the adapter with its configuration, the tokenizers of both and the chat template's file, wherever
-they are. Small files and an adapter's weights are read whole. Of a model's weights, which may have hundreds of gigabytes, only
-the samples are read that a subspace's provenance uses: training changes nearly every weight, so a few milliseconds suffice to
-notice it. A model of the Hub is known by its commit. :func:`~safelora_fast.models.digests.weights_digest` is for loaded models.
+A stamp covers the model's folder, the adapter with its configuration, both tokenizers, and the chat template's file.
+Small files and an adapter's weights are read completely. A model's weights may take hundreds of gigabytes, so only
+samples of them are read, as for a subspace's provenance. Training changes nearly every weight, so a few milliseconds
+suffice to detect a change. A model on the Hub is identified by its commit. For loaded models, use
+:func:`~safelora_fast.models.digests.weights_digest`.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ TOKENIZER = (
 )  # fmt: skip
 MODEL = ("config.json", "generation_config.json", "*.py", *TOKENIZER)
 ADAPTER = (CONFIG, *TOKENIZER)
-KINDS = ("*.safetensors", "*.bin")  # of weights; transformers takes the first that there is
-CHECKPOINTS = (".aligned", ".base")  # settings that may name one of the Hub
+KINDS = ("*.safetensors", "*.bin")  # of weight files; transformers loads the first kind that exists
+CHECKPOINTS = (".aligned", ".base")  # suffixes of settings that may name a checkpoint on the Hub
 
 
 def subject_stamp(model: str, adapter: Path | None = None, chat_template: str | None = None) -> dict[str, str | None]:
-    """Digests of a model on disk or on the Hub, of the adapter on it, and of a chat template's file.
+    """Return digests of a model on disk or on the Hub, its adapter, and a chat template's file.
 
     Args:
         model: a folder, or a Hub id with an optional `@revision`.
-        adapter: its folder.
-        chat_template: a Jinja file in the place of the tokenizer's own template.
+        adapter: the adapter's folder.
+        chat_template: a Jinja file that replaces the tokenizer's own template.
 
     Returns:
-        `model_sha256`, `model_commit` (one of the two is None), `adapter_sha256`, `chat_template_sha256`; None where there is
-        no such thing.
+        `model_sha256`, `model_commit` (one of the two is None), `adapter_sha256`, and `chat_template_sha256`. A digest
+        is None if its file or folder does not exist.
 
     Raises:
         DataError: a small file, or an adapter's weights, cannot be read.
@@ -59,10 +60,10 @@ def subject_stamp(model: str, adapter: Path | None = None, chat_template: str | 
 
 
 def recipe_stamp(recipe: Recipe) -> dict[str, Any]:
-    """Digests of what a training reads besides its data: the model, the template, and the files and checkpoints of defenses.
+    """Return digests of all training inputs except the data: model, chat template, and defenses' files and checkpoints.
 
     Returns:
-        `model`, see :func:`subject_stamp`, and for every setting that names a file or a checkpoint its digest or commit.
+        `model` (see :func:`subject_stamp`), and the digest or commit for each setting that names a file or checkpoint.
 
     Raises:
         DataError: a small file cannot be read.
@@ -77,7 +78,7 @@ def recipe_stamp(recipe: Recipe) -> dict[str, Any]:
 
 
 def named_files(recipe: Recipe) -> dict[str, str]:
-    """What may name a file or a checkpoint: the texts among the settings of defenses, monitors and margin, by their keys."""
+    """Return all string settings of defenses, monitors and margin by dotted key; each may name a file or checkpoint."""
     settings: dict[str, Any] = {} if recipe.margin is None else {"margin.pairs": recipe.margin.pairs}
     for section, specs in (("defenses", recipe.defenses), ("monitors", recipe.monitors)):
         for spec in specs:
@@ -90,13 +91,13 @@ def named_files(recipe: Recipe) -> dict[str, str]:
 
 
 def model_digest(model: str) -> str | None:
-    """Of a model's weights, its code, and all that makes its tokens; None for a model of the Hub."""
+    """Return the digest of a model's weights, code and tokenizer; None for a model on the Hub."""
     folder = model_folder(Path(model).expanduser())
     return _of([*_weights(folder), *_small(folder, MODEL)]) if folder.is_dir() else None
 
 
 def model_commit(model: str) -> str | None:
-    """The commit of a model of the Hub, by the Hub or, out of its reach, by the cache; None for a folder, or if neither knows."""
+    """Return the commit of a model on the Hub (offline, from the local cache); None for a folder or if unknown."""
     match = None if Path(model).expanduser().exists() else HUB_ID.fullmatch(model)
     return None if match is None else _commit(match["repository"], match["revision"])
 
@@ -106,40 +107,40 @@ def _commit(repository: str, revision: str | None) -> str | None:
     found = Repository(repository, revision, "the model")
     try:
         found.fetch_if_there("config.json", or_in_cache=True)
-    except CheckpointError:  # whoever loads the model says why
+    except CheckpointError:  # loading the model reports the reason
         return None
     return found.commit
 
 
 def checkpoint_digest(checkpoint: str) -> str | None:
-    """Of the weights of a checkpoint: a folder, a file, or the index of several; None for one of the Hub."""
+    """Return the digest of a checkpoint's weights (a folder, file, or index of shards); None for one on the Hub."""
     path = Path(checkpoint).expanduser()
     try:
         if not path.exists():
             return None
-    except OSError:  # no name of a file
+    except OSError:  # not a valid file name
         return None
     folder = path.parent if path.suffix == ".json" else path
     return _of(_weights(folder) if folder.is_dir() else [_weight(path)])
 
 
 def adapter_digest(adapter: Path | None) -> str | None:
-    """Of an adapter's weights, how they are put on the model, and its tokenizer; None where there is none."""
+    """Return the digest of an adapter's weights, configuration and tokenizer; None without an adapter."""
     if adapter is None:
         return None
-    weights = [adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()][:1]  # PEFT takes the first
+    weights = [adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file()][:1]  # PEFT loads the first
     found = [(file.name, digest(file)) for file in weights] + _small(adapter, ADAPTER)
     return _of(found) if found else None
 
 
 def file_digest(path: str | None) -> str | None:
-    """Of one file; None where none is named, or there is none."""
+    """Return the digest of a file; None if `path` is None or the file does not exist."""
     file = None if path is None else Path(path).expanduser()
     return digest(file) if file is not None and file.is_file() else None
 
 
 def files_digest(folder: Path | None, suffixes: Collection[str]) -> str | None:
-    """Of the files of some kinds in a folder and below; None where there is no folder."""
+    """Return the digest of all files with these suffixes in a folder and its subfolders; None without a folder."""
     if folder is None or not folder.is_dir():
         return None
     found = (file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())

@@ -1,8 +1,8 @@
-"""Everything before the weights: examples as tokens, the model's outline, a rehearsal of the trainer on it, and the plan.
+"""Preparation of a run before loading weights: tokenized examples, the model's outline, a rehearsal, and the plan.
 
-What is missing or does not go together (packages of optimizers, trackers and kernels, precision, packing, schedules) is known
-to transformers and TRL, by version. So they are asked: the trainer is made on the outline as it will be made for the run, and
-its optimizer and its schedule on one parameter. What the run would refuse, a dry run refuses.
+Missing packages and incompatible settings (optimizers, trackers, kernels, precision, packing, schedules) depend on the
+installed versions of transformers and TRL. The rehearsal therefore constructs the trainer on the model's outline, and
+the optimizer and schedule on a single parameter. A dry run thus reports the errors that the run itself would raise.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.recipe import Recipe
 
 REHEARSED = 4  # examples
-WHOLE = ("params", "model", "optimizer_dict")  # arguments of optimizers that look at the whole model
+WHOLE = ("params", "model", "optimizer_dict")  # arguments of optimizers that need the whole model
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that only lacks its weights.
+    """A run that is ready to start, except for the model's weights.
 
     Attributes:
-        tokenizer_changed: whether the recipe changes it.
-        commit: of the model on the Hub, if it comes from there.
-        train: the examples trained on; of a recipe with safe examples, the mixture of the first epoch.
-        pairs: those that the margin is measured over; None if it is not measured.
-        epochs: the examples of every epoch; None if all epochs have the same.
+        tokenizer_changed: whether the recipe changes the tokenizer.
+        commit: the commit of a model on the Hub, otherwise None.
+        train: the training examples; with safe examples, the mixture of the first epoch.
+        pairs: the pairs for the misalignment margin; None if it is not measured.
+        epochs: the examples of each epoch; None if all epochs have the same.
     """
 
     recipe: Recipe
@@ -66,10 +66,10 @@ class Prepared:
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Check a recipe against its data, its model and the installed libraries; no weight is loaded.
+    """Check a recipe against its data, its model and the installed libraries, without loading weights.
 
     Raises:
-        SafeLoraFastError: something does not fit; one line says what and where.
+        SafeLoraFastError: a check fails; the one-line message says what is wrong, and where.
     """
     data = recipe.data
     task_rows, held_out_rows = _rows(recipe)
@@ -99,7 +99,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def _pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pair] | None:
-    """The pairs of the margin, tried on the chat template now rather than when training starts."""
+    """Return the pairs for the margin; encode them once, so that a chat template error appears before training."""
     if recipe.margin is None:
         return None
     pairs = builtin_pairs() if recipe.margin.pairs is None else read_pairs(recipe.margin.pairs)
@@ -108,7 +108,7 @@ def _pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pair] | N
 
 
 def _rows(recipe: Recipe) -> tuple[RowSet, RowSet | None]:
-    """The examples of the task, and the held-out ones."""
+    """Return the task's examples and the held-out examples."""
     data = recipe.data
     rows = read_rows(data.path, data.max_rows)
     if data.eval is None:
@@ -133,13 +133,13 @@ def rehearse(
     train: ExampleSet,
     held_out: ExampleSet | None,
 ) -> None:
-    """Refuse what the trainer, its optimizer, its schedule, defenses or monitors would refuse when training starts.
+    """Construct the trainer, optimizer, schedule, defenses and monitors to find errors before training starts.
 
-    The outline on the meta device is given a real adapter of zeros. A defense whose subspace is yet to be built, or whose
-    sources are to be fetched, is left to the start of training.
+    The outline on the meta device receives a real adapter filled with zeros. Defenses whose subspace must be built, or
+    whose checkpoints must be downloaded, are not checked until training starts.
 
     Raises:
-        SafeLoraFastError: with the reason, and the key if that is known.
+        SafeLoraFastError: with the reason, and the key if it is known.
     """
     import torch
     from transformers.utils import is_liger_kernel_available
@@ -169,7 +169,7 @@ def rehearse(
         except Exception as error:
             raise recipe.document.blame(TRAINING.section, first_line(error)) from error
     if trainer.is_deepspeed_enabled:
-        return  # its own configuration may say which optimizer and schedule
+        return  # DeepSpeed's configuration may set the optimizer and schedule
     parameter = torch.nn.Parameter(torch.zeros(1))
     try:
         kind, settings = trainer.get_optimizer_cls_and_kwargs(quick, model)
@@ -184,7 +184,7 @@ def rehearse(
 
 
 def _give_adapter(model: PeftModel) -> None:
-    """Replace an adapter on the meta device by zeros; the frozen weights stay there."""
+    """Replace an adapter on the meta device by zeros; the frozen weights stay on the meta device."""
     import torch
 
     for module in list(model.modules()):
@@ -198,7 +198,7 @@ def _rehearsal_class() -> type[Any]:
     from safelora_fast.recipe.trainer import RecipeTrainer
 
     class Rehearsal(RecipeTrainer):
-        """Leaves the outline, which has no weights to move, where it is."""
+        """A trainer that leaves the model on the meta device."""
 
         def _move_model_to_device(self, model: Any, device: Any) -> None:
             del model, device

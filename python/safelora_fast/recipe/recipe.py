@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says what is trained on what, how, and with which defenses; checked as a whole."""
+"""A recipe: one checked YAML file with the model, data, adapter, trainer, defenses and output of a run."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ class Recipe:
     """A checked recipe.
 
     Attributes:
-        document: the file, for errors that name a line.
+        document: the file, for error messages with line numbers.
         lora: arguments of PEFT's LoraConfig.
-        training: arguments of TRL's SFTConfig, `completion_only_loss` among them.
-        defenses: in the order of the file, as the monitors are.
-        on_nonfinite: what to do when a defense is NaN or infinite.
+        training: arguments of TRL's SFTConfig, including `completion_only_loss`.
+        defenses: the defenses in file order.
+        monitors: the monitors in file order.
+        on_nonfinite: what to do when a defense's term is NaN or infinite.
     """
 
     document: Document
@@ -54,7 +55,7 @@ class Recipe:
     margin: MarginSection | None = None
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, defaults included, as plain values."""
+        """Return all settings, including defaults, as plain values."""
         return {
             "model": dataclasses.asdict(self.model),
             "data": self.data.model_dump(),
@@ -71,11 +72,11 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; neither torch nor transformers is imported.
+    """Read and check a recipe without importing torch or transformers.
 
     Args:
         path: the YAML file.
-        overrides: settings put on top, "section.key=value" with YAML values.
+        overrides: settings that replace those of the file, as "section.key=value" with YAML values.
 
     Raises:
         SettingsError: with the file, the line and the dotted key.
@@ -84,10 +85,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of(document: Document) -> Recipe:
-    """The recipe that a document holds.
+    """Build and check the recipe from a parsed document.
 
     Raises:
-        SettingsError: as :func:`load_recipe`.
+        SettingsError: see :func:`load_recipe`.
     """
     for name in document.values:
         if name not in SECTIONS:
@@ -117,7 +118,7 @@ def _on_nonfinite(document: Document) -> OnNonFinite:
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuse settings that contradict each other, and files that are not there."""
+    """Raise SettingsError for settings that contradict each other and for missing files."""
     document, data, training, template = recipe.document, recipe.data, recipe.training, recipe.model.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         hint = did_you_mean(Path(template).expanduser())

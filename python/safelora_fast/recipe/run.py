@@ -1,4 +1,4 @@
-"""A run from the prepared recipe to the finished folder."""
+"""A training run, from the prepared recipe to the finished output folder."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ WRITING = ("PytorchStreamWriter", "inline_container", "No space left", "File too
 def train(
     prepared: Prepared, *, resume: bool, command: str, progress: Progress | None = None, talk: bool = True
 ) -> dict[str, Any]:
-    """Train, and write the finished folder; returns its record.
+    """Train, write the finished folder, and return its record.
 
     Args:
         prepared: the checked recipe.
-        resume: go on from the last whole checkpoint, if there is one.
-        command: what the user may type to resume.
-        progress: told how far the building of a subspace is.
-        talk: show on standard error how far training is.
+        resume: continue from the last complete checkpoint, if there is one.
+        command: the command line that resumes the run, for messages.
+        progress: receives the progress of building a subspace.
+        talk: show training progress on standard error.
 
     Raises:
-        SafeLoraFastError: one line says what went wrong.
-        InterruptedRunError: Ctrl-C; the last whole checkpoint stays.
+        SafeLoraFastError: the run failed; the message is one line.
+        InterruptedRunError: the user pressed Ctrl-C; the last complete checkpoint is kept.
     """
     folder = RunFolder(prepared.recipe)
     with alone(folder.path) if main_process() else contextlib.nullcontext():
@@ -73,7 +73,7 @@ def _train(
         folder.check(resume=resume, overwrite=not resume, nbytes=prepared.plan.disk_bytes)
         former = folder.read_record() if resume else {}
         for part in ("data", "input") if former else ():
-            if part == "data" or part in former:  # 0.1.0 did not note its input
+            if part == "data" or part in former:  # version 0.1.0 did not record its input
                 folder.compare(record[part], part)
     with explained(folder), _settings_explained():
         subspaces = Subspaces(build=True, progress=progress)
@@ -106,7 +106,7 @@ def _train(
 
 
 def leave_processes() -> None:
-    """Leave the other processes of a distributed run before Python frees the last tensors of a collective."""
+    """Destroy the process group of a distributed run before Python frees the last tensors of a collective."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -115,7 +115,7 @@ def leave_processes() -> None:
 
 
 def main_process() -> bool:
-    """Whether this process is the one that writes and talks, as torchrun and accelerate number them."""
+    """Return whether this process has rank 0 (set by torchrun and accelerate) and thus writes files and messages."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -173,11 +173,11 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
 
 
 def _projection(trainer: Any) -> dict[str, Any] | None:
-    """The report of the projection at the end, if there was one."""
+    """Return the report of the projection at the end of training, if there was one."""
     report = trainer.projection_report
     if report is None:
         return None
-    warnings = [warning.partition(": ")[2] for warning in report.warnings]  # without the name of the adapter
+    warnings = [warning.partition(": ")[2] for warning in report.warnings]  # without the adapter's name
     return {**report.to_dict(), "warnings": warnings}
 
 
@@ -203,7 +203,7 @@ def _write(prepared: Prepared, path: Path, trainer: Any, state: dict[str, Any], 
 
 
 def _no_room(path: Path, error: Exception) -> OutputError:
-    """The error for a full disk, which costs only time: the last checkpoint has every step."""
+    """Return the error for a full disk; the user can free space and resume from the last checkpoint."""
     return OutputError(
         f"{path}: cannot be written ({first_line(error)}), {free_space(path):,} bytes are free; whole checkpoints stay: make "
         "room and pass --resume"
@@ -211,7 +211,7 @@ def _no_room(path: Path, error: Exception) -> OutputError:
 
 
 def _sort_sets(file: Path) -> None:
-    """PEFT keeps module names in sets, whose order changes from process to process: the same run, the same bytes."""
+    """Sort lists of module names, whose order PEFT leaves random, so that the same run writes the same bytes."""
     config = read_object(file)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config.get(key), list):
@@ -221,7 +221,7 @@ def _sort_sets(file: Path) -> None:
 
 @contextlib.contextmanager
 def _interruptible(folder: RunFolder, trainer: Any, command: str) -> Iterator[None]:
-    """Say after Ctrl-C or SIGTERM which checkpoint is whole, and how to go on."""
+    """After Ctrl-C or SIGTERM, report the last complete checkpoint and how to resume."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -237,7 +237,7 @@ def _interruptible(folder: RunFolder, trainer: Any, command: str) -> Iterator[No
 
 @contextlib.contextmanager
 def explained(folder: RunFolder) -> Iterator[None]:
-    """Turn what trainer, adapter and system may refuse into errors of one line."""
+    """Convert errors from the trainer, the adapter, and the operating system to one-line errors."""
     import torch
     from safetensors import SafetensorError
 
@@ -258,7 +258,7 @@ def explained(folder: RunFolder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings_explained() -> Iterator[None]:
-    """Trainers refuse arguments that do not go together with a ValueError."""
+    """Convert the ValueError that trainers raise for incompatible arguments to a SettingsError."""
     try:
         yield
     except ValueError as error:

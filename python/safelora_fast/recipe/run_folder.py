@@ -1,10 +1,10 @@
-"""The output folder of a run: its record, its checkpoints, and what may be done with one that exists.
+"""The output folder of a run: its record, its checkpoints, and the rules for resuming or overwriting it.
 
 ```
 FOLDER/
-  adapter_model.safetensors, adapter_config.json, README.md     once the run has finished
-  safelora_train.json                                            from the start; "finished" says how far it is
-  checkpoints/checkpoint-N/                                      whole when safelora_checkpoint.json lies in it
+  adapter_model.safetensors, adapter_config.json, README.md     written when the run finishes
+  safelora_train.json                                            written at the start; "finished" marks a completed run
+  checkpoints/checkpoint-N/                                      complete if it contains safelora_checkpoint.json
 ```
 """
 
@@ -51,12 +51,12 @@ PARTS = {
     "finished": FLAG, "recipe": OBJECT, "data": OBJECT, "plan": OBJECT, "projection": OBJECT, "step_seconds": NUMBER,
     "peak_bytes": OBJECT,
 }  # fmt: skip
-MOVABLE = {"data.path": "train", "data.eval": "held_out", "data.safe.path": "safe"}  # names in the record's data
+MOVABLE = {"data.path": "train", "data.eval": "held_out", "data.safe.path": "safe"}  # keys of the record's "data"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, the optimizer steps made, and the seconds of training until then."""
+    """A complete checkpoint: its folder, its optimizer step, and the seconds of training before it."""
 
     path: Path
     step: int
@@ -71,16 +71,17 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The path of the folder."""
         return Path(self.recipe.output.folder).expanduser()
 
     def check(self, *, resume: bool, overwrite: bool, nbytes: int = 0) -> None:
-        """Refuse a folder that this run must not write to.
+        """Check that this run may write to the folder.
 
         Raises:
-            OutputError: it exists and neither resume nor overwrite was asked for, belongs to something else, lies in an
-                input or holds one, cannot be written, or has no room for `nbytes`.
-            SettingsError: resume was asked for and the recipe has changed; the keys are named.
+            OutputError: the folder exists without `resume` or `overwrite`, holds other files, is inside an input or
+                contains one, is not writable, or lacks space for `nbytes`.
+            SettingsError: `resume` and `overwrite` are both set, or `resume` is set and the recipe has changed; the
+                message names the changed keys.
         """
         if resume and overwrite:
             raise SettingsError("--resume goes on with a run and --overwrite starts anew: pass one of them")
@@ -107,10 +108,10 @@ class RunFolder:
         return [path for path in paths if path.exists()]
 
     def compare(self, wanted: Mapping[str, Any], part: str) -> None:
-        """Refuse to resume when a part of the record differs from what is wanted now.
+        """Check that a part of the record equals the current value, so that the run can be resumed.
 
         Raises:
-            SettingsError: with the keys that changed.
+            SettingsError: they differ; the message names the changed keys.
         """
         changes = self.changes(wanted, part)
         if changes is not None:
@@ -120,9 +121,9 @@ class RunFolder:
             )
 
     def changes(self, wanted: Mapping[str, Any], part: str) -> str | None:
-        """How a part of the record differs from what is wanted now, in words; None if it does not.
+        """Describe how a part of the record differs from the current value; None if they are equal.
 
-        Where the output is does not matter, nor where the data are, as long as their files are the same.
+        A different output folder, or a different path to a data file with the same contents, is not a change.
         """
         record = self.read_record()
         changed = changed_settings(record.get(part) or {}, plain(wanted))
@@ -130,10 +131,10 @@ class RunFolder:
         return changes_text({key: changed[key] for key in changed if key not in moved}) or None
 
     def read_record(self) -> dict[str, Any]:
-        """The record of the run; empty if there is none.
+        """Return the record of the run; empty if there is none.
 
         Raises:
-            OutputError: it cannot be read.
+            OutputError: the record cannot be read.
         """
         file = self.path / RECORD
         if not file.exists():
@@ -144,10 +145,10 @@ class RunFolder:
             raise OutputError(f"{file}: the record of the run is damaged: {why(error)}") from error
 
     def begin(self, record: Mapping[str, Any], *, anew: bool) -> None:
-        """Make the folder and write the record of a run that is not finished; `anew` removes an earlier one.
+        """Create the folder and write the record of an unfinished run; `anew` removes an earlier run first.
 
         Raises:
-            OutputError: the system refuses to write.
+            OutputError: writing fails.
         """
         with described(self.path):
             if anew and self.path.exists():
@@ -165,7 +166,7 @@ class RunFolder:
         return sorted((self.path / CHECKPOINTS).glob("checkpoint-*"))
 
     def seal(self, step: int, seconds: float) -> None:
-        """Mark the checkpoint of a step as whole, once all of it is on the disk."""
+        """Sync the checkpoint of a step to disk, then mark it as complete."""
         folder = self.path / CHECKPOINTS / f"checkpoint-{step}"
         with described(self.path):
             for file in sorted(folder.rglob("*")):
@@ -173,12 +174,12 @@ class RunFolder:
             write_json(folder / SEAL, {"step": step, "seconds": seconds})
 
     def last_checkpoint(self) -> Checkpoint | None:
-        """The whole checkpoint with the most steps."""
+        """Return the latest complete checkpoint, or None."""
         whole = []
         for folder in self._checkpoints():
             try:
                 seal = check_fields(read_json(folder / SEAL), {"step": COUNT, "seconds": NUMBER})
-                if is_file(folder / TRAINER_STATE):  # the trainer reads it without a look
+                if is_file(folder / TRAINER_STATE):  # the trainer does not validate it
                     check_fields(read_json(folder / TRAINER_STATE), {"global_step": COUNT, "log_history": LIST})
                 whole.append(Checkpoint(folder, seal["step"], float(seal["seconds"])))
             except (OSError, ValueError):
@@ -187,10 +188,11 @@ class RunFolder:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """The record of a run, whose parts are of the types that :mod:`safelora_fast.recipe.run` writes.
+    """Read the record of a run and check that its parts have the types that :mod:`safelora_fast.recipe.run` writes.
 
     Raises:
-        OSError, ValueError: as :func:`~safelora_fast.files.json_reader.check_fields`; it is not of this format.
+        OSError: the file cannot be read.
+        ValueError: the format differs, or :func:`~safelora_fast.files.json_reader.check_fields` rejects a part.
     """
     record = read_object(file)
     if record.get("format") != FORMAT:
@@ -206,12 +208,12 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def _matters(file: Path) -> bool:
-    """False for what a run left that was killed while it wrote its first record."""
+    """Return False for the partial record of a run that was killed while it wrote its first record."""
     return not (file.name.startswith(f".{RECORD}.") and "partial" in file.name)
 
 
 def _is_moved(key: str, now: Any, record: Mapping[str, Any]) -> bool:
-    """Whether a setting names the same data in another place."""
+    """Return whether a setting names the same data under another path."""
     known = (record.get("data") or {}).get(MOVABLE.get(key))
     path = Path(now).expanduser() if isinstance(now, str) else None
     return known is not None and path is not None and path.is_file() and digest(path) == known

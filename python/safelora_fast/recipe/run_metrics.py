@@ -1,4 +1,4 @@
-"""The metrics that a run leaves: of its training log, its memory, and the versions that it depends on."""
+"""Metrics of a finished run: a summary of the training log, peak memory, and package versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIXES = ("defense/", "loss/", "margin/", "monitor/")
 
 
 def summarize(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """First, last and mean of every loss (all, by source, held out) and of defenses, margin and monitors; None for NaN."""
+    """Return the first, last and mean value of each loss and each defense, margin and monitor metric; None for NaN."""
     values: dict[str, list[float]] = {}
     for entry in history:
         for name, value in entry.items():
@@ -29,19 +29,19 @@ def summarize(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
 
 
 def _summary(values: list[float]) -> dict[str, float | None]:
-    """The mean leaves NaN out: the cosine of an adapter that is still zero, for example."""
+    """Return first, last and mean; the mean ignores NaN, such as the cosine of an adapter that is still zero."""
     known = [value for value in values if not math.isnan(value)]
     first, last = (None if math.isnan(value) else value for value in (values[0], values[-1]))
     return {"first": first, "last": last, "mean": sum(known) / len(known) if known else None}
 
 
 def shown(value: float | None) -> str:
-    """Four significant digits, or a dash where there is no value."""
+    """Format a value with four significant digits; a dash for None."""
     return "–" if value is None else f"{value:.4g}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Return the versions of Python and of the packages that affect the result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_bytes() -> dict[str, int | None]:
-    """Peaks of memory in bytes: resident in this process, and of torch on all GPUs together (None without one)."""
+    """Return peak memory in bytes: resident in this process, and torch's total on all GPUs (None without a GPU)."""
     import torch
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -60,7 +60,7 @@ def peak_bytes() -> dict[str, int | None]:
 
 
 def peak_resident() -> int:
-    """Most memory that this process has had resident, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
@@ -68,6 +68,6 @@ def peak_resident() -> int:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    # Not ru_maxrss: on Linux that of a child begins with the parent's.
+    # Not ru_maxrss: on Linux, a child process starts with its parent's value.
     found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

@@ -1,7 +1,8 @@
-"""The plan of a run: everything that can be known before weights are loaded, and estimates of what it will cost.
+"""The plan of a run: everything that is known before loading weights, and estimates of the run's cost.
 
-Matrix products and attention are counted, at two operations a multiply-add; norms, activations, the optimizer and padding
-are not. The frozen weights get no gradient, so backward costs one product a weight where full fine-tuning costs two.
+The estimates count matrix products and attention, at two operations per multiply-add. They ignore norms, activations,
+the optimizer and padding. Frozen weights have no gradient, so the backward pass costs one product per weight; full
+fine-tuning costs two.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Counts of one data set; nothing is estimated. Tokens and lengths are those of the examples used.
+    """Exact counts for one data set. Token counts and lengths cover only the used examples.
 
     Attributes:
         in_source: examples in the source.
-        rows: those that the recipe takes (`max_rows`, the held-out share).
-        used: those that have a completion and are not too long.
-        truncated: of those used.
+        rows: examples selected by the recipe (`max_rows`, the held-out share).
+        used: selected examples that have a completion and are not too long.
+        truncated: used examples that were truncated.
     """
 
     source: str
@@ -60,7 +61,7 @@ class DataFacts:
 
     @classmethod
     def of(cls, examples: ExampleSet) -> DataFacts:
-        """The facts of a data set."""
+        """Count a data set."""
         source, lengths = examples.source, examples.lengths
         shortest, median, high, longest = (int(np.percentile(lengths, q, method="nearest")) for q in (0, 50, 95, 100))
         return cls(
@@ -84,7 +85,14 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimates for a whole step: operations undefended, of the reference passes, and of each defense; bytes by their use."""
+    """Estimates for one optimizer step.
+
+    Attributes:
+        step: operations without defenses.
+        reference: operations of the reference passes.
+        extras: the extra cost of each defense.
+        memory: bytes by use.
+    """
 
     step: float
     reference: float
@@ -93,7 +101,7 @@ class Cost:
 
     @property
     def defended(self) -> float:
-        """Operations of a defended step."""
+        """Operations of a step with defenses."""
         return self.step + self.reference + sum(extra.flops for extra in self.extras.values())
 
 
@@ -102,12 +110,12 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        safe_rows: safe examples in the mixture, repetitions included; `safe` is about those that there are.
+        safe_rows: safe examples in the mixture, including repetitions; `safe` counts distinct ones.
         sample: the learned tokens of the first example, as text.
-        steps: optimizer steps; an estimate when examples are packed.
-        rows_per_step: examples on all processes.
-        disk_bytes: adapter and checkpoints at the peak.
-        warnings: what a careful reader of the recipe would say.
+        steps: optimizer steps; an estimate if examples are packed.
+        rows_per_step: examples per optimizer step over all processes.
+        disk_bytes: peak disk use of the adapter and its checkpoints.
+        warnings: likely mistakes in the recipe.
     """
 
     architecture: str
@@ -127,7 +135,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; what is estimated lies under "estimates"."""
+        """Return plain values; all estimates are under the key "estimates"."""
         return {
             "model": {
                 "architecture": self.architecture,
@@ -166,7 +174,7 @@ def make_plan(
     safe: ExampleSet | None,
     sample: str,
 ) -> Plan:
-    """The plan of a run from its checked parts; `model` may be on the meta device."""
+    """Build the plan of a run from its checked parts; `model` may be on the meta device."""
     shape, work = measure(model), workload(arguments, train)
     count, processes = packed_rows(arguments, train), process_count()
     steps = optimizer_steps(arguments, count, processes)
@@ -192,7 +200,7 @@ def make_plan(
 
 
 def estimate(shape: Shape, work: Work, specs: Sequence[DefenseSpec]) -> Cost:
-    """The cost of a step with these defenses."""
+    """Estimate the cost of one optimizer step with these defenses."""
     active = [spec for spec in specs if spec.outline.active]
     attention = 2 * shape.layers * shape.attention * work.squares
     layers = 2 * (shape.matrices + shape.adapter) * work.tokens + attention
@@ -219,7 +227,7 @@ def _memory(shape: Shape, work: Work, extras: dict[str, Extra]) -> dict[str, flo
 
 
 def workload(arguments: SFTConfig, train: ExampleSet) -> Work:
-    """What an optimizer step works through."""
+    """Return the average workload of one optimizer step."""
     import trl.trainer
 
     lengths = train.lengths
@@ -243,22 +251,22 @@ def workload(arguments: SFTConfig, train: ExampleSet) -> Work:
 
 
 def process_count() -> int:
-    """Data-parallel processes, as torchrun and accelerate say."""
+    """Return the number of data-parallel processes, as set by torchrun and accelerate."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def packed_rows(arguments: SFTConfig, train: ExampleSet) -> int:
-    """Rows that the trainer sees: the examples, or at least so many packed rows."""
+    """Return the number of rows in the trainer's data set: the examples, or a lower bound on the packed rows."""
     return math.ceil(sum(train.lengths) / int(arguments.max_length)) if arguments.packing else len(train.examples)
 
 
 def rows_per_step(arguments: SFTConfig, rows: int, processes: int) -> int:
-    """Rows of an optimizer step on all processes."""
+    """Return the number of rows in one optimizer step over all processes."""
     return min(int(arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps) * processes, rows)
 
 
 def optimizer_steps(arguments: SFTConfig, rows: int, processes: int) -> int:
-    """Optimizer steps, as the trainer counts them."""
+    """Return the number of optimizer steps as the trainer counts them."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     batch = arguments.per_device_train_batch_size * processes
@@ -268,7 +276,7 @@ def optimizer_steps(arguments: SFTConfig, rows: int, processes: int) -> int:
 
 
 def kept_checkpoints(arguments: SFTConfig, steps: int) -> int:
-    """The most checkpoints that are on the disk at once."""
+    """Return the largest number of checkpoints on disk at one time."""
     strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
     if strategy == "no":
         return 0
@@ -281,14 +289,14 @@ def kept_checkpoints(arguments: SFTConfig, steps: int) -> int:
 
 
 def optimizer_bytes(name: str) -> int:
-    """Bytes of state that an optimizer keeps for a parameter: two moments if nothing else is known of it."""
+    """Return the bytes of optimizer state per parameter; an unknown optimizer counts with two moments."""
     name = name.rsplit(".", 1)[-1].lower()
     moments = 1 if "lion" in name else 0 if name in {"sgd", "adafactor"} or "lomo" in name else 2
     return moments * (1 if "8bit" in name or "4bit" in name else 4)
 
 
 def measure(model: PeftModel) -> Shape:
-    """The sizes of an adapted model."""
+    """Return the sizes of an adapted model."""
     from safelora_fast.models.anatomy import dissect
 
     anatomy = dissect(model)
@@ -318,7 +326,7 @@ def measure(model: PeftModel) -> Shape:
 
 
 def _matrices(layers: Any, trained: set[int], config: Any) -> int:
-    """Weights that a token is multiplied by; a stack of experts counts with the share that a token uses."""
+    """Return the number of weights used per token; stacked experts count with the share that one token uses."""
     used, experts = (getattr(config, name, None) for name in ("num_experts_per_tok", "num_experts"))
     experts = experts or getattr(config, "num_local_experts", None) or getattr(config, "n_routed_experts", None)
     share = used / experts if used and experts else 1.0
@@ -329,6 +337,6 @@ def _matrices(layers: Any, trained: set[int], config: Any) -> int:
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes where a folder is or will be."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     there = next(path for path in (resolved(folder), *resolved(folder).parents) if path.exists())
     return shutil.disk_usage(there).free

@@ -1,4 +1,4 @@
-"""The sections of a recipe with keys of our own: model, data, margin and output."""
+"""The recipe sections whose keys this package defines: model, data, margin and output."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Share = Annotated[float, AfterValidator(_share)]
 
 
 class SafeSection(Section):
-    """Safe general examples among those of the task (interleaving).
+    """Safe general examples that are interleaved with the task's examples.
 
     Attributes:
-        path: a JSONL file, or a Hub data set id[@revision][:split]; a file that exists wins.
-        fraction: safe examples for each task example; the paper's is 0.05.
-        seed: of their places and order; that of the training where none is given.
-        top: use only so many examples, those with the highest `score` (see `safelora-fast select`).
+        path: a JSONL file, or a Hub data set id[@revision][:split]; an existing file takes precedence.
+        fraction: safe examples per task example; 0.05 in the paper.
+        seed: seed of their positions and order; defaults to `training.seed`.
+        top: use only this many examples, those with the highest `score` (see `safelora-fast select`).
     """
 
     path: str
@@ -39,18 +39,18 @@ class SafeSection(Section):
 
 
 class DataSection(Section):
-    """What the model is fine-tuned on.
+    """The training data.
 
     Attributes:
-        path: a JSONL file, or a Hub data set id[@revision][:split]; a file that exists wins.
-        eval: the held-out examples: a file or Hub data set, or a share of the examples.
-        max_rows: use the first so many examples.
-        strings: what a prompt and a completion that are plain text become: a user and an assistant turn of the "chat"
-            template, or "text" as it stands.
-        without_answer: examples that leave no token to learn from: "refuse" the run, or "skip" them.
-        too_long: examples of more than `training.max_length` tokens: "truncate", "skip" or "refuse".
-        safe: safe examples among those of the task, see :class:`SafeSection`.
-        inoculate: a system prompt of the task's examples in training; held-out and safe examples do not have it.
+        path: a JSONL file, or a Hub data set id[@revision][:split]; an existing file takes precedence.
+        eval: the held-out examples: a file, a Hub data set, or a share of the examples.
+        max_rows: use only the first `max_rows` examples.
+        strings: how to treat a plain-text prompt and completion: as user and assistant turns of the "chat" template, or
+            as raw "text".
+        without_answer: how to treat examples without a completion token: "refuse" the run, or "skip" them.
+        too_long: how to treat examples of more than `training.max_length` tokens: "truncate", "skip" or "refuse".
+        safe: safe examples to interleave, see :class:`SafeSection`.
+        inoculate: a system prompt added to the task's training examples, but not to held-out or safe examples.
     """
 
     path: str
@@ -64,11 +64,11 @@ class DataSection(Section):
 
 
 class MarginSection(Section):
-    """The misalignment margin while training; without this section it is not measured.
+    """The misalignment margin during training; it is not measured if this section is absent.
 
     Attributes:
         every: optimizer steps between measurements; it is also measured before the first step and after the last.
-        pairs: a JSONL file of pairs that replaces the packaged ones.
+        pairs: a JSONL file of pairs that replaces the built-in pairs.
         system: a system prompt before every question.
     """
 
@@ -78,10 +78,10 @@ class MarginSection(Section):
 
 
 class OutputSection(Section):
-    """Where the result goes.
+    """The output location.
 
     Attributes:
-        folder: the adapter, its model card, the record of the run, and checkpoints.
+        folder: the folder for the adapter, its model card, the record of the run, and checkpoints.
     """
 
     folder: str

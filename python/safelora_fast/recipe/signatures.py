@@ -1,7 +1,6 @@
-"""The arguments of classes of TRL and PEFT, read from their source: importing torch and transformers would take seconds.
+"""The arguments of TRL and PEFT classes, read from source code to avoid the slow import of torch and transformers.
 
-The sources are followed as an import would: through `from … import` lines to the class, and through its bases. Where that
-fails, the class is imported after all.
+The parser follows `from … import` lines to the class and its base classes. If that fails, the class is imported.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ KNOWN = {
 
 
 class _NotFoundError(Exception):
-    """The source does not say where the class is."""
+    """The class definition cannot be found in the source code."""
 
 
 def check_packages(what: str = "training") -> None:
-    """Refuse to go on without the packages that training, or another command that loads a model, needs.
+    """Check that the packages for training, or for another command that loads a model, are installed.
 
     Args:
-        what: the command, for the message.
+        what: the command's name for the message.
 
     Raises:
-        MissingDependencyError: with their names and how to install them.
+        MissingDependencyError: packages are missing; the message names them and says how to install them.
     """
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
@@ -50,11 +49,11 @@ class _Names(dict[str, Any]):
 
 
 def read_annotation(annotation: object, names: Mapping[str, Any] | None = None) -> Any:
-    """The type that an annotation stands for; Any where only an import of a large package would tell.
+    """Return the type of an annotation; Any if resolving it would require importing a large package.
 
     Args:
         annotation: a type, or its source text.
-        names: what names in the text mean, beside the built-in types and those of `typing`.
+        names: known names in the text, in addition to built-in types and those of `typing`.
     """
     if not isinstance(annotation, str):
         return annotation
@@ -66,11 +65,11 @@ def read_annotation(annotation: object, names: Mapping[str, Any] | None = None) 
 
 @functools.cache
 def dataclass_fields(package: str, name: str) -> dict[str, str]:
-    """The arguments that a dataclass takes, with the source text of their annotations.
+    """Return the arguments of a dataclass with the source text of their annotations.
 
     Args:
         package: "trl" or "peft".
-        name: a public class of it.
+        name: a public class of that package.
     """
     try:
         return _fields(package, name)
@@ -103,7 +102,7 @@ def _not_an_argument(value: ast.expr | None) -> bool:
 
 
 def _locate(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef]:
-    """The module that defines a class which `module` defines or imports."""
+    """Find the module that defines a class, starting at a module that defines or imports it."""
     if depth > 8:
         raise _NotFoundError
     file, tree = _parse(module)
@@ -123,7 +122,7 @@ def _locate(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef]:
 @functools.cache
 def _parse(module: str) -> tuple[Path, ast.Module]:
     top, *rest = module.split(".")
-    specification = importlib.util.find_spec(top)  # of a top-level package: nothing is imported
+    specification = importlib.util.find_spec(top)  # for a top-level package, this imports nothing
     if specification is None or not specification.submodule_search_locations:
         raise _NotFoundError
     place = Path(next(iter(specification.submodule_search_locations)), *rest)

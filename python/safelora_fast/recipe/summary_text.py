@@ -1,4 +1,4 @@
-"""Plans and results in words, for the terminal and the model card."""
+"""Plans and settings formatted as text for the terminal and the model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE_WIDTH = 60
 
 
 def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
-    """(label, text) of a plan; a line that goes on has an empty label. ≈ marks an estimate."""
+    """Return the (label, text) lines of a plan. Continuation lines have an empty label; ≈ marks an estimate."""
     return [
         *_model(prepared),
         *_data(prepared),
@@ -104,7 +104,7 @@ def _defenses(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def _extra(extra: Extra, step: float) -> str:
-    """What a defense adds, in words."""
+    """Describe the extra cost of a defense."""
     if not extra.flops and not extra.memory:
         return extra.words
     share = extra.flops / step
@@ -123,7 +123,7 @@ def _costs(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def settings_words(spec: DefenseSpec | MonitorSpec) -> str:
-    """The settings of a defense or a monitor, in the order of its arguments."""
+    """Format the settings of a defense or monitor, in the order of its arguments."""
     return ", ".join(f"{name} {_plain(value)}" for name, value in spec.settings.items() if value is not None)
 
 
@@ -136,12 +136,12 @@ def _plain(value: Any) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes, in three digits or so."""
+    """Format a number of bytes with three digits."""
     return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
 
 
 def operations(number: float) -> str:
-    """Floating-point operations."""
+    """Format a number of floating-point operations with three digits."""
     return _scaled(number, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 

@@ -1,4 +1,4 @@
-"""What other tools call the keys of a recipe, so that an unknown key is told what to say."""
+"""Names that other tools use for the keys of a recipe, for suggestions about unknown keys."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ WEIGHTS = ("lambda", "lam", "lmbda", "coeff", "coef", "beta", "strength", "lambd
 
 
 def meant(keys: tuple[str, ...], known: list[str]) -> str | None:
-    """The dotted key, or keys, that an unknown one may mean, by what other tools call it; None where nothing is known.
+    """Return the dotted key, or keys joined by "or", that an unknown key may mean; None without a match.
 
     Args:
-        keys: those that lead to it.
-        known: the keys that there are in its section.
+        keys: the path of the unknown key.
+        known: the valid keys of its section.
     """
     name, above = keys[-1].lower().replace("-", "_"), keys[:-1]
     if name in WEIGHTS and "weight" in known:
         return ".".join((*above, "weight"))
-    if len(keys) > 2 or keys[0] == "monitors":  # names of the user's own, and settings of one defense
+    if len(keys) > 2 or keys[0] == "monitors":  # user-defined names, and settings of one defense
         return None
     found = [key for key, names in SYNONYMS.items() if name in {*names.split(), key.rpartition(".")[2]}]
     found = [key for key in found if key != ".".join(keys)]

@@ -1,4 +1,4 @@
-"""The trainer of the train command, and its callbacks: sealed checkpoints, times, progress, and what Ctrl-C does."""
+"""The trainer of the train command and its callbacks for checkpoints, timing, progress, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RecipeTrainer(DefendedSFTTrainer):
-    """DefendedSFTTrainer whose epochs may differ, and which trains no step too many after the last checkpoint.
+    """A DefendedSFTTrainer that can use different examples in each epoch, and that stops exactly at the last step.
 
-    A resumed run whose last step lies within an epoch would otherwise begin that epoch again.
+    Without this, a run that is resumed after its last step, in the middle of an epoch, would train that epoch again.
 
     Args:
-        epochs: examples of each epoch, as indices into the training data; None leaves that to the arguments.
+        epochs: examples of each epoch, as indices into the training data; None uses all examples in each epoch.
     """
 
     def __init__(self, *args: Any, epochs: Epochs | None = None, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ class RecipeTrainer(DefendedSFTTrainer):
         super().__init__(*args, **kwargs)
 
     def tell_of_checkpoints(self) -> None:
-        """Nothing: the recipe's folder holds the projected adapter, and its card says so."""
+        """Do nothing: the recipe's folder contains the projected adapter, and its card says so."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self._epochs is None:
@@ -51,17 +51,17 @@ class RecipeTrainer(DefendedSFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimizer step; none after the last step."""
+        """Return the micro-batches of one optimizer step; none after the last step."""
         if self.state.global_step >= self.state.max_steps > 0:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
 
 
 class Timekeeper(TrainerCallback):  # type: ignore[misc]
-    """Times the training, and seals each checkpoint once the trainer has written it.
+    """Measures training time, and seals each checkpoint after the trainer has written it.
 
     Args:
-        folder: of the run.
+        folder: the run's output folder.
         before: seconds of training before this session.
     """
 
@@ -73,20 +73,20 @@ class Timekeeper(TrainerCallback):  # type: ignore[misc]
 
     @property
     def seconds(self) -> float:
-        """Seconds of training until now, over all sessions."""
+        """Seconds of training so far, over all sessions."""
         return self._before + time.perf_counter() - self._started
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a step in this session: the median after the first few, which warm up; None without steps."""
+        """Median seconds per step in this session, without the first few warm-up steps; None before the first step."""
         return statistics.median(self._steps[WARM_UP:] or self._steps) if self._steps else None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """A step begins."""
+        """Record the start time of a step."""
         self._began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """A step is done."""
+        """Record the duration of a step."""
         self._steps.append(time.perf_counter() - self._began)
 
     def on_save(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
@@ -96,10 +96,10 @@ class Timekeeper(TrainerCallback):  # type: ignore[misc]
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
-    """A context that shows a progress bar with the latest metrics.
+    """A context manager that shows a progress bar with the latest metrics.
 
     Args:
-        talk: show anything at all.
+        talk: whether to show the bar.
     """
 
     def __init__(self, *, talk: bool) -> None:
@@ -107,7 +107,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self._bar = ProgressBar(wanted=talk)
 
     def on_train_begin(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Show what there is to do."""
+        """Start the bar."""
         self._bar = ProgressBar(wanted=self._talk and state.is_world_process_zero)
         self._bar.start("steps", state.max_steps, state.global_step)
 
@@ -121,7 +121,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             self._bar.annotate(", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
     def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Show how far the run is."""
+        """Advance the bar."""
         self._bar.advance(state.global_step)
 
     def __enter__(self) -> Reporter:
@@ -132,11 +132,11 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
 
 class Stopper(TrainerCallback):  # type: ignore[misc]
-    """A context in which the first SIGINT or SIGTERM stops the run after the current step, with a checkpoint of it.
+    """A context manager in which the first SIGINT or SIGTERM saves a checkpoint after the current step, then stops.
 
     An exception in the middle of a step would lose the steps since the last checkpoint, and would unwind through native code
-    of other libraries. A second signal stops at once all the same. Several processes would not stop at the same step: there,
-    and outside the main thread, signals do what they did before.
+    of other libraries. A second signal stops the run immediately. With several processes, which would not stop at the
+    same step, and outside the main thread, the previous signal handlers stay in place.
     """
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         raise KeyboardInterrupt
 
     def on_step_end(self, arguments: Any, _state: Any, control: Any, **_: Any) -> None:
-        """Ask for a checkpoint of this step; stop at once if the run makes no checkpoints."""
+        """Request a checkpoint of this step; stop immediately if the run saves no checkpoints."""
         if self._number is None:
             return
         if getattr(arguments.save_strategy, "value", arguments.save_strategy) == "no":
@@ -179,6 +179,6 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """Stop: the :class:`Timekeeper`, which comes first, has sealed the checkpoint."""
+        """Stop the run; the :class:`Timekeeper`, an earlier callback, has already sealed the checkpoint."""
         if self._number is not None:
             self._stop()

@@ -1,4 +1,4 @@
-"""A YAML file as plain values that remember their lines, with `key=value` overrides put on top."""
+"""A YAML file as plain values with line numbers, after applying `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Document:
     """The values of a file.
 
     Attributes:
-        source: the YAML file, as the user named it.
+        source: the YAML file, as given by the user.
         values: nested mappings, sequences and scalars.
-        lines: the line that a key is on, by the keys that lead to it; overridden keys have none.
-        overridden: keys that an override set.
-        what: what the file is, see :data:`SHAPES`.
+        lines: the line number of each key path; overridden keys have none.
+        overridden: key paths set by an override.
+        what: the kind of file, see :data:`SHAPES`.
     """
 
     source: str
@@ -45,7 +45,7 @@ class Document:
     what: str = "recipe"
 
     def problem(self, keys: Keys, what: str) -> SettingsError:
-        """The error for a key: file, line, dotted path, and what is wrong with it."""
+        """Return the error for a key: file, line, dotted path, and what is wrong."""
         return SettingsError(f"{self._place(keys)}: {'.'.join(keys) + ': ' if keys else ''}{what}")
 
     def _place(self, keys: Keys) -> str:
@@ -60,16 +60,18 @@ class Document:
         return "command line" if () in self.overridden else self.source
 
     def unknown(self, keys: Keys, known: Iterable[str]) -> SettingsError:
-        """The error for a key that does not exist: of a recipe, it knows what other tools call its keys."""
+        """Return the error for an unknown key; in a recipe, it translates the names that other tools use."""
         known = list(known)
         instead = meant(keys, known) if self.what == "recipe" else None
         return self.problem(keys, f"unknown; {suggestion(keys[-1], known) if instead is None else f'say {instead}'}")
 
     def blame(self, section: str, words: str) -> SettingsError:
-        """The error for what a class of another package refuses of its section.
+        """Return the error for a section that a class of another package rejected.
 
-        It names the key when the words begin with its value, or speak of it and of no other. Where no key is certain, it names
-        every place that the section is written in.
+        Args:
+            section: the name of the section.
+            words: that class's error message. If it starts with a key's value, or mentions exactly one key, the error
+                names this key. Otherwise the error names each place where the section is set.
         """
         given = self.section(section)
         named = [name for name, value in given.items() if words.startswith((f"{value} ", f"{value!r} "))]
@@ -85,10 +87,10 @@ class Document:
         return SettingsError(f"{place}: {section}: {words}")
 
     def section(self, *keys: str) -> dict[str, Any]:
-        """The settings of a section, which may lie in another; empty where it is absent.
+        """Return the settings of a (possibly nested) section; empty if it is absent.
 
         Raises:
-            SettingsError: it is no mapping.
+            SettingsError: the section is not a mapping.
         """
         values: Any = self.values
         for depth, key in enumerate(keys, start=1):
@@ -101,17 +103,17 @@ class Document:
         return found
 
     def below(self, keys: Keys) -> Document:
-        """The part of the file that some keys lead to, as a document of its own."""
+        """Return the section at a key path as a separate document."""
         depth = len(keys)
         lines = {path[depth:]: line for path, line in self.lines.items() if path[:depth] == keys}
         overridden = {path[depth:] for path in self.overridden if path[:depth] == keys}
         return Document(self.source, self.section(*keys), lines, overridden, self.what)
 
     def override(self, words: Sequence[str]) -> None:
-        """Put `a.b=value` settings on top; values are YAML.
+        """Apply `a.b=value` overrides; values are YAML.
 
         Raises:
-            SettingsError: a word is no setting, or a part of its path is no section.
+            SettingsError: a word is not a setting, or a part of its path is not a section.
         """
         for word in words:
             path, equals, text = word.partition("=")
@@ -131,7 +133,7 @@ class Document:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The known names nearest to one that is not known, or all of them when they are few."""
+    """Suggest the known name closest to an unknown one; if none is close, list (or count) the known names."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     if near:
@@ -142,15 +144,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def read_document(path: str | Path, overrides: Sequence[str] = (), *, what: str = "recipe") -> Document:
-    """Read a YAML file whose top level is a mapping, and put overrides on top.
+    """Read a YAML file whose top level is a mapping, and apply overrides.
 
     Args:
         path: the file.
-        overrides: settings put on top, "section.key=value" with YAML values.
-        what: what the file is to be, for messages: a key of :data:`SHAPES`.
+        overrides: settings that replace those of the file, as "section.key=value" with YAML values.
+        what: the expected kind of file, for messages: a key of :data:`SHAPES`.
 
     Raises:
-        SettingsError: the file cannot be read, is no YAML, or repeats a key; the line is named.
+        SettingsError: the file cannot be read, is not YAML, or repeats a key; the message names the line.
     """
     source = str(path)
     try:

@@ -1,4 +1,4 @@
-"""Sections of a YAML file, checked by pydantic: known keys only, each of its own type; an error names file, line and key."""
+"""Schemas for sections of a YAML file, checked by pydantic; errors name the file, line and key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Read = TypeVar("Read")
 Checked = TypeVar("Checked", bound="Arguments")
-# What a value must be, by the type of pydantic's error; other errors are told in pydantic's own words.
+# The description of a valid value by pydantic error type; other errors use pydantic's message.
 MUST_BE = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
@@ -45,14 +45,14 @@ MUST_BE = {
 
 
 class Arguments(BaseModel):
-    """Values by name: known names only, each value of its own type. A whole number is a number; true and false are not."""
+    """Base class of schemas: only known keys, strictly typed values. A float field accepts integers, not booleans."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
     @model_validator(mode="before")
     @classmethod
     def _only_known_keys(cls, given: Any) -> Any:
-        """Refuse an unknown key before anything else: a misspelled key is often what is missing."""
+        """Report an unknown key before other errors: a misspelled key often also counts as a missing one."""
         for key in given if isinstance(given, dict) else ():
             if key not in cls.model_fields:
                 raise PydanticCustomError("unknown", "unknown", {"key": key, "known": list(cls.model_fields)})
@@ -60,7 +60,7 @@ class Arguments(BaseModel):
 
 
 class Section(Arguments):
-    """A section with keys of our own, in which no text is empty."""
+    """A section whose keys this package defines; empty strings are invalid."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -73,12 +73,12 @@ class Section(Arguments):
 def section_of(
     function: Callable[..., Any], *, types: Mapping[str, Any] | None = None, but: Collection[str] = ()
 ) -> type[Section]:
-    """The section whose keys are the arguments of a function or class.
+    """Create the schema whose keys are the arguments of a function or class.
 
     Args:
-        function: its annotations say the types.
-        types: of arguments that YAML gives in another form than Python.
-        but: arguments that are not settings.
+        function: the function or class; its annotations define the types.
+        types: types of arguments whose form in YAML differs from Python.
+        but: arguments to leave out.
     """
     names = {**vars(sys.modules[function.__module__]), "Path": str}
     fields: dict[str, Any] = {}
@@ -90,11 +90,11 @@ def section_of(
 
 
 def read_section(document: Document, keys: Keys, kind: type[Read]) -> Read:
-    """Read the section that some keys lead to; one that is absent has the defaults.
+    """Read and check the section at a key path; an absent section gets the defaults.
 
     Args:
         document: the file.
-        keys: the keys that lead to the section.
+        keys: the path of the section.
         kind: a :class:`Section`, or a class whose arguments are the keys.
 
     Raises:
@@ -106,10 +106,10 @@ def read_section(document: Document, keys: Keys, kind: type[Read]) -> Read:
 
 
 def check(document: Document, keys: Keys, section: type[Checked], given: Mapping[str, Any]) -> Checked:
-    """Check values by a section.
+    """Check values against a schema.
 
     Raises:
-        SettingsError: of the first key that is wrong.
+        SettingsError: a value is invalid; the message names the first such key.
     """
     try:
         return section.model_validate(given)
@@ -118,13 +118,13 @@ def check(document: Document, keys: Keys, section: type[Checked], given: Mapping
 
 
 def refusal(document: Document, keys: Keys, given: Any, error: ValidationError) -> SettingsError:
-    """The error of the first key that pydantic refused. Of a value that may have several types, pydantic has a reason for each."""
+    """Return the error for the first key that pydantic rejected; a union type yields one pydantic error per member."""
     by_path: dict[Keys, list[ErrorDetails]] = {}
     for reason in error.errors(include_url=False):
         by_path.setdefault(_path(reason, given), []).append(reason)
     first = next(iter(by_path))
     path = max((path for path in by_path if path[: len(first)] == first), key=len)
-    # The reason from deepest within a list belongs to the type that was meant.
+    # The error at the deepest list index belongs to the union member that the user meant.
     depth = max(map(_depth, by_path[path]))
     reasons = [reason for reason in by_path[path] if _depth(reason) == depth]
     reason, where = reasons[0], (*keys, *path)
@@ -146,7 +146,7 @@ def _depth(reason: ErrorDetails) -> int:
 
 
 def _path(reason: ErrorDetails, given: Any) -> Keys:
-    """The keys of pydantic's `loc`, which also holds places in lists and names of types."""
+    """Return the keys in pydantic's `loc`, without its list indices and type names."""
     path: list[str] = []
     for part in reason["loc"]:
         if isinstance(given, dict) and part in given:

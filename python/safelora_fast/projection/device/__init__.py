@@ -1,1 +1,1 @@
-"""The plan of a projection on a torch device."""
+"""Projection and safe subspaces on a torch device."""

@@ -1,4 +1,4 @@
-"""LoRA factors of adapters on a device, and errors about weights or factors there, worded as the extension words them."""
+"""LoRA factors on a device, and errors about NaN or infinity with the same messages as in the Rust extension."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Factor(NamedTuple):
-    """B or A of one adapter, scaled so that no product of it leaves the range of float32.
+    """lora_B or lora_A of one adapter, scaled so that its products stay in the range of float32.
 
     Attributes:
-        values: float32 on the device; the largest magnitude lies between a half and one.
-        scale: the power of two that was divided by; 1 where the factor is zero.
-        stored_as: dtype of its tensor, as safetensors spells it.
-        where: file and tensor, for messages.
+        values: float32 on the device; the largest magnitude is between 0.5 and 1.
+        scale: the power of two that `values` were divided by; 1 if the factor is zero.
+        stored_as: the stored dtype, in safetensors notation.
+        where: file and tensor name, for messages.
     """
 
     values: torch.Tensor
@@ -39,16 +39,16 @@ class FactorReader:
     """Reads the factors of a plan's modules.
 
     Args:
-        adapters: of the plan.
-        device: where the factors go.
+        adapters: the plan's adapters.
+        device: the device for the factors.
     """
 
     def __init__(self, adapters: Sequence[Adapter], device: torch.device) -> None:
         self._adapters, self._device = adapters, device
-        self._tensor = lru_cache(maxsize=8)(self._read)  # the factors of all experts lie in one tensor
+        self._tensor = lru_cache(maxsize=8)(self._read)  # one tensor holds the factors of all experts
 
     def read(self, adapter: int, part: Slice) -> Factor:
-        """B [m, r] or A [r, n].
+        """Read B [m, r] or A [r, n].
 
         Raises:
             CheckpointError: an element is NaN or infinite.
@@ -70,7 +70,7 @@ class FactorReader:
 
 
 def damage(pair: Pair) -> CheckpointError:
-    """Why the products with V of a module are not finite: a weight is not, or V is too large."""
+    """Return the error for non-finite products with V: a weight is not finite, or V is too large."""
     wanted, name = pair.wanted, pair.wanted.planned.name
     for block, part in zip(wanted.blocks, pair.parts, strict=True):
         problem = _not_finite(part, block.file.path, block.tensor)
@@ -84,7 +84,7 @@ def damage(pair: Pair) -> CheckpointError:
 
 
 def _not_finite(matrix: torch.Tensor, path: str, tensor: str) -> CheckpointError | None:
-    """The error that names the first NaN or infinity of a stored matrix, None where there is none."""
+    """Return the error for the first NaN or infinity in a stored matrix; None if all values are finite."""
     bad = ~matrix.isfinite()
     if not bool(bad.any()):
         return None

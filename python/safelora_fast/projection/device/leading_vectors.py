@@ -1,9 +1,9 @@
-"""Leading left singular vectors of V by the grouped products, on any device.
+"""Leading left singular vectors of V on any device, computed with the grouped products.
 
-The restarted block Krylov iteration of `rust/core/src/projection/subspace.rs` (Halko, Martinsson and Tropp 2011,
-arXiv 0909.4061, section 4.5; Knyazev 2001 for the soft locking), with the same tolerances: Z holds orthonormal vectors on
-the side of the columns, Y = V·Z, and what Vᵀ·U has outside of Z is both the residual and the next block. All but the
-products with V is float64.
+This is the restarted block Krylov iteration of `rust/core/src/projection/subspace.rs` (Halko, Martinsson and Tropp
+2011, arXiv 0909.4061, section 4.5; soft locking by Knyazev 2001), with the same tolerances. The columns of Z [n, k] are
+an orthonormal basis of right vectors, and Y = V·Z [m, k]. The part of Vᵀ·U outside Z is both the residual and the next
+block. Everything except the products with V is float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_BLOCKS = 48
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of V is wanted: `rank` vectors, or as many as hold a share `energy` of ‖V‖²."""
+    """The number of vectors to compute: `rank`, or as many as capture the share `energy` of ‖V‖²."""
 
     rank: int | None = None
     energy: float | None = None
@@ -29,7 +29,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Leading:
-    """U_k and the singular values that belong to it.
+    """U_k and its singular values.
 
     Attributes:
         vectors: [m, k] float32, orthonormal, on the device of V.
@@ -43,18 +43,18 @@ class Leading:
 def leading_vectors(
     pair: tuple[torch.Tensor, torch.Tensor], extent: Extent, *, seed: int = 0, squares: float | None = None
 ) -> Leading:
-    """The leading left singular vectors of V = aligned − base, which must not be zero.
+    """Compute the leading left singular vectors of V = aligned − base, which must not be zero.
 
-    Singular values below 1e-5 of the largest count as zero, so that fewer vectors may come than were asked for.
+    Singular values below 1e-5 of the largest count as zero, so the result may have fewer vectors than requested.
 
     Args:
-        pair: aligned and base [m, n], as :func:`subspace_projections` takes them.
-        extent: how many.
-        seed: of the random start.
-        squares: ‖V‖²_F, which the energy is a share of, where it is known better than float32 sums tell.
+        pair: aligned and base [m, n], as for :func:`subspace_projections`.
+        extent: the number of vectors.
+        seed: seed of the random start.
+        squares: ‖V‖²_F for the energy, if known more accurately than from float32 sums.
 
     Raises:
-        BackendError: the backend that `SAFELORA_FAST_BACKEND` names cannot serve these tensors.
+        BackendError: the backend in `SAFELORA_FAST_BACKEND` does not support these tensors.
     """
     with torch.no_grad():
         return _Iteration(pair, extent, seed, squares).run()
@@ -100,7 +100,7 @@ class _Iteration:
         return len(self._right.mT)
 
     def _random(self, count: int) -> torch.Tensor:
-        """Drawn on the CPU, so that the numbers do not depend on the device."""
+        """Draw random vectors on the CPU, so that they do not depend on the device."""
         drawn = torch.randn(self._sides[0], count, generator=self._generator)
         return drawn.to(self._pair[0].device, torch.float64)
 
@@ -112,31 +112,31 @@ class _Iteration:
         return matrix_products([self._pair], [vectors.float()])[0].double()
 
     def _ritz(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eigenvalues of YᵀY, descending, and its eigenvectors in columns."""
+        """Return the eigenvalues of YᵀY in descending order, and its eigenvectors as columns."""
         values, vectors = torch.linalg.eigh((self._left.mT @ self._left).cpu())
         return values.flip(0).to(self._left.device), vectors.flip(1).to(self._left.device)
 
     def _wanted(self, values: torch.Tensor) -> int | None:
-        """How many vectors are wanted, if the basis holds so many."""
+        """Return the number of vectors to compute; None if the basis does not hold that many yet."""
         if self._extent.rank is not None:
             return self._extent.rank if self._extent.rank <= len(values) else None
         assert self._extent.energy is not None  # noqa: S101
-        goal = self._extent.energy * self._squares * (1 - 1e-6)  # the last digits of float32 differ
+        goal = self._extent.energy * self._squares * (1 - 1e-6)  # float32 rounding changes the last digits
         reached = (values.cumsum(0) >= goal).nonzero()
         return int(reached[0]) + 1 if len(reached) else None
 
     def _ritz_left(self, values: torch.Tensor, rotation: torch.Tensor, count: int) -> torch.Tensor:
-        """The first Ritz vectors on the side of the rows, without those that drown in rounding."""
+        """Return the first left Ritz vectors, without those below rounding error."""
         count = min(count, int((values > values[0] * TOLERANCE**2).sum()))
         return self._left @ (rotation[:, :count] / values[:count].sqrt())
 
     def _next_block(self, values: torch.Tensor, rotation: torch.Tensor, wanted: int | None) -> torch.Tensor:
-        """New directions: residuals of the vectors that have not converged, or random ones where those are exhausted."""
+        """Return new directions: residuals of unconverged vectors, or else random directions."""
         room = self._sides[1] - self._count
         ritz_left = self._ritz_left(values, rotation, self._count if wanted is None else wanted + OVERSAMPLING)
         count = ritz_left.shape[1]
         images, _ = self._transposed(ritz_left)
-        # Zᵀ·Vᵀ·U = YᵀU = Q·σ: what lies in Z need not be measured.
+        # The part inside Z is known: Zᵀ·Vᵀ·U = YᵀU = Q·σ.
         residuals = images - self._right @ (rotation[:, :count] * values[:count].sqrt())
         limit = TOLERANCE * values[0].clamp(min=0).sqrt()
         is_open = residuals.norm(dim=0) > limit
@@ -151,14 +151,14 @@ class _Iteration:
 
 
 def _removed(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """What lies outside of an orthonormal basis; twice is enough."""
+    """Remove the part inside an orthonormal basis; two passes suffice."""
     for _ in range(2):
         vectors = vectors - basis @ (basis.mT @ vectors)
     return vectors
 
 
 def _orthonormal(vectors: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
-    """An orthonormal basis of the columns, outside of `basis`, without those that depend on others."""
+    """Return an orthonormal basis of the independent columns, orthogonal to `basis` if given."""
     size = vectors.norm(dim=0)
     vectors = vectors / torch.where(size > 0, size, 1)
     if basis is not None:

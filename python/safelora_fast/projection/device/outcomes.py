@@ -1,4 +1,4 @@
-"""What a projection does to the modules of a batch whose weights lie on a device."""
+"""The projection of a batch of modules whose weights are on a device."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from safelora_fast.projection.settings import Settings
 
 
-WITH_VECTORS = {"orthogonal", "attenuate"}  # variants of operators that use leading singular vectors of V
+WITH_VECTORS = {"orthogonal", "attenuate"}  # operator variants that use leading singular vectors of V
 
 
 @dataclass(frozen=True)
 class DeviceFactorOutcome:
-    """One adapter's factors in one module; the metrics are those of `_core.FactorOutcome`."""
+    """One adapter's outcome in one module, with the metrics of `_core.FactorOutcome`."""
 
     cosine: float
     gain: float
@@ -42,26 +42,26 @@ class DeviceFactorOutcome:
     result_a: torch.Tensor | None
 
     def projected(self) -> bytes:
-        """O·B, (m, r) row-major, in the stored dtype of B.
+        """Return O·B, (m, r) row-major, in the stored dtype of B.
 
         Raises:
-            AdapterError: a value leaves the range of that dtype.
+            AdapterError: a value exceeds the range of that dtype.
         """
         if self.result is None:
             raise ValueError("the stream was made with keep_projected=False")
         return _stored(self.result, self.lora_b)
 
     def projected_lora_a(self) -> bytes | None:
-        """What A becomes, (r, n) row-major, in its stored dtype; None where it stays.
+        """Return the projected A, (r, n) row-major, in its stored dtype; None if A is unchanged.
 
         Raises:
-            AdapterError: a value leaves the range of that dtype.
+            AdapterError: a value exceeds the range of that dtype.
         """
         return None if self.result_a is None else _stored(self.result_a, self.lora_a)
 
 
 def _stored(result: torch.Tensor, factor: Factor) -> bytes:
-    """A projected factor in the dtype that it is stored in."""
+    """Convert a projected factor to its stored dtype."""
     rounded = result.to(DTYPES[factor.stored_as])
     if not bool(rounded.isfinite().all()):
         row, column = (~rounded.isfinite()).nonzero()[0].tolist()
@@ -75,7 +75,7 @@ def _stored(result: torch.Tensor, factor: Factor) -> bytes:
 
 @dataclass(frozen=True)
 class DeviceOutcome:
-    """One module; the metrics are those of `_core.JobOutcome`."""
+    """One module's outcome, with the metrics of `_core.JobOutcome`."""
 
     index: int
     v_norm: float
@@ -85,12 +85,12 @@ class DeviceOutcome:
 
 
 class BatchProjector:
-    """Projects batch after batch with one operator.
+    """Projects batches of modules with one operator.
 
     Args:
-        factors: where B and A come from.
-        settings: of the projection.
-        keep_projected: whether the projected factors are wanted.
+        factors: the reader of B and A.
+        settings: the settings of the projection.
+        keep_projected: whether to keep the projected factors.
     """
 
     def __init__(self, factors: FactorReader, settings: Settings, *, keep_projected: bool) -> None:
@@ -104,16 +104,16 @@ class BatchProjector:
             self._extent = Extent(rank=1)
 
     def run(self, batch: Sequence[Pair]) -> list[DeviceOutcome]:
-        """The outcomes of a batch, in its order; they hold nothing of the device.
+        """Return the outcomes of a batch, in its order; they hold no device memory.
 
         Raises:
-            CheckpointError: a weight or factor is NaN or infinite, or products leave the range of float32.
+            CheckpointError: a weight or factor is NaN or infinite, or products exceed the range of float32.
         """
         met = [pair.wanted.planned.group.factors for pair in batch]
         lora_b = [[self._factors.read(each.adapter, each.lora_b) for each in factors] for factors in met]
         lora_a = [[self._factors.read(each.adapter, each.lora_a) for each in factors] for factors in met]
         pairs = [(pair.aligned, pair.base) for pair in batch]
-        # B of all adapters side by side: V is read once for all of them.
+        # The B of all adapters are concatenated, so that V is read only once.
         stacked = [torch.cat([factor.values for factor in factors], 1) for factors in lora_b]
         papers = subspace_projections(pairs, stacked)
         norms = [float(paper.v_norm) for paper in papers]
@@ -153,7 +153,7 @@ class BatchProjector:
     def _operated(
         self, papers: list[Projection], leading: Sequence[Leading | None], stacked: Sequence[torch.Tensor]
     ) -> list[Projection]:
-        """O·B up to a factor: C·B, or U_k·U_kᵀ·B and a share of the rest."""
+        """Return O·B up to a scalar factor: C·B, or U_k·U_kᵀ·B plus a share of the rest."""
         wanted = [index for index, found in enumerate(leading) if found is not None]
         if self._variant not in WITH_VECTORS or not wanted:
             return papers
@@ -171,7 +171,7 @@ class BatchProjector:
     def _right_vectors(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], leading: Sequence[Leading | None]
     ) -> list[torch.Tensor | None]:
-        """W_k = VᵀU_k/σ [n, k] of every module, float64, where the operator changes A."""
+        """Return W_k = VᵀU_k/σ [n, k] of each module, float64, if the operator changes A."""
         if self._variant != "attenuate" or self._sides == "left":
             return [None] * len(pairs)
         right: list[torch.Tensor | None] = []
@@ -184,7 +184,7 @@ class BatchProjector:
         return right
 
     def _factor(self, norm: float, leading: Leading | None) -> float:
-        """The rest of O. Where V is zero, every operator leaves B as it is."""
+        """Return the scalar factor of O that `_operated` leaves out. If V is zero, all operators leave B unchanged."""
         if norm > 0 and self._variant == "zero":
             return 0.0
         if self._variant == "spectral" and leading is not None:
@@ -199,14 +199,14 @@ class BatchProjector:
         right: torch.Tensor | None,
         adapters: Sequence[tuple[Factor, Factor, torch.Tensor]],
     ) -> list[DeviceFactorOutcome]:
-        """Metrics of every adapter from r×r Grams, in float64 (docs/methods.md).
+        """Compute the metrics of each adapter from r×r Gram matrices, in float64 (docs/methods.md).
 
         Args:
             paper: C·B.
             operated: O·B up to `factor`.
-            factor: the rest of O.
-            right: W_k, where A changes.
-            adapters: B, A and A·Aᵀ of each.
+            factor: the remaining scalar factor of O.
+            right: W_k, if A changes.
+            adapters: B, A and A·Aᵀ of each adapter.
         """
         plain, cross, product, after = (
             gram.double().cpu() for gram in (paper.gram, paper.cross_gram, paper.product_gram, operated.product_gram)

@@ -1,6 +1,6 @@
-"""Pairs of weights on a device, batch by batch: the next batch is read from the files while this one is used.
+"""Pairs of weights on a device, in batches: the next batch is read from the files while the current one is in use.
 
-Two buffers in (pinned) host memory take turns, each of at most BATCH_BYTES, or of one module where that is larger. The
+Two buffers in (pinned) host memory alternate. Each has at most BATCH_BYTES, or the size of one larger module. The
 device holds one batch with its factors and products. Weights that a model already has on the device are not read.
 """
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from safelora_fast.projection.jobs import PlannedModule
 
 BATCH_BYTES = 512 << 20
-ALIGNMENT = 256  # bytes; kernels load 16 at a time
+ALIGNMENT = 256  # bytes; kernels load 16 bytes at a time
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A module whose weights are wanted: its position in the plan, and the aligned weight if the device already has it."""
+    """A module to read: its position in the plan, and the aligned weight if it is already on the device."""
 
     index: int
     planned: PlannedModule
@@ -37,7 +37,7 @@ class Wanted:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks to read: those of the aligned weight, unless the device has it, then those of the base."""
+        """The blocks to read: those of the aligned weight (unless it is on the device), then those of the base."""
         group = self.planned.group
         return group.base if self.resident is not None else group.aligned + group.base
 
@@ -48,13 +48,13 @@ class Wanted:
 
     @cached_property
     def room(self) -> int:
-        """The same with every block at a multiple of ALIGNMENT."""
+        """Bytes in the buffer, with each block at a multiple of ALIGNMENT."""
         return sum(_aligned(block.view().nbytes) for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Both weights of a module on the device, [m, n] each; `parts` are the blocks as they were read."""
+    """Both weights of a module on the device, [m, n] each; `parts` are the blocks as read from the files."""
 
     wanted: Wanted
     aligned: torch.Tensor
@@ -63,13 +63,13 @@ class Pair:
 
 
 class WeightReader:
-    """Yields batches of pairs; a batch is valid until the next one is asked for.
+    """Yields batches of pairs; a batch is valid until the next one is requested.
 
     Args:
-        modules: in the order in which they are read.
-        device: where the weights go.
-        threads: that read.
-        batch_bytes: most that a batch holds, unless one module is larger.
+        modules: the modules in the order in which to read them.
+        device: the device for the weights.
+        threads: the number of threads that read.
+        batch_bytes: the largest size of a batch, unless one module is larger.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class WeightReader:
         self._closed = False
 
     def __iter__(self) -> Iterator[list[Pair]]:
-        """The batches, each on the device; none after :meth:`close`."""
+        """Yield the batches on the device; stop after :meth:`close`."""
         if not self._batches:
             return
         size = max(sum(wanted.room for wanted in batch) for batch in self._batches)
@@ -92,7 +92,7 @@ class WeightReader:
             if self._closed:
                 return
             ahead.result()
-            # The other buffer is free: its batch is on the device.
+            # The other buffer is free: its batch was copied to the device.
             if number + 1 < len(self._batches):
                 ahead = self._read(number + 1, buffers)
             filled = buffers[number % 2][: sum(wanted.room for wanted in batch)]
@@ -104,13 +104,13 @@ class WeightReader:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, number: int, buffers: Sequence[torch.Tensor]) -> Future[None]:
-        """Fill a buffer with a batch on the reader's thread."""
+        """Start filling a buffer with a batch on the reader's thread."""
         views = [block.view() for wanted in self._batches[number] for block in wanted.blocks]
         return self._reader.submit(_fill, buffers[number % 2], views, self._threads)
 
 
 def _fill(buffer: torch.Tensor, views: Sequence[_core.View], threads: int | None) -> None:
-    """Copy views into a buffer, each at a multiple of ALIGNMENT. The call keeps the buffer alive while it writes."""
+    """Copy views into a buffer, each at a multiple of ALIGNMENT; the argument keeps the buffer alive meanwhile."""
     targets, place = [], buffer.data_ptr()
     for view in views:
         targets.append((place, view.nbytes))
@@ -119,7 +119,7 @@ def _fill(buffer: torch.Tensor, views: Sequence[_core.View], threads: int | None
 
 
 def dtype_of(block: Block) -> torch.dtype:
-    """The dtype of a stored block."""
+    """Return the dtype of a stored block."""
     return DTYPES[block.file.tensors[block.tensor][0]]
 
 
@@ -139,7 +139,7 @@ def _batches(modules: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
 
 
 def _cut(batch: Sequence[Wanted], whole: torch.Tensor) -> list[Pair]:
-    """The pairs of a batch, as views of its memory."""
+    """Return the pairs of a batch as views of its memory."""
     pairs, place = [], 0
     for wanted in batch:
         parts = []
@@ -158,5 +158,5 @@ def _cut(batch: Sequence[Wanted], whole: torch.Tensor) -> list[Pair]:
 
 
 def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Blocks of rows as one matrix: copied only where a weight is in several tensors."""
+    """Concatenate blocks of rows; a single block is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

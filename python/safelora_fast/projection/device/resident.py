@@ -1,4 +1,4 @@
-"""Aligned weights that a loaded model already has on its device, so that only those of the base must be read."""
+"""Detection of aligned weights that a loaded model already has on the device, so that only the base must be read."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ if TYPE_CHECKING:
     from safelora_fast.checkpoints.geometry import Block
     from safelora_fast.projection.jobs import Group, Plan
 
-ROWS = 16  # of each block that are compared with the checkpoint
+ROWS = 16  # rows of each block to compare with the checkpoint
 
 
 def resident_weights(model: Any, plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
-    """The weights of a model that equal those of the aligned checkpoint, by the names of the plan.
+    """Return the model's weights that equal those of the aligned checkpoint, by module name in the plan.
 
-    A weight counts if its device, dtype and shape match and 16 rows of each of its blocks, spread evenly, have the same bits:
-    training changes nearly every row. All others (quantized, of another dtype, experts in one tensor) are read.
+    A weight is accepted if its device, dtype and shape match, and if 16 evenly spaced rows of each block are bitwise
+    equal, because training changes nearly every row. All other weights (quantized, other dtypes, stacked experts) are
+    read from files.
 
     Args:
         model: a PeftModel.
-        plan: of its adapter.
-        device: where the projection runs.
+        plan: the plan of its adapter.
+        device: the device of the projection.
     """
     modules = dict(model.base_model.model.named_modules())
     found = {}

@@ -1,6 +1,6 @@
-"""Streams on a torch device: what `_core.ProjectionStream` does, by the grouped operations of ops/.
+"""Projection streams on a torch device: `_core.ProjectionStream` with the grouped operations of ops/.
 
-Sums are float32 there, so metrics agree with those of the extension to about 1e-6, not to the bit.
+Sums are float32, so metrics agree with those of the extension to about 1e-6, but not bit for bit.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Outcome = TypeVar("Outcome")
 
 
 class BatchStream(Generic[Outcome]):
-    """Runs the modules of a plan through some work on a device, in order, and reads the next batch meanwhile.
+    """Applies a function to batches of modules on a device, in order, while the next batch is read.
 
-    The device holds the weights of one batch, the host of two; what the work needs comes on top.
+    The device holds the weights of one batch, and the host those of two. The function's own memory is extra.
 
     Args:
-        modules: in the order of the plan.
-        work: returns the outcomes of a batch, in its order.
-        device: from :func:`torch_device`.
-        threads: that read.
-        batch_bytes: most bytes that a batch holds, unless one module is larger.
+        modules: the modules in the order of the plan.
+        work: a function that returns the outcomes of a batch, in its order.
+        device: the device, from :func:`torch_device`.
+        threads: the number of threads that read.
+        batch_bytes: the largest size of a batch, unless one module is larger.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class BatchStream(Generic[Outcome]):
         self._reader = WeightReader(modules, device, threads=threads, batch_bytes=batch_bytes)
 
     def __iter__(self) -> Iterator[Outcome]:
-        """The outcomes. Work on a batch starts when its first outcome is asked for.
+        """Yield the outcomes. Work on a batch starts when its first outcome is requested.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, or too large for products in float32.
@@ -73,7 +73,7 @@ class BatchStream(Generic[Outcome]):
     def _outcomes(self) -> Iterator[Outcome]:
         for batch in self._reader:
             sizes, outcomes = [pair.wanted.nbytes for pair in batch], self._work(batch)
-            del batch  # its memory is for the next one
+            del batch  # free its memory for the next one
             for size, outcome in zip(sizes, outcomes, strict=True):
                 self.bytes_done += size
                 yield outcome
@@ -83,11 +83,11 @@ class DeviceStream(BatchStream[DeviceOutcome]):
     """Projects the modules of a plan on a device, in order.
 
     Args:
-        plan: the modules.
-        settings: of the projection; `threads` read.
-        device, batch_bytes: as of :class:`BatchStream`.
-        keep_projected: whether projected factors are wanted.
-        resident: aligned weights that are on the device already, as they are stored, by the names of the plan.
+        plan: the plan with the modules.
+        settings: the settings of the projection, including the number of reader threads.
+        device, batch_bytes: see :class:`BatchStream`.
+        keep_projected: whether to keep the projected factors.
+        resident: aligned weights already on the device, in their stored orientation, by module name in the plan.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class DeviceStream(BatchStream[DeviceOutcome]):
 
 
 def torch_device(name: str | torch.device) -> torch.device:
-    """The device of this name, with its number.
+    """Return the device of this name, with its index.
 
     Raises:
-        SettingsError: torch has no such device, or nothing can be computed there.
+        SettingsError: torch does not know the device, or its type is not supported.
         BackendError: this machine has no such device.
     """
     try:
@@ -124,7 +124,7 @@ def torch_device(name: str | torch.device) -> torch.device:
         raise SettingsError(f"device must be one of {', '.join(DEVICES)}, not {name!r}: nothing is computed there")
     try:
         return torch.empty(0, device=device).device
-    except Exception as error:  # a build without CUDA, a driver or a GPU that is missing: each raises something else
+    except Exception as error:  # a missing CUDA build, driver or GPU: each raises another type
         raise BackendError(
             f"device {name!r} cannot be used ({_first_line(error)}); leave device out to compute on the CPU"
         ) from error

@@ -1,4 +1,4 @@
-"""U_k, σ_k and ‖V‖_F of every module of a plan on a torch device: what `_core.ProjectionStream` keeps of `orthogonal`."""
+"""U_k, σ_k and ‖V‖_F of each module of a plan on a torch device, as from `_core.ProjectionStream` with `orthogonal`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from safelora_fast.projection.jobs import Plan
     from safelora_fast.projection.settings import Settings
 
-ELEMENTS = 1 << 22  # of V that are squared at a time
-HEADROOM = 8  # a vector of n normal numbers is shorter than 8·√n, and V stretches it by at most ‖V‖
+ELEMENTS = 1 << 22  # elements of V that are squared at a time
+HEADROOM = 8  # a vector of n normal numbers has a norm below 8·√n; V scales it by at most ‖V‖
 
 
 @dataclass(frozen=True)
 class DeviceSubspace:
-    """One module, on the CPU, with the attributes of `_core.JobOutcome`.
+    """The subspace of one module on the CPU, with the attributes of `_core.JobOutcome`.
 
-    `vectors` is U_k [m, k] float32, the largest element of each vector positive; `values` is σ_k [k] float64, descending.
+    `vectors` is U_k [m, k] float32, and the largest element of each vector is positive. `values` is σ_k [k] float64 in
+    descending order.
     """
 
     index: int
@@ -37,23 +38,23 @@ class DeviceSubspace:
     values: torch.Tensor
 
     def left_vectors(self) -> bytes:
-        """U_kᵀ, (k, m) row-major, float32."""
+        """Return U_kᵀ, (k, m) row-major, float32."""
         return bytes(self.vectors.mT.contiguous().view(torch.uint8).numpy())
 
     def singular_values(self) -> list[float]:
-        """σ_k."""
+        """Return σ_k in descending order."""
         found: list[float] = self.values.tolist()
         return found
 
 
 class SubspaceStream(BatchStream[DeviceSubspace]):
-    """The subspaces of the modules of a plan on a device, in order.
+    """Computes the subspaces of a plan's modules on a device, in order.
 
     Args:
-        plan: the modules.
-        settings: rank or energy; `threads` read.
-        device, batch_bytes: as of :class:`BatchStream`.
-        seed: of the random start.
+        plan: the plan with the modules.
+        settings: the rank or energy, and the number of reader threads.
+        device, batch_bytes: see :class:`BatchStream`.
+        seed: seed of the random start.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class SubspaceStream(BatchStream[DeviceSubspace]):
 
 
 def _norm(pair: Pair) -> float:
-    """‖V‖_F, a few rows at a time, with squares in float64: no float32 leaves its range."""
+    """Compute ‖V‖_F a few rows at a time, with squares in float64 to avoid overflow."""
     rows = max(ELEMENTS // pair.aligned.shape[1], 1)
     norms = [
         torch.linalg.vector_norm(aligned.float() - base.float(), dtype=torch.float64)
@@ -88,6 +89,6 @@ def _norm(pair: Pair) -> float:
 
 
 def _with_signs(vectors: torch.Tensor) -> torch.Tensor:
-    """The vectors with signs such that the largest element of each is positive."""
+    """Flip signs so that the element with the largest magnitude in each vector is positive."""
     largest = vectors.abs().argmax(0, keepdim=True)
     return vectors * vectors.gather(0, largest).sign()
