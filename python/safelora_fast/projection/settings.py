@@ -56,7 +56,9 @@ OPTIONS = {
     "select": Option("Which modules to project, by the paper's cosine for any operator.", Select),
     "threshold": Option("Largest cosine to project. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
     "num_layers": Option("Number of lowest cosines to project. (default 10)", int, "N", low=1, select="number"),
-    "threads": Option("Threads; no effect on the result. (default: all cores)", int, "N", low=1, high=1024),
+    "threads": Option(
+        "Number of threads. The result does not depend on it. (default: all cores)", int, "N", low=1, high=1024
+    ),
 }
 
 
