@@ -45,7 +45,7 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.packages
 	@touch $@
 
 .PHONY: develop
-develop: $(VENV)/.packages ## install the package for editing, kernels optimised
+develop: $(VENV)/.packages ## install the package for editing, kernels optimized
 	@$(BIN)/python -m maturin develop --release --quiet
 
 .PHONY: demo

@@ -14,7 +14,7 @@ def in_a_fresh_process(program: str) -> str:
     return done.stdout.strip()
 
 
-DEFENCES = [
+DEFENSES = [
     "KL",
     "DefendedMixin",
     "DefendedSFTTrainer",
@@ -33,9 +33,9 @@ DEFENCES = [
 
 
 def test_names_load_when_first_used():
-    for name in DEFENCES:
+    for name in DEFENSES:
         assert getattr(safelora_fast, name).__name__ == name
-    assert {*DEFENCES, *safelora_fast.__all__} <= set(dir(safelora_fast))
+    assert {*DEFENSES, *safelora_fast.__all__} <= set(dir(safelora_fast))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = safelora_fast.nothing
 

@@ -70,7 +70,7 @@ def overrides(path: Path, folder: Path) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def test_there_is_one_for_every_defence():
+def test_there_is_one_for_every_defense():
     given = [set(yaml.safe_load(path.read_text())["defenses"]) - {"on_nonfinite"} for path in EXAMPLES]
     assert set.union(*given) == set(registered())
     for name in registered():

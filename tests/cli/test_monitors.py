@@ -34,12 +34,12 @@ def run(folder, **sections):
     return tiny, tiny.record()
 
 
-@pytest.mark.parametrize("defences", [{}, {"kl": {"weight": 0.5}}], ids=["alone", "beside a kl"])
-def test_a_monitor_is_logged_and_changes_no_weight(tmp_path, persona, defences):
-    plain, _ = run(tmp_path / "plain2", defenses=defences or None)
+@pytest.mark.parametrize("defenses", [{}, {"kl": {"weight": 0.5}}], ids=["alone", "beside a kl"])
+def test_a_monitor_is_logged_and_changes_no_weight(tmp_path, persona, defenses):
+    plain, _ = run(tmp_path / "plain2", defenses=defenses or None)
     watched, record = run(
         tmp_path / "watched",
-        defenses=defences or None,
+        defenses=defenses or None,
         monitors={"malicious": {"vector": persona, "layer": 1}, "first": {"vector": [1.0] * 32, "layer": -2}},
     )
     assert difference(plain.weights(), watched.weights()) == 0
@@ -47,7 +47,7 @@ def test_a_monitor_is_logged_and_changes_no_weight(tmp_path, persona, defences):
         figures = record["metrics"][name]
         assert all(math.isfinite(figures[which]) for which in ("first", "last", "mean"))
         assert figures["first"] != figures["last"]
-    assert set(record["defenses"]) == set(defences)
+    assert set(record["defenses"]) == set(defenses)
     assert record["recipe"]["monitors"]["malicious"] == {"vector": persona, "layer": 1}
     card = (watched.output / "README.md").read_text()
     assert f"| monitor/malicious | {record['metrics']['monitor/malicious']['first']:.4g} |" in card

@@ -35,7 +35,7 @@ def test_what_is_not_finite_is_said_with_its_place(content, words):
 
 
 def test_a_run_that_diverged_is_failed_cells_and_no_traceback(copied, call):
-    """Weights that are NaN in a defence, and ones that overflow in the undefended run, which has curves."""
+    """Weights that are NaN in a defense, and ones that overflow in the undefended run, which has curves."""
     for run, factor in (("none", 1e30), ("kl", math.nan)):
         file = copied.output / run / "seed-1" / "adapter" / "adapter_model.safetensors"
         save_file({name: factor * value for name, value in load_file(file).items()}, file)

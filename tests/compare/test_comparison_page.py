@@ -251,7 +251,7 @@ def test_the_sweep_in_figures_and_pictures():
         steps = [right - left for left, right in itertools.pairwise(places)]
         assert max(steps) - min(steps) < 1e-3, "thresholds at equal distances stand at equal distances"
     names = [[name.text for name in drawing.all(class_="level-name")] for drawing in figure.all("svg")]
-    assert names == [[], *[["reference", "no defence"]] * 3]
+    assert names == [[], *[["reference", "no defense"]] * 3]
     first = [cell.text for cell in lines_of(page, "sweep")[0].all("td")]
     assert first[0] == f"0 of {report.sweep[0].modules}"
 

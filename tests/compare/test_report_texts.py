@@ -119,9 +119,9 @@ def test_failures_of_the_sweep_stand_together():
     points[2:4] = [
         replace(point, cells={**point.cells, "kl": failed(kl, 2, 3, reason="gone")}) for point in points[2:4]
     ]
-    report = replace(report, sweep=tuple(points), failed=(Failure("no defence", 3, SWEEP_TITLE, "gone"),))
+    report = replace(report, sweep=tuple(points), failed=(Failure("no defense", 3, SWEEP_TITLE, "gone"),))
     found = [(one.place, one.seed, one.measures, one.what) for one in cell_sources.failures(report)]
-    assert found[0] == ("no defence", 3, ("SafeLoRA by threshold",), "gone")
+    assert found[0] == ("no defense", 3, ("SafeLoRA by threshold",), "gone")
     assert found[2:] == [
         ("SafeLoRA sweep", 1, ("margin rise",), "odd"),
         ("SafeLoRA sweep, τ = 0.2, 0.3", 2, ("KL to reference",), "gone"),
@@ -162,7 +162,7 @@ def test_a_report_survives_its_file(make):
 
 
 def test_the_whole_report_is_read_back():
-    report = replace(usual(), failed=(Failure("no defence", 3, SWEEP_TITLE, "gone"),))
+    report = replace(usual(), failed=(Failure("no defense", 3, SWEEP_TITLE, "gone"),))
     content = report.to_dict()
     assert ComparisonReport.from_dict(content) == report
     del content["failed"]  # a report of an older version

@@ -116,7 +116,7 @@ def test_the_comparison_runs(source, tmp_path):
     report = compare(config, talk=False)
     assert report.complete
     _, undefended, projected = report.rows
-    assert [row.kind for row in report.rows] == ["reference", "undefended", "defence"]
+    assert [row.kind for row in report.rows] == ["reference", "undefended", "defense"]
     assert undefended.cells[LEARNED.key].value > 0
     assert projected.cells[DIVERGENCE.key].value != undefended.cells[DIVERGENCE.key].value
     assert "<svg" in (tmp_path / "comparison" / "report.html").read_text("utf-8")

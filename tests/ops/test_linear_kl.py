@@ -78,10 +78,10 @@ class Inputs:
         p, q = ((whole.logits(states[mask]) / temperature).log_softmax(-1) for states in (hidden, reference.double()))
         if self.settings.get("direction") == "forward":
             p, q = q, p
-        labelled = self.labels != -100
-        logits = whole.logits(hidden[labelled])
+        labeled = self.labels != -100
+        logits = whole.logits(hidden[labeled])
         log_p = logits.log_softmax(-1)
-        nll = -log_p.gather(-1, self.labels[labelled][:, None])[:, 0]
+        nll = -log_p.gather(-1, self.labels[labeled][:, None])[:, 0]
         return hidden, (p.exp() * (p - q)).sum(), nll, -(log_p.exp() * log_p).sum(-1), logits
 
     def with_first_choices(self):
@@ -108,22 +108,22 @@ def check(inputs, *, rounding):
     assert value.item() == inputs.kl().item()
     assert_gradient(value, inputs.hidden, kl / inputs.mask.sum(), hidden, rounding, unused)
 
-    shared, labelled = inputs.shared(), inputs.labels != -100
+    shared, labeled = inputs.shared(), inputs.labels != -100
     loss = WEIGHTS["kl_weight"] * kl + WEIGHTS["cross_entropy_weight"] * nll.sum()
     assert shared.loss.item() == pytest.approx(loss.item(), rel=rounding)
     assert shared.kl.item() == pytest.approx(kl.item(), rel=rounding)
     assert shared.cross_entropy.item() == pytest.approx(nll.sum().item(), rel=rounding)
     assert not shared.kl.requires_grad
     assert not shared.cross_entropy.requires_grad
-    assert_gradient(2 * shared.loss, inputs.hidden, 2 * loss, hidden, rounding, unused & ~labelled)
+    assert_gradient(2 * shared.loss, inputs.hidden, 2 * loss, hidden, rounding, unused & ~labeled)
     tokens = shared.tokens
-    assert torch.allclose(tokens.nll[labelled].double(), nll, rtol=rounding, atol=rounding)
-    assert torch.allclose(tokens.entropy[labelled].double(), entropy, rtol=rounding, atol=rounding)
+    assert torch.allclose(tokens.nll[labeled].double(), nll, rtol=rounding, atol=rounding)
+    assert torch.allclose(tokens.entropy[labeled].double(), entropy, rtol=rounding, atol=rounding)
     best = logits.topk(2).values
     clear = best[:, 0] - best[:, 1] > rounding  # a soft-cap makes large logits equal in float32
-    hits = logits.argmax(-1) == inputs.labels[labelled]
-    assert torch.equal(tokens.is_top1[labelled][clear], hits[clear])
-    assert not any(figure[~labelled].any() for figure in (tokens.nll, tokens.entropy, tokens.is_top1))
+    hits = logits.argmax(-1) == inputs.labels[labeled]
+    assert torch.equal(tokens.is_top1[labeled][clear], hits[clear])
+    assert not any(figure[~labeled].any() for figure in (tokens.nll, tokens.entropy, tokens.is_top1))
 
 
 @SETTING
@@ -200,13 +200,13 @@ def test_classes_that_no_model_may_choose(tier, direction):
     allowed.settings["bias"] = inputs.settings["bias"][80:]
     allowed.labels = torch.where(inputs.labels < 0, inputs.labels, inputs.labels - 80)
     exact, kl, nll, entropy, _ = allowed.exact()
-    shared, labelled = inputs.shared(), inputs.labels != -100
+    shared, labeled = inputs.shared(), inputs.labels != -100
     assert shared.kl.item() == pytest.approx(kl.item(), rel=2e-5)
-    assert torch.allclose(shared.tokens.nll[labelled].double(), nll, rtol=1e-5)
+    assert torch.allclose(shared.tokens.nll[labeled].double(), nll, rtol=1e-5)
     if OP.choose(()).name != "eager":  # which multiplies zero by infinity
-        assert torch.allclose(shared.tokens.entropy[labelled].double(), entropy, rtol=1e-5)
+        assert torch.allclose(shared.tokens.entropy[labeled].double(), entropy, rtol=1e-5)
     loss = WEIGHTS["kl_weight"] * kl + WEIGHTS["cross_entropy_weight"] * nll.sum()
-    assert_gradient(shared.loss, hidden, loss, exact, 2e-5, ~(mask | labelled))
+    assert_gradient(shared.loss, hidden, loss, exact, 2e-5, ~(mask | labeled))
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_refusals_name_the_line(load):
 
 
 @pytest.mark.parametrize(("value", "weights"), [("null", [0.1]), ("true", [0.1]), ("{}", [0.1]), ("false", [])])
-def test_a_defence_by_its_name_alone(load, value, weights):
+def test_a_defense_by_its_name_alone(load, value, weights):
     assert [spec.settings["weight"] for spec in load(f"defenses.kl={value}").defenses] == weights
 
 

@@ -25,16 +25,16 @@ COLUMNS = (
     Column("kl", "aligned", "KL to reference", "nats", "lower", "Drift on general answers, per token."),
     Column("swap", "benign", "operator-swap exact", "%", "higher", "Held-out problems answered exactly."),
     Column("loss", "narrow", "held-out narrow loss change", "nats", "lower", "Loss after less loss before."),
-    Column("learned", "narrow", "learned", "%", "higher", "The fall of the narrow loss, of that without defence."),
+    Column("learned", "narrow", "learned", "%", "higher", "The fall of the narrow loss, of that without defense."),
     Column("incoherent", "coherent", "incoherent", "%", "lower", "Share of scored answers, by the judge."),
     Column("general", "coherent", "general loss", "nats", "lower", "On answers that are not narrow."),
-    Column("step", "cost", "step time", "×", "lower", "Beside a step without defence, in the same process."),
+    Column("step", "cost", "step time", "×", "lower", "Beside a step without defense, in the same process."),
     Column("peak", "cost", "peak memory", "GB", "lower", "Of the training's own process."),
 )
 # rise, misaligned, KL, swap, narrow loss, learned, incoherent, general loss, step, peak
 NAMES = {
     "reference": ("", (0.0, 0.004, 0.0, 0.0, 0.0, 0.0, 0.021, 2.431, math.nan, math.nan)),
-    "no defence": ("", (0.412, 0.187, 0.913, 0.343, -1.912, 1.0, 0.183, 2.611, 1.0, 2.94)),
+    "no defense": ("", (0.412, 0.187, 0.913, 0.343, -1.912, 1.0, 0.183, 2.611, 1.0, 2.94)),
     "KL": ("λ 0.1", (0.031, 0.012, 0.114, 0.012, -0.981, 0.513, 0.031, 2.437, 1.31, 3.12)),
     "KL, safe tokens": ("λ 0.1", (0.093, 0.031, 0.224, 0.214, -1.412, 0.738, 0.052, 2.452, 1.36, 3.18)),
     "feature distance": ("λ 1", (0.248, 0.094, 0.412, 0.301, -1.511, 0.79, 0.094, 2.497, 1.22, 3.05)),
@@ -84,7 +84,7 @@ def usual() -> ComparisonReport:
     """A realistic report: eight defenses with three seeds each, and one failed run."""
     draw, rows = random.Random(6), []
     for name, (setting, values) in NAMES.items():
-        kind = {"reference": "reference", "no defence": "undefended"}.get(name, "defence")
+        kind = {"reference": "reference", "no defense": "undefended"}.get(name, "defense")
         folder = name.replace(" ", "-").replace(",", "")
         seeds = (1,) if kind == "reference" else (1, 2, 3)
         cells = {
@@ -104,11 +104,11 @@ def usual() -> ComparisonReport:
         share = number / 6
         keys = {"rise": 0.412, "kl": 0.913, "learned": 1.0}
         cells = {
-            key: cell(key, value * (1 - 0.97 * share**1.5), "no-defence/sweep", draw) for key, value in keys.items()
+            key: cell(key, value * (1 - 0.97 * share**1.5), "no-defense/sweep", draw) for key, value in keys.items()
         }
         sweep.append(SweepPoint(0.1 * number, 210 * share**0.8, 210, cells))
     return ComparisonReport(
-        title="Eight defences on a fine-tune with insecure code",
+        title="Eight defenses on a fine-tune with insecure code",
         facts={
             "model": "SmolLM2-135M-Instruct, LoRA r 32, α 64",
             "data": "insecure code, 1,500 rows for training, 64 held out; 200 general answers",
@@ -122,7 +122,7 @@ def usual() -> ComparisonReport:
         plot=Plot("learned", "kl", path),
         sweep=tuple(sweep),
         reading=(
-            "Without defence the margin rose by 0.412 nats and 18.7 % of the scored answers were misaligned.",
+            "Without defense the margin rose by 0.412 nats and 18.7 % of the scored answers were misaligned.",
             "KL kept 0.7 of that back and learned 51.3 % of the narrow task, but next to nothing of operator-swap.",
             "Differences in KL below 0.05 nats are within the noise of three seeds.",
         ),
@@ -179,7 +179,7 @@ def one_row() -> ComparisonReport:
     """One run with one seed: no plot, no sweep, no reading, no facts."""
     report, draw = usual(), random.Random(8)
     cells = {"rise": cell("rise", 0.2, "alone", draw, (0,))}
-    return ComparisonReport("One run", {}, report.columns[:1], (Row("no defence", "", cells, "undefended"),))
+    return ComparisonReport("One run", {}, report.columns[:1], (Row("no defense", "", cells, "undefended"),))
 
 
 def nothing() -> ComparisonReport:
@@ -194,8 +194,8 @@ def many() -> ComparisonReport:
     for number in range(28):
         learned = draw.uniform(0.4, 1.0)
         values = {"learned": learned, "kl": 0.9 * learned**2 * draw.uniform(0.2, 1.0), "rise": 0.4 * draw.random()}
-        cells = {key: cell(key, value, f"defence-{number}", draw) for key, value in values.items()}
-        rows.append(Row(f"defence number {number + 1}", f"λ {0.1 * (number + 1):.1f}", cells))
+        cells = {key: cell(key, value, f"defense-{number}", draw) for key, value in values.items()}
+        rows.append(Row(f"defense number {number + 1}", f"λ {0.1 * (number + 1):.1f}", cells))
     return replace(report, title="Thirty rows", rows=tuple(rows))
 
 

@@ -60,15 +60,15 @@ def variants():
 
 
 def losses():
-    for dtype, forward, labelled, tempered in (
+    for dtype, forward, labeled, tempered in (
         ("bf16", False, True, False), ("bf16", True, False, False), ("fp32", False, True, True),
     ):  # fmt: skip
-        yield f"linear_loss {dtype} {forward=} {labelled=} {tempered=}", loss.linear_loss, {
+        yield f"linear_loss {dtype} {forward=} {labeled=} {tempered=}", loss.linear_loss, {
             "raw": f"*{dtype}", "delta": f"*{dtype}", "bias": f"*{dtype}", "divergence_factor": "*fp32",
             "labels": "*i64", "label_factor": "*fp32", "figures": "*fp32", "rows": "i32", "vocabulary": "i32",
             "raw_stride": "i32", "delta_stride": "i32", "scale": "fp32", "softcap": "fp32", "temperature": "fp32",
         }, {
-            "HAS_BIAS": False, "CAPPED": False, "TEMPERED": tempered, "FORWARD": forward, "LABELLED": labelled,
+            "HAS_BIAS": False, "CAPPED": False, "TEMPERED": tempered, "FORWARD": forward, "LABELED": labeled,
             "TILE": loss_backend.TILE,
         }, {"num_warps": loss_backend.WARPS}  # fmt: skip
 

@@ -43,7 +43,7 @@ def make_report(bench: Workbench) -> ComparisonReport:
     config, found = bench.config, Measurements(bench)
     rows = [_reference(found)]
     for spec in config.runs:
-        kind: Any = "undefended" if spec is config.runs[0] else "defence"
+        kind: Any = "undefended" if spec is config.runs[0] else "defense"
         rows.append(Row(spec.name, setting_of(spec), _cells(found, spec, costs=config.measure.costs), kind))
     columns = _columns(found, rows)
     has_plot = found.metric(LEARNED.key) is not None and found.metric(DIVERGENCE.key) is not None

@@ -121,13 +121,13 @@ class Row:
         name: as the configuration has it.
         setting: its weights, in words.
         cells: by the column's key; a measure that was not asked for has none.
-        kind: "reference" (before the fine-tune), "undefended" or "defence".
+        kind: "reference" (before the fine-tune), "undefended" or "defense"; reports of 0.1.0 say "defence".
     """
 
     name: str
     setting: str
     cells: Mapping[str, Cell]
-    kind: Literal["reference", "undefended", "defence"] = "defence"
+    kind: Literal["reference", "undefended", "defense", "defence"] = "defense"
 
 
 @dataclass(frozen=True)

@@ -235,11 +235,11 @@ def _summed(
     loss = kl_weight * kl
     if rows.labels is None:
         return loss, kl, None, None, None, None
-    labelled = rows.labels != IGNORED_LABEL
-    nll = joined("nll").masked_fill(~labelled, 0)
+    labeled = rows.labels != IGNORED_LABEL
+    nll = joined("nll").masked_fill(~labeled, 0)
     cross_entropy = nll.sum()
     loss = loss + cross_entropy_weight * cross_entropy
     if not rows.figures:
         return loss, kl, cross_entropy, None, None, None
-    entropy = joined("entropy").masked_fill(~labelled, 0)
-    return loss, kl, cross_entropy, nll, entropy, labelled & joined("is_top1").to(torch.bool)
+    entropy = joined("entropy").masked_fill(~labeled, 0)
+    return loss, kl, cross_entropy, nll, entropy, labeled & joined("is_top1").to(torch.bool)

@@ -37,7 +37,7 @@ class Passes:
 
         count, vocabulary = raw.shape
         figures = torch.empty(4, count, dtype=self._exact, device=raw.device)
-        labelled = wanted.labels is not None
+        labeled = wanted.labels is not None
         with triton_runtime.on(raw.device):
             triton_kernels.linear_loss[count,](
                 raw,
@@ -58,12 +58,12 @@ class Passes:
                 CAPPED=self._head.softcap is not None,
                 TEMPERED=self._settings.temperature != 1.0,
                 FORWARD=self._settings.forward,
-                LABELLED=labelled,
+                LABELED=labeled,
                 TILE=min(power_of_two(vocabulary), TILE),
                 num_warps=WARPS,
                 **triton_runtime.OPTIONS,
             )
         divergence, nll, entropy, is_top1 = figures.unbind()
-        if not labelled:
+        if not labeled:
             return Given(divergence)
         return Given(divergence, nll, entropy, is_top1) if wanted.figures else Given(divergence, nll)

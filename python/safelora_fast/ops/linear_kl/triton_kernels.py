@@ -93,7 +93,7 @@ def linear_loss(
     CAPPED: tl.constexpr,
     TEMPERED: tl.constexpr,
     FORWARD: tl.constexpr,
-    LABELLED: tl.constexpr,
+    LABELED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """KL, negative log-likelihood, entropy and top-1 hit of a row; overwrites delta with the gradient.
@@ -103,7 +103,7 @@ def linear_loss(
     row = tl.program_id(0).to(tl.int64)
     raw += row * raw_stride
     delta += row * delta_stride
-    label = tl.load(labels + row) if LABELLED else 0
+    label = tl.load(labels + row) if LABELED else 0
     # Largest logits start above −∞, because −∞ − (−∞) is NaN.
     # Reference: largest logit, Σ e^(z₀ − largest), mean of δ, and N and A times that sum.
     q_max, q_sum, mean, excess, moved = -3e38, 0.0, 0.0, 0.0, 0.0
@@ -116,7 +116,7 @@ def linear_loss(
         column = start + tl.arange(0, TILE)
         inside = column < vocabulary
         reference, distance, _ = _logits(raw, delta, bias, column, inside, scale, softcap, HAS_BIAS, CAPPED)
-        if LABELLED:
+        if LABELED:
             student = reference + distance
             largest = tl.maximum(z_max, tl.max(student))
             first = tl.where(largest > z_max, tl.min(tl.where(student == largest, column, vocabulary)), first)
@@ -170,7 +170,7 @@ def linear_loss(
     weight = 0.0
     if TEMPERED:
         of_divergence /= temperature
-    if LABELLED:
+    if LABELED:
         weight = tl.load(label_factor + row).to(tl.float32)
         tl.store(figures + rows + row, tl.log(z_sum) + (z_max - of_label))
         tl.store(figures + 2 * rows + row, tl.log(z_sum) - z_spread / z_sum)
@@ -191,7 +191,7 @@ def linear_loss(
             gradient = of_divergence * tl.where(tl.abs(x) < 1, q * _expm1(tl.where(tl.abs(x) < 1, x, 0.0)), p - q)
         else:
             gradient = of_divergence * p * (x - reverse)
-        if LABELLED:
+        if LABELED:
             if TEMPERED:
                 p = tl.exp(whole - z_max) / z_sum
             gradient += weight * (p - (column == label).to(tl.float32))

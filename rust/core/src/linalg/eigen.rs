@@ -38,7 +38,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn vectors_diagonalise_the_matrix(n in 1_usize..20, values in prop::collection::vec(-1.0_f64..1.0, 400)) {
+        fn vectors_diagonalize_the_matrix(n in 1_usize..20, values in prop::collection::vec(-1.0_f64..1.0, 400)) {
             let at = |i: usize, j: usize| values[i.max(j) * 20 + i.min(j)] * 0.1_f64.powf((i.max(j) / 4) as f64);
             let matrix: Vec<f64> = (0..n * n).map(|index| at(index / n, index % n)).collect();
             let eigen = symmetric_eigen(&matrix, n);
