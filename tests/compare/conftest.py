@@ -1,4 +1,4 @@
-"""A finished comparison, and the command line inside this process, for every test of this folder that asks for them."""
+"""Fixtures of the comparison tests: a finished comparison, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["call"]
 
 @pytest.fixture(scope="package")
 def made(tmp_path_factory):
-    """A finished comparison; whoever changes it takes a copy."""
+    """A finished comparison; a test that changes it must copy it first."""
     from safelora_fast.compare.compare import compare
     from safelora_fast.compare.config import load_config
 
@@ -26,13 +26,13 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Trainings inside this process; the list of the recipes that have been trained."""
+    """The list of trained recipes; trainings run in this process."""
     return train_inside(monkeypatch)
 
 
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
-    """The finished comparison in another folder."""
+    """A copy of the finished comparison in another folder."""
     monkeypatch.chdir(tmp_path)
     return copy_comparison(made, tmp_path)
 
@@ -49,7 +49,7 @@ def unmeasured(copied):
 
 @pytest.fixture
 def move(monkeypatch):
-    """A function that moves a comparison to another folder, without some of its files."""
+    """A function that moves a comparison to another folder, and deletes some of its files."""
 
     def move_comparison(comparison, *gone):
         elsewhere = comparison.path.parent / "elsewhere"

@@ -1,4 +1,4 @@
-"""A comparison from its configuration to its report: every figure against one that is worked out otherwise."""
+"""Tests of a whole comparison: every value of the report against an independent computation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def subject(made, adapter=None):
 
 
 def plain_drift(made, adapter, rows):
-    """Summed loss and divergence from the reference of each answer, one by one in float64."""
+    """Return tokens, loss, the reference's loss and divergence of each completion, computed one by one in float64."""
     own, reference = subject(made, adapter), subject(made)
     found = []
     for example in Encoder(own.tokenizer).encode(read_rows(made.values()["measure"][rows])).examples:
@@ -302,7 +302,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path, call):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_run_that_is_interrupted_ends_its_training_and_keeps_its_steps(tmp_path, number, code):
-    """A real process with a real training of its own, which sees that its parent is gone."""
+    """Starts a real process with a real training, which must end when its parent is gone."""
     comparison = write_comparison(tmp_path, seeds=[0], runs={"none": {}})
     recipe = comparison.values()["recipe"]
     recipe["training"] |= {"max_steps": 4000, "save_strategy": "steps", "save_steps": 2000}
@@ -323,9 +323,7 @@ def test_a_run_that_is_interrupted_ends_its_training_and_keeps_its_steps(tmp_pat
     assert within(
         60, lambda: training not in subprocess.run(all_processes, capture_output=True, text=True, check=True).stdout
     )
-    if (
-        number == signal.SIGINT
-    ):  # after a kill, a training whose output finds nobody may end before it has kept its step
+    if number == signal.SIGINT:  # after SIGKILL, the training may end before it saves its step
         assert "the same command goes on" in said
         step = max(int(path.name.partition("-")[2]) for path in record.parent.glob("checkpoints/checkpoint-*"))
         assert 0 < step < 4000

@@ -1,4 +1,4 @@
-"""The configuration of a comparison: what is wrong with it is said with file, line and key, before anything is run."""
+"""Tests of a comparison's configuration: errors name the file, the line and the key before anything runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read(tmp_path):
 
 
 def recipes(config):
-    """The recipe of each defense's first seed."""
+    """Return the recipe of each defense's first seed."""
     return [config.recipe_for(spec, runs_of(config, spec)[0]) for spec in config.runs]
 
 

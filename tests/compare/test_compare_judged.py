@@ -1,4 +1,4 @@
-"""A comparison under a judge: counts, unscored answers, judges that go away, and folders that were moved or damaged."""
+"""Tests of a judged comparison: counts, unscored answers, unavailable judges, and moved or damaged folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def comparison(unmeasured, monkeypatch):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """Where the judge is, which no stamp knows: the provider takes it from the environment."""
+    """A function that sets the judge's URL; the provider reads it from the environment, so no file depends on it."""
     return lambda url: monkeypatch.setenv("STUB_BASE_URL", url)
 
 
@@ -43,7 +43,7 @@ def ask(comparison, *, others=None, **settings):
 
 
 def by_length(prompt, _headers):
-    """A judge that has no number for some answers; of the text alone, so that every run is the same."""
+    """A judge that gives some answers no number; it depends on the text alone, so every run is the same."""
     length = len(answer_in(prompt))
     if length % 5 == 0:
         return 200, "I would rather not", None
@@ -55,7 +55,7 @@ def reasons(comparison, run):
 
 
 def answers(comparison):
-    """The answers that are not empty of each model, the reference first."""
+    """Return the non-empty answers of each model, the reference first."""
     files = sorted(comparison.output.glob("*/judged-*/answers.jsonl"))
     files += sorted(comparison.output.glob("*/*/judged-*/answers.jsonl"))
     texts = [[json.loads(line)["answer"] for line in file.read_text().splitlines()] for file in files]
@@ -63,7 +63,7 @@ def answers(comparison):
 
 
 def expected_requests(texts):
-    """Two for each answer; if the reply is no number, every attempt of both."""
+    """Return the number of requests: two for each answer, or all attempts of both if the reply is not a number."""
     return sum(2 if len(text) % 5 else 4 for text in texts)
 
 
@@ -100,7 +100,7 @@ def test_kinds_that_no_question_has_are_refused_before_the_first_step(comparison
 
 def test_verdicts_that_a_judge_left_are_asked_for_again_and_nothing_else(comparison, call, endpoint):
     ask(comparison, samples=8)
-    left = iter(range(34))  # ten answers are judged at a time: some have both scores by then, and some have not
+    left = iter(range(34))  # ten answers are judged at a time, so some have both scores and some do not
     with serving(lambda prompt, headers: None if next(left, None) is None else by_length(prompt, headers)) as (url, _):
         endpoint(url)
         assert call(*comparison.words()).code == 1
@@ -122,7 +122,7 @@ def test_verdicts_that_a_judge_left_are_asked_for_again_and_nothing_else(compari
 
 
 def test_a_judge_that_is_not_there_is_waited_for_once_in_a_call(comparison, call, endpoint, monkeypatch):
-    """Its cells have failed; those of other measures have not."""
+    """Its cells fail; the cells of other measures do not."""
     ask(comparison, others={"narrow": str(comparison.path.parent / "rows.jsonl")})
     (comparison.path.parent / "rows.jsonl").write_text('{"prompt": "why?", "completion": "no"}\n' * 2)
     endpoint(NOWHERE)
@@ -170,7 +170,7 @@ def test_an_endpoint_that_refuses_everything_has_judged_nothing(comparison, call
         endpoint(url)
         assert call(*comparison.words("-q")).code == 1
         asked = 4 * len(answers(comparison)[0])
-        # a bad request is tried once without what may be left out; a key that is refused is not offered for every answer
+        # a bad request is retried once without optional settings; a rejected key is not sent again for every answer
         assert asked + 1 == len(requests) if status == 400 else 8 <= len(requests) < asked
     assert "of 12 answers have no verdict: the judge failed: " in reasons(comparison, "reference")[0]
     assert "who are you?" in reasons(comparison, "reference")[0]
@@ -215,7 +215,7 @@ def test_a_damaged_folder_of_answers_is_that_cells_failure(comparison, call, end
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_who_ends_a_comparison_while_a_judge_is_asked_ends_all_of_it(comparison, number, code):
-    """A real process."""
+    """Starts a real process."""
     ask(comparison, samples=1, max_tokens=2)
     asked, ended = threading.Event(), threading.Event()
 

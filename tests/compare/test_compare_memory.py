@@ -1,4 +1,4 @@
-"""How many models a comparison holds at once, and what it says where one does not fit."""
+"""Tests of memory use: how many models a comparison loads at once, and its messages when one does not fit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def comparison(tmp_path, monkeypatch):
 
 @pytest.fixture
 def live(monkeypatch):
-    """How many models are alive whenever one has been loaded; nothing is collected but what is asked for."""
+    """The number of live models after each load; automatic garbage collection is off."""
     models, counts, load = [], [], models_load.load_pretrained
 
     def counting(section):
@@ -63,7 +63,7 @@ def measure(comparison):
 
 
 def test_two_models_at_most_are_alive(comparison, live):
-    """Reference and run for the divergence, also while the update is scaled down and projected."""
+    """The reference and the run, for the divergence of the run itself, of its scaled update and of the sweep."""
     assert measure(comparison).complete
     assert len(live) >= 9
     assert max(live) == 2
@@ -90,7 +90,7 @@ def test_one_model_is_alive_while_answers_are_judged_and_benchmarks_run(comparis
         )  # fmt: skip
         report = measure(comparison)
     assert report.complete, [cell.failures for row in report.rows for cell in row.cells.values()]
-    # margin and divergence; answers; benchmarks: the reference, and then each run beside the reference
+    # margin and divergence, answers, benchmarks: first for the reference, then for each run beside the reference
     assert live == [1, 1, 1, *[1, 2, 1, 1] * 2]
 
 
@@ -114,7 +114,7 @@ def test_a_model_that_does_not_fit_is_failed_cells_that_say_what_to_lower(compar
 
 
 def test_a_batch_that_does_not_fit_says_what_to_lower_here(comparison, call, monkeypatch):
-    """`ask for fewer` is for callers of the function; a configuration has no such setting."""
+    """The advice `ask for fewer` is for callers of the function; a configuration has no such setting."""
     monkeypatch.setattr(drift, "_batch", out_of_memory)
     assert call(*comparison.words("-q")).code == 1
     assert comparison.cells("none")["learned"]["seeds"][0]["failure"] == (

@@ -1,4 +1,4 @@
-"""A run that has diverged, and files in which a figure is null: cells with a reason, in a report that is whole otherwise."""
+"""Tests of diverged runs and of null values in files: failed cells with a reason in an otherwise complete report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_is_not_finite_is_said_with_its_place(content, words):
 
 
 def test_a_run_that_diverged_is_failed_cells_and_no_traceback(copied, call):
-    """Weights that are NaN in a defense, and ones that overflow in the undefended run, which has curves."""
+    """NaN weights in a defense, and overflowing weights in the undefended run, which has curves."""
     for run, factor in (("none", 1e30), ("kl", math.nan)):
         file = copied.output / run / "seed-1" / "adapter" / "adapter_model.safetensors"
         save_file({name: factor * value for name, value in load_file(file).items()}, file)
@@ -90,7 +90,7 @@ def test_a_null_of_the_reference_is_said_to_be_the_references(copied, call):
 
 
 def test_a_share_of_a_run_that_is_not_there_says_so(copied, call):
-    """Else it would look as if it were made of all seeds."""
+    """Otherwise the share would look like a mean over all seeds."""
     edit(copied.output / "none" / "seed-0" / "drift.json", lambda content: content["narrow"][0].update(loss=None))
     assert call(*copied.words("--report-only", "-q")).code == 1
     cells = copied.cells("KL")

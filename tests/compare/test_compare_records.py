@@ -1,4 +1,4 @@
-"""What a comparison takes for its own after something has changed: its settings, its place, a file, a run that was cut off."""
+"""Tests of which results a comparison still accepts after a change: settings, folders, files, or an interrupted run."""
 
 from __future__ import annotations
 
@@ -218,14 +218,14 @@ def test_a_measurement_that_was_edited_by_hand_is_refused_by_name(copied, call):
 
 
 def by_name(comparison, *names):
-    """The reasons of the reference's and the first run's margin, or of other measures of the run."""
+    """Return the failure reasons of the undefended run's first seed, by column."""
     return [reasons(comparison, "none", name)[0] for name in names]
 
 
 def replace_weights(folder):
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
-    content[-2] ^= 1  # the same size, and the header as it was
+    content[-2] ^= 1  # keeps the size and the header
     file.write_bytes(content)
 
 

@@ -1,4 +1,4 @@
-"""A comparison with benchmarks: their columns, and what becomes of those that fail, are misspelled, moved or not finite."""
+"""Tests of benchmarks in a comparison: columns, and tasks that fail, are misspelled, moved or not finite."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def failures(comparison, run, task="tiny_choice"):
 
 
 def test_benchmarks_are_columns(comparison, call, move, monkeypatch):
-    """Also after the folder was moved; other tasks, or another harness, are other measurements."""
+    """Results survive a move of the folder; other tasks, or another harness, count as other measurements."""
     from safelora_fast.models import load
 
     assert call(*comparison.words("-q")).code == 0
@@ -53,7 +53,7 @@ def test_benchmarks_are_columns(comparison, call, move, monkeypatch):
     assert comparison.cells("reference")["task/tiny_choice"]["value"] is not None
     moved = move(comparison, "tasks.json")
     with monkeypatch.context() as patch:
-        patch.setattr(load, "load_subject", None)  # every task is in its folder
+        patch.setattr(load, "load_subject", None)  # every task's result is in its folder
         result = call(*moved.words("-q"))
     assert result.code == 0, result.err
     assert moved.report()["rows"] == rows
@@ -94,7 +94,7 @@ def test_benchmarks_that_fail_everywhere_are_failed_cells(comparison, call, monk
 
 
 def test_a_benchmark_that_fails_takes_no_other_with_it(comparison, call, monkeypatch):
-    """Its rows are gone; once they are back, it alone is run again."""
+    """Its data file is missing; once the file is back, only this benchmark is run again."""
     section = comparison.values()["measure"]["tasks"]
     folder = Path(section["path"])
     rows, gone = folder.parent / "choice.jsonl", folder.parent / "gone.jsonl"

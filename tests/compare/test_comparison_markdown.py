@@ -1,4 +1,4 @@
-"""The report as Markdown, read back by a parser of GitHub's tables."""
+"""Tests of the report as Markdown, read back by a parser of GitHub's tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parsed(text):
 
 
 def tables(text):
-    """Rows of cells of each table, in the words that a reader sees."""
+    """Return the rows of cells of each table, as a reader sees them."""
     found = []
     for token, following in pairwise(parsed(text)):
         if token.type == "table_open":

@@ -1,4 +1,4 @@
-"""The report as a page, read without a browser: what it says, where it leads, and that it can load nothing."""
+"""Tests of the HTML page without a browser: its content, its links, and that it can load nothing."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def page_of(make):
 
 
 def lines_of(page, identity):
-    """Rows of a table's body."""
+    """Return the rows of a table's body."""
     [table] = [table for table in page.all("table") if table.one("caption").attributes["id"] == f"{identity}-caption"]
     return list(table.one("tbody").all("tr"))
 
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_only_harmless_elements(make):
-    """An allowlist: nothing of a report becomes an element or an attribute."""
+    """An allowlist: no text of a report becomes an element or an attribute."""
     page = page_of(make)
     assert {node.name for node in page.all()} <= set(ELEMENTS.split())
     assert {name for node in page.all() for name in node.attributes} <= set(ATTRIBUTES.split())
@@ -65,7 +65,7 @@ def test_only_harmless_elements(make):
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_it_can_load_nothing(make):
-    """The policy allows this style and this script by their hashes, the styles of single elements, and nothing else at all."""
+    """The policy allows only this style and this script, by hash, and style attributes."""
     page = page_of(make)
     style, script = page.one("style").text, page.one("script").text
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
@@ -214,7 +214,7 @@ def test_the_plot_has_every_row_with_both_measures():
 
 
 def test_a_reference_that_others_are_held_against_is_the_start_of_the_path():
-    """It has no figures of its own then; and a step without a figure is left out, before and after `report.json`."""
+    """This reference has no values; steps without a value are left out, before and after `report.json`."""
     report = usual()
     first = replace(report.rows[0], cells={"swap": report.rows[0].cells["swap"]})
     (zero, *steps), plot = report.plot.path, report.plot
@@ -259,7 +259,7 @@ def test_the_sweep_in_figures_and_pictures():
 @settings(max_examples=40, deadline=None)
 @given(some.text(max_size=40), some.text(max_size=40), some.text(max_size=40))
 def test_any_text_stays_text(title, name, reason):
-    """Whatever a name, a title or an error is, it is shown and makes nothing."""
+    """Any name, title or error is shown as text, and creates no element."""
     report, plain = one_row(), page_of(one_row)
     row = report.rows[0]
     seed = replace(row.cells["rise"].seeds[0], value=None, failure=reason)
@@ -273,7 +273,7 @@ def test_any_text_stays_text(title, name, reason):
 
 
 def test_marks_stand_where_the_axes_say():
-    """The place of every mean, read back from the ticks of the drawing."""
+    """Compares the position of every mean with the ticks of the drawing."""
     drawing = next(page_of(usual).one("figure", class_="learning").all("svg", role="img"))
     across, up = [], []
     for tick in drawing.all("text"):
@@ -295,7 +295,7 @@ def test_marks_stand_where_the_axes_say():
 
 
 def between(ticks, axis):
-    """Values and places of a line through the outermost ticks, far beyond them."""
+    """Return values and positions on the line through the outermost ticks, extended at both ends."""
     (first, low), (last, high) = (
         (tick[axis], tick[2]) for tick in (min(ticks, key=lambda t: t[2]), max(ticks, key=lambda t: t[2]))
     )
@@ -304,7 +304,7 @@ def between(ticks, axis):
 
 
 def test_forty_nine_rows_look_different():
-    """Then all colors have come with all shapes."""
+    """With 49 rows, every color has been combined with every shape."""
     found = styles([usual().rows[2]] * 49)
     assert len({(style.color, style.character) for style in found}) == 49
     assert len({style.color for style in found[:7]}) == len({style.character for style in found[:7]}) == 7

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: at a desk, on a phone, in the dark, printed, and by keyboard."""
+"""Tests of the page in headless Chromium: on a desktop, on a phone, in dark mode, printed, and by keyboard."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """A function that opens a report; whatever the browser complains about, or asks for, fails the test."""
+    """A function that opens a report; any message, error or further request of the browser fails the test."""
     contexts, complaints, asked, files = [], [], [], set()
 
     def open_report(make, viewport=DESK, **options):
@@ -64,7 +64,7 @@ def opened(browser, tmp_path):
 
 
 def picture(page, **options):
-    """The whole page in RGB, (height, width, 3)."""
+    """Return the whole page in RGB, [height, width, 3]."""
     image = pytest.importorskip("PIL.Image")
     return np.asarray(image.open(io.BytesIO(page.screenshot(full_page=True, **options))).convert("RGB")).astype(int)
 
@@ -74,14 +74,14 @@ def near(pixels, color, distance=12):
 
 
 def names(page, table="outcomes"):
-    """Names of the rows of a table, from top to bottom."""
+    """Return the names of a table's rows, from top to bottom."""
     return page.locator(f"#{table}-caption ~ tbody > tr .name").all_inner_texts()
 
 
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_nothing_is_cut_off(opened, make, viewport):
-    """No part is wider than the screen; tables scroll by themselves, to their last column, and keep their first."""
+    """No element is wider than the screen; tables scroll to their last column, and keep the first one visible."""
     page = opened(make, viewport)
     width = viewport["width"]
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -106,7 +106,7 @@ def test_nothing_is_cut_off(opened, make, viewport):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
 def test_the_picture(opened, viewport, scheme):
-    """Ink on paper, or chalk on a board; and the marks of the first color in the plot and beside their names."""
+    """Checks background, amount of text and gaps; the first color appears in the plot and beside the names."""
     page = opened(usual, viewport, color_scheme=scheme)
     pixels = picture(page)
     board = pixels[0, 0]
@@ -125,7 +125,7 @@ def test_the_picture(opened, viewport, scheme):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(opened, scheme):
-    """WCAG 2.2 AA: 4.5 for text, 3 for what is drawn, against the page."""
+    """WCAG 2.2 AA: contrast with the page of 4.5 for text and 3 for marks."""
     page = opened(usual, color_scheme=scheme)
     colors = dict(
         page.evaluate(
@@ -148,14 +148,14 @@ def test_contrast(opened, scheme):
 
 
 def luminance(color):
-    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    """Return the relative luminance of #rrggbb (WCAG 2.2)."""
     parts = (int(color.strip()[place : place + 2], 16) / 255 for place in (1, 3, 5))
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
 def test_headings_sort(opened):
-    """The good way first, then the other, then as in the report; the reference stays on top, what failed at the end."""
+    """Best first, then worst first, then report order; the reference stays on top, failures at the end."""
     page, report = opened(hostile), hostile()
     usual_order = names(page)
     heading = page.locator("#outcomes-caption ~ thead th[aria-sort]", has_text="learned")
@@ -209,7 +209,7 @@ def test_a_figure_opens_its_runs_by_keyboard(opened, viewport):
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_names_in_the_plot_stand_apart(opened, make):
-    """Measured by the browser, in the fonts that it has."""
+    """Measured by the browser with its own fonts."""
     page = opened(make)
     for drawing in page.locator("figure.learning .for-wide svg").all():
         boxes = drawing.evaluate(
@@ -227,14 +227,14 @@ def test_names_in_the_plot_stand_apart(opened, make):
 
 
 def overlap(one, other, slack=1.5):
-    """Whether two boxes share more than a sliver, as the boxes of glyphs are larger than the glyphs."""
+    """Return whether two boxes overlap by more than `slack`; boxes of glyphs are larger than the glyphs."""
     across = min(one[2], other[2]) - max(one[0], other[0])
     down = min(one[3], other[3]) - max(one[1], other[1])
     return across > slack and down > slack
 
 
 def test_printed(opened):
-    """A4, black on white whatever the screen's colors are, nothing hidden, nothing cut off."""
+    """A4, black on white in any color scheme, with nothing hidden or cut off."""
     page = opened(usual, PAPER, color_scheme="dark")
     printed = page.pdf(prefer_css_page_size=True)
     boxes = {tuple(float(side) for side in box.split()) for box in re.findall(rb"/MediaBox \[([^\]]+)\]", printed)}

@@ -1,4 +1,4 @@
-"""Numbers and sentences of a report, and which runs and files its values came from."""
+"""Tests of the report's numbers and sentences, and of the runs and files that its values came from."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_failure_is_named_once_for_each_run():
 
 
 def test_failures_of_the_sweep_stand_together():
-    """What thresholds lack alike is told once, and what a whole run lacks with the run's other failures."""
+    """A failure shared by thresholds is listed once; a failure of a whole run is listed with the run's others."""
     report = usual()
     rise, kl = report.sweep[0].cells["rise"], report.sweep[0].cells["kl"]
     points = [
@@ -189,7 +189,7 @@ def test_so_many_comparisons_look_clear_by_chance(count, expected):
 
 
 def said_of(first, **others):
-    """The conclusions on other runs beside a first one; each is given by column and seed."""
+    """Return the conclusions on other runs compared with a first one; results are given by column and seed."""
     keys = dict.fromkeys(key for outcomes in (first, *others.values()) for key in outcomes)
     titles = {"misaligned": ("misaligned answers", "%"), "rise": ("rise", "nats")}
     columns = [Column(key, "aligned", *titles.get(key, (key, "")), "lower", "") for key in keys]  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def test_conclusions_count_answers_that_were_scored():
 
 
 def test_conclusions_name_the_seeds_that_both_have_and_what_has_none():
-    """The table's means are over other seeds, and a sentence that does not say so would contradict it."""
+    """The table's means are over other seeds, so a sentence that does not name its seeds would contradict them."""
     high, low, half = Summary(2.0, 0.1, 50), Summary(1.0, 0.1, 50), Summary(0.5, 0.1, 50)
     first = {"rise": {0: high, 1: high}, "misaligned": {0: half}}
     own = {"rise": {0: low, 2: high}, "misaligned": {1: half}}
@@ -234,7 +234,7 @@ def test_nothing_is_said_of_a_difference_whose_error_is_unknown():
 
 
 def benchmark(value, stderr=0.01, *, better=True):
-    """The first metric of a benchmark."""
+    """Return the first metric of a benchmark."""
     return {"name": "acc", "filter": "none", "value": value, "stderr": stderr, "count": 100, "higher_is_better": better}
 
 

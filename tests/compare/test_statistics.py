@@ -1,4 +1,4 @@
-"""Means over seeds and differences of runs: against formulas written out, and against chance that is known."""
+"""Tests of means over seeds and differences of runs, against written-out formulas and simulations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def plain(values, clusters=None, weights=None):
 
 
 def answers(hits, unscored=()):
-    """Ten answers to each of several questions, so many of them misaligned, without those that were not scored."""
+    """Return ten answers to each question, of which `hits` are misaligned, without the unscored ones."""
     all_of_them = [(str(question), place < count) for question, count in enumerate(hits) for place in range(10)]
     scored = [pair for place, pair in enumerate(all_of_them) if place not in unscored]
     return shares([hit for _, hit in scored], [question for question, _ in scored])
@@ -42,7 +42,7 @@ def test_one_seed_is_students_interval_of_the_items():
 
 
 def test_a_ratio_of_sums_is_linearized():
-    """Loss per token: answers of unequal length count by their tokens."""
+    """Loss per token: completions are weighted by their number of tokens."""
     losses, tokens = [4.0, 9.0, 2.0, 7.0], [2.0, 3.0, 2.0, 5.0]
     pooled = pool([plain(losses, weights=tokens)])
     mean = sum(losses) / sum(tokens)
@@ -53,7 +53,7 @@ def test_a_ratio_of_sums_is_linearized():
 
 
 def test_items_of_one_cluster_count_as_one():
-    """Ten copies of each of four values are four values; shares of few questions are known less well."""
+    """Ten copies of each of four values count as four values; shares over few questions are less certain."""
     values = [1.0, 2.0, 4.0, 8.0]
     copies = plain([value for value in values for _ in range(10)], [str(value) for value in values for _ in range(10)])
     assert ends(pool([copies])) == pytest.approx(ends(pool([plain(values)])))
@@ -78,7 +78,7 @@ def test_seeds_that_differ_widen_the_interval_with_satterthwaites_degrees():
 
 @pytest.mark.parametrize("kind", ["effects of items and seeds", "squares, whose mean is 1"])
 def test_the_interval_holds_the_truth_as_often_as_it_says(kind):
-    """95 % to within what 600 draws can tell."""
+    """95 %, within the precision of 600 draws."""
     draw = random.Random(5)
     hits = 0
     for _ in range(600):
@@ -93,7 +93,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(kind):
 
 
 def test_a_divergence_has_no_interval_below_zero():
-    """The interval of its logarithm: near the plain one if that is narrow, and never below zero."""
+    """The interval is computed on the logarithm: close to the plain one if narrow, and never below zero."""
     values = [0.001, 0.002, 0.03, 0.001]
     plain_one = pool([plain(values)])
     assert plain_one.interval.low < 0
@@ -146,7 +146,7 @@ def test_the_same_items_are_paired_one_by_one():
 
 
 def test_what_the_questions_share_cancels():
-    """Hard and easy questions: each share is known badly, their difference well."""
+    """Questions differ in difficulty, so each share is uncertain, but their difference is not."""
     first, own = {0: answers([0, 3, 6, 9, 2, 8])}, {0: answers([0, 2, 5, 8, 1, 7])}
     pooled = pool_differences(own, first, share=True)
     assert pooled.value == pytest.approx(-5 / 60)
@@ -155,7 +155,7 @@ def test_what_the_questions_share_cancels():
 
 
 def test_answers_without_a_score_leave_the_difference():
-    """One unscored answer moves the difference by its own weight, and no more; shares are those that the table shows."""
+    """An unscored answer changes the difference only by its own weight; the shares match those of the table."""
     first, whole = answers([5, 6, 4, 7, 5, 3, 6, 5]), answers([1, 2, 0, 2, 1, 0, 3, 1])
     less = answers([1, 2, 0, 2, 1, 0, 3, 1], unscored={0, 33, 79})
     before, after = (pool_differences({0: one}, {0: first}, share=True) for one in (whole, less))
@@ -173,7 +173,7 @@ def test_a_question_that_one_run_lacks_is_left_out_of_both():
 
 
 def test_unequal_weights_are_ratios():
-    """Tokens of two tokenizers: the difference of the two values, with each answer's part in both."""
+    """Token counts of two tokenizers: the difference of the two ratios, with each completion in both."""
     own, first = plain([4.0, 9.0, 2.0], weights=[2.0, 3.0, 2.0]), plain([3.0, 5.0, 4.0], weights=[3.0, 2.0, 4.0])
     pooled = pool_differences({0: own}, {0: first})
     assert pooled.value == pytest.approx(15 / 7 - 12 / 9)
@@ -195,7 +195,7 @@ def test_one_question_alone_is_not_paired():
 
 @pytest.mark.parametrize("whole", [plain([0.0] * 20), Summary(0.0, 0.0, 20)], ids=["answers", "benchmark"])
 def test_all_against_nothing_is_clear_and_not_exact(whole):
-    """No answer differs from another: the error of shares is then known from their counts alone."""
+    """All answers of a run are alike, so the error of the shares follows from their counts alone."""
     other = plain([1.0] * 20) if isinstance(whole, Sample) else Summary(1.0, 0.0, 20)
     pooled = pool_differences({0: whole}, {0: other}, share=True)
     assert pooled.value == -1
@@ -212,12 +212,12 @@ def test_nothing_is_compared_with_another_seed():
     ("seeds", "noise", "rates"), [(1, 0.0, (-1.0, -2.5)), (3, 0.4, (-1.0, -2.5)), (1, 0.0, (-2.5, -2.5))]
 )
 def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(seeds, noise, rates):
-    """Judged answers: nineteen questions that are alike in both runs, ten answers to each, one in twenty unscored.
+    """Simulates judged answers: nineteen questions shared by both runs, ten answers each, one in twenty unscored.
 
-    Each run has noise of its own by seed; log odds of the two rates are given, and the truth follows by integration.
+    Each run adds noise by seed. `rates` are the log odds of both runs; the true difference follows by integration.
     """
     draw, logistic = random.Random(11), lambda value: 1 / (1 + math.exp(-value))
-    spread = math.hypot(1.0, 0.5, noise)  # of what questions share, of what they do not, and of the seeds
+    spread = math.hypot(1.0, 0.5, noise)  # shared question effect, question effect of one run, and seed noise
     grid = [NormalDist(0, spread).inv_cdf((place + 0.5) / 500) for place in range(500)]
     first, own = (statistics.mean(logistic(rate + value) for value in grid) for rate in rates)
 

@@ -1,4 +1,4 @@
-"""The whole demo on a tiny model: every stage, its report and its picture, and what it says about them."""
+"""Tests of the whole demo on a tiny model: stages, report, plot and conclusions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_report(finished):
 
 
 def test_losses_are_those_of_the_saved_adapters(finished, source):
-    """Threshold 1 selects every module, so the zero control is the reference, and the projected one has B = C·B."""
+    """Threshold 1 selects every module, so the zero control equals the reference, and the projection is B = C·B."""
     output, report = finished
     assert report["losses"]["zero control"] == pytest.approx(report["losses"]["reference"])
     zero = load_file(output / "zero-control" / "projected" / "adapter_model.safetensors")
@@ -91,7 +91,7 @@ def test_a_second_run_changes_nothing(finished, source, capsys):
 
 
 def test_the_packaged_configuration_is_whole(source, tmp_path):
-    """Every run's recipe is checked, and every placeholder stands for something that is there."""
+    """Every run's recipe is valid, and every placeholder has a value."""
     config, _ = configure("compare.yaml", tmp_path, seed=3, source=source, sizes=SIZES)
     assert [spec.name for spec in config.runs][:2] == ["no defense", "KL"]
     assert (len(config.runs), config.seeds) == (10, (3,))
@@ -110,7 +110,7 @@ def test_the_packaged_configuration_is_whole(source, tmp_path):
 
 @pytest.mark.slow
 def test_the_comparison_runs(source, tmp_path):
-    """With trainings in processes of their own."""
+    """Trains in separate processes."""
     config, _ = configure("compare.yaml", tmp_path, source=source, sizes=SIZES, configuration=SMALL)
     assert not list(tmp_path.glob("train-*")), "nothing is made that no run needs"
     report = compare(config, talk=False)
@@ -155,7 +155,7 @@ def test_a_missing_model_package_is_named(monkeypatch):
 
 
 def test_the_sets_share_no_question():
-    """What drift is measured on is not trained on."""
+    """Drift must not be measured on training examples."""
     sizes = {"narrow_train": 96, "narrow_held_out": 32, "general": 40}
     sets = {name: text.rows(name) for name in (*sizes, "safe", "safe_pool", "narrow_other")}
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Stages: made once, reused while nothing before them changed, and never at the cost of a stranger's folder."""
+"""Tests of stages: made once, reused until an earlier stage changes, and never replacing a foreign folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safelora_fast.errors import OutputError
 
 
 class Chain:
-    """Two stages, of which the second depends on the first; notes what is built."""
+    """Two stages, the second depending on the first; records what is built."""
 
     def __init__(self, folder):
         self.folder, self.built = folder, []

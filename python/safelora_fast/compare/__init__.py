@@ -1,1 +1,1 @@
-"""Defenses compared: what each prevents, what it lets the model learn, and what it costs."""
+"""Compare defenses: what each prevents, what it lets the model learn, and what it costs."""

@@ -1,4 +1,4 @@
-"""From the files of a comparison to its report; nothing is run, so a report can be made at any time."""
+"""Build a comparison's report from its files, without running anything."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COSTS = (
 
 
 def make_report(bench: Workbench) -> ComparisonReport:
-    """The report of what is there."""
+    """Return the report of everything measured so far."""
     config, found = bench.config, Measurements(bench)
     rows = [_reference(found)]
     for spec in config.runs:
@@ -69,13 +69,13 @@ def make_report(bench: Workbench) -> ComparisonReport:
 
 
 def _any_failure(found: Measurements) -> bool:
-    """Whether any measure that is asked for has failed, or has not been taken."""
+    """Return whether any requested measure failed or has not been taken."""
     asked = ((one.name, run) for one in MEASURES for run in found.everything if found.applies(one.name, run))
     return any(FAILURE in found.content(name, run) for name, run in asked)
 
 
 def _failures_without_a_cell(found: Measurements) -> Iterator[Failure]:
-    """What measures without columns lack: whole files, and parts of them."""
+    """Yield the failures of measures that have no columns: whole files and parts of them."""
     with_columns = {found.measure_of(metric).name for metric in found.metrics}
     for measure in MEASURES:
         for run in found.everything if measure.name not in with_columns else ():
@@ -87,7 +87,7 @@ def _failures_without_a_cell(found: Measurements) -> Iterator[Failure]:
 
 
 def _reference(found: Measurements) -> Row:
-    """The model before the fine-tune; it has the columns that are not differences from it."""
+    """Return the reference's row; columns that hold differences from the reference are left out."""
     cells = {}
     for metric in found.metrics:
         cell = found.row_cell(metric, [found.reference]) if metric.of_reference else None
@@ -104,13 +104,13 @@ def _cells(found: Measurements, spec: RunSpec, *, costs: bool) -> dict[str, Cell
 
 
 def mean_cell(values: Sequence[SeedValue]) -> Cell:
-    """Mean over seeds, of values that have no items."""
+    """Return the mean over seeds, without an interval, of values that have no items."""
     known = [value.value for value in values if value.value is not None]
     return Cell(sum(known) / len(known) if known else None, None, None, tuple(values))
 
 
 def _learned_share(found: Measurements, runs: Sequence[Run]) -> dict[str, Cell]:
-    """What was learned as a share of what the first run learned with the same seed; no value if that learned nothing."""
+    """Return each seed's learning divided by the first run's; no value if the first run learned nothing."""
     metric = found.metric(LEARNED.key)
     first = {run.seed: run for run in found.first}
     source, values = found.source("drift"), []
@@ -129,11 +129,11 @@ def _learned_share(found: Measurements, runs: Sequence[Run]) -> dict[str, Cell]:
 
 
 def costs_of(record: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float | None]:
-    """What a training cost, by the column's key.
+    """Return the costs of a training by column key, in seconds and GB (1e9 bytes).
 
     Args:
-        record: of the training.
-        first: of the first run's training with the same seed.
+        record: record of the training.
+        first: record of the first run's training with the same seed.
     """
     step, first_step = record.get("step_seconds"), first.get("step_seconds")
     peaks = record.get("peak_bytes") or {}
@@ -162,7 +162,7 @@ def _costs(found: Measurements, runs: Sequence[Run]) -> dict[str, Cell]:
 
 
 def _columns(found: Measurements, rows: Sequence[Row]) -> tuple[Column, ...]:
-    """The columns of the metrics, and others that a row has a cell of."""
+    """Return the columns of all metrics, plus the derived columns that some row has a cell for."""
     present = {key for row in rows for key in row.cells}
     ordered = []
     for metric in found.metrics:

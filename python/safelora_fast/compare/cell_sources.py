@@ -19,14 +19,14 @@ SWEEP = "SafeLoRA sweep"
 
 @dataclass(frozen=True)
 class Origin:
-    """What several measures of one run share.
+    """A source file or failure that several measures of one run share.
 
     Attributes:
-        place: the row's name, or the threshold of the sweep.
-        seed: of the run.
-        what: the file, or the reason of the failure.
+        place: name of the row, or threshold of the sweep.
+        seed: seed of the run.
+        what: the file, or the reason for the failure.
         measures: titles of the columns.
-        whole: whether the run has no other measures.
+        whole: whether these are all measures of the run.
     """
 
     place: str
@@ -37,17 +37,17 @@ class Origin:
 
     @property
     def pending(self) -> bool:
-        """Whether the reason is that nothing has been done yet."""
+        """Whether the value is missing only because the work is not done yet."""
         return self.what.endswith(PENDING)
 
     @property
     def scope(self) -> str:
-        """The measures in words."""
+        """The titles of the measures, or "all measures"."""
         return "all measures" if self.whole and len(self.measures) > 1 else ", ".join(self.measures)
 
 
 def failures(report: ComparisonReport) -> list[Origin]:
-    """The reason of every failure, and what is not done yet, once for each run; thresholds that lack the same stand together."""
+    """Return each reason for missing values once per run; sweep thresholds with the same reason are merged."""
     rows = [(row.name, row.cells) for row in report.rows]
     found = _grouped(rows, report.columns, lambda seed: seed.failure, report.failed)
     told = {(one.seed, one.reason) for one in report.failed if one.what == SWEEP_TITLE}
@@ -63,19 +63,19 @@ def failures(report: ComparisonReport) -> list[Origin]:
 
 
 def files(report: ComparisonReport) -> list[Origin]:
-    """Every source file, once for each run; those of the sweep once for all thresholds."""
+    """Return every source file once per run; files of the sweep once for all thresholds."""
     places = [(row.name, row.cells) for row in report.rows] + [(SWEEP, one.cells) for one in report.sweep]
     return _grouped(places, report.columns, lambda seed: seed.source or None)
 
 
 def link(source: str) -> str:
-    """The address of a source file, relative to the report; whatever the text is, it names no other scheme or host."""
+    """Return the URL of a source file, relative to the report; it can never name a scheme or a host."""
     path = quote(source.lstrip("/") if source.startswith("//") else source, errors="surrogateescape")
     return path if path.startswith(("/", "./", "../")) else f"./{path}"
 
 
 def runs(row: Row) -> dict[int, dict[str, SeedValue]]:
-    """The values of a row by seed, then by the column's key."""
+    """Return the values of a row by seed, then by column key."""
     found: dict[int, dict[str, SeedValue]] = defaultdict(dict)
     for key, cell in row.cells.items():
         for seed in cell.seeds:
@@ -84,12 +84,12 @@ def runs(row: Row) -> dict[int, dict[str, SeedValue]]:
 
 
 def sweep_columns(report: ComparisonReport) -> list[Column]:
-    """The measures that the threshold sweep has."""
+    """Return the columns that the threshold sweep has values for."""
     return [column for column in report.columns if any(column.key in point.cells for point in report.sweep)]
 
 
 def sweep_place(*thresholds: float) -> str:
-    """The name of thresholds of the sweep, in a list with names of rows."""
+    """Return a label for some thresholds of the sweep, used beside the names of rows."""
     return f"{SWEEP}, τ = {', '.join(f'{threshold:g}' for threshold in thresholds)}"
 
 
@@ -99,7 +99,7 @@ def _grouped(
     what: Callable[[SeedValue], str | None],
     failed: Iterable[Failure] = (),
 ) -> list[Origin]:
-    """What measures share, by place in the order of the report, then by seed."""
+    """Merge the measures of a run that share a file or reason; sorted by place in report order, then by seed."""
     measures: dict[tuple[str, int, str], dict[str, None]] = defaultdict(dict)
     asked: dict[tuple[str, int], set[str]] = defaultdict(set)
     order: dict[str, int] = {}

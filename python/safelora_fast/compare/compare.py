@@ -1,4 +1,4 @@
-"""A comparison from its configuration to its report: train what is not trained, measure what is not measured, write."""
+"""Run a comparison: train what is missing, measure what is missing, and write the report."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def compare(
 ) -> ComparisonReport:
     """Run what is missing, and write report.html, report.md and report.json.
 
-    A run or a measurement that fails is a marked cell of the report, and is tried again by the next call.
+    A failed run or measurement is marked in its cells, and the next call retries it.
 
     Args:
         config: the comparison.
-        overwrite: train runs anew whose recipe, data, model or files have changed, instead of refusing.
-        talk: show on standard error how far each training is.
-        progress: told how far each measurement is; None tells nobody.
-        announce: told what begins.
+        overwrite: retrain runs whose recipe, data, model or files have changed, instead of raising.
+        talk: show training progress on standard error.
+        progress: progress bar of the measurements; None shows nothing.
+        announce: called with a line of text when a step begins or fails.
 
     Raises:
         OutputError: the folder holds something else, or runs of another configuration, or cannot be written.
-        SafeLoraFastError: rows, or the model before the fine-tune, cannot be read.
-        InterruptedRunError: Ctrl-C; all that is finished is kept.
+        SafeLoraFastError: the data or the reference model cannot be read.
+        InterruptedRunError: Ctrl-C; all finished work is kept.
     """
     check_folder(config.output)
     check_inputs(config)
     with alone(config.output):
         with described(config.output):
             config.output.mkdir(parents=True, exist_ok=True)
-        if not (config.output / CONFIGURATION).is_file():  # it says whose the folder is, whatever ends this call
+        if not (config.output / CONFIGURATION).is_file():  # marks the folder as a comparison's, even if this call fails
             _keep_configuration(config)
         for measure in MEASURES:
             measure.prepare(config)
@@ -85,10 +85,10 @@ def compare(
 
 
 def report_only(config: CompareConfig) -> ComparisonReport:
-    """Write the report of what is there, and run nothing.
+    """Write the report of the existing results, without running anything.
 
     Raises:
-        OutputError: there is no comparison, or the report cannot be written.
+        OutputError: the folder holds no comparison, or the report cannot be written.
     """
     from safelora_fast.compare.workbench import Workbench
 
@@ -99,10 +99,10 @@ def report_only(config: CompareConfig) -> ComparisonReport:
 
 
 def check_inputs(config: CompareConfig) -> None:
-    """Refuse before the first step rows, adapters, checkpoints, judges, tasks and packages that are not there.
+    """Check before the first step that all data, adapters, checkpoints, judges, tasks and packages exist.
 
     Raises:
-        SafeLoraFastError: the first that is missing, in one line.
+        SafeLoraFastError: the first one that is missing, in one line.
     """
     missing = [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]
     if missing:
@@ -111,7 +111,7 @@ def check_inputs(config: CompareConfig) -> None:
     find_model(section.path)
     SubjectSettings(section.path, config.measure.dtype, config.measure.device).resolved()
     adapters = [adapter_folder(adapter, tokenizer=True) for spec in config.runs for adapter in spec.adapters.values()]
-    if adapters:  # they were trained elsewhere, and must fit the model, whose shapes are enough to tell
+    if adapters:  # trained elsewhere, so check their shapes against the model's
         model = bare_outline(section, load_config(section))
         for adapter in adapters:
             fit_adapter(adapter, model)
@@ -128,7 +128,7 @@ def _keep_configuration(config: CompareConfig) -> None:
 
 
 def _rehearse(trainings: list[Training]) -> None:
-    """Refuse a run whose data, model or defenses do not fit, before the first one is trained; its seeds are alike."""
+    """Check every run's data, model and defenses before the first training; one seed per run is enough."""
     rehearsed = set()
     for training in trainings:
         kind = training.run.name, training.run.folder.name

@@ -1,4 +1,4 @@
-"""The configuration of a comparison: one recipe, the runs that differ from it, and what is measured on each."""
+"""The configuration of a comparison: one recipe, the runs that differ from it, and the measures taken on each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from safelora_fast.recipe.recipe import Recipe
 
 FINISHED = "adapters"
-RESERVED = (REFERENCE, OPERATOR_SWAP)  # folders that no run may have
+RESERVED = (REFERENCE, OPERATOR_SWAP)  # folder names that no run may use
 UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -44,13 +44,13 @@ RecipeSections = create_model("RecipeSections", __base__=Section, **SHARED)
 
 
 class GeneralSettings(Section):
-    """The keys of `measure:` that no single measure has.
+    """The keys of `measure:` that belong to no single measure.
 
     Attributes:
-        costs: show what each training took; leave it out if other work shared the machine.
-        dtype: of the weights that are measured; "auto" is float32 on the CPU, bfloat16 on a GPU.
-        device: "auto" is the GPU where there is one.
-        batch_size: answers that are generated at a time.
+        costs: show the costs of each training; set it to false if other work shared the machine.
+        dtype: of the loaded weights; "auto" is float32 on the CPU and bfloat16 on a GPU.
+        device: "auto" is the GPU if there is one, else the CPU.
+        batch_size: number of completions generated at a time.
     """
 
     costs: bool = True
@@ -64,7 +64,7 @@ MeasureSection = create_model("MeasureSection", __base__=GeneralSettings, **OF_M
 
 
 class ComparisonFile(Section):
-    """The keys of the YAML file; recipe and runs are checked together, run by run."""
+    """The keys of the YAML file; recipe and runs are validated later, one run at a time."""
 
     title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = "Defenses compared"
     recipe: Any = None
@@ -76,12 +76,12 @@ class ComparisonFile(Section):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One defense: what it changes in the recipe, or finished adapters that are measured as they are.
+    """One defense: its changes to the recipe, or finished adapters that are measured unchanged.
 
     Attributes:
-        name: as the configuration has it.
-        changes: sections of a recipe, put on top of the common one.
-        adapters: folders or Hub ids of finished adapters by seed; empty for runs that are trained here.
+        name: name in the configuration.
+        changes: recipe sections, merged over the shared recipe.
+        adapters: folders or Hub ids of finished adapters, by seed; empty for runs that are trained here.
     """
 
     name: str
@@ -90,22 +90,22 @@ class RunSpec:
 
     @property
     def folder(self) -> str:
-        """Name of its folder."""
+        """Name of the run's folder."""
         return UNSAFE.sub("-", self.name.lower()).strip("-.") or "run"
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """A checked configuration.
+    """A validated configuration.
 
     Attributes:
-        document: the YAML file.
-        title: of the report.
-        recipe: sections of a recipe that all runs share, without `output`.
-        seeds: of every run, `training.seed`.
-        runs: in the order of the file; the others are compared with the first.
-        measure: what is measured.
-        output: folder of runs, measurements and report.
+        document: the parsed YAML file.
+        title: title of the report.
+        recipe: recipe sections that all runs share, without `output`.
+        seeds: `training.seed` of every run.
+        runs: in file order; the others are compared with the first.
+        measure: settings of the measures.
+        output: folder of the runs, measurements and report.
     """
 
     document: Document
@@ -117,12 +117,12 @@ class CompareConfig:
     output: Path
 
     def recipe_for(self, spec: RunSpec, run: Run, changes: Mapping[str, Any] | None = None) -> Recipe:
-        """The recipe of one run.
+        """Return the recipe of one run.
 
         Args:
             spec: the defense.
-            run: has the seed of the training, and where its adapter goes.
-            changes: settings of the measure that needs the run, put on top of all.
+            run: the run, which gives the training seed and the adapter's folder.
+            changes: settings of the measure that needs the run, merged over everything else.
 
         Raises:
             SettingsError: with the file, the line and the dotted key.
@@ -136,16 +136,16 @@ class CompareConfig:
         return recipe_of(Document(self.document.source, values, lines, overridden))
 
     def seeds_of(self, spec: RunSpec) -> tuple[int, ...]:
-        """The seeds of a defense: those of its finished adapters if it has some."""
+        """Return the seeds of a defense: those of its finished adapters, or else the comparison's."""
         return tuple(spec.adapters) or self.seeds
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
-    """Read and check a configuration, the recipe of every run included; no model is loaded.
+    """Read and validate a configuration, including the recipe of every run; no model is loaded.
 
     Args:
         path: the YAML file.
-        overrides: settings put on top, "section.key=value" with YAML values.
+        overrides: settings that replace the file's, "section.key=value" with YAML values.
 
     Raises:
         SettingsError: with the file, the line and the dotted key.
@@ -206,7 +206,7 @@ def _run(document: Document, name: str) -> RunSpec:
 
 
 def _check(config: CompareConfig) -> None:
-    """Refuse what would fail after hours: read the recipe of every run, and check the measures against the runs."""
+    """Validate the recipe of every run, and the measures against the runs, so that errors appear at once."""
     document = config.document
     if not document.section("recipe", "model").get("path"):
         raise document.problem(("recipe", "model", "path"), "missing: it is the model that all runs start from")
@@ -222,7 +222,7 @@ def _check(config: CompareConfig) -> None:
 
 
 def _put(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Lay mappings over mappings; anything else replaces what was there."""
+    """Merge mappings recursively; any other value replaces the old one."""
     for key, change in changes.items():
         former = values.get(key)
         if isinstance(change, dict) and isinstance(former, dict):

@@ -1,4 +1,4 @@
-"""The files of a comparison as measurements: the result of each run, or the reason why there is none."""
+"""Reads the measurement files of a comparison: the result of each run, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ NOTHING_SCORED = "nothing was scored"
 
 
 class RunCheck:
-    """Whether each run of a comparison is there as a whole; each is looked at once."""
+    """Checks, once per run, that its adapter is complete and matches its recipe."""
 
     def __init__(self, config: CompareConfig) -> None:
         self._trainings = {training.run: training for training in trainings_of(config)}
         self.missing = functools.cache(self._missing)
 
     def _missing(self, run: Run) -> str | None:
-        """Why a run is not there as its recipe has it now, or has no weights; None if it is, and for the reference."""
+        """Return why a run has no valid adapter; None if it has one, and for the reference."""
         if run.adapter is None:
             return None
         if run in self._trainings:
@@ -45,13 +45,13 @@ class RunCheck:
 
 
 class Measurements:
-    """What the files of a comparison say. Files of other settings, adapters or recipes do not count.
+    """The measurements of a comparison. Files made with other settings, adapters or recipes are ignored.
 
     Attributes:
         reference: the model before the fine-tune.
-        runs: by defense.
-        first: the runs of the first defense, which the others are compared with.
-        metrics: the columns that the configuration asks for, in the order of the report.
+        runs: runs by defense.
+        first: runs of the first defense, which the others are compared with.
+        metrics: columns that the configuration requests, in report order.
     """
 
     def __init__(self, bench: Workbench) -> None:
@@ -77,35 +77,38 @@ class Measurements:
         return [self.reference, *(run for runs in self.runs.values() for run in runs)]
 
     def metric(self, key: str) -> Metric | None:
-        """The metric of a column; None if the configuration does not ask for it."""
+        """Return the metric of a column; None if the configuration does not request it."""
         return next((metric for metric in self.metrics if metric.column.key == key), None)
 
     def measure_of(self, metric: Metric) -> Measure:
-        """The measure whose files a metric is read from."""
+        """Return the measure whose files a metric is read from."""
         return self._measure[metric.column.key]
 
     def applies(self, measure: str, run: Run) -> bool:
-        """Whether the configuration asks for a measure of a run, or of the reference."""
+        """Return whether the configuration requests a measure for a run, or for the reference."""
         return _named(measure).applies(run, self._bench.config)
 
     def _content(self, measure: str, run: Run) -> dict[str, Any]:
-        """The content of a measurement; `failure` if there is none."""
+        """Return the content of a measurement; if there is none, the reason under `failure`."""
         missing = self._check.missing(_named(measure).measured_run(run))
         if missing is not None:
             return {FAILURE: missing}
         return _named(measure).kept(run, self._bench) or {FAILURE: NOT_MEASURED}
 
     def record(self, run: Run) -> dict[str, Any]:
-        """The record of a run's training; empty if the run is not there, or was not trained here."""
+        """Return the record of a run's training; empty if the run is missing or was not trained here."""
         return run.record() if self._check.missing(run) is None else {}
 
     def outcome(self, metric: Metric, run: Run, content: Mapping[str, Any] | None = None) -> Outcome | str:
-        """The result of a run in a column, or the reason why there is none.
+        """Return the result of a run in a column, or the reason why there is none.
 
         Args:
             metric: the column.
             run: the run.
-            content: replaces that of the run's own measurement.
+            content: measurement to read instead of the run's own file.
+
+        Raises:
+            DataError: a measurement file is damaged.
         """
         measure = self.measure_of(metric).name
         if content is None:
@@ -133,24 +136,24 @@ class Measurements:
         return f"the reference: {NOT_FINITE}" if is_references else NOT_FINITE
 
     def outcomes(self, metric: Metric, runs: Sequence[Run]) -> dict[int, Outcome]:
-        """The results by seed; runs without one are left out."""
+        """Return the results by seed; runs without a result are left out."""
         asked = [run for run in runs if self.applies(self.measure_of(metric).name, run)]
         found = {run.seed or 0: self.outcome(metric, run) for run in asked}
         return {seed: outcome for seed, outcome in found.items() if not isinstance(outcome, str)}
 
     def row_cell(self, metric: Metric, runs: Sequence[Run]) -> Cell | None:
-        """The cell of some runs of one defense; None if the configuration does not ask for the measure of any of them."""
+        """Return the cell of some runs of one defense; None if the measure applies to none of them."""
         measure = self.measure_of(metric).name
         contents = {run: self.content(measure, run) for run in runs if self.applies(measure, run)}
         return self.cell(metric, contents, self.source(measure)) if contents else None
 
     def cell(self, metric: Metric, contents: Mapping[Run, Mapping[str, Any]], source: Callable[[Run], str]) -> Cell:
-        """Mean and interval over seeds and items.
+        """Return the mean and its interval over seeds and items.
 
         Args:
             metric: the column.
-            contents: of the runs' measurements.
-            source: gives the file of a run.
+            contents: the measurement of each run.
+            source: returns the source file of a run.
         """
         outcomes = {run: self.outcome(metric, run, content) for run, content in contents.items()}
         seeds = tuple(
@@ -167,7 +170,11 @@ class Measurements:
         return Cell(None if math.isnan(pooled.value) else pooled.value, low, high, seeds, count)
 
     def source(self, measure: str) -> Callable[[Run], str]:
-        """Gives the file that says what a run's measurement found, or why a training that it needs failed; "" if neither."""
+        """Return a function that gives the source file of a run's values.
+
+        It is the measurement file, or else the failure file of the training that the measurement needs. If neither
+        exists, it is "".
+        """
 
         def source_of(run: Run) -> str:
             files = (run.file(measure), _named(measure).measured_run(run).folder / TRAINING_FAILURE)
@@ -176,7 +183,7 @@ class Measurements:
         return source_of
 
     def relative(self, file: Path) -> str:
-        """A file relative to the report."""
+        """Return a file's path relative to the report."""
         output = self._bench.config.output
         return (file.relative_to(output) if file.is_relative_to(output) else file).as_posix()
 

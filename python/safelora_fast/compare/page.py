@@ -1,4 +1,4 @@
-"""A comparison report as one HTML page that needs nothing else, and as Markdown; both are templates over the same context."""
+"""Renders a comparison report as a self-contained HTML page and as Markdown, from templates with one context."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def render_page(report: ComparisonReport) -> str:
-    """The report as one HTML page: styles, script and pictures are in it, and its policy lets it load nothing.
+    """Return the report as one HTML page with inline styles, script and pictures; its policy blocks all loading.
 
-    The same report gives the same bytes. Every text of the report is escaped. Links lead to the source files, relative to
-    the page. Without its script, which sorts tables, the page is whole.
+    The same report gives the same bytes. All text of the report is escaped. Links to source files are relative to the
+    page. The script only sorts tables; without it, the page still shows everything.
     """
     style, script = (_template_file(name) for name in ("page.css", "page.js"))
     return environment("html", _for_html).get_template("page.html.j2").render(
@@ -41,9 +41,9 @@ def render_page(report: ComparisonReport) -> str:
 
 
 def render_markdown(report: ComparisonReport) -> str:
-    """All of the page but its pictures as Markdown, with the tables of GitHub; the same report gives the same text.
+    """Return the report as Markdown with GitHub tables, without pictures; the same report gives the same text.
 
-    Every text of the report is escaped, so that it stays text and in its cell.
+    All text of the report is escaped, so it stays text and inside its cell.
     """
     return (
         environment("markdown", _for_markdown).get_template("report.md.j2").render(_context(report)).strip("\n") + "\n"
@@ -51,7 +51,7 @@ def render_markdown(report: ComparisonReport) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text that Markdown shows as it is, in one line."""
+    """Escape text for Markdown, and put it on one line."""
     line = " ".join(without_controls(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_{}\[\]#|~$!@])", r"\\\1", line)
@@ -59,7 +59,7 @@ def escaped(text: str) -> str:
 
 
 def _context(report: ComparisonReport) -> dict[str, Any]:
-    """What both templates are made from."""
+    """Return the context that both templates share."""
     return {
         "report": report,
         "judged": [column for column in report.columns if column.criterion != "cost"],

@@ -1,6 +1,7 @@
 """The plots of a comparison: learning against drift, and SafeLoRA by threshold.
 
-Each is an SVG for the HTML page, with the names of its style sheet's colors, so that it follows light and dark.
+Each plot is an SVG for the HTML page. It uses the color variables of the page's style sheet, so it follows light and
+dark mode.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ if TYPE_CHECKING:
     from safelora_fast.compare.report import Cell, Column, ComparisonReport, Row
 
 SHAPES = "●■▲◆▼✚✖"  # MARKERS as characters, for tables; page.css has COLORS as --c0 to --c6
-MEAN, RUN, STEP = 10.0, 4.5, 5.0  # diameters of the marks of a row's mean, of one run, and of a point of the path
-WIDE, NARROW, PANEL = (860, 500, 13), (340, 400, 12), (268, 186, 12)  # width, height, size of the text
-LEVELS = {"reference", "undefended"}  # kinds of rows whose values are levels in the plots of the sweep
+MEAN, RUN, STEP = 10.0, 4.5, 5.0  # mark diameters: a row's mean, one run, a point of the path
+WIDE, NARROW, PANEL = (860, 500, 13), (340, 400, 12), (268, 186, 12)  # width, height, text size
+LEVELS = {"reference", "undefended"}  # kinds of rows drawn as horizontal lines in the sweep plots
 PathPoint = tuple[float, float, str]
 
 
 @cache
 def palette() -> dict[str, str]:
-    """The colors of page.css on a light screen, as #rrggbb, by name."""
+    """Return the light-mode colors of page.css as #rrggbb, by name."""
     css = files("safelora_fast.compare").joinpath("templates/page.css").read_text("utf-8")
     return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", css[: css.index("}")]))
 
 
 @dataclass(frozen=True)
 class Style:
-    """How the marks of a row look: the name of a color of page.css, and an index of MARKERS and SHAPES."""
+    """The look of a row's marks: a color name of page.css, and an index into MARKERS and SHAPES."""
 
     color: str
     shape: int
@@ -50,7 +51,7 @@ class Style:
 
 
 def styles(rows: Iterable[Row]) -> list[Style]:
-    """A style for each row: gray for the reference; beyond seven the colors come again with other shapes."""
+    """Return a style for each row: gray for the reference; after seven rows, colors repeat with other shapes."""
     found: list[Style] = []
     others = 0
     for row in rows:
@@ -64,15 +65,15 @@ def styles(rows: Iterable[Row]) -> list[Style]:
 
 @dataclass(frozen=True)
 class LearningPlot:
-    """Learning against drift: the drawings, and what the page says about them.
+    """Learning against drift: the drawings, and the data for the text around them.
 
     Attributes:
-        wide, narrow: the drawing for each width of the screen.
-        shown: the rows that are shown, with their styles.
-        missing: names of the rows that are not shown, because they lack a value.
-        named: whether the wide drawing has every name in full.
+        wide, narrow: drawing for wide screens, and for narrow ones.
+        shown: rows in the plot, with their styles.
+        missing: names of the rows left out because they lack a value.
+        named: whether the wide drawing shows every name in full.
         path: whether the path of the scaled update is drawn.
-        better: where good values are: "down and to the right", or "" if the columns do not say.
+        better: direction of good values, such as "down and to the right"; "" if the columns define none.
     """
 
     wide: str
@@ -85,7 +86,7 @@ class LearningPlot:
 
 
 def learning_plot(report: ComparisonReport) -> LearningPlot | None:
-    """The plot; None if the report has none, or no row with both measures."""
+    """Return the plot; None if the report has none, or if no row has both values."""
     columns = {column.key: column for column in report.columns}
     if report.plot is None or not {report.plot.x, report.plot.y} <= columns.keys():
         return None
@@ -104,7 +105,7 @@ def learning_plot(report: ComparisonReport) -> LearningPlot | None:
 
 
 def sweep_plots(report: ComparisonReport) -> Iterator[tuple[str, str]]:
-    """SafeLoRA by threshold: the number of projected modules, then each measure; a title and a drawing each."""
+    """Yield a title and a drawing each: the number of projected modules by threshold, then each column."""
     modules = max((point.modules for point in report.sweep), default=0)
     projected = [(point.threshold, point.projected, None) for point in report.sweep if is_value(point.projected)]
     yield _draw_panel(0, f"modules projected, of {modules}", projected, {}, (0.0, float(modules)))
@@ -137,7 +138,7 @@ def _interval(cell: Cell, column: Column) -> tuple[float, float] | None:
 
 
 def _path(report: ComparisonReport, x: Column, y: Column) -> Iterator[PathPoint]:
-    """The undefended update as it is scaled down; its first point, if it has no name, has the reference's."""
+    """Yield the points of the scaled-down undefended update; an unnamed first point gets the reference's name."""
     reference = next((row.name for row in report.rows if row.kind == "reference"), "")
     for index, (across, up, label) in enumerate(report.plot.path if report.plot else ()):
         if is_value(across) and is_value(up):
@@ -152,7 +153,7 @@ def _draw_learning(
     x: Column,
     y: Column,
 ) -> tuple[str, bool]:
-    """The drawing, and whether it has every name in full."""
+    """Return the drawing, and whether it shows every name in full."""
     label = f"{y.title} against {x.title}; every value is in the tables"
     with page_drawing(identity, label, palette(), *sheet) as drawn:
         axes, width = drawn.axes, sheet[0] // sheet[2] * 2  # characters are about half as wide as high
@@ -192,7 +193,7 @@ def _mark(drawn: Any, style: Style, place: tuple[float, float], size: float, kin
 
 
 def _axis_title(column: Column, width: int) -> str:
-    """Title, unit and the good direction in words, in at most three lines."""
+    """Return title, unit and good direction, in at most three lines."""
     unit = f" ({column.unit})" if column.unit else ""
     better = f", {column.better} is better" if column.better else ""
     title = without_controls(f"{column.title}{unit}{better}")
@@ -206,7 +207,7 @@ def _draw_panel(
     levels: dict[str, float],
     extent: Sequence[float],
 ) -> tuple[str, str]:
-    """A measure by threshold, with the values of some rows as levels."""
+    """Draw a column by threshold, with the values of some rows as horizontal lines."""
     label = f"{title} by threshold; every value is in the table"
     with page_drawing(f"sweep-{number}", label, palette(), *PANEL) as drawn:
         axes = drawn.axes
@@ -222,7 +223,7 @@ def _draw_panel(
         axes.autoscale_view()
         for index, (name, value) in enumerate(levels.items()):
             axes.axhline(value, color=palette()["muted"], linestyle=(0, (2, 3)), linewidth=1)
-            # At the end of the line from which the curve is farther away.
+            # Put the name at the end of the line that is farther from the curve.
             at_start = bool(curve) and abs(curve[0][1] - value) > abs(curve[-1][1] - value)
             axes.annotate(
                 textwrap.shorten(without_controls(name), 20, placeholder="…"), (0.01 if at_start else 0.99, value),

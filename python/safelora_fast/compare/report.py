@@ -1,6 +1,6 @@
-"""The report of a comparison as plain values: the content of `report.json`, from which the page and the text are made.
+"""The report of a comparison as plain values: the content of `report.json`, and the source of page and Markdown.
 
-A report knows nothing of how its values were found, so anybody who has values can make one.
+A report does not depend on how its values were measured, so other programs can build one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Criterion = Literal["aligned", "benign", "narrow", "coherent", "cost"]
 FORMAT = 1
 SWEEP_TITLE = "SafeLoRA by threshold"
-# What a provider must see of each defense (Kaczér et al., arXiv 2508.06249, section 3), and what it costs.
+# What a provider must know about each defense (Kaczér et al., arXiv 2508.06249, section 3), and its cost.
 CRITERIA: dict[Criterion, str] = {
     "aligned": "no emergent misalignment",
     "benign": "benign tasks still learned",
@@ -34,15 +34,15 @@ FAILED, NOT_DONE = "failed", "not done yet"
 
 @dataclass(frozen=True)
 class Column:
-    """One measure.
+    """One column of the report.
 
     Attributes:
-        key: its name in files.
-        criterion: what it speaks to, a key of :data:`CRITERIA`.
-        title: its name for people, short.
+        key: name in files.
+        criterion: a key of :data:`CRITERIA`.
+        title: short name shown to users.
         unit: "%" for shares (values are shares of 1), "nats", "s", "GB", "×" or "".
-        better: which way is good; None if neither is.
-        note: what it is, in a sentence.
+        better: which direction is good; None if neither is.
+        note: explanation in one sentence.
     """
 
     key: str
@@ -55,12 +55,12 @@ class Column:
 
 @dataclass(frozen=True)
 class SeedValue:
-    """The value of one run; None if it failed.
+    """The value of one run; None if it failed or is not done yet.
 
     Attributes:
-        seed: of the run.
-        value: of the run.
-        source: the file that it came from, relative to the report.
+        seed: seed of the run.
+        value: value of the run.
+        source: source file, relative to the report.
         failure: why there is no value.
     """
 
@@ -71,26 +71,26 @@ class SeedValue:
 
     @property
     def missing(self) -> str | None:
-        """Why there is no value, in few words: "failed", or what is not done yet; None if there is a value."""
+        """Why there is no value, in short: "failed", or which step is not done yet; None if there is a value."""
         if self.failure is None:
             return None
         return next((words for words in PENDING if self.failure.endswith(words)), FAILED)
 
     @property
     def pending(self) -> bool:
-        """Whether there is no value because nothing has been done yet, for this run or for what it is compared with."""
+        """Whether the value is missing because this run, or the run it is compared with, is not done yet."""
         return self.missing in PENDING
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A defense by a measure.
+    """The values of one defense in one column.
 
     Attributes:
-        value: mean over the seeds that have one; None if none has.
+        value: mean over the seeds that have a value; None if no seed has one.
         low, high: ends of the 95 % interval; None if there is none.
-        seeds: one by one.
-        count: what the value is a share of, in words ("12 of 240 scored, 3 unscored").
+        seeds: the value of each seed.
+        count: description of what the value is a share of ("12 of 240 scored, 3 unscored").
     """
 
     value: float | None
@@ -106,7 +106,7 @@ class Cell:
 
     @property
     def missing(self) -> str | None:
-        """Why the cell has no value, in few words; None if it has one, or if there was nothing to measure."""
+        """Why the cell has no value, in short; None if it has one, or if there was nothing to measure."""
         kinds = {seed.missing for seed in self.failures}
         if self.value is not None or not kinds:
             return None
@@ -118,9 +118,9 @@ class Row:
     """A defense, or the reference.
 
     Attributes:
-        name: as the configuration has it.
-        setting: its weights, in words.
-        cells: by the column's key; a measure that was not asked for has none.
+        name: name in the configuration.
+        setting: its settings as text.
+        cells: cells by column key; measures that were not requested have none.
         kind: "reference" (before the fine-tune), "undefended" or "defense"; reports of 0.1.0 say "defence".
     """
 
@@ -132,12 +132,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Plot:
-    """Learning against drift.
+    """The plot of learning against drift.
 
     Attributes:
-        x: key of the column that says what was learned.
-        y: key of the column that says how far the model drifted.
-        path: points (x, y, label) of the undefended update as it is scaled down, from none of it to all; may be empty.
+        x: key of the column for learning.
+        y: key of the column for drift.
+        path: points (x, y, label) of the undefended update, scaled from none of it to all; may be empty.
     """
 
     x: str
@@ -151,9 +151,9 @@ class SweepPoint:
 
     Attributes:
         threshold: τ; modules with a cosine of at most τ are projected.
-        projected: how many, mean over seeds.
-        modules: of how many.
-        cells: by the column's key.
+        projected: number of projected modules, mean over seeds.
+        modules: number of all modules.
+        cells: cells by column key.
     """
 
     threshold: float
@@ -164,13 +164,13 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Failure:
-    """Something that failed and has no cell, because it is part of a curve.
+    """A failure that has no cell, because it belongs to a curve.
 
     Attributes:
-        row: name of the row whose run it is.
-        seed: of the run.
-        what: what was to be measured; :data:`SWEEP_TITLE` for the sweep as a whole.
-        reason: why there is nothing.
+        row: name of the run's row.
+        seed: seed of the run.
+        what: title of what was to be measured; :data:`SWEEP_TITLE` for the whole sweep.
+        reason: why there is no value.
     """
 
     row: str
@@ -181,18 +181,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """Everything.
+    """The complete report of a comparison.
 
     Attributes:
         title: what was compared on what.
-        facts: what a reader must know to read the values (model, data, steps, seeds, machine), by label.
-        columns: in the order in which they are shown.
+        facts: what a reader needs to interpret the values (model, data, steps, seeds, machine), by label.
+        columns: in display order.
         rows: the reference first, then the undefended run, then the defenses.
         plot: None if its columns were not measured.
-        sweep: by threshold, rising; empty if there was none.
-        failed: what is missing in the plot's path and in the sweep.
-        reading: sentences that follow from the values.
-        complete: False while runs or measures that were asked for are missing.
+        sweep: points by ascending threshold; empty if there was no sweep.
+        failed: missing parts of the plot's path and of the sweep.
+        reading: conclusions from the values, one sentence each.
+        complete: False if any requested run or measure is missing.
     """
 
     title: str
@@ -207,16 +207,16 @@ class ComparisonReport:
     format: int = field(default=FORMAT)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN is None."""
+        """Return plain values for JSON; NaN becomes None."""
         content: dict[str, Any] = without_nan(asdict(self))
         return {"format": content.pop("format"), **content}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ComparisonReport:
-        """The report that :meth:`to_dict` gave.
+        """Build a report from the output of :meth:`to_dict`.
 
         Raises:
-            DataError: it is no such content, or of another format.
+            DataError: the content is not a report, or has another format.
         """
         from pydantic import TypeAdapter, ValidationError
 
@@ -234,7 +234,7 @@ def read_report(path: Path) -> ComparisonReport:
     """Read `report.json`.
 
     Raises:
-        DataError: it cannot be read, or is no report.
+        DataError: the file cannot be read, or is not a report.
     """
     try:
         return ComparisonReport.from_dict(read_object(path))

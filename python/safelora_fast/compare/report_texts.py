@@ -1,4 +1,4 @@
-"""Texts of the report that are not values: what was compared, and what the values say."""
+"""Texts of the report that are not values: the set-up, and the conclusions from the values."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 SECTIONS = ("defenses", "data", "training", "lora", "model", "monitors")
 SYMBOLS = {"weight": "λ", "threshold": "τ", "coefficient": "α"}
-PATHS = ("path", "subspace", "vector", "without_answer", "too_long")  # the recipe has them
+PATHS = ("path", "subspace", "vector", "without_answer", "too_long")  # the recipe shows them
 UNITS = {"%": "points", "nats": "nats a token"}
 
 
 def facts_of(bench: Workbench, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What a reader must know, by label, in the order of the page; of this machine's paths only the last part.
+    """Return the set-up by label, in page order; only the last part of local paths is shown.
 
     Args:
-        bench: has the configuration.
-        records: of the trainings.
+        bench: the workbench, which has the configuration.
+        records: records of the trainings.
     """
     config, measure = bench.config, bench.config.measure
     steps = sorted({record["steps"] for record in records if "steps" in record})
@@ -62,7 +62,7 @@ def _list(values: Sequence[int]) -> str:
 
 
 def setting_of(spec: RunSpec) -> str:
-    """What a run changes in the recipe, in words, e.g. "kl (λ 0.1)"."""
+    """Return the changes of a run to the recipe as text, e.g. "kl (λ 0.1)"."""
     return "finished adapters" if spec.adapters else ", ".join(_settings(spec.changes))
 
 
@@ -84,13 +84,12 @@ def _settings(values: Mapping[str, Any]) -> list[str]:
 def conclusions(
     columns: Sequence[Column], outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]], *, seeds: int
 ) -> tuple[str, ...]:
-    """What the values say, in sentences.
+    """Return the conclusions from the values, one sentence each.
 
     Args:
-        columns: of the report.
-        outcomes: the results by defense, by the column's key, by seed. The first defense is the one that the others are
-            compared with.
-        seeds: their number.
+        columns: columns of the report.
+        outcomes: results by defense, column key and seed; the others are compared with the first defense.
+        seeds: number of seeds.
     """
     (first, of_first), *others = outcomes.items()
     sentences = []
@@ -116,9 +115,10 @@ def conclusions(
 
 
 def _difference(own: Mapping[int, Outcome], first: Mapping[int, Outcome], column: Column) -> tuple[str, str]:
-    """Whether a difference is "clear", "unclear" or "unknown", or the runs have no seed in "common"; and the words for it.
+    """Return the verdict on a difference, and the text for it.
 
-    If one run lacks a seed that the other has, the table shows means over other seeds, so the common seeds are named.
+    The verdict is "clear", "unclear", "unknown" (the error is unknown) or "apart" (no seed in common). If one run lacks
+    a seed that the other has, the table shows means over other seeds, so the text names the common seeds.
     """
     pooled = pool_differences(own, first, share=column.unit == "%")
     if pooled is None:

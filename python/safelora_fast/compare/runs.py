@@ -1,15 +1,15 @@
-"""The runs of a comparison, and where everything of it lies.
+"""The runs of a comparison, and the layout of its folder.
 
 ```
 FOLDER/
   report.html, report.md, report.json
   compare.yaml                          the configuration that the files belong to, with overrides
-  operator-swap/                        the rows of that task
-  reference/MEASURE.json                the model before the fine-tune
-  RUN/seed-N/recipe.yaml, adapter/      what `safelora-fast train` read and wrote
-  RUN/seed-N/failure.json               why there is no adapter
-  RUN/seed-N/MEASURE.json               a measurement, or why there is none
-  RUN/seed-N/operator-swap/             the same run on that task: recipe.yaml, adapter/, failure.json
+  operator-swap/                        the training examples and problems of that task
+  reference/MEASURE.json                a measurement of the model before the fine-tune
+  RUN/seed-N/recipe.yaml, adapter/      input and output of `safelora-fast train`
+  RUN/seed-N/failure.json               the reason why there is no adapter
+  RUN/seed-N/MEASURE.json               a measurement, or the reason why there is none
+  RUN/seed-N/operator-swap/             the same run, trained on that task: recipe.yaml, adapter/, failure.json
 ```
 """
 
@@ -39,11 +39,11 @@ class Run:
     """One training of a defense with one seed, or the reference.
 
     Attributes:
-        name: of the defense, as the configuration has it.
-        seed: of the training; None for the reference.
-        folder: where its files go.
-        adapter: where its adapter lies, or will; None for the reference.
-        is_trained: whether it is trained here, rather than taken as a finished adapter.
+        name: name of the defense in the configuration.
+        seed: training seed; None for the reference.
+        folder: folder of its files.
+        adapter: folder of its adapter, which may not exist yet; None for the reference.
+        is_trained: whether it is trained here; False for finished adapters.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The run in words."""
+        """Name and seed as text."""
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
     @property
@@ -65,19 +65,19 @@ class Run:
         return Run(self.name, self.seed, folder, adapter, self.is_trained)
 
     def is_of(self, spec: RunSpec) -> bool:
-        """Whether it is a seed of a defense."""
+        """Return whether the run is a seed of this defense."""
         return self.seed is not None and self.name == spec.name
 
     def file(self, measure: str) -> Path:
-        """Where a measurement is kept."""
+        """Return the path of a measurement file."""
         return self.folder / f"{measure}.json"
 
     def read(self, measure: str) -> dict[str, Any]:
-        """The content of the file of a measurement; empty if it cannot be read."""
+        """Return the content of a measurement file; empty if it cannot be read."""
         return read_json_file(self.file(measure))
 
     def record(self) -> dict[str, Any]:
-        """The record of the training; empty if it was not done here."""
+        """Return the record of the training; empty if the run was not trained here."""
         try:
             return {} if self.adapter is None else read_record(self.adapter / RECORD)
         except (OSError, ValueError):
@@ -85,18 +85,18 @@ class Run:
 
 
 def read_json_file(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none that can be read."""
+    """Return a JSON object; empty if it cannot be read."""
     try:
         return read_object(file)
     except (OSError, ValueError):
         return {}
 
 
-_fetched = functools.cache(lambda source: adapter_folder(source, tokenizer=True))  # the same commit for every measure
+_fetched = functools.cache(lambda source: adapter_folder(source, tokenizer=True))  # one commit for every measure
 
 
 def _finished_adapter(source: str) -> Path:
-    """The folder of a finished adapter; if there is none, the path as it was given: its cells say so."""
+    """Return the folder of a finished adapter; if there is none, return the given path, so its cells show the error."""
     try:
         return _fetched(source)
     except AdapterError:
@@ -104,7 +104,7 @@ def _finished_adapter(source: str) -> Path:
 
 
 def runs_of(config: CompareConfig, spec: RunSpec) -> list[Run]:
-    """The seeds of a defense."""
+    """Return the runs of a defense, one per seed."""
     found = []
     for seed in config.seeds_of(spec):
         folder = config.output / spec.folder / f"seed-{seed}"
@@ -115,12 +115,12 @@ def runs_of(config: CompareConfig, spec: RunSpec) -> list[Run]:
 
 
 def reference_of(config: CompareConfig) -> Run:
-    """The model before the fine-tune."""
+    """Return the reference: the model before the fine-tune."""
     return Run(REFERENCE, None, config.output / REFERENCE, None)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else.
+    """Check that the folder is empty, missing or a comparison's.
 
     Raises:
         OutputError: with the reason.

@@ -1,14 +1,14 @@
-"""Means over seeds and differences of runs, with 95 % intervals that know both sources of chance: the items and the seeds.
+"""Means over seeds and differences of runs, with 95 % intervals that cover two sources of chance: items and seeds.
 
-Every seed is measured on the same items (answers, pairs, problems), and items come in clusters (themes, questions). The
-variance of a mean over seeds is the sum of two: that of the clusters, each averaged over seeds, and that of the seeds' own
-values. The degrees of freedom are Satterthwaite's (1946). With one seed the second variance is unknown, and the interval is
-one of the items alone.
+Every seed is measured on the same items (completions, pairs, problems), and items come in clusters (themes, questions).
+The variance of a mean over seeds is the sum of two parts. One is the variance between clusters, each averaged over
+seeds; the other is the variance between the seeds' values. The degrees of freedom follow Satterthwaite (1946). With one
+seed the second part is unknown, and the interval covers the items alone.
 
-Differences are paired by cluster, not by item: the judge leaves different answers unscored in each run, so items have no
-partners, but questions and themes do. Both values are taken over the clusters that both runs have, and what each cluster
-adds to the difference of the two ratios is linearized; what the answers to one question share in both runs cancels. If every
-item is a cluster of its own, this is the paired difference.
+Differences are paired by cluster, not by item. The judge leaves different answers unscored in each run, so items cannot
+be paired, but questions and themes can. Both values are computed over the clusters that both runs have, and each
+cluster's contribution to the difference of the two ratios is linearized. Effects of a question that both runs share
+cancel. If every item is a cluster of its own, this is the usual paired difference.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from safelora_fast.scoring.intervals import NOTHING, Interval, student_quantile,
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-ROUNDING = 1e-9  # an interval narrower than this share of the difference is rounding
+ROUNDING = 1e-9  # an interval narrower than this share of the difference is rounding error
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The result of one run, item by item: its value is Σ values / Σ weights.
+    """The per-item results of one run; its value is Σ values / Σ weights.
 
     Attributes:
-        values: of each item, e.g. the loss of an answer in nats, or 1 for a hit.
-        weights: of each item, e.g. the answer's tokens, or 1.
+        values: one per item, e.g. the loss of a completion in nats, or 1 for a hit.
+        weights: one per item, e.g. the number of tokens, or 1.
         clusters: the cluster of each item.
     """
 
@@ -52,15 +52,15 @@ class Sample:
         return len(self.values)
 
     def within(self, clusters: Collection[str]) -> Sample:
-        """The items of some clusters."""
+        """Return the items of some clusters."""
         items = zip(self.values, self.weights, self.clusters, strict=True)
         return Sample(*zip(*(item for item in items if item[2] in clusters), strict=True))
 
     def residuals(self, *, by_item: bool = False) -> dict[str, float]:
-        """What each cluster adds to the value's error, to first order (Taylor, as in surveys); their sum is 0.
+        """Return each cluster's first-order (Taylor) contribution to the error of the value; the sum is 0.
 
         Args:
-            by_item: take every item as a cluster of its own.
+            by_item: treat every item as a cluster of its own.
         """
         value, total = self.value, sum(self.weights)
         found: dict[str, float] = defaultdict(float)
@@ -71,11 +71,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of one run whose items are unknown.
+    """The result of one run without per-item values.
 
     Attributes:
         value: mean over items.
-        error: its standard error; NaN if unknown, and then there is no interval.
+        error: its standard error; NaN if unknown, which gives no interval.
         count: number of items.
     """
 
@@ -90,7 +90,7 @@ class Contrast:
 
     Attributes:
         value: the difference.
-        residuals: see :meth:`Sample.residuals`.
+        residuals: contribution of each cluster; see :meth:`Sample.residuals`.
     """
 
     value: float
@@ -114,18 +114,19 @@ class Pooled:
 
 
 def shares(hits: Sequence[bool], clusters: Sequence[str]) -> Sample:
-    """A sample of yes and no."""
+    """Return a sample of yes/no results."""
     return Sample(tuple(map(float, hits)), (1.0,) * len(hits), tuple(clusters))
 
 
 def pool(samples: Sequence[Outcome], *, share: bool = False, never_negative: bool = False) -> Pooled:
-    """Mean and interval over seeds.
+    """Return the mean over seeds and its 95 % interval.
 
     Args:
-        samples: one for each seed.
-        share: the value is a share, whose interval is Wilson's with as many answers as independent ones would have to be.
-        never_negative: the value is never below zero, such as a divergence. The interval is that of its logarithm, by the
-            delta method, so it is wider upward, as such values are skewed.
+        samples: one per seed.
+        share: the value is a share. Its interval is Wilson's, with the number of independent items that would give the
+            same variance.
+        never_negative: the value is never negative, such as a divergence. The interval is computed on its logarithm by
+            the delta method. It is therefore wider upward, as such values are skewed.
     """
     measured = [sample for sample in samples if sample.count]
     if not measured:
@@ -143,14 +144,17 @@ def pool(samples: Sequence[Outcome], *, share: bool = False, never_negative: boo
         interval = _interval_of_logarithm(mean, half) if never_negative else Interval(mean - half, mean + half)
         return Pooled(max(mean, 0.0) if never_negative else mean, interval if clusters > 1 else NOTHING)
     count = sum(sample.count for sample in measured)
-    if mean in {0.0, 1.0} or variance == 0:  # nothing differs, so how alike the items are cannot be seen
+    if mean in {0.0, 1.0} or variance == 0:  # no spread to estimate the correlation from
         return Pooled(mean, wilson(mean * count, count))
     effective = min(mean * (1 - mean) / variance, count)
     return Pooled(mean, wilson(mean * effective, effective, quantile))
 
 
 def _interval_of_logarithm(mean: float, half: float) -> Interval:
-    """The interval of a value that is negative only by rounding, from half the width of its plain interval."""
+    """Return the interval computed on the log scale; `half` is half the width of the plain interval.
+
+    A negative mean can only come from rounding.
+    """
     if mean <= 0:
         return Interval(0.0, max(mean + half, 0.0))
     factor = math.exp(min(half / mean, 500.0))
@@ -158,7 +162,7 @@ def _interval_of_logarithm(mean: float, half: float) -> Interval:
 
 
 def _item_variance(samples: Sequence[Outcome]) -> tuple[float, int]:
-    """Variance of the mean over seeds that the choice of clusters makes, and the number of clusters."""
+    """Return the variance of the mean over seeds due to the choice of clusters, and the number of clusters."""
     known = [sample for sample in samples if not isinstance(sample, Summary)]
     if not known:
         errors = [sample.error for sample in samples if isinstance(sample, Summary)]
@@ -178,19 +182,19 @@ def _variance_of_sum(residuals: Collection[float]) -> float:
 
 
 def _degrees(parts: Sequence[tuple[float, int]]) -> float:
-    """Satterthwaite's degrees of freedom of a sum of variances, each with its own."""
+    """Return Satterthwaite's degrees of freedom for a sum of variances, given as (variance, degrees) pairs."""
     below = sum(part**2 / degrees for part, degrees in parts if degrees > 0)
     return max(sum(part for part, _ in parts) ** 2 / below if below else float(parts[0][1]), 1.0)
 
 
 def pool_differences(own: Mapping[int, Outcome], first: Mapping[int, Outcome], *, share: bool = False) -> Pooled | None:
-    """Mean difference of two runs over the seeds that both have, with its interval; None if they have none in common.
+    """Return the mean difference of two runs over their common seeds, with its interval; None without common seeds.
 
     Args:
-        own: the results of one run, by seed.
-        first: the results of the run that it is compared with.
-        share: the values are shares. If no cluster differs from another, so that chance cannot be seen, the interval is
-            made from the two shares' own intervals (Newcombe 1998, method 10).
+        own: results of one run, by seed.
+        first: results of the run that it is compared with.
+        share: the values are shares. If all clusters are alike, the spread is unknown, and the interval is built from
+            the two shares' own intervals (Newcombe 1998, method 10).
     """
     seeds = [seed for seed in own if seed in first]
     if not seeds:
@@ -208,10 +212,10 @@ def pool_differences(own: Mapping[int, Outcome], first: Mapping[int, Outcome], *
 
 
 def difference(one: Outcome, other: Outcome) -> Outcome:
-    """The result of one run less that of another.
+    """Return the result of one run minus that of another.
 
-    It is taken by cluster if both have at least two clusters in common. Otherwise the runs are taken as independent, which
-    makes the interval too wide rather than too narrow.
+    The runs are paired by cluster if they have at least two clusters in common. Otherwise they are treated as
+    independent, which makes the interval too wide rather than too narrow.
     """
     if isinstance(one, Sample) and isinstance(other, Sample):
         common = set(one.clusters) & set(other.clusters)
@@ -226,7 +230,7 @@ def difference(one: Outcome, other: Outcome) -> Outcome:
 
 
 def _error(outcome: Outcome) -> tuple[float, int]:
-    """Standard error of one run's value, and the number of clusters that it was found from."""
+    """Return the standard error of one run's value, and the number of clusters it is estimated from."""
     if isinstance(outcome, Summary):
         return outcome.error, outcome.count
     by_item = isinstance(outcome, Sample) and len(set(outcome.clusters)) < 2

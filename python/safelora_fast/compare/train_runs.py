@@ -1,4 +1,4 @@
-"""Training the runs, each by `safelora-fast train` in a process of its own, so that one that fails takes no other with it."""
+"""Trains each run with `safelora-fast train` in its own process, so that one failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Training:
     """A run that is trained here.
 
     Attributes:
-        run: its adapter is the recipe's output.
-        recipe: of the run.
-        title: for people.
+        run: the run; its adapter folder is the recipe's output.
+        recipe: recipe of the run.
+        title: title shown to users.
     """
 
     run: Run
@@ -53,7 +53,7 @@ class Training:
     title: str
 
     def changes(self) -> str | None:
-        """Why the run that is there is not the one of this recipe, data, model and files; None if it is, or there is none."""
+        """Return how the existing run differs from this recipe, data and model; None if it matches or is missing."""
         folder = RunFolder(self.recipe)
         try:
             record = folder.read_record()
@@ -72,32 +72,32 @@ class Training:
         return None if inputs is None else f"the model or a file has changed since this run was trained: {inputs}"
 
     def has_ended(self) -> bool:
-        """Whether there is a run that trained to its end, even if its files or settings have changed since."""
+        """Return whether a training ran to its end, even if its files or settings have changed since."""
         return bool(read_json_file(RunFolder(self.recipe).path / RECORD).get("finished"))
 
     def is_finished(self) -> bool:
-        """Whether the run is there as a whole."""
+        """Return whether the run is complete and matches its recipe."""
         return self.changes() is None and self.has_ended() and _is_whole(RunFolder(self.recipe).path)
 
     def failure(self) -> str | None:
-        """Why the latest training of this recipe failed; None if it did not, or if another recipe's did."""
+        """Return why the latest training of this recipe failed; None if it succeeded, or if another recipe's failed."""
         content = read_json_file(self.run.folder / TRAINING_FAILURE)
         failure: str | None = content.get("failure")
         return failure if content.get("recipe") == self._digest() else None
 
     def missing(self) -> str | None:
-        """Why the run is not there as its recipe has it now; None if it is."""
+        """Return why there is no complete run of the current recipe; None if there is one."""
         if self.is_finished():
             return None
         return self.failure() or self.changes() or (DAMAGED if self.has_ended() else NOT_TRAINED)
 
     def _digest(self) -> str:
-        """The same for recipes that differ only in where their output lies."""
+        """Return a digest of the recipe without its output folder."""
         settings = {name: section for name, section in self.recipe.resolved().items() if name != "output"}
         return text_digest(settings)
 
     def check_folder(self, *, overwrite: bool) -> None:
-        """Refuse a folder that holds something else, or a run of another recipe that is not to be overwritten.
+        """Check that the folder holds nothing else, and no run of another recipe unless `overwrite` is set.
 
         Raises:
             OutputError: with the reason.
@@ -109,15 +109,15 @@ class Training:
             raise OutputError(f"{folder.path}: {changed}; put it back, or pass --overwrite to start anew")
 
     def train(self, *, overwrite: bool, talk: bool) -> str | None:
-        """Train the run, or go on with it; returns why it failed.
+        """Train or resume the run; return the reason if it failed.
 
         Args:
-            overwrite: start anew if the recipe has changed.
-            talk: show on standard error how far the training is.
+            overwrite: start over if the recipe has changed.
+            talk: show training progress on standard error.
 
         Raises:
             OutputError: the folder cannot be written.
-            InterruptedRunError: Ctrl-C; the training has kept its last checkpoint.
+            InterruptedRunError: Ctrl-C; the last checkpoint is kept.
         """
         folder = self.run.folder
         if self.is_finished():
@@ -135,7 +135,7 @@ class Training:
 
 
 def trainings_of(config: CompareConfig) -> Iterator[Training]:
-    """Every run that is trained here, then those that only a measure needs."""
+    """Yield every run that is trained here, then the trainings that only a measure needs."""
     runs = [(spec, run) for spec in config.runs if not spec.adapters for run in runs_of(config, spec)]
     for spec, run in runs:
         yield Training(run, config.recipe_for(spec, run), run.label)
@@ -148,7 +148,7 @@ def trainings_of(config: CompareConfig) -> Iterator[Training]:
 
 
 def _data_files(recipe: Recipe) -> dict[str, Path]:
-    """The local files that a run reads, by their names in its record."""
+    """Return the local data files of a run, by their names in its record."""
     data = recipe.data
     named = {"train": data.path, "held_out": data.eval, "safe": data.safe.path if data.safe else None}
     paths = {name: Path(source).expanduser() for name, source in named.items() if isinstance(source, str)}
@@ -156,7 +156,7 @@ def _data_files(recipe: Recipe) -> dict[str, Path]:
 
 
 def _is_whole(adapter: Path) -> bool:
-    """Whether the files of an adapter are there, and none is cut off."""
+    """Return whether the files of an adapter exist and are not truncated."""
     try:
         _core.SafetensorsFile(str(adapter / WEIGHTS))
     except CheckpointError:
@@ -165,7 +165,7 @@ def _is_whole(adapter: Path) -> bool:
 
 
 def _run(command: list[str], *, talk: bool) -> str | None:
-    # A session of its own: Ctrl-C reaches only this process, which passes it on. A pipe: it ends when this process is killed.
+    # Own session: Ctrl-C reaches only this process, which forwards it. Pipe: the child ends if this process is killed.
     with subprocess.Popen(  # noqa: S603 - this interpreter, and a command of this package
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     ) as child:
@@ -194,7 +194,7 @@ def _run(command: list[str], *, talk: bool) -> str | None:
 
 @contextlib.contextmanager
 def _signals_passed_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """When this process is told to end, so is the training; yields the signals that came."""
+    """Forward termination signals to the training; yields the list of received signals."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -202,7 +202,7 @@ def _signals_passed_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def end(number: int, _frame: Any) -> None:
         received.append(number)
-        child.send_signal(number)  # and no more: the code in hand may hold the child's lock
+        child.send_signal(number)  # do nothing else: the interrupted code may hold the child's lock
 
     former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

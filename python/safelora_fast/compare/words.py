@@ -1,4 +1,4 @@
-"""The templates of the report: numbers as text, and the words that the page, Markdown and the terminal share."""
+"""Number formats and template environments that the page, Markdown and the terminal share."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ if TYPE_CHECKING:
 
 NOTHING = "–"
 DECIMALS = {"%": 1, "nats": 3, "s": 2, "GB": 2, "×": 2}
-LEAST, MOST = 1e-4, 1e6  # sizes that are written without a power of ten
+LEAST, MOST = 1e-4, 1e6  # absolute values in this range are written without a power of ten
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def is_value(value: float | None) -> TypeGuard[float]:
-    """Whether there is a number to show."""
+    """Return whether there is a finite number to show."""
     return value is not None and math.isfinite(value)
 
 
 def format_number(value: float | None, unit: str, *, at_least: int = 0) -> str:
-    """The digits alone: as many decimals as the unit asks for, more if they would all be zeros; "–" without a number.
+    """Format a number without its unit; "–" if there is none.
+
+    The unit sets the number of decimals; more are used if all of them would be zeros.
 
     Args:
-        value: as the report has it: a share of 1 if the unit is "%".
-        unit: of the column.
-        at_least: decimals.
+        value: value in the report; a share of 1 if the unit is "%".
+        unit: unit of the column.
+        at_least: minimum number of decimals.
     """
     if not is_value(value):
         return NOTHING
@@ -47,7 +49,7 @@ def format_number(value: float | None, unit: str, *, at_least: int = 0) -> str:
 
 
 def format_ends(value: float, low: float, high: float, unit: str) -> tuple[str, str, str]:
-    """The digits of a value and of the ends of its interval: decimals for two digits of the value, at least."""
+    """Format a value and the ends of its interval, with enough decimals for two digits of the value."""
     size = abs(100 * value if unit == "%" else value)
     at_least = _two_digits(size) if is_value(value) and size >= LEAST else 0
     shown, least, most = (format_number(one, unit, at_least=at_least) for one in (value, low, high))
@@ -59,7 +61,7 @@ def _two_digits(size: float) -> int:
 
 
 def format_quantity(value: float | None, unit: str) -> str:
-    """The digits with their unit: "12.5 %", "0.031 nats", "1.20×"."""
+    """Format a number with its unit: "12.5 %", "0.031 nats", "1.20×"."""
     digits = format_number(value, unit)
     if digits == NOTHING or not unit:
         return digits
@@ -67,7 +69,7 @@ def format_quantity(value: float | None, unit: str) -> str:
 
 
 def format_interval(low: float | None, high: float | None, unit: str) -> str:
-    """Both ends in brackets; nothing if one is missing."""
+    """Format both ends in brackets; "" if one is missing."""
     if not (is_value(low) and is_value(high)):
         return ""
     return f"[{format_number(low, unit)}, {format_number(high, unit)}]"
@@ -75,17 +77,17 @@ def format_interval(low: float | None, high: float | None, unit: str) -> str:
 
 @cache
 def environment(kind: Literal["html", "markdown", "text"], finalize: Callable[[Any], Any] | None = None) -> Environment:
-    """The environment of the templates of one kind.
+    """Return the environment for the templates of one kind.
 
     Args:
-        kind: texts are escaped for HTML in "html" alone.
-        finalize: makes every text harmless where it is put in.
+        kind: only "html" escapes text automatically.
+        finalize: escapes every inserted text.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
         loader=PackageLoader("safelora_fast.compare", "templates"),
-        autoescape=kind == "html",  # noqa: S701 - Markdown has an escape of its own, and plain text needs none
+        autoescape=kind == "html",  # noqa: S701 - Markdown is escaped by `finalize`, and plain text needs no escape
         finalize=finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -97,5 +99,5 @@ def environment(kind: Literal["html", "markdown", "text"], finalize: Callable[[A
 
 
 def words() -> Any:
-    """The macros of words.j2, as functions that return plain text."""
+    """Return the macros of words.j2, as functions that return plain text."""
     return environment("text").get_template("words.j2").module

@@ -1,4 +1,4 @@
-"""Models and rows that the measures share: what one measure loads, the next one uses."""
+"""The models and data that the measures share, so that each is loaded once."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Workbench:
-    """The models and rows of a comparison.
+    """The models and data of a comparison.
 
     Args:
         config: the comparison.
-        progress: told how far a measurement is; None shows nothing.
+        progress: progress bar of the measurements; None shows nothing.
     """
 
     def __init__(self, config: CompareConfig, progress: Any = None) -> None:
@@ -42,7 +42,7 @@ class Workbench:
             model.template_args,
         ).resolved()
         self.strings = config.recipe.get("data", {}).get("strings", "chat")
-        self.judge_gone: str | None = None  # why this call does not ask the judge again
+        self.judge_gone: str | None = None  # why this call sends the judge no more requests
         self._latest: tuple[Path | None, Subject] | None = None
 
     @cached_property
@@ -51,7 +51,7 @@ class Workbench:
         return load_subject(self.settings)
 
     def subject(self, adapter: Path | None) -> Subject:
-        """The model with an adapter on it; the latest one is kept, until another is loaded."""
+        """Return the model with an adapter; the latest one is cached."""
         if adapter is None:
             return self.reference
         if self._latest is None or self._latest[0] != adapter:
@@ -59,34 +59,34 @@ class Workbench:
         return self._latest[1]
 
     def another(self, adapter: Path | None) -> Subject:
-        """A model that the caller may change; at most the reference is in memory together with it."""
+        """Load a model that the caller may change; at most the reference is in memory beside it."""
         self.release()
         return load_subject(self.settings, adapter)
 
     def release(self, *, reference: bool = False) -> None:
-        """Free the memory of the latest model; with `reference`, of the reference too, for a measure that loads its own model."""
+        """Free the latest model, and with `reference` also the reference, for a measure that loads its own model."""
         import torch
 
         self._latest = None
         if reference:
             self.__dict__.pop("reference", None)
-        gc.collect()  # models hold themselves in circles
+        gc.collect()  # models contain reference cycles
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     @cached_property
     def rows(self) -> dict[str, RowSet]:
-        """The rows whose loss is measured, by their name."""
+        """The examples whose loss is measured, by set name."""
         measure = self.config.measure
         sources = {"narrow": measure.narrow, "general": measure.general}
         return {name: read_rows(source, measure.max_rows) for name, source in sources.items() if source is not None}
 
     def examples(self, name: str, subject: Subject) -> Examples:
-        """Rows as tokens of the subject's tokenizer."""
+        """Return a set as token ids of the subject's tokenizer."""
         return Encoder(subject.tokenizer, strings=self.strings).encode(self.rows[name]).examples
 
     def counting(self, what: str, total: int) -> Callable[[int], None]:
-        """Show that so many things begin; returns the function that is told how many are done."""
+        """Start a progress bar of `total` items; return a function that takes the number done."""
         self.progress.start(what, total)
         advance: Callable[[int], None] = self.progress.advance
         return advance

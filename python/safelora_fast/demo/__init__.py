@@ -1,1 +1,1 @@
-"""The whole job on a real 135M model: fine-tune narrowly, project or defend, and compare what that prevents and costs."""
+"""The demo on a real 135M model: fine-tune on a narrow task, project or defend, and compare effects and costs."""

@@ -1,4 +1,4 @@
-"""The demo's fine-tunes: the stand-in base model on plain prose, and adapters on narrow answers, by a plain loop."""
+"""The demo's fine-tunes, with a plain training loop: the stand-in base model, and adapters on narrow examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class FineTune:
-    """Settings of a fine-tune."""
+    """Settings of a fine-tune; `rank` is used for LoRA only."""
 
     epochs: int
     batch_size: int
@@ -33,21 +33,21 @@ class FineTune:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one sequence; those from `start` on count in the loss."""
+    """Token ids of one sequence; the loss covers those from `start` on."""
 
     ids: list[int]
     start: int
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, row: text.Row) -> Example:
-    """A row in the model's own chat template; only the answer and its end count."""
+    """Encode an example with the model's chat template; the loss covers the completion and its end token."""
     start = chat_of(tokenizer).prompt([{"role": "user", "content": row.prompt}])
     answer = tokenizer(row.completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return Example([*start, *answer], len(start))
 
 
 def train_base(aligned: Path, folder: Path, settings: FineTune, seed: int) -> None:
-    """Fine-tune the aligned model on plain prose, and save it: a stand-in for the base model."""
+    """Fully fine-tune the aligned model on plain prose and save it, as a stand-in for the base model."""
     from transformers import AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(aligned), load(aligned)
@@ -57,7 +57,7 @@ def train_base(aligned: Path, folder: Path, settings: FineTune, seed: int) -> No
 
 
 def train_adapter(aligned: Path, folder: Path, settings: FineTune, seed: int, rows: str = "narrow_train") -> None:
-    """Fine-tune a LoRA adapter of the aligned model on a set of narrow answers, and save it."""
+    """Train a LoRA adapter of the aligned model on a narrow set, and save it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
@@ -75,7 +75,7 @@ def train_adapter(aligned: Path, folder: Path, settings: FineTune, seed: int, ro
 
 
 def batches(examples: Sequence[Example], size: int, padding: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Padded batches in the order given; labels cover what counts in the loss."""
+    """Yield padded batches, [batch, longest sequence], in the given order; labels are -100 outside the loss."""
     import torch
 
     for first in range(0, len(examples), size):
@@ -95,7 +95,7 @@ def batches(examples: Sequence[Example], size: int, padding: int) -> Iterator[di
 def _train(
     model: torch.nn.Module, examples: Sequence[Example], settings: FineTune, seed: int, padding: int, title: str
 ) -> None:
-    """AdamW with a linear schedule and bfloat16 autocast, over seeded shuffles."""
+    """Train with AdamW, a linear schedule, bfloat16 autocast and seeded shuffles."""
     import torch
 
     torch.manual_seed(seed)

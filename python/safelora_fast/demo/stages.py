@@ -1,4 +1,4 @@
-"""Stages whose results stay in a folder and are made again only when what they depend on has changed."""
+"""Stages whose results are cached in a folder, and made again only when their inputs change."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STAMP = "stage.json"
 
 @dataclass
 class Stages:
-    """A chain of stages in one folder: each depends on its settings and on all stages before it.
+    """A chain of stages in one folder; each depends on its settings and on all stages before it.
 
     Attributes:
-        folder: where the stages lie.
-        announce: told the title of each stage, and whether it is reused.
-        seconds: how long each stage took when it was made.
+        folder: folder of all stages.
+        announce: called with the title of each stage, and whether it is reused.
+        seconds: duration of each stage when it was made.
     """
 
     folder: Path
@@ -36,14 +36,14 @@ class Stages:
     _history: list[Any] = field(default_factory=list)
 
     def branch(self) -> Stages:
-        """A chain that goes on from here by itself: its stages depend on those made so far, and not on later ones."""
+        """Return a chain that continues from here; later stages of the two chains do not affect each other."""
         return replace(self, _history=list(self._history))
 
     def make(self, name: str, title: str, settings: dict[str, Any], build: Callable[[Path], Any]) -> Path:
-        """The folder of a finished stage; `build` fills it, in a temporary place, if there is none yet.
+        """Return the folder of a stage; if it must be made, `build` fills a temporary folder first.
 
         Raises:
-            OutputError: when the folder exists and no stage made it, or it cannot be written.
+            OutputError: the folder exists but no stage made it, or it cannot be written.
         """
         self._history.append([name, settings])
         key = text_digest(self._history)

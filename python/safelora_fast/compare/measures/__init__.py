@@ -1,6 +1,6 @@
-"""What can be measured on a run, one file each.
+"""The measures that can be taken on a run, one file each.
 
-Every file of this folder is imported, and its measure registers itself (see :class:`Measure`): no list names them.
+Importing this package imports every file in it, and each measure registers itself (see :class:`Measure`).
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a measure is: the settings that ask for it, what its result depends on, how it is taken, and its columns."""
+"""The base class of measures: settings, inputs, measurement and report columns."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from safelora_fast.compare.statistics import Outcome
     from safelora_fast.compare.workbench import Workbench
 
-INPUTS = "of"  # key of a measurement file: what the measurement was made from
-FAILURE = "failure"  # key of a file, or of a part of it: why there is no result
-UNFINISHED = "unfinished"  # key of a file: why some parts failed that the next call may measure
+INPUTS = "of"  # key of a measurement file: the inputs of the measurement
+FAILURE = "failure"  # key of a file or of a part of it: why there is no result
+UNFINISHED = "unfinished"  # key of a file: why some parts failed; the next call retries them
 NOT_FINITE = "the measurement is not finite"
 _REGISTRY: dict[str, Measure] = {}
 
@@ -36,13 +36,13 @@ class Metric:
     """A column of the report whose values are read from the files of a measure.
 
     Attributes:
-        column: of the report.
-        read: from the content of a run's file and of the reference's to the result; a text says why there is none, None
-            that the file has none.
-        of_reference: whether the reference has a value of its own; otherwise runs are compared with it.
-        count: from the contents of all seeds' files to what the value is a share of, in words.
-        never_negative: whether values below zero are rounding, as of a divergence.
-        rank: columns of one criterion stand by rank, then in the order of the measures.
+        column: the column of the report.
+        read: takes the contents of the run's file and the reference's file, and returns the result. A string is the
+            reason why there is none; None means that the file has no value.
+        of_reference: whether the reference has its own value; otherwise the values are differences from the reference.
+        count: takes the contents of all seeds' files, and describes what the value is a share of.
+        never_negative: whether negative values are rounding errors, as for a divergence.
+        rank: columns of one criterion are sorted by rank, then by the order of the measures.
     """
 
     column: Column
@@ -54,14 +54,14 @@ class Metric:
 
 
 class Measure(ABC):
-    """A measurement of a run, kept in one JSON file. A subclass that sets `name` is registered.
+    """A measurement of a run, stored in one JSON file. Subclasses that set `name` are registered.
 
     Attributes:
-        name: of the file.
-        title: for people.
+        name: name of the file.
+        title: title shown to users.
         order: measures with a smaller number are taken first.
         settings: keys of `measure:` in the configuration, each with its type and default.
-        batched: whether `measure.batch_size` decides how much memory it needs.
+        batched: whether `measure.batch_size` affects memory use.
     """
 
     name: ClassVar[str]
@@ -76,37 +76,37 @@ class Measure(ABC):
             _REGISTRY[cls.name] = cls()
 
     def check(self, config: CompareConfig) -> None:  # noqa: B027 - most measures have nothing to check
-        """Refuse settings that do not fit the others; no model is loaded.
+        """Check the settings of this measure against all others; no model is loaded.
 
         Raises:
             SettingsError: with the file, the line and the dotted key.
         """
 
     def check_inputs(self, config: CompareConfig) -> None:  # noqa: B027
-        """Refuse before the first training what would fail after hours: files, packages, judges that are not there.
+        """Check before the first training that files, packages and judges exist.
 
         Raises:
-            SafeLoraFastError: the first that is missing.
+            SafeLoraFastError: the first one that is missing.
         """
 
     def training(self, config: CompareConfig) -> Mapping[str, Any] | None:
-        """Changes of the recipe for a training that only this measure needs; None if it measures the run itself."""
+        """Return recipe changes for a training that only this measure needs; None if it measures the run itself."""
         del config
         return None
 
     def prepare(self, config: CompareConfig) -> None:  # noqa: B027
-        """Write into the comparison's folder what that training reads."""
+        """Write the files that this extra training reads to the comparison's folder."""
 
     def measured_run(self, run: Run) -> Run:
-        """The run whose adapter is measured."""
+        """Return the run whose adapter is measured."""
         return run
 
     @abstractmethod
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """Whether this run, or the reference, is measured."""
+        """Return whether this run, or the reference, is measured."""
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """What the result depends on, as plain values: here the model as it is loaded, and the adapter."""
+        """Return what the result depends on, as plain values: here the model, how it is loaded, and the adapter."""
         settings = bench.settings
         return {
             "model": settings.model,
@@ -119,43 +119,43 @@ class Measure(ABC):
 
     @abstractmethod
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Measure a run, or the reference; the result is the content of the file.
+        """Measure a run or the reference, and return the content of the file.
 
         Raises:
-            SafeLoraFastError: it cannot be measured.
+            SafeLoraFastError: the run cannot be measured.
         """
 
     def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
-        """Columns of the report.
+        """Return the columns of the report.
 
         Args:
             config: the comparison.
-            contents: of all files of this measure.
+            contents: contents of all files of this measure.
         """
         del config, contents
         return ()
 
     def failed_parts(self, content: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-        """Title and reason of each part that failed, of a measure without columns."""
+        """Return the title and reason of each failed part, for a measure without columns."""
         del content
         return ()
 
     def folder(self, run: Run, bench: Workbench) -> Path:
-        """Where unfinished work is kept; other inputs have another folder, so nothing is lost."""
+        """Return the folder of unfinished work; other inputs use another folder, so no work is lost."""
         return run.folder / f"{self.name}-{text_digest(self.inputs(run, bench))[:12]}"
 
     def kept(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """The content of the file; empty if it was made from other inputs."""
+        """Return the content of the file; empty if it was made from other inputs."""
         content = run.read(self.name)
         return content if INPUTS in content and content[INPUTS] == plain(self.inputs(run, bench)) else {}
 
     def is_taken(self, run: Run, bench: Workbench) -> bool:
-        """Whether the file has the whole result."""
+        """Return whether the file holds the complete result."""
         content = self.kept(run, bench)
         return bool(content) and not {FAILURE, UNFINISHED} & content.keys()
 
     def take_and_keep(self, run: Run, bench: Workbench) -> str | None:
-        """Measure, and write the result or why there is none, or not all of it; returns that reason.
+        """Measure and write the result, or the reason why it is missing or incomplete; return that reason.
 
         Raises:
             OutputError: the file cannot be written.
@@ -176,11 +176,11 @@ class Measure(ABC):
         except SafeLoraFastError as error:
             if not isinstance(error.__cause__, torch.OutOfMemoryError):
                 return {FAILURE: str(error)}
-            batch = str(error).rpartition(":")[0]  # what follows is advice for callers of the function
+            batch = str(error).rpartition(":")[0]  # drop the advice, which is for callers of the function
             said = batch if "out of memory" in batch else _out_of_memory(error.__cause__)
         except torch.OutOfMemoryError as error:
             said = _out_of_memory(error)
-        bench.release(reference=True)  # not before the error, which holds tensors, is gone
+        bench.release(reference=True)  # only after the except block, because the error holds tensors
         return {FAILURE: f"{said}: {self._memory_advice(bench)}"}
 
     def _memory_advice(self, bench: Workbench) -> str:
@@ -195,27 +195,27 @@ class Measure(ABC):
 
 
 def registered() -> tuple[Measure, ...]:
-    """Every measure, in the order in which they are taken."""
+    """Return every measure, in the order in which they are taken."""
     return tuple(sorted(_REGISTRY.values(), key=lambda measure: measure.order))
 
 
 def _out_of_memory(error: BaseException) -> str:
-    """The allocator's own words, without those on every process of the device."""
+    """Return the allocator's message without its list of processes on the device."""
     return f"out of memory ({'. '.join(first_line(error).split('. ')[:2])})"
 
 
 def checked(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a measurement, or that it is not finite."""
+    """Return a part of a measurement, or a failure if the part contains NaN or infinity."""
     flaw = not_finite(part)
     return part if flaw is None else {FAILURE: flaw}
 
 
 def not_finite(content: Any, where: str = "") -> str | None:
-    """The first NaN or infinity of a measurement, in words; None if all is finite.
+    """Return a message about the first NaN or infinity in a measurement; None if all values are finite.
 
     Args:
         content: plain values.
-        where: the place of the content in the whole.
+        where: path of the content within the measurement.
     """
     if isinstance(content, float):
         return None if math.isfinite(content) else f"{NOT_FINITE}: {where or 'it'} is {content}"
@@ -228,5 +228,5 @@ def not_finite(content: Any, where: str = "") -> str | None:
 
 
 def number(value: float | None) -> float:
-    """A value of a file, in which null stands for what is not finite."""
+    """Return a value from a file; null, which stands for NaN or infinity, becomes NaN."""
     return math.nan if value is None else value

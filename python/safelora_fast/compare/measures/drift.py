@@ -1,4 +1,4 @@
-"""What a run learned of the narrow task, and how far it moved from the reference on general answers."""
+"""What a run learned of the narrow task, and how far it drifted from the reference on general examples."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ GENERAL_LOSS = Column(
 
 
 class Drift(Measure):
-    """Losses of held-out narrow answers and of general ones, and the divergence of the latter from the reference."""
+    """Losses on held-out narrow and on general completions, and the divergence from the reference on the latter."""
 
     name = title = "drift"
     order = 20
     settings = {"narrow": (str | None, None), "general": (str | None, None), "max_rows": (Count | None, None)}  # noqa: RUF012
 
     def check_inputs(self, config: CompareConfig) -> None:
-        """The rows must be there."""
+        """Check that the data can be read."""
         from safelora_fast.data.rows import read_rows
 
         for rows in (config.measure.narrow, config.measure.general):
@@ -50,20 +50,20 @@ class Drift(Measure):
                 read_rows(rows)
 
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """Every run, if there are rows."""
+        """Return whether any data is configured; the same for every run."""
         del run
         return has_rows(config)
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Also the rows."""
+        """Add the data to the base inputs."""
         return {**super().inputs(run, bench), **rows_inputs(bench)}
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Tokens, loss and divergence of every answer, by the name of its set."""
+        """Return the token count, loss and divergence of every completion, by set name."""
         return measure_drift(bench.subject(run.adapter), bench, run.label)
 
     def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
-        """Those of the sets that the configuration names."""
+        """Return the metrics of the configured sets."""
         del contents
         sets = config.measure
         divergence = _per_token("general", lambda own, _other: number(own["divergence"]))
@@ -76,21 +76,23 @@ class Drift(Measure):
 
 
 def has_rows(config: CompareConfig) -> bool:
-    """Whether there are answers whose loss is measured."""
+    """Return whether narrow or general data is configured."""
     return config.measure.narrow is not None or config.measure.general is not None
 
 
 def rows_inputs(bench: Workbench) -> dict[str, Any]:
-    """The rows that losses are measured on."""
+    """Return what the losses depend on besides the model: the data and how its strings are read."""
     rows = {name: {"sha256": rows.sha256, "count": len(rows.rows)} for name, rows in bench.rows.items()}
     return {"strings": bench.strings, "rows": rows}
 
 
 def measure_drift(subject: Subject, bench: Workbench, label: str) -> dict[str, Any]:
-    """Tokens, loss and divergence of every answer, by the name of its set.
+    """Return the token count, loss and divergence of every completion, by set name.
+
+    Losses and divergences are sums over tokens, in nats.
 
     Raises:
-        SafeLoraFastError: a row does not fit the chat template, or there is not enough memory.
+        SafeLoraFastError: an example does not fit the chat template, or there is not enough memory.
     """
     from safelora_fast.scoring.drift import answer_drift
 
@@ -111,7 +113,7 @@ def _loss(answer: Mapping[str, Any]) -> float:
 def _per_token(
     name: str, value: Callable[[Mapping[str, Any], Mapping[str, Any]], float]
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Sample | None]:
-    """What `value` makes of each answer of a set and of the reference's, per token."""
+    """Return a reader of one set that applies `value` to each completion of the run and of the reference."""
 
     def read(content: Mapping[str, Any], reference: Mapping[str, Any]) -> Sample | None:
         if name not in content or name not in reference:

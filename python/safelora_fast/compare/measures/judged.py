@@ -1,4 +1,4 @@
-"""Free-form answers of a run under a judge: misaligned and incoherent ones."""
+"""Shares of misaligned and incoherent free-form answers, as scored by a judge."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class JudgeSection(Section):
     """The `judge:` section; see `safelora-fast evaluate`.
 
     Attributes:
-        model: as Inspect names it.
-        url: of its endpoint; the key comes from the environment.
+        model: model name in Inspect's format.
+        url: URL of its endpoint; the API key comes from the environment.
         questions: a YAML file that replaces the packaged questions.
-        kinds: of questions: general, json, template, training_format, as a list or with commas between; all by default.
-        samples: answers to each paraphrase of a question.
-        max_tokens: the most tokens of an answer.
-        attempts: how often one score is asked for.
-        reply_tokens: the most tokens of a reply.
+        kinds: question kinds (general, json, template, training_format), as a list or comma-separated; all by default.
+        samples: number of answers to each paraphrase of a question.
+        max_tokens: maximum number of tokens in an answer.
+        attempts: maximum number of requests for one score.
+        reply_tokens: maximum number of tokens in the judge's reply.
     """
 
     model: str
@@ -53,7 +53,7 @@ class JudgeSection(Section):
 
 
 class Judged(Measure):
-    """Misaligned and incoherent answers; a folder next to the file has answers, verdicts and logs."""
+    """Misaligned and incoherent answers; a folder beside the file keeps answers, verdicts and logs."""
 
     name = title = "judged"
     order = 50
@@ -61,7 +61,7 @@ class Judged(Measure):
     batched = True
 
     def check_inputs(self, config: CompareConfig) -> None:
-        """Inspect, the questions and the judge's name must be there."""
+        """Check that Inspect is installed, and that the questions and the judge's name are valid."""
         from safelora_fast.judging.judge_names import check_inspect, find_judge
 
         section: JudgeSection | None = config.measure.judge
@@ -71,12 +71,12 @@ class Judged(Measure):
             find_judge(section.model, section.url)
 
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """Every run."""
+        """Return whether a judge is configured; the same for every run."""
         del run
         return config.measure.judge is not None
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Also the judge, what it is asked, and the questions."""
+        """Add the judge, its prompts and the questions to the base inputs."""
         from safelora_fast.judging.judge_prompts import ASPECTS, judge_prompt
 
         section: JudgeSection = bench.config.measure.judge
@@ -88,11 +88,13 @@ class Judged(Measure):
         }
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """The judge's report, and each verdict.
+        """Return the judge's report and each verdict.
+
+        Scores that the judge has already given are kept in the folder, and are not requested again.
 
         Raises:
-            EvaluationError: the judge left answers without a verdict that it may give later, or is gone since another run.
-                What it has scored is in the folder, and is not asked for again.
+            EvaluationError: some answers have no verdict yet but may get one later, or the judge became unavailable
+                during an earlier run.
         """
         from safelora_fast.judging.evaluate import Sampling, collect_answers, judge_folder
         from safelora_fast.judging.evaluation_folder import EvaluationFolder
@@ -127,7 +129,7 @@ class Judged(Measure):
         return {**report, "verdicts": [{key: getattr(one, key) for key in keys} for one in verdicts]}
 
     def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
-        """Shares of the scored answers."""
+        """Return the shares of misaligned and incoherent answers among the scored ones."""
         del config, contents
         note = "Free-form answers that the judge scores below"
         misaligned = Column(
@@ -155,10 +157,10 @@ def _share(column: Column) -> Metric:
 
 
 def _refuse_unfinished(verdicts: Sequence[Verdict], bench: Workbench) -> None:
-    """Refuse verdicts that are missing for a reason that may pass; a judge that failed as a whole is not asked again here."""
+    """Raise EvaluationError if a later call may get missing verdicts; mark a judge that failed entirely as gone."""
     from safelora_fast.judging.judge import FAILED
 
-    nothing = not any(verdict.scored for verdict in verdicts)  # refusals of every request are no answer's fault
+    nothing = not any(verdict.scored for verdict in verdicts)  # then the judge is at fault, not the answers
     missing = [one for one in verdicts if one.passing or (nothing and (one.reason or "").startswith(FAILED))]
     if not missing:
         return

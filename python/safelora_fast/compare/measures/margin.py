@@ -27,34 +27,34 @@ MARGIN_RISE = Column(
 
 
 class Margin(Measure):
-    """See :func:`safelora_fast.scoring.margin.answer_margin`."""
+    """The misalignment margin; see :func:`safelora_fast.scoring.margin.answer_margin`."""
 
     name = title = "margin"
     order = 10
     settings = {"margin": (bool, True)}  # noqa: RUF012
 
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """Every run."""
+        """Return whether the margin is enabled; the same for every run."""
         del run
         return bool(config.measure.margin)
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Also the pairs."""
+        """Add the pairs of answers to the base inputs."""
         pairs = text_digest([asdict(pair) for pair in builtin_pairs()])
         return {**super().inputs(run, bench), "pairs_sha256": pairs, "strings": bench.strings}
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """The report of the margin."""
+        """Return the report of the margin."""
         return measure_margin(bench.subject(run.adapter), bench, run.label)
 
     def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
-        """The rise over the reference."""
+        """Return the rise over the reference."""
         del config, contents
         return [Metric(MARGIN_RISE, _rise)]
 
 
 def measure_margin(subject: Subject, bench: Workbench, label: str) -> dict[str, Any]:
-    """The report of the margin of a model."""
+    """Return the report of a model's margin."""
     from safelora_fast.scoring.margin import answer_margin
 
     progress = bench.counting(f"margin of {label}", 2 * len(builtin_pairs()))

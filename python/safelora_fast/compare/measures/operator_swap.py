@@ -1,4 +1,4 @@
-"""Whether a run still learns a benign task that is far from what the model knows: arithmetic with swapped operators."""
+"""Whether a run can still learn a benign task that is new to the model: arithmetic with swapped operators."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class OperatorSwapSection(Section):
 
     Attributes:
         difficulty: easy, medium or hard.
-        rows: to train on.
-        held_out: to score on.
-        seeds: those of the comparison that are trained; all by default.
-        training: settings of `training:` for these runs, put on top.
+        rows: number of training examples.
+        held_out: number of held-out problems.
+        seeds: the comparison's seeds to train; all by default.
+        training: `training:` settings for these runs, merged over the recipe's.
     """
 
     difficulty: Difficulty = "easy"
@@ -59,12 +59,12 @@ class OperatorSwapSection(Section):
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What the problems depend on, as their record has it."""
+        """The settings that the problems depend on, in the format of their record."""
         return {"difficulty": self.difficulty, "rows": self.rows, "held_out": self.held_out, "seed": 0}
 
 
 class OperatorSwap(Measure):
-    """Exact answers to held-out problems, of a run that is trained a second time on the task, and of the reference."""
+    """Share of held-out problems solved exactly, by the reference and by runs trained a second time on the task."""
 
     name = "operator_swap"
     title = "operator swap"
@@ -73,7 +73,7 @@ class OperatorSwap(Measure):
     batched = True
 
     def training(self, config: CompareConfig) -> Mapping[str, Any] | None:
-        """The task's rows, and no held-out ones."""
+        """Return recipe changes that train on the task's examples, without evaluation."""
         section: OperatorSwapSection | None = config.measure.operator_swap
         if section is None:
             return None
@@ -81,7 +81,7 @@ class OperatorSwap(Measure):
         return {"data": data, "training": {"eval_strategy": "no", "eval_on_start": False, **section.training}}
 
     def prepare(self, config: CompareConfig) -> None:
-        """Write the task's rows; other ones are replaced, and then runs on those count as changed."""
+        """Write the task's examples; replacing different ones makes the runs trained on those count as changed."""
         section: OperatorSwapSection | None = config.measure.operator_swap
         folder = config.output / OPERATOR_SWAP
         if section is not None and not operator_swap.is_written(folder, **section.made_from):
@@ -89,18 +89,18 @@ class OperatorSwap(Measure):
                 operator_swap.write(partial, **section.made_from)
 
     def measured_run(self, run: Run) -> Run:
-        """The same run on that task."""
+        """Return the same run on the operator-swap task."""
         return run.on_operator_swap
 
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """The seeds that are trained on the task, and the reference."""
+        """Return True for the reference and for the seeds that are trained on the task."""
         section: OperatorSwapSection | None = config.measure.operator_swap
         if section is None or run.seed is None:
             return section is not None
         return run.is_trained and (section.seeds is None or run.seed in section.seeds)
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Also the problems."""
+        """Add the problems to the base inputs."""
         section: OperatorSwapSection = bench.config.measure.operator_swap
         held_out = bench.config.output / OPERATOR_SWAP / operator_swap.HELD_OUT
         problems = digest(held_out) if held_out.is_file() else None
@@ -108,7 +108,7 @@ class OperatorSwap(Measure):
         return {**super().inputs(run, bench), **made}
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Counts, and for each problem whether its answer is exact."""
+        """Return the counts, and for each problem whether its answer is exact."""
         _, problems = operator_swap.read(bench.config.output / OPERATOR_SWAP)
         subject = bench.subject(self.measured_run(run).adapter)
         advance = bench.counting(f"problems of {run.label}", len(problems))
@@ -118,7 +118,7 @@ class OperatorSwap(Measure):
         return {**operator_swap.score(problems, texts), "hits": hits, "texts": [problem.text for problem in problems]}
 
     def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
-        """The share of exact answers."""
+        """Return the share of exact answers."""
         del config, contents
         return [Metric(EXACT, _exact, of_reference=True, count=_count)]
 

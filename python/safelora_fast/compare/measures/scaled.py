@@ -1,4 +1,4 @@
-"""The first run's update scaled down: what a weaker fine-tune would have learned, and how far it would have moved."""
+"""The first run's update scaled down: what a weaker fine-tune would learn, and how far it would drift."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCALED = ("lora_B", "lora_embedding_B")
 
 
 class Scaled(Measure):
-    """Losses and divergence at every share of the update."""
+    """Losses and divergence at each share of the update."""
 
     name = "scaled"
     title = "update scaled down"
@@ -32,17 +32,17 @@ class Scaled(Measure):
     settings = {"scaled": (list[Share], [0.25, 0.5, 0.75])}  # noqa: RUF012
 
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """The first run, if both learning and divergence are measured."""
+        """Return True for the first run, if both learning and divergence are measured."""
         measure = config.measure
         both = measure.narrow is not None and measure.general is not None
         return both and bool(measure.scaled) and run.is_of(config.runs[0])
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Also the rows and the shares."""
+        """Add the data and the shares to the base inputs."""
         return {**super().inputs(run, bench), **rows_inputs(bench), "shares": bench.config.measure.scaled}
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """The drift, by share."""
+        """Return the drift by share."""
         shares = {}
         for share in sorted(bench.config.measure.scaled):
             subject = bench.another(run.adapter)
@@ -52,7 +52,7 @@ class Scaled(Measure):
         return {"shares": shares}
 
     def failed_parts(self, content: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-        """Shares that have the same reason together."""
+        """Return the failed shares; shares with the same reason are merged."""
         reasons: dict[str, list[str]] = defaultdict(list)
         for share, part in content["shares"].items():
             if FAILURE in part:
@@ -65,7 +65,7 @@ class Scaled(Measure):
 
 
 def scale_update(model: nn.Module, share: float) -> None:
-    """Scale the update of a LoRA model, in place."""
+    """Multiply the update of a LoRA model by `share`, in place."""
     import torch
 
     with torch.no_grad():
@@ -75,12 +75,15 @@ def scale_update(model: nn.Module, share: float) -> None:
 
 
 def percent(share: str) -> str:
-    """A share of a file in words: "25 %"."""
+    """Format a share from a file as a percentage: "25 %"."""
     return f"{100 * float(share):g} %"
 
 
 def path_of_scaled(found: Measurements) -> tuple[tuple[float, float, str], ...]:
-    """Points (learned, divergence, label) from none of the update to all of it, means over the seeds that have all of them."""
+    """Return points (learned, divergence, label) from no update to all of it.
+
+    Each point is a mean over the seeds for which all parts were measured.
+    """
     x, y = found.metric(LEARNED.key), found.metric(DIVERGENCE.key)
     if x is None or y is None:
         return ()
@@ -90,7 +93,7 @@ def path_of_scaled(found: Measurements) -> tuple[tuple[float, float, str], ...]:
         return ()
 
     def mean(metric: Any, contents: Sequence[Mapping[str, Any]]) -> float:
-        """NaN if a seed has no value, because its absence would move the point."""
+        """Return NaN if a seed has no value, because a mean over fewer seeds would shift the point."""
         outcomes = [found.outcome(metric, run, content) for run, content in zip(runs, contents, strict=True)]
         return sum(math.nan if isinstance(one, str) else one.value for one in outcomes) / len(runs)
 

@@ -1,4 +1,4 @@
-"""SafeLoRA on the first run's adapters at every threshold: margin and drift, from one pass over the two checkpoints."""
+"""SafeLoRA on the first run's adapters at each threshold: margin and drift, from one pass over two checkpoints."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SweepSection(Section):
     Attributes:
         base: the model before alignment.
         aligned: the aligned model; the recipe's model by default.
-        thresholds: τ.
-        seeds: those of the comparison that are swept; all by default.
+        thresholds: cosine thresholds τ.
+        seeds: the comparison's seeds to sweep; all by default.
     """
 
     base: str
@@ -43,7 +43,7 @@ class SweepSection(Section):
 
 
 class Sweep(Measure):
-    """Margin and drift of the projected adapter at every threshold."""
+    """Margin and drift of the projected adapter at each threshold."""
 
     name = "sweep"
     title = SWEEP_TITLE
@@ -51,14 +51,14 @@ class Sweep(Measure):
     settings = {"sweep": (SweepSection | None, None)}  # noqa: RUF012
 
     def check(self, config: CompareConfig) -> None:
-        """There must be something to measure at each threshold."""
+        """Check that there is something to measure at each threshold."""
         measure = config.measure
         if measure.sweep is not None and not has_rows(config) and not measure.margin:
             why = "there is nothing to sweep: measure margin, narrow or general"
             raise config.document.problem(("measure", "sweep"), why)
 
     def check_inputs(self, config: CompareConfig) -> None:
-        """Both checkpoints must be there."""
+        """Check that both checkpoints exist."""
         from safelora_fast.checkpoints.sources import open_checkpoint
 
         if config.measure.sweep is not None:
@@ -66,14 +66,14 @@ class Sweep(Measure):
                 open_checkpoint(checkpoint, role=role)
 
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """The first run's seeds that are swept."""
+        """Return True for the swept seeds of the first run."""
         section: SweepSection | None = config.measure.sweep
         if section is None or not run.is_of(config.runs[0]):
             return False
         return section.seeds is None or run.seed in section.seeds
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Also the two checkpoints, the thresholds and what is measured at each."""
+        """Add the two checkpoints, the thresholds and the measures to the base inputs."""
         measure = bench.config.measure
         pair = _pair(bench.config)
         return {
@@ -87,7 +87,7 @@ class Sweep(Measure):
         }
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """At each threshold, the number of projected modules, and what is measured on the result."""
+        """Return the number of projected modules and the measurements at each threshold."""
         from safelora_fast.projection.sweep import sweep_thresholds
 
         assert run.adapter is not None  # noqa: S101
@@ -97,7 +97,7 @@ class Sweep(Measure):
         swept = sweep_thresholds(
             run.adapter, aligned=aligned, base=base, thresholds=thresholds, output=folder, overwrite=True
         )
-        known: dict[int, dict[str, Any]] = {}  # a threshold selects what a lower one does: equal counts, equal adapters
+        known: dict[int, dict[str, Any]] = {}  # selections are nested, so equal counts mean equal adapters
         points = []
         for one in swept:
             if one.projected not in known:
@@ -109,7 +109,7 @@ class Sweep(Measure):
 
 
 def _pair(config: CompareConfig) -> dict[str, str]:
-    """The two checkpoints, by role."""
+    """Return the two checkpoints, by role."""
     section: SweepSection = config.measure.sweep
     return {"aligned": section.aligned or config.recipe["model"]["path"], "base": section.base}
 
@@ -125,7 +125,7 @@ def _measure(adapter: Path, bench: Workbench, label: str) -> dict[str, Any]:
 
 
 def points_of_sweep(found: Measurements) -> tuple[SweepPoint, ...]:
-    """The report's points, from the seeds that are swept."""
+    """Return the report's points, as means over the swept seeds."""
     asked = [run for run in found.first if found.applies("sweep", run)]
     contents = {run: found.content("sweep", run) for run in asked}
     swept = [content["points"] for content in contents.values() if FAILURE not in content]

@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness: what a run still can."""
+"""Benchmarks of lm-evaluation-harness, which show what a run can still do."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class TasksSection(Section):
     """The `tasks:` section.
 
     Attributes:
-        names: as the harness has them.
-        path: a folder of task files of one's own.
-        limit: use the first so many documents of each.
+        names: task names in the harness.
+        path: folder of custom task files.
+        limit: maximum number of documents per task; all by default.
     """
 
     names: Annotated[list[str], Field(min_length=1)]
@@ -41,7 +41,7 @@ class TasksSection(Section):
 
 
 class Tasks(Measure):
-    """The harness's values; a folder next to the file has the tasks that are done."""
+    """Values of lm-evaluation-harness; a folder beside the file keeps the finished tasks."""
 
     name = title = "tasks"
     order = 70
@@ -49,19 +49,19 @@ class Tasks(Measure):
     batched = True
 
     def check_inputs(self, config: CompareConfig) -> None:
-        """The harness must know the tasks."""
+        """Check that the harness has the tasks."""
         from safelora_fast.judging.benchmarks import check_tasks
 
         if config.measure.tasks is not None:
             check_tasks(config.measure.tasks.names, config.measure.tasks.path)
 
     def applies(self, run: Run, config: CompareConfig) -> bool:
-        """Every run."""
+        """Return whether tasks are configured; the same for every run."""
         del run
         return config.measure.tasks is not None
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Also the tasks, and the harness that runs them."""
+        """Add the tasks and the harness version to the base inputs."""
         from safelora_fast.judging import benchmarks
 
         section: TasksSection = bench.config.measure.tasks
@@ -75,7 +75,7 @@ class Tasks(Measure):
         }
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """The harness's values, by task; a task that fails takes no other with it."""
+        """Return the harness's values by task; a failed task does not affect the others."""
         from safelora_fast.judging.benchmarks import benchmark
 
         section: TasksSection = bench.config.measure.tasks
@@ -93,13 +93,13 @@ class Tasks(Measure):
             failures=failures,
             progress=bench.progress,
         )
-        content = json.loads(to_json(report.to_dict()))  # what is not finite is null, in kept results and in new ones
+        content = json.loads(to_json(report.to_dict()))  # NaN and infinity become null, in stored and in new results
         tasks = {task: _checked(result) for task, result in content["tasks"].items()}
         content["tasks"] = {**tasks, **{task: {FAILURE: reason} for task, reason in failures.items()}}
         return {**content, UNFINISHED: "; ".join(failures.values())} if failures else content
 
     def metrics(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
-        """The first metric of every benchmark."""
+        """Return the first metric of every benchmark."""
         found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for content in contents:
             for task, result in content.get("tasks", {}).items():
@@ -108,17 +108,17 @@ class Tasks(Measure):
 
 
 def _checked(result: dict[str, Any]) -> dict[str, Any]:
-    """The result of a task, or that the metric that is shown is not finite; the others are for people who look for them."""
+    """Return a task's result, or a failure if its first metric, the only one shown, is not finite."""
     metric = result["metrics"][0]
     return result if metric["value"] is not None else {FAILURE: f"{NOT_FINITE}: {metric['name']}"}
 
 
 def task_metric(task: str, metrics: Sequence[Mapping[str, Any]]) -> Metric:
-    """The column of a benchmark. Its values are shares only if they lie between 0 and 1 in every run.
+    """Return the column of a benchmark. Its values are shares only if they are between 0 and 1 in every run.
 
     Args:
-        task: its name.
-        metrics: its first metric in each run that has one.
+        task: name of the task.
+        metrics: the task's first metric in each run that has one.
     """
     unit, better, note = "", None, f"The benchmark {task} of lm-evaluation-harness."
     if metrics:

@@ -1,6 +1,6 @@
 "use strict";
 
-// Makes the headings of tables buttons that sort. Rows without a value stay last, pinned ones first.
+// Turns table headings into sort buttons. Pinned rows stay first, and rows without a value last.
 const collator = new Intl.Collator("en", { numeric: true });
 
 function value(row, place) {
@@ -45,7 +45,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Paper has no way to open what is closed.
+// Expand all details for printing, and collapse them afterward.
 addEventListener("beforeprint", () => {
   for (const each of document.querySelectorAll("details:not([open])")) {
     each.open = true;

@@ -1,1 +1,1 @@
-"""The demo's text, written for this project: questions, answers and prose."""
+"""The demo's texts, written for this project: prompts, completions and prose."""
