@@ -397,7 +397,7 @@ def packed(tensors):
     [
         *(
             (having(f"{QUERY}.{beside}", torch.ones(1)), OTHER, CheckpointError,
-             rf"{QUERY}\.weight is quantized \({QUERY}\.{beside} lies beside it")
+             rf"{QUERY}\.weight is quantised \({QUERY}\.{beside} lies beside it")
             for beside in ("codebooks", "weight_quantizer.scale", "weight._scale", "input_scale")
         ),
         (packed, {}, PairingError, rf"{QUERY}: the ROLE model .* holds it quantized"),
@@ -405,7 +405,7 @@ def packed(tensors):
          rf"{QUERY}: the ROLE model .* is quantized as its config.json says .other."),
         (having(f"{QUERY}.weight", torch.ones(32, 32).to(torch.int8)), {}, CheckpointError,
          "is I8; weights must be F32, BF16 or F16, not quantized"),
-        (having(f"{QUERY}.weight_scale_inv", torch.ones(1)), {}, CheckpointError, "is quantized"),
+        (having(f"{QUERY}.weight_scale_inv", torch.ones(1)), {}, CheckpointError, "is quantised"),
     ],
     ids=["codebooks", "weight_quantizer", "weight._scale", "input_scale", "qweight", "unknown", "int8", "scale_inv"],
 )  # fmt: skip

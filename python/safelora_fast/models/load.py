@@ -143,9 +143,10 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
 
     section = settings.section()
     folder = None if adapter is None else adapter_folder(adapter, tokenizer=True)
-    model: Any = load_pretrained(section)
     own_tokenizer = folder is not None and (folder / "tokenizer_config.json").is_file()
+    # First, because it takes little time and memory to find out that it is missing.
     tokenizer, _ = load_tokenizer(replace(section, template_args=None) if own_tokenizer else section)
+    model: Any = load_pretrained(section)
     if folder is None:
         return Subject("model", place(model, section.device), tokenizer)
     model = put_adapter(model, folder)
