@@ -139,6 +139,7 @@ def test_files_that_are_no_persona_vector(call, tmp_path):
     assert "a plot is one of .pdf, .png, .svg" in result.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(words, output, call):
     """A separate process is interrupted once some responses exist."""
     slow = words("--samples", 40)
