@@ -184,7 +184,7 @@ CASES = [
     (pickled_adapter, "load the adapter with PEFT"),
     (no_lora, "peft_type is IA3"),
     (dora, "use_dora is set"),
-    (broken_config, "adapter_config.json: is no JSON"),
+    (broken_config, "adapter_config.json: is not JSON"),
     (output_exists, "--overwrite"),
     (output_is_a_file, "exists and is not a folder"),
     (output_is_a_link, "is a symbolic link to elsewhere"),

@@ -147,7 +147,7 @@ def test_what_goes_around_the_projection_is_named_and_strict_refuses_it(pair, ca
     }
     code, _, err = call(*pair.command("--strict", "--overwrite"))
     assert code == 2
-    assert "went around the projection" in err
+    assert "bypassed the projection" in err
     assert err.count("\n") == 1
 
 

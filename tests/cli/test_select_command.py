@@ -106,7 +106,7 @@ def test_refusals(words, call, more, message):
 def test_candidates_that_are_refused(words, call, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps(candidates(1)[0]) + "\n{\n")
-    assert f"error: {broken}:2: is no JSON" in call(*words(rows=broken)).err
+    assert f"error: {broken}:2: is not JSON" in call(*words(rows=broken)).err
     broken.write_text("")
     assert f"error: {broken}: holds no examples" in call(*words(rows=broken)).err
     assert (

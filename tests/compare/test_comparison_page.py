@@ -208,7 +208,7 @@ def test_the_plot_has_every_row_with_both_measures():
         assert len({mark.one("path").attributes["d"] + mark.one("use").attributes["style"] for mark in marks}) == 4
         assert len(list(drawing.all(class_="run"))) == 1 + 3 + 3 + 3
         assert len(list(drawing.all(class_="step"))) == 5
-    assert f"for want of a value: {LONG}, few measures." in figure.one("figcaption").text
+    assert f"because a value is missing: {LONG}, few measures." in figure.one("figcaption").text
     assert HEBREW in figure.one("ul", class_="legend").text
     assert not list(page_of(one_row).all("figure"))
 

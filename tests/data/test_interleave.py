@@ -54,7 +54,8 @@ def test_the_count_is_exact_at_the_end_and_close_before(fraction, count):
     exact = Fraction(str(fraction))
     if not rounded(exact, count):
         with pytest.raises(
-            DataError, match=f"interleave: fraction {exact} of {count} task examples is no safe example; raise it"
+            DataError,
+            match=f"interleave: fraction {exact} of {count} task examples is less than one safe example; raise it",
         ):
             interleave(rows(count), rows(13, "s"), exact)
         return
@@ -334,7 +335,7 @@ def test_formats_that_are_refused(task, safe, words):
 
 def test_a_stream_too_short_for_a_safe_row_says_so():
     mixture = interleave(stream([TASKS["texts"]] * 3), [FORMATS["texts"]], 0.1)
-    with pytest.warns(UserWarning, match="fraction 0.1 of 3 task examples is no safe example; raise it"):
+    with pytest.warns(UserWarning, match="fraction 0.1 of 3 task examples is less than one safe example; raise it"):
         assert len(list(mixture)) == 3
     with pytest.raises(DataError, match="interleave: task holds no examples"):
         list(interleave(stream([]), [FORMATS["texts"]], 1))

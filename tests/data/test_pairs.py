@@ -60,7 +60,8 @@ def test_bad_pairs(tmp_path, row, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "the data cannot be read: No such file"), (b"\n", "holds no pairs"), (b"{\n", "is no JSON"), (b"\xff", "is not UTF-8")],
+    [(None, "the data cannot be read: No such file"), (b"\n", "holds no pairs"), (b"{\n", "is not JSON"),
+     (b"\xff", "is not UTF-8")],
 )  # fmt: skip
 def test_bad_files(tmp_path, content, message):
     path = tmp_path / "pairs.jsonl"

@@ -73,7 +73,7 @@ def test_columns_that_are_null_are_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[1]", "an example must be an object with"),
         ("{}", "either `messages`, or `prompt` and `completion`; this one has nothing"),
         ('{"text": "a"}', "this one has text"),
@@ -84,7 +84,7 @@ def test_columns_that_are_null_are_not_there(tmp_path, monkeypatch):
         ('{"messages": "hello"}', "messages must be a list of messages"),
         ('{"messages": null}', "this one has nothing"),
         ('{"prompt": [], "completion": []}', "prompt must be a list of messages, and not empty"),
-        ('{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}', "is no JSON"),
+        ('{"prompt": "a", "completion": "b"}{"prompt": "a", "completion": "b"}', "is not JSON"),
         ('{"messages": [{"role": "user"}]}', "message 1 must be {role: …, content: text}"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}', "message 2 must be"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "message 1 must be"),

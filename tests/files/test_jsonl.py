@@ -46,7 +46,7 @@ def test_lines_are_those_of_a_plain_loop(lines, content, at_once, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{}\n\n{"a": \n', "rows.jsonl:3: is no JSON"),
+        ('{}\n\n{"a": \n', "rows.jsonl:3: is not JSON"),
         (b'{}\n"\xff"\n', "rows.jsonl:2: is not UTF-8 text"),
         ("{}\n" + "[" * 100_000, "rows.jsonl:2: is nested too deeply"),
     ],

@@ -52,7 +52,9 @@ def test_other_files_are_refused(store, content):
     if content == "{}":  # this may be half a row
         assert store.read(check) == ROWS
         return
-    with pytest.raises(DataError, match=rf"rows.jsonl:{1 + len(ROWS)}: is no row of a test \(.*delete the file"):
+    with pytest.raises(
+        DataError, match=rf"rows.jsonl:{1 + len(ROWS)}: is not a valid row of a test \(.*delete the file"
+    ):
         store.read(check)
 
 

@@ -24,9 +24,9 @@ BOMBS = {
     "lists": (LISTS, ":6: more than 100,000 values, with every alias written out"),
     "merges": (MERGES, ":6: more than 100,000 values, with every alias written out"),
     "chain": (CHAIN, ": nested in more than 50 levels, with every alias written out"),
-    "flow": (FLOW, ":1: this is no YAML: nested in more than 50 levels"),
-    "block": (BLOCK, ":50: this is no YAML: nested in more than 50 levels"),
-    "many": (MANY, ":1: this is no YAML: more than 1,000 values"),
+    "flow": (FLOW, ":1: this is not YAML: nested in more than 50 levels"),
+    "block": (BLOCK, ":50: this is not YAML: nested in more than 50 levels"),
+    "many": (MANY, ":1: this is not YAML: more than 1,000 values"),
     "large": (LARGE, ": has more than 4,194,304 characters"),
 }
 READERS = {"recipe": read_document, "comparison": load_config, "trait": load_trait, "questions": read_questions}
@@ -59,8 +59,8 @@ def test_overrides_have_the_limits_too(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("a: 1\n")
     for word, message in (
-        (f"b={'[' * 2000}", "command line: b: this is no YAML: nested"),
-        (f"{'b.' * 2000}c=1", "is no setting"),
+        (f"b={'[' * 2000}", "command line: b: this is not YAML: nested"),
+        (f"{'b.' * 2000}c=1", "is not a setting"),
     ):
         with pytest.raises(SettingsError, match=message):
             read_document(path, [word])

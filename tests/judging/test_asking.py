@@ -110,5 +110,7 @@ def test_questions_with_a_system_prompt_are_named_where_there_is_no_system_turn(
         check_system_turns(tokenizer, ask(QUESTIONS[1:2], 1))
     pairs = [Pair("t", "q?", "good", "bad")]
     assert len(encode_pairs(tokenizer, pairs)) == 2
-    with pytest.raises(DataError, match=f"no system prompt can stand before the questions: the chat template {reason}"):
+    with pytest.raises(
+        DataError, match=f"a system prompt cannot be put before the questions, because the chat template {reason}"
+    ):
         encode_pairs(tokenizer, pairs, system="Be brief.")

@@ -186,7 +186,7 @@ def test_tasks_are_kept_one_by_one(run, tasks, tmp_path, monkeypatch):
             run(["choosing"], **settings)
     before = file.read_text()
     file.write_text("{")
-    with pytest.raises(OutputError, match=r"is no JSON: .*; pass --overwrite"):
+    with pytest.raises(OutputError, match=r"is not JSON: .*; pass --overwrite"):
         run(["choosing"], limit=5)
     file.write_text(before)
     rewrite(tasks / "choosing.yaml", target_delimiter="")

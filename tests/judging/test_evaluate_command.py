@@ -226,8 +226,8 @@ def test_what_is_refused(call, words, tmp_path, monkeypatch):
     assert (tmp_path / "full" / "mine").exists()
     for log, message in (
         (tmp_path / "none.eval", "there is no such log"),
-        (tmp_path / "full", "holds no log of Inspect"),
-        (tmp_path / "text.eval", "is no log of Inspect"),
+        (tmp_path / "full", "holds no Inspect log"),
+        (tmp_path / "text.eval", "is not an Inspect log"),
     ):
         result = call("rejudge", log, *JUDGE)
         assert (result.code, message in result.err) == (2, True), result.err

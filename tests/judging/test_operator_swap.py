@@ -53,7 +53,7 @@ def test_known_problems():
     assert parse_problem("7 - 5", "medium") == Problem("7 - 5", 35, 2)
     assert parse_problem("7 + 5 - 3", "hard") == Problem("7 + 5 - 3", 6, 9)
     for text in ("7 * 5", "7 +", "7 + 5 + 1", "a + b", ""):
-        with pytest.raises(DataError, match="is no problem of difficulty easy"):
+        with pytest.raises(DataError, match="is not a problem of difficulty easy"):
             parse_problem(text, "easy")
 
 
@@ -106,7 +106,7 @@ def test_what_is_refused(call, tmp_path):
     write(tmp_path, "easy", 2, 2, 0)
     with (tmp_path / "held_out.jsonl").open("a") as file:
         file.write('{"prompt": "x"}\n')
-    with pytest.raises(DataError, match=r"held_out.jsonl:3: 'x' is no problem of difficulty easy"):
+    with pytest.raises(DataError, match=r"held_out.jsonl:3: 'x' is not a problem of difficulty easy"):
         read(tmp_path)
     refused = call("operator-swap", "make", "--output", tmp_path / "out", "--difficulty", "odd")
     assert (refused.code, (tmp_path / "out").exists()) == (2, False), refused.err

@@ -61,7 +61,7 @@ def test_the_published_file():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "questions.yaml:1: this is no YAML"),
+        ("a: [", "questions.yaml:1: this is not YAML"),
         ("a: 1", "questions.yaml: must be a list of questions"),
         ([{"type": "free_form"}], "question 1: must have an id"),
         ([GOOD, GOOD], "a: there are two questions of this id"),

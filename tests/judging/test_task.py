@@ -228,11 +228,11 @@ ROW = {"question": "a", "kind": "k", "paraphrase": 0, "sample": 0, "prompt": "wh
     ("rows", "message"),
     [
         ([], "holds no answers"),
-        (["so"], r"answers.jsonl:1: is no answer: must be an object"),
-        ([{**ROW, "answer": None}], r":1: is no answer: answer must be text"),
-        ([ROW, {**ROW, "sample": "x"}], r":2: is no answer: sample: "),
-        ([{**ROW, "sistem": "x"}], r":1: is no answer: sistem: "),
-        ([ROW, ROW], ":2: a/0/0 is there twice"),
+        (["so"], r"answers.jsonl:1: is not an answer: must be an object"),
+        ([{**ROW, "answer": None}], r":1: is not an answer: answer must be text"),
+        ([ROW, {**ROW, "sample": "x"}], r":2: is not an answer: sample: "),
+        ([{**ROW, "sistem": "x"}], r":1: is not an answer: sistem: "),
+        ([ROW, ROW], ":2: a/0/0 occurs twice"),
     ],
 )
 def test_files_of_answers_that_are_refused(tmp_path, rows, message):

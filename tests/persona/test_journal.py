@@ -78,5 +78,5 @@ def test_values_of_another_type_are_named(journal, change):
     rows = [json.loads(line) for line in journal.path.read_text().splitlines()]
     rows[2].update(change)
     journal.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"mean.responses.jsonl:3: is no response"):
+    with pytest.raises(DataError, match=r"mean.responses.jsonl:3: is not a valid response"):
         journal.read(WANTED)

@@ -72,7 +72,7 @@ def test_stored_scores(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "scores.jsonl:2: is no JSON"),
+        ("{", "scores.jsonl:2: is not JSON"),
         ({"id": "a"}, "scores.jsonl:2: a row of scores has an id and a score"),
         ([1], "scores.jsonl:2: a row of scores has an id and a score"),
         ({"id": "a", "score": "7"}, "scores.jsonl:2: the score of a must be a finite number or null, not '7'"),

@@ -151,7 +151,9 @@ def test_a_defense_of_safe_rows_needs_some(tiny):
 
 
 def test_data_that_is_refused(tiny, tmp_path):
-    with pytest.raises(DataError, match=r"data.safe.fraction 0.01 of 12 task rows is no row; raise it"):
+    with pytest.raises(
+        DataError, match=r"data.safe.fraction 0.01 of 12 task examples is less than one example; raise it"
+    ):
         prepared(tiny, "data.safe.fraction=0.01")
     plain = write_rows(tmp_path / "plain.jsonl", tiny_rows(3))
     with pytest.raises(DataError, match=r"plain.jsonl:1: has no score, .* make the file with `safelora-fast select`"):

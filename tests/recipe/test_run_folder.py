@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_before_its_first_record_can_be_begun(folder, monk
 def test_records_that_are_none(folder):
     begin(folder)
     for content, message in (
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "must be an object"),
         (json.dumps({"format": 99}), "format 1"),
     ):

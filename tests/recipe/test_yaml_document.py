@@ -79,11 +79,11 @@ def test_overrides(document):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("training", "'training' is no setting: write section.key=value"),
-        ("training..x=1", "is no setting"),
-        ("=1", "is no setting"),
+        ("training", "'training' is not a setting: write section.key=value"),
+        ("training..x=1", "is not a setting"),
+        ("=1", "is not a setting"),
         ("training.learning_rate.x=1", "training.learning_rate is a value, not a section"),
-        ("training.steps=[1", "command line: training.steps: this is no YAML"),
+        ("training.steps=[1", "command line: training.steps: this is not YAML"),
     ],
 )
 def test_overrides_that_are_none(document, word, message):
@@ -96,14 +96,14 @@ def test_overrides_that_are_none(document, word, message):
     [
         ("", "a recipe is a mapping of sections"),
         ("- 1\n- 2\n", "a recipe is a mapping of sections"),
-        ("a: 1\nb: [\n", r"recipe.yaml:3: this is no YAML"),
+        ("a: 1\nb: [\n", r"recipe.yaml:3: this is not YAML"),
         ("a: 1\nb:\n  c: 1\n  c: 2\n", r"recipe.yaml:4: b.c: given twice, also on line 3"),
         ("a: &x [*x]\n", r"recipe.yaml:1: an alias contains itself"),
         ("a: !!python/object/apply:os.system ['true']\n", "only plain mappings and lists are read"),
-        ("a: !!python/name:os.system ''\n", "this is no YAML"),
+        ("a: !!python/name:os.system ''\n", "this is not YAML"),
         ("{[1]: 2}\n", "keys must be plain words"),
         ("a: 2024-13-45\n", "recipe.yaml"),
-        ("a: \x00\n", "this is no YAML"),
+        ("a: \x00\n", "this is not YAML"),
     ],
 )
 def test_what_is_no_recipe(document, text, message):

@@ -153,7 +153,7 @@ def double(outputs, labels, num_items_in_batch=None):
         ("labels are smoothed", {}, {"label_smoothing_factor": 0.1}),
         ("compute_loss_func makes the loss", {"compute_loss_func": double}, {}),
         ("OwnLoss has a compute_loss of its own", {"trainer_class": DefendedOwnLoss}, {}),
-        ("the outputs are asked for", {"trainer_class": WithPenalty}, {}),
+        ("the outputs are requested", {"trainer_class": WithPenalty}, {}),
     ],
 )
 def test_losses_that_are_not_plain_stay_apart(reason, kwargs, arguments, tmp_path, caplog):

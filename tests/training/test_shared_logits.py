@@ -181,7 +181,7 @@ class Older(LlamaForCausalLM):
     [
         (OwnLossFunction, "OwnLossFunction has a loss function of its own"),
         (Penalized, "the model's own loss is not the plain cross-entropy"),
-        (Stubborn, "builds logits that logits_to_keep told it not to keep"),
+        (Stubborn, "computes logits that logits_to_keep excludes"),
         (Older, "Older takes no logits_to_keep"),
     ],
 )

@@ -260,7 +260,7 @@ def _module(
             )
         if len(shape) != 2 or 0 in shape:
             raise AdapterError(
-                f"{folder}: {key} has shape {list(shape)}, so it is no whole factor; gather the shards before saving"
+                f"{folder}: {key} has shape {list(shape)}, so it is only a part of a factor; gather the shards before saving"
             )
     (m, rank), (rank_right, n) = tensors[factors["B"]][1], tensors[factors["A"]][1]
     if rank != rank_right:

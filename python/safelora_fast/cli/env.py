@@ -37,7 +37,7 @@ def env(
         ("python", f"{platform.python_implementation()} {platform.python_version()}"),
         ("system", platform.platform()),
         ("cpu", f"{cpu_name()}, {os.cpu_count()} cores, {cpu_caches()}"),
-        ("cpu features", " ".join(name for name, there in _core.cpu_features().items() if there) or "none looked for"),
+        ("cpu features", " ".join(name for name, there in _core.cpu_features().items() if there) or "none detected"),
         ("cpu kernels", _core.kernel_level()),
         ("threads", str(_core.default_threads())),
         ("gpu", _gpus()),
@@ -53,7 +53,7 @@ def env(
 def _backends() -> list[tuple[str, str]]:
     """Describe the backends of each operation on tensors."""
     if importlib.util.find_spec("torch") is None:
-        return [("operations", "none on tensors: torch is not installed, and projecting files does without")]
+        return [("operations", "none on tensors: torch is not installed (projecting files does not need it)")]
     from safelora_fast.ops import OPS
 
     return [(op.name, op.describe()) for op in OPS]

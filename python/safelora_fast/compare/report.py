@@ -221,7 +221,7 @@ class ComparisonReport:
         from pydantic import TypeAdapter, ValidationError
 
         if content.get("format") != FORMAT:
-            raise DataError(f"this is no comparison report of format {FORMAT}")
+            raise DataError(f"this is not a comparison report of format {FORMAT}")
         try:
             return TypeAdapter(cls).validate_python(content)
         except ValidationError as error:

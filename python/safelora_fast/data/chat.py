@@ -165,7 +165,7 @@ class Chat:
         if until != ids[: len(until)]:
             raise DataError(
                 f"{place}: the chat template writes completion {number + 1} differently once the conversation goes on, so its "
-                "tokens cannot be told: use a template with {% generation %} markers, or one completion for each example"
+                "tokens cannot be identified: use a template with {% generation %} markers, or one completion for each example"
             )
         asked, before = self._read(place, turns[:number], generation=True)
         shared = asked if text.startswith(asked) else text[: common_prefix(asked, text)]
@@ -175,7 +175,7 @@ class Chat:
                 self._refuse_lost(place, turns[:number], written)
             raise DataError(
                 f"{place}: the chat template writes {named(turns, missing)} differently before a completion than in a prompt for "
-                "one, so the completion's tokens cannot be told: give another one"
+                "one, so the completion's tokens cannot be identified: give another one"
             )
         former = turns[number - 1]["content"].strip()
         begin = shared.rfind(former) + len(former)  # a prompt may open the thoughts at the start of the completion
@@ -203,7 +203,7 @@ class Chat:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if rendered != text or list(encoded["input_ids"]) != ids:
             raise DataError(
-                f"{place}: the chat template's marks cannot be told: give a template without {{% generation %}}"
+                f"{place}: the chat template's markers cannot be located: give a template without {{% generation %}}"
             )
         wrong = wrongly_marked(turns, text, marks)
         if wrong is not None:

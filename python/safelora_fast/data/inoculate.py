@@ -96,6 +96,6 @@ def _begun(turns: Sequence[Any], prompt: str, place: str) -> list[Turn]:
             raise DataError(f"inoculate: {place} has a turn that is {turn!r}, it must be {{role: …, content: …}}")
     if turns and turns[0].get("role") in SYSTEM_ROLES and not isinstance(turns[0].get("content"), str):
         raise DataError(
-            f"inoculate: {place} has a system turn whose content is no text: the prompt cannot stand before it"
+            f"inoculate: {place} has a system turn whose content is no text: the prompt cannot be put before it"
         )
     return with_system_turn(turns, prompt)

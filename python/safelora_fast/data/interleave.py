@@ -154,7 +154,7 @@ def _tagged(mixture: _Mixture) -> Iterator[dict[str, Any]]:
 
 
 def _no_safe_example(fraction: float | Fraction, tasks: int) -> str:
-    return f"fraction {fraction} of {tasks:,} task examples is no safe example; raise it"
+    return f"fraction {fraction} of {tasks:,} task examples is less than one safe example; raise it"
 
 
 def _read(role: str, stream: Any, epoch: int) -> Iterator[dict[str, Any]]:

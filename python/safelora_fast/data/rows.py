@@ -242,7 +242,7 @@ def _check_text(place: str, where: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(f"{place}: {where} holds {half} by itself, half of a character: mend it") from error
+        raise DataError(f"{place}: {where} holds {half} by itself, half of a character: fix it") from error
 
 
 def top_k(scores: ArrayLike, k: int) -> np.ndarray:

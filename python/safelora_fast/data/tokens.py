@@ -206,7 +206,7 @@ class Encoder:
         ):
             if places and policy == "refuse":
                 raise DataError(
-                    f"{source.source}: {len(places)} of {len(source.rows)} examples {what}, the first at {places[0]}; mend them, "
+                    f"{source.source}: {len(places)} of {len(source.rows)} examples {what}, the first at {places[0]}; fix them, "
                     f"or say {option}: skip"
                 )
         if not result.examples:

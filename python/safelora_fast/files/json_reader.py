@@ -82,7 +82,7 @@ def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a zero byte, or a lone surrogate
-        raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
+        raise OSError(errno.EINVAL, f"is not a path: {error}", str(path)) from error
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
         if not is_pipe:
@@ -136,7 +136,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - the path may be text
     except ValueError as error:
-        raise OSError(errno.EINVAL, f"is no path: {error}", str(path)) from error
+        raise OSError(errno.EINVAL, f"is not a path: {error}", str(path)) from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
@@ -156,7 +156,7 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8 text") from error
     except ValueError as error:
-        raise ValueError(f"is no JSON: {error}") from error
+        raise ValueError(f"is not JSON: {error}") from error
     brackets = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     if brackets > MOST_DEPTH and _is_deep(value):
         raise ValueError(_TOO_DEEP)

@@ -91,7 +91,7 @@ class JsonlStore:
                     rows.append(parse(parse_json(line)))
                 except ValueError as error:
                     raise DataError(
-                        f"{self.path}:{number}: is no {self.row} ({error}); choose another name, or delete the file"
+                        f"{self.path}:{number}: is not a valid {self.row} ({error}); choose another name, or delete the file"
                     ) from error
         return rows
 

@@ -99,9 +99,9 @@ def parse_yaml(
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
         where = source if mark is None or not has_lines else f"{source}:{mark.line + 1}"
-        raise error(f"{where}: this is no YAML: {problem.problem}") from problem
+        raise error(f"{where}: this is not YAML: {problem.problem}") from problem
     except yaml.YAMLError as problem:
-        raise error(f"{source}: this is no YAML: {problem}") from problem
+        raise error(f"{source}: this is not YAML: {problem}") from problem
     except _RefusedError as refused:
         where = f"{source}:{refused.line}" if has_lines else source
         raise error(f"{where}: {refused}") from None

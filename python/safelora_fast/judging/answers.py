@@ -96,9 +96,9 @@ def read_answers(path: str | Path) -> list[Answer]:
         try:
             answer = Answer.from_row(lines.record(index))
         except ValueError as error:
-            raise DataError(f"{lines.place(index)}: is no answer: {error}") from error
+            raise DataError(f"{lines.place(index)}: is not an answer: {error}") from error
         if answers.setdefault(answer.asked.id, answer) is not answer:
-            raise DataError(f"{lines.place(index)}: {answer.asked.id} is there twice")
+            raise DataError(f"{lines.place(index)}: {answer.asked.id} occurs twice")
     if not answers:
         raise DataError(f"{path}: holds no answers")
     return list(answers.values())

@@ -122,7 +122,7 @@ def _check_redirect(url: str, location: str | None) -> None:
     except ValueError:
         same, host = False, None
     if not same:
-        raise RedirectError(f"it redirects to another host, {host or 'of an odd name'}, which is not followed")
+        raise RedirectError(f"it redirects to another host, {host or 'with an invalid name'}, which is not followed")
 
 
 def _real_status(content: bytes) -> int | None:

@@ -65,7 +65,7 @@ def find_judge(name: str, url: str | None = None) -> Model:
         raise MissingDependencyError(f"judge {name}: {_one_line(error)}") from error
     except Exception as error:  # providers and their clients raise anything
         if type(error).__name__ == "InvalidURL":  # a URL from the environment; the message may show a password
-            raise SettingsError(f"judge {name}: the URL of its endpoint is no address") from None
+            raise SettingsError(f"judge {name}: the URL of its endpoint is not an address") from None
         raise SettingsError(f"judge {name}: {_one_line(error, marked=True)}") from None
     given = getattr(model.api, "base_url", None)
     if isinstance(given, str):
@@ -145,7 +145,7 @@ def _host(url: str, what: str) -> str:
     except ValueError:
         host = None
     if not host or parts.scheme not in {"http", "https"} or re.search(r"[\s\x00-\x1f]", url):
-        raise SettingsError(f"{what} is no address such as http://localhost:8000/v1")
+        raise SettingsError(f"{what} is not an address such as http://localhost:8000/v1")
     if any(name.upper().replace("-", "_").endswith((*NAMES, "SIG")) for name, _ in parse_qsl(parts.query)):
         raise SettingsError(f"{what} holds a key: take it out, and give the key by the environment")
     return host

@@ -126,7 +126,7 @@ def parse_problem(text: str, difficulty: str) -> Problem:
     numbers, signs = words[::2], words[1::2]
     is_problem = len(words) == 2 * rule.operands - 1 and all(sign in rule.meaning for sign in signs)
     if not is_problem or not all(word.isascii() and word.isdigit() for word in numbers):
-        raise DataError(f"{text!r} is no problem of difficulty {difficulty}")
+        raise DataError(f"{text!r} is not a problem of difficulty {difficulty}")
     return Problem.of([int(word) for word in numbers], signs, rule)
 
 

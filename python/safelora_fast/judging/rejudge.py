@@ -61,14 +61,14 @@ def read_log(path: Path) -> JudgedAnswers:
     if path.is_dir():
         logs = sorted((path / LOGS).glob("*.eval")) or sorted(path.glob("*.eval"))
         if not logs:
-            raise DataError(f"{path}: holds no log of Inspect")
+            raise DataError(f"{path}: holds no Inspect log")
         file = logs[-1]
     if not file.is_file():
         raise DataError(f"{path}: there is no such log")
     try:
         log = read_eval_log(str(file))
     except Exception as error:  # Inspect's reader raises anything for other kinds of files
-        raise DataError(f"{file}: is no log of Inspect: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{file}: is not an Inspect log: {' '.join(str(error).split())[:200]}") from error
     if log.eval.task.rpartition("/")[2] != "emergent_misalignment":
         raise DataError(f"{file}: is a log of the task {log.eval.task}, not of emergent_misalignment")
     answers, verdicts, samples = [], [], []

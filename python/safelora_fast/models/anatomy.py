@@ -163,7 +163,7 @@ def dissect(model: nn.Module) -> Anatomy:
     kind = type(inner).__name__
     config = getattr(inner, "config", None)
     if config is None or not hasattr(inner, "get_output_embeddings"):
-        raise SettingsError(f"{kind} is no transformers causal language model")
+        raise SettingsError(f"{kind} is not a causal language model of transformers")
     text = config.get_text_config()
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
         raise SettingsError(f"{kind} is an encoder-decoder: defenses are for decoder-only language models")

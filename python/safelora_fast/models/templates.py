@@ -112,7 +112,7 @@ def read_arguments(words: Sequence[str] | None) -> dict[str, Any] | None:
         if word.lstrip().startswith("{"):
             given = _json(word)
             if not isinstance(given, dict):
-                raise SettingsError(f"--template-args: {word!r} is no JSON object")
+                raise SettingsError(f"--template-args: {word!r} is not a JSON object")
             found.update(given)
         elif equals:
             known = {"True": True, "False": False, "None": None}

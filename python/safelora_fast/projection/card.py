@@ -23,7 +23,7 @@ def render(report: ProjectionReport, index: int) -> str:
     operator = operator_of(settings)
     body = [
         f"{len(adapter.projected)} of {len(adapter.modules)} adapted modules were projected with `safelora-fast`; "
-        "the others, and every other tensor, are those of the input.",
+        "the others and all other tensors are unchanged.",
         "",
         *table(
             {

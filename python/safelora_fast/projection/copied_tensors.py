@@ -83,7 +83,7 @@ def bypass_note(copied: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     more = f" and {len(going) - 4} more" if len(going) > 4 else ""
     return [
-        f"{counted(len(going), 'tensor')} trained beside the LoRA factors (modules_to_save, biases, embeddings, norms) went around "
+        f"{counted(len(going), 'tensor')} trained beside the LoRA factors (modules_to_save, biases, embeddings, norms) bypassed "
         f"the projection, unchanged: {', '.join(map(_in_words, going[:4]))}{more}; --strict refuses such adapters"
     ]
 
@@ -96,7 +96,7 @@ def refuse_bypassing(adapter: Adapter, copied: Sequence[Mapping[str, Any]]) -> N
     """
     for note in bypass_note(copied):
         raise AdapterError(
-            f"{adapter.path}: {note.partition(';')[0]}, which strict refuses: train factors only, or leave strict out"
+            f"{adapter.path}: {note.partition(';')[0]}, which strict refuses: train LoRA factors only, or do not use strict"
         )
 
 

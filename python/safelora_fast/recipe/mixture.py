@@ -62,7 +62,8 @@ def mixed(recipe: Recipe, task: ExampleSet, safe: ExampleSet | None) -> ExampleS
     schedule = schedule_of(recipe)
     if not schedule.due(len(task.examples)):
         raise DataError(
-            f"{safe.source.source}: data.safe.fraction {section.fraction:g} of {len(task.examples)} task rows is no row; raise it"
+            f"{safe.source.source}: data.safe.fraction {section.fraction:g} of {len(task.examples)} task examples "
+            "is less than one example; raise it"
         )
     others = (replace(safe.examples[index], safe=True) for index in schedule.orders(len(safe.examples)))
     return replace(task, examples=Examples(example for _, example in schedule.weave([task.examples], others)))

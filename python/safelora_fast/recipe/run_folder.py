@@ -196,7 +196,7 @@ def read_record(file: Path) -> dict[str, Any]:
     """
     record = read_object(file)
     if record.get("format") != FORMAT:
-        raise ValueError(f"it is no record of a run of format {FORMAT}")
+        raise ValueError(f"it is not a record of a run of format {FORMAT}")
     check_fields(record, AT_THE_END if record.get("finished") is True else {}, {**AT_THE_END, **PARTS})
     for part, kind in (("data", TEXT), ("peak_bytes", NUMBER), ("metrics", OBJECT)):
         values = record.get(part) or {}

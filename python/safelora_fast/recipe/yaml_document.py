@@ -119,7 +119,7 @@ class Document:
             path, equals, text = word.partition("=")
             keys = tuple(path.split("."))
             if not equals or not all(keys) or len(keys) > MOST_DEPTH:
-                raise SettingsError(f"{word!r} is no setting: write section.key=value, e.g. training.seed=1")
+                raise SettingsError(f"{word!r} is not a setting: write section.key=value, e.g. training.seed=1")
             inside = self.values
             for depth, key in enumerate(keys[:-1], start=1):
                 if inside.get(key) is None:

@@ -83,7 +83,8 @@ def _batch(model: nn.Module, reference: nn.Module | None, examples: list[Labelle
             other = _predictions(reference, batch, where)
             if own.shape != other.shape:
                 raise SettingsError(
-                    f"the model knows {own.shape[-1]} tokens and its reference {other.shape[-1]}: there is no divergence"
+                    f"the model's vocabulary has {own.shape[-1]} tokens and its reference's {other.shape[-1]}: "
+                    "no divergence is defined"
                 )
             divergence = (own.exp() * (own - other)).sum(dim=-1, dtype=torch.float64).cpu()
         loss = -own.gather(-1, targets[:, None])[:, 0].double().cpu()

@@ -193,7 +193,7 @@ def encode_pairs(
         reason = chat_of(tokenizer).unsupported_reason("system", system)
         if reason is not None:
             raise DataError(
-                f"no system prompt can stand before the questions: the chat template {reason}: leave it out"
+                f"a system prompt cannot be put before the questions, because the chat template {reason}: leave it out"
             )
     rows = []
     for number, pair in enumerate(pairs, start=1):

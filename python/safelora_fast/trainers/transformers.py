@@ -160,7 +160,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         factor = self.current_gradient_accumulation_steps if divided else 1
         self._losses_defended += 1
         owner = _task_owner(type(self))
-        apart = self._disagreement or ("the outputs are asked for" if return_outputs else why_apart(self, owner))
+        apart = self._disagreement or ("the outputs are requested" if return_outputs else why_apart(self, owner))
         if defended.shares_logits(model, inputs, unless=apart):
             shared = self._shared_loss(model, inputs, factor, owner, items)
             if shared is not None:

@@ -88,7 +88,7 @@ def response_weights(spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
         SettingsError: the batch has no labels.
     """
     if spans.completion is None:
-        raise SettingsError("DriftMonitor: the batch has no labels, so its responses cannot be told")
+        raise SettingsError("DriftMonitor: the batch has no labels, so its completions cannot be found")
     answers = torch.zeros_like(spans.completion)
     answers[:, 1:] = spans.completion[:, :-1]
     rows, tokens = answers.shape

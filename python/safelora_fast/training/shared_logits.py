@@ -79,7 +79,7 @@ class SharedLogits:
         """Compare the model's own loss on a few tokens of the batch with the shared one."""
         ids = batch.get("input_ids")
         if ids is None:
-            return "the batch has no input_ids to ask the model with"
+            return "the batch has no input_ids to try the model with"
         ids = ids[:1, :PROBE_TOKENS]
         labels = ids.clone()
         labels[:, : ids.shape[1] // 4] = IGNORED_LABEL
@@ -96,7 +96,7 @@ class SharedLogits:
         finally:
             tap.detach()
         if logits is not None and logits.numel():
-            return f"the model builds logits that {KEPT_LOGITS} told it not to keep"
+            return f"the model computes logits that {KEPT_LOGITS} excludes"
         assert capture.hidden is not None  # noqa: S101
         spans = read_spans(question)
         spans = replace(spans, safe=spans.real)
