@@ -181,7 +181,7 @@ def test_verdicts_are_kept_and_the_unscored_are_asked_again(run, tmp_path):
     assert again() == first
     assert asked == ["shy", "shy"]
     (tmp_path / "other").write_text("something else\n")
-    with pytest.raises(DataError, match="other:1: is no verdict"):
+    with pytest.raises(DataError, match="other:1: is not a valid verdict"):
         VerdictStore(tmp_path / "other")
 
 

@@ -307,7 +307,7 @@ ENTRIES = [Entry(0, "00", (1.0, 2.0, 3.0)), Entry(1, "11", skipped="no answer to
 @pytest.mark.parametrize("content", ["notes", "notes\n", '{"format": 1}\n', '{"format": 2, "settings": {}}\n'])
 def test_a_file_that_is_no_journal_is_refused(tmp_path, content):
     (tmp_path / "journal.jsonl").write_text(content)
-    with pytest.raises(DataError, match="is no line of a selection's journal"):
+    with pytest.raises(DataError, match="is not a valid line of a selection's journal"):
         Journal(tmp_path / "journal.jsonl", JOURNAL)
     assert (tmp_path / "journal.jsonl").read_text() == content
 
@@ -332,7 +332,7 @@ def test_a_line_that_was_edited_by_hand_is_refused(tmp_path, changes, words):
     assert list(Journal(path, JOURNAL).entries.values()) == ENTRIES
     header, first, *others = path.read_text().splitlines()
     path.write_text("\n".join([header, json.dumps({**json.loads(first), **changes}), *others, ""]))
-    with pytest.raises(DataError, match=rf"journal.jsonl:2: is no line of a selection's journal \({words}"):
+    with pytest.raises(DataError, match=rf"journal.jsonl:2: is not a valid line of a selection's journal \({words}"):
         Journal(path, JOURNAL)
 
 

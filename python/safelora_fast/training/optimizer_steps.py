@@ -176,7 +176,7 @@ class Steps:
         """Warn once if an optimizer made a step without a loss of the defenses."""
         if self._needing_loss and self._losses == self._losses_at_step.get(id(optimizer), 0):
             logger.warning(
-                "the optimizer made a step, but the loss of the defenses was not computed since the last one, so %s did nothing: "
+                "the optimizer made a step without the loss of the defenses, so %s did nothing: "
                 "call backward on defended.loss(batch), or add defended.regularizer() to your loss",
                 self._needing_loss,
             )
