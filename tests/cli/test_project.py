@@ -181,12 +181,88 @@ def test_several_adapters_in_one_pass(pair, call, tmp_path):
         assert part["modules"] == json.loads(single["safelora_report.json"])["adapters"][0]["modules"]
 
 
-def test_adapters_of_one_name_are_refused(pair, call, tmp_path):
+def test_adapters_of_one_name_are_told_apart_by_their_paths(pair, call, tmp_path):
     other = write_adapter(tmp_path / "elsewhere" / "adapter", 8)
     words = ["--aligned", pair.aligned, "--base", pair.base, "--output", pair.output]
-    code, _, err = call("project", pair.adapter, other, *words)
+    assert call("project", pair.adapter, other, *words).code == 0
+    assert sorted(str(path.parent.relative_to(pair.output)) for path in pair.output.rglob("*.safetensors")) == [
+        "elsewhere/adapter",
+        "in/adapter",
+    ]
+    code, _, err = call("project", other, other, *words, "--overwrite")
     assert code == 2
-    assert err == "error: two adapters are in folders called 'adapter'; their outputs would share a name\n"
+    assert err == "error: the adapter '.' was given twice; their outputs would share a name\n"
+
+
+def test_overwrite_replaces_only_the_named_outputs(pair, call, tmp_path):
+    """A second batch into the same folder leaves the first alone, and no output replaces a folder of outputs."""
+    first, second, third = (write_adapter(tmp_path / "in" / f"a{seed}", seed) for seed in (7, 8, 9))
+    words = ["--aligned", pair.aligned, "--base", pair.base, "--overwrite", "--output", pair.output]
+    assert call("project", first, second, *words, "--select", "all").code == 0
+    before = contents(pair.output)
+    assert call("project", second, third, *words).code == 0
+    after = contents(pair.output)
+    assert {name: after[name] for name in before if name.startswith("a7/")} == {
+        name: content for name, content in before.items() if name.startswith("a7/")
+    }
+    assert after["a8/adapter_model.safetensors"] != before["a8/adapter_model.safetensors"]
+    code, _, err = call("project", third, *words)
+    assert (code, "holds the folder 'a7', which would be deleted" in err) == (2, True)
+    assert call("project", third, *words[:-1], pair.output / "a9").code == 0
+    (pair.output / "a9" / "inner").mkdir()
+    code, _, err = call("project", third, *words[:-1], pair.output / "a9")
+    assert (code, "holds the folder 'inner', which would be deleted" in err) == (2, True)
+    assert contents(pair.output).keys() == after.keys()
+
+
+def damage(adapter, how):
+    """Make an adapter that fails when it is opened, paired, read, or written."""
+    path = adapter / "adapter_model.safetensors"
+    factors = load_file(path)
+    key = f"base_model.model.{module_names()[3]}.lora_B.weight"
+    match how:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-8])
+            return
+        case "shape":
+            factors[key] = factors[key][:-1]
+        case "nan":
+            factors[key][2, 1] = np.nan
+        case "range":
+            factors[key] = np.full_like(factors[key], 3e38)
+        case "overflow":
+            factors[key] = np.full(factors[key].shape, 6e4, np.float16)
+    save_file(factors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["truncated", "shape", "nan", "range", "overflow"])
+def test_a_damaged_adapter_does_not_stop_the_others(pair, call, tmp_path, how):
+    adapters = [write_adapter(tmp_path / "in" / f"a{seed}", seed) for seed in range(5)]
+    for number in (1, 2):  # far from the base, so that projected factors are larger
+        weights = load_file(pair.shard("aligned", number))
+        save_file({name: 1000 * weight for name, weight in weights.items()}, pair.shard("aligned", number))
+    words = ["--aligned", pair.aligned, "--base", pair.base, "--select", "all", "--output"]
+    assert call("project", *adapters, *words, tmp_path / "whole").code == 0
+    damage(adapters[2], how)
+    alone = call("project", adapters[2], *words, tmp_path / "alone")
+    assert (alone.code, (tmp_path / "alone").exists()) == (2, False)
+    code, _, err = call("project", *adapters, *words, pair.output)
+    assert code == 2
+    assert err == alone.err.rstrip("\n") + " (1 of 5 adapters failed, the others are done)\n"
+    assert sorted(path.name for path in pair.output.iterdir()) == ["a0", "a1", "a3", "a4"]
+    for name in ("a0", "a1", "a3", "a4"):
+        written = [folder / name / "adapter_model.safetensors" for folder in (pair.output, tmp_path / "whole")]
+        assert written[0].read_bytes() == written[1].read_bytes()
+
+
+def test_damaged_checkpoints_stop_the_run(pair, call, tmp_path):
+    shard = pair.shard("aligned", 2)
+    weights = load_file(shard)
+    next(iter(weights.values()))[0, 0] = np.inf
+    save_file(weights, shard, {"format": "pt"})
+    other = write_adapter(tmp_path / "in" / "other", 8)
+    code, _, err = call("project", pair.adapter, other, *pair.command()[2:])
+    assert (code, err.startswith(f"error: {shard}: ")) == (2, True)
     assert not pair.output.exists()
 
 

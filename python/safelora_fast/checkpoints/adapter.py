@@ -120,11 +120,16 @@ def load_adapters(
         SettingsError: an exclude pattern matches no module of any adapter.
     """
     adapters = [load_adapter(path, exclude, keep_keys=keep_keys) for path in paths]
+    check_exclude(adapters, exclude)
+    return adapters
+
+
+def check_exclude(adapters: Sequence[Adapter], exclude: Sequence[str]) -> None:
+    """Raise SettingsError if a pattern matches no module of any adapter."""
     for pattern in exclude:
         if not any(matching(name, [pattern]) for adapter in adapters for name in adapter.excluded):
             ends = sorted({module.name.rpartition(".")[2] for adapter in adapters for module in adapter.modules})
             raise SettingsError(f"exclude: no adapted module is called {pattern!r}; they end in {', '.join(ends)}")
-    return adapters
 
 
 def load_adapter(path: str | Path, exclude: Sequence[str] = (), *, keep_keys: bool = False) -> Adapter:
