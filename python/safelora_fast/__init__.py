@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from safelora_fast.defenses import *  # noqa: F403
     from safelora_fast.persona import extract_persona_vector as extract_persona_vector
     from safelora_fast.persona_vector import PersonaVector as PersonaVector
+    from safelora_fast.projection.fleet import project_fleet as project_fleet
     from safelora_fast.projection.peft_model import project_peft_model as project_peft_model
     from safelora_fast.projection.project import project_adapter as project_adapter
     from safelora_fast.projection.report import ProjectionReport as ProjectionReport
@@ -46,6 +47,7 @@ _HOMES = {
     "inoculate": "safelora_fast.data",
     "interleave": "safelora_fast.data",
     "project_adapter": "safelora_fast.projection.project",
+    "project_fleet": "safelora_fast.projection.fleet",
     "project_peft_model": "safelora_fast.projection.peft_model",
     "select_by_perplexity_gap": "safelora_fast.selection",
 }

@@ -15,9 +15,8 @@ from safelora_fast.projection.settings import OPTIONS, Settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids, ID or ID@REV.")
-]
+ADAPTERS = typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids, ID or ID@REV.")
+Adapters = Annotated[list[str], ADAPTERS]
 OneAdapter = Annotated[
     str | None, typer.Option("--adapter", metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to put on the model.")
 ]

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safelora_fast.cli import options
 from safelora_fast.errors import OutputError, SettingsError
 
+if TYPE_CHECKING:
+    from safelora_fast.projection.report import ProjectionReport
+
 
 @options.with_settings
 def project(
-    adapters: options.Adapters,
     aligned: options.Aligned,
     base: options.Base,
     settings: dict[str, Any],
+    adapters: Annotated[list[str] | None, options.ADAPTERS] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to create; with several adapters, one subfolder each.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="LIST.jsonl|DIR",
+            help='A fleet: a list of {"id", "adapter", "output"?, "revision"?}, or a folder with adapters below it. '
+            "Outputs that are there already are skipped.",
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="With --from: project every N-th adapter, from I = 0. /N or nothing reads the rest from the variables of "
+            "Slurm arrays, Kubernetes, torchrun, or SkyPilot.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="With --from: adapters per pass over the checkpoints. (default 16)")
     ] = None,
     strict: Annotated[
         bool,
@@ -35,7 +58,7 @@ def project(
     as_json: options.Json = False,
     plot: options.Plot = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Replace an existing output folder.")
+        bool, typer.Option("--overwrite", metavar="", help="Replace existing outputs of these adapters.")
     ] = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -44,14 +67,24 @@ def project(
     Reads both checkpoints once, as a stream, for any number of adapters, and loads no model. The output folder holds an
     adapter that PEFT loads, a model card and a report. It appears under its name only when it is complete.
     """
-    from rich.filesize import decimal
-
-    from safelora_fast.cli.console import out, print_module_tables, print_warnings, warn_of_abandoned
+    if source is not None:
+        if adapters or dry_run or plot is not None or output is None:
+            raise SettingsError(
+                "--from needs --output DIR, and cannot be combined with named adapters, --dry-run, and --plot"
+            )
+        given = {"aligned": aligned, "base": base, **settings, "strict": strict, "overwrite": overwrite}
+        _fleet(source, output, shard, batch, as_json, quiet, given)
+        return
+    if shard is not None or batch is not None:
+        raise SettingsError("--shard and --batch belong to a fleet: give its adapters with --from")
+    if not adapters:
+        raise SettingsError("name an adapter, or give a fleet with --from LIST.jsonl or --from DIR")
+    if output is None and not dry_run:
+        raise SettingsError("say where to write with --output DIR, or pass --dry-run")
+    from safelora_fast.cli.console import print_warnings, warn_of_abandoned
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.projection.project import project_adapter
 
-    if output is None and not dry_run:
-        raise SettingsError("say where to write with --output DIR, or pass --dry-run")
     options.check_plot(plot)
     if output is not None:
         warn_of_abandoned(output)
@@ -76,12 +109,49 @@ def project(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     elif not quiet:
-        print_module_tables(report, most=10)
-        rate = decimal(int(report.bytes_read / report.seconds))
-        out.print(f"{decimal(report.bytes_read)} of weights in {report.seconds:.2f} s ({rate}/s)")
-        if dry_run:
-            out.print("dry run: nothing was written")
-        for adapter in report.adapters:
-            if adapter.output is not None:
-                out.print(f"written to {adapter.output}", soft_wrap=True)
+        _print(report)
     print_warnings(report)
+
+
+def _print(report: ProjectionReport) -> None:
+    from rich.filesize import decimal
+
+    from safelora_fast.cli.console import out, print_module_tables
+
+    print_module_tables(report, most=10)
+    rate = decimal(int(report.bytes_read / report.seconds))
+    out.print(f"{decimal(report.bytes_read)} of weights in {report.seconds:.2f} s ({rate}/s)")
+    if all(adapter.output is None for adapter in report.adapters):
+        out.print("dry run: nothing was written")
+    for adapter in report.adapters:
+        if adapter.output is not None:
+            out.print(f"written to {adapter.output}", soft_wrap=True)
+
+
+def _fleet(
+    source: str, output: Path, shard: str | None, batch: int | None, as_json: bool, quiet: bool, chosen: dict[str, Any]
+) -> None:
+    """Project a fleet. Exit with 1 if an adapter failed."""
+    from safelora_fast.cli.console import err, out, warn
+    from safelora_fast.files.progress import ProgressBar
+    from safelora_fast.projection.fleet import BATCH, project_fleet
+    from safelora_fast.projection.fleet_shard import parse_shard
+
+    if (worker := parse_shard(shard)).source is not None:
+        err.print(f"shard {worker}, from {worker.source}")
+    with ProgressBar(wanted=not (quiet or as_json)) as progress:
+        report = project_fleet(
+            source,
+            output=output,
+            shard=str(worker),
+            batch=BATCH if batch is None else batch,
+            progress=progress,
+            warn=warn,
+            **chosen,
+        )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        out.print(str(report), soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(1)

@@ -154,4 +154,9 @@ def bar_on_a_terminal(progress: Given | bool | None) -> Iterator[Given | Any | N
 def log_warnings(warnings: Iterable[str]) -> None:
     """Log the warnings of a report, for callers who do not inspect it."""
     for warning in warnings:
-        reports.warning("%s", warning)
+        log_warning(warning)
+
+
+def log_warning(warning: str) -> None:
+    """Log one warning."""
+    reports.warning("%s", warning)
