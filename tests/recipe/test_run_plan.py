@@ -195,3 +195,23 @@ def test_words(tmp_path):
 def test_optimizer_state():
     names = {"adamw_torch": 8, "OptimizerNames.ADAMW_8BIT": 2, "sgd": 0, "lion_8bit": 1, "adafactor": 0}
     assert {name: optimizer_bytes(name) for name in names} == names
+
+
+@pytest.mark.usefixtures("without_a_rehearsal")
+def test_the_reference_is_counted_where_a_defense_looks(tmp_path):
+    tiny = write_recipe(tmp_path)
+    tiny.edit(data={"safe": {"path": str(tiny.data), "fraction": 0.5}})
+    prepared = prepare(load_recipe(tiny.path))
+    work = replace(workload(prepared.arguments, prepared.train), tokens=1000.0, safe=50.0)
+
+    def cost(**defenses):
+        tiny.edit(defenses={"kl": False, "feature_distance": False, **defenses})
+        return estimate(prepared.plan.shape, work, load_recipe(tiny.path).defenses)
+
+    whole = cost(**KL)
+    safe, sampled = cost(kl={"tokens": "safe"}), cost(kl={"sample": 0.25}, feature_distance={"sample": 0.1})
+    assert safe.reference == pytest.approx(0.05 * whole.reference)
+    assert sampled.reference == pytest.approx(0.25 * whole.reference)
+    assert cost(kl={"tokens": "safe"}, **DISTANCE).reference == whole.reference
+    assert cost(kl={"tokens": "safe", "sample": 0.5}).reference == pytest.approx(0.025 * whole.reference)
+    assert sampled.extras["kl"].flops == pytest.approx(0.25 * whole.extras["kl"].flops)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +13,8 @@ from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from safelora_fast.data.batch_part import Part
 
 Tokens = Literal["all", "completion", "safe"]
 
@@ -28,6 +30,8 @@ class Spans:
         labels: number of labels in the task loss.
         next_labels: the label of the next token, or -100. None if the batch has no labels.
         safe: real tokens of safe examples (see :func:`~safelora_fast.interleave`). None if examples are not tagged.
+        draws: a random number of each example at its tokens (see :func:`~safelora_fast.data.draws.draws`). None if no
+            defense samples.
     """
 
     real: torch.Tensor
@@ -36,6 +40,24 @@ class Spans:
     labels: int
     next_labels: torch.Tensor | None
     safe: torch.Tensor | None = None
+    draws: torch.Tensor | None = None
+
+    def drawn(self, share: float) -> Spans:
+        """Return the spans with masks that contain a random share of the examples, those with a lower draw than it."""
+        if self.draws is None or share == 1:
+            return self
+        kept = self.draws < share
+        completion = None if self.completion is None else self.completion & kept
+        safe = None if self.safe is None else self.safe & kept
+        return replace(self, real=self.real & kept, completion=completion, safe=safe)
+
+    def of_part(self, part: Part) -> Spans:
+        """Return the spans of a part of the batch."""
+        values = vars(self)
+        taken = {name: part.take(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        labels = taken.get("next_labels")
+        count = 0 if labels is None else int((labels != IGNORED_LABEL).sum())
+        return Spans(**{**values, **taken, "labels": count})
 
     def mask(self, tokens: Tokens, *, owner: str) -> torch.Tensor:
         """Return the mask of the tokens that a defense uses.

@@ -41,7 +41,10 @@ _REGISTRY: dict[str, type[Defense]] = {}
 
 @dataclass(frozen=True)
 class Observation:
-    """One micro-batch: its tokens, and the hidden states of the model and of the reference model."""
+    """Examples of one micro-batch: their tokens, and the hidden states of the model and of the reference model.
+
+    A defense that compares with the reference model observes only the part of the micro-batch that such defenses look at.
+    """
 
     anatomy: Anatomy
     student: Capture
@@ -56,6 +59,7 @@ class Run:
     Attributes:
         model: the model with its wrappers.
         optimizer: the optimizer without accelerate's wrapper; None if steps are not counted.
+        seed: seed of the draws of examples.
         steps: optimizer steps made, including those before a resume.
         steps_seen: optimizer steps seen since the defenses were attached.
         stepping: whether the optimizer is inside a step.
@@ -64,6 +68,7 @@ class Run:
 
     model: nn.Module
     optimizer: Any = None
+    seed: int = 0
     steps: int = 0
     steps_seen: int = 0
     stepping: bool = False
@@ -158,6 +163,10 @@ class Defense(ABC):
         """Estimate the compute and memory that it adds to an optimizer step, for a dry run."""
         return Extra(0.0, 0.0, "cost not known")
 
+    def reference_share(self, work: Work) -> float:  # noqa: ARG002
+        """Estimate the share of a step's tokens that the reference model runs on for it, for a dry run."""
+        return float(self.needs_reference)
+
     def card_line(self, report: ProjectionReport | None) -> str:  # noqa: ARG002
         """Return its line in the model card, the text of one Markdown list item.
 
@@ -211,6 +220,8 @@ class BatchDefense(Weighted):
         weight: coefficient λ of the term; it may be changed between steps.
         tokens: which tokens count: "all" (except padding), "completion" (tokens that predict a completion token), or
             "safe" (tokens of safe examples, see :func:`~safelora_fast.interleave`).
+        sample: share of these examples that is drawn at each optimizer step, above 0. The others cost no reference pass.
+            The term is divided by it, so that its expected value and gradient are those of all examples.
 
     Attributes:
         shares_logits: whether :meth:`with_cross_entropy` computes the task loss from the same logits.
@@ -222,17 +233,27 @@ class BatchDefense(Weighted):
     needs_reference: ClassVar[bool] = True
     shares_logits: ClassVar[bool] = False
 
-    def __init__(self, weight: float, tokens: Tokens = "all") -> None:
+    def __init__(self, weight: float, tokens: Tokens = "all", sample: float = 1.0) -> None:
         super().__init__(weight)
         if tokens not in {"all", "completion", "safe"}:
             raise SettingsError(
                 f'{type(self).__name__}: tokens is {tokens!r}, it must be "all", "completion" or "safe"'
             )
+        if not isinstance(sample, int | float) or not 0 < sample <= 1:
+            raise SettingsError(
+                f"{type(self).__name__}: sample is {sample!r}, it must be a share of the examples, above 0 and at most 1"
+            )
         self.tokens: Tokens = tokens
+        self.sample = float(sample)
 
     def mask(self, spans: Spans) -> torch.Tensor:
         """Return the mask of the tokens that count, bool [batch, tokens]."""
         return spans.mask(self.tokens, owner=type(self).__name__)
+
+    def reference_share(self, work: Work) -> float:
+        """Estimate the share of a step's tokens that the reference model runs on for it, for a dry run."""
+        looked_at = work.safe / max(work.tokens, 1) if self.tokens == "safe" else 1.0
+        return super().reference_share(work) * self.sample * looked_at
 
     def recorded_layers(self, anatomy: Anatomy) -> list[int]:  # noqa: ARG002
         """Return the indices of the layers whose outputs it needs; empty if it needs only the last hidden state."""
@@ -257,7 +278,7 @@ class BatchDefense(Weighted):
         """Return the weighted sum of its loss over the units plus that of the cross-entropy over the labels.
 
         Args:
-            observation: the micro-batch.
+            observation: the whole micro-batch; the states of the reference model are zero where it did not run.
             weight: weight of one unit.
             cross_entropy_weight: weight of the negative log-likelihood of one label.
             figures: also return the values of every token.

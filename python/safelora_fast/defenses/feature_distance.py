@@ -33,6 +33,8 @@ class FeatureDistance(BatchDefense):
             each "token", or "none".
         tokens: which tokens count: "all" (except padding), "completion" (tokens that predict a completion token), or
             "safe" (tokens of safe examples, see :func:`~safelora_fast.interleave`).
+        sample: share of these examples that is drawn at each optimizer step, above 0. The others cost no reference pass.
+            The term is divided by it, so that its expected value and gradient are those of all examples.
 
     Raises:
         SettingsError: a setting is out of range.
@@ -46,8 +48,9 @@ class FeatureDistance(BatchDefense):
         layers: int | str | Sequence[int] = 5,
         normalize: Normalize = "sequence",
         tokens: Tokens = "all",
+        sample: float = 1.0,
     ) -> None:
-        super().__init__(weight, tokens)
+        super().__init__(weight, tokens, sample)
         if normalize not in {"sequence", "token", "none"}:
             raise SettingsError(f'FeatureDistance: normalize is {normalize!r}, not "sequence", "token" or "none"')
         if isinstance(layers, str):
@@ -63,7 +66,7 @@ class FeatureDistance(BatchDefense):
     def __repr__(self) -> str:
         return (
             f"FeatureDistance(weight={self.weight}, layers={self.layers!r}, normalize={self.normalize!r}, "
-            f"tokens={self.tokens!r})"
+            f"tokens={self.tokens!r}, sample={self.sample})"
         )
 
     def recorded_layers(self, anatomy: Anatomy) -> list[int]:
@@ -106,7 +109,9 @@ class FeatureDistance(BatchDefense):
             count = min(self.layers, shape.layers) if isinstance(self.layers, int) else len(self.layers)
         values = count * shape.hidden
         words = f"reference pass, and two reads of the outputs of {count} layers"
-        return Extra(16.0 * values * work.tokens, 3 * values * work.micro_tokens * shape.value_bytes, words)
+        return Extra(
+            16.0 * values * self.sample * work.tokens, 3 * values * work.micro_tokens * shape.value_bytes, words
+        )
 
 
 def evenly_spaced(depth: int, count: int) -> list[int]:

@@ -34,6 +34,8 @@ class KL(BatchDefense):
             that predict a completion token), or "safe" (tokens of safe examples, see
             :func:`~safelora_fast.interleave`).
         temperature: divides the logits of both models.
+        sample: share of these examples that is drawn at each optimizer step, above 0. The others cost no reference pass.
+            The term is divided by it, so that its expected value and gradient are those of all examples.
 
     Raises:
         SettingsError: a setting is out of range.
@@ -48,8 +50,9 @@ class KL(BatchDefense):
         direction: Literal["reverse", "forward"] = "reverse",
         tokens: Tokens = "all",
         temperature: float = 1.0,
+        sample: float = 1.0,
     ) -> None:
-        super().__init__(weight, tokens)
+        super().__init__(weight, tokens, sample)
         if direction not in {"reverse", "forward"}:
             raise SettingsError(f'KL: direction is {direction!r}, it must be "reverse" or "forward"')
         if not 0 < temperature < math.inf:
@@ -60,7 +63,7 @@ class KL(BatchDefense):
     def __repr__(self) -> str:
         return (
             f"KL(weight={self.weight}, direction={self.direction!r}, tokens={self.tokens!r}, "
-            f"temperature={self.temperature})"
+            f"temperature={self.temperature}, sample={self.sample})"
         )
 
     def check(self, anatomy: Anatomy) -> None:
@@ -126,7 +129,7 @@ class KL(BatchDefense):
         tokens = {"completion": work.answers, "safe": work.safe}.get(self.tokens, work.tokens)
         states = 3 * work.micro_tokens * shape.hidden * shape.value_bytes
         words = "reference pass, and three products with the output head"
-        return Extra(6 * shape.head * tokens, CHUNK_BYTES + states, words)
+        return Extra(6 * shape.head * self.sample * tokens, CHUNK_BYTES + states, words)
 
     def _states(self, observation: Observation) -> dict[str, Any]:
         """Keyword arguments of `linear_kl`: hidden states, head and settings."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from safelora_fast.data.batch_part import Part
     from safelora_fast.models.anatomy import Anatomy
 
 
@@ -62,11 +63,18 @@ class Capture:
         layers: layer outputs by index.
         hidden: the decoder's output, after its final norm.
         autocast: the autocast dtype when the decoder returned; None if autocast was off.
+        part: the part of the batch that ran; None if the whole batch did.
     """
 
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
     hidden: torch.Tensor | None = None
     autocast: torch.dtype | None = None
+    part: Part | None = None
+
+    def of_part(self, part: Part, layers: Iterable[int]) -> Capture:
+        """Return the hidden states of a part of the batch, with these layers only."""
+        hidden = None if self.hidden is None else part.take(self.hidden)
+        return Capture({index: part.take(self.layers[index]) for index in layers}, hidden, self.autocast, part)
 
     def autocast_again(self) -> AbstractContextManager[Any]:
         """Return a context with the output head's autocast: trainers enable it only inside the model's forward."""
@@ -174,14 +182,14 @@ class StudentRecorder:
     Args:
         tap: the hooks that record the student.
         run_reference: called with the call of the whole model (None if only the decoder was called) and the decoder's
-            call; None for no reference pass.
+            call; None for no reference pass. It returns None for a batch that needs none.
         entrances: modules that are called with the whole model's arguments (see :func:`entrances`).
     """
 
     def __init__(
         self,
         tap: Tap,
-        run_reference: Callable[[Call | None, Call], Capture] | None,
+        run_reference: Callable[[Call | None, Call], Capture | None] | None,
         entrances: Iterable[nn.Module] = (),
     ) -> None:
         self._tap = tap

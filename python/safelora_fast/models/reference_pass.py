@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from safelora_fast.checkpoints.lora_config import KEEPS_BASE_WEIGHTS
 from safelora_fast.errors import SettingsError
-from safelora_fast.models.anatomy import Anatomy, above, adapter_configs, adapter_layers, dissect
+from safelora_fast.models.anatomy import Anatomy, above, adapter_layers
+from safelora_fast.models.call_part import depends_on_longest_row, part_of_call
 from safelora_fast.models.capture import Call, Capture, Tap
+from safelora_fast.models.reference_checks import (
+    adapter_names,
+    check_base_reference,
+    check_named_reference,
+    check_second_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
+
+    from safelora_fast.data.batch_part import Part
 
 Reference: TypeAlias = "str | nn.Module"
 CACHES = ("past_key_values", "cache")  # before transformers 5.24, and from 5.24 on
@@ -49,11 +57,11 @@ class ReferencePass:
         self._own = isinstance(reference, str)
         self.anatomy = anatomy
         if not isinstance(reference, str):
-            self.anatomy = _check_second_model(anatomy, reference)
+            self.anatomy = check_second_model(anatomy, reference)
         elif reference == "base":
-            _check_base_reference(model)
+            check_base_reference(model)
         else:
-            _check_named_reference(model, reference)
+            check_named_reference(model, reference)
         self._reference = reference
         self._above = above(self.anatomy.model, self.anatomy.decoder)
         self._statistics = [
@@ -64,13 +72,17 @@ class ReferencePass:
         ]
         self.tap = Tap(self.anatomy, layers)
 
-    def run(self, whole: Call | None, decoder: Call, *, around: Callable[[], Any]) -> Capture:
-        """Run the reference on the inputs of the student's pass.
+    def run(self, whole: Call | None, decoder: Call, *, part: Part | None, around: Callable[[], Any]) -> Capture:
+        """Run the reference on the inputs of the student's pass, or on a part of them.
 
         Args:
             whole: the call of the whole model in training; None if only its decoder was called.
             decoder: the call of its decoder.
+            part: the rows to run; None for all.
             around: creates the context to run in (steering applies to the reference too).
+
+        Returns:
+            The hidden states of the part. If the inputs cannot be cut, those of the whole batch; then its `part` is None.
 
         Raises:
             SettingsError: the inputs include a cache, or a tensor that depends on trained parameters.
@@ -79,6 +91,15 @@ class ReferencePass:
             raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
         if whole is None:
             check_inputs(decoder)
+        only_decoder = whole is None or (_handed_on(whole, decoder) and not self._sharded())
+        call = decoder if whole is None or only_decoder else whole
+        if part is not None:
+            module = self.anatomy.decoder if only_decoder else self._student
+            cut = part_of_call(module, call, part)
+            if cut is None or depends_on_longest_row(self.anatomy.config, call, part.tokens):
+                part = None
+            else:
+                call = cut
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_uncached_autocast(next(self.anatomy.decoder.parameters()).device))
@@ -92,10 +113,11 @@ class ReferencePass:
             stack.enter_context(_buffers_as(self._statistics))
             stack.enter_context(around())
             capture = stack.enter_context(self.tap.alone())
-            if whole is None or (_handed_on(whole, decoder) and not self._sharded()):
-                self.anatomy.decoder(*decoder.args, **decoder.kwargs)
+            if only_decoder:
+                self.anatomy.decoder(*call.args, **call.kwargs)
             else:
-                self._run_whole(whole)
+                self._run_whole(call)
+        capture.part = part
         return capture
 
     def _run_whole(self, call: Call) -> None:
@@ -195,7 +217,7 @@ def adapter_active(layers: list[nn.Module], name: str) -> Iterator[None]:
     with _gradient_flags_kept(layers) as restore:
         try:
             for layer in layers:
-                layer.set_adapter([name] if name in _adapter_names(layer) else [])
+                layer.set_adapter([name] if name in adapter_names(layer) else [])
             restore()
             yield
         finally:
@@ -263,88 +285,3 @@ def _handed_on(whole: Call, decoder: Call) -> bool:
     """Return whether every tensor passed to the decoder is an input of the whole model, not computed from one."""
     given = {id(tensor) for _, tensor in whole.tensors()}
     return not _has_cache(decoder) and all(id(tensor) in given for _, tensor in decoder.tensors())
-
-
-# Checks of the reference.
-
-
-def _check_base_reference(model: nn.Module) -> None:
-    """Refuse a model that does not return to its state before fine-tuning when its adapters are disabled."""
-    layers = adapter_layers(model)
-    if not layers:
-        raise SettingsError(
-            "the model has no adapter to disable: wrap it with PEFT, or give the model before fine-tuning as reference="
-        )
-    for name, config in adapter_configs(model).items():
-        if getattr(config, "is_prompt_learning", False):
-            raise SettingsError(f"adapter {name!r} adds tokens to the prompt, which the reference lacks")
-        start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.lower() not in KEEPS_BASE_WEIGHTS:
-            raise SettingsError(
-                f"adapter {name!r} was initialized by {start!r}, which may rewrite the base weights: with the "
-                "adapter disabled the model is not the original; use a plain initialization, or give a frozen copy of the "
-                "adapter as reference="
-            )
-        _check_bias(name, config)
-    _check_trained(model, layers)
-
-
-def _check_named_reference(model: nn.Module, name: str) -> None:
-    """Refuse an adapter that does not exist or is in training, and a model with other trained weights."""
-    named = adapter_layers(model)
-    known = sorted({adapter for _, layer in named for adapter in _adapter_names(layer)})
-    if name not in known:
-        raise SettingsError(f"reference adapter {name!r} does not exist; the model has {', '.join(known) or 'none'}")
-    if any(name in layer.active_adapters for _, layer in named):
-        raise SettingsError(f"reference adapter {name!r} is the one in training: load a frozen copy under another name")
-    for parameter_name, parameter in model.named_parameters():
-        if f".{name}." in parameter_name and parameter.requires_grad:
-            raise SettingsError(f"reference adapter {name!r} is trained ({parameter_name}): freeze it")
-    for adapter, config in adapter_configs(model).items():
-        _check_bias(adapter, config)
-    _check_trained(model, named)
-
-
-def _check_second_model(anatomy: Anatomy, reference: nn.Module) -> Anatomy:
-    """Return the parts of a second model; refuse one with other layers or widths than the model in training."""
-    other = dissect(reference)
-    if other.model is anatomy.model:
-        raise SettingsError('reference= is the model in training: give a frozen copy, or "base"')
-    if other.depth != anatomy.depth or other.config.hidden_size != anatomy.config.hidden_size:
-        raise SettingsError(
-            f"the reference has {other.depth} layers of width {other.config.hidden_size}, "
-            f"the model {anatomy.depth} of width {anatomy.config.hidden_size}"
-        )
-    return other
-
-
-def _check_trained(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
-    """Refuse a model that trains weights outside its adapters, because the reference shares them."""
-    adapter_parameters = set()
-    for name, layer in layers:
-        if getattr(layer, "merged", False):
-            raise SettingsError(f"{name}: the adapter is merged into the weight: unmerge it first")
-        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
-        originals = {id(parameter) for parameter in base.parameters()}
-        adapter_parameters |= {id(parameter) for parameter in layer.parameters()} - originals
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in adapter_parameters:
-            raise SettingsError(
-                f"{name} is trained and belongs to no adapter, so the reference, which shares it, would be trained too: "
-                "freeze it, or give a frozen copy of the model as reference="
-            )
-
-
-def _check_bias(name: str, config: Any) -> None:
-    bias = getattr(config, "bias", "none")
-    if bias != "none":
-        raise SettingsError(
-            f'adapter {name!r} trains biases (bias="{bias}"), which switching it off does not undo: use bias="none", '
-            "or give a second model as reference="
-        )
-
-
-def _adapter_names(layer: nn.Module) -> set[str]:
-    """Return the names of a PEFT layer's adapters."""
-    holders = [getattr(layer, attribute, None) for attribute in layer.adapter_layer_names]
-    return {name for holder in holders if isinstance(holder, nn.ModuleDict | nn.ParameterDict) for name in holder}

@@ -13,6 +13,13 @@ from safelora_fast.errors import SettingsError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 shards parts of a model, so that its forward pass is collective."""
+    return any(kind.__name__ == "FSDPModule" for part in model.modules() for kind in type(part).__mro__)
+
 
 def held_rows(parameter: torch.Tensor) -> torch.Tensor:
     """Return this process's shard of a matrix, its rows in float32 without gradient. Do not modify them.

@@ -207,8 +207,9 @@ def estimate(shape: Shape, work: Work, specs: Sequence[DefenseSpec]) -> Cost:
     head = 2 * shape.head * work.head_tokens
     backward = (2 * shape.matrices + 4 * shape.adapter) * work.tokens + 2 * attention + head
     step = layers + head + backward + (layers if work.checkpointing else 0)
-    needs_reference = any(spec.kind.needs_reference for spec in active)
-    reference = 2 * shape.matrices * work.tokens + attention if needs_reference else 0.0
+    # The largest share contains the others: defenses draw the same examples.
+    share = max((spec.outline.reference_share(work) for spec in active), default=0.0)
+    reference = share * (2 * shape.matrices * work.tokens + attention)
     extras = {spec.name: spec.outline.cost(shape, work) for spec in active}
     return Cost(step, reference, extras, _memory(shape, work, extras))
 

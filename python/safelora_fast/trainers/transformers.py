@@ -88,7 +88,12 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         self.defenses = checked(defenses)
         self._defenses_off = [defense for defense in defenses if not defense.active]
         self._defend = partial(
-            Defended, reference=reference, on_nonfinite=on_nonfinite, share_logits=share_logits, monitors=monitors
+            Defended,
+            reference=reference,
+            on_nonfinite=on_nonfinite,
+            share_logits=share_logits,
+            monitors=monitors,
+            seed=self.args.seed,
         )
         self._followed = bool(self.defenses or monitors)
         self._defended: Defended | None = None

@@ -30,6 +30,7 @@ def defend(
     first_step: int = 0,
     share_logits: bool = True,
     monitors: Sequence[DriftMonitor] = (),
+    seed: int = 0,
 ) -> Defended:
     """Attach defenses to a model in a custom training loop. Use it as a context manager.
 
@@ -55,7 +56,7 @@ def defend(
         model: a causal language model of transformers: plain, sharded by `fully_shard`, or wrapped by PEFT,
             DistributedDataParallel or DeepSpeed's engine (ZeRO stages 1 and 2).
         defenses: the defenses; those that are switched off (weight 0) cost nothing.
-        optimizer: the optimizer whose steps are counted; required to skip steps.
+        optimizer: the optimizer whose steps are counted; required to skip steps, and by defenses with `sample` below 1.
         reference: the reference model of the defenses: "base" (the same model, adapters disabled), the name of a frozen
             adapter of the model, or a second model.
         on_nonfinite: when a defense is NaN or Inf, "raise" `TrainingError` or "skip" the optimizer step.
@@ -64,6 +65,7 @@ def defend(
             causal model; the model's own head does not run then. Otherwise the losses are computed separately, and the
             log gives the reason. The result is the same.
         monitors: monitors that :meth:`Defended.metrics` reports next to the defenses; they do not change the loss.
+        seed: seed of the examples that defenses with `sample` below 1 draw.
 
     Raises:
         SettingsError: the model, the adapter and the defenses are not compatible.
@@ -78,4 +80,5 @@ def defend(
         first_step=first_step,
         share_logits=share_logits,
         monitors=monitors,
+        seed=seed,
     )

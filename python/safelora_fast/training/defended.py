@@ -50,13 +50,14 @@ class Defended:
         first_step: int = 0,
         share_logits: bool = True,
         monitors: Sequence[DriftMonitor] = (),
+        seed: int = 0,
     ) -> None:
         self.model = model
         self.defenses = checked(defenses)
         self.projection_report: ProjectionReport | None = None
         self._off = [defense for defense in defenses if not defense.active]
         self._of_batch = [defense for defense in self.defenses if isinstance(defense, BatchDefense)]
-        self._run = Run(model, unwrapped(optimizer), steps=first_step)
+        self._run = Run(model, unwrapped(optimizer), seed, first_step)
         self._steps = Steps(self._run, on_nonfinite=on_nonfinite, afterwards=self._after_step)
         self._sums, self._stopwatch, self._task_loss = StepSums(), Stopwatch(), TaskLoss(model)
         self._handles: list[Any] = []
@@ -77,9 +78,11 @@ class Defended:
             self.model,
             anatomy,
             reference if any(defense.needs_reference for defense in self.defenses) else None,
+            defenses=self._of_batch,
             layers=sorted({index for defense in self._of_batch for index in defense.recorded_layers(anatomy)}),
             watched=[] if self._monitors is None else self._monitors.layers,
             records=bool(self._of_batch or monitors),
+            run=self._run,
             stopwatch=self._stopwatch,
         )
         for defense in self.defenses:
@@ -121,6 +124,12 @@ class Defended:
         """Install the hooks. Does nothing if they are installed, or if there are no defenses and monitors."""
         if self._hooked or self._passes is None:
             return
+        for defense in self._of_batch:
+            if defense.sample < 1 and self._run.optimizer is None:
+                raise SettingsError(
+                    f"{type(defense).__name__}: sample={defense.sample:g} draws examples anew at each optimizer step, and "
+                    "without the optimizer steps are not counted: give it to defend(), optimizer=optimizer"
+                )
         for _, attached in self._attached:
             attached.start()
         self._steps.check({type(defense).__name__: attached.factors() for defense, attached in self._attached})
@@ -245,11 +254,11 @@ class Defended:
             attached.before_loss()
         with self._stopwatch.running():
             terms = torch.zeros(())
-            with self._passes.observed() as observation:
-                if observation is not None and self._monitors is not None:
-                    self._monitors.observe(observation.student, observation.spans)
-                if observation is not None and self._of_batch:
-                    terms = self._terms.of_batch(observation, totals, factor=factor, task=task)
+            with self._passes.observed() as recorded:
+                if recorded is not None and self._monitors is not None:
+                    self._monitors.observe(recorded.student, recorded.spans)
+                if recorded is not None and self._of_batch:
+                    terms = self._terms.of_batch(recorded, totals, factor=factor, task=task)
             penalty = self._terms.of_weights(totals)
             return terms if penalty is None else terms + factor * penalty.to(terms.device)
 

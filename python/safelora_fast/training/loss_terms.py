@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from safelora_fast.ops.linear_kl import SharedLoss
     from safelora_fast.training.metrics import Sums
     from safelora_fast.training.optimizer_steps import Steps
+    from safelora_fast.training.training_passes import Recorded
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,11 @@ class LossTerms:
     ) -> None:
         self._defenses, self._penalties, self._sums, self._steps = defenses, penalties, sums, steps
 
-    def of_batch(
-        self, observation: Observation, totals: Totals, *, factor: float, task: SharedTask | None
-    ) -> torch.Tensor:
+    def of_batch(self, recorded: Recorded, totals: Totals, *, factor: float, task: SharedTask | None) -> torch.Tensor:
         """Return the terms that depend on the batch, plus the task loss if a defense computes it.
 
         Args:
-            observation: tokens and hidden states of this micro-batch.
+            recorded: tokens and hidden states of this micro-batch.
             totals: the window's denominators.
             factor: multiplies the defenses, not the task loss.
             task: the task loss to compute from a defense's logits; None if the model computes it.
@@ -101,27 +100,32 @@ class LossTerms:
         Returns:
             A float32 scalar on the device of the hidden states.
         """
-        assert observation.student.hidden is not None  # noqa: S101
-        device = observation.student.hidden.device
+        assert recorded.student.hidden is not None  # noqa: S101
+        device = recorded.student.hidden.device
         means: list[tuple[BatchDefense, torch.Tensor]] = []
-        result, sharing = torch.zeros((), device=device), None
+        result = recorded.student.hidden[:0].sum(dtype=torch.float32)  # zero, with a gradient function
+        sharing: BatchDefense | None = None
         for defense in self._defenses:
-            weight, units = factor * defense.weight * world_size(), max(totals.units[defense.name], 1)
+            units = max(totals.units[defense.name], 1) * defense.sample
+            weight = factor * defense.weight * world_size()
             if task is not None and sharing is None and defense.shares_logits:
-                sharing, shared = defense, task.compute(defense, observation, weight / units)
+                sharing, shared = defense, task.compute(defense, recorded.whole(defense), weight / units)
                 means.append((defense, shared.kl / units))
                 result = result + shared.loss
-            else:  # also with 0 units: if the head is sharded, other processes wait here to gather it
-                mean = defense.loss(observation).to(device) / units
+            elif (examples := recorded.examples(defense)) is not None:
+                # also with 0 units: if the head is sharded, other processes wait here to gather it
+                mean = defense.loss(examples).to(device) / units
                 means.append((defense, mean.detach()))
                 result = result + weight * mean
         finite = torch.stack([mean for _, mean in means]).isfinite().tolist() if means else []
         if not all(finite):
-            self._not_finite(means[finite.index(False)][0], _first_bad_states(observation))
+            defense = means[finite.index(False)][0]
+            self._not_finite(defense, _first_bad_states(recorded.examples(defense) or recorded.whole(defense)))
             if task is None or sharing is None:
                 return torch.zeros((), device=device)
             # Compute the task loss without the reference states, which may be the ones that are not finite.
-            return task.compute(sharing, replace(observation, reference=observation.student), 0.0).loss
+            whole = recorded.whole(sharing)
+            return task.compute(sharing, replace(whole, reference=whole.student), 0.0).loss
         for defense, mean in means:
             self._sums.add(defense.name, mean)
         return result

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import is_parallel
 from safelora_fast.models.distributed import world_size
+from safelora_fast.models.shards import is_sharded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ class Placement:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
-        self._checked = any(kind.__name__ == "FSDPModule" for part in model.modules() for kind in type(part).__mro__)
+        self._checked = is_sharded(model)
 
     def check(self) -> None:
         """Before the first pass, check that the model still has the same parameters.

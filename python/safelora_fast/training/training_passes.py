@@ -3,24 +3,80 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from safelora_fast.data.batch_part import Part, part_of
+from safelora_fast.data.draws import draws
 from safelora_fast.data.spans import Spans, read_spans
-from safelora_fast.defenses.base import Observation
+from safelora_fast.defenses.base import BatchDefense, Observation
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import entrances
 from safelora_fast.models.capture import Call, Capture, StudentRecorder, Tap
+from safelora_fast.models.distributed import sum_over_ranks
 from safelora_fast.models.lora_factors import check_no_prompt_learning
 from safelora_fast.models.reference_pass import Reference, ReferencePass, check_inputs
+from safelora_fast.models.shards import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
-    from safelora_fast.defenses.base import Defense
+    from safelora_fast.defenses.base import Defense, Run
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.training.metrics import Stopwatch
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The recorded pass of one micro-batch.
+
+    Attributes:
+        anatomy: parts of the model.
+        student: hidden states of the model in training.
+        reference: hidden states of the reference model for the part of the batch that it ran on; None if it did not run.
+        spans: tokens of the micro-batch.
+    """
+
+    anatomy: Anatomy
+    student: Capture
+    reference: Capture | None
+    spans: Spans
+
+    def examples(self, defense: BatchDefense) -> Observation | None:
+        """Return the examples that a defense looks at, with others; None if there is none in this micro-batch.
+
+        If it needs no reference model, that is the whole batch, with the model's own states as the reference's.
+        """
+        if not defense.needs_reference:
+            observation = Observation(self.anatomy, self.student, self.student, self.spans)
+        elif self._part is None:
+            return None
+        else:
+            observation = self._part
+        return replace(observation, spans=observation.spans.drawn(defense.sample))
+
+    def whole(self, defense: BatchDefense) -> Observation:
+        """Return the whole micro-batch. Hidden states of the reference model are zero where it did not run."""
+        reference, spans = self.reference, self.spans.drawn(defense.sample)
+        if reference is None or reference.hidden is None:
+            assert self.student.hidden is not None  # noqa: S101
+            reference = Capture({}, torch.zeros_like(self.student.hidden), self.student.autocast)
+        elif reference.part is not None:
+            reference = Capture({}, reference.part.spread(reference.hidden), reference.autocast)
+        return Observation(self.anatomy, self.student, reference, spans)
+
+    @cached_property
+    def _part(self) -> Observation | None:
+        """The part of the batch that the reference model ran on."""
+        reference, student, spans = self.reference, self.student, self.spans
+        if reference is not None and (part := reference.part) is not None:
+            student, spans = student.of_part(part, reference.layers), spans.of_part(part)
+        return None if reference is None else Observation(self.anatomy, student, reference, spans)
 
 
 class TrainingPasses:
@@ -30,9 +86,11 @@ class TrainingPasses:
         model: the model with its wrappers.
         anatomy: parts of the model.
         reference: the reference model; None if no defense needs one.
+        defenses: the defenses whose loss depends on the batch.
         layers: indices of the layers to record, in both the model and the reference model.
         watched: indices of the layers to record in the model alone.
         records: whether anything is recorded.
+        run: the training run; its seed and step decide which examples are drawn.
         stopwatch: counts the time of reference passes.
 
     Attributes:
@@ -45,16 +103,20 @@ class TrainingPasses:
         anatomy: Anatomy,
         reference: Reference | None,
         *,
+        defenses: Sequence[BatchDefense],
         layers: Sequence[int],
         watched: Sequence[int],
         records: bool,
+        run: Run,
         stopwatch: Stopwatch,
     ) -> None:
-        self._anatomy, self._stopwatch = anatomy, stopwatch
+        self._anatomy, self._defenses, self._run, self._stopwatch = anatomy, defenses, run, stopwatch
         self._running = 0
         self._spans: Spans | None = None
+        self._part: Part | None = None  # of the batch, that the reference runs on
         self._recorder: StudentRecorder | None = None
         self.reference: ReferencePass | None = None
+        self._sharded = is_sharded(anatomy.model) or (isinstance(reference, torch.nn.Module) and is_sharded(reference))
         if not records:
             return
         check_no_prompt_learning(model)
@@ -99,17 +161,16 @@ class TrainingPasses:
             if self._recorder is None:
                 yield
                 return
-            self._spans = read_spans(batch)
+            self._spans = self._read(batch)
             if self.reference is not None:
                 check_inputs(Call((), batch))
+                self._part = self._looked_at(self._spans)
             with self._recorder.recording():
                 yield
 
     @contextmanager
-    def observed(self) -> Iterator[Observation | None]:
+    def observed(self) -> Iterator[Recorded | None]:
         """Yield the recorded pass; None if nothing is recorded. It is released afterwards, to free memory for backward.
-
-        Without a reference model, the model's own states are used as the reference's.
 
         Raises:
             SettingsError: no pass was recorded, or the shape of its hidden states does not match the batch's tokens.
@@ -127,7 +188,7 @@ class TrainingPasses:
                 raise SettingsError(
                     f"the batch has tokens {tuple(spans.real.shape)}, the decoder gave hidden states {shape}"
                 )
-            yield Observation(self._anatomy, student, self._recorder.reference or student, spans)
+            yield Recorded(self._anatomy, student, self._recorder.reference, spans)
         finally:
             self._recorder.forget()
             self._spans = None
@@ -140,7 +201,30 @@ class TrainingPasses:
         finally:
             self._running -= 1
 
-    def _run_reference(self, whole: Call | None, decoder: Call) -> Capture:
+    def _read(self, batch: Mapping[str, Any]) -> Spans:
+        """Read the tokens of a batch, and draw examples if a defense samples."""
+        spans = read_spans(batch)
+        if all(defense.sample == 1 for defense in self._defenses):
+            return spans
+        return replace(spans, draws=draws(batch, spans, seed=self._run.seed, step=self._run.steps))
+
+    def _looked_at(self, spans: Spans) -> Part | None:
+        """Return the part of the batch that defenses compare with the reference; None for the whole batch.
+
+        If the models are sharded, all processes must run the same layers: one that has nothing to compare runs one row as
+        long as another one has something.
+        """
+        masks = [d.mask(spans.drawn(d.sample)) for d in self._defenses if d.needs_reference]
+        part = part_of(spans, torch.stack(masks).any(dim=0) if masks else spans.real)
+        if self._sharded:
+            at_work = sum_over_ranks([float(part is None or bool(part.rows))], spans.real.device)[0]
+            if part is not None and not part.rows and at_work:
+                return replace(part, rows=(0,))
+        return part
+
+    def _run_reference(self, whole: Call | None, decoder: Call) -> Capture | None:
         assert self.reference is not None  # noqa: S101
+        if self._part is not None and not self._part.rows:
+            return None
         with self._stopwatch.running():
-            return self.reference.run(whole, decoder, around=self._engaged)
+            return self.reference.run(whole, decoder, part=self._part, around=self._engaged)
