@@ -35,6 +35,7 @@ ROOMS = [
     "persona",
     "judging",
     "compare",
+    "gate",
     "demo",
     "cli",
 ]

@@ -19,7 +19,7 @@ from safelora_fast.examples import FOLDER, copy_example, names
 from safelora_fast.recipe.recipe import load_recipe
 
 COMPARISON = FOLDER / "compare.yaml"
-EXAMPLES = sorted(set(FOLDER.glob("*.yaml")) - {COMPARISON})
+EXAMPLES = sorted(set(FOLDER.glob("*.yaml")) - {COMPARISON, FOLDER / "policy.yaml"})
 TINY = {
     "model.dtype": "float32",
     "model.device": "cpu",

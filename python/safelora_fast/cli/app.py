@@ -14,6 +14,7 @@ from safelora_fast.cli import (
     env,
     evaluate,
     examples,
+    gate,
     inspect,
     margin,
     operator_swap,
@@ -66,6 +67,7 @@ app.add_typer(operator_swap.app, name="operator-swap")
 app.command("evaluate", cls=Command)(evaluate.evaluate)
 app.command("rejudge", cls=Command)(rejudge.rejudge)
 app.command("compare", cls=Command)(compare.compare)
+app.command("gate", cls=Command)(gate.gate)
 app.command("env", cls=Command)(env.env)
 app.command("bench", cls=Command)(bench.bench)
 app.command("examples", cls=Command)(examples.examples)

@@ -1,4 +1,4 @@
-"""`safelora-fast examples`: recipes that come with this package."""
+"""`safelora-fast examples`: recipes and other YAML files that come with this package."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def examples(
         bool, typer.Option("--overwrite", metavar="", help="Replace files whose content differs.")
     ] = False,
 ) -> None:
-    """List the recipes that come with this package, or write one into a folder together with its data."""
-    from safelora_fast.examples import copy_example, names
+    """List the recipes, the comparison and the policy that come with this package, or write one with its data."""
+    from safelora_fast.examples import command_of, copy_example, names
 
     if name is None:
         known = names()
@@ -30,9 +30,7 @@ def examples(
         typer.echo("\nto write one into this folder: safelora-fast examples NAME")
         return
     written = copy_example(name.removesuffix(".yaml"), output, overwrite=overwrite)
-    command = "compare" if name.removesuffix(".yaml") == "compare" else "train"
     beside = f", with {', '.join(file.name for file in written[1:])}" if written[1:] else ""
     say(f"written to {written[0]}{beside}")
     where = "" if output == Path() else f"cd {shlex.quote(str(output))} && "
-    plan = " --dry-run" if command == "train" else ""
-    say(f"{where}safelora-fast {command} {written[0].name}{plan}")
+    say(f"{where}{command_of(written[0].stem)}")

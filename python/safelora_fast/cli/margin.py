@@ -71,17 +71,20 @@ def margin(
         from safelora_fast.models.adapters import fit_adapter
         from safelora_fast.models.load import SubjectSettings, load_subject
         from safelora_fast.models.templates import read_arguments
+        from safelora_fast.recipe.model_stamp import subject_stamp
         from safelora_fast.scoring.margin import answer_margin
 
         settings = SubjectSettings(
             model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args)
         ).resolved()
         reports: dict[str, MarginReport] = {}
+        stamps: dict[str, dict[str, str | None]] = {}
         for folder in (None, *folders):
             subject = load_subject(settings, folder)
             for named in folders if folder is None else []:
                 fit_adapter(named, subject.model)  # an adapter that does not fit fails before the measurement
             name = f"./{folder}" if folder is not None and subject.name == "model" else subject.name
+            stamps[name] = subject_stamp(settings.model, folder, settings.chat_template)
             progress.start(name, 2 * len(chosen))
             reports[name] = answer_margin(
                 subject.model,
@@ -102,16 +105,16 @@ def margin(
             "strings": strings,
         }
         source = "builtin" if pairs is None else str(pairs)
-        typer.echo(to_json({**given, "pairs": source, "subjects": _to_dict(reports)}))
+        typer.echo(to_json({**given, "pairs": source, "subjects": _to_dict(reports, stamps)}))
     elif not quiet:
         _show(reports)
 
 
-def _to_dict(reports: dict[str, MarginReport]) -> dict[str, Any]:
+def _to_dict(reports: dict[str, MarginReport], stamps: dict[str, dict[str, str | None]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, report in reports.items():
         change, interval = report.change_from(reports["model"])
-        result[name] = {**report.to_dict(), "change": change, "change_interval": interval.to_list()}
+        result[name] = {**stamps[name], **report.to_dict(), "change": change, "change_interval": interval.to_list()}
     return result
 
 

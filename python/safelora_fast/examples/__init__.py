@@ -1,4 +1,4 @@
-"""Recipes that come with this package, with the rows that they name."""
+"""Recipes, a comparison and a policy that come with this package, with the rows that they name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def names() -> dict[str, str]:
     """What each example is for, its first line, by its name."""
     files = sorted(FOLDER.glob("*.yaml"))
     return {file.stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for file in files}
+
+
+def command_of(name: str) -> str:
+    """Return the command that reads an example, from its second line: of `[…]`, only a dry run is kept."""
+    line = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1].lstrip("# ")
+    return line.partition(" [")[0] + (" --dry-run" if "[--dry-run]" in line else "")
 
 
 def copy_example(name: str, folder: Path, *, overwrite: bool = False) -> list[Path]:

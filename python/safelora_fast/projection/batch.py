@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safelora_fast import _core
+from safelora_fast.checkpoints.adapter import WEIGHTS
+from safelora_fast.checkpoints.provenance import sampled
 from safelora_fast.checkpoints.resolver import label
 from safelora_fast.checkpoints.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
 from safelora_fast.checkpoints.weight_norms import weight_norm
@@ -265,18 +267,22 @@ def _settled(
     trained_on = adapter.config.get("base_model_name_or_path") or None
     notes = [*adapter.notes, *bypass_note(copied)]
     output = None if target is None else str(target)
+    writer = slot.output.writer
+    written = None if writer is None else sampled(writer.folder / WEIGHTS)
     report = ProjectionReport(
         settings=settings.effective(),
         aligned=_describe(models[0]),
         base=_describe(models[1]),
         adapters=[
-            AdapterReport(label(adapter.path), output, modules, copied, trained_on, notes, list(adapter.excluded))
+            AdapterReport(
+                label(adapter.path), output, modules, copied, trained_on, notes, list(adapter.excluded), written
+            )
         ],
         bytes_read=stream.nbytes,
         seconds=time.perf_counter() - began,
         versions=_versions(),
     )
-    if (writer := slot.output.writer) is not None:
+    if writer is not None:
         _write(writer.folder / REPORT, _json(published(report).to_dict()))
         _write(writer.folder / "README.md", card.render(report, 0))
         if slot.item.made_from is not None:

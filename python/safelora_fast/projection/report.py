@@ -48,6 +48,8 @@ class AdapterReport:
 
     `copied` lists the tensors that are not factors, from :func:`~safelora_fast.projection.copied_tensors.copied_tensors`.
     `notes` are warnings about the adapter's files; `excluded` lists the modules that the user excluded.
+    `fingerprint` is that of the written weights, from :func:`~safelora_fast.checkpoints.provenance.sampled`; None if nothing
+    was written.
     """
 
     adapter: str
@@ -57,6 +59,7 @@ class AdapterReport:
     trained_on: str | None = None
     notes: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
 
     def __repr__(self) -> str:
         return f"AdapterReport({self.adapter!r}, {len(self.projected)} of {len(self.modules)} modules projected)"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SHAPES = {
     "recipe": "a mapping of sections, e.g. `model:`, `data:`, `output:`",
     "comparison": "a mapping of `recipe:`, `runs:`, `measure:` and `output:`",
+    "policy": "a mapping of `subject:` and `criteria:`",
     "trait": "a mapping of `name:`, `description:`, `pairs:` and `questions:`",
 }
 

@@ -1,0 +1,1 @@
+"""A policy with limits, checked against the results of the other commands."""

@@ -1,0 +1,93 @@
+"""The policy of a gate: one YAML file with criteria, each a limit for one metric of one result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from safelora_fast.files.digest import digest
+from safelora_fast.gate.readers import READERS
+from safelora_fast.recipe.yaml_document import read_document
+from safelora_fast.recipe.yaml_section import Section, check, read_section
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+Limit = Annotated[float, Field(allow_inf_nan=False)]
+Source: Any = Literal[tuple(READERS)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PolicyFile(Section):
+    """The keys of the file; criteria are checked one at a time."""
+
+    subject: str
+    criteria: Any
+
+
+class Criterion(Section):
+    """One limit.
+
+    Attributes:
+        source: the command that wrote the result, a key of :data:`~safelora_fast.gate.readers.READERS`.
+        path: the result's file or folder, relative to the checked folder. The default depends on the source.
+        metric: the metric, e.g. "misaligned". The default depends on the source.
+        run: for `compare`, the name of the run.
+        at_most: the upper limit, inclusive.
+        at_least: the lower limit, inclusive.
+        most_unscored: for `evaluate`, the share of answers that may be unscored.
+        accept_without_interval: compare the value itself if the result has no interval for it.
+    """
+
+    source: Source
+    path: str | None = None
+    metric: str | None = None
+    run: str | None = None
+    at_most: Limit | None = None
+    at_least: Limit | None = None
+    most_unscored: Share = 0.05
+    accept_without_interval: bool = False
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A checked policy.
+
+    Attributes:
+        subject: the folder of the adapter or model that all results must be of, relative to the checked folder.
+        criteria: by name, in the order of the file.
+        sha256: digest of the file.
+    """
+
+    subject: str
+    criteria: Mapping[str, Criterion]
+    sha256: str
+
+
+def read_policy(path: Path) -> Policy:
+    """Read and check a policy; no result is read.
+
+    Raises:
+        SettingsError: with the file, the line and the dotted key.
+    """
+    document = read_document(path, what="policy")
+    file = read_section(document, (), PolicyFile)
+    names = document.section("criteria")
+    if not names:
+        raise document.problem(("criteria",), "is empty")
+    criteria = {}
+    for name in names:
+        keys = ("criteria", name)
+        criterion = criteria[name] = check(document, keys, Criterion, document.section(*keys))
+        if criterion.at_most is None and criterion.at_least is None:
+            raise document.problem(keys, "has no limit: set at_most, at_least, or both")
+        reader = READERS[criterion.source]
+        if reader.has_runs != (criterion.run is not None):
+            why = f"is {'required' if reader.has_runs else 'unknown'} for the source {criterion.source}"
+            raise document.problem((*keys, "run"), why)
+        if criterion.metric is None and reader.metric is None:
+            raise document.problem((*keys, "metric"), f"is required for the source {criterion.source}")
+    return Policy(file.subject, criteria, digest(path))

@@ -1,0 +1,305 @@
+"""Readers of the results that other commands wrote: one class per command, registered by its name.
+
+Every reader checks that the result is of the gate's subject, by the digest that the command stored with it. A result
+that is missing, damaged, or of other bytes raises DataError: it never counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safelora_fast.checkpoints.adapter import WEIGHTS
+from safelora_fast.checkpoints.provenance import sampled
+from safelora_fast.checkpoints.resolver import ADAPTER_CONFIG, CONFIG
+from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.files.json_reader import (
+    COUNT,
+    FLAG,
+    LIST,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    check_fields,
+    of_kind,
+    parse_as,
+    read_bytes,
+    read_object,
+    why,
+)  # fmt: skip
+from safelora_fast.recipe.model_stamp import adapter_digest, model_digest
+from safelora_fast.scoring.intervals import NORMAL_QUANTILE, Interval, wilson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from safelora_fast.gate.policy import Criterion
+
+READERS: dict[str, Reader] = {}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The adapter or model that is to be released.
+
+    Attributes:
+        folder: its folder.
+        key: "adapter_sha256" or "model_sha256", the name of its digest in results.
+        sha256: the digest.
+    """
+
+    folder: Path
+    key: str
+    sha256: str
+
+    def check(self, stamp: Mapping[str, Any], where: object) -> None:
+        """Raise DataError unless a result with these digests is of this subject."""
+        found = stamp.get(self.key)
+        if found is None:
+            raise DataError(f"{where}: does not say which {self.key.partition('_')[0]} it is of; make it again")
+        if found != self.sha256 or (self.key == "model_sha256" and stamp.get("adapter_sha256") is not None):
+            raise DataError(f"{where}: is stale: made of other files than {self.folder} has now; make it again")
+
+
+def subject_of(folder: Path) -> Subject:
+    """Return the subject in a folder.
+
+    Raises:
+        SettingsError: the folder holds neither an adapter nor a model.
+        SafeLoraFastError: a file cannot be read.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Subject(folder, "adapter_sha256", str(adapter_digest(folder)))
+    if (folder / CONFIG).is_file():
+        return Subject(folder, "model_sha256", str(model_digest(str(folder))))
+    raise SettingsError(f"{folder}: holds neither {ADAPTER_CONFIG} nor {CONFIG}; set subject: in the policy")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value from a result.
+
+    Attributes:
+        value: None if nothing was measured.
+        interval: the 95 % interval; None if the result has none.
+        exact: whether the value has no sampling error, e.g. a count.
+        unscored: share of answers without a score.
+        count: what the value is of, e.g. "3 of 240 answers".
+    """
+
+    value: float | None
+    interval: Interval | None = None
+    exact: bool = False
+    unscored: float = 0.0
+    count: str = ""
+
+
+class Reader(ABC):
+    """Reads the results of one command. Subclasses that set `name` are registered.
+
+    Attributes:
+        name: `source:` in a policy.
+        path: default of `path:`, relative to the checked folder; None for the subject's folder.
+        metric: default of `metric:`; None if there is none.
+        has_runs: whether a criterion must name a run.
+    """
+
+    name: ClassVar[str]
+    path: ClassVar[str | None]
+    metric: ClassVar[str | None] = None
+    has_runs: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        READERS[cls.name] = cls()
+
+    def find(self, criterion: Criterion, folder: Path, subject: Subject) -> Path:
+        """Return the path of the result that a criterion names."""
+        given = criterion.path or self.path
+        return subject.folder if given is None else folder / given
+
+    @abstractmethod
+    def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
+        """Return the value of a criterion's metric.
+
+        Raises:
+            DataError: the result is missing or of another subject, or lacks the metric.
+            OSError, ValueError: a file cannot be read, or its content is damaged.
+        """
+
+
+def read(criterion: Criterion, folder: Path, subject: Subject) -> Reading:
+    """Return the value that a criterion limits.
+
+    Raises:
+        SafeLoraFastError: the result is missing, damaged, or of another subject; the message names its file.
+    """
+    reader = READERS[criterion.source]
+    path = reader.find(criterion, folder, subject)
+    try:
+        return reader.read(path, criterion, subject)
+    except (OSError, ValueError) as error:
+        file = getattr(error, "filename", None) or path
+        raise DataError(f"{file}: {why(error)}") from error
+
+
+class EvaluateReader(Reader):
+    """Rates of `evaluate`: misaligned or incoherent, of all answers or of one kind (`general.misaligned`)."""
+
+    name, path, metric = "evaluate", "evaluation", "misaligned"
+
+    def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
+        """Return the rate with its interval. The report must have every answer of the folder."""
+        kind, _, outcome = (criterion.metric or self.metric).rpartition(".")
+        subject.check(_object(path / "evaluation.json"), path)
+        report = check_fields(_object(path / "report.json"), {"answers": COUNT, "kinds": OBJECT})
+        answers = sum(1 for line in read_bytes(path / "answers.jsonl", None).splitlines() if line.strip())
+        if answers != report["answers"]:
+            raise DataError(
+                f"{path}: is stale: report.json is of {report['answers']} answers, of {answers}; evaluate again"
+            )
+        rates = _item(report["kinds"], kind, "kind", path) if kind else report
+        rate = check_fields(_item(rates, outcome, "metric", path), {"hits": COUNT, "count": COUNT, "interval": LIST})
+        asked = of_kind(rates.get("answers"), COUNT, "answers")
+        count = (
+            f"{rate['hits']} of {rate['count']} answers, {asked - rate['count']} unscored; judge {report.get('judge')}"
+        )
+        if not rate["count"]:
+            return Reading(None, count=count)
+        share = rate["hits"] / rate["count"]
+        return Reading(share, _interval(rate["interval"]), unscored=1 - rate["count"] / asked, count=count)
+
+
+class BenchmarksReader(Reader):
+    """Metrics of `evaluate --tasks`: TASK for its first metric, or TASK.METRIC."""
+
+    name, path = "benchmarks", "evaluation"
+
+    def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
+        """Return the metric with the normal interval of its standard error, or Wilson's if that is 0."""
+        from safelora_fast.judging.benchmarks import TaskResult
+
+        content = check_fields(_object(path / "benchmarks.json"), {"settings": OBJECT, "tasks": OBJECT})
+        subject.check(content["settings"], path)
+        task, _, name = str(criterion.metric).partition(".")
+        result = parse_as(TaskResult, _item(content["tasks"], task, "task", path))
+        metric = _item({one.name: one for one in reversed(result.metrics)}, name or result.main.name, "metric", path)
+        interval, count = None, f"{metric.count} documents"
+        if metric.value is not None and metric.stderr:
+            half = NORMAL_QUANTILE * metric.stderr
+            interval = Interval(metric.value - half, metric.value + half)
+        elif metric.value in {0, 1} and metric.stderr is not None:
+            interval = wilson(metric.value * metric.count, metric.count)
+        return Reading(metric.value, interval, count=count)
+
+
+class MarginReader(Reader):
+    """Values of `margin --json`: change (the rise over the model), margin, or share."""
+
+    name, path, metric = "margin", "margin.json", "change"
+    keys: ClassVar = {
+        "change": ("change", "change_interval"),
+        "margin": ("margin", "margin_interval"),
+        "share": ("share_misaligned", "share_interval"),
+    }
+
+    def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
+        """Return the value of the entry that has the subject's digest."""
+        entries = list(check_fields(_object(path), {"subjects": OBJECT})["subjects"].values())
+        entry = next((one for one in entries if _is_of(one, subject)), entries[-1] if entries else {})
+        subject.check(of_kind(entry, OBJECT, "subjects"), path)
+        key, interval = _item(self.keys, criterion.metric or self.metric, "metric", path)
+        check_fields(entry, {key: NUMBER, interval: LIST, "count": COUNT})
+        return Reading(entry[key], _interval(entry[interval]), count=f"{entry['count']} pairs")
+
+
+class CompareReader(Reader):
+    """Cells of a comparison's report: `run` is the row, `metric` the key of the column."""
+
+    name, path, has_runs = "compare", "comparison", True
+
+    def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
+        """Return the cell. The subject must be the adapter of one of its seeds, and no seed may be missing."""
+        from safelora_fast.compare.report import read_report
+
+        report = read_report(path / "report.json")
+        row = _item({row.name: row for row in report.rows}, str(criterion.run), "run", path)
+        cell = _item(row.cells, str(criterion.metric), "metric", path)
+        for seed in cell.failures:
+            raise DataError(f"{path}: {criterion.run}, seed {seed.seed}: {seed.failure}")
+        measured = set()
+        for seed in cell.seeds:
+            file = path / seed.source
+            stamp = _object(file).get("of", {})
+            own = {adapter_digest(one) for one in (file.parent, file.parent / "adapter")} - {None}
+            others = {adapter_digest(one) for one in file.parent.glob("*/adapter")}  # trained on operator swap
+            made_of = stamp.get("adapter_sha256")
+            if own and made_of is not None and made_of not in own | others:
+                raise DataError(f"{file}: is stale: made of another adapter than is there now; compare again")
+            measured |= own or {made_of}
+        if subject.sha256 not in measured:
+            raise DataError(
+                f"{path}: is stale: {subject.folder} is not the adapter of a seed of {criterion.run}; compare again"
+            )
+        interval = None if cell.low is None or cell.high is None else Interval(cell.low, cell.high)
+        count = f"{cell.count}, " if cell.count else ""
+        return Reading(cell.value, interval, count=f"{count}{len(cell.seeds)} seeds")
+
+
+class ProjectReader(Reader):
+    """Values of a projection's report: projected, gain, without_cosine, not_finite. They have no sampling error."""
+
+    name, path, metric = "project", None, "projected"
+
+    def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
+        """Return the value for the projected adapter in this folder, which must be as the projection wrote it."""
+        report = check_fields(_object(path / "safelora_report.json"), {"adapters": LIST})
+        (adapter,) = report["adapters"]
+        check_fields(adapter, {"modules": LIST, "copied": LIST, "fingerprint": TEXT})
+        weights = subject.folder / WEIGHTS
+        if sampled(weights) != adapter["fingerprint"]:
+            raise DataError(f"{path}: is stale: {weights} is not the file that the projection wrote; project again")
+        modules = [
+            check_fields(module, {"projected": FLAG}, {"gain": NUMBER, "cosine": NUMBER})
+            for module in adapter["modules"]
+        ]
+        gains = [module["gain"] for module in modules if module["projected"]]
+        values = {
+            "projected": len(gains) / len(modules) if modules else None,
+            "gain": statistics.median(gains) if gains else None,
+            "without_cosine": sum(module.get("cosine") is None for module in modules),
+            "not_finite": sum(tensor.get("not_finite") or 0 for tensor in adapter["copied"]),
+        }
+        value = _item(values, criterion.metric or self.metric, "metric", path)
+        return Reading(value, exact=True, count=f"{len(gains)} of {len(modules)} modules projected")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: {why(error)}") from error
+
+
+def _is_of(entry: Any, subject: Subject) -> bool:
+    try:
+        subject.check(of_kind(entry, OBJECT, "subjects"), "")
+    except DataError:
+        return False
+    return True
+
+
+def _item(items: Mapping[str, Any], name: str, what: str, where: object) -> Any:
+    if name not in items:
+        raise DataError(f"{where}: there is no {what} {name!r}; it has {', '.join(map(str, items)) or 'none'}")
+    return items[name]
+
+
+def _interval(ends: list[Any]) -> Interval | None:
+    if any(end is None for end in ends):
+        return None
+    low, high = (of_kind(end, NUMBER, "interval") for end in ends)
+    return Interval(low, high)
