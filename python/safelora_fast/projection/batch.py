@@ -5,52 +5,40 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import math
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast import _core
 from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.checkpoints.provenance import sampled
 from safelora_fast.checkpoints.resolver import label
-from safelora_fast.checkpoints.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
-from safelora_fast.checkpoints.weight_norms import weight_norm
 from safelora_fast.errors import AdapterError, CheckpointError, OutputError, PairingError, SafeLoraFastError
-from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.output import check_target, whole_folder
 from safelora_fast.printable import one_line
 from safelora_fast.projection import card
 from safelora_fast.projection.copied_tensors import bypass_note, copied_tensors, refuse_bypassing
-from safelora_fast.projection.jobs import refuse_equal, start_stream
-from safelora_fast.projection.plan import plan_projection
-from safelora_fast.projection.report import AdapterReport, ModuleReport, ProjectionReport, published
+from safelora_fast.projection.module_reports import run_plan
+from safelora_fast.projection.report import AdapterReport, ProjectionReport, published
 from safelora_fast.projection.writer import AdapterWriter, Output
 from safelora_fast.projection.written_keys import settled_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from safelora_fast.checkpoints.adapter import Adapter
+    from safelora_fast.checkpoints.sources import Checkpoint
     from safelora_fast.projection.jobs import AdapterFactors, Plan, Start, Stream
+    from safelora_fast.projection.model_pair import ModelPair
+    from safelora_fast.projection.module_reports import Progress
+    from safelora_fast.projection.report import ModuleReport
     from safelora_fast.projection.settings import Settings
     from safelora_fast.projection.writer import FactorOutcome
 
 REPORT = "safelora_report.json"
 MARKER = "safelora_made_from.json"
-Models = tuple[Checkpoint, Checkpoint]
-
-
-class Progress(Protocol):
-    """Receives the amount of work once, and the progress after each module."""
-
-    def start(self, total_bytes: int, modules: int) -> None:
-        """Begin a run over `modules` modules and `total_bytes` bytes; called before the first byte is read."""
-
-    def advance(self, done_bytes: int, module: str) -> None:
-        """Report the bytes processed so far; called after each module."""
 
 
 @dataclass(frozen=True)
@@ -97,30 +85,6 @@ class _Output(Output):
                 self.failure = error
 
 
-def local_models(aligned: str | Path, base: str | Path) -> list[Path]:
-    """Return those of the two models that are paths here.
-
-    Raises:
-        SettingsError: one of them cannot be the path of a model or its Hub id.
-    """
-    for role, model in {"aligned": aligned, "base": base}.items():
-        check_path(role, model, A_MODEL)
-    return [path for path in map(Path, (aligned, base)) if path.exists()]
-
-
-def open_pair(aligned: str | Path, base: str | Path) -> Models:
-    """Open both checkpoints.
-
-    Raises:
-        SettingsError, CheckpointError: a checkpoint cannot be read.
-        PairingError: the two are the same place.
-    """
-    models = open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base")
-    if same_place(*models):
-        refuse_equal([0.0])
-    return models
-
-
 def check_output(item: Item, models: Sequence[Path]) -> None:
     """Raise OutputError if the output of an adapter cannot be written, or must not be replaced.
 
@@ -140,11 +104,11 @@ def check_output(item: Item, models: Sequence[Path]) -> None:
 
 def project_batch(
     items: Sequence[Item],
-    models: Models,
+    pair: ModelPair,
     settings: Settings,
     *,
     progress: Progress | None = None,
-    start: Start = start_stream,
+    start: Start | None = None,
     keep_keys: bool = False,
 ) -> list[ProjectionReport | SafeLoraFastError]:
     """Project adapters in one pass over the checkpoints, and return the report or the error of each.
@@ -163,24 +127,24 @@ def project_batch(
         if not batch:
             continue
         try:
-            plan = plan_projection([items[index].adapter for index in batch], *models)
+            plan = pair.plan([items[index].adapter for index in batch])
         except PairingError as error:
-            results.update({batch[0]: error} if len(batch) == 1 else _unpaired(items, batch, models))
+            results.update({batch[0]: error} if len(batch) == 1 else _unpaired(items, batch, pair))
             waiting.append(batch)
             continue
-        adapters = list(plan.adapters) if keep_keys else settled_adapters(plan, models[0])
-        copied = [copied_tensors(adapter, models[0]) for adapter in adapters]
+        adapters = list(plan.adapters) if keep_keys else settled_adapters(plan, pair.aligned)
+        copied = [copied_tensors(adapter, pair.aligned) for adapter in adapters]
         if settings.strict and (refused := _bypassing(batch, adapters, copied)):
             results.update(refused)
             waiting.append(batch)
             continue
         try:
             found = _one_pass(
-                [items[index] for index in batch], adapters, copied, plan, models, settings, progress, start
+                [items[index] for index in batch], adapters, copied, plan, pair, settings, progress, start or pair.start
             )
         except (AdapterError, CheckpointError, PairingError) as error:
             place = str(error).startswith
-            if any(place(one_line(file.path)) for model in models for file in model.files):
+            if any(place(one_line(file.path)) for model in (pair.aligned, pair.base) for file in model.files):
                 raise
             guilty = [index for index in batch if place(one_line(items[index].adapter.file.path))]
             if guilty or len(batch) == 1:
@@ -193,12 +157,12 @@ def project_batch(
     return [results[index] for index in range(len(items))]
 
 
-def _unpaired(items: Sequence[Item], batch: Sequence[int], models: Models) -> dict[int, SafeLoraFastError]:
+def _unpaired(items: Sequence[Item], batch: Sequence[int], pair: ModelPair) -> dict[int, SafeLoraFastError]:
     """Return the errors of the adapters that cannot be paired with the checkpoints."""
     found: dict[int, SafeLoraFastError] = {}
     for index in batch:
         try:
-            plan_projection([items[index].adapter], *models)
+            pair.plan([items[index].adapter])
         except PairingError as error:
             found[index] = error
     return found
@@ -222,7 +186,7 @@ def _one_pass(
     adapters: Sequence[Adapter],
     copied: Sequence[list[dict[str, Any]]],
     plan: Plan,
-    models: Models,
+    pair: ModelPair,
     settings: Settings,
     progress: Progress | None,
     start: Start,
@@ -241,15 +205,14 @@ def _one_pass(
         stream = start(plan, settings, keep_projected=any(item.target is not None for item in items))
         run_plan(plan, stream, [slot.output for slot in slots], progress)
         return [
-            _settled(slot, tensors, models, settings, stream, began)
-            for slot, tensors in zip(slots, copied, strict=True)
+            _settled(slot, tensors, pair, settings, stream, began) for slot, tensors in zip(slots, copied, strict=True)
         ]
 
 
 def _settled(
     slot: _Slot,
     copied: list[dict[str, Any]],
-    models: Models,
+    pair: ModelPair,
     settings: Settings,
     stream: Stream,
     began: float,
@@ -271,8 +234,8 @@ def _settled(
     written = None if writer is None else sampled(writer.folder / WEIGHTS)
     report = ProjectionReport(
         settings=settings.effective(),
-        aligned=_describe(models[0]),
-        base=_describe(models[1]),
+        aligned=_describe(pair.aligned),
+        base=_describe(pair.base),
         adapters=[
             AdapterReport(
                 label(adapter.path), output, modules, copied, trained_on, notes, list(adapter.excluded), written
@@ -294,48 +257,6 @@ def _settled(
             return error
         raise
     return report
-
-
-def run_plan(plan: Plan, stream: Stream, outputs: Sequence[Output], progress: Progress | None) -> None:
-    """Run the stream, and add each module to the outputs of its adapters.
-
-    Raises:
-        PairingError: aligned and base hold the same weights in all modules.
-        SafeLoraFastError: a weight or factor is NaN or infinite.
-    """
-    norms = []
-    with contextlib.closing(stream):
-        if progress is not None:
-            progress.start(stream.nbytes, len(plan.modules))
-        for outcome in stream:
-            planned = plan.modules[outcome.index]
-            norms.append(outcome.v_norm)
-            weight = weight_norm(planned.group.aligned)
-            results: Sequence[FactorOutcome] = outcome.factors
-            for factors, found in zip(planned.group.factors, results, strict=True):
-                report = ModuleReport(
-                    name=planned.name,
-                    cosine=found.cosine,
-                    projected=False,
-                    reason="",
-                    gain=found.gain,
-                    rank=factors.lora_b.cols,
-                    b_norm=found.lora_b_norm,
-                    b_norm_after=found.lora_b_norm_projected,
-                    update_norm=found.update_norm,
-                    update_norm_after=found.update_norm_projected,
-                    v_norm=outcome.v_norm,
-                    v_rank=outcome.rank,
-                    v_energy=outcome.energy,
-                    sources=[asdict(source) for source in planned.sources],
-                    v_ratio=outcome.v_norm / weight if weight else math.nan,
-                )
-                for output in outputs:
-                    if output.adapter == factors.adapter:
-                        output.add(report, factors, found)
-            if progress is not None:
-                progress.advance(stream.bytes_done, planned.name)
-    refuse_equal(norms)
 
 
 def _json(content: Mapping[str, Any]) -> str:

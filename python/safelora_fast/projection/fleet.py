@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast import _core
 from safelora_fast.checkpoints.adapter import WEIGHTS, load_adapter
 from safelora_fast.checkpoints.lora_config import CONFIG
-from safelora_fast.checkpoints.provenance import describe, same_content
 from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.errors import AdapterError, OutputError, SafeLoraFastError, SettingsError
@@ -26,16 +25,15 @@ from safelora_fast.files.output import described, whole_file
 from safelora_fast.files.progress import bar_on_a_terminal, log_warning
 from safelora_fast.files.store import changed_settings, changes_text, plain
 from safelora_fast.printable import counted
-from safelora_fast.projection.batch import MARKER, Item, check_output, local_models, open_pair, project_batch
+from safelora_fast.projection.batch import MARKER, Item, check_output, project_batch
 from safelora_fast.projection.fleet_shard import Shard, parse_shard
-from safelora_fast.projection.jobs import refuse_equal
 from safelora_fast.projection.manifest import Row, read_manifest
+from safelora_fast.projection.model_pair import ModelPair, local_models, open_pair
 from safelora_fast.projection.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from safelora_fast.projection.batch import Models
 
 FORMAT = 1
 BATCH = 16
@@ -126,8 +124,8 @@ def project_fleet(
     local = local_models(aligned, base)
     report = FleetReport(shard=parse_shard(shard))
     rows = read_manifest(source, output, local)[report.shard.index :: report.shard.count]
-    models = open_pair(aligned, base)
-    run = _Run(chosen, models, local, overwrite, Path(output, report.shard.failures), report, warn or log_warning)
+    pair = open_pair(aligned, base)
+    run = _Run(chosen, pair, local, overwrite, Path(output, report.shard.failures), report, warn or log_warning)
     with bar_on_a_terminal(progress) as bar:
         if bar is not None:
             bar.start("adapters", len(rows), 0)
@@ -145,24 +143,21 @@ class _Run:
     def __init__(
         self,
         settings: Settings,
-        models: Models,
+        pair: ModelPair,
         local: Sequence[Path],
         overwrite: bool,
         failures: Path,
         report: FleetReport,
         warn: Callable[[str], None],
     ) -> None:
-        self.settings, self.models, self.local, self.overwrite = settings, models, local, overwrite
+        self.settings, self.pair, self.local, self.overwrite = settings, pair, local, overwrite
         self.failures, self.report, self.warn = failures, report, warn
         self.of_pair: set[str] = set()
         self.unused = set(settings.exclude)
-        sources = {role: describe(model) for role, model in zip(("aligned", "base"), models, strict=True)}
-        if same_content(sources["aligned"], sources["base"]):
-            refuse_equal([0.0])
         effective = {name: value for name, value in settings.effective().items() if name != "threads"}
         self.made_from = {
             "format": FORMAT,
-            "pair": {role: _identity(source) for role, source in sources.items()},
+            "pair": pair.identity(),
             "settings": effective,
         }
 
@@ -215,7 +210,7 @@ class _Run:
     def project(self, batch: Sequence[tuple[Row, Item]]) -> None:
         """Project a batch, count its results, and pass on their warnings; those about the pair once."""
         passes = _Passes(self.report)
-        found = project_batch([item for _, item in batch], self.models, self.settings, progress=passes)
+        found = project_batch([item for _, item in batch], self.pair, self.settings, progress=passes)
         for (row, item), result in zip(batch, found, strict=True):
             if not isinstance(result, SafeLoraFastError):
                 self.report.projected += 1
@@ -259,13 +254,6 @@ class _Passes:
         del module
         self.report.bytes_read += done_bytes - self.done
         self.done = done_bytes
-
-
-def _identity(described: Mapping[str, Any]) -> str:
-    """Return what identifies a checkpoint on every machine: its commit on the Hub, or a digest of its files."""
-    if described["revision"] is not None:
-        return f"{described['source']}@{described['revision']}"
-    return text_digest(sorted(str(file["fingerprint"]) for file in described["files"]))
 
 
 def _adapter_digest(folder: Path) -> str:

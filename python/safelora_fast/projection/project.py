@@ -13,26 +13,15 @@ from safelora_fast.errors import AdapterError, CheckpointError, SafeLoraFastErro
 from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.output import check_target
 from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
-from safelora_fast.projection.batch import (
-    REPORT,
-    Item,
-    Progress,
-    check_output,
-    local_models,
-    merged,
-    open_pair,
-    project_batch,
-    run_plan,
-)
-from safelora_fast.projection.jobs import start_stream
-from safelora_fast.projection.plan import plan_projection
+from safelora_fast.projection.batch import REPORT, Item, check_output, merged, project_batch
+from safelora_fast.projection.model_pair import local_models, open_pair
+from safelora_fast.projection.module_reports import Progress
 from safelora_fast.projection.settings import Settings
 from safelora_fast.projection.written_keys import settled_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safelora_fast.checkpoints.sources import Checkpoint
     from safelora_fast.projection.jobs import Plan, Start
     from safelora_fast.projection.report import ProjectionReport
 
@@ -114,12 +103,12 @@ def project_folders(
     output: PathLike | None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    start: Start = start_stream,
+    start: Start | None = None,
     keep_keys: bool = False,
 ) -> ProjectionReport:
     """Project adapters with checked settings; see :func:`project_adapter`.
 
-    `start` starts the stream: the extension's or another one. `keep_keys` writes the adapters' keys unchanged, for
+    `start` starts another stream than the extension's. `keep_keys` writes the adapters' keys unchanged, for
     adapters that were saved from a loaded model.
     """
     paths = _paths(adapter)
@@ -141,8 +130,8 @@ def project_folders(
     local = local_models(aligned, base)
     for item in items:
         check_output(item, local)
-    models = open_pair(aligned, base)
-    found = project_batch(items, models, settings, progress=progress, start=start, keep_keys=keep_keys)
+    pair = open_pair(aligned, base)
+    found = project_batch(items, pair, settings, progress=progress, start=start, keep_keys=keep_keys)
     failures = [one for one in [*loaded, *found] if isinstance(one, SafeLoraFastError)]
     if failures:
         others = "" if len(paths) == 1 else f" ({len(failures)} of {len(paths)} adapters failed, the others are done)"
@@ -159,22 +148,22 @@ def prepare(
     overwrite: bool,
     mark: str,
     copies: int = 1,
-) -> tuple[Plan, list[Adapter], tuple[Checkpoint, Checkpoint]]:
+) -> tuple[Plan, list[Adapter]]:
     """Check all inputs before the first byte of a weight is read.
 
     An output folder that contains the file `mark` may be overwritten; each adapter will be written `copies` times.
 
     Returns:
-        The plan, the adapters with their output keys, and the two checkpoints.
+        The plan, and the adapters with their output keys.
     """
     local = local_models(aligned, base)
     if output is not None:
         inputs = [*(adapter.path for adapter in adapters), *local]
         size = copies * sum(adapter.file.size for adapter in adapters)
         check_target(output, inputs, overwrite=overwrite, nbytes=size, mark=mark)
-    models = open_pair(aligned, base)
-    plan = plan_projection(adapters, *models)
-    return plan, settled_adapters(plan, models[0]), models
+    pair = open_pair(aligned, base)
+    plan = pair.plan(adapters)
+    return plan, settled_adapters(plan, pair.aligned)
 
 
 def _paths(adapter: PathLike | Sequence[PathLike]) -> list[PathLike]:
@@ -212,4 +201,4 @@ def output_names(adapters: Sequence[Adapter]) -> list[str]:
     return names
 
 
-__all__ = ["REPORT", "WEIGHTS", "PathLike", "Progress", "prepare", "project_adapter", "project_folders", "run_plan"]
+__all__ = ["REPORT", "WEIGHTS", "PathLike", "Progress", "prepare", "project_adapter", "project_folders"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from safelora_fast.checkpoints.adapter import load_adapter
 from safelora_fast.files.output import whole_folder
 from safelora_fast.projection.jobs import start_stream
-from safelora_fast.projection.project import prepare, run_plan
+from safelora_fast.projection.module_reports import run_plan
+from safelora_fast.projection.project import prepare
 from safelora_fast.projection.settings import Settings
 from safelora_fast.projection.writer import AdapterWriter, Output
 
@@ -72,7 +73,7 @@ def sweep_thresholds(
     """
     settings = [Settings(select="threshold", threshold=threshold) for threshold in sorted(set(thresholds))]
     adapters, target = [load_adapter(adapter)], Path(output)
-    plan, (loaded,), _ = prepare(adapters, aligned, base, target, overwrite=overwrite, mark=MARK, copies=len(settings))
+    plan, (loaded,) = prepare(adapters, aligned, base, target, overwrite=overwrite, mark=MARK, copies=len(settings))
     with whole_folder(target, overwrite=overwrite) as partial:
         writers = [AdapterWriter(loaded, partial / _name(one.effective_threshold)) for one in settings]
         outputs = [Output(0, one, writer) for one, writer in zip(settings, writers, strict=True)]
