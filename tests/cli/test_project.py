@@ -255,6 +255,17 @@ def test_a_damaged_adapter_does_not_stop_the_others(pair, call, tmp_path, how):
         assert written[0].read_bytes() == written[1].read_bytes()
 
 
+def test_what_v_is_made_of_is_required(pair, call):
+    for words, message in (
+        (
+            ["--aligned", pair.aligned],
+            "error: --base is missing: give both models, or a subspace with --subspace FILE\n",
+        ),
+        (["--base", pair.base], "error: --aligned is missing: give both models, or a subspace with --subspace FILE\n"),
+    ):
+        assert call("project", pair.adapter, *words, "--output", pair.output)[::2] == (2, message)
+
+
 def test_damaged_checkpoints_stop_the_run(pair, call, tmp_path):
     shard = pair.shard("aligned", 2)
     weights = load_file(shard)

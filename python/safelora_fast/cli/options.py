@@ -20,14 +20,17 @@ Adapters = Annotated[list[str], ADAPTERS]
 OneAdapter = Annotated[
     str | None, typer.Option("--adapter", metavar="DIR|HUB_ID[@REV]", help="A PEFT adapter to put on the model.")
 ]
-Aligned = Annotated[
-    str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model that the adapters were trained on.")
-]
-Base = Annotated[
-    str,
+ALIGNED = typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model that the adapters were trained on.")
+Aligned = Annotated[str, ALIGNED]
+BASE = typer.Option(
+    metavar="PATH|HUB_ID[@REV]",
+    help="The model before alignment. Swapping the two gives the same result: C is even in V.",
+)
+Base = Annotated[str, BASE]
+Subspace = Annotated[
+    Path | None,
     typer.Option(
-        metavar="PATH|HUB_ID[@REV]",
-        help="The model before alignment. Swapping the two gives the same result: C is even in V.",
+        metavar="FILE", help="A file of `subspace build` instead of --aligned and --base; for orthogonal, select all."
     ),
 ]
 Exclude = Annotated[

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @options.with_settings
 def project(
-    aligned: options.Aligned,
-    base: options.Base,
     settings: dict[str, Any],
     adapters: Annotated[list[str] | None, options.ADAPTERS] = None,
+    aligned: Annotated[str | None, options.ALIGNED] = None,
+    base: Annotated[str | None, options.BASE] = None,
+    subspace: options.Subspace = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to create; with several adapters, one subfolder each.")
     ] = None,
@@ -67,12 +68,13 @@ def project(
     Reads both checkpoints once, as a stream, for any number of adapters, and loads no model. The output folder holds an
     adapter that PEFT loads, a model card and a report. It appears under its name only when it is complete.
     """
+    where = _models(aligned, base, subspace)
     if source is not None:
         if adapters or dry_run or plot is not None or output is None:
             raise SettingsError(
                 "--from needs --output DIR, and cannot be combined with named adapters, --dry-run, and --plot"
             )
-        given = {"aligned": aligned, "base": base, **settings, "strict": strict, "overwrite": overwrite}
+        given = {**where, **settings, "strict": strict, "overwrite": overwrite}
         _fleet(source, output, shard, batch, as_json, quiet, given)
         return
     if shard is not None or batch is not None:
@@ -91,8 +93,7 @@ def project(
     with ProgressBar(wanted=not (quiet or as_json)) as progress:
         report = project_adapter(
             adapters,
-            aligned=aligned,
-            base=base,
+            **where,
             output=None if dry_run else output,
             **settings,
             strict=strict,
@@ -111,6 +112,18 @@ def project(
     elif not quiet:
         _print(report)
     print_warnings(report)
+
+
+def _models(aligned: str | None, base: str | None, subspace: Path | None) -> dict[str, Any]:
+    """Return the arguments that say what V is. Both models are required without a subspace."""
+    if subspace is None:
+        lacking = next((name for name, model in (("--aligned", aligned), ("--base", base)) if model is None), None)
+        if lacking is not None:
+            raise SettingsError(f"{lacking} is missing: give both models, or a subspace with --subspace FILE")
+        return {"aligned": aligned, "base": base}
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
+
+    return {"aligned": aligned, "base": base, "subspace": SafeSubspace.load(subspace)}
 
 
 def _print(report: ProjectionReport) -> None:

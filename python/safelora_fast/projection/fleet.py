@@ -28,11 +28,12 @@ from safelora_fast.printable import counted
 from safelora_fast.projection.batch import MARKER, Item, check_output, project_batch
 from safelora_fast.projection.fleet_shard import Shard, parse_shard
 from safelora_fast.projection.manifest import Row, read_manifest
-from safelora_fast.projection.model_pair import ModelPair, local_models, open_pair
-from safelora_fast.projection.settings import Settings
+from safelora_fast.projection.model_pair import ModelPair, Vectors, local_models, open_pair, settings_and_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from safelora_fast.projection.settings import Settings
 
 
 FORMAT = 1
@@ -80,9 +81,10 @@ class FleetReport:
 def project_fleet(
     source: str | Path | Iterable[Mapping[str, Any]],
     *,
-    aligned: str | Path,
-    base: str | Path,
+    aligned: str | Path | None = None,
+    base: str | Path | None = None,
     output: str | Path,
+    subspace: Vectors | None = None,
     shard: str | None = "0/1",
     batch: int = BATCH,
     overwrite: bool = False,
@@ -103,6 +105,8 @@ def project_fleet(
         aligned: path or Hub id (optionally with `@revision`) of the model that the adapters were trained on.
         base: path or Hub id of the model before alignment.
         output: the folder for outputs: each goes to the subfolder named by its id, unless its row says otherwise.
+        subspace: a :class:`~safelora_fast.SafeSubspace` instead of `aligned` and `base`, for operator "orthogonal" and
+            select "all".
         shard: "I/N" projects the adapters at positions I, I + N, … of the list, with I from 0. "/N" and None read the
             rest from the variables of Slurm arrays, indexed jobs of Kubernetes, torchrun, or SkyPilot.
         batch: the number of adapters that are projected in one pass over the checkpoints. Memory grows with it.
@@ -117,15 +121,23 @@ def project_fleet(
         CheckpointError, PairingError: a checkpoint cannot be read, or the two are equal.
         OutputError: an output cannot be written, or would touch another one or an input. What was committed stays.
     """
-    began, chosen = time.perf_counter(), Settings(**settings)
+    began = time.perf_counter()
+    chosen, pair = settings_and_pair(subspace, aligned, base, settings)
     check_path("output", output, "the folder for outputs")
     if whole_number("batch", batch) < 1:
         raise SettingsError(f"batch must be at least 1, not {batch}")
-    local = local_models(aligned, base)
+    local = local_models(aligned, base) if pair is None else []
     report = FleetReport(shard=parse_shard(shard))
     rows = read_manifest(source, output, local)[report.shard.index :: report.shard.count]
-    pair = open_pair(aligned, base)
-    run = _Run(chosen, pair, local, overwrite, Path(output, report.shard.failures), report, warn or log_warning)
+    run = _Run(
+        chosen,
+        pair or open_pair(aligned, base),
+        local,
+        overwrite,
+        Path(output, report.shard.failures),
+        report,
+        warn or log_warning,
+    )
     with bar_on_a_terminal(progress) as bar:
         if bar is not None:
             bar.start("adapters", len(rows), 0)

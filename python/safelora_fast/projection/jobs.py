@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safelora_fast import _core
 from safelora_fast.checkpoints.geometry import Block, Matrix, cut_together
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from safelora_fast.checkpoints.adapter import Adapter, LoraModule
     from safelora_fast.checkpoints.experts import Slice
-    from safelora_fast.projection.device.outcomes import DeviceOutcome
     from safelora_fast.projection.settings import Settings
 
 
@@ -96,9 +95,9 @@ class Plan:
 
 
 class Stream(Protocol):
-    """Yields the outcome of each module of a plan, in order; implemented by the extension and by a torch device."""
+    """Yields the outcome of each module of a plan, in order, with the attributes of `_core.JobOutcome`."""
 
-    def __iter__(self) -> Iterator[_core.JobOutcome | DeviceOutcome]: ...
+    def __iter__(self) -> Iterator[Any]: ...
     @property
     def nbytes(self) -> int: ...  # noqa: D102
     @property

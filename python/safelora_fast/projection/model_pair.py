@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safelora_fast.checkpoints.provenance import describe, same_content
 from safelora_fast.checkpoints.sources import A_MODEL, Checkpoint, open_checkpoint, same_place
+from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.digest import text_digest
 from safelora_fast.projection.jobs import refuse_equal, start_stream
 from safelora_fast.projection.plan import plan_projection
+from safelora_fast.projection.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from safelora_fast.checkpoints.adapter import Adapter
     from safelora_fast.projection.jobs import Plan, Stream
-    from safelora_fast.projection.settings import Settings
 
 
 class ModelPair:
@@ -29,6 +30,14 @@ class ModelPair:
 
     def __init__(self, aligned: Checkpoint, base: Checkpoint) -> None:
         self.aligned, self.base = aligned, base
+
+    def settings(self, **given: Any) -> Settings:
+        """Return checked settings of a projection.
+
+        Raises:
+            SettingsError: the settings contradict each other, or do not fit the pair.
+        """
+        return Settings(**given)
 
     def plan(self, adapters: Sequence[Adapter]) -> Plan:
         """Pair the modules of adapters with V.
@@ -54,7 +63,30 @@ class ModelPair:
         return {role: _identity(source) for role, source in described.items()}
 
 
-def local_models(aligned: str | Path, base: str | Path) -> list[Path]:
+class Vectors(Protocol):
+    """A subspace: vectors of V that stand for the pair of models."""
+
+    def as_pair(self) -> ModelPair:
+        """Return the pair."""
+
+
+def settings_and_pair(
+    subspace: Vectors | None, aligned: str | Path | None, base: str | Path | None, given: Mapping[str, Any]
+) -> tuple[Settings, ModelPair | None]:
+    """Return checked settings, and the pair of a subspace; without a subspace None, since nothing is opened yet.
+
+    Raises:
+        SettingsError: a setting is wrong, or a subspace is given beside models.
+    """
+    if subspace is None:
+        return Settings(**given), None
+    if aligned is not None or base is not None:
+        raise SettingsError("a subspace replaces both checkpoints: give either the subspace, or aligned and base")
+    pair = subspace.as_pair()
+    return pair.settings(**given), pair
+
+
+def local_models(aligned: str | Path | None, base: str | Path | None) -> list[Path]:
     """Return those of the two models that are paths here.
 
     Raises:
@@ -62,17 +94,19 @@ def local_models(aligned: str | Path, base: str | Path) -> list[Path]:
     """
     for role, model in {"aligned": aligned, "base": base}.items():
         check_path(role, model, A_MODEL)
-    return [path for path in map(Path, (aligned, base)) if path.exists()]
+    return [path for path in map(Path, (str(aligned), str(base))) if path.exists()]
 
 
-def open_pair(aligned: str | Path, base: str | Path) -> ModelPair:
+def open_pair(aligned: str | Path | None, base: str | Path | None) -> ModelPair:
     """Open both checkpoints.
 
     Raises:
         SettingsError, CheckpointError: a checkpoint cannot be read.
         PairingError: the two are the same place.
     """
-    pair = ModelPair(open_checkpoint(aligned, role="aligned"), open_checkpoint(base, role="base"))
+    pair = ModelPair(
+        *(open_checkpoint(model or "", role=role) for role, model in (("aligned", aligned), ("base", base)))
+    )
     if same_place(pair.aligned, pair.base):
         refuse_equal([0.0])
     return pair

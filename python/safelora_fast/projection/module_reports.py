@@ -42,7 +42,7 @@ def run_plan(plan: Plan, stream: Stream, outputs: Sequence[Output], progress: Pr
         for outcome in stream:
             planned = plan.modules[outcome.index]
             norms.append(outcome.v_norm)
-            weight = weight_norm(planned.group.aligned)
+            weight = weight_norm(planned.group.aligned) if planned.group.aligned else 0.0  # none: V is known otherwise
             results: Sequence[FactorOutcome] = outcome.factors
             for factors, found in zip(planned.group.factors, results, strict=True):
                 report = ModuleReport(

@@ -14,16 +14,17 @@ from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.output import check_target
 from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.projection.batch import REPORT, Item, check_output, merged, project_batch
-from safelora_fast.projection.model_pair import local_models, open_pair
+from safelora_fast.projection.model_pair import local_models, open_pair, settings_and_pair
 from safelora_fast.projection.module_reports import Progress
-from safelora_fast.projection.settings import Settings
 from safelora_fast.projection.written_keys import settled_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safelora_fast.projection.jobs import Plan, Start
+    from safelora_fast.projection.model_pair import ModelPair, Vectors
     from safelora_fast.projection.report import ProjectionReport
+    from safelora_fast.projection.settings import Settings
 
 PathLike = str | Path
 
@@ -31,8 +32,8 @@ PathLike = str | Path
 def project_adapter(
     adapter: PathLike | Sequence[PathLike],
     *,
-    aligned: PathLike,
-    base: PathLike,
+    aligned: PathLike | None = None,
+    base: PathLike | None = None,
     output: PathLike | None,
     operator: str = "safelora",
     normalize: str | None = None,
@@ -48,6 +49,7 @@ def project_adapter(
     progress: Progress | bool | None = None,
     keep: float | None = None,
     sides: str | None = None,
+    subspace: Vectors | None = None,
 ) -> ProjectionReport:
     """Project one or more PEFT adapters with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) and write the results.
 
@@ -76,6 +78,8 @@ def project_adapter(
         progress: receives the progress; None shows a bar if standard error is a terminal, False shows nothing.
         keep: the share of the part outside U_k (and W_k) to keep; only for attenuate.
         sides: "both" (default) changes B and A, "left" only B; only for attenuate.
+        subspace: a :class:`~safelora_fast.SafeSubspace` instead of `aligned` and `base`; only for orthogonal and select
+            "all", with all vectors by default.
 
     Returns:
         The report, which is also written to `safelora_report.json`.
@@ -84,11 +88,24 @@ def project_adapter(
         SafeLoraFastError: an input is invalid; the message is one line. Of one adapter, nothing is written; of several,
             those without a fault are written first.
     """
-    chosen_settings = (operator, normalize, rank, energy, select, threshold, num_layers, threads, exclude, strict)
-    settings = Settings(*chosen_settings, keep=keep, sides=sides)  # type: ignore[arg-type]
+    given = {
+        "operator": operator,
+        "normalize": normalize,
+        "rank": rank,
+        "energy": energy,
+        "select": select,
+        "threshold": threshold,
+        "num_layers": num_layers,
+        "threads": threads,
+        "exclude": exclude,
+        "strict": strict,
+        "keep": keep,
+        "sides": sides,
+    }
+    settings, pair = settings_and_pair(subspace, aligned, base, given)
     with bar_on_a_terminal(progress) as told:
         report = project_folders(
-            adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=told
+            adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=told, pair=pair
         )
     log_warnings(report.warnings)
     return report
@@ -98,18 +115,19 @@ def project_folders(
     adapter: PathLike | Sequence[PathLike],
     settings: Settings,
     *,
-    aligned: PathLike,
-    base: PathLike,
+    aligned: PathLike | None,
+    base: PathLike | None,
     output: PathLike | None,
     overwrite: bool = False,
     progress: Progress | None = None,
     start: Start | None = None,
     keep_keys: bool = False,
+    pair: ModelPair | None = None,
 ) -> ProjectionReport:
     """Project adapters with checked settings; see :func:`project_adapter`.
 
-    `start` starts another stream than the extension's. `keep_keys` writes the adapters' keys unchanged, for
-    adapters that were saved from a loaded model.
+    `pair` replaces `aligned` and `base`. `start` starts another stream than that of the pair. `keep_keys` writes the
+    adapters' keys unchanged, for adapters that were saved from a loaded model.
     """
     paths = _paths(adapter)
     if output is not None:
@@ -127,10 +145,10 @@ def project_folders(
     check_exclude(adapters, settings.exclude)
     folders = _folders(adapters, target, alone=len(paths) == 1)
     items = [Item(one, folder, overwrite) for one, folder in zip(adapters, folders, strict=True)]
-    local = local_models(aligned, base)
+    local = local_models(aligned, base) if pair is None else []
     for item in items:
         check_output(item, local)
-    pair = open_pair(aligned, base)
+    pair = pair or open_pair(aligned, base)
     found = project_batch(items, pair, settings, progress=progress, start=start, keep_keys=keep_keys)
     failures = [one for one in [*loaded, *found] if isinstance(one, SafeLoraFastError)]
     if failures:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
-    from safelora_fast.projection.project import Progress
+    from safelora_fast.projection.module_reports import Progress
+    from safelora_fast.subspace.subspace_pair import SubspacePair
 
 FILE = TensorFile("safelora_fast.subspace", 1, "subspace", "safelora-fast subspace build")
 RANK = 64
@@ -234,9 +235,13 @@ class SafeSubspace:
         Raises:
             PairingError: no module matches, or several do; the message names the nearest.
         """
+        return self.modules[self.find_name(name, tower)]
+
+    def find_name(self, name: str, tower: str | None = None) -> str:
+        """Return the name in the subspace of a module of a loaded model; see :meth:`find`."""
         found = [weight.removesuffix(".weight") for weight in self._index.find(f"{name}.weight", tower)]
         if len(found) == 1:
-            return self.modules[found[0]]
+            return found[0]
         if not self.modules:
             raise PairingError(
                 "this subspace only names its sources, which is enough for SafeLora at the end; SafeSubspace.build computes the "
@@ -247,6 +252,18 @@ class SafeSubspace:
         problem = "is ambiguous in the subspace" if found else "is not in the subspace"
         built = f", which was built for modules {self.settings['modules']}" if self.settings.get("modules") else ""
         raise PairingError(f"module {name} {problem}{built}; nearest: {', '.join(sorted(near)[:3]) or 'none'}")
+
+    def as_pair(self) -> SubspacePair:
+        """Return the pair of models for :func:`~safelora_fast.project_adapter`, which needs no checkpoints then.
+
+        Raises:
+            PairingError: the subspace has no vectors.
+        """
+        from safelora_fast.subspace.subspace_pair import SubspacePair
+
+        if not self.modules:
+            raise PairingError("this subspace only names its sources; SafeSubspace.build computes the vectors too")
+        return SubspacePair(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the vectors, for JSON; the energy is None if V is zero."""
