@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 
 from processes import peak_memory
-from safelora_fast.defenses import KL, FeatureDistance
+from safelora_fast.defenses import KL, FeatureDistance, TemplateAnchor
 from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.demo.packaged_model import load
 from safelora_fast.models.anatomy import dissect
@@ -52,6 +53,10 @@ class Steps:
             if "lora_B" in name:
                 parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
         ids = torch.randint(base.config.vocab_size, (ROWS, LENGTH), generator=generator)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+        prefix = self.tokenizer(text.partition("Why?")[0], add_special_tokens=False)["input_ids"]
+        ids[:, : len(prefix)] = torch.tensor(prefix)  # the template's own system prompt and the user's header
         labels = ids.clone()
         labels[:, : LENGTH // 4] = -100
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -83,6 +88,20 @@ class Steps:
             with self.autocast():
                 loss = defended.loss(self.batch)
             self.finish(loss)
+
+    def anchored(self) -> None:
+        """The undefended step with a template anchor, whose prefix is recorded in the first round."""
+        if "anchor" not in self.defended:
+            self.defended["anchor"] = defend(self.model, [TemplateAnchor(10.0)], tokenizer=self.tokenizer)
+            self.anchoring = self.defended["anchor"].count([self.batch])
+        defended = self.defended["anchor"]
+        defended.attach()
+        with self.autocast():
+            with defended.recording(self.batch):
+                loss = self.model(**self.batch).loss
+            loss = loss + defended.regularizer(self.anchoring)
+        self.finish(loss)
+        defended.detach()
 
     def straightforward(self, *, features: bool) -> None:
         """A second frozen model, all logits of both, and the features of each example in turn."""
@@ -163,6 +182,7 @@ class Steps:
             "undefended": self.undefended,
             "straightforward KL": partial(self.straightforward, features=False),
             "straightforward KL + features": partial(self.straightforward, features=True),
+            "template anchor": self.anchored,
             "KL apart": partial(self.ours, kl=True, features=False, share=False),
             "KL shared": partial(self.ours, kl=True, features=False, share=True),
             "KL + features apart": partial(self.ours, kl=True, features=True, share=False),

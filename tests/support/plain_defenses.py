@@ -60,6 +60,39 @@ def feature_distance_sum(features, reference_features, batch, *, normalize="sequ
     return total, count
 
 
+def template_anchor_sum(model, batch, places):
+    """Return (sum over sequences, number of sequences) of the mean over `places`, mean over layers of keys plus values.
+
+    For Llama with an adapter. `places` has (row, token indices) of each sequence's template tokens.
+    """
+    states, reference = keys_and_values(model, batch), None
+    with torch.no_grad(), model.disable_adapter():
+        mode = model.training
+        reference = keys_and_values(model.eval(), batch)
+        model.train(mode)
+    total = 0.0
+    for row, indices in places:
+        for k, k0 in zip(states, reference, strict=True):
+            apart = (k[row, indices] - k0[row, indices]).square().sum(-1) / k0[row, indices].square().sum(-1)
+            total = total + apart.mean() / (len(states) / 2)
+    return total, len(places)
+
+
+def keys_and_values(model, batch):
+    """Return the outputs of k_proj and v_proj of every layer, recorded by plain hooks."""
+    found = []
+    layers = model.get_base_model().model.layers
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out: found.append(out))
+        for layer in layers
+        for module in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+    ]
+    model(**{key: value for key, value in batch.items() if key not in {"labels", "safe"}}, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 def forward(model, batch):
     """Return logits and layer outputs, recorded by plain hooks."""
     features = []

@@ -11,11 +11,16 @@ from pathlib import Path
 import torch
 from tiny_models import VOCABULARY, adapter_weights, collate, random_subspace, rows, tiny_peft_model
 
-from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, SubspacePenalty
+from safelora_fast.data.chat import ANSWERS
+from safelora_fast.data.template_tokens import QUESTIONS
+from safelora_fast.data.template_tokens import SYSTEMS as SYSTEM_TEXTS
+from safelora_fast.defenses import KL, DriftMonitor, FeatureDistance, SafeLora, SubspacePenalty, TemplateAnchor
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 from safelora_fast.training import defend
 
 LENGTHS = [7, 3, 9, 4, 6, 5, 8, 3]
+SYSTEMS = [0, 0, 1, 0, 0, 2, 0, 0]  # of two processes with micro-batches of two, only one meets a new one in its second
+USER = 5  # the user's header
 
 
 def defenses(weights, model):
@@ -30,6 +35,8 @@ def defenses(weights, model):
         made.append(KL(weights["safe_kl"], tokens="safe"))
     if "feature_distance" in weights:
         made.append(FeatureDistance(weights["feature_distance"], layers=2, tokens="completion"))
+    if "template_anchor" in weights:
+        made.append(TemplateAnchor(weights["template_anchor"]))
     if "subspace_penalty" in weights:
         made.append(SubspacePenalty(random_subspace(model), weights["subspace_penalty"]))
     if "safelora" in weights:
@@ -41,10 +48,25 @@ def defenses(weights, model):
     return made
 
 
+def examples_of(spec):
+    """Return the examples of a spec; if they are tagged, every third one is safe.
+
+    With a template anchor, each begins with one of three systems and the user's header.
+    """
+    examples = rows(spec.get("lengths", LENGTHS))
+    for number, example in enumerate(examples if spec.get("tagged") else []):
+        tag = number % 3 == 1
+        example["safe"] = [tag] * len(example["input_ids"]) if spec["tagged"] == "by token" else tag
+    for system, example in zip(SYSTEMS, examples, strict=False):
+        if "template_anchor" in spec.get("defenses", {}):
+            example["input_ids"][:2] = [10 + system, USER]
+    return examples
+
+
 def window_of(spec):
     """Return this process's micro-batches of a step. The examples in `silent_rows` have no labels."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    examples = rows(spec.get("lengths", LENGTHS))
+    examples = examples_of(spec)
     for index in spec.get("silent_rows", []):
         examples[index]["labels"] = [-100] * len(examples[index]["labels"])
     examples = examples[rank::world]
@@ -54,6 +76,7 @@ def window_of(spec):
 def settings(spec):
     """Return the other keyword arguments for loops and trainers; they always include a monitor."""
     return {
+        **({} if spec["kind"] in {"transformers", "trl"} else {"tokenizer": tiny_tokenizer()}),
         "share_logits": spec.get("share_logits", True),
         "on_nonfinite": spec.get("on_nonfinite", "raise"),
         "monitors": [DriftMonitor(torch.linspace(-1, 2, 32), 1)],
@@ -95,15 +118,6 @@ def trainer_arguments(spec, output):
     }
 
 
-def examples_of(spec):
-    """Return the examples of a spec; if they are tagged, every third one is safe."""
-    examples = rows(spec.get("lengths", LENGTHS))
-    for number, example in enumerate(examples if spec.get("tagged") else []):
-        tag = number % 3 == 1
-        example["safe"] = [tag] * len(example["input_ids"]) if spec["tagged"] == "by token" else tag
-    return examples
-
-
 def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
     from transformers import TrainingArguments
 
@@ -116,6 +130,7 @@ def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
         args=TrainingArguments(**trainer_arguments(spec, output)),
         train_dataset=examples_of(spec),
         data_collator=collate,
+        processing_class=tiny_tokenizer() if "template_anchor" in spec.get("defenses", {}) else None,
         optimizers=(optimizer, constant(optimizer)),
         **kwargs,
     )
@@ -124,13 +139,22 @@ def run_transformers(spec, output, model=None, trainer_class=None, **kwargs):
 
 
 def tiny_tokenizer():
-    from tokenizers import Tokenizer, models
+    """Return a tokenizer of words, with a template that writes one word before each turn."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, VOCABULARY)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), pad_token="<pad>", eos_token="<eos>"
+    for text in (*QUESTIONS, *SYSTEM_TEXTS, *ANSWERS):  # first and last words of what a template is tried with
+        for word in (text.split()[0], text.split()[-1]):
+            words.setdefault(word, len(words))
+    inner = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    made.chat_template = (
+        f"{{% for m in messages %}}{{{{ ('w{USER} ' if m.role == 'user' else 'w3 ') + m.content + ' ' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}w3 {% endif %}"
     )
+    return made
 
 
 def completions(examples):
@@ -264,7 +288,7 @@ def run_accelerate(spec):
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=spec.get("accumulation", 1))
     model = tiny_peft_model()
-    examples = rows(spec.get("lengths", LENGTHS))
+    examples = examples_of(spec)
     loader = torch.utils.data.DataLoader(examples, batch_size=spec["batch"], collate_fn=collate)
     wrapped, optimizer, loader = accelerator.prepare(model, sgd(model), loader)
     with defend(wrapped, defenses(spec["defenses"], model), optimizer=optimizer, **settings(spec)) as defended:

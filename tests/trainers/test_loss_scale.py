@@ -8,7 +8,7 @@ from train_runs import run, run_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
 
-STRONG = {"kl": 30.0, "feature_distance": 30.0, "subspace_penalty": 0.3, "safelora": 1}
+STRONG = {"kl": 30.0, "feature_distance": 30.0, "subspace_penalty": 0.3, "template_anchor": 3.0, "safelora": 1}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def whole(tmp_path_factory):
 def same(result, expected):
     weights, metrics = result
     assert furthest(weights, expected[0]) < 1e-5
-    for name in ("kl", "feature_distance", "subspace_penalty", "cosine_min", "modules_projected"):
+    for name in ("kl", "feature_distance", "subspace_penalty", "template_anchor", "cosine_min", "modules_projected"):
         assert metrics[f"defense/{name}"] == pytest.approx(expected[1][f"defense/{name}"], rel=1e-4)
     assert metrics["monitor/drift"] == pytest.approx(expected[1]["monitor/drift"], rel=1e-4)
 
@@ -84,6 +84,17 @@ def test_fsdp_where_one_process_has_nothing_to_learn(share_logits, tmp_path):
     weights, metrics = run_two_processes({**spec, "kind": "fsdp", "reshard": True}, tmp_path)
     assert furthest(weights, whole[0]) < 1e-5
     assert metrics["defense/kl"] == pytest.approx(whole[1]["defense/kl"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loop", "fsdp"])
+def test_only_one_process_meets_a_new_prefix(kind, tmp_path):
+    """Under FSDP2 both must run the reference, because each gathers the other's weights."""
+    spec = {"batch": 2, "steps": 2, "defenses": {"template_anchor": 0.1}}
+    whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
+    weights, metrics = run_two_processes({**spec, "kind": kind}, tmp_path)
+    assert furthest(weights, whole[0]) < 1e-5
+    assert metrics["defense/template_anchor"] == pytest.approx(whole[1]["defense/template_anchor"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Token masks of a batch (real, completion and safe tokens), and the documents of packed sequences."""
+"""Token masks of a batch (real, completion, safe and template tokens), and the documents of packed sequences."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from safelora_fast.data.batch_part import Part
+    from safelora_fast.data.template_tokens import TemplateTokens
 
-Tokens = Literal["all", "completion", "safe"]
+Tokens = Literal["all", "completion", "safe", "prefix", "header"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Spans:
         safe: real tokens of safe examples (see :func:`~safelora_fast.interleave`). None if examples are not tagged.
         draws: a random number of each example at its tokens (see :func:`~safelora_fast.data.draws.draws`). None if no
             defense samples.
+        ids: token ids. None if the batch has embeddings.
+        template: finds the tokens of the chat template. None if no defense asks for them.
     """
 
     real: torch.Tensor
@@ -41,6 +44,8 @@ class Spans:
     next_labels: torch.Tensor | None
     safe: torch.Tensor | None = None
     draws: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+    template: TemplateTokens | None = None
 
     def drawn(self, share: float) -> Spans:
         """Return the spans with masks that contain a random share of the examples, those with a lower draw than it."""
@@ -63,7 +68,8 @@ class Spans:
         """Return the mask of the tokens that a defense uses.
 
         Raises:
-            SettingsError: `tokens` is "completion" and the batch has no labels, or "safe" and it has no tags.
+            SettingsError: `tokens` is "completion" and the batch has no labels, "safe" and it has no tags, or a part of
+                the chat template and the batch has no token ids.
         """
         if tokens == "all":
             return self.real
@@ -74,9 +80,13 @@ class Spans:
                     f"column {SAFE} (TRL's packing drops it)"
                 )
             return self.safe
-        if self.completion is None:
-            raise SettingsError(f'{owner}: tokens="completion" needs labels in the batch')
-        return self.completion
+        if tokens == "completion":
+            if self.completion is None:
+                raise SettingsError(f'{owner}: tokens="completion" needs labels in the batch')
+            return self.completion
+        if self.ids is None or self.template is None:
+            raise SettingsError(f"{owner}: tokens={tokens!r} needs input_ids in the batch, and their tokenizer")
+        return self.template.mask(self.ids, self.real, self.segments, tokens)
 
     def sequences(self, mask: torch.Tensor) -> int:
         """Return the number of sequences (documents, if packed) with at least one token in `mask`."""
@@ -86,7 +96,7 @@ class Spans:
         return len(torch.stack([rows[mask], self.segments[mask]]).unique(dim=1).T)
 
 
-def read_spans(batch: Mapping[str, Any]) -> Spans:
+def read_spans(batch: Mapping[str, Any], template: TemplateTokens | None = None) -> Spans:
     """Read masks and documents from a collated batch.
 
     `attention_mask` [batch, tokens] marks padding. Without it, all tokens are real, except in packed sequences: there,
@@ -124,7 +134,8 @@ def read_spans(batch: Mapping[str, Any]) -> Spans:
         if segments is not None and "shift_labels" not in batch:
             completion = completion & _same_as_next(segments)
     count = 0 if labels is None else int((labels != IGNORED_LABEL).sum())
-    return Spans(real, completion, segments, count, labels, _safe(batch, real))
+    safe, ids = _safe(batch, real), batch.get("input_ids")
+    return Spans(real, completion, segments, count, labels, safe, ids=ids, template=template)
 
 
 def without_tags(batch: Mapping[str, Any]) -> dict[str, Any]:

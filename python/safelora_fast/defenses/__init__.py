@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers, which do not run the loop below
     from safelora_fast.defenses.safelora import SafeLora as SafeLora
     from safelora_fast.defenses.steering import Steering as Steering
     from safelora_fast.defenses.subspace_penalty import SubspacePenalty as SubspacePenalty
+    from safelora_fast.defenses.template_anchor import TemplateAnchor as TemplateAnchor
 
 for _file in iter_modules(__path__):
     if not _file.ispkg:

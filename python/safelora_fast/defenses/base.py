@@ -5,7 +5,7 @@ Order of the calls:
 - before training: `check`, `attach`, `check_reference`, `Attached.start`, `install`
 - before each optimizer step: `units`, for all its micro-batches
 - first micro-batch: `check_batch`
-- each micro-batch: `Attached.before_loss`, `loss`, `Attached.penalties`
+- each micro-batch: `Attached.before_pass`, `Attached.before_loss`, `loss`, `Attached.penalties`
 - after each optimizer step: `Attached.after_step`
 - after training without an exception: `Attached.finish`
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from safelora_fast.data.spans import Spans, Tokens
     from safelora_fast.defenses.step_cost import Shape, Work
     from safelora_fast.models.anatomy import Anatomy
-    from safelora_fast.models.capture import Capture
+    from safelora_fast.models.capture import Capture, Pick
     from safelora_fast.ops.linear_kl import SharedLoss
     from safelora_fast.projection.report import ProjectionReport
 
@@ -44,12 +44,18 @@ class Observation:
     """Examples of one micro-batch: their tokens, and the hidden states of the model and of the reference model.
 
     A defense that compares with the reference model observes only the part of the micro-batch that such defenses look at.
+    One that keeps what the reference model gave observes the whole micro-batch.
+
+    Attributes:
+        reference: that of the model itself where no reference pass ran.
+        attached: the state of the defense whose loss is computed.
     """
 
     anatomy: Anatomy
     student: Capture
     reference: Capture
     spans: Spans
+    attached: Attached | None = None
 
 
 @dataclass
@@ -84,6 +90,22 @@ class Attached:
 
     def start(self) -> None:
         """Called when hooks are installed. Weights may still be loaded before the first micro-batch."""
+
+    def picks(self, anatomy: Anatomy, *, of_reference: bool) -> Mapping[str, Pick]:  # noqa: ARG002
+        """Return what `Capture.picked` should hold by name: a module, and a function from its output to a tensor.
+
+        Called after `start`, for passes of the model in training and for those of the reference model, which may run on a
+        part of the batch.
+        """
+        return {}
+
+    def before_pass(self, spans: Spans) -> torch.Tensor | None:  # noqa: ARG002
+        """Called before the forward pass of each micro-batch, if a defense needs the reference.
+
+        Returns:
+            The tokens for which the reference must run, bool [batch, tokens]; None for those that the defense looks at.
+        """
+        return None
 
     def before_loss(self) -> None:
         """Called after the forward pass of each micro-batch, before the loss terms are computed."""
@@ -224,20 +246,26 @@ class BatchDefense(Weighted):
             The term is divided by it, so that its expected value and gradient are those of all examples.
 
     Attributes:
+        keeps_reference: whether it keeps what the reference gave, so that most micro-batches need no reference pass:
+            `Attached.before_pass` says which tokens do.
         shares_logits: whether :meth:`with_cross_entropy` computes the task loss from the same logits.
+        token_choices: the values that `tokens` may have.
 
     Raises:
         SettingsError: a setting is out of range.
     """
 
     needs_reference: ClassVar[bool] = True
+    keeps_reference: ClassVar[bool] = False
     shares_logits: ClassVar[bool] = False
+    token_choices: ClassVar[tuple[str, ...]] = ("all", "completion", "safe")
 
     def __init__(self, weight: float, tokens: Tokens = "all", sample: float = 1.0) -> None:
         super().__init__(weight)
-        if tokens not in {"all", "completion", "safe"}:
+        if tokens not in self.token_choices:
+            *others, last = (f'"{choice}"' for choice in self.token_choices)
             raise SettingsError(
-                f'{type(self).__name__}: tokens is {tokens!r}, it must be "all", "completion" or "safe"'
+                f"{type(self).__name__}: tokens is {tokens!r}, it must be {', '.join(others)} or {last}"
             )
         if not isinstance(sample, int | float) or not 0 < sample <= 1:
             raise SettingsError(

@@ -62,6 +62,7 @@ class Work:
         micro_tokens: tokens of the largest micro-batch.
         checkpointing: whether backward recomputes the layers (gradient checkpointing).
         optimizer_bytes: bytes of optimizer state per trained parameter.
+        epochs: passes over the examples.
     """
 
     tokens: float
@@ -73,6 +74,7 @@ class Work:
     micro_tokens: int
     checkpointing: bool
     optimizer_bytes: int
+    epochs: float
 
 
 @dataclass(frozen=True)

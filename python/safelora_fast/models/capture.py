@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from safelora_fast.data.batch_part import Part
     from safelora_fast.models.anatomy import Anatomy
 
+    Pick = tuple[nn.Module, Callable[[Any], torch.Tensor]]
+
 
 class _Alone(threading.local):
     """The taps of the reference passes running in this thread, innermost last."""
@@ -64,12 +66,14 @@ class Capture:
         hidden: the decoder's output, after its final norm.
         autocast: the autocast dtype when the decoder returned; None if autocast was off.
         part: the part of the batch that ran; None if the whole batch did.
+        picked: what was picked from the outputs of other modules, by name (see :class:`Tap`).
     """
 
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
     hidden: torch.Tensor | None = None
     autocast: torch.dtype | None = None
     part: Part | None = None
+    picked: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def of_part(self, part: Part, layers: Iterable[int]) -> Capture:
         """Return the hidden states of a part of the batch, with these layers only."""
@@ -112,7 +116,7 @@ class Tap:
 
     Gradient checkpointing runs layers again in backward. No capture is open then, so these calls are ignored.
     Re-entrant checkpointing may run a layer without gradients. The recorded tensor is the one that checkpointing
-    returns, and it gets its gradient function when the layer returns.
+    returns, and it gets its gradient function when the layer returns. What is picked inside of a layer never gets one.
     """
 
     def __init__(self, anatomy: Anatomy, layers: Iterable[int]) -> None:
@@ -121,10 +125,16 @@ class Tap:
         self._open: Capture | None = None
         self._handles: list[Any] = []
 
-    def attach(self) -> None:
-        """Install the hooks."""
+    def attach(self, picks: Mapping[str, Pick] | None = None) -> None:
+        """Install the hooks.
+
+        Args:
+            picks: for each name in `Capture.picked`, a module and a function from its output to the tensor to keep.
+        """
         for index in self.indices:
             self._handles.append(self.anatomy.layers[index].register_forward_hook(self._layer_hook(index)))
+        for name, (module, pick) in (picks or {}).items():
+            self._handles.append(module.register_forward_hook(self._pick_hook(name, pick)))
         self._handles.append(self.anatomy.decoder.register_forward_hook(self._decoder_hook))
 
     def detach(self) -> None:
@@ -164,6 +174,15 @@ class Tap:
 
         return hook
 
+    def _pick_hook(self, name: str, pick: Callable[[Any], torch.Tensor]) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if (capture := self._recording) is not None:
+                # Checkpointing counts the tensors that a layer saves, and its second run of the layer picks nothing.
+                with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+                    capture.picked[name] = pick(output)
+
+        return hook
+
     def _decoder_hook(self, _module: Any, _inputs: Any, output: Any) -> None:
         if (capture := self._recording) is not None:
             hidden = first_tensor(output)
@@ -171,6 +190,10 @@ class Tap:
             capture.hidden = hidden
             capture.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             self._open = None
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 class StudentRecorder:
@@ -201,9 +224,9 @@ class StudentRecorder:
         self.student: Capture | None = None
         self.reference: Capture | None = None
 
-    def attach(self) -> None:
+    def attach(self, picks: Mapping[str, Pick] | None = None) -> None:
         """Install the hooks."""
-        self._tap.attach()
+        self._tap.attach(picks)
         for module in self._entrances:
             self._handles.append(module.register_forward_pre_hook(self._before_model, with_kwargs=True))
         hook = self._tap.anatomy.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)

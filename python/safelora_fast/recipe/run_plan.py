@@ -248,6 +248,7 @@ def workload(arguments: SFTConfig, train: ExampleSet) -> Work:
         micro_tokens=batch * (arguments.max_length if arguments.packing else max(lengths)),
         checkpointing=bool(arguments.gradient_checkpointing),
         optimizer_bytes=optimizer_bytes(str(arguments.optim)),
+        epochs=optimizer_steps(arguments, count, process_count()) * share,
     )
 
 

@@ -94,6 +94,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
             share_logits=share_logits,
             monitors=monitors,
             seed=self.args.seed,
+            tokenizer=getattr(self, "processing_class", None),
         )
         self._followed = bool(self.defenses or monitors)
         self._defended: Defended | None = None

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from safelora_fast.defenses import Defense, DriftMonitor
     from safelora_fast.models.reference_pass import Reference
@@ -31,6 +32,7 @@ def defend(
     share_logits: bool = True,
     monitors: Sequence[DriftMonitor] = (),
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Defended:
     """Attach defenses to a model in a custom training loop. Use it as a context manager.
 
@@ -66,9 +68,11 @@ def defend(
             log gives the reason. The result is the same.
         monitors: monitors that :meth:`Defended.metrics` reports next to the defenses; they do not change the loss.
         seed: seed of the examples that defenses with `sample` below 1 draw.
+        tokenizer: the tokenizer of the batches; required by defenses that look for tokens of its chat template.
 
     Raises:
         SettingsError: the model, the adapter and the defenses are not compatible.
+        DataError: the tokenizer's chat template cannot be used.
         CheckpointError: checkpoints that SafeLora needs at the end are gone or have changed.
     """
     return Defended(
@@ -81,4 +85,5 @@ def defend(
         share_logits=share_logits,
         monitors=monitors,
         seed=seed,
+        tokenizer=tokenizer,
     )

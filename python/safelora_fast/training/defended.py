@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelora_fast.data.spans import read_spans
+from safelora_fast.data.template_tokens import PARTS, TemplateTokens
 from safelora_fast.defenses.base import Attached, BatchDefense, Defense, Run, Weighted, check_still_off, checked
 from safelora_fast.defenses.parts.optimizers import unwrapped
 from safelora_fast.errors import SettingsError
@@ -51,6 +52,7 @@ class Defended:
         share_logits: bool = True,
         monitors: Sequence[DriftMonitor] = (),
         seed: int = 0,
+        tokenizer: Any = None,
     ) -> None:
         self.model = model
         self.defenses = checked(defenses)
@@ -65,6 +67,14 @@ class Defended:
         self._attached: list[tuple[Defense, Attached]] = []
         self._monitors: Monitors | None = None
         self._passes: TrainingPasses | None = None
+        self._template = next(
+            (
+                TemplateTokens.of(tokenizer, owner=type(defense).__name__)
+                for defense in self._of_batch
+                if defense.tokens in PARTS
+            ),
+            None,
+        )
         if self.defenses or monitors:
             self._prepare(reference, monitors, share_logits)
 
@@ -84,6 +94,7 @@ class Defended:
             records=bool(self._of_batch or monitors),
             run=self._run,
             stopwatch=self._stopwatch,
+            template=self._template,
         )
         for defense in self.defenses:
             defense.check(anatomy)
@@ -91,8 +102,8 @@ class Defended:
                 self._attached.append((defense, attached))
             if self._passes.reference is not None:
                 defense.check_reference(anatomy, self._passes.reference.anatomy)
-        penalties = [(defense, attached) for defense, attached in self._attached if isinstance(defense, Weighted)]
-        self._terms = LossTerms(self._of_batch, penalties, sums=self._sums, steps=self._steps)
+        weighted = [(defense, attached) for defense, attached in self._attached if isinstance(defense, Weighted)]
+        self._terms = LossTerms(self._of_batch, weighted, sums=self._sums, steps=self._steps)
         sharing = next((defense for defense in self._of_batch if defense.shares_logits), None)
         self._sharing = SharedLogits(anatomy, sharing, wanted=share_logits)
 
@@ -135,7 +146,8 @@ class Defended:
         self._steps.check({type(defense).__name__: attached.factors() for defense, attached in self._attached})
         needing_loss = [type(defense).__name__ for defense in self.defenses if isinstance(defense, Weighted)]
         needing_loss += [] if self._monitors is None else ["the monitors"]
-        self._handles.extend(self._passes.install(self.defenses))
+        states = {defense.name: attached for defense, attached in self._attached}
+        self._handles.extend(self._passes.install([(one, states.get(one.name)) for one in self.defenses]))
         self._handles.extend(self._steps.attach(self.model.parameters(), needing_loss=needing_loss))
         self._hooked = True
 
@@ -155,7 +167,7 @@ class Defended:
 
     def count(self, micro_batches: Sequence[Mapping[str, Any]]) -> Totals:
         """Like :meth:`totals`, for callers that compute the task loss themselves. Collective."""
-        return count_totals(self._of_batch, [read_spans(batch) for batch in micro_batches])
+        return count_totals(self._of_batch, [read_spans(batch, self._template) for batch in micro_batches])
 
     def loss(self, batch: Mapping[str, Any], *, totals: Totals | None = None) -> torch.Tensor:
         """Return the task loss plus the defenses of one micro-batch, scaled so that the window's losses add up.

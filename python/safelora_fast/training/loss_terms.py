@@ -73,7 +73,7 @@ class LossTerms:
 
     Args:
         defenses: the defenses whose term depends on the batch.
-        penalties: the defenses whose term depends on weights alone, each with its attached state.
+        attached: the weighted defenses that have state, with it. Their terms may depend on weights alone.
         sums: collects each defense's share of its mean, before the weight.
         steps: handles a defense that is not finite.
     """
@@ -81,12 +81,13 @@ class LossTerms:
     def __init__(
         self,
         defenses: Sequence[BatchDefense],
-        penalties: Sequence[tuple[Weighted, Attached]],
+        attached: Sequence[tuple[Weighted, Attached]],
         *,
         sums: Sums,
         steps: Steps,
     ) -> None:
-        self._defenses, self._penalties, self._sums, self._steps = defenses, penalties, sums, steps
+        self._defenses, self._attached, self._sums, self._steps = defenses, attached, sums, steps
+        self._states = {defense.name: state for defense, state in attached}
 
     def of_batch(self, recorded: Recorded, totals: Totals, *, factor: float, task: SharedTask | None) -> torch.Tensor:
         """Return the terms that depend on the batch, plus the task loss if a defense computes it.
@@ -114,7 +115,8 @@ class LossTerms:
                 result = result + shared.loss
             elif (examples := recorded.examples(defense)) is not None:
                 # also with 0 units: if the head is sharded, other processes wait here to gather it
-                mean = defense.loss(examples).to(device) / units
+                seen = replace(examples, attached=self._states.get(defense.name))
+                mean = defense.loss(seen).to(device) / units
                 means.append((defense, mean.detach()))
                 result = result + weight * mean
         finite = torch.stack([mean for _, mean in means]).isfinite().tolist() if means else []
@@ -133,7 +135,7 @@ class LossTerms:
     def of_weights(self, totals: Totals) -> torch.Tensor | None:
         """Return this micro-batch's share of the weight terms; a window's shares sum to them, for any number of processes."""
         total: torch.Tensor | None = None
-        for defense, attached in self._penalties:
+        for defense, attached in self._attached:
             penalties = attached.penalties()
             if not penalties:
                 continue
@@ -159,7 +161,9 @@ class LossTerms:
 def _first_bad_states(observation: Observation) -> str:
     """Describe the first hidden states that are not finite."""
     mask = observation.spans.real
-    both = (("reference", observation.reference), ("model", observation.student))
+    both = [("reference", observation.reference), ("model", observation.student)]
+    if observation.reference is observation.student or observation.reference.part is not observation.student.part:
+        del both[0]  # no reference pass ran, or not on these examples
 
     def bad(states: torch.Tensor | None) -> bool:
         return states is not None and not states[mask.to(states.device)].isfinite().all()

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from safelora_fast.defenses.base import Defense, Run
+    from safelora_fast.data.template_tokens import TemplateTokens
+    from safelora_fast.defenses.base import Attached, Defense, Run
     from safelora_fast.models.anatomy import Anatomy
+    from safelora_fast.models.capture import Pick
     from safelora_fast.training.metrics import Stopwatch
 
 
@@ -50,10 +52,11 @@ class Recorded:
     def examples(self, defense: BatchDefense) -> Observation | None:
         """Return the examples that a defense looks at, with others; None if there is none in this micro-batch.
 
-        If it needs no reference model, that is the whole batch, with the model's own states as the reference's.
+        If it needs no reference model, that is the whole batch, with the model's own states as the reference's. It is also
+        the whole batch if it keeps what the reference gave.
         """
-        if not defense.needs_reference:
-            observation = Observation(self.anatomy, self.student, self.student, self.spans)
+        if not defense.needs_reference or defense.keeps_reference:
+            observation = Observation(self.anatomy, self.student, self.reference or self.student, self.spans)
         elif self._part is None:
             return None
         else:
@@ -88,6 +91,7 @@ class TrainingPasses:
         reference: the reference model; None if no defense needs one.
         defenses: the defenses whose loss depends on the batch.
         layers: indices of the layers to record, in both the model and the reference model.
+        template: finds the tokens of the chat template; None if no defense asks for them.
         watched: indices of the layers to record in the model alone.
         records: whether anything is recorded.
         run: the training run; its seed and step decide which examples are drawn.
@@ -109,8 +113,11 @@ class TrainingPasses:
         records: bool,
         run: Run,
         stopwatch: Stopwatch,
+        template: TemplateTokens | None = None,
     ) -> None:
         self._anatomy, self._defenses, self._run, self._stopwatch = anatomy, defenses, run, stopwatch
+        self._template = template
+        self._states: dict[str, Attached] = {}
         self._running = 0
         self._spans: Spans | None = None
         self._part: Part | None = None  # of the batch, that the reference runs on
@@ -125,23 +132,31 @@ class TrainingPasses:
         run_reference = None if reference is None else self._run_reference
         self._recorder = StudentRecorder(Tap(anatomy, [*layers, *watched]), run_reference, entrances(model))
 
-    def install(self, defenses: Sequence[Defense]) -> list[Any]:
+    def install(self, defenses: Sequence[tuple[Defense, Attached | None]]) -> list[Any]:
         """Install the defenses' hooks on the model and on a separate reference model, and then the recording hooks.
+
+        Args:
+            defenses: each defense with its state for this model.
 
         Returns:
             The handles that remove the defenses' hooks.
         """
         model = self._anatomy.model
         handles: list[Any] = []
-        for defense in defenses:
+        self._states = {defense.name: attached for defense, attached in defenses if attached is not None}
+        for defense, _ in defenses:
             handles.extend(defense.install(self._anatomy, lambda: model.training or self._running > 0))
             if self.reference is not None and self.reference.anatomy.model is not model:
                 handles.extend(defense.install(self.reference.anatomy, lambda: self._running > 0))
         if self._recorder is not None:
-            self._recorder.attach()
+            self._recorder.attach(self._picks(self._anatomy, of_reference=False))
         if self.reference is not None:
-            self.reference.tap.attach()
+            self.reference.tap.attach(self._picks(self.reference.anatomy, of_reference=True))
         return handles
+
+    def _picks(self, anatomy: Anatomy, *, of_reference: bool) -> dict[str, Pick]:
+        states = self._states.values()
+        return {name: pick for one in states for name, pick in one.picks(anatomy, of_reference=of_reference).items()}
 
     def remove(self) -> None:
         """Remove the recording hooks."""
@@ -203,7 +218,7 @@ class TrainingPasses:
 
     def _read(self, batch: Mapping[str, Any]) -> Spans:
         """Read the tokens of a batch, and draw examples if a defense samples."""
-        spans = read_spans(batch)
+        spans = read_spans(batch, self._template)
         if all(defense.sample == 1 for defense in self._defenses):
             return spans
         return replace(spans, draws=draws(batch, spans, seed=self._run.seed, step=self._run.steps))
@@ -214,7 +229,12 @@ class TrainingPasses:
         If the models are sharded, all processes must run the same layers: one that has nothing to compare runs one row as
         long as another one has something.
         """
-        masks = [d.mask(spans.drawn(d.sample)) for d in self._defenses if d.needs_reference]
+        unknown = {name: attached.before_pass(spans) for name, attached in self._states.items()}
+        masks = [
+            d.mask(spans.drawn(d.sample)) if (mask := unknown.get(d.name)) is None else mask
+            for d in self._defenses
+            if d.needs_reference
+        ]
         part = part_of(spans, torch.stack(masks).any(dim=0) if masks else spans.real)
         if self._sharded:
             at_work = sum_over_ranks([float(part is None or bool(part.rows))], spans.real.device)[0]
