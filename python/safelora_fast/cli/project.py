@@ -45,6 +45,17 @@ def project(
     batch: Annotated[
         int | None, typer.Option(metavar="N", help="With --from: adapters per pass over the checkpoints. (default 16)")
     ] = None,
+    modules_shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Read the I-th of N shares of V, from I = 0, and write a part file to --output DIR, for --join.",
+        ),
+    ] = None,
+    join: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Join the part files in this folder, instead of reading V."),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -83,6 +94,10 @@ def project(
         raise SettingsError("name an adapter, or give a fleet with --from LIST.jsonl or --from DIR")
     if output is None and not dry_run:
         raise SettingsError("say where to write with --output DIR, or pass --dry-run")
+    if modules_shard is not None:
+        given = {**where, **settings, "strict": strict, "overwrite": overwrite}
+        _part(adapters, output, modules_shard, as_json or quiet, given)
+        return
     from safelora_fast.cli.console import print_warnings, warn_of_abandoned
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.projection.project import project_adapter
@@ -99,6 +114,7 @@ def project(
             strict=strict,
             overwrite=overwrite,
             progress=progress,
+            parts=join,
         )
     if plot is not None:
         from safelora_fast.projection.plot import plot_report
@@ -139,6 +155,25 @@ def _print(report: ProjectionReport) -> None:
     for adapter in report.adapters:
         if adapter.output is not None:
             out.print(f"written to {adapter.output}", soft_wrap=True)
+
+
+def _part(adapters: list[str], output: Path | None, shard: str, quiet: bool, chosen: dict[str, Any]) -> None:
+    """Write the part file of a share of the modules."""
+    from safelora_fast.cli.console import out
+    from safelora_fast.files.progress import ProgressBar
+    from safelora_fast.projection.fleet_shard import parse_shard
+    from safelora_fast.projection.part_file import project_part
+    from safelora_fast.projection.settings import Settings
+
+    if output is None or "subspace" in chosen:
+        raise SettingsError("--modules-shard needs --output DIR and both models")
+    where = {name: chosen.pop(name) for name in ("aligned", "base", "overwrite")}
+    with ProgressBar(wanted=not quiet) as progress:
+        path = project_part(
+            adapters, Settings(**chosen), output=output, shard=parse_shard(shard), progress=progress, **where
+        )
+    if not quiet:
+        out.print(f"written to {path}", soft_wrap=True)
 
 
 def _fleet(

@@ -19,6 +19,7 @@ from safelora_fast.files.output import check_target, whole_folder
 from safelora_fast.printable import one_line
 from safelora_fast.projection import card
 from safelora_fast.projection.copied_tensors import bypass_note, copied_tensors, refuse_bypassing
+from safelora_fast.projection.made_from import MARKER
 from safelora_fast.projection.module_reports import run_plan
 from safelora_fast.projection.report import AdapterReport, ProjectionReport, published
 from safelora_fast.projection.writer import AdapterWriter, Output
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from safelora_fast.projection.writer import FactorOutcome
 
 REPORT = "safelora_report.json"
-MARKER = "safelora_made_from.json"
 
 
 @dataclass(frozen=True)

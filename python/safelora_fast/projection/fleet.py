@@ -12,21 +12,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast import _core
-from safelora_fast.checkpoints.adapter import WEIGHTS, load_adapter
-from safelora_fast.checkpoints.lora_config import CONFIG
+from safelora_fast.checkpoints.adapter import load_adapter
 from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.errors import AdapterError, OutputError, SafeLoraFastError, SettingsError
 from safelora_fast.files.argument_checks import check_path, whole_number
-from safelora_fast.files.digest import digest, text_digest
 from safelora_fast.files.json_reader import read_object
 from safelora_fast.files.output import described, whole_file
 from safelora_fast.files.progress import bar_on_a_terminal, log_warning
-from safelora_fast.files.store import changed_settings, changes_text, plain
+from safelora_fast.files.store import changes_text
 from safelora_fast.printable import counted
-from safelora_fast.projection.batch import MARKER, Item, check_output, project_batch
+from safelora_fast.projection.batch import Item, check_output, project_batch
 from safelora_fast.projection.fleet_shard import Shard, parse_shard
+from safelora_fast.projection.made_from import MARKER, adapter_digest, differences, made_from
 from safelora_fast.projection.manifest import Row, read_manifest
 from safelora_fast.projection.model_pair import ModelPair, Vectors, local_models, open_pair, settings_and_pair
 
@@ -36,9 +34,8 @@ if TYPE_CHECKING:
     from safelora_fast.projection.settings import Settings
 
 
-FORMAT = 1
 BATCH = 16
-VERSION = "safelora-fast"  # recorded in the marker, not compared
+LISTED_AT_ONCE = 64  # the list is rewritten as a whole
 
 
 @dataclass
@@ -166,12 +163,8 @@ class _Run:
         self.failures, self.report, self.warn = failures, report, warn
         self.of_pair: set[str] = set()
         self.unused = set(settings.exclude)
-        effective = {name: value for name, value in settings.effective().items() if name != "threads"}
-        self.made_from = {
-            "format": FORMAT,
-            "pair": pair.identity(),
-            "settings": effective,
-        }
+        self.identity = pair.identity()
+        self.listed = 0  # failures in the list
 
     def work(self, rows: Sequence[Row], size: int) -> Iterator[int]:
         """Project all rows. Yield after each batch how many rows are settled."""
@@ -191,6 +184,8 @@ class _Run:
             if batch and (len(batch) == size or number == len(rows)):
                 self.project(batch)
                 batch.clear()
+            if not batch or len(self.report.failed) >= self.listed + LISTED_AT_ONCE:
+                self.list_failures()
             yield number - len(batch)
 
     def prepared(self, row: Row) -> Item | None:
@@ -200,9 +195,9 @@ class _Run:
             SafeLoraFastError: the adapter cannot be projected, or its output must not be written.
         """
         folder, target = adapter_folder(row.adapter), Path(row.output)
-        content = _adapter_digest(folder)
-        made_from = {**self.made_from, "adapter": content, VERSION: _core.__version__}
-        if (changed := _changed(target, made_from)) == {}:
+        content = adapter_digest(folder)
+        document = made_from(self.identity, self.settings, content)
+        if (changed := _changed(target, document)) == {}:
             return None
         if changed and not self.overwrite:
             raise OutputError(
@@ -212,10 +207,10 @@ class _Run:
         self.unused -= {pattern for pattern in self.unused if any(matching(one, [pattern]) for one in adapter.excluded)}
 
         def unchanged() -> None:
-            if _adapter_digest(folder) != content:
+            if adapter_digest(folder) != content:
                 raise AdapterError(f"{folder}: changed while it was read; project it again")
 
-        item = Item(adapter, target, self.overwrite, made_from, unchanged)
+        item = Item(adapter, target, self.overwrite, document, unchanged)
         check_output(item, self.local)
         return item
 
@@ -237,13 +232,18 @@ class _Run:
                 self.fail(row, result)
 
     def fail(self, row: Row, error: SafeLoraFastError) -> None:
-        """Count a failure, and rewrite the list of failures."""
+        """Count a failure, and pass it on."""
         self.report.failed[row.id] = str(error)
         self.warn(f"{row.id} failed: {error}")
-        lines = ({"id": name, "error": text} for name, text in self.report.failed.items())
-        with whole_file(self.failures) as file:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    def list_failures(self) -> None:
+        """Rewrite the list of failures, if there are new ones."""
+        if len(self.report.failed) > self.listed:
+            lines = ({"id": name, "error": text} for name, text in self.report.failed.items())
+            with whole_file(self.failures) as file:
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.write_text(text, encoding="utf-8", errors="backslashreplace")
+            self.listed = len(self.report.failed)
 
     def check_exclude(self) -> None:
         """Warn about patterns that matched no module of any adapter."""
@@ -268,17 +268,12 @@ class _Passes:
         self.done = done_bytes
 
 
-def _adapter_digest(folder: Path) -> str:
-    return text_digest([digest(folder / name) for name in (WEIGHTS, CONFIG) if (folder / name).exists()])
-
-
-def _changed(target: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what differs between an output's marker and `made_from`; None if the output has no marker."""
+def _changed(target: Path, document: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what differs between an output's marker and a document; None if the output has no marker."""
     try:
         former = read_object(target / MARKER)
     except OSError:
         return None
     except ValueError:
         former = {}
-    now = plain(made_from)
-    return changed_settings(*({key: value for key, value in one.items() if key != VERSION} for one in (former, now)))
+    return differences(former, document)

@@ -16,6 +16,7 @@ from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.projection.batch import REPORT, Item, check_output, merged, project_batch
 from safelora_fast.projection.model_pair import local_models, open_pair, settings_and_pair
 from safelora_fast.projection.module_reports import Progress
+from safelora_fast.projection.part_file import JoinedParts
 from safelora_fast.projection.written_keys import settled_adapters
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def project_adapter(
     keep: float | None = None,
     sides: str | None = None,
     subspace: Vectors | None = None,
+    parts: PathLike | None = None,
 ) -> ProjectionReport:
     """Project one or more PEFT adapters with SafeLoRA (Hsu et al. 2024, arXiv 2405.16833) and write the results.
 
@@ -80,6 +82,8 @@ def project_adapter(
         sides: "both" (default) changes B and A, "left" only B; only for attenuate.
         subspace: a :class:`~safelora_fast.SafeSubspace` instead of `aligned` and `base`; only for orthogonal and select
             "all", with all vectors by default.
+        parts: a folder of files that `project --modules-shard` wrote, to join instead of reading V. The same adapters,
+            models and settings must be given.
 
     Returns:
         The report, which is also written to `safelora_report.json`.
@@ -105,7 +109,15 @@ def project_adapter(
     settings, pair = settings_and_pair(subspace, aligned, base, given)
     with bar_on_a_terminal(progress) as told:
         report = project_folders(
-            adapter, settings, aligned=aligned, base=base, output=output, overwrite=overwrite, progress=told, pair=pair
+            adapter,
+            settings,
+            aligned=aligned,
+            base=base,
+            output=output,
+            overwrite=overwrite,
+            progress=told,
+            pair=pair,
+            parts=parts,
         )
     log_warnings(report.warnings)
     return report
@@ -123,11 +135,12 @@ def project_folders(
     start: Start | None = None,
     keep_keys: bool = False,
     pair: ModelPair | None = None,
+    parts: PathLike | None = None,
 ) -> ProjectionReport:
     """Project adapters with checked settings; see :func:`project_adapter`.
 
-    `pair` replaces `aligned` and `base`. `start` starts another stream than that of the pair. `keep_keys` writes the
-    adapters' keys unchanged, for adapters that were saved from a loaded model.
+    `pair` replaces `aligned` and `base`. `start`, or a folder of `parts`, starts another stream than that of the pair.
+    `keep_keys` writes the adapters' keys unchanged, for adapters that were saved from a loaded model.
     """
     paths = _paths(adapter)
     if output is not None:
@@ -149,6 +162,8 @@ def project_folders(
     for item in items:
         check_output(item, local)
     pair = pair or open_pair(aligned, base)
+    if parts is not None:
+        start = JoinedParts(Path(parts), pair.identity())
     found = project_batch(items, pair, settings, progress=progress, start=start, keep_keys=keep_keys)
     failures = [one for one in [*loaded, *found] if isinstance(one, SafeLoraFastError)]
     if failures:
