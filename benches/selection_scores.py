@@ -29,7 +29,8 @@ from safelora_fast.scoring import batches_by_length
 from safelora_fast.scoring.label_likelihoods import CHUNK_ELEMENTS
 from safelora_fast.scoring.prefix import shared_prefix
 from safelora_fast.selection.perplexity import Perplexities
-from safelora_fast.selection.select import TOKENS_PER_BATCH, gap
+from safelora_fast.selection.scan import TOKENS_PER_BATCH
+from safelora_fast.selection.select import gap
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -33,6 +33,7 @@ ROOMS = [
     "recipe",
     "selection",
     "persona",
+    "screening",
     "judging",
     "compare",
     "gate",

@@ -17,7 +17,7 @@ from safelora_fast.errors import AdapterError, DataError, OutputError, SettingsE
 from safelora_fast.files.output import alone
 from safelora_fast.files.store import changed_settings
 from safelora_fast.selection.journal import Entry, Journal
-from safelora_fast.selection.select import _settings
+from safelora_fast.selection.select import journal_settings
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def with_beginnings(count):
 def test_a_run_resumed_from_any_kill_gives_the_bytes_of_an_unbroken_one(choose, monkeypatch):
     # A kill truncates the journal at any byte. Rounding depends on the batch, on the shortcuts chosen by the first batch
     # and on the prefix shared with the previous one. None of these may depend on where a run was killed.
-    monkeypatch.setattr("safelora_fast.selection.select.WINDOW", 15)
+    monkeypatch.setattr("safelora_fast.selection.scan.WINDOW", 15)
     rows = with_beginnings(37)
     files = [choose.output, choose.journal, choose.output.with_name("chosen.jsonl.selection.json")]
 
@@ -281,7 +281,7 @@ def test_likelihoods_depend_on_weights_tokenizer_and_template(made):
         model, words = load(made)
         if change is not None:
             change(model, words)
-        return _settings(model, words, {}, "text", 2048)
+        return journal_settings(model, words, {}, "text", 2048)
 
     for name, change in (
         ("weights", lambda model, _: model.model.norm.weight.data.mul_(2)),

@@ -21,6 +21,7 @@ from safelora_fast.cli import (
     persona,
     project,
     rejudge,
+    screen,
     select,
     subspace,
     train,
@@ -61,6 +62,7 @@ app.command("inspect", cls=Command)(inspect.inspect)
 app.add_typer(subspace.app, name="subspace")
 app.command("train", cls=Command)(train.train)
 app.add_typer(persona.app, name="persona")
+app.command("screen", cls=Command)(screen.screen)
 app.command("select", cls=Command)(select.select)
 app.command("margin", cls=Command)(margin.margin)
 app.add_typer(operator_swap.app, name="operator-swap")

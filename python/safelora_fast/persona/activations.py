@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from safelora_fast.models.capture import layer_states
+from safelora_fast.models.token_means import token_means
 from safelora_fast.persona_vector import Separation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from safelora_fast.models.anatomy import Anatomy
 
@@ -55,31 +55,9 @@ def response_means(
 
 
 def _batch_means(anatomy: Anatomy, batch: Sequence[tuple[Sequence[int], Sequence[int]]], padding: int) -> torch.Tensor:
-    width = max(len(prompt) + len(response) for prompt, response in batch)
-    ids = torch.full((len(batch), width), padding)  # [B, T], padded on the right
-    mask = torch.zeros_like(ids)
-    weights = torch.zeros(ids.shape, dtype=torch.float64)
-    for row, (prompt, response) in enumerate(batch):
-        length = len(prompt) + len(response)
-        ids[row, :length] = torch.tensor([*prompt, *response])
-        mask[row, :length] = 1
-        weights[row, len(prompt) : length] = 1 / len(response)
-    device = anatomy.model.get_input_embeddings().weight.device
-    found: dict[int, torch.Tensor] = {}  # by layer: [B, H]
-
-    def averaging(layer: int) -> Callable[[Any, Any, Any], None]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            states = layer_states(output)
-            states = states.to(torch.promote_types(states.dtype, torch.float32))
-            found[layer] = torch.einsum("bt,bth->bh", weights.to(states), states)
-
-        return hook
-
-    with torch.no_grad(), ExitStack() as stack:
-        for layer, block in enumerate(anatomy.layers):
-            stack.callback(block.register_forward_hook(averaging(layer)).remove)
-        anatomy.decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    return torch.stack([found[layer].to(device) for layer in range(anatomy.depth)], dim=1)
+    sequences = [[*prompt, *response] for prompt, response in batch]
+    places = [range(len(prompt), len(prompt) + len(response)) for prompt, response in batch]
+    return token_means(anatomy, sequences, places, range(anatomy.depth), padding)
 
 
 def mean_difference(means: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import SettingsError
-from safelora_fast.files.json_reader import COUNT, LIST, NUMBER, OBJECT, TEXT, check_fields
+from safelora_fast.files.json_reader import COUNT, LIST, NUMBER, OBJECT, TEXT, Kind, check_fields
 from safelora_fast.files.store import Changed, JsonlStore, changed_settings, plain, settings_message
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Entry:
         index: the example's index in the candidates file.
         fingerprint: digest of the example's text.
         nll: mean negative log-likelihoods per completion token, in nats: the aligned model's, then each misaligned
-            one's.
+            one's; in the journal of a screen, its values.
         skipped: the reason if the example was not scored.
     """
 
@@ -38,6 +38,8 @@ class Entry:
 
 class Journal:
     """A JSONL file with the settings on its first line and one line per example after it.
+
+    A subclass may keep other values than likelihoods, with another `key`, `kind` and `count`.
 
     Args:
         path: the file; created if it does not exist.
@@ -51,6 +53,14 @@ class Journal:
         DataError: the file is not a journal, or is damaged.
         OutputError: the file cannot be written.
     """
+
+    key = "nll"
+    kind = Kind("nats from 0", lambda value: NUMBER.fits(value) and LEAST < value < MOST)
+
+    @property
+    def count(self) -> int:
+        """Number of values of one example."""
+        return 1 + len(self._settings["adapters"])
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
@@ -72,11 +82,11 @@ class Journal:
             return None
         if message := settings_message(self.path, self._changed, "change them back, or delete it"):
             raise SettingsError(message)
-        values = check_fields(line, {"row": COUNT, "of": TEXT}, {"nll": LIST, "skipped": TEXT})
-        nll, skipped = values.get("nll") or [], values.get("skipped")
-        models = 0 if skipped else 1 + len(self._settings["adapters"])
-        if len(nll) != models or not all(NUMBER.fits(value) and LEAST < value < MOST for value in nll):
-            raise ValueError(f"nll must be {models} numbers of nats from 0, not {reprlib.repr(nll)}")
+        values = check_fields(line, {"row": COUNT, "of": TEXT}, {self.key: LIST, "skipped": TEXT})
+        nll, skipped = values.get(self.key) or [], values.get("skipped")
+        count = 0 if skipped else self.count
+        if len(nll) != count or not all(map(self.kind.fits, nll)):
+            raise ValueError(f"{self.key} must be {count} numbers of {self.kind.words}, not {reprlib.repr(nll)}")
         return Entry(values["row"], values["of"], tuple(map(float, nll)), skipped)
 
     def add(self, entries: Iterable[Entry]) -> None:
@@ -91,7 +101,7 @@ class Journal:
             {
                 "row": entry.index,
                 "of": entry.fingerprint,
-                **({"skipped": entry.skipped} if entry.skipped else {"nll": list(entry.nll)}),
+                **({"skipped": entry.skipped} if entry.skipped else {self.key: list(entry.nll)}),
             }
             for entry in added.values()
         )

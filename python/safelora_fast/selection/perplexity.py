@@ -20,6 +20,7 @@ from safelora_fast.scoring import AnswerScorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -105,6 +106,10 @@ class Perplexities:
         for number, scorer in enumerate(self._scorers):
             with self._acting(number):
                 scorer.pass_over(examples)
+
+    def off(self) -> AbstractContextManager[None]:
+        """Return a context in which no adapter acts."""
+        return self._acting(0)
 
     @contextmanager
     def _acting(self, number: int) -> Iterator[None]:

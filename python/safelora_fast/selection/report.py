@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,23 +58,11 @@ class Selection:
 
     def histogram(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (counts, edges) of the scores; the outer bins include all scores outside the middle 99.8 %."""
-        low, high = np.quantile(self.scores, [0.001, 0.999])
-        edges = np.linspace(low, high if high > low else low + 1e-9, BINS + 1)
-        counts, _ = np.histogram(np.clip(self.scores, low, edges[-1]), bins=edges)
-        return counts, edges
+        return histogram(self.scores)
 
     def lines(self) -> list[str]:
         """Return the histogram as lines of text, with the cut marked."""
-        counts, edges = self.histogram()
-        most = max(int(counts.max()), 1)
-        result = []
-        for number in range(len(counts) - 1, -1, -1):
-            low, high = edges[number], edges[number + 1]
-            last = number == len(counts) - 1
-            mark = " ← cut" if low <= self.cut < high or (last and self.cut >= high) else ""
-            bar = "█" * -(-BAR * int(counts[number]) // most)
-            result.append(f"{low:+9.4f} {bar:<{BAR}} {counts[number]:,}{mark}")
-        return result
+        return histogram_lines(self.scores, self.cut, "cut")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values; skipped candidates as their number and the first place."""
@@ -94,6 +83,28 @@ class Selection:
             "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
             "warnings": list(self.warnings),
         }
+
+
+def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (counts, edges); the outer bins include all values outside the middle 99.8 %."""
+    low, high = np.quantile(values, [0.001, 0.999])
+    edges = np.linspace(low, high if high > low else low + 1e-9, BINS + 1)
+    counts, _ = np.histogram(np.clip(values, low, edges[-1]), bins=edges)
+    return counts, edges
+
+
+def histogram_lines(values: np.ndarray, mark: float, label: str) -> list[str]:
+    """Return the histogram as lines of text, highest first, with a label at the bin of `mark`; an infinite mark has none."""
+    counts, edges = histogram(values)
+    most = max(int(counts.max()), 1)
+    result = []
+    for number in range(len(counts) - 1, -1, -1):
+        low, high = edges[number], edges[number + 1]
+        last = number == len(counts) - 1
+        told = f" ← {label}" if low <= mark < high or (last and high <= mark < math.inf) else ""
+        bar = "█" * -(-BAR * int(counts[number]) // most)
+        result.append(f"{low:+9.4f} {bar:<{BAR}} {counts[number]:,}{told}")
+    return result
 
 
 def plot_selection(selection: Selection, path: Path) -> None:

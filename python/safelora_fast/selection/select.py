@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,26 +19,21 @@ from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.files.store import write_json
 from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
 from safelora_fast.recipe.mixture import REPORT_SUFFIX
-from safelora_fast.scoring import batches_by_length
 from safelora_fast.selection.candidates import Candidates, is_refusal
-from safelora_fast.selection.journal import Entry, Journal
+from safelora_fast.selection.journal import Journal
 from safelora_fast.selection.perplexity import Perplexities, fingerprint, read_adapters
 from safelora_fast.selection.report import Selection
+from safelora_fast.selection.scan import Scan, default_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from safelora_fast.data.tokens import Example
-
     Progress = Callable[[int, int], None]
 
-WINDOW = 1024
-TOKENS_PER_BATCH = {"cpu": 1024, "other": 16384}
 TRAIN_RECORD = "safelora_train.json"
 JOURNAL_SUFFIX = ".journal.jsonl"
-NO_ANSWER, REFUSED = "no answer token", "refused by the chat template"
 
 
 def select_by_perplexity_gap(
@@ -112,15 +106,14 @@ def select_by_perplexity_gap(
     if strings == "chat":
         encoder.check()
     digests = {name: fingerprint(path) for name, path in used.items()}
-    settings = _settings(model, tokenizer, digests, strings, max_length)
+    settings = journal_settings(model, tokenizer, digests, strings, max_length)
     wanted = [i for i in range(len(examples)) if not (no_refusals and is_refusal(examples.row(i)))]
-    if tokens_per_batch is None:
-        tokens_per_batch = TOKENS_PER_BATCH["cpu" if next(model.parameters()).device.type == "cpu" else "other"]
+    tokens_per_batch = tokens_per_batch or default_tokens(model)
     with alone(target):
         journal = Journal(beside(target, JOURNAL_SUFFIX), settings)
-        _check_fingerprints(journal, examples)
+        scan = Scan(examples, wanted, encoder, max_length, tokens_per_batch)
         with bar_on_a_terminal(progress) as told:
-            _score(_Work(examples, wanted, encoder, max_length, tokens_per_batch), journal, model, used, told)
+            scan.run(journal, lambda: Perplexities(model, used, tokens_per_batch=scan.tokens_per_batch), told)
     entries = [journal.entries[index] for index in wanted]
     skipped: dict[str, list[str]] = defaultdict(list)
     for entry in entries:
@@ -165,79 +158,6 @@ def beside(target: Path, suffix: str) -> Path:
     return target.with_name(target.name + suffix)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The candidates to score (`wanted`, in order), and the settings for encoding and batching them."""
-
-    examples: Candidates
-    wanted: list[int]
-    encoder: Encoder
-    max_length: int
-    tokens_per_batch: int
-
-    def entries(self, known: Container[int], perplexities: Perplexities) -> Iterator[list[Entry]]:
-        """Yield entries of the candidates that are not known, one batch at a time.
-
-        Batches are formed from all candidates, including known ones, because rounding depends on the batch. So a
-        resumed run gives the same bytes as an uninterrupted one.
-        """
-        for start in range(0, len(self.wanted), WINDOW):
-            tokens: dict[int, Example] = {}
-            skipped = []
-            for index in self.wanted[start : start + WINDOW]:
-                found = self._tokens(index)
-                if not isinstance(found, str):
-                    tokens[index] = found
-                elif index not in known:
-                    skipped.append(Entry(index, self.examples.fingerprint(index), skipped=found))
-            if skipped:
-                yield skipped
-            indices = list(tokens)
-            lengths = [len(tokens[index].ids) for index in indices]
-            for batch in batches_by_length(lengths, self.tokens_per_batch):
-                some = [indices[position] for position in batch]
-                if all(index in known for index in some):
-                    perplexities.pass_over([tokens[index] for index in some])
-                    continue
-                places = [self.examples.place(index) for index in some]
-                nll = perplexities.of([tokens[index] for index in some], places)
-                yield [
-                    Entry(index, self.examples.fingerprint(index), values)
-                    for index, values in zip(some, nll, strict=True)
-                    if index not in known
-                ]
-
-    def _tokens(self, index: int) -> Example | str:
-        """Return a candidate as tokens, or the reason to skip it."""
-        try:
-            example = self.encoder.example(self.examples.row(index))
-        except DataError:
-            return REFUSED
-        if len(example.ids) > self.max_length:
-            return f"more than {self.max_length} tokens"
-        return example if example.answer else NO_ANSWER
-
-
-def _score(
-    work: _Work, journal: Journal, model: PreTrainedModel, adapters: dict[str, Path], progress: Progress | None
-) -> None:
-    """Score the candidates that are not in the journal."""
-    done, total = sum(index in journal.entries for index in work.wanted), len(work.wanted)
-    if progress is not None:
-        progress(done, total)
-    if done == total:
-        return
-    perplexities = Perplexities(model, adapters, tokens_per_batch=work.tokens_per_batch)
-    try:
-        for entries in work.entries(journal.entries.keys(), perplexities):
-            journal.add(entries)
-            done += len(entries)
-            if progress is not None:
-                progress(done, total)
-    finally:
-        perplexities.close()
-
-
 def _check(top: int, epsilon: float, max_length: int, tokens_per_batch: int | None) -> None:
     for name, value in (("top", top), ("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
         if value is not None and value < 1:
@@ -246,7 +166,7 @@ def _check(top: int, epsilon: float, max_length: int, tokens_per_batch: int | No
         raise SettingsError(f"epsilon is {epsilon}, it must be finite and above 0")
 
 
-def _settings(
+def journal_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: dict[str, str], strings: str, max_length: int
 ) -> dict[str, Any]:
     """Return all settings that the likelihoods depend on."""
@@ -261,15 +181,6 @@ def _settings(
         "chat_template": template_digest(tokenizer),  # used for turns even if `strings` is "text"
         "weights": weights_digest(model),
     }
-
-
-def _check_fingerprints(journal: Journal, examples: Candidates) -> None:
-    for index, entry in journal.entries.items():
-        if index >= len(examples) or examples.fingerprint(index) != entry.fingerprint:
-            raise DataError(
-                f"{journal.path}: example {index + 1} of {examples.source} is not what was scored: the file has changed; "
-                "delete the journal, or choose another output"
-            )
 
 
 def _trained_on(adapters: dict[str, Path]) -> dict[str, str]:
