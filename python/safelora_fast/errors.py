@@ -46,6 +46,10 @@ class OutputError(SafeLoraFastError):
     """The output cannot be written."""
 
 
+class StoreError(SafeLoraFastError):
+    """A remote store cannot be read or written."""
+
+
 class MissingDependencyError(SafeLoraFastError):
     """An optional package is missing."""
 

@@ -235,7 +235,7 @@ def test_a_fuzzed_list_touches_no_other_tenant(fleet, tmp_path):
         None,
         [],
         {},
-        "s3://b/a",
+        "nope://b/a",
         " ",
         "a/" * 40,
     ]
@@ -254,7 +254,7 @@ def test_a_fuzzed_list_touches_no_other_tenant(fleet, tmp_path):
         listed = tmp_path / "list.jsonl"
         listed.write_bytes(text.encode(errors="surrogatepass"))
         with contextlib.suppress(DataError, OutputError):
-            places = [row.output for row in read_manifest(listed, fleet.out) if not row.output.startswith("s3://")]
+            places = [row.output for row in read_manifest(listed, fleet.out) if not row.output.startswith("nope://")]
             if trial % 20 == 1:
                 fleet.project(listed, overwrite=True, warn=[].append)
         assert all(f"{place}/".startswith((f"{fleet.out}/", f"{tmp_path}/absolute/")) for place in places)

@@ -23,7 +23,8 @@ def project(
     base: Annotated[str | None, options.BASE] = None,
     subspace: options.Subspace = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to create; with several adapters, one subfolder each.")
+        str | None,
+        typer.Option(metavar="DIR", help="Folder to create; with several adapters, one subfolder each."),
     ] = None,
     source: Annotated[
         str | None,
@@ -104,7 +105,7 @@ def project(
 
     options.check_plot(plot)
     if output is not None:
-        warn_of_abandoned(output)
+        warn_of_abandoned(Path(output))
     with ProgressBar(wanted=not (quiet or as_json)) as progress:
         report = project_adapter(
             adapters,
@@ -157,7 +158,7 @@ def _print(report: ProjectionReport) -> None:
             out.print(f"written to {adapter.output}", soft_wrap=True)
 
 
-def _part(adapters: list[str], output: Path | None, shard: str, quiet: bool, chosen: dict[str, Any]) -> None:
+def _part(adapters: list[str], output: str | None, shard: str, quiet: bool, chosen: dict[str, Any]) -> None:
     """Write the part file of a share of the modules."""
     from safelora_fast.cli.console import out
     from safelora_fast.files.progress import ProgressBar
@@ -170,14 +171,14 @@ def _part(adapters: list[str], output: Path | None, shard: str, quiet: bool, cho
     where = {name: chosen.pop(name) for name in ("aligned", "base", "overwrite")}
     with ProgressBar(wanted=not quiet) as progress:
         path = project_part(
-            adapters, Settings(**chosen), output=output, shard=parse_shard(shard), progress=progress, **where
+            adapters, Settings(**chosen), output=Path(output), shard=parse_shard(shard), progress=progress, **where
         )
     if not quiet:
         out.print(f"written to {path}", soft_wrap=True)
 
 
 def _fleet(
-    source: str, output: Path, shard: str | None, batch: int | None, as_json: bool, quiet: bool, chosen: dict[str, Any]
+    source: str, output: str, shard: str | None, batch: int | None, as_json: bool, quiet: bool, chosen: dict[str, Any]
 ) -> None:
     """Project a fleet. Exit with 1 if an adapter failed."""
     from safelora_fast.cli.console import err, out, warn

@@ -6,25 +6,23 @@ and later runs share: an output whose marker fits is done.
 
 from __future__ import annotations
 
-import json
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.adapter import load_adapter
-from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.checkpoints.tensor_names import matching
-from safelora_fast.errors import AdapterError, OutputError, SafeLoraFastError, SettingsError
+from safelora_fast.errors import AdapterError, OutputError, SafeLoraFastError, SettingsError, StoreError
 from safelora_fast.files.argument_checks import check_path, whole_number
-from safelora_fast.files.json_reader import read_object
-from safelora_fast.files.output import described, whole_file
 from safelora_fast.files.progress import bar_on_a_terminal, log_warning
 from safelora_fast.files.store import changes_text
 from safelora_fast.printable import counted
-from safelora_fast.projection.batch import Item, check_output, project_batch
+from safelora_fast.projection.batch import Item, project_batch
+from safelora_fast.projection.fleet_places import Places
 from safelora_fast.projection.fleet_shard import Shard, parse_shard
-from safelora_fast.projection.made_from import MARKER, adapter_digest, differences, made_from
+from safelora_fast.projection.made_from import STAMP, adapter_digest, differences, made_from
 from safelora_fast.projection.manifest import Row, read_manifest
 from safelora_fast.projection.model_pair import ModelPair, Vectors, local_models, open_pair, settings_and_pair
 
@@ -98,7 +96,8 @@ def project_fleet(
 
     Args:
         source: a JSONL file with an object `{"id", "adapter", "output"?, "revision"?}` per line, a folder with adapters
-            below it, or an iterable of such objects. An id is a relative path.
+            below it, or an iterable of such objects. An id is a relative path. Lists, adapters and outputs may be URLs
+            (`s3://`, `gs://`, `hf://`); the adapters and outputs of one batch are then kept in a temporary folder.
         aligned: path or Hub id (optionally with `@revision`) of the model that the adapters were trained on.
         base: path or Hub id of the model before alignment.
         output: the folder for outputs: each goes to the subfolder named by its id, unless its row says otherwise.
@@ -117,6 +116,7 @@ def project_fleet(
         SettingsError: a setting or the shard is invalid.
         CheckpointError, PairingError: a checkpoint cannot be read, or the two are equal.
         OutputError: an output cannot be written, or would touch another one or an input. What was committed stays.
+        StoreError: a remote store failed. What was committed stays.
     """
     began = time.perf_counter()
     chosen, pair = settings_and_pair(subspace, aligned, base, settings)
@@ -126,22 +126,16 @@ def project_fleet(
     local = local_models(aligned, base) if pair is None else []
     report = FleetReport(shard=parse_shard(shard))
     rows = read_manifest(source, output, local)[report.shard.index :: report.shard.count]
-    run = _Run(
-        chosen,
-        pair or open_pair(aligned, base),
-        local,
-        overwrite,
-        Path(output, report.shard.failures),
-        report,
-        warn or log_warning,
-    )
-    with bar_on_a_terminal(progress) as bar:
+    pair = pair or open_pair(aligned, base)
+    with tempfile.TemporaryDirectory(prefix="safelora-fast-") as cache, bar_on_a_terminal(progress) as bar:
+        places = Places(output, report.shard.failures, Path(cache))
+        run = _Run(chosen, pair, local, overwrite, places, report, warn or log_warning)
         if bar is not None:
             bar.start("adapters", len(rows), 0)
         for done in run.work(rows, batch):
             if bar is not None:
                 bar.advance(done)
-    run.check_exclude()
+        run.check_exclude()
     report.seconds = time.perf_counter() - began
     return report
 
@@ -155,12 +149,12 @@ class _Run:
         pair: ModelPair,
         local: Sequence[Path],
         overwrite: bool,
-        failures: Path,
+        places: Places,
         report: FleetReport,
         warn: Callable[[str], None],
     ) -> None:
         self.settings, self.pair, self.local, self.overwrite = settings, pair, local, overwrite
-        self.failures, self.report, self.warn = failures, report, warn
+        self.places, self.report, self.warn = places, report, warn
         self.of_pair: set[str] = set()
         self.unused = set(settings.exclude)
         self.identity = pair.identity()
@@ -168,12 +162,13 @@ class _Run:
 
     def work(self, rows: Sequence[Row], size: int) -> Iterator[int]:
         """Project all rows. Yield after each batch how many rows are settled."""
-        with described(self.failures):
-            self.failures.unlink(missing_ok=True)
+        self.places.list_failures({})
         batch: list[tuple[Row, Item]] = []
         for number, row in enumerate(rows, start=1):
             try:
                 item = self.prepared(row)
+            except StoreError:
+                raise
             except SafeLoraFastError as error:
                 self.fail(row, error)
             else:
@@ -184,6 +179,7 @@ class _Run:
             if batch and (len(batch) == size or number == len(rows)):
                 self.project(batch)
                 batch.clear()
+                self.places.clear()
             if not batch or len(self.report.failed) >= self.listed + LISTED_AT_ONCE:
                 self.list_failures()
             yield number - len(batch)
@@ -194,15 +190,19 @@ class _Run:
         Raises:
             SafeLoraFastError: the adapter cannot be projected, or its output must not be written.
         """
-        folder, target = adapter_folder(row.adapter), Path(row.output)
-        content = adapter_digest(folder)
-        document = made_from(self.identity, self.settings, content)
-        if (changed := _changed(target, document)) == {}:
+        former, stamp = self.places.marker(row), self.places.stamp(row)
+        known = former.get("adapter") if former and stamp and former.get(STAMP) == stamp else None
+        folder = None if known else self.places.fetched(row)
+        content = str(known) if folder is None else adapter_digest(folder)
+        document = made_from(self.identity, self.settings, content, stamp)
+        changed = None if former is None else differences(former, document)
+        if changed == {}:
             return None
-        if changed and not self.overwrite:
+        if former and changed and not self.overwrite:
             raise OutputError(
-                f"{target}: was made from something else ({changes_text(changed)}); pass --overwrite to replace it"
+                f"{row.output}: was made from something else ({changes_text(changed)}); pass --overwrite to replace it"
             )
+        folder = folder or self.places.fetched(row)
         adapter = load_adapter(folder, self.settings.exclude)
         self.unused -= {pattern for pattern in self.unused if any(matching(one, [pattern]) for one in adapter.excluded)}
 
@@ -210,8 +210,8 @@ class _Run:
             if adapter_digest(folder) != content:
                 raise AdapterError(f"{folder}: changed while it was read; project it again")
 
-        item = Item(adapter, target, self.overwrite, document, unchanged)
-        check_output(item, self.local)
+        item = Item(adapter, self.places.target(row), self.overwrite, document, unchanged)
+        self.places.check(row, item, self.local, foreign=former is None)
         return item
 
     def project(self, batch: Sequence[tuple[Row, Item]]) -> None:
@@ -219,30 +219,33 @@ class _Run:
         passes = _Passes(self.report)
         found = project_batch([item for _, item in batch], self.pair, self.settings, progress=passes)
         for (row, item), result in zip(batch, found, strict=True):
-            if not isinstance(result, SafeLoraFastError):
-                self.report.projected += 1
-                of_pair = set(replace(result, adapters=[]).warnings)
-                for warning in result.warnings:
-                    if warning not in self.of_pair:
-                        self.warn(warning)
-                self.of_pair |= of_pair
-            elif isinstance(result, OutputError) and _changed(Path(row.output), item.made_from or {}) == {}:
-                self.report.skipped += 1  # another worker was faster
-            else:
-                self.fail(row, result)
+            if isinstance(result, SafeLoraFastError):
+                former = self.places.marker(row) if isinstance(result, OutputError) else None
+                if former and differences(former, item.made_from or {}) == {}:
+                    self.report.skipped += 1  # another worker was faster
+                else:
+                    self.fail(row, result)
+                continue
+            try:
+                self.places.commit(row, item)
+            except OutputError as error:
+                self.fail(row, error)
+                continue
+            self.report.projected += 1
+            for warning in result.warnings:
+                if warning not in self.of_pair:
+                    self.warn(self.places.shown(warning))
+            self.of_pair |= set(replace(result, adapters=[]).warnings)
 
     def fail(self, row: Row, error: SafeLoraFastError) -> None:
         """Count a failure, and pass it on."""
-        self.report.failed[row.id] = str(error)
-        self.warn(f"{row.id} failed: {error}")
+        self.report.failed[row.id] = self.places.shown(str(error))
+        self.warn(f"{row.id} failed: {self.report.failed[row.id]}")
 
     def list_failures(self) -> None:
         """Rewrite the list of failures, if there are new ones."""
         if len(self.report.failed) > self.listed:
-            lines = ({"id": name, "error": text} for name, text in self.report.failed.items())
-            with whole_file(self.failures) as file:
-                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                file.write_text(text, encoding="utf-8", errors="backslashreplace")
+            self.places.list_failures(self.report.failed)
             self.listed = len(self.report.failed)
 
     def check_exclude(self) -> None:
@@ -266,14 +269,3 @@ class _Passes:
         del module
         self.report.bytes_read += done_bytes - self.done
         self.done = done_bytes
-
-
-def _changed(target: Path, document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what differs between an output's marker and a document; None if the output has no marker."""
-    try:
-        former = read_object(target / MARKER)
-    except OSError:
-        return None
-    except ValueError:
-        former = {}
-    return differences(former, document)

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 MARKER = "safelora_made_from.json"
 FORMAT = 1
-VERSION = "safelora-fast"  # recorded, not compared
+VERSION, STAMP = "safelora-fast", "stamp"  # recorded, not compared
 
 
-def made_from(pair: Mapping[str, str], settings: Settings, adapter: str) -> dict[str, Any]:
+def made_from(pair: Mapping[str, str], settings: Settings, adapter: str, stamp: str | None = None) -> dict[str, Any]:
     """Return the document of an output.
 
     Args:
         pair: from :meth:`~safelora_fast.projection.model_pair.ModelPair.identity`.
         settings: the settings; the number of threads does not count.
         adapter: the adapter's digest.
+        stamp: what a remote store says about the adapter's content, so that it need not be read again.
     """
     effective = {name: value for name, value in settings.effective().items() if name != "threads"}
     return {
@@ -35,6 +36,7 @@ def made_from(pair: Mapping[str, str], settings: Settings, adapter: str) -> dict
         "pair": dict(pair),
         "settings": effective,
         "adapter": adapter,
+        STAMP: stamp,
         VERSION: _core.__version__,
     }
 
@@ -51,5 +53,5 @@ def adapter_digest(folder: Path) -> str:
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two documents, by dotted name."""
     return changed_settings(
-        *({key: value for key, value in plain(one).items() if key != VERSION} for one in (former, now))
+        *({key: value for key, value in plain(one).items() if key not in {VERSION, STAMP}} for one in (former, now))
     )

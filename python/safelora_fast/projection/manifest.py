@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import ADAPTER_CONFIG
 from safelora_fast.errors import DataError, OutputError, SettingsError
-from safelora_fast.files.json_reader import TEXT, check_fields
+from safelora_fast.files.json_reader import TEXT, check_fields, parse_json
 from safelora_fast.files.jsonl import JsonLines
 from safelora_fast.files.output import resolved
+from safelora_fast.files.remote import find, is_url, joined, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
+LOCAL_URL = re.compile(r"(file|local)://")
 FAILURES = re.compile(r"failed(-\d+-of-\d+)?\.jsonl")
 REQUIRED, OPTIONAL = {"id": TEXT, "adapter": TEXT}, {"output": TEXT, "revision": TEXT}
 FORM = '{"id": "team/run", "adapter": "PATH|HUB_ID|URL", "output": "optional", "revision": "optional"}'
@@ -38,11 +39,6 @@ class Row:
     output: str
 
 
-def is_url(place: str | Path) -> bool:
-    """Return whether a place is a URL like `s3://bucket/folder`."""
-    return isinstance(place, str) and URL.fullmatch(place) is not None
-
-
 def read_manifest(
     source: str | Path | Iterable[Mapping[str, Any]], output: str | Path, models: Sequence[Path] = ()
 ) -> list[Row]:
@@ -50,7 +46,7 @@ def read_manifest(
 
     Args:
         source: a JSONL file with an object `{"id", "adapter", "output"?, "revision"?}` per line, a folder with adapters
-            somewhere below it, or rows.
+            somewhere below it (either may be a URL), or rows.
         output: the folder or URL below which outputs lie.
         models: local checkpoints, which no output may touch.
 
@@ -63,11 +59,34 @@ def read_manifest(
             raise SettingsError(f"the fleet must be a JSONL file, a folder of adapters, or rows, not {source!r}")
         rows = [_row(value, f"row {number}", output) for number, value in enumerate(source, start=1)]
         return _apart(rows, models)
+    if is_url(source):
+        return _apart(_remote(str(source), output), models)
     path = Path(source).expanduser()
     if path.is_dir():
         return _apart(_below(path, output), [*models, path])
     lines = JsonLines(path, "list of adapters")
     return _apart([_row(lines.record(i), lines.place(i), output) for i in range(len(lines))], [*models, path])
+
+
+def _remote(url: str, output: str | Path) -> list[Row]:
+    """Return the rows of a remote list, whose name ends in .jsonl, or the adapters below a remote folder."""
+    if url.endswith(".jsonl"):
+        content = read(url)
+        if content is None:
+            raise DataError(f"{url}: there is no such list")
+        rows = []
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(_row(parse_json(line), f"{url}:{number}", output))
+                except ValueError as error:
+                    raise DataError(f"{url}:{number}: {error}") from error
+        return rows
+    names = {name for name in find(url, ADAPTER_CONFIG) if not any(part.startswith(".") for part in name.split("/"))}
+    outermost = sorted(name for name in names if not any(str(one) in names for one in PurePosixPath(name).parents))
+    if not outermost or "" in names:
+        raise DataError(f"{url}: is no folder with adapters below it, each with {ADAPTER_CONFIG}")
+    return [_row({"id": name, "adapter": joined(url, name)}, url, output) for name in outermost]
 
 
 def _row(value: Any, place: str, output: str | Path) -> Row:
@@ -84,6 +103,8 @@ def _row(value: Any, place: str, output: str | Path) -> Row:
                 raise ValueError(f"revision belongs to a Hub id, and {adapter} is a path or a URL")
             adapter = f"{adapter}@{revision}"
         own = fields.get("output")
+        if here := next((text for text in (adapter, own) if text and LOCAL_URL.match(text)), None):
+            raise ValueError(f"{here} is on this machine: give its path")
         if own is not None and not is_url(own) and not Path(own).is_absolute():
             own = _joined(output, _relative(own, "output"))
     except (ValueError, OSError) as error:
@@ -104,7 +125,7 @@ def _relative(name: str, key: str) -> str:
 
 
 def _joined(output: str | Path, name: str) -> str:
-    return f"{output.rstrip('/')}/{name}" if isinstance(output, str) and is_url(output) else str(Path(output, name))
+    return joined(str(output), name) if is_url(output) else str(Path(output, name))
 
 
 def _below(folder: Path, output: str | Path) -> list[Row]:
