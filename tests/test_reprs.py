@@ -63,7 +63,10 @@ def subspace():
             lambda: BenchmarkReport(Path("out.json"), {"x": "y" * 900}, ()),
             "BenchmarkReport([], path='out.json')",
         ),
-        (lambda: KL(0.5), "KL(weight=0.5, direction='reverse', tokens='all', temperature=1.0, sample=1.0)"),
+        (
+            lambda: KL(0.5),
+            "KL(weight=0.5, direction='reverse', tokens='all', temperature=1.0, sample=1.0, positions=None)",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -18,7 +18,7 @@ SETTINGS = [
     {"temperature": 2.5},
     {"bias": True, "direction": "forward", "temperature": 0.6},
     {"softcap": 3.0, "logit_scale": 0.7, "bias": True, "direction": "forward"},
-    {"softcap": 3.0, "temperature": 0.6, "logit_scale": 1.5},
+    {"softcap": 3.0, "temperature": 0.6, "logit_scale": 1.5, "weights": True},
 ]
 SETTING = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 DIRECTION = pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -54,7 +54,9 @@ class Inputs:
         hidden, reference, head, bias = (part.to(device, dtype) for part in (hidden, reference, head, bias))
         self.mask, self.labels = MASK.to(device), labels.to(device)
         self.given = hidden.requires_grad_(), reference, head, self.mask
+        weights = torch.linspace(0.0, 20.0, 15, dtype=torch.float64, device=device).view(3, 5)
         self.settings = {**(settings or {}), "bias": bias if (settings or {}).get("bias") else None}
+        self.settings["weights"] = weights if self.settings.get("weights") else None
 
     @property
     def hidden(self):
@@ -82,7 +84,8 @@ class Inputs:
         logits = whole.logits(hidden[labeled])
         log_p = logits.log_softmax(-1)
         nll = -log_p.gather(-1, self.labels[labeled][:, None])[:, 0]
-        return hidden, (p.exp() * (p - q)).sum(), nll, -(log_p.exp() * log_p).sum(-1), logits
+        weights = 1.0 if self.settings["weights"] is None else self.settings["weights"][mask]
+        return hidden, ((p.exp() * (p - q)).sum(-1) * weights).sum(), nll, -(log_p.exp() * log_p).sum(-1), logits
 
     def with_first_choices(self):
         """Make two labels the student's top predictions."""

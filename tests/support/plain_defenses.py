@@ -32,7 +32,18 @@ def looked_at(batch, tokens):
             yield row, indices
 
 
-def kl_sum(logits, reference_logits, batch, *, direction="reverse", tokens="all", temperature=1.0):
+def weights_by_place(batch, row, indices, positions):
+    """Return the weight of each token: that of the place, in its completion, of the token that it predicts; else 1."""
+    weights = {}
+    for _, document in (one for one in documents(batch) if one[0] == row):
+        place = 0
+        for index, following in itertools.pairwise(document):
+            place = place + 1 if batch["labels"][row, following] != -100 else 0
+            weights[index] = positions[place - 1] if 0 < place <= len(positions) else 1.0
+    return torch.tensor([weights.get(index, 1.0) for index in indices], dtype=torch.float64)
+
+
+def kl_sum(logits, reference_logits, batch, *, direction="reverse", tokens="all", temperature=1.0, positions=()):
     """Return (sum over tokens, number of tokens)."""
     total, count = 0.0, 0
     for row, indices in looked_at(batch, tokens):
@@ -40,7 +51,8 @@ def kl_sum(logits, reference_logits, batch, *, direction="reverse", tokens="all"
         q = (reference_logits[row, indices] / temperature).log_softmax(-1)
         if direction == "forward":
             p, q = q, p
-        total = total + (p.exp() * (p - q)).sum()
+        weights = weights_by_place(batch, row, indices, positions).to(p) if positions else 1.0
+        total = total + ((p.exp() * (p - q)).sum(-1) * weights).sum()
         count += len(indices)
     return total, count
 

@@ -60,6 +60,31 @@ def test_loss_and_gradients_are_those_of_the_plain_formulas(make, tokens):
     assert_as_close_as_torch(gradients(model), gradients(exact), gradients(plain))
 
 
+@pytest.mark.parametrize("share_logits", [True, False])
+@pytest.mark.parametrize("make", [collate, pack], ids=["padded", "packed"])
+@pytest.mark.parametrize("tokens", ["all", "completion"])
+def test_first_tokens_of_completions_weigh_more(make, tokens, share_logits):
+    """Two completions of one example too; the mean still divides by the number of tokens."""
+    examples = rows(LENGTHS)
+    examples[2]["labels"][5:7] = [-100, -100]
+    batch, positions = make(examples), [5.0, 20.0]
+    exact, plain, model = tiny_peft_model().double(), tiny_peft_model(), tiny_peft_model()
+    losses = []
+    for one in (exact, plain):
+        logits, reference = forward(one, batch)[0], reference_forward(one, batch)[0]
+        task = one.get_base_model().loss_function(logits, batch["labels"], vocab_size=logits.shape[-1])
+        total, count = kl_sum(logits, reference, batch, tokens=tokens, positions=positions)
+        losses.append(task + 0.3 * total / count)
+        losses[-1].backward()
+    with defend(model, [KL(0.3, tokens=tokens, positions=positions)], share_logits=share_logits) as defended:
+        loss = defended.loss(batch)
+        loss.backward()
+    assert_as_close_as_torch(loss, *losses)
+    assert_as_close_as_torch(gradients(model), gradients(exact), gradients(plain))
+    with pytest.raises(SettingsError, match="positions is \\[-1\\], it must be a list of weights"):
+        KL(positions=[-1])
+
+
 @pytest.mark.parametrize("defense", [KL(1.0), KL(1.0, direction="forward"), FeatureDistance(1.0, layers=3)], ids=repr)
 def test_gradient_of_a_defense_alone_is_not_small_beside_the_task(defense):
     """Otherwise the loss scale tests would prove nothing. Some published code has a gradient of exactly zero."""

@@ -88,6 +88,24 @@ class Spans:
             raise SettingsError(f"{owner}: tokens={tokens!r} needs input_ids in the batch, and their tokenizer")
         return self.template.mask(self.ids, self.real, self.segments, tokens)
 
+    def completion_places(self, *, owner: str) -> torch.Tensor:
+        """Return for each token the place, from 1, of the completion token that it predicts: [batch, tokens]; 0 for none.
+
+        Each completion of a conversation begins at 1.
+
+        Raises:
+            SettingsError: the batch has no labels.
+        """
+        if self.completion is None or self.next_labels is None:
+            raise SettingsError(f"{owner} needs labels in the batch")
+        inside: torch.Tensor = self.next_labels != IGNORED_LABEL
+        begins = torch.ones_like(inside)
+        begins[:, 1:] = ~inside[:, :-1]
+        if self.segments is not None:
+            begins[:, 1:] |= self.segments[:, 1:] != self.segments[:, :-1]
+        index = torch.arange(inside.shape[1], device=inside.device).expand(inside.shape)
+        return (index - index.where(begins, 0).cummax(dim=1).values + 1).where(self.completion, 0)
+
     def sequences(self, mask: torch.Tensor) -> int:
         """Return the number of sequences (documents, if packed) with at least one token in `mask`."""
         if self.segments is None:

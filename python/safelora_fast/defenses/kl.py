@@ -10,7 +10,7 @@ from safelora_fast.defenses.step_cost import CHUNK_BYTES, Extra
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import nn
@@ -36,6 +36,9 @@ class KL(BatchDefense):
         temperature: divides the logits of both models.
         sample: share of these examples that is drawn at each optimizer step, above 0. The others cost no reference pass.
             The term is divided by it, so that its expected value and gradient are those of all examples.
+        positions: weights of the first tokens of each completion (after constrained SFT, arXiv 2406.05946); other tokens
+            have weight 1. [5, 20, 20, 20, 20] has the ratios of that paper's constraints: 0.5, four times 2, then 0.1. The
+            mean still divides by the number of tokens.
 
     Raises:
         SettingsError: a setting is out of range.
@@ -51,19 +54,25 @@ class KL(BatchDefense):
         tokens: Tokens = "all",
         temperature: float = 1.0,
         sample: float = 1.0,
+        positions: Sequence[float] | None = None,
     ) -> None:
         super().__init__(weight, tokens, sample)
         if direction not in {"reverse", "forward"}:
             raise SettingsError(f'KL: direction is {direction!r}, it must be "reverse" or "forward"')
         if not 0 < temperature < math.inf:
             raise SettingsError(f"KL: temperature is {temperature}, it must be positive and finite")
+        if positions is not None and not (positions and all(0 <= weight < math.inf for weight in positions)):
+            raise SettingsError(
+                f"KL: positions is {positions!r}, it must be a list of weights, finite and not negative"
+            )
+        self.positions = None if positions is None else [float(weight) for weight in positions]
         self.direction = direction
         self.temperature = float(temperature)
 
     def __repr__(self) -> str:
         return (
             f"KL(weight={self.weight}, direction={self.direction!r}, tokens={self.tokens!r}, "
-            f"temperature={self.temperature}, sample={self.sample})"
+            f"temperature={self.temperature}, sample={self.sample}, positions={self.positions})"
         )
 
     def check(self, anatomy: Anatomy) -> None:
@@ -96,9 +105,9 @@ class KL(BatchDefense):
         """Return the divergence summed over the tokens."""
         from safelora_fast.ops import linear_kl
 
-        mask = self.mask(observation.spans)
+        mask, weights = self.mask(observation.spans), self._weights(observation.spans)
         with observation.student.autocast_again():
-            mean = linear_kl(**self._states(observation), mask=mask)
+            mean = linear_kl(**self._states(observation), mask=mask, weights=weights)
         return mean * mask.sum().to(mean.device)
 
     def with_cross_entropy(
@@ -118,6 +127,7 @@ class KL(BatchDefense):
             return linear_kl_cross_entropy(
                 **self._states(observation),
                 mask=self.mask(spans),
+                weights=self._weights(spans),
                 labels=spans.next_labels,
                 kl_weight=weight,
                 cross_entropy_weight=cross_entropy_weight,
@@ -130,6 +140,16 @@ class KL(BatchDefense):
         states = 3 * work.micro_tokens * shape.hidden * shape.value_bytes
         words = "reference pass, and three products with the output head"
         return Extra(6 * shape.head * self.sample * tokens, CHUNK_BYTES + states, words)
+
+    def _weights(self, spans: Spans) -> torch.Tensor | None:
+        """Return the weight of each token, float32 [batch, tokens]; None if all are 1."""
+        if self.positions is None:
+            return None
+        import torch
+
+        places = spans.completion_places(owner="KL: positions")
+        weights = torch.tensor([1.0, *self.positions], device=places.device)
+        return weights[places.where(places < len(weights), 0)]
 
     def _states(self, observation: Observation) -> dict[str, Any]:
         """Keyword arguments of `linear_kl`: hidden states, head and settings."""

@@ -43,7 +43,7 @@ class SharedLoss:
     Attributes:
         loss: kl_weight · kl + cross_entropy_weight · cross_entropy, differentiable; float32, or float64 for float64
             states.
-        kl: sum of the divergence over the tokens in the mask, without gradient.
+        kl: sum of the divergence over the tokens in the mask, with their weights, without gradient.
         cross_entropy: sum of the negative log-likelihood of the labels, without gradient.
         tokens: metrics per token, if requested with `figures`.
     """
@@ -60,6 +60,7 @@ def linear_kl(
     head_weight: torch.Tensor,
     mask: torch.Tensor,
     *,
+    weights: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     direction: Direction = "reverse",
     temperature: float = 1.0,
@@ -78,6 +79,7 @@ def linear_kl(
         head_weight: W [vocabulary, hidden], shared; used in the dtype of `hidden`, or the autocast dtype if autocast is
             on, as in a linear layer. Everything else is float32 (float64 for float64 states).
         mask: [batch, tokens] bool, the tokens that count.
+        weights: [batch, tokens] floats, factors of the tokens' divergence; the mean still divides by the number of tokens.
         bias: [vocabulary].
         direction: "reverse" is KL(student ‖ reference), "forward" is KL(reference ‖ student).
         temperature: divides the logits.
@@ -93,11 +95,10 @@ def linear_kl(
     """
     _check(hidden, reference_hidden, head_weight, mask, direction)
     _check_head(head_weight, bias, temperature, softcap)
-    head = _head(hidden, head_weight, bias, logit_scale, softcap)
+    head, weights = _head(hidden, head_weight, bias, logit_scale, softcap), _flat_weights(weights, mask, hidden)
     mask = mask.to(hidden.device, torch.bool).flatten()
-    call = _Call(
-        hidden, reference_hidden.detach(), head, mask, None, Settings(direction == "forward", temperature), False
-    )
+    settings = Settings(direction == "forward", temperature)
+    call = _Call(hidden, reference_hidden.detach(), head, mask, weights, None, settings, False)
     one = torch.ones((), dtype=exact_dtype(hidden), device=hidden.device)
     loss, count = _losses(call, one, one)
     return loss.loss / (mask.sum().clamp(min=1) if count is None else max(count, 1))
@@ -112,6 +113,7 @@ def linear_kl_cross_entropy(
     *,
     kl_weight: torch.Tensor | float,
     cross_entropy_weight: torch.Tensor | float,
+    weights: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     direction: Direction = "reverse",
     temperature: float = 1.0,
@@ -133,6 +135,7 @@ def linear_kl_cross_entropy(
         labels: [batch, tokens], the next token at each position; -100 for none.
         kl_weight: factor of the sum of the divergence, a number or a scalar tensor.
         cross_entropy_weight: factor of the sum of the negative log-likelihood, a number or a scalar tensor.
+        weights: [batch, tokens] floats, factors of the tokens' divergence.
         bias: [vocabulary].
         direction: as in :func:`linear_kl`.
         temperature: divides the logits of the divergence; the cross-entropy has none.
@@ -148,10 +151,10 @@ def linear_kl_cross_entropy(
     _check_head(head_weight, bias, temperature, softcap)
     if labels.shape != mask.shape:
         raise ValueError(f"labels {tuple(labels.shape)} and mask {tuple(mask.shape)} disagree")
-    head = _head(hidden, head_weight, bias, logit_scale, softcap)
+    head, weights = _head(hidden, head_weight, bias, logit_scale, softcap), _flat_weights(weights, mask, hidden)
     mask, labels = mask.to(hidden.device, torch.bool).flatten(), labels.to(hidden.device).flatten()
     settings = Settings(direction == "forward", temperature)
-    call = _Call(hidden, reference_hidden.detach(), head, mask, labels, settings, figures)
+    call = _Call(hidden, reference_hidden.detach(), head, mask, weights, labels, settings, figures)
     return _losses(call, _scalar(kl_weight, hidden), _scalar(cross_entropy_weight, hidden))[0]
 
 
@@ -193,6 +196,14 @@ def _head(
     return Head(weight, None if bias is None else bias.detach(), scale, softcap)
 
 
+def _flat_weights(weights: torch.Tensor | None, mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+    if weights is None:
+        return None
+    if weights.shape != mask.shape:
+        raise ValueError(f"weights {tuple(weights.shape)} and mask {tuple(mask.shape)} disagree")
+    return weights.detach().to(hidden.device, exact_dtype(hidden)).flatten()
+
+
 def _scalar(value: torch.Tensor | float, hidden: torch.Tensor) -> torch.Tensor:
     """Return a weight as a scalar on the device. A number is filled in there; copying it would wait for the device."""
     if isinstance(value, torch.Tensor):
@@ -201,12 +212,13 @@ def _scalar(value: torch.Tensor | float, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _Call(NamedTuple):
-    """The checked arguments; mask and labels are flat."""
+    """The checked arguments; mask, weights and labels are flat."""
 
     hidden: torch.Tensor
     reference: torch.Tensor
     head: Head
     mask: torch.Tensor
+    weights: torch.Tensor | None
     labels: torch.Tensor | None
     settings: Settings
     figures: bool
@@ -214,15 +226,15 @@ class _Call(NamedTuple):
 
 def _losses(call: _Call, kl_weight: torch.Tensor, cross_entropy_weight: torch.Tensor) -> tuple[SharedLoss, int | None]:
     """Both losses, differentiable once in `hidden`, and the number of computed tokens if the host knows it."""
-    hidden, reference, head, mask, labels, settings, figures = call
+    hidden, reference, head, mask, weights, labels, settings, figures = call
     if torch.compiler.is_compiling():
         is_differentiable = hidden.requires_grad and torch.is_grad_enabled()
         loss, kl, cross_entropy, *per_token, _, _ = _node(
-            hidden, reference, head.weight, head.bias, mask, labels, kl_weight, cross_entropy_weight, *settings,
+            hidden, reference, head.weight, head.bias, mask, weights, labels, kl_weight, cross_entropy_weight, *settings,
             head.scale, head.softcap, figures, is_differentiable,
         )  # fmt: skip
         return SharedLoss(loss, kl, cross_entropy, TokenFigures(*per_token) if figures else None), None
-    rows = Rows.of(mask, labels, settings, figures=figures)
+    rows = Rows.of(mask, labels, settings, figures=figures, weights=weights)
     anchor = hidden.narrow(0, 0, 0).clone()  # connects the gradient to `hidden` without keeping it in memory
     loss, kl, cross_entropy, *per_row = _LinearLoss.apply(
         hidden, anchor, reference, head, rows, kl_weight, cross_entropy_weight
@@ -278,8 +290,8 @@ def _backend(hidden: torch.Tensor, reference: torch.Tensor, head: Head) -> Any:
 @torch.library.custom_op(  # type: ignore[untyped-decorator]
     "safelora_fast::linear_kl",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor reference, Tensor weight, Tensor? bias, Tensor mask, Tensor? labels, Tensor kl_weight, "
-    "Tensor cross_entropy_weight, bool forward, float temperature, float scale, float? softcap, bool figures, "
+    schema="(Tensor hidden, Tensor reference, Tensor weight, Tensor? bias, Tensor mask, Tensor? weights, Tensor? labels, "
+    "Tensor kl_weight, Tensor cross_entropy_weight, bool forward, float temperature, float scale, float? softcap, bool figures, "
     f"bool differentiable) -> ({', '.join(['Tensor'] * 8)})",
 )
 def _node(
@@ -288,6 +300,7 @@ def _node(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     mask: torch.Tensor,
+    weights: torch.Tensor | None,
     labels: torch.Tensor | None,
     kl_weight: torch.Tensor,
     cross_entropy_weight: torch.Tensor,
@@ -301,7 +314,7 @@ def _node(
     """Loss, Σ KL, Σ NLL, three metrics per token, the gradient divided by a scale, and that scale."""
     head, rows = (
         Head(weight, bias, scale, softcap),
-        Rows.of(mask, labels, Settings(forward, temperature), figures=figures),
+        Rows.of(mask, labels, Settings(forward, temperature), figures=figures, weights=weights),
     )
     gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if differentiable else None
     size, (loss, kl, cross_entropy, *per_row) = weighted_sums(
@@ -336,7 +349,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001
 
 def _differentiate(ctx: Any, of_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     gradient, size = ctx.saved_tensors
-    return ((gradient * (of_loss * size)).to(gradient.dtype), *[None] * 13)
+    return ((gradient * (of_loss * size)).to(gradient.dtype), *[None] * 14)
 
 
 _node.register_autograd(_differentiate, setup_context=_keep)
@@ -348,6 +361,7 @@ def _examples(random: Callable[..., torch.Tensor]) -> Iterator[Example]:
     hidden = (reference + 0.3 * random(2, 5, 8, seed=2)).requires_grad_()
     labels = torch.arange(10, device=mask.device).view(2, 5)
     labels[0, 2:] = -100
+    weights = 1 + 3 * (labels % 3)
     for direction in ("reverse", "forward"):
 
         def losses(
@@ -355,7 +369,7 @@ def _examples(random: Callable[..., torch.Tensor]) -> Iterator[Example]:
         ) -> list[torch.Tensor]:
             found = linear_kl_cross_entropy(
                 hidden, reference, head, mask, labels, kl_weight=0.3, cross_entropy_weight=0.07, direction=direction,
-                figures=True,
+                figures=True, weights=weights,
             )  # fmt: skip
             assert found.tokens is not None  # noqa: S101
             return [found.loss, found.kl, found.cross_entropy, found.tokens.nll, found.tokens.entropy]

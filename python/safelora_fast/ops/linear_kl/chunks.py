@@ -108,6 +108,7 @@ class Rows:
         labels: the label of each computed token; None without cross-entropy.
         settings: settings of the divergence.
         figures: whether to compute metrics of each token.
+        weights: for each computed token, the factor of its divergence; None for 1.
     """
 
     positions: torch.Tensor | None
@@ -116,9 +117,18 @@ class Rows:
     labels: torch.Tensor | None
     settings: Settings
     figures: bool
+    weights: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, mask: torch.Tensor, labels: torch.Tensor | None, settings: Settings, *, figures: bool) -> Rows:
+    def of(
+        cls,
+        mask: torch.Tensor,
+        labels: torch.Tensor | None,
+        settings: Settings,
+        *,
+        figures: bool,
+        weights: torch.Tensor | None = None,
+    ) -> Rows:
         """Return the tokens that are in a flat mask or have a label.
 
         Their number sets the size of the products with the head, so the host waits for it. On a GPU that takes
@@ -127,9 +137,10 @@ class Rows:
         """
         counts = mask if labels is None else mask | (labels != IGNORED_LABEL)
         if cuda_runtime.is_captured(mask.device):
-            return cls(None, counts, mask, labels, settings, figures)
+            return cls(None, counts, mask, labels, settings, figures, weights)
         positions = counts.nonzero().squeeze(-1)
-        return cls(positions, counts, mask[positions], None if labels is None else labels[positions], settings, figures)
+        labels, weights = (None if values is None else values[positions] for values in (labels, weights))
+        return cls(positions, counts, mask[positions], labels, settings, figures, weights)
 
     def __len__(self) -> int:
         """Return the number of computed tokens."""
@@ -151,6 +162,8 @@ class Rows:
     def wanted(self, part: slice, divergence: torch.Tensor, label: torch.Tensor) -> Wanted:
         """Return what to compute for the rows of `part`, with the factors of both losses in the gradient."""
         of_divergence = (self.in_mask[part] * divergence)[:, None]
+        if self.weights is not None:
+            of_divergence = of_divergence * self.weights[part, None]
         if self.labels is None:
             return Wanted(of_divergence)
         labels = self.labels[part]
@@ -231,7 +244,8 @@ def _summed(
         parts = [getattr(block, name) for block in given]
         return torch.cat(parts) if parts else kl_weight.new_zeros(0)
 
-    kl = joined("divergence").masked_fill(~rows.in_mask, 0).sum()
+    divergence = joined("divergence").masked_fill(~rows.in_mask, 0)
+    kl = (divergence if rows.weights is None else divergence * rows.weights).sum()
     loss = kl_weight * kl
     if rows.labels is None:
         return loss, kl, None, None, None, None
