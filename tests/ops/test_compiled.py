@@ -57,7 +57,7 @@ def test_opcheck_of_the_losses(flag, differentiable, dtype):
     """With labels and metrics of the tokens, or with the divergence alone."""
     hidden, reference, head, bias = (RANDOM(*shape).to(dtype) for shape in ((2, 5, 8), (2, 5, 8), (37, 8), (37,)))
     hidden.requires_grad_(differentiable)
-    weights = [torch.tensor(value, dtype=dtype) for value in (0.3, 0.07)]
+    weights = [*(torch.tensor(value, dtype=dtype) for value in (0.3, 0.07)), torch.rand(10) if flag else None]
     mask, labels = RANDOM(10) > -1, torch.arange(10) if flag else None
     settings = (True, 2.0, 0.7, 3.0, flag, differentiable)
     torch.library.opcheck(loss_node, (hidden, reference, head, bias, mask, labels, *weights, *settings))

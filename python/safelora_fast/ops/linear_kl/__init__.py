@@ -230,7 +230,7 @@ def _losses(call: _Call, kl_weight: torch.Tensor, cross_entropy_weight: torch.Te
     if torch.compiler.is_compiling():
         is_differentiable = hidden.requires_grad and torch.is_grad_enabled()
         loss, kl, cross_entropy, *per_token, _, _ = _node(
-            hidden, reference, head.weight, head.bias, mask, weights, labels, kl_weight, cross_entropy_weight, *settings,
+            hidden, reference, head.weight, head.bias, mask, labels, kl_weight, cross_entropy_weight, weights, *settings,
             head.scale, head.softcap, figures, is_differentiable,
         )  # fmt: skip
         return SharedLoss(loss, kl, cross_entropy, TokenFigures(*per_token) if figures else None), None
@@ -290,8 +290,8 @@ def _backend(hidden: torch.Tensor, reference: torch.Tensor, head: Head) -> Any:
 @torch.library.custom_op(  # type: ignore[untyped-decorator]
     "safelora_fast::linear_kl",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor reference, Tensor weight, Tensor? bias, Tensor mask, Tensor? weights, Tensor? labels, "
-    "Tensor kl_weight, Tensor cross_entropy_weight, bool forward, float temperature, float scale, float? softcap, bool figures, "
+    schema="(Tensor hidden, Tensor reference, Tensor weight, Tensor? bias, Tensor mask, Tensor? labels, Tensor kl_weight, "
+    "Tensor cross_entropy_weight, Tensor? weights, bool forward, float temperature, float scale, float? softcap, bool figures, "
     f"bool differentiable) -> ({', '.join(['Tensor'] * 8)})",
 )
 def _node(
@@ -300,10 +300,10 @@ def _node(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     mask: torch.Tensor,
-    weights: torch.Tensor | None,
     labels: torch.Tensor | None,
     kl_weight: torch.Tensor,
     cross_entropy_weight: torch.Tensor,
+    weights: torch.Tensor | None,
     forward: bool,
     temperature: float,
     scale: float,
