@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROWS, LENGTH = 4, 256
+WINDOW = 5  # micro-batches of the steps in which one example in twenty is safe
 RANK, SUBSPACE_RANK = 16, 64
 WEIGHT = 0.1
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,12 +61,24 @@ class Steps:
         labels = ids.clone()
         labels[:, : LENGTH // 4] = -100
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        self.window = self.micro_batches(generator, base.config.vocab_size)
         self.inputs = {name: value for name, value in self.batch.items() if name != "labels"}
         self.blocks = FeatureDistance(1.0).recorded_layers(dissect(self.model))
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
         self.copy: Any = None
         self.defended: dict[str, Defended] = {}
+
+    def micro_batches(self, generator: torch.Generator, vocabulary: int) -> list[dict[str, torch.Tensor]]:
+        """Return the micro-batches of a step of 20 examples, of which one is safe."""
+        batches = []
+        for number in range(WINDOW):
+            ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
+            safe = torch.arange(ROWS) == (1 if number == WINDOW // 2 else -1)
+            batches.append(
+                {**self.batch, "input_ids": ids, "labels": ids.where(self.batch["labels"] >= 0, -100), "safe": safe}
+            )
+        return batches
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.half)
@@ -102,6 +115,28 @@ class Steps:
             loss = loss + defended.regularizer(self.anchoring)
         self.finish(loss)
         defended.detach()
+
+    def undefended_window(self) -> None:
+        for batch in self.window:
+            with self.autocast():
+                loss = self.model(**{name: value for name, value in batch.items() if name != "safe"}).loss
+            (loss / WINDOW).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def defended_window(self, defense: KL, *, share: bool) -> None:
+        """A step of 20 examples. The optimizer is given, so each step draws anew."""
+        key = repr((defense, share))
+        if key not in self.defended:
+            self.defended[key] = defend(self.model, [defense], optimizer=self.optimizer, share_logits=share)
+        with self.defended[key] as defended:
+            totals = defended.totals(self.window)
+            for batch in self.window:
+                with self.autocast():
+                    loss = defended.loss(batch, totals=totals)
+                loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def straightforward(self, *, features: bool) -> None:
         """A second frozen model, all logits of both, and the features of each example in turn."""
@@ -177,6 +212,19 @@ class Steps:
 
         return step
 
+    def windows(self) -> dict[str, Callable[[], None]]:
+        """Steps of 20 examples, one of them safe."""
+        defenses = {
+            "KL": KL(WEIGHT),
+            "KL of safe examples": KL(WEIGHT, tokens="safe"),
+            "KL, sample 0.25": KL(WEIGHT, sample=0.25),
+        }
+        return {"undefended (20 examples)": self.undefended_window} | {
+            f"{name} {how} (20 examples)": partial(self.defended_window, defense, share=how == "shared")
+            for name, defense in defenses.items()
+            for how in ("apart", "shared")
+        }
+
     def providers(self) -> dict[str, Callable[[], None]]:
         return {
             "undefended": self.undefended,
@@ -188,6 +236,7 @@ class Steps:
             "KL + features apart": partial(self.ours, kl=True, features=True, share=False),
             "KL + features shared": partial(self.ours, kl=True, features=True, share=True),
             "TRL's chunked divergence": self.chunked_divergence,
+            **self.windows(),
             "reference forward": self.reference_forward,
         }
 

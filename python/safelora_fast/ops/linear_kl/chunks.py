@@ -7,6 +7,9 @@ This file computes the products with the head. A backend does the elementwise pa
 
 `raw` is h₀·Wᵀ and `delta` is (h − h₀)·Wᵀ of some rows, in the dtype of the head. `block` overwrites `delta` with the
 gradient with respect to it, and may overwrite `raw`. Its results have the dtype `exact`.
+
+Rows that have a label, but are not in the mask of the divergence, take one product: there `raw` is h·Wᵀ, and `delta` holds
+anything.
 """
 
 from __future__ import annotations
@@ -40,13 +43,13 @@ class Wanted:
     """What to compute for a block of rows.
 
     Attributes:
-        divergence_factor: [rows, 1], factor of the divergence in the gradient.
+        divergence_factor: [rows, 1], factor of the divergence in the gradient; None for rows with a label alone.
         labels: [rows], the class of each row; None without cross-entropy.
         label_factor: [rows, 1], factor of the cross-entropy in the gradient, zero for a row without a label.
         figures: whether to compute the student's entropy and top-1 hits.
     """
 
-    divergence_factor: torch.Tensor
+    divergence_factor: torch.Tensor | None
     labels: torch.Tensor | None = None
     label_factor: torch.Tensor | None = None
     figures: bool = False
@@ -76,8 +79,10 @@ class Head:
         raw = (raw if self.bias is None else raw + self.bias) * self.scale
         return raw if self.softcap is None else self.softcap * (raw / self.softcap).tanh()
 
-    def bend(self, raw: torch.Tensor, delta: torch.Tensor) -> torch.Tensor | None:
+    def bend(self, raw: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor | None:
         """Turn h₀·Wᵀ and (h − h₀)·Wᵀ, in place, into the reference's logits and the student's difference from them.
+
+        Without `delta`, `raw` is h·Wᵀ and becomes the student's logits.
 
         Returns:
             Slope of the soft-cap at the student's logits, or None without a soft-cap.
@@ -86,25 +91,27 @@ class Head:
             raw.add_(self.bias.to(raw))
         if self.scale != 1.0:
             raw.mul_(self.scale)
-            delta.mul_(self.scale)
+            if delta is not None:
+                delta.mul_(self.scale)
         if self.softcap is None:
             return None
-        bent = raw.add(delta).div_(self.softcap).tanh_()
+        bent = (raw.clone() if delta is None else raw.add(delta)).div_(self.softcap).tanh_()
         raw.div_(self.softcap).tanh_()
-        # tanh a − tanh b = tanh(a − b)·(1 − tanh a·tanh b)
-        delta.div_(self.softcap).tanh_().mul_(self.softcap).mul_(1 - raw * bent)
+        if delta is not None:  # tanh a − tanh b = tanh(a − b)·(1 − tanh a·tanh b)
+            delta.div_(self.softcap).tanh_().mul_(self.softcap).mul_(1 - raw * bent)
         raw.mul_(self.softcap)
         return bent.square_().neg_().add_(1)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens to compute, in the order of their flat positions.
+    """The tokens to compute: first those whose divergence counts, then those with a label alone.
 
     Attributes:
         positions: flat positions of the tokens that count. None: compute every token, with zeros for the others.
         counts: [tokens] bool, which tokens count.
         in_mask: for each computed token, whether its divergence counts.
+        compared: number of tokens, from the first, of which the reference's logits are computed.
         labels: the label of each computed token; None without cross-entropy.
         settings: settings of the divergence.
         figures: whether to compute metrics of each token.
@@ -114,6 +121,7 @@ class Rows:
     positions: torch.Tensor | None
     counts: torch.Tensor
     in_mask: torch.Tensor
+    compared: int
     labels: torch.Tensor | None
     settings: Settings
     figures: bool
@@ -137,14 +145,23 @@ class Rows:
         """
         counts = mask if labels is None else mask | (labels != IGNORED_LABEL)
         if cuda_runtime.is_captured(mask.device):
-            return cls(None, counts, mask, labels, settings, figures, weights)
-        positions = counts.nonzero().squeeze(-1)
+            return cls(None, counts, mask, len(mask), labels, settings, figures, weights)
+        positions = mask.nonzero().squeeze(-1)
+        compared = len(positions)
+        if labels is not None:
+            positions = torch.cat([positions, (counts & ~mask).nonzero().squeeze(-1)])
         labels, weights = (None if values is None else values[positions] for values in (labels, weights))
-        return cls(positions, counts, mask[positions], labels, settings, figures, weights)
+        return cls(positions, counts, mask[positions], compared, labels, settings, figures, weights)
 
     def __len__(self) -> int:
         """Return the number of computed tokens."""
         return len(self.in_mask)
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, bool]]:
+        """Yield slices of at most `size` tokens, and whether the reference's logits are computed there."""
+        for begin, end in ((0, self.compared), (self.compared, len(self))):
+            for start in range(begin, end, size):
+                yield slice(start, min(start + size, end)), end == self.compared
 
     def take(self, states: torch.Tensor, part: slice) -> torch.Tensor:
         """Select rows of states [tokens, hidden]; zeros for tokens that do not count, whatever values they hold."""
@@ -161,9 +178,10 @@ class Rows:
 
     def wanted(self, part: slice, divergence: torch.Tensor, label: torch.Tensor) -> Wanted:
         """Return what to compute for the rows of `part`, with the factors of both losses in the gradient."""
-        of_divergence = (self.in_mask[part] * divergence)[:, None]
-        if self.weights is not None:
-            of_divergence = of_divergence * self.weights[part, None]
+        of_divergence = None
+        if part.start < self.compared:
+            of_divergence = self.in_mask[part] * divergence
+            of_divergence = (of_divergence if self.weights is None else of_divergence * self.weights[part])[:, None]
         if self.labels is None:
             return Wanted(of_divergence)
         labels = self.labels[part]
@@ -181,14 +199,18 @@ class _Chunk:
         self.tokens = max(min(CHUNK_ELEMENTS[kind] // vocabulary, tokens), 1)
         self._stacked = torch.empty(2 * self.tokens, vocabulary, dtype=head.weight.dtype, device=device)
 
-    def fill(self, hidden: torch.Tensor, reference: torch.Tensor) -> None:
-        """Compute h₀·Wᵀ and (h − h₀)·Wᵀ in one product; inputs are [tokens, hidden] in the exact dtype."""
-        states = torch.cat([reference, hidden - reference]).to(self._head.weight.dtype)
+    def fill(self, hidden: torch.Tensor, reference: torch.Tensor | None) -> None:
+        """Compute h₀·Wᵀ and (h − h₀)·Wᵀ in one product; inputs are [tokens, hidden] in the exact dtype.
+
+        Without the reference, compute h·Wᵀ alone.
+        """
+        states = hidden if reference is None else torch.cat([reference, hidden - reference])
+        states = states.to(self._head.weight.dtype)
         self._count = len(hidden)
         torch.mm(states, self._head.weight.T, out=self._stacked[: len(states)])
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yield (row slice, h₀·Wᵀ, (h − h₀)·Wᵀ), at most `rows` rows; `back` multiplies what is left in the last."""
+        """Yield (row slice, raw, delta), at most `rows` rows; `back` multiplies what is left in the last."""
         for start in range(0, self._count, rows):
             part = slice(start, min(start + rows, self._count))
             yield part, self._stacked[part], self._stacked[self._count + part.start : self._count + part.stop]
@@ -226,11 +248,11 @@ def weighted_sums(
     with torch.autocast(hidden.device.type, enabled=False):
         chunk = _Chunk(head, len(rows))
         passes = backend.passes(head, rows.settings, chunk.tokens, exact)
-        for start in range(0, len(rows), chunk.tokens):
-            whole = slice(start, min(start + chunk.tokens, len(rows)))
-            chunk.fill(rows.take(flat, whole).to(exact), rows.take(reference, whole).to(exact))
+        for whole, is_compared in rows.chunks(chunk.tokens):
+            references = rows.take(reference, whole).to(exact) if is_compared else None
+            chunk.fill(rows.take(flat, whole).to(exact), references)
             for block, raw, delta in chunk.blocks(passes.rows):
-                part = slice(start + block.start, start + block.stop)
+                part = slice(whole.start + block.start, whole.start + block.stop)
                 given.append(passes.block(raw, delta, rows.wanted(part, kl_weight / size, cross_entropy_weight / size)))
             if gradient is not None:
                 rows.put(gradient.view(flat.shape), whole, chunk.back().to(gradient.dtype))

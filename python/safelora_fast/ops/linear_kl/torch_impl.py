@@ -46,18 +46,21 @@ class Passes:
 
     def block(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
         """Return the metrics of a block, and overwrite `delta` with the gradient with respect to it."""
+        compared = wanted.divergence_factor is not None
         logits, distance = raw, delta
         if self._cast is not None:
-            logits, distance = (
-                buffer[: len(raw)].copy_(part) for buffer, part in zip(self._cast, (raw, delta), strict=True)
-            )
-        slope = self._head.bend(logits, distance)
+            logits, distance = (buffer[: len(raw)] for buffer in self._cast)
+            logits.copy_(raw)
+            if compared:
+                distance.copy_(delta)
+        slope = self._head.bend(logits, distance if compared else None)
         factors = (
             None if factor is None else factor.to(distance) * self._head.scale
             for factor in (wanted.divergence_factor, wanted.label_factor)
         )
         of_divergence, of_label = factors
-        given = self._block(logits, distance, Wanted(of_divergence, wanted.labels, of_label, wanted.figures))
+        wanted = Wanted(of_divergence, wanted.labels, of_label, wanted.figures)
+        given = (self._block if compared else self._cross_entropy)(logits, distance, wanted)
         if slope is not None:
             distance.mul_(slope)
         if self._cast is not None:
@@ -74,11 +77,16 @@ class Passes:
         """
         if self._temperature == 1.0:
             return self._tempered(raw, delta, wanted)
+        assert wanted.divergence_factor is not None  # noqa: S101
         logits = None if wanted.labels is None else raw + delta
         raw.div_(self._temperature)
         delta.div_(self._temperature)
-        given = self._tempered(raw, delta, Wanted(wanted.divergence_factor / self._temperature))
-        return given if logits is None else _cross_entropy(logits, delta, wanted, given.divergence)
+        divergence = self._tempered(raw, delta, Wanted(wanted.divergence_factor / self._temperature)).divergence
+        if logits is None:
+            return Given(divergence)
+        given = self._cross_entropy(logits, raw, wanted)
+        delta.add_(raw)
+        return given._replace(divergence=divergence)
 
     def _tempered(self, raw: torch.Tensor, delta: torch.Tensor, wanted: Wanted) -> Given:
         q, student, scratch = (buffer[: len(raw)] for buffer in self._buffers)
@@ -99,6 +107,7 @@ class Passes:
                 entropy = log_sum + log_norm - moved - p.mul_(raw).sum(-1, keepdim=True)
                 given = Given(given.divergence, given.nll, entropy.squeeze(-1), is_top1)
         of_divergence, of_label = wanted.divergence_factor, wanted.label_factor
+        assert of_divergence is not None  # noqa: S101
         if self._forward:
             torch.mul(student, of_divergence if of_label is None else of_divergence + of_label, out=delta)
             if of_label is not None:
@@ -129,16 +138,18 @@ class Passes:
             student.sub_(q)
         return log_norm, moved
 
-
-def _cross_entropy(logits: torch.Tensor, gradient: torch.Tensor, wanted: Wanted, divergence: torch.Tensor) -> Given:
-    """Return the labels' metrics from the student's logits (overwritten), and add to `gradient`."""
-    assert wanted.labels is not None  # noqa: S101
-    assert wanted.label_factor is not None  # noqa: S101
-    labels = wanted.labels[:, None]
-    is_top1 = logits.argmax(-1) == wanted.labels if wanted.figures else None
-    log_p = logits.log_softmax(-1)
-    nll = -log_p.gather(-1, labels).squeeze(-1)
-    p = torch.exp(log_p, out=logits)
-    entropy = -log_p.mul_(p).sum(-1) if wanted.figures else None
-    gradient.add_(p.mul_(wanted.label_factor)).scatter_add_(-1, labels, -wanted.label_factor)
-    return Given(divergence, nll, entropy, is_top1)
+    def _cross_entropy(self, logits: torch.Tensor, gradient: torch.Tensor, wanted: Wanted) -> Given:
+        """Return the labels' metrics from the student's logits, and write the gradient. The divergence is zero."""
+        assert wanted.labels is not None  # noqa: S101
+        assert wanted.label_factor is not None  # noqa: S101
+        labels = wanted.labels[:, None]
+        p, scratch, _ = (buffer[: len(logits)] for buffer in self._buffers)
+        torch.softmax(logits, -1, out=p)
+        log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+        given = Given(logits.new_zeros(len(logits)), (log_sum - logits.gather(-1, labels)).squeeze(-1))
+        if wanted.figures:
+            entropy = log_sum - torch.mul(p, logits, out=scratch).sum(-1, keepdim=True)
+            given = given._replace(entropy=entropy.squeeze(-1), is_top1=logits.argmax(-1) == wanted.labels)
+        torch.mul(p, wanted.label_factor, out=gradient)
+        gradient.scatter_add_(-1, labels, -wanted.label_factor)
+        return given

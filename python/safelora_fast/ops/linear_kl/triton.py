@@ -37,13 +37,17 @@ class Passes:
 
         count, vocabulary = raw.shape
         figures = torch.empty(4, count, dtype=self._exact, device=raw.device)
+        of_divergence = wanted.divergence_factor
+        if of_divergence is None:  # a student that is its reference
+            of_divergence = raw.new_zeros(count, dtype=self._exact)
+            delta.zero_()
         labeled = wanted.labels is not None
         with triton_runtime.on(raw.device):
             triton_kernels.linear_loss[count,](
                 raw,
                 delta,
                 raw if self._bias is None else self._bias,
-                wanted.divergence_factor.contiguous(),
+                of_divergence.contiguous(),
                 wanted.labels.contiguous() if wanted.labels is not None else raw,
                 wanted.label_factor.contiguous() if wanted.label_factor is not None else raw,
                 figures,
