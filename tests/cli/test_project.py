@@ -108,7 +108,9 @@ def test_the_card_names_a_model_of_the_hub_or_none(pair, call, trained_on, line)
     config = pair.adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": trained_on}))
     assert call(*pair.command()).code == 0
-    front = (pair.output / "README.md").read_text().split("---")[1].splitlines()
+    text = (pair.output / "README.md").read_text()
+    assert f"from_pretrained('{'aligned' if line is None else trained_on}')" in text
+    front = text.split("---")[1].splitlines()
     assert [found for found in front if found.startswith("base_model")] == ([] if line is None else [line])
     assert config.read_bytes() == (pair.output / "adapter_config.json").read_bytes()
 

@@ -22,8 +22,8 @@ def model_card(title: str, body: Iterable[str], *, model: str, also: str | None 
         title: the title of the page.
         body: the lines between the title and the sections "Use" and "Sources".
         model: path or Hub id of the model that the adapter belongs to.
-        also: another name of that model. The front matter names the first of the two that is a Hub id. If neither is,
-            it names none, because the Hub rejects a card whose base model is a path.
+        also: another name of that model. The front matter and the example of use name the first of the two that is a
+            Hub id. If neither is, the front matter names none, because the Hub rejects a card whose base model is a path.
     """
     base = next((name for source in (model, also) if source and (name := hub_id(source))), None)
     lines = [
@@ -45,7 +45,7 @@ def model_card(title: str, body: Iterable[str], *, model: str, also: str | None 
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({shown_model(model)!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({base or shown_model(model)!r})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         "```",
         "",
