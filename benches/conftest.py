@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--models", default="0.5b", help="whole-model suite: comma-separated among 0.5b and 7b (30 GB of disk)"
     )
+    parser.addoption("--fleet", default="100", help="fleet suite: comma-separated numbers of adapters")
     parser.addoption("--levels", help="projection suite: comma-separated among scalar, avx2 and avx512")
     parser.addoption(
         "--scratch", type=Path, help="folder for the random checkpoints (kept, so that they are made once)"

@@ -1,0 +1,67 @@
+"""The snippets in docs/fleets.md run: each worker of a scheduler projects its share, and together they project all."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from plain_pair import write_adapter, write_pair
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "fleets.md"
+ADAPTERS = 5
+
+
+def snippets(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def slurm():
+    (script,) = snippets("bash")
+    first, last = map(int, re.search(r"--array=(\d+)-(\d+)", script).groups())
+    array = {"MIN": first, "MAX": last, "COUNT": last - first + 1}
+    variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
+    return script.splitlines()[-1], [{**variables, "SLURM_ARRAY_TASK_ID": str(i)} for i in range(first, last + 1)]
+
+
+def kubernetes():
+    job = yaml.safe_load(snippets("yaml")[0])
+    assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    count = job["spec"]["completions"]
+    return shlex.join(container["command"]), [{"JOB_COMPLETION_INDEX": str(index)} for index in range(count)]
+
+
+def skypilot():
+    task = yaml.safe_load(snippets("yaml")[1])
+    count = task["num_nodes"]
+    nodes = [{"SKYPILOT_NODE_RANK": str(index), "SKYPILOT_NUM_NODES": str(count)} for index in range(count)]
+    return task["run"].strip(), nodes
+
+
+@pytest.mark.parametrize("scheduler", [slurm, kubernetes, skypilot])
+def test_workers_of_a_scheduler(scheduler, call, tmp_path, monkeypatch):
+    pair = write_pair(tmp_path / "pair")
+    rows = [
+        f'{{"id": "a{seed}", "adapter": "{write_adapter(tmp_path / f"a{seed}", seed)}"}}' for seed in range(ADAPTERS)
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    command, workers = scheduler()
+    assert len(workers) > 1
+    words = [{"ALIGNED": pair.aligned, "BASE": pair.base}.get(word, word) for word in shlex.split(command)]
+    assert words.pop(0) == "safelora-fast"
+    for index, variables in enumerate(workers):
+        with monkeypatch.context() as environment:
+            for name, value in variables.items():
+                environment.setenv(name, value)
+            code, out, err = call(*words, "--quiet")
+        share = [path.name for path in (tmp_path / "safe").glob("a*")] if (tmp_path / "safe").exists() else []
+        assert (code, out) == (0, "")
+        assert f"shard {index}/{len(workers)}, from " in err
+        assert len(share) == len([i for i in range(ADAPTERS) if i % len(workers) <= index])
+    assert sorted(share) == [f"a{seed}" for seed in range(ADAPTERS)]
