@@ -294,3 +294,22 @@ fn wrong_lengths_are_refused() {
     assert!(engine.product(&v, &[0.0; 10], 2, &mut [0.0; 10]).is_err());
     assert!(engine.product(&v, &[0.0; 8], 2, &mut [0.0; 8]).is_err());
 }
+
+/// A digest (FNV-1a) of both products of several shapes and dtypes: the same input must give the same bits in every
+/// release, because a cosine decides whether a module is projected.
+#[test]
+fn the_bits_of_earlier_releases() {
+    for mut engine in engines() {
+        let mut digest = 0xcbf2_9ce4_8422_2325_u64;
+        let mut add = |word: u64| digest = (digest ^ word).wrapping_mul(0x0100_0000_01b3);
+        for (rows, cols) in [(5, 33), (64, 65), (1100, 97), (90, 700)] {
+            for rank in [1, 7, 8, 13] {
+                let case = Case::new([Dtype::Bf16, Dtype::F16], [rows, cols], [1, 0], [2, 0], rank, rank as u64);
+                let outcome = case.run(&mut engine);
+                add(outcome.squares.to_bits());
+                bits(&outcome.transposed).into_iter().chain(bits(&outcome.product)).for_each(|word| add(word.into()));
+            }
+        }
+        assert_eq!(digest, 0x0000_0000_0000_0001, "{:?} with {} threads", engine.level(), engine.threads());
+    }
+}

@@ -135,12 +135,23 @@ impl Simd for Avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
-    unsafe fn sums(values: [__m512; 4]) -> [f32; 4] {
-        let mut halves = [_mm256_setzero_ps(); 4];
-        for (half, value) in halves.iter_mut().zip(values) {
-            *half = _mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value));
-        }
-        super::avx2::sums(halves)
+    unsafe fn sums([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        // Each step adds halves of two registers, so that one register holds the sums of both. A blend and a shuffle
+        // bring the halves together; the order of the two terms does not change a sum.
+        let halves =
+            |a, b| _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4::<0b01_00_11_10>(a, b));
+        let (ab, cd) = (halves(a, b), halves(c, d));
+        let swapped = _mm512_shuffle_f32x4::<0b10_11_00_01>;
+        let quarters = _mm512_mask_blend_ps(0xf0f0, swapped(ab, ab), swapped(cd, cd));
+        let sums = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, ab, cd), quarters);
+        let sums = _mm512_add_ps(sums, _mm512_permute_ps::<0b01_00_11_10>(sums));
+        let sums = _mm512_add_ps(sums, _mm512_permute_ps::<0b10_11_00_01>(sums));
+        // The quarters hold the sums of a, c, b, and d.
+        let order = _mm512_setr_epi32(0, 8, 4, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+        let mut result = [0.0; 4];
+        // SAFETY: `result` holds four values.
+        unsafe { _mm_storeu_ps(result.as_mut_ptr(), _mm512_castps512_ps128(_mm512_permutexvar_ps(order, sums))) };
+        result
     }
 
     #[inline]

@@ -105,10 +105,9 @@ impl Unit<'_> {
             for (index, sums) in sums.chunks_mut(BANDS * self.lines).enumerate() {
                 let row = self.first + index * BANDS * ROWS;
                 for start in (panel_start..panel_end).step_by(BLOCK) {
-                    let ahead = match start + AHEAD {
-                        ahead if ahead < panel_end => (row, ahead),
-                        ahead => (row + BANDS * ROWS, panel_start + (ahead - panel_end) / BLOCK * BLOCK),
-                    };
+                    let ahead = start - panel_start + AHEAD;
+                    let width = (panel_end - panel_start).next_multiple_of(BLOCK);
+                    let ahead = (row + ahead / width * BANDS * ROWS, panel_start + ahead % width);
                     Block { unit: self, row, start, ahead }.run::<L>(sums, &mut staged, &mut padding);
                 }
             }

@@ -35,8 +35,10 @@ pub(super) unsafe fn add_joined<S: Simd>(split: *const Line, output: *mut f32) {
             S::store(target, low);
             S::store(target.add(S::WIDTH), high);
         }
-        for (lane, value) in joined.iter().flat_map(|line| line.0).enumerate() {
-            *output.add(lane) += value;
+        let joined = joined.as_ptr().cast::<u8>();
+        for part in 0..LANES / S::WIDTH {
+            let (sums, values) = (S::load_f32(joined, part), S::load_f32(output.cast(), part));
+            S::store_f32::<false>(output.cast(), part, [S::add(values[0], sums[0]), S::add(values[1], sums[1])]);
         }
     }
 }

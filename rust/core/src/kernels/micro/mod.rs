@@ -1,9 +1,10 @@
 //! The micro kernels, written once over [`Simd`] and compiled for every level.
 //!
-//! `update` multiplies V from the left (lanes are columns), `dot` and `dot_band` multiply it from the right (lanes are
-//! part of the reduction). `stage` computes a tile of V in f32 for them.
+//! `update` and `accumulate` multiply V from the left (lanes are columns), `dot` and `dot_band` multiply it from the right
+//! (lanes are part of the reduction). `stage` and `stage_columns` compute rows of V in f32.
 
 mod chains;
+mod columns;
 mod dot;
 mod layout;
 mod load;
@@ -14,6 +15,7 @@ use super::Dtype;
 use super::Scalar;
 use super::simd::{Line, Simd};
 use chains::chains;
+use columns::{accumulate, stage_columns};
 use dot::{dot, dot_band};
 use layout::{add_joined, split};
 use load::stage;
@@ -27,6 +29,10 @@ const CHAINS: usize = 12;
 /// Rows that `update` and `dot` process together. If row lengths are powers of two, more rows would compete for the
 /// same few L1 sets.
 pub(super) const ROWS: usize = 4;
+/// Groups of 32 columns in a tile of `accumulate`.
+pub(super) const TILE: usize = 2;
+/// Most vectors in one call of `accumulate`.
+pub(super) const VECTORS: usize = 6;
 
 /// A corner of a stored matrix: unaligned rows that start `row_step` bytes apart.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +50,14 @@ pub(super) struct Ahead {
     pub(super) per_vector: usize,
 }
 
+/// Rows that `accumulate` prefetches into L2: `lines` lines of each.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AheadOfRows {
+    pub(super) pointer: *const u8,
+    pub(super) row_step: usize,
+    pub(super) lines: usize,
+}
+
 /// A band of rows of both weights, and what to prefetch into L2 while reading it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Band {
@@ -59,6 +73,8 @@ pub(super) struct Band {
 /// # Safety
 /// For every function: the CPU has the level's instructions, and pointers are valid for the given shapes.
 pub(super) trait Kernels: Simd {
+    /// From this number of vectors on, `accumulate` is faster than `update`.
+    const TILED: usize;
     /// Most vectors in one call of `dot`.
     const DOT: usize;
     /// Most vectors in one call of `dot_band`.
@@ -77,6 +93,27 @@ pub(super) trait Kernels: Simd {
         x: *const f32,
         rank: usize,
         sums: *mut Line,
+    );
+
+    /// Stages `rows` rows of `G` groups of aligned − base as (row, line of the tile). Adds their squares to those of the
+    /// columns, which start from zero if `first`.
+    unsafe fn stage_columns<const G: usize>(
+        aligned: Corner,
+        base: Corner,
+        rows: usize,
+        staged: *mut Line,
+        squares: *mut Line,
+        first: bool,
+    );
+
+    /// `sums[k] += Σ_row x[row][k]·v[row]` for a staged tile of `rows` rows. The sums start from zero if `first`.
+    unsafe fn accumulate<const K: usize>(
+        staged: *const Line,
+        rows: usize,
+        x: *const f32,
+        sums: *mut Line,
+        first: bool,
+        ahead: [AheadOfRows; 2],
     );
 
     /// `dot` on a band read from memory. Also stores the band as (vector, row, lane) unless `staged` is null.
@@ -113,8 +150,9 @@ pub(super) trait Kernels: Simd {
 
 /// Compiles the micro kernels with a level's instructions.
 macro_rules! kernels {
-    ($level:ty, dot: $dot:literal, dot_band: $dot_band:literal $(, #[$feature:meta])?) => {
+    ($level:ty, tiled: $tiled:literal, columns: $columns:literal, dot: $dot:literal, dot_band: $dot_band:literal $(, #[$feature:meta])?) => {
         impl Kernels for $level {
+            const TILED: usize = $tiled;
             const DOT: usize = $dot;
             const DOT_BAND: usize = $dot_band;
 
@@ -149,6 +187,32 @@ macro_rules! kernels {
             ) {
                 // SAFETY: the contracts are the same.
                 unsafe { update::<Self, R>(aligned, base, next, groups, x, rank, sums) }
+            }
+
+            $(#[$feature])?
+            unsafe fn stage_columns<const G: usize>(
+                aligned: Corner,
+                base: Corner,
+                rows: usize,
+                staged: *mut Line,
+                squares: *mut Line,
+                first: bool,
+            ) {
+                // SAFETY: the contracts are the same.
+                unsafe { stage_columns::<Self, G>(aligned, base, rows, staged, squares, first) }
+            }
+
+            $(#[$feature])?
+            unsafe fn accumulate<const K: usize>(
+                staged: *const Line,
+                rows: usize,
+                x: *const f32,
+                sums: *mut Line,
+                first: bool,
+                ahead: [AheadOfRows; 2],
+            ) {
+                // SAFETY: the contracts are the same.
+                unsafe { accumulate::<Self, K, $columns>(staged, rows, x, sums, first, ahead) }
             }
 
             $(#[$feature])?
@@ -191,8 +255,8 @@ macro_rules! kernels {
     };
 }
 
-kernels!(Scalar, dot: 3, dot_band: 1);
+kernels!(Scalar, tiled: 8, columns: 1, dot: 3, dot_band: 1);
 #[cfg(target_arch = "x86_64")]
-kernels!(super::Avx2, dot: 3, dot_band: 1, #[target_feature(enable = "avx2,fma,f16c")]);
+kernels!(super::Avx2, tiled: 32, columns: 2, dot: 3, dot_band: 1, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-kernels!(super::Avx512, dot: 6, dot_band: 4, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);
+kernels!(super::Avx512, tiled: 8, columns: 4, dot: 6, dot_band: 4, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]);

@@ -1,21 +1,14 @@
-//! `y += Vᵀ·x`: V is read once; lanes are columns.
-//!
-//! Every column of every vector is summed with fused multiply-adds in the order of the rows, starting from zero in each
-//! block of 1024 rows. The sums of the blocks are added to `y` in order. The squares of V are summed the same way in
-//! each column of a block, and then in f64: over the columns of a group of 32, the blocks, the groups.
-//!
-//! Four rows of V at a time are held in registers while each sum is loaded, updated and stored. That costs little per
-//! weight, reads V in long rows, and needs only two registers of sums for any rank.
+//! Few vectors: four rows of V at a time are held in registers while each sum is loaded, updated and stored. That costs
+//! little per weight, reads V in long rows, and needs only two registers of sums for any rank.
 
 use rayon::prelude::*;
 
-use super::micro::{Corner, Kernels, ROWS, with_constant};
-use super::simd::{GROUP, Line};
-use super::workspace::{Borrowed, Shared, Workspace};
-use super::{Difference, Matrix};
+use super::{BLOCK, Padding, add, total};
+use crate::kernels::Difference;
+use crate::kernels::micro::{Kernels, ROWS, with_constant};
+use crate::kernels::simd::{GROUP, Line};
+use crate::kernels::workspace::{Borrowed, Shared, Workspace};
 
-/// Rows in a block, whose sums start from zero.
-const BLOCK: usize = 1024;
 /// Rows that are processed one panel of columns after another.
 const SWEEP: usize = 32;
 /// Lines of sums in a panel: they should stay in L2 while the rows of a sweep are processed.
@@ -30,9 +23,6 @@ pub(super) fn run<L: Kernels>(
     workspace: &mut Workspace,
 ) -> f64 {
     let (rows, cols) = (v.rows(), v.cols());
-    if rows == 0 || cols == 0 {
-        return 0.0;
-    }
     let groups = cols.div_ceil(GROUP);
     let lines = 2 * (1 + rank);
     let Borrowed { vectors, sums, squares } = workspace.borrow(rank * rows, groups * lines, groups);
@@ -53,10 +43,9 @@ pub(super) fn run<L: Kernels>(
             sums.fill(Line::ZERO);
             unit.update::<L>(start, end, sums);
             for (square, sums) in squares.iter_mut().zip(sums.chunks_exact(lines)) {
-                *square += sums[..2].iter().flat_map(|line| line.0).map(f64::from).sum::<f64>();
+                *square += total(&sums[..2]);
             }
-            // SAFETY: `y` is (rank, cols) and no other unit covers these columns.
-            unsafe { add::<L>(sums, lines, rank, unit.first, cols, y) };
+            unit.add::<L>(sums, y);
         }
     });
     squares.iter().sum()
@@ -128,13 +117,13 @@ impl Unit<'_> {
 
     /// Adds rows `start` to `end` of the last group, which is narrower, to its sums.
     fn sweep_tail<L: Kernels>(&self, (start, end): (usize, usize), sums: &mut [Line]) {
-        let (mut aligned_padding, mut base_padding) = (Padding::ZERO, Padding::ZERO);
+        let (mut aligned_padding, mut base_padding) = (Padding::<ROWS>::ZERO, Padding::<ROWS>::ZERO);
         let column = self.v.cols() / GROUP * GROUP;
         let mut row = start;
         while row < end {
             let rows = if end - row < ROWS { 1 } else { ROWS };
-            let aligned = aligned_padding.copy(&self.v.aligned(), row, rows, column);
-            let base = base_padding.copy(&self.v.base(), row, rows, column);
+            let aligned = aligned_padding.copy(&self.v.aligned(), row..row + rows, column);
+            let base = base_padding.copy(&self.v.base(), row..row + rows, column);
             let next = [aligned.pointer, base.pointer];
             let (x, sums) = (self.packed[row * self.rank..].as_ptr(), sums.as_mut_ptr());
             // SAFETY: the copies have `rows` rows of 32 elements; the rest as in `sweep`.
@@ -144,44 +133,15 @@ impl Unit<'_> {
             row += rows;
         }
     }
-}
 
-/// The last columns of a few rows of one matrix, copied and padded with zeros to a group of 32.
-struct Padding([[u8; 4 * GROUP]; ROWS]);
-
-impl Padding {
-    const ZERO: Self = Self([[0; 4 * GROUP]; ROWS]);
-
-    fn copy(&mut self, matrix: &Matrix<'_>, start: usize, rows: usize, column: usize) -> Corner {
-        for (row, copy) in self.0.iter_mut().enumerate().take(rows) {
-            let rest = &matrix.row(start + row)[column * matrix.dtype().size()..];
-            copy[..rest.len()].copy_from_slice(rest);
-        }
-        Corner { pointer: self.0.as_ptr().cast(), row_step: 4 * GROUP, dtype: matrix.dtype() }
-    }
-}
-
-/// Adds the sums of a unit to its columns of `y`.
-///
-/// # Safety
-/// `y` is (rank, cols), and nothing else writes to the columns from `first`·32 that `sums` covers.
-unsafe fn add<L: Kernels>(sums: &[Line], lines: usize, rank: usize, first: usize, cols: usize, y: Shared) {
-    for (tile, sums) in sums.chunks_exact(lines).enumerate() {
-        let column = (first + tile) * GROUP;
-        for k in 0..rank {
-            let split = sums[2 * (1 + k)..].as_ptr();
-            let width = GROUP.min(cols - column);
-            // SAFETY: `width` values at `output` belong to this unit alone; a narrower group goes through a copy.
-            unsafe {
-                let output = y.at(k * cols + column);
-                if width == GROUP {
-                    L::add_joined(split, output);
-                } else {
-                    let mut joined = [0.0; GROUP];
-                    std::ptr::copy_nonoverlapping(output, joined.as_mut_ptr(), width);
-                    L::add_joined(split, joined.as_mut_ptr());
-                    std::ptr::copy_nonoverlapping(joined.as_ptr(), output, width);
-                }
+    /// Adds the sums of the unit to its columns of `y`.
+    fn add<L: Kernels>(&self, sums: &[Line], y: Shared) {
+        let cols = self.v.cols();
+        for (group, sums) in sums.chunks_exact(2 * (1 + self.rank)).enumerate() {
+            let column = (self.first + group) * GROUP;
+            for (k, sums) in sums[2..].chunks_exact(2).enumerate() {
+                // SAFETY: `y` is (rank, cols), and no other unit covers these columns; the engine has checked the CPU.
+                unsafe { add::<L>(sums, y.at(k * cols + column), GROUP.min(cols - column)) };
             }
         }
     }
