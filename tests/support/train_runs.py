@@ -77,6 +77,7 @@ def settings(spec):
     """Return the other keyword arguments for loops and trainers; they always include a monitor."""
     return {
         **({} if spec["kind"] in {"transformers", "trl"} else {"tokenizer": tiny_tokenizer()}),
+        "reference": spec.get("reference", "base"),
         "share_logits": spec.get("share_logits", True),
         "on_nonfinite": spec.get("on_nonfinite", "raise"),
         "monitors": [DriftMonitor(torch.linspace(-1, 2, 32), 1)],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import TARGETS, adapter_weights, furthest, tiny_peft_model
-from train_runs import run, run_two_processes
+from tiny_models import TARGETS, adapter_weights, collate, furthest, tiny_peft_model
+from train_runs import defenses, examples_of, run, run_two_processes
+
+from safelora_fast.training import defend
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
 
@@ -95,6 +97,21 @@ def test_only_one_process_meets_a_new_prefix(kind, tmp_path):
     weights, metrics = run_two_processes({**spec, "kind": kind}, tmp_path)
     assert furthest(weights, whole[0]) < 1e-5
     assert metrics["defense/template_anchor"] == pytest.approx(whole[1]["defense/template_anchor"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loop", "fsdp"])
+def test_only_one_process_finds_its_rows_in_the_cache(kind, tmp_path):
+    """Under FSDP2 both must run the reference as long as one of them misses a row. In the second step, none does."""
+    spec = {"batch": 2, "steps": 2, "defenses": {"kl": 30.0, "feature_distance": 30.0}}
+    whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
+    cache, model = tmp_path / "cache", tiny_peft_model()
+    with defend(model, defenses(spec["defenses"], model), reference=f"cache:{cache}") as defended:
+        defended.loss(collate(examples_of(spec)[0::2]))  # the rows of process 0
+    weights, metrics = run_two_processes({**spec, "kind": kind, "reference": f"cache:{cache}"}, tmp_path)
+    assert furthest(weights, whole[0]) < 1e-5
+    assert metrics["defense/kl"] == pytest.approx(whole[1]["defense/kl"], rel=1e-4)
+    assert len(list(cache.glob("*/*.records"))) == 2  # of this process and of process 1
 
 
 @pytest.mark.slow

@@ -88,6 +88,11 @@ class Capture:
         return again
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Return the autocast dtype of a kind of device; None if autocast is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """Return the hidden states from the output of a layer or decoder (a tensor, a tuple, or a model output)."""
     if isinstance(output, torch.Tensor):
@@ -186,9 +191,8 @@ class Tap:
     def _decoder_hook(self, _module: Any, _inputs: Any, output: Any) -> None:
         if (capture := self._recording) is not None:
             hidden = first_tensor(output)
-            kind = hidden.device.type
             capture.hidden = hidden
-            capture.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            capture.autocast = autocast_dtype(hidden.device.type)
             self._open = None
 
 

@@ -91,7 +91,7 @@ class ReferencePass:
             raise SettingsError("a key-value cache was given to the training pass: set use_cache=False")
         if whole is None:
             check_inputs(decoder)
-        only_decoder = whole is None or (_handed_on(whole, decoder) and not self._sharded())
+        only_decoder = self.runs_decoder(whole, decoder)
         call = decoder if whole is None or only_decoder else whole
         if part is not None:
             module = self.anatomy.decoder if only_decoder else self._student
@@ -119,6 +119,10 @@ class ReferencePass:
                 self._run_whole(call)
         capture.part = part
         return capture
+
+    def runs_decoder(self, whole: Call | None, decoder: Call) -> bool:
+        """Return whether a pass on these calls runs the decoder alone, and not the whole model from its own inputs."""
+        return whole is None or (_handed_on(whole, decoder) and not self._sharded())
 
     def _run_whole(self, call: Call) -> None:
         """Run the reference on the inputs of the whole model and stop after its decoder, before head and loss.

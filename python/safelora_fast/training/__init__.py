@@ -60,7 +60,8 @@ def defend(
         defenses: the defenses; those that are switched off (weight 0) cost nothing.
         optimizer: the optimizer whose steps are counted; required to skip steps, and by defenses with `sample` below 1.
         reference: the reference model of the defenses: "base" (the same model, adapters disabled), the name of a frozen
-            adapter of the model, or a second model.
+            adapter of the model, or a second model. "cache:FOLDER" is "base" with its hidden states kept in a folder: later
+            epochs, and other runs on the same examples, read them there.
         on_nonfinite: when a defense is NaN or Inf, "raise" `TrainingError` or "skip" the optimizer step.
         first_step: optimizer steps already made, when a run is resumed.
         share_logits: let KL compute the task loss from its own logits, if that loss is the plain cross-entropy of a

@@ -96,6 +96,7 @@ class Defended:
             stopwatch=self._stopwatch,
             template=self._template,
         )
+        self._passes.check_hooks(self.defenses)
         for defense in self.defenses:
             defense.check(anatomy)
             if (attached := defense.attach(self._run)) is not None:

@@ -12,12 +12,13 @@ import torch
 from safelora_fast.data.batch_part import Part, part_of
 from safelora_fast.data.draws import draws
 from safelora_fast.data.spans import Spans, read_spans
-from safelora_fast.defenses.base import BatchDefense, Observation
+from safelora_fast.defenses.base import BatchDefense, Defense, Observation
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import entrances
 from safelora_fast.models.capture import Call, Capture, StudentRecorder, Tap
 from safelora_fast.models.distributed import sum_over_ranks
 from safelora_fast.models.lora_factors import check_no_prompt_learning
+from safelora_fast.models.reference_cache import CachedReference, split_reference
 from safelora_fast.models.reference_pass import Reference, ReferencePass, check_inputs
 from safelora_fast.models.shards import is_sharded
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from safelora_fast.data.template_tokens import TemplateTokens
-    from safelora_fast.defenses.base import Attached, Defense, Run
+    from safelora_fast.defenses.base import Attached, Run
     from safelora_fast.models.anatomy import Anatomy
     from safelora_fast.models.capture import Pick
     from safelora_fast.training.metrics import Stopwatch
@@ -123,14 +124,28 @@ class TrainingPasses:
         self._part: Part | None = None  # of the batch, that the reference runs on
         self._recorder: StudentRecorder | None = None
         self.reference: ReferencePass | None = None
+        self._cache: CachedReference | None = None
+        self._recorded_anew = False  # whether a defense that keeps what the reference gave needs a pass
+        reference, folder = split_reference(reference)
         self._sharded = is_sharded(anatomy.model) or (isinstance(reference, torch.nn.Module) and is_sharded(reference))
         if not records:
             return
         check_no_prompt_learning(model)
         if reference is not None:
             self.reference = ReferencePass(model, anatomy, reference, list(layers))
+            if folder is not None:
+                self._cache = CachedReference(self.reference, folder, sharded=self._sharded)
         run_reference = None if reference is None else self._run_reference
         self._recorder = StudentRecorder(Tap(anatomy, [*layers, *watched]), run_reference, entrances(model))
+
+    def check_hooks(self, defenses: Sequence[Defense]) -> None:
+        """Raise SettingsError for a defense whose hooks act on a reference model whose hidden states are stored."""
+        for defense in defenses:
+            if self._cache is not None and type(defense).install is not Defense.install:
+                raise SettingsError(
+                    f"{type(defense).__name__} acts on the reference model too, so what that computes cannot be stored: say "
+                    'reference="base"'
+                )
 
     def install(self, defenses: Sequence[tuple[Defense, Attached | None]]) -> list[Any]:
         """Install the defenses' hooks on the model and on a separate reference model, and then the recording hooks.
@@ -180,6 +195,8 @@ class TrainingPasses:
             if self.reference is not None:
                 check_inputs(Call((), batch))
                 self._part = self._looked_at(self._spans)
+            if self._cache is not None:
+                self._cache.open()
             with self._recorder.recording():
                 yield
 
@@ -230,6 +247,7 @@ class TrainingPasses:
         long as another one has something.
         """
         unknown = {name: attached.before_pass(spans) for name, attached in self._states.items()}
+        self._recorded_anew = any(mask is not None and bool(mask.any()) for mask in unknown.values())
         masks = [
             d.mask(spans.drawn(d.sample)) if (mask := unknown.get(d.name)) is None else mask
             for d in self._defenses
@@ -247,4 +265,7 @@ class TrainingPasses:
         if self._part is not None and not self._part.rows:
             return None
         with self._stopwatch.running():
-            return self.reference.run(whole, decoder, part=self._part, around=self._engaged)
+            if self._cache is None:
+                return self.reference.run(whole, decoder, part=self._part, around=self._engaged)
+            stored = not self._recorded_anew
+            return self._cache.run(whole, decoder, part=self._part, around=self._engaged, stored=stored)
