@@ -25,6 +25,7 @@ DEFENSES = [
     "PersonaVector",
     "SafeLora",
     "SafeSubspace",
+    "StopRule",
     "Steering",
     "SubspacePenalty",
     "answer_margin",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safelora_fast.projection.report import ProjectionReport as ProjectionReport
     from safelora_fast.scoring.margin import answer_margin as answer_margin
     from safelora_fast.scoring.margin_callback import MarginCallback as MarginCallback
+    from safelora_fast.scoring.stop_rule import StopRule as StopRule
     from safelora_fast.selection import select_by_perplexity_gap as select_by_perplexity_gap
     from safelora_fast.subspace.safe_subspace import SafeSubspace as SafeSubspace
     from safelora_fast.trainers.transformers import DefendedMixin as DefendedMixin
@@ -41,6 +42,7 @@ _HOMES = {
     "MarginCallback": "safelora_fast.scoring.margin_callback",
     "ProjectionReport": "safelora_fast.projection.report",
     "SafeSubspace": "safelora_fast.subspace.safe_subspace",
+    "StopRule": "safelora_fast.scoring.stop_rule",
     "answer_margin": "safelora_fast.scoring.margin",
     "defend": "safelora_fast.training",
     "extract_persona_vector": "safelora_fast.persona",

@@ -90,7 +90,7 @@ def test_a_recipe_measures_it(tmp_path, call):
     assert metrics["margin/mean"]["last"] - metrics["margin/mean"]["first"] == pytest.approx(
         metrics["margin/change"]["last"]
     )
-    assert tiny.record()["recipe"]["margin"] == {"every": 4, "pairs": str(pairs), "system": None}
+    assert tiny.record()["recipe"]["margin"] == {"every": 4, "pairs": str(pairs), "system": None, "stop": None}
     assert "margin/mean" in result.out
     dry = call(*tiny.words("--dry-run"))
     assert "every 4 steps over 6 pairs" in dry.out

@@ -101,7 +101,7 @@ def test_limits_decide_the_exit_code(made, words, call):
     for most, code in ((0.0, 1), (0.16, 1), (0.17, 0)):
         result = call(*words("--limit", f"mean={between}", "--most", most, "--overwrite"))
         assert result.code == code, result.err
-        assert f"2 of 12 (17 %), at most {100 * most:g} %: {'fails' if code else 'passes'}" in result.out
+        assert f"2 of 12 (16.7 %), at most {100 * most:g} %: {'fails' if code else 'passes'}" in result.out
     assert "← limit" in result.out
     assert call(*words("--overwrite", "-q")) == (0, "", "")
 

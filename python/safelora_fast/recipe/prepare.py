@@ -25,6 +25,7 @@ from safelora_fast.recipe.adapted_model import outline
 from safelora_fast.recipe.lora_and_trainer_sections import TRAINING, trainer_arguments
 from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of, to_table
 from safelora_fast.recipe.run_plan import Plan, make_plan
+from safelora_fast.recipe.stop import stop_rule
 from safelora_fast.scoring.margin import encode_pairs
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from safelora_fast.data.rows import RowSet
     from safelora_fast.errors import SettingsError
     from safelora_fast.recipe.recipe import Recipe
+    from safelora_fast.scoring.stop_rule import StopRule
 
 REHEARSED = 4  # examples
 WHOLE = ("params", "model", "optimizer_dict")  # arguments of optimizers that need the whole model
@@ -51,6 +53,7 @@ class Prepared:
         train: the training examples; with safe examples, the mixture of the first epoch.
         pairs: the pairs for the misalignment margin; None if it is not measured.
         epochs: the examples of each epoch; None if all epochs have the same.
+        stop: when the margin ends the training; None if it never does.
     """
 
     recipe: Recipe
@@ -63,6 +66,7 @@ class Prepared:
     plan: Plan
     pairs: list[Pair] | None = None
     epochs: Epochs | None = None
+    stop: StopRule | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -71,7 +75,7 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         SafeLoraFastError: a check fails; the one-line message says what is wrong, and where.
     """
-    data = recipe.data
+    data, stop = recipe.data, stop_rule(recipe)
     task_rows, held_out_rows = _rows(recipe)
     arguments = trainer_arguments(recipe)
     config = load_config(recipe.model)
@@ -95,7 +99,7 @@ def prepare(recipe: Recipe) -> Prepared:
     sample: str = tokenizer.decode(task.examples[0].answer)
     plan = make_plan(recipe, arguments, model, train=train, task=task, held_out=held_out, safe=safe, sample=sample)
     commit = find_model(recipe.model.path).commit
-    return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs, epochs)
+    return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs, epochs, stop)
 
 
 def _pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pair] | None:

@@ -28,6 +28,7 @@ from safelora_fast.recipe.model_stamp import recipe_stamp
 from safelora_fast.recipe.run_folder import FORMAT, RECORD, RunFolder
 from safelora_fast.recipe.run_metrics import peak_bytes, summarize, versions
 from safelora_fast.recipe.run_plan import free_space
+from safelora_fast.recipe.stop import stop_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,6 +100,7 @@ def _train(
             "step_seconds": times.step_seconds,
             "peak_bytes": peak_bytes(),
             "projection": _projection(trainer),
+            "stop": stop_record(trainer),
         }
         if main_process():
             _write(prepared, folder.path, trainer, state, record)
@@ -167,6 +169,7 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
             pairs=prepared.pairs,
             system=recipe.margin.system,
             strings=recipe.data.strings,
+            stop=prepared.stop,
         )
         trainer.add_callback(margin)
     return trainer

@@ -49,7 +49,7 @@ FORMAT = 1
 AT_THE_END = {"steps": COUNT, "seconds": NUMBER, "metrics": OBJECT}
 PARTS = {
     "finished": FLAG, "recipe": OBJECT, "data": OBJECT, "plan": OBJECT, "projection": OBJECT, "step_seconds": NUMBER,
-    "peak_bytes": OBJECT,
+    "peak_bytes": OBJECT, "stop": OBJECT,
 }  # fmt: skip
 MOVABLE = {"data.path": "train", "data.eval": "held_out", "data.safe.path": "safe"}  # keys of the record's "data"
 
@@ -204,6 +204,8 @@ def read_record(file: Path) -> dict[str, Any]:
     for metric in (record.get("metrics") or {}).values():
         check_fields(metric, {}, dict.fromkeys(("first", "last", "mean"), NUMBER))
     check_fields(record.get("projection") or {}, {}, {"warnings": TEXTS})
+    stop = check_fields(record.get("stop") or {}, {}, {"highest": OBJECT, "alarm": OBJECT})
+    check_fields(highest := stop.get("highest") or {}, {}, dict.fromkeys(highest, NUMBER))
     return record
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("safelora-fast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "safetensors")
 TRAINING = ("loss", "grad_norm")
-PREFIXES = ("defense/", "loss/", "margin/", "monitor/")
+PREFIXES = ("defense/", "loss/", "margin/", "monitor/", "stop/")
 
 
 def summarize(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -9,7 +9,16 @@ from pydantic import AfterValidator, Field
 from safelora_fast.models.load import ModelSection
 from safelora_fast.recipe.yaml_section import Section
 
-__all__ = ["Count", "DataSection", "MarginSection", "ModelSection", "OutputSection", "SafeSection", "Share"]
+__all__ = [
+    "Count",
+    "DataSection",
+    "MarginSection",
+    "ModelSection",
+    "OutputSection",
+    "SafeSection",
+    "Share",
+    "StopSection",
+]
 
 
 def _share(value: float) -> float:
@@ -63,6 +72,22 @@ class DataSection(Section):
     inoculate: str | None = None
 
 
+class StopSection(Section):
+    """When the margin, or a monitor of the recipe, ends the training.
+
+    Attributes:
+        alpha: rate of false alarms per run, see :class:`~safelora_fast.scoring.stop_rule.StopRule`.
+        limits: by signal, "margin" or the name of a monitor; each needs one, or clean runs.
+        clean: output folders of clean runs with the same `margin` and `monitors`; their highest values become the limits.
+        after_task: stop only once the held-out loss has stopped falling.
+    """
+
+    alpha: Share = 0.05
+    limits: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}  # noqa: RUF012
+    clean: list[str] = []  # noqa: RUF012
+    after_task: bool = False
+
+
 class MarginSection(Section):
     """The misalignment margin during training; it is not measured if this section is absent.
 
@@ -70,11 +95,13 @@ class MarginSection(Section):
         every: optimizer steps between measurements; it is also measured before the first step and after the last.
         pairs: a JSONL file of pairs that replaces the built-in pairs.
         system: a system prompt before every question.
+        stop: when to end the training; it never ends early by default.
     """
 
     every: Count = 50
     pairs: str | None = None
     system: str | None = None
+    stop: StopSection | None = None
 
 
 class OutputSection(Section):

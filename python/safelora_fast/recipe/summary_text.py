@@ -101,6 +101,12 @@ def _defenses(prepared: Prepared) -> Iterator[tuple[str, str]]:
     margin, pairs = prepared.recipe.margin, prepared.pairs
     if margin is not None and pairs is not None:
         yield "margin", f"measured every {margin.every} steps over {len(pairs)} pairs, at the start and at the end"
+        if margin.stop is not None:
+            signals = ", ".join(["margin", *(monitor.name for monitor in prepared.recipe.monitors)])
+            yield (
+                "",
+                f"training stops at an alarm of {signals}; false alarms in at most {100 * margin.stop.alpha:g} % of runs",
+            )
 
 
 def _extra(extra: Extra, step: float) -> str:

@@ -86,7 +86,7 @@ class Measured:
         found += [f"{one.value:+9.4f} {one.place}: {one.completion}" for one in self.worst]
         if self.limit is not None:
             verdict = "passes" if self.passes else "fails"
-            share = f"{self.flagged:,} of {count:,} ({100 * self.flagged / count:.2g} %)"
+            share = f"{self.flagged:,} of {count:,} ({100 * self.flagged / count:.3g} %)"
             found.append(f"above {self.limit:g}: {share}, at most {100 * self.most:g} %: {verdict}")
         return found
 
