@@ -5,6 +5,7 @@ Tolerances are far above rounding in float64 and far below the effect of one wro
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from plain_loop import make_step, train_windows
 from tiny_models import collate, fill_adapter, furthest, gradients, pack, rows, tiny_peft_model
 from train_runs import run_transformers, sgd
 
-from safelora_fast.data.batch_part import Part
+from safelora_fast.data.batch_part import Part, part_of
 from safelora_fast.data.draws import draws
 from safelora_fast.data.spans import read_spans
 from safelora_fast.defenses import KL, FeatureDistance
@@ -96,14 +97,14 @@ def exact_model(**settings):
 
 @pytest.mark.parametrize("share_logits", [True, False], ids=["shared logits", "apart"])
 @pytest.mark.parametrize(
-    ("make", "shape"), [(right, (2, 4)), (left, (2, 9)), (packed, (1, 23))], ids=["right", "left", "packed"]
+    ("make", "shape"), [(right, (2, 4)), (left, (2, 9)), (packed, (1, 7))], ids=["right", "left", "packed"]
 )
 def test_the_plain_formulas_from_a_pass_on_the_safe_rows_alone(make, shape, share_logits):
     batch, model, other = make(rows(LENGTHS)), exact_model(), exact_model()
     expected = plainly(other, batch, "safe", share_logits=share_logits)
     expected["loss"].backward()
     with defend(model, defenses(tokens="safe"), share_logits=share_logits) as defended:
-        defended.loss(batch)  # the head is compared with the model's logits in the first
+        defended.loss(batch)  # the first one compares the head with the model's logits, and tries packed documents
         model.zero_grad()
         shapes = passes(model)
         defended.loss(batch).backward()
@@ -112,6 +113,46 @@ def test_the_plain_formulas_from_a_pass_on_the_safe_rows_alone(make, shape, shar
         assert close(defended.loss(batch), expected["loss"])
     found = gradients(model)
     assert all(close(found[name], gradient) for name, gradient in gradients(other).items())
+
+
+@pytest.mark.parametrize("several", [True, False], ids=["two rows", "one row"])
+def test_documents_that_a_model_does_not_keep_apart_stay_in_their_rows(several, monkeypatch, caplog):
+    """The mask ignores positions, so each document sees those before it, in the model in training as in the reference."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _positions: None)
+    caplog.set_level(logging.INFO, logger="safelora_fast")
+    model, batch = exact_model(), packed(rows(LENGTHS))
+    batch = batch if several else {name: value[:1] for name, value in batch.items()}
+    expected = plainly(model, batch, "safe")["kl"]
+    with defend(model, defenses(tokens="safe")) as defended:
+        defended.loss(batch)
+        shapes = passes(model)
+        defended.loss(batch)
+        assert shapes == [(1 + several, 23)]
+        assert defended.metrics()["defense/kl"] == pytest.approx(expected.item(), rel=EXACT)
+    (message,) = [record.getMessage() for record in caplog.records if "packed rows" in record.getMessage()]
+    assert message.startswith(
+        "the reference runs on whole packed rows: LlamaForCausalLM does not keep their documents apart"
+    )
+
+
+def test_the_documents_of_a_part():
+    """Needed documents come first, in order; other tokens of the row fill it up, each once."""
+    batch = packed(rows(LENGTHS))
+    spans = read_spans(batch)
+    part = part_of(spans, spans.safe)
+    assert (part.rows, part.width, part.by_rows().rows) == ((0,), 7, (0, 1))
+    assert part.columns.tolist() == [[9, 10, 11, 19, 20, 21, 22]]
+    both = part_of(spans, spans.safe | (spans.segments == 1))
+    assert both.columns.tolist() == [[9, 10, 11, 19, 20, 21, 22], [6, 7, 8, 9, 10, 0, 1]]
+    assert part_of(spans, spans.real) is None
+    assert torch.equal(both.take(both.spread(both.take(batch["input_ids"]))), both.take(batch["input_ids"]))
+    model = tiny_peft_model().get_base_model().model
+    positions = batch["position_ids"]
+    assert part_of_call(model, Call((), {"position_ids": positions}), part).kwargs["position_ids"].tolist() == [
+        [0, 1, 2, 0, 1, 2, 3]
+    ]
+    for others in ({}, {"position_ids": positions, "attention_mask": positions}, {"position_ids": positions + 1}):
+        assert part_of_call(model, Call((), others), part) is None
 
 
 def test_one_pass_serves_defenses_that_look_at_different_examples():

@@ -1,4 +1,4 @@
-"""Cutting the arguments of a model to some rows of its batch."""
+"""Cutting the arguments of a model to a part of its batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from safelora_fast.data.batch_part import Part
 
 # Arguments whose rows and tokens are those of the batch, and arguments of the head, which the reference does not run.
-BY_TOKEN = {"input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids", "labels", "shift_labels"}
+BY_TOKEN = {"input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids", "labels", "shift_labels", "seq_idx"}
 OF_HEAD = {"logits_to_keep", "num_items_in_batch"}
 # Rotary embeddings that depend on the longest row of the batch, and the setting with the length from which on they do.
 BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
@@ -25,18 +25,35 @@ BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_pos
 def part_of_call(module: nn.Module, call: Call, part: Part) -> Call | None:
     """Return the call of a module with the arguments of a part of the batch; None if one of them cannot be cut.
 
-    These can be cut: token ids and types, embeddings and labels [batch, tokens, ...]; attention masks [batch, tokens],
-    and [batch or 1, heads or 1, tokens, tokens]; positions [batch or 1, tokens] and [axes, batch, tokens]. Any other
-    tensor, such as pixel values, `cu_seq_lens` or a mapping of masks, may belong to rows in a way that is not known.
+    These can be cut by rows: token ids and types, embeddings and labels [batch, tokens, ...]; attention masks
+    [batch, tokens], and [batch or 1, heads or 1, tokens, tokens]; positions [batch or 1, tokens] and
+    [axes, batch, tokens]; `seq_idx` [batch, tokens]. Any other tensor, such as pixel values, `cu_seq_lens` or a mapping
+    of masks, may belong to rows in a way that is not known.
+
+    Documents can be cut from packed rows if positions [batch, tokens] alone separate them, each starting at 0.
     """
     names = list(inspect.signature(module.forward).parameters)
     if len(call.args) > len(names):
         return None
     given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    if part.columns is not None and not _documents_can_be_cut(given, part):
+        return None
     cut = {name: _part_of(name, value, part) for name, value in given.items()}
     if any(cut[name] is None and value is not None for name, value in given.items()):
         return None
     return Call(tuple(cut[name] for name in names[: len(call.args)]), {name: cut[name] for name in call.kwargs})
+
+
+def _documents_can_be_cut(given: Mapping[str, Any], part: Part) -> bool:
+    """Return whether positions, and nothing else, separate the documents, also where others are cut out between them."""
+    positions = given.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or positions.shape != (part.batch, part.tokens):
+        return False
+    if any(given.get(name) is not None for name in ("attention_mask", "seq_idx")):
+        return False
+    assert part.columns is not None  # noqa: S101
+    joined = part.columns.diff(dim=1) != 1
+    return not part.take(positions)[:, 1:].cpu()[joined].any()
 
 
 def _part_of(name: str, value: Any, part: Part) -> Any:

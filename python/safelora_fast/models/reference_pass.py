@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
+from safelora_fast.data.batch_part import Part
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import Anatomy, above, adapter_layers
 from safelora_fast.models.call_part import depends_on_longest_row, part_of_call
@@ -23,8 +25,7 @@ from safelora_fast.models.reference_checks import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from safelora_fast.data.batch_part import Part
-
+logger = logging.getLogger(__name__)
 Reference: TypeAlias = "str | nn.Module"
 CACHES = ("past_key_values", "cache")  # before transformers 5.24, and from 5.24 on
 
@@ -70,6 +71,7 @@ class ReferencePass:
             for name in ("running_mean", "running_var")
             if isinstance(getattr(module, name, None), torch.Tensor)
         ]
+        self._apart: dict[tuple[bool, bool], bool] = {}
         self.tap = Tap(self.anatomy, layers)
 
     def run(self, whole: Call | None, decoder: Call, *, part: Part | None, around: Callable[[], Any]) -> Capture:
@@ -93,13 +95,59 @@ class ReferencePass:
             check_inputs(decoder)
         only_decoder = self.runs_decoder(whole, decoder)
         call = decoder if whole is None or only_decoder else whole
-        if part is not None:
-            module = self.anatomy.decoder if only_decoder else self._student
-            cut = part_of_call(module, call, part)
-            if cut is None or depends_on_longest_row(self.anatomy.config, call, part.tokens):
-                part = None
-            else:
-                call = cut
+
+        def inputs(part: Part) -> Call | None:
+            cut = part_of_call(self.anatomy.decoder if only_decoder else self._student, call, part)
+            return None if cut is None or depends_on_longest_row(self.anatomy.config, call, part.tokens) else cut
+
+        def states(call: Call) -> Capture:
+            return self._states(call, only_decoder=only_decoder, around=around)
+
+        if part is not None and part.columns is not None:
+            documents, rows = inputs(part), inputs(part.by_rows())
+            if (
+                documents is None
+                or rows is None
+                or not self._keeps_apart(part, lambda: (states(documents), states(rows)))
+            ):
+                part = part.by_rows()
+        cut = None if part is None else inputs(part)
+        capture = states(call if cut is None else cut)
+        capture.part = None if cut is None else part
+        return capture
+
+    def _keeps_apart(self, part: Part, trial: Callable[[], tuple[Capture, Capture]]) -> bool:
+        """Return whether the documents of packed rows have the same hidden states where others are cut out between them.
+
+        Some models ignore positions in their attention mask, or carry a state from one document to the next. Flash
+        attention separates documents in a single row only. So each combination of one row or several is tried once.
+
+        Args:
+            part: documents of a batch.
+            trial: runs the reference on this part, and on all documents of its rows.
+        """
+        kind = part.batch > 1, len(part.rows) > 1
+        assert part.columns is not None  # noqa: S101
+        if kind in self._apart or bool((part.columns == torch.arange(part.width)).all()):
+            return self._apart.get(kind, False)
+        documents, rows = trial()
+        assert documents.hidden is not None  # noqa: S101
+        assert rows.hidden is not None  # noqa: S101
+        among = Part(len(rows.hidden), part.tokens, _places(part), part.width, part.columns)
+        expected = among.take(rows.hidden).double()
+        error = ((documents.hidden.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
+        exact = rows.hidden.dtype in {torch.float32, torch.float64} and rows.autocast is None
+        self._apart[kind] = bool(error < (1e-3 if exact else 0.1))
+        if not self._apart[kind]:
+            logger.info(
+                "the reference runs on whole packed rows: %s does not keep their documents apart (hidden states differ by %.2g)",
+                type(self.anatomy.model).__name__,
+                error.item(),
+            )
+        return self._apart[kind]
+
+    def _states(self, call: Call, *, only_decoder: bool, around: Callable[[], Any]) -> Capture:
+        """Run the reference on these inputs of the decoder, or of the whole model."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_uncached_autocast(next(self.anatomy.decoder.parameters()).device))
@@ -117,7 +165,6 @@ class ReferencePass:
                 self.anatomy.decoder(*call.args, **call.kwargs)
             else:
                 self._run_whole(call)
-        capture.part = part
         return capture
 
     def runs_decoder(self, whole: Call | None, decoder: Call) -> bool:
@@ -169,6 +216,12 @@ class ReferencePass:
     def _cuda_devices(self) -> list[int]:
         devices = {parameter.device for parameter in self.anatomy.model.parameters()}
         return sorted({device.index or 0 for device in devices if device.type == "cuda"})
+
+
+def _places(part: Part) -> tuple[int, ...]:
+    """Return the places of a part's rows among those of :meth:`Part.by_rows`."""
+    rows = part.by_rows().rows
+    return tuple(rows.index(row) for row in part.rows)
 
 
 def check_inputs(call: Call) -> None:

@@ -253,7 +253,8 @@ class TrainingPasses:
             for d in self._defenses
             if d.needs_reference
         ]
-        part = part_of(spans, torch.stack(masks).any(dim=0) if masks else spans.real)
+        needed = torch.stack(masks).any(dim=0) if masks else spans.real
+        part = part_of(spans, needed, documents=not self._sharded)
         if self._sharded:
             at_work = sum_over_ranks([float(part is None or bool(part.rows))], spans.real.device)[0]
             if part is not None and not part.rows and at_work:
