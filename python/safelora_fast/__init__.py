@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from safelora_fast.scoring.margin import answer_margin as answer_margin
     from safelora_fast.scoring.margin_callback import MarginCallback as MarginCallback
     from safelora_fast.scoring.stop_rule import StopRule as StopRule
+    from safelora_fast.selection import regenerate_completions as regenerate_completions
     from safelora_fast.selection import select_by_perplexity_gap as select_by_perplexity_gap
     from safelora_fast.subspace.safe_subspace import SafeSubspace as SafeSubspace
     from safelora_fast.trainers.transformers import DefendedMixin as DefendedMixin
@@ -51,6 +52,7 @@ _HOMES = {
     "project_adapter": "safelora_fast.projection.project",
     "project_fleet": "safelora_fast.projection.fleet",
     "project_peft_model": "safelora_fast.projection.peft_model",
+    "regenerate_completions": "safelora_fast.selection",
     "select_by_perplexity_gap": "safelora_fast.selection",
 }
 

@@ -171,6 +171,21 @@ def test_tokens_are_drawn_in_proportion_to_their_probability():
     assert (shares - (logits.double() / 0.5).softmax(-1)).abs().max() < 2e-4
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9, 0.999])
+def test_only_the_nucleus_is_drawn(top_p):
+    """The fewest most likely tokens whose probabilities sum to top_p, in proportion to them."""
+    logits = torch.tensor([[0.3, 2.0, -1.0, 1.2, 2.0]])
+    likely = logits.double().softmax(-1)[0]
+    order, kept = likely.argsort(descending=True, stable=True), torch.zeros(5, dtype=torch.float64)
+    for token in order.tolist():
+        if kept.sum() < top_p:
+            kept[token] = likely[token]
+    numbers = ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)[:, None]
+    sampling = SeededSampling(numbers, 1.0, width=0, top_p=top_p)
+    shares = sampling(torch.zeros(10_000, 0, dtype=torch.long), logits.expand(10_000, 5)).isfinite().double().mean(0)
+    assert (shares - kept / kept.sum()).abs().max() < 2e-4
+
+
 def test_an_impossible_token_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, 5)
     numbers = torch.tensor([[0.0], [0.5], [np.nextafter(0.5, 0)], [np.nextafter(1, 0)]], dtype=torch.float64)

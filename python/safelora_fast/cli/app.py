@@ -20,6 +20,7 @@ from safelora_fast.cli import (
     operator_swap,
     persona,
     project,
+    regenerate,
     rejudge,
     screen,
     select,
@@ -63,6 +64,7 @@ app.add_typer(subspace.app, name="subspace")
 app.command("train", cls=Command)(train.train)
 app.add_typer(persona.app, name="persona")
 app.command("screen", cls=Command)(screen.screen)
+app.command("regenerate", cls=Command)(regenerate.regenerate)
 app.command("select", cls=Command)(select.select)
 app.command("margin", cls=Command)(margin.margin)
 app.add_typer(operator_swap.app, name="operator-swap")

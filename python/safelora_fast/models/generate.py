@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,17 +36,24 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         numbers: uniform in [0, 1), float64 [batch, new tokens].
         temperature: divides the logits; above 0.
         width: prompt length in tokens, padding included.
+        top_p: only the most likely tokens whose probabilities sum to it are sampled; 1 for all.
     """
 
-    def __init__(self, numbers: torch.Tensor, temperature: float, width: int) -> None:
+    def __init__(self, numbers: torch.Tensor, temperature: float, width: int, top_p: float = 1.0) -> None:
         self._numbers = numbers
         self._temperature = temperature
         self._width = width
+        self._top_p = top_p
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return scores [batch, vocabulary]: 0 at the sampled token and -inf elsewhere."""
         step = input_ids.shape[1] - self._width
-        cumulative = (scores.float() / self._temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        likely = (scores.float() / self._temperature).softmax(dim=-1)
+        if self._top_p < 1:
+            ordered, places = likely.sort(dim=-1, descending=True, stable=True)
+            outside = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered >= self._top_p
+            likely = likely.masked_fill(outside.scatter(-1, places, outside), 0.0)
+        cumulative = likely.cumsum(dim=-1, dtype=torch.float64)
         height = self._numbers[:, step : step + 1].to(cumulative) * cumulative[:, -1:]
         sampled = torch.searchsorted(cumulative, height, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, sampled, 0.0)
@@ -74,17 +82,34 @@ class NanWatch(LogitsProcessor):  # type: ignore[misc]
             raise EvaluationError(NAN_LOGITS)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A completion: its text, and its number of tokens without the end token."""
+
+    text: str
+    tokens: int
+
+
 def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Message]], **settings: Any
+) -> Iterator[dict[int, str]]:
+    """Like :func:`generate_completions`, but yield the texts of the completions."""
+    for batch in generate_completions(model, tokenizer, conversations, **settings):
+        yield {number: completion.text for number, completion in batch.items()}
+
+
+def generate_completions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[list[Message]],
     *,
     max_tokens: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
     batch_size: int = 16,
     known: Container[int] = (),
-) -> Iterator[dict[int, str]]:
+) -> Iterator[dict[int, Completion]]:
     """Yield completions by conversation index, one batch at a time.
 
     A completion ends at a token of :func:`~safelora_fast.data.chat.answer_ends`. It includes thoughts and their tags.
@@ -95,6 +120,7 @@ def generate(
         conversations: lists of turns, each ending with a user turn.
         max_tokens: maximum number of tokens of a completion.
         temperature: 0 selects the most likely token.
+        top_p: only the most likely tokens whose probabilities sum to it are sampled.
         seeds: one seed per conversation; by default the conversation's index.
         batch_size: conversations per batch.
         known: indices of conversations whose completions are known; a batch with only known ones is skipped. Rounding
@@ -107,6 +133,8 @@ def generate(
     """
     if max_tokens < 1 or batch_size < 1 or temperature < 0:
         raise SettingsError("max_tokens and batch_size must be at least 1, and temperature at least 0")
+    if not 0 < top_p <= 1:
+        raise SettingsError(f"top_p is {top_p}, it must be above 0 and at most 1")
     if not has_template(tokenizer):
         raise DataError("the tokenizer has no chat template: give one with --chat-template")
     chat = chat_of(tokenizer)
@@ -122,16 +150,15 @@ def generate(
         batch, padding, watch = [prompts[number] for number in numbers], tokenizer.pad_token_id or 0, NanWatch()
         try:
             with evaluation_mode(model):
-                completions = generate_tokens(
-                    model, batch, draws, temperature=temperature, ends=ends, padding=padding, watch=watch
-                )
+                settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "ends": ends}
+                completions = generate_tokens(model, batch, draws, padding=padding, watch=watch, **settings)
         except torch.OutOfMemoryError as error:
             raise SettingsError(
                 f"out of memory with {len(numbers)} completions at a time: lower the batch size"
             ) from error
         watch.check()
         yield {
-            number: _text(tokenizer, prompts[number], tokens)
+            number: Completion(_text(tokenizer, prompts[number], tokens), len(tokens))
             for number, tokens in zip(numbers, completions, strict=True)
         }
 
@@ -145,11 +172,11 @@ def generate_tokens(
     ends: Sequence[int],
     padding: int,
     watch: NanWatch | None = None,
+    top_p: float = 1.0,
 ) -> list[tuple[int, ...]]:
     """Generate completions for one batch of prompts of any length.
 
-    Samples come from the model's unmodified distribution: its generation settings (penalties, top-k, top-p) do not
-    apply.
+    The model's own generation settings (penalties, top-k, top-p) do not apply.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -159,6 +186,7 @@ def generate_tokens(
         ends: tokens that end a completion.
         padding: the padding token.
         watch: detects NaN logits; without it they are not detected.
+        top_p: as for :func:`generate_completions`.
 
     Returns:
         The tokens of each completion, without the end token.
@@ -172,7 +200,7 @@ def generate_tokens(
         mask[row, width - len(prompt) :] = 1
     processors = LogitsProcessorList([] if watch is None else [watch])
     if temperature > 0:
-        processors.append(SeededSampling(torch.from_numpy(draws).to(device), temperature, width))
+        processors.append(SeededSampling(torch.from_numpy(draws).to(device), temperature, width, top_p))
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=draws.shape[1],

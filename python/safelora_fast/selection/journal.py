@@ -82,6 +82,14 @@ class Journal:
             return None
         if message := settings_message(self.path, self._changed, "change them back, or delete it"):
             raise SettingsError(message)
+        return self._entry(line)
+
+    def _entry(self, line: Any) -> Entry:
+        """Return the entry of a line.
+
+        Raises:
+            ValueError: the line is invalid.
+        """
         values = check_fields(line, {"row": COUNT, "of": TEXT}, {self.key: LIST, "skipped": TEXT})
         nll, skipped = values.get(self.key) or [], values.get("skipped")
         count = 0 if skipped else self.count
@@ -101,7 +109,11 @@ class Journal:
             {
                 "row": entry.index,
                 "of": entry.fingerprint,
-                **({"skipped": entry.skipped} if entry.skipped else {self.key: list(entry.nll)}),
+                **({"skipped": entry.skipped} if entry.skipped else self._values(entry)),
             }
             for entry in added.values()
         )
+
+    def _values(self, entry: Entry) -> dict[str, Any]:
+        """Return the values of an entry's line."""
+        return {self.key: list(entry.nll)}

@@ -66,7 +66,7 @@ class Scan:
             DataError: the journal belongs to other examples.
             SafeLoraFastError: from the scorer.
         """
-        self._check_fingerprints(journal)
+        check_fingerprints(journal, self.examples)
         done, total = sum(index in journal.entries for index in self.wanted), len(self.wanted)
         if progress is not None:
             progress(done, total)
@@ -124,10 +124,16 @@ class Scan:
             return f"more than {self.max_length} tokens"
         return example if example.answer else NO_ANSWER
 
-    def _check_fingerprints(self, journal: Journal) -> None:
-        for index, entry in journal.entries.items():
-            if index >= len(self.examples) or self.examples.fingerprint(index) != entry.fingerprint:
-                raise DataError(
-                    f"{journal.path}: example {index + 1} of {self.examples.source} is not what was scored: the file has "
-                    "changed; delete the journal, or choose another output"
-                )
+
+def check_fingerprints(journal: Journal, examples: Candidates) -> None:
+    """Check that a journal belongs to these examples.
+
+    Raises:
+        DataError: an example has changed; the message names it.
+    """
+    for index, entry in journal.entries.items():
+        if index >= len(examples) or examples.fingerprint(index) != entry.fingerprint:
+            raise DataError(
+                f"{journal.path}: example {index + 1} of {examples.source} is not what was scored: the file has "
+                "changed; delete the journal, or choose another output"
+            )
