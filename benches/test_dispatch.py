@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from emulated_cuda import emulated
+from tiny_models import random_subspace, tiny_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from safelora_fast.defenses.parts.safe_modules import SafeModules
 from safelora_fast.ops.base import served_by
 from safelora_fast.ops.feature_distance import OP, feature_distance
 from safelora_fast.ops.feature_distance import _node as node
@@ -18,7 +21,7 @@ from safelora_fast.ops.subspace_projection import matrix_products, transposed_pr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CALLS, ROUNDS, MODULES = 200, 30, 196
+CALLS, ROUNDS, MODULES, LAYERS = 200, 30, 196, 28
 
 
 @pytest.mark.parametrize("blocks", [1, 5])
@@ -71,4 +74,45 @@ def test_host_of_a_training_step(
 
     with served_by("cuda"):
         benchmark.pedantic(step, rounds=2 * ROUNDS, warmup_rounds=3)
-    add_row(modules=MODULES, host_ms=round(benchmark.stats.stats.min * 1e3, 2))
+    add_row(passes="products, planned at each call", modules=MODULES, host_ms=_fastest(benchmark))
+
+
+def test_host_of_safelora_at_each_step(
+    benchmark: Callable[..., None], add_row: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Host time of `SafeLora(at="step")` for 196 small modules, prepared once, and planned at each call.
+
+    The operations of torch run on the CPU and count, so a GPU's host does less; `operations` is their number.
+    """
+    model = tiny_peft_model(layers=LAYERS, lora={"r": 8})
+    modules = SafeModules(model.get_base_model(), random_subspace(model), owner="bench")
+    assert len(modules.modules) == MODULES
+    emulated(monkeypatch, runs_kernels=False)
+    with served_by("cuda"):
+        benchmark.pedantic(lambda: modules.project(1), rounds=10 * ROUNDS, warmup_rounds=3)
+        with _Counted() as counted:
+            modules.project(1)
+        monkeypatch.setattr(modules, "_check_finite", lambda *_: None)  # no kernel has written the products
+        seconds: list[float] = []
+        for _ in range(10 * ROUNDS):
+            start = time.perf_counter()
+            with torch.no_grad():
+                modules._project_each(modules.modules, 1)
+            seconds.append(time.perf_counter() - start)
+    add_row(passes="a step, planned at each call", modules=MODULES, host_ms=round(min(seconds) * 1e3, 2))
+    add_row(
+        passes="a step, prepared", modules=MODULES, host_ms=_fastest(benchmark),
+        operations=counted.operations,
+    )  # fmt: skip
+
+
+def _fastest(benchmark: Any) -> float:
+    return round(benchmark.stats.stats.min * 1e3, 2)
+
+
+class _Counted(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return function(*args, **(kwargs or {}))

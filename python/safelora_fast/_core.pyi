@@ -358,12 +358,14 @@ class Cuda:
         *,
         transposed: bool,
         captured: bool,
+        results: Sequence[int] | None = None,
     ) -> CudaPlan | None:
         """Return the plan of the products of these torch tensors, which is reused while they stay in place.
 
         A matrix is a tensor V or a tuple (aligned, base), V = aligned − base. The products are VᵀX if `transposed`,
         else VX. `dtypes` maps torch's dtypes to "F32", "BF16" and "F16". A plan belongs to one stream. The 16 most
-        recently used plans are kept; those used while a CUDA graph is `captured` are kept forever.
+        recently used plans are kept; those used while a CUDA graph is `captured` are kept forever. `results` holds the
+        address of each result, a multiple of 16 bytes; the lowest is then that of the results in `products`.
 
         Returns None if a tensor must be copied first: both weights of a pair need one dtype and contiguous rows or
         columns, and factors must be contiguous float32 at a multiple of 16 bytes. Raises ValueError if operands are too

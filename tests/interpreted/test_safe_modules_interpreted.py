@@ -31,8 +31,9 @@ def launches(monkeypatch):
     return lambda: {name: kernel.launches for name, kernel in counted.items()}
 
 
-def test_a_step_of_a_model(launches):
-    model = tiny_peft_model(lora={"r": 3}).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["prepared", "each"])
+def test_a_step_of_a_model(launches, dtype):
+    model = tiny_peft_model(lora={"r": 3}, layers=2).to(dtype)
     subspace = random_subspace(model)
     modules = SafeModules(model.get_base_model(), subspace, owner="test")
     vectors = {module.name: modules.vectors(module).double() for module in modules.modules}

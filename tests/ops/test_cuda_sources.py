@@ -50,6 +50,8 @@ class TestSubspaceProjection:
         # Products of the bfloat16 parts of float32, in a loop for whole groups and in one for any.
         parts = {"f32": 6, "f16": 5, "bf16": 5 if kind == "pair" else 3}[name]
         steps = 4 if name == "f32" else 8
+        # Four ranks at a time, of 32 rows or of twice WIDTH columns of V.
+        assert kernel.count("STG", "128") >= (4 if form == "straight" or name == "f32" else 8) * ranks // 16
         assert kernel.count("HMMA", "16816", "BF16") == 2 * parts * steps * ranks // 16
         assert kernel.count("HMMA", "TF32") == 0
 

@@ -20,7 +20,7 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch):
     made = Gpu()
-    monkeypatch.setattr(plans, "_stream", lambda _: made.stream)
+    monkeypatch.setattr(plans, "current_stream", lambda _: made.stream)
     monkeypatch.setattr(plans, "is_captured", lambda _: made.captured)
     return made
 

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,21 +56,13 @@ def kernels(source: str, architecture: str) -> dict[str, Kernel]:
 
 def _run(tool: str, options: list[str], cubin: bytes) -> str:
     path = _find(tool)
-    folder = Path(path).parent
     # cuobjdump runs nvdisasm, which it searches on the path.
-    with Path(f"{_folder()}/{abs(hash(cubin))}.cubin").open("wb") as file:
+    environment = {"PATH": f"{Path(path).parent}:/usr/bin:/bin"}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
-    environment = {"PATH": f"{folder}:/usr/bin:/bin"}
-    return subprocess.run(
-        [path, *options, file.name], env=environment, check=True, capture_output=True, text=True
-    ).stdout
-
-
-@functools.cache
-def _folder() -> str:
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="cubins-")
+        file.flush()
+        command = [path, *options, file.name]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 def _find(tool: str) -> str:

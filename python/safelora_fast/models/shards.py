@@ -11,7 +11,7 @@ from torch import distributed
 from safelora_fast.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP2 shards parts of a model, so that its forward pass is collective."""
     return any(kind.__name__ == "FSDPModule" for part in model.modules() for kind in type(part).__mro__)
+
+
+def is_whole(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether each is a plain tensor that the optimizer updates in place: no shard, and no copy of DeepSpeed's."""
+    return "deepspeed" not in sys.modules and {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
 
 
 def held_rows(parameter: torch.Tensor) -> torch.Tensor:

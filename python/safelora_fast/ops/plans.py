@@ -39,7 +39,7 @@ class Plans(Generic[Plan]):
 
     def find(self, name: Hashable, device: torch.device, make: Callable[[], Plan]) -> Plan:
         """Return the plan of this name for the device's current stream, calling `make` if there is none."""
-        key, in_graph = (_stream(device), name), is_captured(device)
+        key, in_graph = (current_stream(device), name), is_captured(device)
         plan = self.recent.pop(key, None)
         if plan is None and in_graph:
             # Uploaded before the capture began, which waited for the device.
@@ -91,7 +91,7 @@ def _pinned(size: int, in_graph: bool) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-def _stream(device: torch.device) -> Hashable:
-    """The current stream of a GPU; constant on the CPU."""
+def current_stream(device: torch.device) -> Hashable:
+    """Return the current stream of a GPU; None on the CPU."""
     found: Hashable = None if device.type == "cpu" else getattr(torch, device.type).current_stream(device)
     return found

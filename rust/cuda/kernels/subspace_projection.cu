@@ -153,6 +153,7 @@ template <int TILE, int RANKS>
 struct Target {
     float* start;
     int stride, places, ranks;
+    bool wide;  // whether four adjacent ranks, the first a multiple of four, can be stored at once
 
     __device__ Target(const Block& block, int of_module, float* results, float* partial) {
         const int first = block.tile * TILE, rank = block.group * RANKS;
@@ -162,10 +163,22 @@ struct Target {
         stride = whole ? block.module.rank : RANKS;
         start = whole ? results + block.module.result + static_cast<long long>(first) * stride + rank
                       : partial + block.slot * (TILE * RANKS);
+        wide = stride % 4 == 0 && reinterpret_cast<unsigned long long>(start) % 16 == 0;
     }
 
     __device__ void put(int place, int rank, float value) const {
         if (place < places && rank < ranks) start[place * stride + rank] = value;
+    }
+
+    __device__ void put(int place, int rank, const float4& four) const {
+        if (wide) {
+            if (place < places && rank < ranks) *reinterpret_cast<float4*>(start + place * stride + rank) = four;
+            return;
+        }
+        put(place, rank, four.x);
+        put(place, rank + 1, four.y);
+        put(place, rank + 2, four.z);
+        put(place, rank + 3, four.w);
     }
 };
 
@@ -223,18 +236,19 @@ struct Transposed {
         }
     }
 
+    // Lane g has ranks 2g and 2g + 1 of two columns. Neighbors exchange, so that each has four ranks of one column.
     __device__ void put(const Target<TILE, RANKS>& target, int warp) const {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const bool odd = g % 2;
 #pragma unroll
         for (int tile = 0; tile < RANK_TILES; ++tile) {
 #pragma unroll
             for (int column = 0; column < WIDTH; ++column) {
                 const float(&sum)[4] = sums[tile][column];
-                const int place = warp * COLUMNS + 2 * WIDTH * t + column, rank = 16 * tile + 2 * g;
-                target.put(place, rank, sum[0]);
-                target.put(place, rank + 1, sum[2]);
-                target.put(place + WIDTH, rank, sum[1]);
-                target.put(place + WIDTH, rank + 1, sum[3]);
+                const float low = __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 4);
+                const float high = __shfl_xor_sync(0xffffffffu, odd ? sum[2] : sum[3], 4);
+                const int place = warp * COLUMNS + 2 * WIDTH * t + column + (odd ? WIDTH : 0), rank = 16 * tile + 2 * (g - odd);
+                target.put(place, rank, odd ? make_float4(low, high, sum[1], sum[3]) : make_float4(sum[0], sum[2], low, high));
             }
         }
     }
@@ -297,13 +311,15 @@ struct Straight {
 #pragma unroll
         for (int rows = 0; rows < 2; ++rows) {
 #pragma unroll
-            for (int neighbor = 0; neighbor < NEIGHBORS; ++neighbor) {
-                const float(&sum)[4] = sums[rows][neighbor];
-                const int place = warp * ROWS + 16 * rows + g, rank = NEIGHBORS * 2 * t + neighbor;
-                target.put(place, rank, sum[0]);
-                target.put(place, rank + NEIGHBORS, sum[1]);
-                target.put(place + 8, rank, sum[2]);
-                target.put(place + 8, rank + NEIGHBORS, sum[3]);
+            for (int half = 0; half < 2; ++half) {
+                float adjacent[2 * NEIGHBORS];
+#pragma unroll
+                for (int index = 0; index < 2 * NEIGHBORS; ++index)
+                    adjacent[index] = sums[rows][index % NEIGHBORS][2 * half + index / NEIGHBORS];
+#pragma unroll
+                for (int four = 0; four < 2 * NEIGHBORS; four += 4)
+                    target.put(warp * ROWS + 16 * rows + g + 8 * half, NEIGHBORS * 2 * t + four,
+                               make_float4(adjacent[four], adjacent[four + 1], adjacent[four + 2], adjacent[four + 3]));
             }
         }
     }

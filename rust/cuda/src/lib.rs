@@ -15,6 +15,7 @@ mod error;
 pub mod feature_distance;
 mod library;
 mod nvrtc;
+mod plan;
 mod source;
 pub mod subspace_projection;
 

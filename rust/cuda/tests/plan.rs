@@ -10,7 +10,16 @@ use safelora_fast_cuda::subspace_projection::{Form, Kind, Operand, Plan, Plans, 
 
 fn operand(shape: (usize, usize), rank: usize) -> Operand {
     let (_, columns) = shape;
-    Operand { aligned: 64, base: 128, aligned_stride: columns, base_stride: columns, shape, factor: 256, rank }
+    Operand {
+        aligned: 64,
+        base: 128,
+        aligned_stride: columns,
+        base_stride: columns,
+        shape,
+        factor: 256,
+        rank,
+        result: 0,
+    }
 }
 
 fn kind(form: Form) -> Kind {
@@ -93,12 +102,23 @@ fn operands_that_no_kernel_can_take() {
     let cases = [
         (Operand { factor: 24, ..good }, "a multiple of 16 bytes"),
         (Operand { rank: 0, ..good }, "a factor of 0 columns"),
+        (Operand { result: 40, ..good }, "a result at 0x28"),
         (Operand { shape: (1 << 40, 4), ..good }, "more than a kernel can count"),
     ];
     for (operand, message) in cases {
         let error = Plan::new(&[(kind(Form::Straight), operand)]).expect_err(message).to_string();
         assert!(error.contains(message), "{error}");
     }
+}
+
+#[test]
+fn results_may_have_addresses_of_their_own() {
+    let operands = [operand((8, 3), 2), operand((8, 3), 2)];
+    let [first, second] = operands;
+    let plan = plan(Form::Straight, &[Operand { result: 4096, ..first }, Operand { result: 1024, ..second }]);
+    assert_eq!(plan.places(), [((4096 - 1024) / 4, 0), (0, 1)]);
+    let modules = [(kind(Form::Straight), first), (kind(Form::Straight), Operand { result: 1024, ..second })];
+    assert!(Plan::new(&modules).expect_err("one address").to_string().contains("all or none"));
 }
 
 fn request(stream: usize, rank: usize) -> Request {
@@ -130,6 +150,8 @@ fn a_graph_keeps_what_it_reads() {
     // The capture has its own stream, and reuses the earlier upload.
     assert!(Arc::ptr_eq(&first, &find(&mut plans, request(2, 1), true)));
     assert_eq!(plans.counts(), [2, 1]);
+    assert!(Arc::ptr_eq(&first, &find(&mut plans, request(2, 1), true)));
+    assert_eq!(plans.counts(), [2, 1]); // kept once, however many captures read it
     // Nothing else can use what the graph itself uploads.
     let of_the_graph = find(&mut plans, request(2, 5), true);
     assert_eq!(plans.counts(), [2, 2]);

@@ -111,7 +111,7 @@ impl Cuda {
         launched.map_err(|error| backend_error(&error))
     }
 
-    #[pyo3(signature = (place, matrices, factors, dtypes, *, transposed, captured))]
+    #[pyo3(signature = (place, matrices, factors, dtypes, *, transposed, captured, results=None))]
     #[allow(clippy::too_many_arguments, reason = "the token and the arguments of Python")]
     #[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
     fn plan(
@@ -123,10 +123,12 @@ impl Cuda {
         dtypes: Bound<'_, PyDict>,
         transposed: bool,
         captured: bool,
+        results: Option<Vec<usize>>,
     ) -> PyResult<Option<Py<CudaPlan>>> {
         let names = dtypes.iter().map(|(dtype, name)| Ok((dtype, parse(&name.extract::<String>()?)?)));
         let form = if transposed { Form::Transposed } else { Form::Straight };
-        let Some(modules) = modules(&matrices, &factors, &names.collect::<PyResult<Vec<_>>>()?, form)? else {
+        let names = names.collect::<PyResult<Vec<_>>>()?;
+        let Some(modules) = modules(&matrices, &factors, results.as_deref(), &names, form)? else {
             return Ok(None);
         };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);

@@ -102,18 +102,20 @@ impl Tensor {
 pub(crate) fn modules(
     matrices: &Bound<'_, PyAny>,
     factors: &Bound<'_, PyAny>,
+    results: Option<&[usize]>,
     dtypes: &[(Bound<'_, PyAny>, Dtype)],
     form: Form,
 ) -> PyResult<Option<Vec<(Kind, Operand)>>> {
     let mut found = Vec::with_capacity(matrices.len()?);
-    for (matrix, factor) in matrices.try_iter()?.zip(factors.try_iter()?) {
+    for (index, (matrix, factor)) in matrices.try_iter()?.zip(factors.try_iter()?).enumerate() {
         let (matrix, factor) = (matrix?, Tensor::read(&factor?, dtypes)?);
         let (first, second) = match matrix.cast::<PyTuple>() {
             Ok(pair) => (Tensor::read(&pair.get_item(0)?, dtypes)?, Some(Tensor::read(&pair.get_item(1)?, dtypes)?)),
             Err(_) => (Tensor::read(&matrix, dtypes)?, None),
         };
-        let Some(module) = module(first, second, &factor, form) else { return Ok(None) };
-        found.push(module);
+        let Some((kind, operand)) = module(first, second, &factor, form) else { return Ok(None) };
+        let result = results.and_then(|results| results.get(index)).copied().unwrap_or(0);
+        found.push((kind, Operand { result, ..operand }));
     }
     Ok(Some(found))
 }
@@ -139,6 +141,7 @@ fn module(first: Tensor, second: Option<Tensor>, factor: &Tensor, form: Form) ->
         shape: first.shape,
         factor: factor.address,
         rank: factor.shape.1,
+        result: 0,
     };
     Some((kind, operand))
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,12 @@ import torch
 from safelora_fast.checkpoints.tensor_names import tower_of_class
 from safelora_fast.defenses.base import Attached
 from safelora_fast.defenses.parts.grouped_penalties import is_grouped, subspace_penalties, subspace_penalty
+from safelora_fast.defenses.parts.grouped_projection import GroupedProjection, lowest_cosine
 from safelora_fast.errors import PairingError, TrainingError
 from safelora_fast.models.anatomy import gathered, unwrap
 from safelora_fast.models.lora_factors import AdaptedModule, adapted_modules
-from safelora_fast.models.shards import held_rows, local_rows, matching_rows, sum_over_shards, write_rows
-from safelora_fast.ops.subspace_projection import matrix_products, transposed_products
+from safelora_fast.models.shards import held_rows, is_whole, local_rows, matching_rows, sum_over_shards, write_rows
+from safelora_fast.ops.subspace_projection import OP, matrix_products, transposed_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -44,6 +46,7 @@ class SafeModules(Attached):
         self.modules: list[AdaptedModule] = []
         self._vectors: dict[str, torch.Tensor] = {}
         self._held: dict[str, torch.Tensor] = {}
+        self._prepared: tuple[Any, list[torch.Tensor], list[tuple[list[int], GroupedProjection]] | None] | None = None
         model = unwrap(model)
         for module in adapted_modules(model, owner=owner, exclude=exclude):
             found = subspace.find(module.name, tower_of_class(type(model).__name__))
@@ -56,7 +59,9 @@ class SafeModules(Attached):
             if found.rank:
                 self.modules.append(module)
                 if module.bias is not None:
-                    self.modules.append(replace(module, lora_b=module.bias, lora_a=torch.ones(1, 1), bias=None))
+                    self.modules.append(
+                        replace(module, lora_b=module.bias, lora_a=module.bias.new_ones(1, 1), bias=None)
+                    )
                 self._vectors[module.name] = torch.from_numpy(found.left_vectors)
         if not self.modules:
             raise PairingError(
@@ -103,25 +108,83 @@ class SafeModules(Attached):
         if copies is not None:
             modules += [replace(module, lora_b=copy) for module in self.modules for copy in copies(module.lora_b)]
         with torch.no_grad(), torch.autocast(self.modules[0].lora_b.device.type, enabled=False):
-            lefts = [_matrix(held_rows(module.lora_b)) for module in modules]
-            bases = [self._held_vectors(module) for module in modules]
-            inners, grams = self._summed_products(modules, bases, lefts)
-            self._check_finite(modules, [*inners, *grams], step)
-            for module, product in zip(modules, _per_device(matrix_products, bases, inners), strict=True):
-                write_rows(module.lora_b, product if module.lora_b.dim() > 1 else product.squeeze(1))
-            cosines: list[torch.Tensor] = []
-            for ours in _by_device(lefts[: len(self.modules)]):
-                inner = [inners[index] for index in ours]
-                flipped = [gathered(modules[index].lora_a).float().to(lefts[index].device).mT for index in ours]
-                found, _ = transposed_products([*inner, *flipped], [*inner, *flipped])
-                cosines.append(_lowest(found[: len(inner)], [grams[index] for index in ours], found[len(inner) :]))
+            together = self._grouped(modules)
+            cosines = (
+                self._project_each(modules, step)
+                if together is None
+                else self._project_together(modules, together, step)
+            )
         lowest = torch.stack([cosine.to(cosines[0].device) for cosine in cosines])
         known = lowest[lowest.isfinite()]
         return float(known.min()) if len(known) else float("nan")
 
+    def _project_each(self, modules: list[AdaptedModule], step: int) -> list[torch.Tensor]:
+        """`project` for shards, for copies of DeepSpeed, and for the CPU; return the lowest cosine of each device."""
+        lefts = [_matrix(held_rows(module.lora_b)) for module in modules]
+        bases = [self._held_vectors(module) for module in modules]
+        inners, grams = self._summed_products(modules, bases, lefts)
+        self._check_finite(modules, [*inners, *grams], step)
+        for module, product in zip(modules, _per_device(matrix_products, bases, inners), strict=True):
+            write_rows(module.lora_b, product if module.lora_b.dim() > 1 else product.squeeze(1))
+        cosines: list[torch.Tensor] = []
+        for ours in _by_device(lefts[: len(self.modules)]):
+            inner = [inners[index] for index in ours]
+            flipped = [gathered(modules[index].lora_a).float().to(lefts[index].device).mT for index in ours]
+            found, _ = transposed_products([*inner, *flipped], [*inner, *flipped])
+            cosines.append(_lowest(found[: len(inner)], [grams[index] for index in ours], found[len(inner) :]))
+        return cosines
+
+    def _grouped(self, modules: list[AdaptedModule]) -> list[tuple[list[int], GroupedProjection]] | None:
+        """Return the prepared projection of each device's modules (by index), or None: see `_project_each`.
+
+        It is made anew when a tensor has been replaced or has moved.
+        """
+        lora_bs = [module.lora_b for module in modules]
+        tensors = [*lora_bs, *(module.lora_a for module in self.modules)]
+        if not is_whole(tensors):
+            return None
+        found = (
+            OP.choose(lora_bs[:1]).name,
+            [tensor.data_ptr() for tensor in tensors],
+            [tensor.numel() for tensor in tensors],
+        )
+        kept = self._prepared
+        if kept is None or found != kept[0] or not all(map(operator.is_, tensors, kept[1])):
+            kept = self._prepared = found, tensors, self._prepare(modules)
+        return kept[2]
+
+    def _prepare(self, modules: list[AdaptedModule]) -> list[tuple[list[int], GroupedProjection]] | None:
+        if not is_grouped([module.lora_b for module in modules]):
+            return None
+        count, prepared = len(self.modules), []
+        for ours in _by_device([module.lora_b for module in modules]):
+            alone = sorted((index for index in ours if index < count), key=lambda index: modules[index].lora_a.shape)
+            chosen = [*alone, *(index for index in ours if index >= count)]
+            lora_as = [modules[index].lora_a.detach() for index in alone]
+            lora_bs = [_matrix(modules[index].lora_b.detach()) for index in chosen]
+            if not alone or any(lora_a.device != lora_bs[0].device for lora_a in lora_as):
+                return None
+            grouped = GroupedProjection.of([self._held_vectors(modules[index]) for index in chosen], lora_bs, lora_as)
+            if grouped is None:
+                return None
+            prepared.append((chosen, grouped))
+        return prepared
+
+    def _project_together(
+        self, modules: list[AdaptedModule], together: list[tuple[list[int], GroupedProjection]], step: int
+    ) -> list[torch.Tensor]:
+        for chosen, grouped in together:
+            bad = grouped.first_not_finite()
+            if bad is not None:
+                raise _not_finite(modules[chosen[bad]], step)
+        for _, grouped in together:
+            grouped.write()
+        return [grouped.lowest_cosine() for _, grouped in together]
+
     def norms(self) -> torch.Tensor:
         """Return ‖B‖_F of this process's shard of every module, on one device. Used to notice changed weights."""
-        found = [local_rows(module.lora_b).detach().float().norm() for module in self.modules]
+        held = [local_rows(module.lora_b).detach().float() for module in self.modules]
+        found = _per_device(lambda rows: list(torch._foreach_norm(rows)), held)
         return torch.stack([norm.to(found[0].device) for norm in found])
 
     def outside(self) -> float:
@@ -156,10 +219,7 @@ class SafeModules(Attached):
             return
         for place, product in enumerate(products):
             if not product.isfinite().all():
-                raise TrainingError(
-                    f"defense safelora is not finite after optimizer step {step}: lora_B of module "
-                    f"{modules[place % len(modules)].name} holds NaN or Inf; lower the learning rate, or clip the gradients"
-                )
+                raise _not_finite(modules[place % len(modules)], step)
 
     def _held_vectors(self, module: AdaptedModule) -> torch.Tensor:
         """The rows of U_k that match this process's shard of B, on the device of B."""
@@ -167,6 +227,13 @@ class SafeModules(Attached):
             rows = matching_rows(module.lora_b, self._vectors[module.name], owner=self._owner)
             self._held[module.name] = rows.to(module.lora_b.device)
         return self._held[module.name]
+
+
+def _not_finite(module: AdaptedModule, step: int) -> TrainingError:
+    return TrainingError(
+        f"defense safelora is not finite after optimizer step {step}: lora_B of module {module.name} holds NaN or Inf; "
+        "lower the learning rate, or clip the gradients"
+    )
 
 
 def _matrix(factor: torch.Tensor) -> torch.Tensor:
@@ -211,6 +278,5 @@ def _lowest(inner: list[torch.Tensor], left: list[torch.Tensor], right: list[tor
     for rank in {len(gram) for gram in inner}:
         chosen = [index for index, gram in enumerate(inner) if len(gram) == rank]
         projected, whole, rights = (torch.stack([grams[index] for index in chosen]) for grams in (inner, left, right))
-        cosines = ((projected * rights).sum((1, 2)) / (whole * rights).sum((1, 2))).sqrt()
-        lowest = torch.minimum(lowest, torch.where(cosines.isfinite(), cosines, torch.inf).min())
+        lowest = torch.minimum(lowest, lowest_cosine(projected, whole, rights))
     return lowest

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from safelora_fast.ops.base import DTYPE_NAMES, Op, require_tensors
-from safelora_fast.ops.subspace_projection.torch_impl import Torch
+from safelora_fast.ops.subspace_projection.torch_impl import ALIGNMENT, GroupedProjector, Torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from safelora_fast.ops.base import Example
+    from safelora_fast.ops.subspace_projection.torch_impl import Prepared
 
 __all__ = [
     "OP",
     "Matrix",
     "Projection",
     "matrix_products",
+    "prepared_products",
     "subspace_projection",
     "subspace_projections",
     "transposed_products",
@@ -165,6 +167,41 @@ def matrix_products(matrices: Sequence[Matrix], factors: Sequence[torch.Tensor])
     _check(matrices, factors, 1)
     found: list[torch.Tensor] = _backend(matrices, factors).products(matrices, factors)
     return found
+
+
+def prepared_products(
+    matrices: Sequence[torch.Tensor],
+    factors: Sequence[torch.Tensor],
+    *,
+    transposed: bool,
+    outputs: Sequence[torch.Tensor] | None = None,
+) -> Prepared | None:
+    """Return the launches of Mᵀ·X or M·X of every module, to be made again and again on the same memory.
+
+    All is checked and planned here, so a launch takes the host microseconds instead of milliseconds for hundreds of
+    modules. It reads the values that the operands have then. Launch only while every operand is where it was.
+
+    Args:
+        matrices: M [rows, columns] of every module, float32 and contiguous.
+        factors: X, float32, contiguous, and aligned to 16 bytes.
+        transposed: Mᵀ·X instead of M·X.
+        outputs: overwritten by the results: float32, contiguous, and aligned to 16 bytes; else a call allocates memory.
+
+    Returns:
+        None if the backend computes one module at a time, or would have to copy an operand.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+    """
+    _check(matrices, factors, 0 if transposed else 1)
+    backend = _backend(matrices, factors)
+    is_read_in_place = all(
+        operand.dtype == torch.float32 and operand.is_contiguous() and operand.data_ptr() % ALIGNMENT == 0
+        for operand in (*matrices, *factors, *(outputs or ()))
+    )
+    if not (isinstance(backend, GroupedProjector) and is_read_in_place):
+        return None
+    return backend.prepared(matrices, factors, transposed=transposed, outputs=outputs)
 
 
 def _projected_one(pair: tuple[torch.Tensor, torch.Tensor], lora_b: torch.Tensor, normalize: Normalize) -> torch.Tensor:

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from safelora_fast.ops import triton_runtime
-from safelora_fast.ops.plans import Plans, uploaded
-from safelora_fast.ops.subspace_projection.torch_impl import Projector
+from safelora_fast.ops.plans import Plans, current_stream, uploaded
+from safelora_fast.ops.subspace_projection.torch_impl import GroupedProjector
 from safelora_fast.ops.triton_runtime import power_of_two, tiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from safelora_fast.ops.subspace_projection import Matrix
+    from safelora_fast.ops.subspace_projection.torch_impl import Place
 
 WIDTH = 64  # columns of a factor per program; wider factors are split
 CHUNK = 1024  # rows that a program of transposed_parts adds up
@@ -27,52 +28,95 @@ STEP = 32  # rows or columns multiplied at once
 LEAST = 16  # fewest rows and columns of a product on tensor cores
 
 
-class Backend(triton_runtime.TritonBackend, Projector):
+class Backend(triton_runtime.TritonBackend, GroupedProjector):
     """One launch for each pass. Partial sums over rows are added in a fixed order."""
 
-    def transposed_products(
-        self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return Mᵀ·X of every module, and ‖M‖²_F of the pairs [modules], float32."""
+    def prepared(
+        self,
+        matrices: Sequence[Matrix],
+        factors: Sequence[torch.Tensor],
+        *,
+        transposed: bool,
+        outputs: Sequence[torch.Tensor] | None = None,
+    ) -> Products:
+        """Return the launches of Mᵀ·X or M·X of every module (torch_impl.py)."""
+        return Products(matrices, factors, transposed=transposed, outputs=outputs)
+
+
+class Products:
+    """Launches of the products of many modules, for one call or for many (`Prepared`)."""
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        factors: Sequence[torch.Tensor],
+        *,
+        transposed: bool,
+        outputs: Sequence[torch.Tensor] | None,
+    ) -> None:
+        self._transposed, self._device = transposed, factors[0].device
+        self.places, self.size, self._is_partial = _layout(matrices, 1 if transposed else 0, factors)
+        self._first = None if outputs is None else outputs[0]
+        if outputs is not None:
+            self.places = [
+                (_distance(output, outputs[0]), shape) for output, (_, shape) in zip(outputs, self.places, strict=True)
+            ]
+        self._groups = list(_groups(matrices, factors, [start for start, _ in self.places]))
+        self._prepare(current_stream(self._device))
+
+    def _prepare(self, stream: Hashable) -> None:
+        """Find the plans for a stream, or make them and upload their tables."""
+        make = _transposed_plan if self._transposed else _plain_plan
+        self._stream, self._plans = stream, [group.plan(make) for group in self._groups]
+
+    def __call__(self, results: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launch; return the memory of all results, and ‖M‖²_F (zero for a single matrix)."""
+        stream = current_stream(self._device)
+        if stream != self._stream:
+            self._prepare(stream)
+        make = torch.zeros if self._is_partial else torch.empty
+        flat = self._first if results is None else results
+        if flat is None:
+            flat = make(self.size, dtype=torch.float32, device=self._device)
+        squares = torch.zeros(len(self.places), dtype=torch.float32, device=self._device)
+        with triton_runtime.on(self._device):
+            for group, plan in zip(self._groups, self._plans, strict=True):
+                if self._transposed:
+                    self._launch_transposed(group, plan, flat, squares)
+                else:
+                    self._launch_plain(group, plan, flat)
+        return flat, squares
+
+    @staticmethod
+    def _launch_transposed(group: _Group, plan: _Plan, flat: torch.Tensor, squares: torch.Tensor) -> None:
         from safelora_fast.ops.subspace_projection import triton_kernels
 
-        outputs, views, places = _outputs(matrices, 1, factors)
-        make = {"dtype": torch.float32, "device": outputs.device}
-        squares = torch.zeros(len(matrices), **make)
-        for group in _groups(matrices, factors, places):
-            plan = group.plan(_transposed_plan)
-            parts, part_squares = (
-                torch.empty(len(plan.work), plan.tile, plan.width, **make),
-                torch.empty(len(plan.work), **make),
-            )
-            sums = torch.zeros(len(matrices), plan.most, **make)
-            with triton_runtime.on(outputs.device):
-                triton_kernels.transposed_parts[len(plan.work),](
-                    *group.operands, plan.table, plan.work, parts, part_squares,
-                    CHUNK=CHUNK, STEP=STEP, TILE=plan.tile, WIDTH=plan.width,
-                    TURNED=group.key.dtypes[0] == torch.float32, **group.settings(),
-                )  # fmt: skip
-                triton_kernels.combine_parts[len(plan.combine),](
-                    plan.table, plan.combine, parts, part_squares, outputs, sums,
-                    TILE=plan.tile, WIDTH=plan.width, PAIR=group.key.is_pair, **triton_runtime.OPTIONS,
-                )  # fmt: skip
-            if group.key.is_pair:
-                squares += sums.sum(1)
-        return views, squares
+        make = {"dtype": torch.float32, "device": flat.device}
+        parts, part_squares = (
+            torch.empty(len(plan.work), plan.tile, plan.width, **make),
+            torch.empty(len(plan.work), **make),
+        )
+        sums = torch.zeros(len(squares), plan.most, **make) if group.key.is_pair else squares
+        triton_kernels.transposed_parts[len(plan.work),](
+            *group.operands, plan.table, plan.work, parts, part_squares,
+            CHUNK=CHUNK, STEP=STEP, TILE=plan.tile, WIDTH=plan.width,
+            TURNED=group.key.dtypes[0] == torch.float32, **group.settings(),
+        )  # fmt: skip
+        triton_kernels.combine_parts[len(plan.combine),](
+            plan.table, plan.combine, parts, part_squares, flat, sums,
+            TILE=plan.tile, WIDTH=plan.width, PAIR=group.key.is_pair, **triton_runtime.OPTIONS,
+        )  # fmt: skip
+        if group.key.is_pair:
+            squares += sums.sum(1)
 
-    def products(self, matrices: Sequence[Matrix], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return M·X of every module, float32."""
+    @staticmethod
+    def _launch_plain(group: _Group, plan: _Plan, flat: torch.Tensor) -> None:
         from safelora_fast.ops.subspace_projection import triton_kernels
 
-        outputs, views, places = _outputs(matrices, 0, factors)
-        for group in _groups(matrices, factors, places):
-            plan = group.plan(_plain_plan)
-            with triton_runtime.on(outputs.device):
-                triton_kernels.products[len(plan.work),](
-                    *group.operands, plan.table, plan.work, outputs,
-                    STEP=STEP, TILE=plan.tile, WIDTH=plan.width, **group.settings(),
-                )  # fmt: skip
-        return views
+        triton_kernels.products[len(plan.work),](
+            *group.operands, plan.table, plan.work, flat,
+            STEP=STEP, TILE=plan.tile, WIDTH=plan.width, **group.settings(),
+        )  # fmt: skip
 
 
 class _Key(NamedTuple):
@@ -235,20 +279,12 @@ def _contiguous(part: torch.Tensor, axis: int) -> torch.Tensor:
     return part if part.stride(axis) == 1 else part.contiguous()
 
 
-def _outputs(
-    matrices: Sequence[Matrix], axis: int, factors: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
-    """One piece of memory for all results, the results as matrices in it, and the offset of each."""
+def _layout(matrices: Sequence[Matrix], axis: int, factors: Sequence[torch.Tensor]) -> tuple[list[Place], int, bool]:
+    """Where each result starts and its shape, the elements of all, and whether some have nothing to add up."""
     wholes = [matrix[0] if isinstance(matrix, tuple) else matrix for matrix in matrices]
     shapes = [(whole.shape[axis], factor.shape[1]) for whole, factor in zip(wholes, factors, strict=True)]
-    places = [0, *itertools.accumulate(-(-rows * rank // 16) * 16 for rows, rank in shapes)]
-    make = torch.empty if all(whole.numel() for whole in wholes) else torch.zeros
-    outputs = make(places.pop(), dtype=torch.float32, device=factors[0].device)
-    views = [
-        outputs[place : place + rows * rank].view(rows, rank)
-        for place, (rows, rank) in zip(places, shapes, strict=True)
-    ]
-    return outputs, views, places
+    *starts, size = itertools.accumulate((-(-rows * rank // 16) * 16 for rows, rank in shapes), initial=0)
+    return list(zip(starts, shapes, strict=True)), size, not all(whole.numel() for whole in wholes)
 
 
 def _has_tf32(device: torch.device) -> bool:

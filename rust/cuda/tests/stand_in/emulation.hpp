@@ -212,6 +212,7 @@ template <class Value>
 Value __ldg(const Value* address) {
     return *address;
 }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline float f16_to_float(unsigned bits) {
