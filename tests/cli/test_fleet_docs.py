@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,17 +47,21 @@ def skypilot():
     return task["run"].strip(), nodes
 
 
+def write_fleet(folder):
+    """Write a pair, adapters and their list; return what replaces the names of models in the snippets."""
+    pair = write_pair(folder / "pair")
+    rows = [{"id": f"a{seed}", "adapter": str(write_adapter(folder / f"a{seed}", seed))} for seed in range(ADAPTERS)]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"ALIGNED": str(pair.aligned), "BASE": str(pair.base)}
+
+
 @pytest.mark.parametrize("scheduler", [slurm, kubernetes, skypilot])
 def test_workers_of_a_scheduler(scheduler, call, tmp_path, monkeypatch):
-    pair = write_pair(tmp_path / "pair")
-    rows = [
-        f'{{"id": "a{seed}", "adapter": "{write_adapter(tmp_path / f"a{seed}", seed)}"}}' for seed in range(ADAPTERS)
-    ]
-    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    names = write_fleet(tmp_path)
     monkeypatch.chdir(tmp_path)
     command, workers = scheduler()
     assert len(workers) > 1
-    words = [{"ALIGNED": pair.aligned, "BASE": pair.base}.get(word, word) for word in shlex.split(command)]
+    words = [names.get(word, word) for word in shlex.split(command)]
     assert words.pop(0) == "safelora-fast"
     for index, variables in enumerate(workers):
         with monkeypatch.context() as environment:
@@ -65,3 +73,31 @@ def test_workers_of_a_scheduler(scheduler, call, tmp_path, monkeypatch):
         assert f"shard {index}/{len(workers)}, from " in err
         assert len(share) == len([i for i in range(ADAPTERS) if i % len(workers) <= index])
     assert sorted(share) == [f"a{seed}" for seed in range(ADAPTERS)]
+
+
+@pytest.fixture
+def two_nodes():
+    """Return the address of a Ray cluster with two nodes of one CPU on this machine."""
+    utilities = pytest.importorskip("ray.cluster_utils")
+    cluster = utilities.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "package"), [(0, "datatrove"), (1, "ray")])
+def test_steps_of_other_engines(request, tmp_path, number, package):
+    pytest.importorskip(package)
+    address = {"RAY_ADDRESS": request.getfixturevalue("two_nodes")} if package == "ray" else {}
+    program = snippets("python")[number]
+    shared = {"list.jsonl": str(tmp_path / "list.jsonl"), "safe": str(tmp_path / "safe")}  # seen by all nodes
+    for name, path in {**write_fleet(tmp_path), **shared}.items():
+        program = program.replace(f'"{name}"', repr(path))
+    (tmp_path / "worker.py").write_text(program)
+    command = [sys.executable, "worker.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **address}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "safe").iterdir()) == [f"a{seed}" for seed in range(ADAPTERS)]
