@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -67,6 +68,7 @@ class Steps:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
         self.copy: Any = None
+        self.cache = tempfile.TemporaryDirectory()  # filled in the first round
         self.defended: dict[str, Defended] = {}
 
     def micro_batches(self, generator: torch.Generator, vocabulary: int) -> list[dict[str, torch.Tensor]]:
@@ -93,10 +95,13 @@ class Steps:
             loss = self.model(**self.batch).loss
         self.finish(loss)
 
-    def ours(self, *, kl: bool, features: bool, share: bool) -> None:
+    def ours(self, *, kl: bool, features: bool, share: bool, cached: bool = False) -> None:
         defenses = [*([KL(WEIGHT)] if kl else []), *([FeatureDistance(1.0)] if features else [])]
+        reference = f"cache:{self.cache.name}" if cached else "base"
         # Kept, because whether the model's loss can be shared is checked once per run.
-        defended = self.defended.setdefault(repr((defenses, share)), defend(self.model, defenses, share_logits=share))
+        defended = self.defended.setdefault(
+            repr((defenses, share, cached)), defend(self.model, defenses, share_logits=share, reference=reference)
+        )
         with defended:
             with self.autocast():
                 loss = defended.loss(self.batch)
@@ -235,6 +240,8 @@ class Steps:
             "KL shared": partial(self.ours, kl=True, features=False, share=True),
             "KL + features apart": partial(self.ours, kl=True, features=True, share=False),
             "KL + features shared": partial(self.ours, kl=True, features=True, share=True),
+            "KL, reference from disk": partial(self.ours, kl=True, features=False, share=True, cached=True),
+            "KL + features, reference from disk": partial(self.ours, kl=True, features=True, share=True, cached=True),
             "TRL's chunked divergence": self.chunked_divergence,
             **self.windows(),
             "reference forward": self.reference_forward,

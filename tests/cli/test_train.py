@@ -17,6 +17,7 @@ from tiny_recipe import difference, tiny_rows, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safelora_fast.files.output import alone
+from safelora_fast.models.reference_pass import ReferencePass
 from safelora_fast.recipe import run as run_module
 from safelora_fast.recipe.prepare import prepare
 from safelora_fast.recipe.recipe import load_recipe
@@ -107,6 +108,31 @@ def interrupted(monkeypatch, call):
             return call(*tiny.words("-q", *words))
 
     return run
+
+
+def test_the_second_epoch_and_another_seed_read_the_reference_from_disk(tiny, call, monkeypatch, tmp_path):
+    passes, run = [], ReferencePass.run
+    monkeypatch.setattr(ReferencePass, "run", lambda *args, **kwargs: passes.append(1) or run(*args, **kwargs))
+    cache = tmp_path / "cache"
+    given = (f"defenses.reference=cache:{cache}", "defenses.feature_distance={weight: 0.5, layers: 2}")
+    result = call(*tiny.words("--dry-run", *given))
+    assert f"kept in {cache} (up to ≈ " in result.out
+    assert not cache.exists()
+    planned = json.loads(call(*tiny.words("--dry-run", "--json", *given)).out)
+    nbytes = planned["estimates"]["cache_bytes"]
+    assert nbytes % (3 * 4 * planned["data"]["tokens"]) == 0
+    first = call(*tiny.words(*given, "-q"))
+    assert first.code == 0, first.err
+    assert len(passes) == 6  # micro-batches of one of the two epochs
+    (file,) = cache.glob("*/*.records")
+    assert nbytes < file.stat().st_size < nbytes + 12 * 200
+    assert tiny.record()["recipe"]["defenses"]["reference"] == f"cache:{cache}"
+    passes.clear()
+    assert call(*tiny.words(*given, "-q", "--overwrite", "training.seed=1")).code == 0
+    assert len(passes) == 1  # one row, to compare it
+    found = tiny.weights()
+    assert call(*tiny.words(given[1], "-q", "--overwrite", "training.seed=1")).code == 0
+    assert difference(found, tiny.weights()) < 1e-5
 
 
 def test_resume_gives_what_an_unbroken_run_gives(tiny, call, interrupted, tmp_path):

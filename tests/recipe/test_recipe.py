@@ -120,6 +120,8 @@ def test_the_resolved_recipe_is_a_recipe(load, tmp_path):
         ("monitors.drift={vector: absent.pt, layer: 3}", "monitors.drift.vector: there is no file absent.pt"),
         ("monitors.drift={vector: [1.0], layer: 3, name: a}", "command line: monitors.drift.name: unknown; known are vector"),
         ("defenses.on_nonfinite=stop", "command line: defenses.on_nonfinite: must be raise or skip, not 'stop'"),
+        ("defenses.reference=adapter", "command line: defenses.reference: must be base or cache:FOLDER, not 'adapter'"),
+        ("defenses.reference='cache: '", "command line: defenses.reference: must be base or cache:FOLDER, not 'cache: '"),
     ],
 )  # fmt: skip
 def test_refusals(load, override, message):
@@ -147,7 +149,7 @@ def test_a_defense_by_its_name_alone(load, value, weights):
 
 def test_every_defense_can_be_given_and_has_an_estimate():
     known = registered()
-    assert list(known) == ["feature_distance", "kl", "safelora", "steering", "subspace_penalty"]
+    assert list(known) == ["feature_distance", "kl", "safelora", "steering", "subspace_penalty", "template_anchor"]
     assert all("cost" in vars(kind) and getattr(safelora_fast, kind.__name__) is kind for kind in known.values())
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 SECTION = "defenses"
 ON_NONFINITE = "on_nonfinite"
+REFERENCE = "reference"
+OPTIONS = (ON_NONFINITE, REFERENCE)  # keys of the section that are no defenses
 MONITORS = "monitors"
 
 
@@ -150,10 +152,10 @@ def read_defenses(document: Document) -> tuple[DefenseSpec, ...]:
     specs = []
     for name, given in document.section(SECTION).items():
         keys = (SECTION, name)
-        if name == ON_NONFINITE or given is False:
+        if name in OPTIONS or given is False:
             continue
         if name not in known:
-            raise document.unknown(keys, [*known, ON_NONFINITE])
+            raise document.unknown(keys, [*known, *OPTIONS])
         settings = {} if given is None or given is True else given
         if not isinstance(settings, dict):
             raise document.problem(keys, f"must be a mapping of settings, true or false, not {given!r}")

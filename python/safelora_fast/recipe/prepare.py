@@ -164,6 +164,7 @@ def rehearse(
                 eval_dataset=None if held_out is None else to_table(_few(held_out), quick, tagged=False),
                 processing_class=tokenizer,
                 defenses=defenses,
+                reference=recipe.reference,
                 on_nonfinite=recipe.on_nonfinite,
                 monitors=monitors,
             )

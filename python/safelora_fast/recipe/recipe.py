@@ -12,6 +12,7 @@ from safelora_fast.models.load import ModelSection
 from safelora_fast.recipe.defense_section import (
     MONITORS,
     ON_NONFINITE,
+    REFERENCE,
     SECTION,
     DefenseSpec,
     MonitorSpec,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "margin", "output")
 OnNonFinite = Literal["raise", "skip"]
+BASE, CACHE = "base", "cache:"  # beginning of "cache:FOLDER"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Recipe:
         defenses: the defenses in file order.
         monitors: the monitors in file order.
         on_nonfinite: what to do when a defense's term is NaN or infinite.
+        reference: "base", or "cache:FOLDER" to keep its hidden states on disk (see :func:`~safelora_fast.training.defend`).
     """
 
     document: Document
@@ -53,6 +56,7 @@ class Recipe:
     on_nonfinite: OnNonFinite
     output: OutputSection
     margin: MarginSection | None = None
+    reference: str = BASE
 
     def resolved(self) -> dict[str, Any]:
         """Return all settings, including defaults, as plain values."""
@@ -64,6 +68,7 @@ class Recipe:
             SECTION: {
                 **{spec.name: dict(spec.settings) for spec in self.defenses},
                 ON_NONFINITE: self.on_nonfinite,
+                **({} if self.reference == BASE else {REFERENCE: self.reference}),
             },
             **({MONITORS: {spec.name: dict(spec.settings) for spec in self.monitors}} if self.monitors else {}),
             **({} if self.margin is None else {"margin": self.margin.model_dump()}),
@@ -103,6 +108,7 @@ def recipe_of(document: Document) -> Recipe:
         output=read_section(document, ("output",), OutputSection),
         defenses=read_defenses(document),
         monitors=read_monitors(document),
+        reference=_reference(document),
         margin=read_section(document, ("margin",), MarginSection) if "margin" in document.values else None,
     )
     _check(recipe)
@@ -114,6 +120,14 @@ def _on_nonfinite(document: Document) -> OnNonFinite:
     if value not in get_args(OnNonFinite):
         raise document.problem((SECTION, ON_NONFINITE), f"must be {' or '.join(get_args(OnNonFinite))}, not {value!r}")
     chosen: OnNonFinite = value
+    return chosen
+
+
+def _reference(document: Document) -> str:
+    value = document.section(SECTION).get(REFERENCE, BASE)
+    if value != BASE and not (isinstance(value, str) and value.removeprefix(CACHE).strip() not in {value, ""}):
+        raise document.problem((SECTION, REFERENCE), f"must be {BASE} or {CACHE}FOLDER, not {value!r}")
+    chosen: str = value
     return chosen
 
 

@@ -155,6 +155,7 @@ def _trainer(prepared: Prepared, defenses: list[Defense], callbacks: list[Any]) 
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
         defenses=defenses,
+        reference=recipe.reference,
         on_nonfinite=recipe.on_nonfinite,
         monitors=[spec.build() for spec in recipe.monitors],
     )

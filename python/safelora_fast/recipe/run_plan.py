@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safelora_fast.defenses.base import BatchDefense
 from safelora_fast.defenses.step_cost import CHUNK_BYTES, Shape, Work
 from safelora_fast.files.output import resolved
 from safelora_fast.recipe.mixture import held_out_warnings
+from safelora_fast.recipe.recipe import BASE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,6 +117,7 @@ class Plan:
         steps: optimizer steps; an estimate if examples are packed.
         rows_per_step: examples per optimizer step over all processes.
         disk_bytes: peak disk use of the adapter and its checkpoints.
+        cache_bytes: upper bound on the size of the cache of the reference's hidden states; 0 without one.
         warnings: likely mistakes in the recipe.
     """
 
@@ -132,6 +135,7 @@ class Plan:
     adapter_bytes: int
     disk_bytes: int
     free_bytes: int
+    cache_bytes: int = 0
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,6 +163,7 @@ class Plan:
                 "memory_bytes": self.cost.memory,
                 "adapter_bytes": self.adapter_bytes,
                 "disk_bytes": self.disk_bytes,
+                "cache_bytes": self.cache_bytes,
             },
         }
 
@@ -195,6 +200,7 @@ def make_plan(
         adapter_bytes=adapter,
         disk_bytes=adapter + (adapter + shape.adapter * work.optimizer_bytes) * kept_checkpoints(arguments, steps),
         free_bytes=free_space(Path(recipe.output.folder)),
+        cache_bytes=cache_bytes(recipe, model, shape, sum(train.lengths)),
         warnings=held_out_warnings(recipe, facts.sha256),
     )
 
@@ -212,6 +218,19 @@ def estimate(shape: Shape, work: Work, specs: Sequence[DefenseSpec]) -> Cost:
     reference = share * (2 * shape.matrices * work.tokens + attention)
     extras = {spec.name: spec.outline.cost(shape, work) for spec in active}
     return Cost(step, reference, extras, _memory(shape, work, extras))
+
+
+def cache_bytes(recipe: Recipe, model: PeftModel, shape: Shape, tokens: int) -> int:
+    """Return the size of a cache with the reference's hidden states of all examples; 0 if the recipe has none."""
+    from safelora_fast.models.anatomy import dissect
+
+    outlines = [spec.outline for spec in recipe.defenses if spec.outline.active]
+    compared = [one for one in outlines if isinstance(one, BatchDefense) and one.needs_reference]
+    compared = [one for one in compared if not one.keeps_reference]
+    if recipe.reference == BASE or not compared:
+        return 0
+    layers = {index for one in compared for index in one.recorded_layers(dissect(model))}
+    return (1 + len(layers)) * tokens * shape.hidden * shape.value_bytes
 
 
 def _memory(shape: Shape, work: Work, extras: dict[str, Extra]) -> dict[str, float]:

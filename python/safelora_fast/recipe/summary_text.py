@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safelora_fast.recipe.recipe import CACHE
+from safelora_fast.recipe.run_plan import free_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,6 +100,10 @@ def _defenses(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "", f"  {_extra(cost.extras[spec.name], cost.step) if spec.outline.active else off}"
     if cost.reference:
         yield "", f"one reference pass a micro-batch serves all: ≈ +{100 * cost.reference / cost.step:.2g} % of a step"
+    if prepared.plan.cache_bytes:
+        folder = prepared.recipe.reference.removeprefix(CACHE)
+        room = f"up to ≈ {size(prepared.plan.cache_bytes)}, {size(free_space(Path(folder).expanduser()))} are free"
+        yield "", f"what it gave is kept in {folder} ({room}): later epochs, and runs on the same rows, read it there"
     for number, monitor in enumerate(prepared.recipe.monitors):
         yield "monitors" if number == 0 else "", f"{monitor.name}: {settings_words(monitor)}; changes nothing"
     margin, pairs = prepared.recipe.margin, prepared.pairs
