@@ -66,11 +66,15 @@ def split_reference(reference: str | nn.Module | None) -> tuple[str | nn.Module 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a part of a batch [batch, tokens], with their keys, and their lengths without padding behind them."""
+    """The rows of a part of a batch [batch, tokens], with their keys, and their lengths without padding behind them.
+
+    They may be packed if they have positions and no mask.
+    """
 
     batch: int
     tokens: int
     device: torch.device
+    packed: bool
     keys: dict[int, bytes]
     lengths: dict[int, int]
 
@@ -126,6 +130,8 @@ class CachedReference:
         Raises:
             SettingsError: see :meth:`ReferencePass.run`; or stored states are not those of this model.
         """
+        if stored and part is not None and part.columns is not None:
+            part = part.by_rows()  # rows are stored whole
         rows = self._rows(whole, decoder, part) if stored else None
         found = {} if rows is None else {row: states for row in rows.keys if (states := self._read(rows.keys[row]))}
         check = None
@@ -143,6 +149,7 @@ class CachedReference:
             return self._assembled(rows, found, part)
         all_run = len(run) == len(rows.keys)
         some = Part(rows.batch, rows.tokens, tuple(run), max(rows.lengths[row] for row in run))
+        some = some.by_rows() if rows.packed else some
         capture = self._reference.run(whole, decoder, part=part if all_run else some, around=around)
         computed = self._by_row(capture, rows, run)
         if check is not None:
@@ -183,7 +190,9 @@ class CachedReference:
         if depends_on_longest_row(anatomy.config, decoder, ids.shape[1]):
             self._tell("rotary embeddings depend on the longest row of a batch")
             return None
-        settings = json.dumps([str(autocast_dtype(ids.device.type)), *sorted(plain.items())]).encode()
+        packed = "position_ids" in by_token and "attention_mask" not in by_token
+        alone = packed and len(ids) == 1  # flash attention separates documents only in a batch of one row
+        settings = json.dumps([str(autocast_dtype(ids.device.type)), alone, *sorted(plain.items())]).encode()
         keys, lengths = {}, {}
         for row in range(len(ids)) if part is None else part.rows:
             real = by_token["attention_mask"][row].nonzero() if "attention_mask" in by_token else None
@@ -192,7 +201,7 @@ class CachedReference:
             for name, values in by_token.items():
                 digest.update(name.encode() + values[row, : lengths[row]].numpy().tobytes())
             keys[row] = digest.digest()
-        return _Rows(ids.shape[0], ids.shape[1], ids.device, keys, lengths)
+        return _Rows(ids.shape[0], ids.shape[1], ids.device, packed, keys, lengths)
 
     def _tell(self, reason: str) -> None:
         """Log once why batches run without the cache."""
