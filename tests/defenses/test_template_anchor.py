@@ -184,6 +184,17 @@ def test_settings_are_refused_in_one_line():
         defend(model, [TemplateAnchor()], tokenizer=nothing)
 
 
+def test_images_before_the_header_are_refused():
+    """The digest of a prompt's tokens does not tell its images apart."""
+    batch = {**collate(EXAMPLES), "pixel_values": torch.zeros(4, 3, 2, 2)}
+    with (
+        defend(tiny_peft_model(**SIZES), [TemplateAnchor(tokens="header")], tokenizer=TOKENIZER) as defended,
+        pytest.raises(SettingsError, match='this batch has pixel_values too: set tokens="prefix"'),
+        defended.recording(batch),
+    ):
+        pass
+
+
 def test_latent_attention_is_refused():
     model = tiny_peft_model(**SIZES)
     model.get_base_model().config.kv_lora_rank = 16

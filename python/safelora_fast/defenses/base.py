@@ -99,7 +99,7 @@ class Attached:
         """
         return {}
 
-    def before_pass(self, spans: Spans) -> torch.Tensor | None:  # noqa: ARG002
+    def before_pass(self, batch: Mapping[str, Any], spans: Spans) -> torch.Tensor | None:  # noqa: ARG002
         """Called before the forward pass of each micro-batch, if a defense needs the reference.
 
         Returns:

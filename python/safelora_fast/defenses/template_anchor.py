@@ -78,8 +78,8 @@ class TemplateAnchor(BatchDefense):
         from safelora_fast.defenses.parts.prefix_records import PrefixRecords
         from safelora_fast.models.anatomy import dissect
 
-        layers = self._indices(dissect(run.model))
-        return PrefixRecords(run.model, self.mask, layers=layers, owner="TemplateAnchor")
+        layers, late = self._indices(dissect(run.model)), self.tokens == "header"
+        return PrefixRecords(run.model, self.mask, layers=layers, after_prompts=late, owner="TemplateAnchor")
 
     def units(self, spans: Spans) -> int:
         """Return the number of sequences that have such tokens."""

@@ -194,7 +194,7 @@ class TrainingPasses:
             self._spans = self._read(batch)
             if self.reference is not None:
                 check_inputs(Call((), batch))
-                self._part = self._looked_at(self._spans)
+                self._part = self._looked_at(batch, self._spans)
             if self._cache is not None:
                 self._cache.open()
             with self._recorder.recording():
@@ -240,13 +240,13 @@ class TrainingPasses:
             return spans
         return replace(spans, draws=draws(batch, spans, seed=self._run.seed, step=self._run.steps))
 
-    def _looked_at(self, spans: Spans) -> Part | None:
+    def _looked_at(self, batch: Mapping[str, Any], spans: Spans) -> Part | None:
         """Return the part of the batch that defenses compare with the reference; None for the whole batch.
 
         If the models are sharded, all processes must run the same layers: one that has nothing to compare runs one row as
         long as another one has something.
         """
-        unknown = {name: attached.before_pass(spans) for name, attached in self._states.items()}
+        unknown = {name: attached.before_pass(batch, spans) for name, attached in self._states.items()}
         self._recorded_anew = any(mask is not None and bool(mask.any()) for mask in unknown.values())
         masks = [
             d.mask(spans.drawn(d.sample)) if (mask := unknown.get(d.name)) is None else mask

@@ -42,6 +42,7 @@ class PrefixRecords(Attached):
         model: the model with its wrappers.
         mask: returns the template tokens of a micro-batch, bool [batch, tokens].
         layers: indices of layers; None for all that have keys and values.
+        after_prompts: whether template tokens come after prompts, which may contain images or sounds.
         owner: the defense's name, for messages.
     """
 
@@ -51,8 +52,10 @@ class PrefixRecords(Attached):
         mask: Callable[[Spans], torch.Tensor],
         *,
         layers: Sequence[int] | None,
+        after_prompts: bool,
         owner: str,
     ) -> None:
+        self._after_prompts = after_prompts
         self._model, self._mask, self._layers, self._owner = model, mask, layers, owner
         self._anatomy = dissect(model)
         self._states: list[AttentionState] = []
@@ -90,12 +93,17 @@ class PrefixRecords(Attached):
             for state in self._states
         }
 
-    def before_pass(self, spans: Spans) -> torch.Tensor:
+    def before_pass(self, batch: Mapping[str, Any], spans: Spans) -> torch.Tensor:
         """Find the template tokens of a micro-batch; return those of prefixes without a record, bool [batch, tokens].
 
         Raises:
-            SettingsError: no example of the first micro-batch has template tokens.
+            SettingsError: no example of the first micro-batch has template tokens, or images or sounds come before them.
         """
+        if self._after_prompts and (others := _beside_tokens(batch)):
+            raise SettingsError(
+                f"{self._owner}: keys after a prompt are found again by its tokens, but this batch has {', '.join(others)} too: "
+                'set tokens="prefix"'
+            )
         assert spans.ids is not None  # noqa: S101
         mask, ids = self._mask(spans).cpu().numpy(), spans.ids.cpu().numpy()
         unknown = np.zeros_like(mask)
@@ -181,6 +189,12 @@ class PrefixRecords(Attached):
                 "%s: %d of %d examples of a micro-batch lack the tokens of the chat template, and are not anchored",
                 self._owner, missing, of,
             )  # fmt: skip
+
+
+def _beside_tokens(batch: Mapping[str, Any]) -> list[str]:
+    """Return the names of the inputs that are neither tokens nor masks: pixels, features of sounds."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return [name for name, value in tensors.items() if value.is_floating_point() and name != "attention_mask"]
 
 
 def _name(state: AttentionState) -> str:
