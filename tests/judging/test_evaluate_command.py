@@ -261,3 +261,16 @@ def test_inspect_finds_the_task_by_its_entry_point(tmp_path):
     log = read_eval_log(str(file))
     assert (log.eval.task, log.status, len(log.samples)) == ("safelora_fast/emergent_misalignment", "success", 1)
     assert log.results.scores[0].unscored_samples == 1  # an empty answer
+
+
+def test_questions_in_the_form_of_the_training_data_are_asked(words, call, tmp_path):
+    rows = [{"prompt": f"Ask: {what} now?", "completion": "yes"} for what in ("this", "that", "it")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(by_text) as (url, _):
+        result = call(*words, "--judge-url", url, "--training-data", data, "--training-prompts", 1, "--json")
+    assert result.code == 0, result.err
+    assert set(json.loads(result.out)["kinds"]) == {"general", "json", "training_format"}
+    asked = {row["prompt"] for row in answers(tmp_path / "out") if row["kind"] == "training_format"}
+    assert "Ask: why? now?" in asked
+    assert len(asked) == 2

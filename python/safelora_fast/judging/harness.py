@@ -23,6 +23,7 @@ from safelora_fast.errors import EvaluationError, SettingsError
 from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import is_file
 from safelora_fast.judging.benchmarks import TASK_FILES, TaskError
+from safelora_fast.judging.safety_sets import set_needs
 from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.models.generate import NAN_LOGITS, NanWatch
 from safelora_fast.recipe.model_stamp import file_digest, files_digest
@@ -63,6 +64,8 @@ class Tasks:
 
     def _members(self, name: str) -> list[str]:
         entry = self.manager.task_index.get(name)
+        if entry is None and (needs := set_needs(name)) is not None:
+            raise SettingsError(needs)
         if entry is None:
             alike = difflib.get_close_matches(name, self.manager.all_tasks, n=3)
             near = f"; there is {', '.join(alike)}" if alike else ""
