@@ -145,7 +145,8 @@ def test_a_store_that_is_lost_in_the_middle(fleet, monkeypatch):
 
 
 def test_the_temporary_folder_holds_one_batch(fleet, monkeypatch):
-    most, commit = [], Places.commit
+    """Copies of adapters that are done or damaged are deleted at once."""
+    most, commit, fetched = [], Places.commit, Places.fetched
 
     def counted(self, row, item):
         most.append(len(list(fleet.temporary.rglob(WEIGHTS))))
@@ -155,6 +156,17 @@ def test_the_temporary_folder_holds_one_batch(fleet, monkeypatch):
     fleet.project(batch=1)
     assert most == [2, 2, 2]  # an adapter and its output
     assert written(fleet) == fleet.weights
+    most.clear()
+
+    def seen(self, row):
+        most.append(len(list(fleet.temporary.rglob(WEIGHTS))))
+        return fetched(self, row)
+
+    monkeypatch.setattr(Places, "fetched", seen)
+    monkeypatch.setattr(remote, "content_stamp", lambda *_: None)
+    remote.write(f"{fleet.url}/fleet/t0/a0/{WEIGHTS}", b"damaged")
+    assert fleet.project().skipped == 2
+    assert most == [0, 0, 0]
 
 
 def test_changed_adapters_and_overwrite(fleet):

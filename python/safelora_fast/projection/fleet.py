@@ -171,15 +171,18 @@ class _Run:
                 raise
             except SafeLoraFastError as error:
                 self.fail(row, error)
+                self.places.forget(row)
             else:
                 if item is None:
                     self.report.skipped += 1
+                    self.places.forget(row)
                 else:
                     batch.append((row, item))
             if batch and (len(batch) == size or number == len(rows)):
                 self.project(batch)
+                for done, _ in batch:
+                    self.places.forget(done)
                 batch.clear()
-                self.places.clear()
             if not batch or len(self.report.failed) >= self.listed + LISTED_AT_ONCE:
                 self.list_failures()
             yield number - len(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class Places:
     def __init__(self, output: str | Path, failures: str, cache: Path) -> None:
         self._failures = remote.joined(str(output), failures) if remote.is_url(output) else Path(output, failures)
         self._cache, self._count = cache, 0
+        self._copies: defaultdict[str, list[Path]] = defaultdict(list)  # by id
         self._shown: dict[str, str] = {}  # local copies and what they are copies of
 
     def marker(self, row: Row) -> dict[str, Any] | None:
@@ -109,11 +111,11 @@ class Places:
             except PermissionError as error:
                 raise OutputError(f"{row.output}: the store refuses to write it ({error}); check who may") from error
 
-    def clear(self) -> None:
-        """Delete the copies of a batch."""
-        for folder in self._cache.iterdir():
-            shutil.rmtree(folder)
-        self._shown.clear()
+    def forget(self, row: Row) -> None:
+        """Delete the local copies that were made for a row."""
+        for folder in self._copies.pop(row.id, ()):
+            shutil.rmtree(folder.parent)
+            del self._shown[str(folder)]
 
     def shown(self, text: str) -> str:
         """Return a message with URLs for the paths of local copies."""
@@ -143,6 +145,8 @@ class Places:
         """Return a new path whose last part is that of the id, as reports show it."""
         self._count += 1
         folder = self._cache / str(self._count) / PurePosixPath(row.id).name
+        folder.parent.mkdir()
+        self._copies[row.id].append(folder)
         self._shown[str(folder)] = url
         return folder
 
