@@ -23,6 +23,7 @@ ROOMS = [
     "checkpoints",
     "projection",
     "subspace",
+    "whole_models",
     "persona_vector",
     "data",
     "models",

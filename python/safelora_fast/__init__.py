@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from safelora_fast.trainers.transformers import DefendedTrainer as DefendedTrainer
     from safelora_fast.trainers.trl import DefendedSFTTrainer as DefendedSFTTrainer
     from safelora_fast.training import defend as defend
+    from safelora_fast.whole_models.project_model import project_model as project_model
 
 # The modules of public names, except those of defenses, which register themselves.
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
     "interleave": "safelora_fast.data",
     "project_adapter": "safelora_fast.projection.project",
     "project_fleet": "safelora_fast.projection.fleet",
+    "project_model": "safelora_fast.whole_models.project_model",
     "project_peft_model": "safelora_fast.projection.peft_model",
     "regenerate_completions": "safelora_fast.selection",
     "select_by_perplexity_gap": "safelora_fast.selection",

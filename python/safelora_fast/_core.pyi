@@ -14,6 +14,7 @@ __all__ = [
     "Part",
     "ProjectionStream",
     "SafetensorsFile",
+    "UpdateOutcome",
     "View",
     "__version__",
     "copy_views",
@@ -24,6 +25,7 @@ __all__ = [
     "feature_distance_gradient",
     "fma_peak",
     "kernel_level",
+    "project_update",
     "read_index",
     "read_seconds",
     "subspace_projection",
@@ -201,6 +203,11 @@ class Operator:
         """Raises SettingsError like `orthogonal`, or if `keep` is not between 0 and 1."""
     @staticmethod
     def zero() -> Operator: ...
+    @staticmethod
+    def restore(*, weight: float) -> Operator:
+        """For `project_update` only, like `extrapolate`."""
+    @staticmethod
+    def extrapolate(*, rank: int | None = None, energy: float | None = None, weight: float) -> Operator: ...
 
 @final
 class ProjectionStream(Iterator[JobOutcome]):
@@ -232,6 +239,46 @@ class ProjectionStream(Iterator[JobOutcome]):
     @property
     def bytes_done(self) -> int: ...
     def close(self) -> None: ...
+
+@final
+class UpdateOutcome:
+    """Result of projecting the full update D = finetuned - aligned of one module. All metrics are float64.
+
+    `update_norm` = ||D||_F, `update_norm_projected` = ||O D||_F before rounding. `cosine` is that of C D and D; it is NaN
+    if it was not asked for, or V, D or C D is zero. If V is zero, every operator leaves D unchanged.
+    """
+
+    @property
+    def v_norm(self) -> float: ...
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def energy(self) -> float | None: ...
+    @property
+    def cosine(self) -> float: ...
+    @property
+    def update_norm(self) -> float: ...
+    @property
+    def update_norm_projected(self) -> float: ...
+
+def project_update(
+    job: Job,
+    finetuned: Sequence[View],
+    operator: Operator,
+    output: tuple[int, int],
+    *,
+    cosine: bool = True,
+    threads: int | None = None,
+) -> UpdateOutcome:
+    """Write aligned + O·(finetuned - aligned) to (address, length), row-major as stored, in the dtype of `finetuned`.
+
+    `finetuned` has one view for each part of the job. Reads tiles of columns, so memory does not grow with the module
+    beyond min(m, n)^2 floats. C takes 4·m·n·min(m, n) operations; without `cosine`, other operators do not need it. The
+    result does not depend on `threads`. Ctrl-C stops between tiles. The caller keeps the memory of `output` alive.
+
+    Raises `CheckpointError` if a weight is NaN or infinite or the result leaves the range of its dtype, and ValueError
+    if views or output do not fit the job.
+    """
 
 def subspace_projection(
     aligned: tuple[int, str, int, int, int],

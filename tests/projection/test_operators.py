@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 from safelora_fast import _core, project_adapter
 from safelora_fast.errors import SettingsError
 from safelora_fast.projection.operators import OPERATORS, Name, operator_of, owners
-from safelora_fast.projection.settings import OPTIONS, Settings
+from safelora_fast.projection.settings import OPTIONS, Settings, WholeModelSettings
 
 METHODS = Path(__file__).parents[2] / "docs" / "methods.md"
-ARGUMENTS = {"rank": 3, "keep": 0.25}
+ARGUMENTS = {"rank": 3, "keep": 0.25, "weight": 0.5}
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.variant)
@@ -24,7 +24,7 @@ def test_every_operator_is_complete(operator):
     assert operator.name in get_args(Name)
     given = {name: ARGUMENTS[name] for names, _ in operator.required for name in names if name in ARGUMENTS}
     form = {} if operator.form is None else dict([operator.form])
-    settings = Settings(operator.name, **given, **form)
+    settings = WholeModelSettings(operator.name, select="all", **given, **form)
     assert settings.described_operator is operator_of(settings.effective()) is operator
     assert isinstance(operator.in_rust(vars(settings)), _core.Operator)
     assert {*operator.arguments, *form} <= OPTIONS.keys()
@@ -37,7 +37,7 @@ def test_every_operator_is_complete(operator):
 def test_the_names_are_those_of_the_table():
     assert list(dict.fromkeys(operator.name for operator in OPERATORS)) == list(get_args(Name))
     assert owners("normalize") == ["safelora"]
-    assert owners("rank") == ["orthogonal", "attenuate"]
+    assert owners("rank") == ["orthogonal", "attenuate", "extrapolate"]
     assert owners("threshold") == []
 
 
@@ -50,7 +50,11 @@ def test_the_names_are_those_of_the_table():
         ({"operator": "attenuate", "rank": 2, "keep": 1.5}, "keep must lie between 0 and 1, not 1.5"),
         ({"operator": "attenuate", "rank": 2, "keep": 0.5, "sides": "up"}, "sides must be one of both, left, not 'up'"),
         ({"keep": 0.5}, "keep applies to operator attenuate only"),
-        ({"operator": "zero", "rank": 2}, "rank applies to operator orthogonal and attenuate only"),
+        ({"operator": "zero", "rank": 2}, "rank applies to operator orthogonal and attenuate and extrapolate only"),
+        (
+            {"operator": "restore", "weight": 1},
+            "operator restore changes whole models, not adapters: use project-model",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):

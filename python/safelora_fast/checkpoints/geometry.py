@@ -113,7 +113,7 @@ class ExpertWeights:
             return [Matrix(_blocks(names, pieces, self.module), bool(pieces[0].transposed)) for pieces in weight]
         if self.flat(names, parameter):
             return [Matrix(_blocks(names, (Piece(weight),), self.module))]
-        count, *shape = _entry(names, weight).shape
+        count, *shape = weight_entry(names, weight).shape
         if len(shape) != 2:
             raise PairingError(f"{self.module}: {weight} has shape {[count, *shape]}; experts need three axes")
         transposed = experts_in_out(names, weight, parameter, (shape[0], shape[1]))
@@ -126,7 +126,7 @@ class ExpertWeights:
     def flat(self, names: TensorNames, parameter: str) -> bool:
         """Return whether the parameter is one matrix without an expert axis."""
         weight = self.parameters[parameter]
-        return isinstance(weight, str) and len(_entry(names, weight).shape) == 2
+        return isinstance(weight, str) and len(weight_entry(names, weight).shape) == 2
 
 
 def matrix_of(
@@ -157,7 +157,7 @@ def matrix_of(
         return Matrix(_blocks(names, pieces, module), transposed=True, vocabulary=vocabulary)
     tensor, transposed = pieces[0].tensor, pieces[0].transposed
     if transposed is None:
-        stored = _entry(names, tensor).shape
+        stored = weight_entry(names, tensor).shape
         transposed = len(pieces) == 1 and linear_in_out(
             names, tensor, stored, module, shape, fan_in_fan_out=fan_in_fan_out
         )
@@ -194,7 +194,7 @@ def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
     """Return the rows of one part of a fused weight, from config.json; None for a whole weight."""
     if piece.count == 1:
         return None
-    height = _entry(names, piece.tensor).shape[-2]
+    height = weight_entry(names, piece.tensor).shape[-2]
     if piece.count == 2:
         return height // 2
     settings = (names.setting(name) for name in ("num_attention_heads", "head_dim", "hidden_size"))
@@ -208,7 +208,12 @@ def _part_rows(names: TensorNames, piece: Piece, module: str) -> int | None:
     return queries if piece.index == 0 else (height - queries) // 2
 
 
-def _entry(names: TensorNames, tensor: str) -> TensorEntry:
+def weight_entry(names: TensorNames, tensor: str) -> TensorEntry:
+    """Return the entry of a weight.
+
+    Raises:
+        CheckpointError: the weight is quantized.
+    """
     entry = names.checkpoint.tensor(tensor)
     names.refuse_quantized(tensor)
     if entry.dtype not in FLOATS:
@@ -223,7 +228,7 @@ def _blocks(names: TensorNames, pieces: Sequence[Piece], module: str, rows: int 
 
 def _block(names: TensorNames, piece: Piece, module: str, rows: int | None) -> Block:
     """Return the block of a piece. A fused weight is cut by `rows`, the height of the module's own weight."""
-    entry = _entry(names, piece.tensor)
+    entry = weight_entry(names, piece.tensor)
     model = f"the {names.role} model {names.checkpoint.description}"
     where = f"{module}: {piece.tensor} of {model} has shape {list(entry.shape)}"
     if len(entry.shape) != (2 if piece.expert is None else 3):

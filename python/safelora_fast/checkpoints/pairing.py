@@ -41,7 +41,7 @@ QUANTIZED = (
 class TensorNames:
     """Tensor names of one checkpoint, searchable by module name."""
 
-    def __init__(self, checkpoint: Checkpoint, role: Literal["aligned", "base"]) -> None:
+    def __init__(self, checkpoint: Checkpoint, role: Literal["aligned", "base", "fine-tuned"]) -> None:
         self.checkpoint = checkpoint
         self.role = role
         self.config: Mapping[str, Any] = checkpoint.config or {}

@@ -20,6 +20,7 @@ from safelora_fast.cli import (
     operator_swap,
     persona,
     project,
+    project_model,
     regenerate,
     rejudge,
     screen,
@@ -59,6 +60,7 @@ def _options(
 
 
 app.command("project", cls=Command)(project.project)
+app.command("project-model", cls=Command)(project_model.project_model)
 app.command("inspect", cls=Command)(inspect.inspect)
 app.add_typer(subspace.app, name="subspace")
 app.command("train", cls=Command)(train.train)

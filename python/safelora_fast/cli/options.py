@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from safelora_fast.projection.operators import owners
+from safelora_fast.projection.operators import names, owners
 from safelora_fast.projection.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
@@ -100,21 +100,23 @@ def check_subject(command: str, model: str, adapters: Iterable[str] = ()) -> lis
     return [adapter_folder(adapter, tokenizer=True) for adapter in adapters]
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+def with_settings(command: Callable[..., None], *, whole_model: bool = False) -> Callable[..., None]:
     """Add one option per projection setting to a command, which receives them as a dictionary named `settings`."""
+    known = names(whole_model=whole_model)
+    wanted = {name: option for name, option in OPTIONS.items() if not owners(name) or {*owners(name)} & {*known}}
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        command(settings={name: given.pop(name) for name in [*OPTIONS, "exclude"]}, **given)
+        command(settings={name: given.pop(name) for name in [*wanted, "exclude"]}, **given)
 
     options = {}
-    for name, option in OPTIONS.items():
+    for name, option in wanted.items():
         default = getattr(Settings, name)
         kind: Any = option.values if option.values in {int, float} else str
         kind = kind if default else kind | None
-        takers = " and ".join(owners(name)) or option.select
+        takers = " and ".join(taker for taker in owners(name) if taker in known) or option.select
         text = f"For {takers}: {option.help[0].lower()}{option.help[1:]}" if takers else option.help
-        metavar = option.metavar or "|".join(get_args(option.values))
+        metavar = option.metavar or "|".join(known if name == "operator" else get_args(option.values))
         annotation = Annotated[kind, typer.Option(metavar=metavar, help=text)]
         options[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     options["exclude"] = Parameter("exclude", Parameter.KEYWORD_ONLY, default=None, annotation=Exclude)

@@ -207,6 +207,28 @@ def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = F
 
 
 @contextlib.contextmanager
+def resumable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield the folder `.<target>.unfinished`, which becomes `target` if the block succeeds.
+
+    If the block fails, or the process is killed, the folder stays, and the next run gets it with its files. Only one
+    process can use it.
+
+    Raises:
+        OutputError: another run uses the folder, it cannot be made, or something appeared at the target meanwhile.
+    """
+    with alone(target):
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        with described(target):
+            unfinished.mkdir(exist_ok=True)
+        yield unfinished
+        with described(target):
+            sync(unfinished)
+            if _put(unfinished, target, overwrite=overwrite):
+                shutil.rmtree(unfinished)
+            sync(target.parent)
+
+
+@contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """Yield a temporary file that becomes `target` if the block succeeds, and is deleted if it fails.
 

@@ -234,8 +234,8 @@ def _settled(
     written = None if writer is None else sampled(writer.folder / WEIGHTS)
     report = ProjectionReport(
         settings=settings.effective(),
-        aligned=_describe(pair.aligned),
-        base=_describe(pair.base),
+        aligned=describe_model(pair.aligned),
+        base=describe_model(pair.base),
         adapters=[
             AdapterReport(
                 label(adapter.path), output, modules, copied, trained_on, notes, list(adapter.excluded), written
@@ -243,7 +243,7 @@ def _settled(
         ],
         bytes_read=stream.nbytes,
         seconds=time.perf_counter() - began,
-        versions=_versions(),
+        versions=versions(),
     )
     if writer is not None:
         _write(writer.folder / REPORT, _json(published(report).to_dict()))
@@ -268,7 +268,8 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a model's part of the report, after its weights were read."""
     return {
         "source": checkpoint.description,
         "revision": checkpoint.revision,
@@ -278,7 +279,8 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the software, for the report."""
     packages = {name: importlib.metadata.version(name) for name in ("safelora-fast", "numpy", "huggingface_hub")}
     return {**packages, "python": platform.python_version(), "kernel": _core.kernel_level()}
 

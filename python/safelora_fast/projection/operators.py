@@ -13,7 +13,7 @@ from safelora_fast import _core
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Name = Literal["safelora", "orthogonal", "attenuate", "zero"]
+Name = Literal["safelora", "orthogonal", "attenuate", "zero", "restore", "extrapolate"]
 Normalize = Literal["frobenius", "spectral"]
 Sides = Literal["both", "left"]
 HOW_MUCH = "how much of V to keep, e.g. rank 64"
@@ -32,6 +32,7 @@ class Operator:
             default.
         arguments: settings passed to the constructor by name.
         required: groups of arguments, each with a description; exactly one argument of each group must be given.
+        adds: whether the operator adds to the weights of a whole model, whatever the update. Adapters cannot have it.
     """
 
     name: Name
@@ -41,6 +42,7 @@ class Operator:
     form: tuple[str, str] | None = None
     arguments: tuple[str, ...] = ()
     required: tuple[tuple[tuple[str, ...], str], ...] = ()
+    adds: bool = False
 
     def in_rust(self, settings: Mapping[str, Any]) -> _core.Operator:
         """Return the extension's operator with these settings."""
@@ -83,6 +85,24 @@ OPERATORS = (
         )
     ),
     Operator("zero", "the zero control", "0", "zero"),
+    Operator(
+        "restore",
+        "the restored safety vector",
+        "W + weight·V",
+        "restore",
+        arguments=("weight",),
+        required=((("weight",), "the factor of V, e.g. weight 0.5"),),
+        adds=True,
+    ),
+    Operator(
+        "extrapolate",
+        "the extrapolated leading part of V",
+        "W + weight·U_k·U_kᵀ·V",
+        "extrapolate",
+        arguments=("rank", "energy", "weight"),
+        required=((("rank", "energy"), HOW_MUCH), (("weight",), "the factor of that part of V, e.g. weight 1")),
+        adds=True,
+    ),
 )
 
 
@@ -94,6 +114,11 @@ def operator_of(settings: Mapping[str, Any]) -> Operator:
         if operator.name == settings["operator"]
         and (operator.form is None or settings.get(operator.form[0]) in {None, operator.form[1]})
     )
+
+
+def names(*, whole_model: bool) -> list[str]:
+    """Return the names of the operators for whole models or for adapters."""
+    return list(dict.fromkeys(operator.name for operator in OPERATORS if whole_model or not operator.adds))
 
 
 def owners(argument: str) -> list[str]:

@@ -145,7 +145,7 @@ class ProjectionReport:
             if item.get("not_finite")
         ]
         if not adapter.projected:
-            return [*found, "no module was selected, so the adapter stays as it is"]
+            return [*found, "no module was selected, so nothing changes"]
         gain = statistics.median(module.gain for module in adapter.projected)
         if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:
             found.append(

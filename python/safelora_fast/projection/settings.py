@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import number, patterns, whole_number
-from safelora_fast.projection.operators import Name, Normalize, Operator, Sides, operator_of, owners
+from safelora_fast.projection.operators import Name, Normalize, Operator, Sides, names, operator_of, owners
 
 Select = Literal["threshold", "number", "all"]
 
@@ -53,6 +53,7 @@ OPTIONS = {
     "energy": Option("Share of ‖V‖² to keep, instead of --rank.", float, "E", low=0, high=1, above=True),
     "keep": Option("Share to keep of the part outside these directions.", float, "C", low=0, high=1),
     "sides": Option("both (default) changes lora_B and lora_A; left changes only lora_B.", Sides),
+    "weight": Option("Factor of what is added to the weights.", float, "X", low=-100, high=100),
     "select": Option("Which modules to project, by the paper's cosine for any operator.", Select),
     "threshold": Option("Largest cosine to project. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
     "num_layers": Option("Number of lowest cosines to project. (default 10)", int, "N", low=1, select="number"),
@@ -68,11 +69,14 @@ class Settings:
 
     projection/operators.py lists the operators that use `normalize`, `rank`, `energy`, `keep` and `sides`. `threshold`
     applies to `select="threshold"`, `num_layers` to `select="number"`. None selects the default, if there is one.
-    `exclude` names modules to leave unchanged; `strict` rejects adapters with trained tensors other than LoRA factors.
+    `weight` is for operators that add to whole models. `exclude` names modules to leave unchanged; `strict` rejects
+    adapters with trained tensors other than LoRA factors.
 
     Raises:
         SettingsError: options contradict each other, are out of range, or have the wrong type.
     """
+
+    whole_model: ClassVar[bool] = False
 
     operator: Name = "safelora"
     normalize: Normalize | None = None
@@ -86,9 +90,15 @@ class Settings:
     strict: bool = False
     keep: float | None = None
     sides: Sides | None = None
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", patterns("exclude", self.exclude))
+        known = names(whole_model=self.whole_model)
+        if self.operator not in known and self.operator in get_args(Name):
+            raise SettingsError(f"operator {self.operator} changes whole models, not adapters: use project-model")
+        if self.operator not in known:
+            raise SettingsError(f"operator must be one of {', '.join(known)}, not {self.operator!r}")
         given = {name: getattr(self, name) for name in OPTIONS}
         given = {name: value for name, value in given.items() if value is not None or name in {"operator", "select"}}
         for name, value in given.items():
@@ -99,6 +109,8 @@ class Settings:
                 raise SettingsError(f"{name} applies to operator {' and '.join(takers)} only")
             if option.select not in {None, self.select}:
                 raise SettingsError(f"{name} applies to select {option.select} only")
+        if self.described_operator.adds and self.select != "all":
+            raise SettingsError(f"operator {self.operator} does not depend on the update: give select all")
         for group, what in self.described_operator.required:
             count = len(given.keys() & set(group))
             if count != 1:
@@ -140,6 +152,12 @@ class Settings:
         if self.select == "number":
             return f"cosine {'' if projected else 'not '}among the {self.effective_num_layers} lowest"
         return "all modules were selected"
+
+
+class WholeModelSettings(Settings):
+    """Settings of the projection of a whole model."""
+
+    whole_model = True
 
 
 def chosen(cosines: dict[str, float], settings: Settings) -> set[str]:

@@ -91,8 +91,19 @@ def plan_subspace(
         PairingError: no module has one of the endings, or a module has no unambiguous counterpart of the same shape.
         CheckpointError: a checkpoint is quantized.
     """
-    names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
     found = _in_layers(aligned) if endings is None else _ending(aligned, endings)
+    return plan_modules(aligned, base, found, exclude)
+
+
+def plan_modules(aligned: Checkpoint, base: Checkpoint, found: Sequence[str], exclude: Sequence[str] = ()) -> Plan:
+    """Pair named modules of the aligned checkpoint with their tensors in the base; see :func:`plan_subspace`.
+
+    Raises:
+        SettingsError: an exclude pattern matches nothing, or all modules are excluded.
+        PairingError: a module has no unambiguous counterpart of the same shape.
+        CheckpointError: a checkpoint is quantized.
+    """
+    names = TensorNames(aligned, "aligned"), TensorNames(base, "base")
     for pattern in exclude:
         if not any(matching(name, [pattern]) for name in found):
             raise SettingsError(f"exclude: none of the modules is called {pattern!r}")

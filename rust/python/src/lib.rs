@@ -13,6 +13,7 @@ mod operation;
 mod operator;
 mod settings;
 mod stream;
+mod update;
 
 use pyo3::prelude::*;
 
@@ -42,6 +43,8 @@ mod _core {
     use crate::operator::Operator;
     #[pymodule_export]
     use crate::stream::{FactorOutcome, JobOutcome, ProjectionStream};
+    #[pymodule_export]
+    use crate::update::{UpdateOutcome, project_update};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

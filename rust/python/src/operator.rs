@@ -45,6 +45,18 @@ impl Operator {
     }
 
     #[staticmethod]
+    #[pyo3(signature = (*, weight))]
+    const fn restore(weight: f64) -> Self {
+        Self { inner: core::Operator::Restore(weight) }
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, rank=None, energy=None, weight))]
+    fn extrapolate(rank: Option<usize>, energy: Option<f64>, weight: f64) -> PyResult<Self> {
+        Ok(Self { inner: core::Operator::Extrapolate { extent: extent(rank, energy)?, weight } })
+    }
+
+    #[staticmethod]
     const fn zero() -> Self {
         Self { inner: core::Operator::Zero }
     }

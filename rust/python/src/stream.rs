@@ -10,7 +10,7 @@ use safelora_fast_core::checkpoint::View;
 use safelora_fast_core::projection as core;
 use safelora_fast_core::stream::{Next, Stream};
 
-use crate::errors::{AdapterError, projection_error};
+use crate::errors::{AdapterError, SettingsError, projection_error};
 use crate::job::Job;
 use crate::operator::Operator;
 use crate::settings;
@@ -180,6 +180,9 @@ impl ProjectionStream {
         threads: Option<usize>,
         seed: u64,
     ) -> PyResult<Self> {
+        if !operator.inner.is_for_lora() {
+            return Err(SettingsError::new_err("restore and extrapolate are for whole models, not for LoRA factors"));
+        }
         let settings = core::Settings { operator: operator.inner, keep_projected, keep_subspace, seed };
         let jobs: Vec<_> = jobs.iter().map(|job| Arc::clone(&job.inner)).collect();
         let stream = Stream::start(jobs.clone(), settings, settings::threads(threads)?, settings::level()?)

@@ -3,8 +3,8 @@
 use std::sync::atomic::AtomicBool;
 
 use super::projector::normalize;
-use super::subspace::{Extent, Iteration, start_count};
-use super::{ProjectionError, Random, Stacked};
+use super::subspace::{Extent, Failure, Iteration, start_count};
+use super::{Leading, ProjectionError, Random, Stacked};
 use crate::kernels::Engine;
 use crate::linalg::orthonormal;
 
@@ -54,15 +54,24 @@ pub fn apply(
     let divisor = match normalization {
         _ if v_norm == 0.0 => return Ok(Applied { columns, factor: 0.0, v_norm }),
         Normalization::Frobenius => v_norm,
-        Normalization::Spectral => spectral_norm(engine, v).map_err(|failure| failure.of(NAME))?.powi(2),
+        Normalization::Spectral => {
+            let leading =
+                leading(engine, v, Extent::Rank(1), Random::new(0, "")).map_err(|failure| failure.of(NAME))?;
+            leading.values.first().map_or(0.0, |value| value.powi(2))
+        }
     };
     Ok(Applied { columns, factor: scale / divisor, v_norm })
 }
 
-fn spectral_norm(engine: &mut Engine, v: &mut Stacked<'_>) -> Result<f64, super::subspace::Failure> {
+/// Leading singular vectors of a V that is not zero.
+pub(super) fn leading(
+    engine: &mut Engine,
+    v: &mut Stacked<'_>,
+    extent: Extent,
+    mut random: Random,
+) -> Result<Leading, Failure> {
     let (m, n) = v.shape();
-    let mut random = Random::new(0, "");
-    let count = start_count(Extent::Rank(1), (m, n));
+    let count = start_count(extent, (m, n));
     let mut start = Vec::new();
     random.extend(&mut start, count * m);
     let mut image = vec![0.0; count * n];
@@ -70,6 +79,5 @@ fn spectral_norm(engine: &mut Engine, v: &mut Stacked<'_>) -> Result<f64, super:
     let right = engine.install(|| orthonormal(&image, &[], n));
     let mut left = vec![0.0; right.len() / n * m];
     v.product(engine, &right, right.len() / n, &mut left)?;
-    let leading = Iteration::new(v, engine, right, left, Extent::Rank(1), random).run(&AtomicBool::new(false))?;
-    Ok(leading.values.first().copied().unwrap_or(0.0))
+    Iteration::new(v, engine, right, left, extent, random).run(&AtomicBool::new(false))
 }

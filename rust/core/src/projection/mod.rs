@@ -14,6 +14,7 @@ mod random;
 mod round;
 mod stacked;
 mod subspace;
+mod update;
 
 pub use apply::{Applied, Normalization, apply};
 pub use error::ProjectionError;
@@ -26,3 +27,4 @@ pub use random::Random;
 pub use round::{Overflow, write_rounded};
 pub use stacked::Stacked;
 pub use subspace::{Extent, Leading};
+pub use update::{UpdateOutcome, project_update};

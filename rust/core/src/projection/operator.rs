@@ -26,6 +26,15 @@ pub enum Operator {
     },
     /// O = 0, the control.
     Zero,
+    /// Δ + weight·V, for a full update Δ only.
+    Restore(f64),
+    /// Δ + weight·U·Uᵀ·V, for a full update Δ only.
+    Extrapolate {
+        /// Number of singular vectors.
+        extent: Extent,
+        /// The factor of the leading part of V.
+        weight: f64,
+    },
 }
 
 /// Settings of a run.
@@ -78,15 +87,17 @@ impl Operator {
     /// How many leading singular vectors of V the operator needs.
     pub(super) const fn extent(self) -> Option<Extent> {
         match self {
-            Self::Frobenius | Self::Zero => None,
+            Self::Frobenius | Self::Zero | Self::Restore(_) => None,
             Self::Spectral => Some(Extent::Rank(1)),
-            Self::Orthogonal(extent) | Self::Attenuate { extent, .. } => Some(extent),
+            Self::Orthogonal(extent) | Self::Attenuate { extent, .. } | Self::Extrapolate { extent, .. } => {
+                Some(extent)
+            }
         }
     }
 
     /// Whether the operator uses singular vectors of V, so that outcomes report their number.
     pub(super) const fn uses_vectors(self) -> bool {
-        matches!(self, Self::Orthogonal(_) | Self::Attenuate { .. })
+        matches!(self, Self::Orthogonal(_) | Self::Attenuate { .. } | Self::Extrapolate { .. })
     }
 
     /// Whether the operator changes A, and so needs the right singular vectors too.
@@ -100,6 +111,12 @@ impl Operator {
             Self::Attenuate { keep, both: true, .. } => Some(attenuated(right, lora_a, n, keep)),
             _ => None,
         }
+    }
+
+    /// Whether the operator is defined for B of a LoRA update.
+    #[must_use]
+    pub const fn is_for_lora(self) -> bool {
+        !matches!(self, Self::Restore(_) | Self::Extrapolate { .. })
     }
 
     /// O·B.

@@ -94,7 +94,7 @@ impl Projector {
         };
         let right = match &leading {
             Some(leading) if self.settings.operator.changes_lora_a() => {
-                self.right_vectors(&mut v, leading).map_err(shape)?
+                right_vectors(&mut self.engine, &mut v, leading).map_err(shape)?
             }
             _ => Vec::new(),
         };
@@ -172,21 +172,6 @@ impl Projector {
         Ok(self.outcome(share, &lora_b, lora_a.as_ref(), cosine))
     }
 
-    /// The right singular vectors W = VᵀU/σ, (k, n), orthonormal.
-    fn right_vectors(&mut self, v: &mut Stacked<'_>, leading: &Leading) -> Result<Vec<f32>, ShapeError> {
-        let (n, count) = (v.shape().1, leading.values.len());
-        let mut images = vec![0.0; count * n];
-        if count > 0 {
-            v.transposed_product(&mut self.engine, &leading.vectors, count, &mut images)?;
-        }
-        for (image, value) in images.chunks_exact_mut(n).zip(&leading.values) {
-            for element in image {
-                *element = (f64::from(*element) / value) as f32;
-            }
-        }
-        Ok(self.engine.install(|| orthonormal(&images, &[], n)))
-    }
-
     fn outcome(
         &self,
         share: &Share<'_>,
@@ -256,6 +241,25 @@ fn rounded(projected: &Projected<'_>, view: &View, element: impl Fn(usize, usize
     let length = projected.columns.len() / projected.count();
     let overflow = write_rounded(&projected.columns, length, projected.factor, view.dtype(), element, &mut bytes);
     Rounded { bytes, overflow }
+}
+
+/// The right singular vectors W = VᵀU/σ, (k, n), orthonormal.
+pub(super) fn right_vectors(
+    engine: &mut Engine,
+    v: &mut Stacked<'_>,
+    leading: &Leading,
+) -> Result<Vec<f32>, ShapeError> {
+    let (n, count) = (v.shape().1, leading.values.len());
+    let mut images = vec![0.0; count * n];
+    if count > 0 {
+        v.transposed_product(engine, &leading.vectors, count, &mut images)?;
+    }
+    for (image, value) in images.chunks_exact_mut(n).zip(&leading.values) {
+        for element in image {
+            *element = (f64::from(*element) / value) as f32;
+        }
+    }
+    Ok(engine.install(|| orthonormal(&images, &[], n)))
 }
 
 /// Divides by the power of two just above the largest magnitude, and returns it. Then a second product with V

@@ -55,6 +55,27 @@ pub fn write_rounded(
     }
 }
 
+/// Writes values in `dtype`, rounded to nearest even. Returns the position of the first that overflows, if any.
+pub(super) fn round_row(values: &[f32], dtype: Dtype, output: &mut [u8]) -> Option<usize> {
+    fn write<const SIZE: usize>(values: &[f32], output: &mut [u8], bytes: impl Fn(f32) -> [u8; SIZE]) {
+        let (slots, _) = output.as_chunks_mut::<SIZE>();
+        for (slot, value) in slots.iter_mut().zip(values) {
+            *slot = bytes(*value);
+        }
+    }
+    let is_finite: fn(f32) -> bool = match dtype {
+        Dtype::F32 => f32::is_finite,
+        Dtype::Bf16 => |value| bf16::from_f32(value).is_finite(),
+        Dtype::F16 => |value| f16::from_f32(value).is_finite(),
+    };
+    match dtype {
+        Dtype::F32 => write(values, output, f32::to_le_bytes),
+        Dtype::Bf16 => write(values, output, |value| bf16::from_f32(value).to_le_bytes()),
+        Dtype::F16 => write(values, output, |value| f16::from_f32(value).to_le_bytes()),
+    }
+    values.iter().position(|value| !is_finite(*value))
+}
+
 fn write<const SIZE: usize>(
     columns: &[f32],
     rows: usize,

@@ -25,6 +25,12 @@ impl<'a> Stacked<'a> {
         if self.transposed { (cols, rows) } else { (rows, cols) }
     }
 
+    /// Whether the stored matrix is Vᵀ.
+    #[must_use]
+    pub const fn is_transposed(&self) -> bool {
+        self.transposed
+    }
+
     /// ‖V‖² (Frobenius), available after the stored matrix has been multiplied from the left.
     #[must_use]
     pub const fn norm_squared(&self) -> Option<f64> {
