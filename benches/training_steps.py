@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 ROWS, LENGTH = 4, 256
 WINDOW = 5  # micro-batches of the steps in which one example in twenty is safe
+OF_WINDOW = f", {WINDOW * ROWS} examples"
 RANK, SUBSPACE_RANK = 16, 64
 WEIGHT = 0.1
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -129,12 +130,11 @@ class Steps:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def defended_window(self, defense: KL, *, share: bool) -> None:
+    def defended_window(self, defense: KL) -> None:
         """A step of 20 examples. The optimizer is given, so each step draws anew."""
-        key = repr((defense, share))
-        if key not in self.defended:
-            self.defended[key] = defend(self.model, [defense], optimizer=self.optimizer, share_logits=share)
-        with self.defended[key] as defended:
+        if repr(defense) not in self.defended:
+            self.defended[repr(defense)] = defend(self.model, [defense], optimizer=self.optimizer)
+        with self.defended[repr(defense)] as defended:
             totals = defended.totals(self.window)
             for batch in self.window:
                 with self.autocast():
@@ -219,15 +219,9 @@ class Steps:
 
     def windows(self) -> dict[str, Callable[[], None]]:
         """Steps of 20 examples, one of them safe."""
-        defenses = {
-            "KL": KL(WEIGHT),
-            "KL of safe examples": KL(WEIGHT, tokens="safe"),
-            "KL, sample 0.25": KL(WEIGHT, sample=0.25),
-        }
-        return {"undefended (20 examples)": self.undefended_window} | {
-            f"{name} {how} (20 examples)": partial(self.defended_window, defense, share=how == "shared")
-            for name, defense in defenses.items()
-            for how in ("apart", "shared")
+        defenses = {"KL of safe examples": KL(WEIGHT, tokens="safe"), "KL, sample 0.25": KL(WEIGHT, sample=0.25)}
+        return {f"undefended{OF_WINDOW}": self.undefended_window} | {
+            f"{name}{OF_WINDOW}": partial(self.defended_window, defense) for name, defense in defenses.items()
         }
 
     def providers(self) -> dict[str, Callable[[], None]]:
