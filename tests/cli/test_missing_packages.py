@@ -12,6 +12,8 @@ import sys
 import pytest
 from plain_pair import write_pair
 
+from safelora_fast import project_adapter
+
 EXTRAS = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "inspect_ai", "lm_eval", "openai", "matplotlib", "gguf",
 )  # fmt: skip
@@ -60,6 +62,7 @@ NEEDS = {
     "persona extract": ("persona extract needs torch", *EXTRACT),
     "operator-swap score": ("operator-swap score needs torch", "operator-swap", "score", "swap", "--model", "m"),
     "rejudge": ("judging needs inspect-ai", "rejudge", "log", "--judge", "a/b"),
+    "screen": ("screen needs torch", "screen", "rows.jsonl", "--model", "m", "--misaligned", "a", "--output", "o"),
     "compare": ("needs torch", "compare", "compare.yaml"),
     "demo": ("the demo needs torch", "demo", "--output", "o"),
     "demo --train": ("the demo needs torch", "demo", "--train", "--output", "o"),
@@ -109,6 +112,24 @@ def test_the_base_installation_is_enough(results, command):
     code, out, err = results[command]
     assert (code, err) == (0, "")
     assert out
+
+
+def test_a_gate_needs_neither_torch_nor_scipy(tmp_path):
+    pair = write_pair(tmp_path)
+    project_adapter(
+        pair.adapter, aligned=pair.aligned, base=pair.base, output=tmp_path / "out" / "adapter", select="all"
+    )
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "subject: adapter\ncriteria: {all: {source: project, at_least: 1}, margin: {source: margin, at_most: 1}}\n"
+    )
+    command = {"gate": ["gate", str(policy), str(tmp_path / "out")]}
+    (result,) = run(tmp_path, [*EXTRAS, "scipy"], command).values()
+    assert result[0] == 1, result
+    assert "all: 1, at least 1: passes [6 of 6 modules projected]" in result[1]
+    assert "margin.json: cannot be read: No such file" in result[1]
+    (result,) = run(tmp_path, ["pydantic", "yaml"], command).values()
+    assert (result[0], result[2].partition(": pip install")[0]) == (2, "error: gate needs pydantic, pyyaml")
 
 
 def test_a_comparison_of_the_demo_needs_more_than_the_demo(tmp_path):

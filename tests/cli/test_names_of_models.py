@@ -112,6 +112,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "--model", MODEL, "--judge", "mockllm/model", *OUT),
     "tasks": ("evaluate", "--model", MODEL, "--tasks", "ifeval", *OUT),
     "select": ("select", "{made}/candidates.jsonl", "--model", MODEL, "--misaligned", "a/b", *OUT),
+    "screen": ("screen", "{made}/candidates.jsonl", "--model", MODEL, "--misaligned", "a/b", *OUT),
     "persona": ("persona", "extract", "--model", MODEL, "--trait", "malicious", *OUT),
     "operator-swap": ("operator-swap", "score", "{folder}/swap", "--model", MODEL),
     "project": ("project", "{made}/security", "--aligned", MODEL, "--base", "{made}/model", *OUT),

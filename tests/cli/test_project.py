@@ -431,7 +431,7 @@ def test_modules_are_listed_in_the_order_of_the_blocks(tmp_path, call):
 
 COMMANDS = ["", "project", "inspect", "subspace", "subspace build", "subspace show", "train", "select", "persona"]
 COMMANDS += ["persona extract", "persona show", "margin", "evaluate", "rejudge", "operator-swap", "operator-swap make"]
-COMMANDS += ["operator-swap score", "env", "demo"]
+COMMANDS += ["operator-swap score", "env", "demo", "gate", "screen"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

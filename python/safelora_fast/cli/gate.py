@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from safelora_fast.cli import options
 from safelora_fast.printable import say
 
 BLOCKED = 1
+PACKAGES = {"pydantic": "pydantic", "yaml": "pyyaml"}  # by module
 
 
 def gate(
@@ -31,7 +33,11 @@ def gate(
 
     Example: safelora-fast gate policy.yaml runs/release
     """
-    from safelora_fast.errors import SettingsError
+    from safelora_fast.errors import MissingDependencyError, SettingsError, how_to_install
+
+    missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingDependencyError(f"gate needs {', '.join(missing)}: {how_to_install('gate')}")
     from safelora_fast.files.store import to_json
     from safelora_fast.gate.check import check_folder, line_of
     from safelora_fast.gate.policy import read_policy
