@@ -32,7 +32,8 @@ VOCABULARY = 150
 
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch):
-    """Several chunks of several blocks, rows of several tiles, the last of each partly filled."""
+    """Several chunks of several blocks, padded rows of several tiles, the last of each partly filled."""
+    monkeypatch.setitem(chunks.ROW_MULTIPLE, "cpu", chunks.ROW_MULTIPLE["other"])
     monkeypatch.setattr(triton, "TILE", 64)
     monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", 5 * VOCABULARY)
     monkeypatch.setitem(chunks.BLOCK_ELEMENTS, "cpu", 2 * VOCABULARY)
@@ -317,3 +318,21 @@ def test_what_it_refuses(change, message):
     call = linear_kl if labels is None else functools.partial(linear_kl_cross_entropy, labels=labels, **WEIGHTS)
     with pytest.raises(ValueError, match=message):
         call(**given)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+@DIRECTION
+def test_entropy_where_a_class_is_ruled_out(tier, direction, kl_weight):
+    generator = torch.Generator().manual_seed(3)
+    hidden, reference, head = (torch.randn(*shape, generator=generator) for shape in ((1, 4, 8), (1, 4, 8), (9, 8)))
+    bias = torch.zeros(9)
+    bias[5] = -torch.inf
+    given = [tensor.to(tier) for tensor in (hidden, reference, head)]
+    labels = torch.tensor([[1, 2, 3, 4]], device=tier)
+    found = linear_kl_cross_entropy(
+        *given, labels > 0, labels, kl_weight=kl_weight, cross_entropy_weight=0.1, bias=bias.to(tier),
+        direction=direction, figures=True,
+    )  # fmt: skip
+    exact = torch.distributions.Categorical(logits=(hidden.double() @ head.double().T)[..., bias.isfinite()]).entropy()
+    assert torch.allclose(found.tokens.entropy.double().cpu(), exact, rtol=1e-5)
+    assert found.loss.isfinite()

@@ -54,7 +54,8 @@ def test_a_graph_takes_over_what_was_uploaded_before_and_it_is_never_given_up(gp
     kept = Plans()
     first = kept.find("name", DEVICE, object)
     gpu.captured, gpu.stream = True, "of the capture"
-    assert kept.find("name", DEVICE, object) is first
+    for _ in range(2):  # kept once, however many captures read it
+        assert kept.find("name", DEVICE, object) is first
     gpu.captured = False
     for name in range(2 * KEPT):
         kept.find(name, DEVICE, object)

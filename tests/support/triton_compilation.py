@@ -31,14 +31,14 @@ LAYERS = 5
 def variants():
     """Yield (name, kernel, types by argument, constants, options). Plain integer types mean values divisible by 16."""
     rows = {"rows": "i32", "tokens": "i32"}
-    strides = ("i64", "i32", 1)
+    strides, mask = ("i64", "i32", 1), {"mask_row": "i32", "mask_token": "i32"}
     for dtype in ("bf16", "fp32"):
         blocks = (f"*{dtype}",) * LAYERS
         states = {"features": blocks, "references": blocks}
         read = {"hidden": "i32", "feature_strides": strides, "reference_strides": strides}
         tile = {"TOKENS": distance_backend.TOKENS, "COLUMNS": distance_backend.COLUMNS}
         yield f"token_sums {dtype}", distance.token_sums, {
-            **states, "mask": "*i1", "sums": "*fp32", **rows, **read, "mask_strides": ("i32", 1)
+            **states, "mask": "*i1", "sums": "*fp32", **rows, **read, **mask
         }, tile, {}  # fmt: skip
         yield f"gradients {dtype}", distance.gradients, {
             **states, "factors": "*fp32", "weight": "*fp32", "outputs": blocks, **rows, **read
@@ -46,14 +46,14 @@ def variants():
     for packed in (False, True):
         yield f"sequence_factors packed={packed}", distance.sequence_factors, {
             "sums": "*fp32", "mask": "*i1", "first": "*i32", "last": "*i32", "distances": "*fp64", "factors": "*fp32",
-            **rows, "mask_strides": ("i32", 1),
+            **rows, **mask,
         }, {"PACKED": packed, "EXACT": triton.language.float64, "TILE": distance_backend.TOKEN_TILE}, {}  # fmt: skip
     yield "token_factors", distance.token_factors, {
-        "sums": "*fp32", "mask": "*i1", "distances": "*fp64", "factors": "*fp32", **rows, "mask_strides": ("i32", 1)
+        "sums": "*fp32", "mask": "*i1", "distances": "*fp64", "factors": "*fp32", **rows, **mask
     }, {"UNIT": True, "EXACT": triton.language.float64, "TILE": distance_backend.TOKEN_TILE}, {}  # fmt: skip
     yield "sequence_bounds", distance.sequence_bounds, {
         "mask": "*i1", "segments": "*i64", "first": "*i32", "last": "*i32", "tokens": "i32",
-        "mask_strides": ("i32", 1), "segment_strides": ("i32", 1),
+        **mask, "segment_row": "i32", "segment_token": "i32",
     }, {"TILE": distance_backend.BOUNDS_TILE}, {}  # fmt: skip
     yield from losses()
     yield from products()
@@ -106,7 +106,7 @@ def source(kernel, signature, constants):
                     attributes[place, index] = ALIGNED
             continue
         types[name] = kind
-        if kind.startswith(("*", "i")):
+        if kind.startswith(("*", "i")) and not kernel.params[place].do_not_specialize:
             attributes[place,] = ALIGNED
     return ASTSource(kernel, types, fixed, attributes)
 

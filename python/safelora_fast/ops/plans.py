@@ -51,7 +51,7 @@ class Plans(Generic[Plan]):
                 return plan
         if plan is None:
             plan = make()
-        if in_graph:
+        if in_graph and not any(known is plan for known in self.captured):
             self.captured.append(plan)
         self.recent[key] = plan
         if len(self.recent) > KEPT:

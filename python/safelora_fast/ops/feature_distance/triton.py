@@ -90,19 +90,19 @@ class _Launch:
         if self._segments is not None:
             self._bounds = self._sequence_bounds(self._segments)
         sums, layers = self._sums(), len(factors)
-        settings: dict[str, Any] = {"EXACT": triton_runtime.dtype(self.exact), "TILE": self._tile(TOKEN_TILE)}
+        settings: dict[str, Any] = {"EXACT": triton_runtime.dtype(self.exact), "TILE": TOKEN_TILE}
         packed = self._bounds is not None and self._normalize == "sequence"
         slots = 1 if self._normalize == "sequence" and not packed else self._tokens
         distances = torch.empty((layers, self._rows, slots), dtype=self.exact, device=self.device)
         if self._normalize == "sequence":
             first, last = self._bounds or (sums, sums)
             triton_kernels.sequence_factors[slots, self._rows, layers](
-                sums, self._mask, first, last, distances, factors, self._rows, self._tokens, self._mask.stride(),
+                sums, self._mask, first, last, distances, factors, self._rows, self._tokens, *self._mask.stride(),
                 PACKED=packed, **settings, **triton_runtime.OPTIONS,
             )  # fmt: skip
         else:
             triton_kernels.token_factors[tiles(self._tokens, settings["TILE"]), self._rows, layers](
-                sums, self._mask, distances, factors, self._rows, self._tokens, self._mask.stride(),
+                sums, self._mask, distances, factors, self._rows, self._tokens, *self._mask.stride(),
                 UNIT=self._normalize == "token", **settings, **triton_runtime.OPTIONS,
             )  # fmt: skip
         return distances
@@ -123,7 +123,7 @@ class _Launch:
         shape = (3, len(self._states[0]), self._rows, self._tokens)
         sums = torch.empty(shape, dtype=torch.float32, device=self.device)
         triton_kernels.token_sums[self._grid()](
-            *self._states, self._mask, sums, *self._shape, *self._strides, self._mask.stride(),
+            *self._states, self._mask, sums, *self._shape, *self._strides, *self._mask.stride(),
             **self._state_tile(), **triton_runtime.OPTIONS,
         )  # fmt: skip
         return sums
@@ -131,10 +131,10 @@ class _Launch:
     def _sequence_bounds(self, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from safelora_fast.ops.feature_distance import triton_kernels
 
-        first, last = torch.empty((2, *self._mask.shape), dtype=torch.int32, device=self.device)
-        tile = self._tile(BOUNDS_TILE)
-        triton_kernels.sequence_bounds[tiles(self._tokens, tile), self._rows](
-            self._mask, segments, first, last, self._tokens, self._mask.stride(), segments.stride(), TILE=tile,
+        # Each with memory of its own: a kernel is compiled for the alignment of its operands.
+        first, last = (torch.empty(self._mask.shape, dtype=torch.int32, device=self.device) for _ in range(2))
+        triton_kernels.sequence_bounds[tiles(self._tokens, BOUNDS_TILE), self._rows](
+            self._mask, segments, first, last, self._tokens, *self._mask.stride(), *segments.stride(), TILE=BOUNDS_TILE,
             **triton_runtime.OPTIONS,
         )  # fmt: skip
         return first, last
@@ -144,6 +144,3 @@ class _Launch:
 
     def _state_tile(self) -> dict[str, int]:
         return {"TOKENS": TOKENS, "COLUMNS": min(power_of_two(self._shape[2]), COLUMNS)}
-
-    def _tile(self, most: int) -> int:
-        return min(power_of_two(self._tokens), most)

@@ -4,6 +4,9 @@ Sums within a token are float32; sums over tokens are EXACT (float64 if the GPU 
 
 Layers come as a tuple of pointers. One launch covers all of them without a pointer table in memory, so a graph can
 capture it. Inputs are upcast right after the load, because the interpreter cannot compute in bfloat16.
+
+Rows, tokens, and the strides of masks change from batch to batch. They are not specialized, and tiles do not depend on
+them, so that nothing is compiled in the middle of training.
 """
 
 import triton
@@ -19,7 +22,7 @@ def _pick(pointers, index):
     return chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "mask_row", "mask_token"])
 def token_sums(
     features,
     references,
@@ -30,7 +33,8 @@ def token_sums(
     hidden,
     feature_strides,
     reference_strides,
-    mask_strides,
+    mask_row,
+    mask_token,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -42,7 +46,7 @@ def token_sums(
     flat = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     row, token = flat // tokens, flat % tokens
     inside = flat < rows * tokens
-    counts = tl.load(mask + row * mask_strides[0] + token * mask_strides[1], mask=inside, other=0) != 0
+    counts = tl.load(mask + row * mask_row + token * mask_token, mask=inside, other=0) != 0
     feature = _pick(features, layer) + row * feature_strides[0] + token * feature_strides[1]
     reference = _pick(references, layer) + row * reference_strides[0] + token * reference_strides[1]
     squared = tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -66,8 +70,10 @@ def token_sums(
     tl.store(place + 2 * plane, tl.sum(norm, 1), mask=inside)
 
 
-@triton.jit
-def sequence_bounds(mask, segments, first, last, tokens, mask_strides, segment_strides, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "mask_row", "mask_token", "segment_row", "segment_token"])
+def sequence_bounds(
+    mask, segments, first, last, tokens, mask_row, mask_token, segment_row, segment_token, TILE: tl.constexpr
+):
     """The first and last token of each token's sequence: tokens of the same batch row that count and share its number.
 
     Grid: (tiles of tokens, batch rows). first, last: [rows, tokens] int32; (tokens, -1) for a token that does not
@@ -76,15 +82,15 @@ def sequence_bounds(mask, segments, first, last, tokens, mask_strides, segment_s
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = token < tokens
-    counts = tl.load(mask + row * mask_strides[0] + token * mask_strides[1], mask=inside, other=0) != 0
-    number = tl.load(segments + row * segment_strides[0] + token * segment_strides[1], mask=inside, other=0)
+    counts = tl.load(mask + row * mask_row + token * mask_token, mask=inside, other=0) != 0
+    number = tl.load(segments + row * segment_row + token * segment_token, mask=inside, other=0)
     low = tl.full([TILE], 0, tl.int32) + tokens
     high = tl.full([TILE], -1, tl.int32)
     for start in range(0, tokens, TILE):
         other = start + tl.arange(0, TILE)
         there = other < tokens
-        other_counts = tl.load(mask + row * mask_strides[0] + other * mask_strides[1], mask=there, other=0) != 0
-        other_number = tl.load(segments + row * segment_strides[0] + other * segment_strides[1], mask=there, other=0)
+        other_counts = tl.load(mask + row * mask_row + other * mask_token, mask=there, other=0) != 0
+        other_number = tl.load(segments + row * segment_row + other * segment_token, mask=there, other=0)
         same = (number[:, None] == other_number[None, :]) & other_counts[None, :] & counts[:, None]
         low = tl.minimum(low, tl.min(tl.where(same, other[None, :], tokens), 1))
         high = tl.maximum(high, tl.max(tl.where(same, other[None, :], -1), 1))
@@ -111,7 +117,7 @@ def _unit_distance(squared, dot, norm):
     return distance, of_difference, of_features
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "mask_row", "mask_token"])
 def sequence_factors(
     sums,
     mask,
@@ -121,7 +127,8 @@ def sequence_factors(
     factors,
     rows,
     tokens,
-    mask_strides,
+    mask_row,
+    mask_token,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     TILE: tl.constexpr,
@@ -155,7 +162,7 @@ def sequence_factors(
     for start in range(begin, end, TILE):
         token = start + tl.arange(0, TILE)
         wanted = token < end
-        counts = tl.load(mask + row * mask_strides[0] + token * mask_strides[1], mask=wanted, other=0) != 0
+        counts = tl.load(mask + row * mask_row + token * mask_token, mask=wanted, other=0) != 0
         if PACKED:
             wanted = wanted & (tl.load(first + row * tokens + token, mask=wanted, other=-1) == slot)
         written = factors + 2 * (place + token)
@@ -163,7 +170,7 @@ def sequence_factors(
         tl.store(written + 1, tl.where(counts, of_features, 0).to(factors.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "mask_row", "mask_token"])
 def token_factors(
     sums,
     mask,
@@ -171,7 +178,8 @@ def token_factors(
     factors,
     rows,
     tokens,
-    mask_strides,
+    mask_row,
+    mask_token,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
     TILE: tl.constexpr,
@@ -183,7 +191,7 @@ def token_factors(
     row, layer = tl.program_id(1).to(tl.int64), tl.program_id(2)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = token < tokens
-    counts = tl.load(mask + row * mask_strides[0] + token * mask_strides[1], mask=inside, other=0) != 0
+    counts = tl.load(mask + row * mask_row + token * mask_token, mask=inside, other=0) != 0
     plane = tl.num_programs(2) * rows * tokens
     place = (layer * rows + row) * tokens + token
     squared = tl.load(sums + place, mask=inside, other=0).to(EXACT)
@@ -199,7 +207,7 @@ def token_factors(
     tl.store(written + 1, tl.where(counts, of_features, 0).to(factors.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def gradients(
     features,
     references,

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 # Logits of one model in a chunk: large enough for an efficient matrix product.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "other": 1 << 26}
+# Elements from one row of logits to the next are a multiple of this. On a GPU every row then starts at a multiple of 128
+# bytes whatever the vocabulary: all loads are wide, and one compiled kernel serves every number of rows.
+ROW_MULTIPLE = {"cpu": 1, "other": 64}
 # Logits in a block of a chunk: small enough to stay in cache for the elementwise passes.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
 
@@ -197,7 +200,9 @@ class _Chunk:
         vocabulary, device = len(head.weight), head.weight.device
         kind = "cpu" if device.type == "cpu" else "other"
         self.tokens = max(min(CHUNK_ELEMENTS[kind] // vocabulary, tokens), 1)
-        self._stacked = torch.empty(2 * self.tokens, vocabulary, dtype=head.weight.dtype, device=device)
+        width = -(-vocabulary // ROW_MULTIPLE[kind]) * ROW_MULTIPLE[kind]
+        whole = torch.empty(2 * self.tokens, width, dtype=head.weight.dtype, device=device)
+        self._stacked = whole[:, :vocabulary]
 
     def fill(self, hidden: torch.Tensor, reference: torch.Tensor | None) -> None:
         """Compute h₀·Wᵀ and (h − h₀)·Wᵀ in one product; inputs are [tokens, hidden] in the exact dtype.

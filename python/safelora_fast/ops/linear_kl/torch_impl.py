@@ -104,7 +104,7 @@ class Passes:
             if wanted.figures:
                 is_top1 = torch.add(raw, delta, out=scratch).argmax(-1) == wanted.labels
                 p = torch.add(student, q, out=scratch) if self._forward else scratch.copy_(student)
-                entropy = log_sum + log_norm - moved - p.mul_(raw).sum(-1, keepdim=True)
+                entropy = log_sum + log_norm - moved - p.mul_(_finite(raw)).sum(-1, keepdim=True)
                 given = Given(given.divergence, given.nll, entropy.squeeze(-1), is_top1)
         of_divergence, of_label = wanted.divergence_factor, wanted.label_factor
         assert of_divergence is not None  # noqa: S101
@@ -148,8 +148,13 @@ class Passes:
         log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
         given = Given(logits.new_zeros(len(logits)), (log_sum - logits.gather(-1, labels)).squeeze(-1))
         if wanted.figures:
-            entropy = log_sum - torch.mul(p, logits, out=scratch).sum(-1, keepdim=True)
+            entropy = log_sum - torch.mul(p, _finite(logits), out=scratch).sum(-1, keepdim=True)
             given = given._replace(entropy=entropy.squeeze(-1), is_top1=logits.argmax(-1) == wanted.labels)
         torch.mul(p, wanted.label_factor, out=gradient)
         gradient.scatter_add_(-1, labels, -wanted.label_factor)
         return given
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Replace −∞, the logit of a class that is ruled out: times its probability, zero, it would be NaN."""
+    return logits.clamp(min=torch.finfo(logits.dtype).min)
