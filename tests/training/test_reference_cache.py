@@ -14,7 +14,8 @@ import torch
 from multimodal_models import make as make_multimodal
 from peft import LoraConfig, get_peft_model
 from test_needed_examples import LAYERS, LENGTHS, close, defenses, exact_model, left, packed, right
-from tiny_models import collate, gradients, pack, rows, tiny_model
+from tiny_models import collate, furthest, gradients, pack, rows, tiny_model
+from train_runs import run
 
 from safelora_fast.defenses import KL, FeatureDistance, Steering
 from safelora_fast.errors import OutputError, SettingsError
@@ -184,6 +185,18 @@ def test_two_runs_at_once_share_what_each_computes(cache, ran):
         losses = [second.loss(BATCHES[0]), first.loss(BATCHES[1]), first.loss(BATCHES[0]), second.loss(BATCHES[1])]
     assert ran == [5, 5, 1, 1]
     assert all(close(loss, expected[place][0]) for loss, place in zip(losses, [0, 1, 0, 1], strict=True))
+
+
+def test_a_defense_that_keeps_what_the_reference_gave(cache, ran, tmp_path):
+    """The pass that a template anchor asks for runs, whatever is stored; the KL of the next step is read."""
+    spec = {"kind": "loop", "batch": 8, "steps": 3, "defenses": {"kl": 30.0, "template_anchor": 3.0}}
+    expected, metrics = run(spec, tmp_path)
+    for passes in ([8, 8], [8, 1]):
+        ran.clear()
+        weights, found = run({**spec, "reference": f"cache:{cache}"}, tmp_path)
+        assert ran == passes
+        assert furthest(weights, expected) < 1e-6
+        assert found["defense/kl"] == pytest.approx(metrics["defense/kl"], rel=1e-5)
 
 
 def test_a_full_disk_ends_the_storing_but_not_the_training(cache, ran, monkeypatch, caplog):
