@@ -22,6 +22,8 @@ class Figure:
         value: the measured value.
         least: smallest value that reaches the aim.
         most: largest value that reaches the aim.
+        host: whether the time includes launches by the host. They are queued behind a pause, except where the operation
+            itself waits for the GPU, or where the time that a caller sees is measured.
     """
 
     provider: str
@@ -30,6 +32,7 @@ class Figure:
     value: float
     least: float | None = None
     most: float | None = None
+    host: str = "excluded"
 
     @property
     def aim(self) -> str:

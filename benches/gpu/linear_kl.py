@@ -74,9 +74,10 @@ def figures(timer: Timer, backends: list[str], use: Callable[[str | None], None]
         for name, (loss, *_) in others.items():
             agree(f"{provider} and {name}", [value], [loss(hidden, reference, head)], 3e-2)
         milliseconds, megabytes = measured(ours)
-        yield Figure(provider, "both passes", "ms", milliseconds)
+        waits = "included after its one wait for the number of tokens"
+        yield Figure(provider, "both passes", "ms", milliseconds, host=waits)
         yield Figure(provider, "both passes", "MB", megabytes)
         for name, (_, of_peer, peer_megabytes) in others.items():
-            yield Figure(provider, "both passes", f"× {name}", of_peer / milliseconds, least=1)
+            yield Figure(provider, "both passes", f"× {name}", of_peer / milliseconds, least=1, host=waits)
             yield Figure(provider, "both passes", f"memory, of {name}'s", megabytes / peer_megabytes, most=1)
         use(None)

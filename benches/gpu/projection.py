@@ -111,5 +111,5 @@ def training_step(timer: Timer, backends: list[str], use: Callable[[str | None],
         yield Figure(provider, part, "ms", milliseconds, most=0.3)
         yield Figure(provider, part, "of a copy", timer.share_of_copy(moved, milliseconds))
         yield Figure(provider, part, "× torch", of_torch / milliseconds)
-        yield Figure(provider, part, "ms, host included", timer.time([grouped], with_host=True))
+        yield Figure(provider, part, "ms, host included", timer.time([grouped], with_host=True), host="included")
         use(None)

@@ -85,17 +85,21 @@ def rehearsal(main):
 
 def test_every_aim_has_a_figure(main):
     torch._dynamo.reset()
-    found, peers = set(), set()
+    found, peers, with_host = set(), set(), set()
     for suite, module in main.SUITES.items():
         for figure in module.figures(rehearsal(main), ["reference"], main.use):
             assert figure.value > 0
             peers.add(figure.provider)
+            if figure.host != "excluded":
+                with_host.add((suite, figure.name))
             if figure.aim:
                 assert figure.provider == "ours, reference"
                 found.add((suite, figure.name, figure.aim))
     peer = set() if importlib.util.find_spec("trl.kernels") is None else {"TRL"}  # which older versions lack
     assert found >= {aim for aim in AIMS if peer or "TRL" not in aim[1]}
     assert peers >= {"torch", "torch, factored", "torch, dense", "torch.compile"} | peer
+    assert with_host >= {("projection", "ms, host included"), ("linear_kl", "ms")}
+    assert ("feature_distance", "ms") not in with_host
     assert requested_backend() is None
 
 
