@@ -286,6 +286,17 @@ def test_a_failed_run_goes_on_at_the_first_unfinished_shard(models, monkeypatch,
     assert not list(target.parent.glob(".out*"))
 
 
+def test_an_interrupted_run_says_what_stays(models, monkeypatch, call):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shard_writer, "project_module", interrupt)
+    code, _, err = call(*command(models))
+    assert (code, "interrupted; finished shards stay in" in err) == (130, True)
+    monkeypatch.undo()
+    assert call(*command(models)).code == 0
+
+
 def test_a_killed_process_is_resumed(models):
     """A separate process, because it is killed."""
     project_model(**models, select="all")

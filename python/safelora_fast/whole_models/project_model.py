@@ -13,7 +13,7 @@ from safelora_fast import _core
 from safelora_fast.checkpoints.provenance import describe, same_content, sampled
 from safelora_fast.checkpoints.sources import A_MODEL, open_checkpoint
 from safelora_fast.checkpoints.weight_norms import weight_norm
-from safelora_fast.errors import CheckpointError, OutputError, PairingError, SettingsError
+from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError, PairingError, SettingsError
 from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import read_json
@@ -151,6 +151,10 @@ class _Run:
             copy_side_files(self.finetuned, folder)
             (folder / REPORT).write_text(to_json(published(report).to_dict()) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(render(report), encoding="utf-8", errors="backslashreplace")
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"interrupted; finished shards stay in {folder}, and the same command goes on from there"
+            ) from None
         except OSError as error:
             raise OutputError(
                 f"{target}: cannot be written: {error.strerror or error}; finished shards stay in {folder}, and the same "

@@ -53,11 +53,14 @@ pub(crate) fn project_update(
                 && view.dtype() == finetuned[0].dtype()
         });
     let (address, length) = output;
-    if !fits || address == 0 || length != finetuned.iter().map(|view| view.nbytes()).sum::<usize>() {
+    if !fits
+        || address == 0
+        || length != finetuned.iter().map(safelora_fast_core::checkpoint::View::nbytes).sum::<usize>()
+    {
         return Err(PyValueError::new_err(format!("module {}: views or output do not fit the job", job.name())));
     }
     let raised = Mutex::new(None);
-    let interrupted = || match Python::attach(|py| py.check_signals()) {
+    let interrupted = || match Python::attach(Python::check_signals) {
         Ok(()) => false,
         Err(error) => raised.lock().map(|mut raised| *raised = Some(error)).is_ok(),
     };

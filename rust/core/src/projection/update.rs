@@ -109,7 +109,9 @@ pub fn project_update(
         }
         let mut inside = |engine: &mut Engine, x: &[f32]| {
             twice(engine, &mut basis, x, count).map(|(mut columns, scale)| {
-                columns.iter_mut().for_each(|value| *value = (f64::from(*value) * scale) as f32);
+                for value in &mut columns {
+                    *value = (f64::from(*value) * scale) as f32;
+                }
                 columns
             })
         };
@@ -167,9 +169,9 @@ pub fn project_update(
 /// ‖V‖, from one read of V.
 fn norm(engine: &mut Engine, v: &mut Stacked<'_>) -> Result<f64, ShapeError> {
     if v.is_transposed() {
-        v.product(engine, &[], 0, &mut [])?
+        v.product(engine, &[], 0, &mut [])?;
     } else {
-        v.transposed_product(engine, &[], 0, &mut [])?
+        v.transposed_product(engine, &[], 0, &mut [])?;
     }
     Ok(v.norm_squared().unwrap_or(f64::NAN).sqrt())
 }
@@ -343,9 +345,10 @@ impl<'a> Stored<'a> {
     ) -> Option<Overflow> {
         let (size, width) = (dtype.size(), self.views[0].cols());
         // Columns of W are stored rows if transposed.
-        let (from, slots) = match self.transposed {
-            true => (columns.start, &mut output[columns.start * width * size..columns.end * width * size]),
-            false => (0, output),
+        let (from, slots) = if self.transposed {
+            (columns.start, &mut output[columns.start * width * size..columns.end * width * size])
+        } else {
+            (0, output)
         };
         let found: Vec<_> = engine.install(|| {
             let chunks = slots.par_chunks_mut(ROWS * width * size).enumerate();
