@@ -60,7 +60,8 @@ pub(crate) fn project_update(
         return Err(PyValueError::new_err(format!("module {}: views or output do not fit the job", job.name())));
     }
     let raised = Mutex::new(None);
-    let interrupted = || match Python::attach(Python::check_signals) {
+    #[allow(clippy::redundant_closure_for_method_calls, reason = "the method is not general over the token's lifetime")]
+    let interrupted = || match Python::attach(|py| py.check_signals()) {
         Ok(()) => false,
         Err(error) => raised.lock().map(|mut raised| *raised = Some(error)).is_ok(),
     };
