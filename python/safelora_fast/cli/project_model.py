@@ -39,8 +39,7 @@ def project_model(
     """Project a full fine-tune onto the alignment subspace, shard by shard.
 
     Loads no model. Repeat the command after a kill: finished shards are not computed again. C needs 4·m·n·min(m, n)
-    operations for a weight (m, n); for large models use --operator orthogonal --rank 64 --select all, which reads and
-    writes at the disk's speed.
+    operations for a weight (m, n). --operator orthogonal with a small --rank and --select all does without C.
     """
     if output is None and not dry_run:
         raise SettingsError("say where to write with --output DIR, or pass --dry-run")
