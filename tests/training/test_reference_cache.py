@@ -238,6 +238,19 @@ def test_what_a_key_does_not_cover_runs_as_without_a_cache(cache, ran, caplog):
     assert files(cache) == []
 
 
+def test_batches_that_are_flattened_anew_store_more_with_one_warning(cache, ran, caplog):
+    """The same examples in another order are another row; a packed row that is found stores nothing, without a word."""
+    examples = rows(LENGTHS)
+    trained(cache, [pack(examples), pack(examples[::-1]), pack(examples)])
+    assert ran == [1, 1]
+    (warning,) = caplog.records
+    assert "packed rows are stored whole and found again only as the same rows" in warning.message
+    assert "\n" not in warning.message
+    caplog.clear()
+    trained(cache, [pack(examples)])
+    assert caplog.records == []
+
+
 def test_a_batch_without_a_needed_row_needs_no_folder_of_states(cache, ran):
     batch = right(rows(LENGTHS))
     batch["safe"] = torch.zeros_like(batch["safe"])

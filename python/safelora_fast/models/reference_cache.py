@@ -154,6 +154,11 @@ class CachedReference:
         computed = self._by_row(capture, rows, run)
         if check is not None:
             self._compare(found[check], computed[check], capture.autocast)
+        if rows.packed and len(found) < len(rows.keys):
+            self._warn_once(
+                "packed rows are stored whole and found again only as the same rows; where batches are flattened "
+                "(padding_free) or packed anew, the folder grows with every epoch and saves no reference pass"
+            )
         for row in run:
             if row not in found:
                 self._write(rows.keys[row], computed[row])
@@ -205,9 +210,12 @@ class CachedReference:
 
     def _tell(self, reason: str) -> None:
         """Log once why batches run without the cache."""
-        if reason not in self._told:
-            self._told.add(reason)
-            logger.warning("%s: not used for every batch, because %s", self._folder, reason)
+        self._warn_once(f"not used for every batch, because {reason}")
+
+    def _warn_once(self, words: str) -> None:
+        if words not in self._told:
+            self._told.add(words)
+            logger.warning("%s: %s", self._folder, words)
 
     def _read(self, key: bytes) -> States | None:
         """Return the stored states of a row; None unless all are there."""
