@@ -43,13 +43,12 @@ def add_row(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 def machine() -> Row:
     """Columns of every recorded row: the machine and the versions."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo, facts = Path("/proc/cpuinfo"), {}
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+        first = cpuinfo.read_text().split("\n\n")[0].splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
+    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    sizes = [f"L{(cache / 'level').read_text().strip()} {(cache / 'size').read_text().strip()}" for cache in caches]
     versions = {}
     for package in ("safelora-fast", "torch", "numpy"):
         try:
@@ -58,7 +57,9 @@ def machine() -> Row:
             continue
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": model,
+        "cpu": facts.get("model name", platform.processor()),
+        "family/model": f"{facts.get('cpu family')}/{facts.get('model')}",
+        "caches": ", ".join(sizes),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **versions,
