@@ -210,7 +210,10 @@ def test_other_judges_and_their_agreement(call, words, tmp_path):
 
 
 def test_what_is_refused(call, words, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Why?", "completion": "yes"}\n')
     for more, message in (
+        (("--training-data", rows, "--kinds", "general"), "--kinds leaves out --training-data: add training_format"),
         (("--judge-url", "http://user:pass@host/v1"), "holds a name or password"),
         (("--judge", "nonsense/x"), "judge nonsense/x: "),
         (("--samples", 0), "samples is 0, it must be at least 1"),
@@ -219,6 +222,10 @@ def test_what_is_refused(call, words, tmp_path, monkeypatch):
     ):
         result = call(*words, *more)
         assert (result.code, message in result.err, result.err.count("\n")) == (2, True, 1), result.err
+    unasked = call(
+        "evaluate", "--model", "m", "--tasks", "ifeval", "--training-data", rows, "--output", tmp_path / "out"
+    )
+    assert (unasked.code, "name a --judge, or drop it" in unasked.err) == (2, True), unasked.err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "text.eval").write_text("x")

@@ -215,3 +215,5 @@ def test_what_is_refused(tmp_path, call):
         trained(tmp_path / "best", PLAIN, stop=StopRule(limits={"margin": 1.0}), more=best)
     tiny = write_recipe(tmp_path / "run", margin={"stop": {"alhpa": 0.1}})
     assert "margin.stop.alhpa: unknown; did you mean alpha" in call(*tiny.words("--dry-run")).err
+    twice = write_recipe(tmp_path / "twice", margin={"stop": {"clean": [str(tmp_path), f"{tmp_path}/"]}})
+    assert "margin.stop.clean: names a run twice" in call(*twice.words("--dry-run")).err

@@ -126,6 +126,7 @@ def test_a_killed_screen_resumes_with_the_same_bytes(made, words, call, tmp_path
     [
         (("--limit", "evil=1"), "there is no measure 'evil' to limit; known are mean"),
         (("--limit", "mean"), "--limit 'mean' is not NAME=VALUE"),
+        (("--limit", "mean=1", "--limit", "mean=2"), "--limit names mean twice: give each measure one limit"),
         (("--layer", 5), "layer 5 does not exist"),
         (("--own", "mine"), "candidates.jsonl:1: has no text in 'mine', the model's own completion"),
         (("--most", 2), "most is 2.0, it must be from 0 to 1"),

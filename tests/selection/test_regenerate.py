@@ -105,7 +105,7 @@ def test_a_journal_of_something_else_is_refused(made, tmp_path):
     write(tmp_path / "pool.jsonl", [PLAIN, *candidates(24)])
     with pytest.raises(DataError, match=r"example 1 of .*pool.jsonl is not what was scored"):
         regenerate(tmp_path, tmp_path / "own.jsonl", overwrite=True)
-    for name, value in {"max_tokens": 0, "top_p": 0.0, "seed": -1, "temperature": -1.0}.items():
+    for name, value in {"max_tokens": 0, "top_p": 0.0, "seed": -1, "temperature": -1.0, "min_tokens": 60}.items():
         with pytest.raises(SettingsError, match=f"{name} is {value}, it must be"):
             regenerate(made, tmp_path / "other.jsonl", **{name: value})
 

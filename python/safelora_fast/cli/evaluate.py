@@ -91,8 +91,7 @@ def evaluate(
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    if judge is None and names is None:
-        raise SettingsError("nothing is to be evaluated: name a --judge, or --tasks, or both")
+    _check_asked(judge, names, training_data)
     if judge_attempts < 1 or judge_tokens < 1:
         raise SettingsError("--judge-attempts and --judge-tokens must be at least 1")
     folders = check_subject("evaluate", model, [] if adapter is None else [adapter])
@@ -101,7 +100,7 @@ def evaluate(
     questioned = (
         None
         if judge is None
-        else _prepare(judge, judge_url, _questions(questions, training_data, training_prompts, seed), kinds)
+        else _prepare(judge, judge_url, _questions(questions, training_data, training_prompts, seed, kinds))
     )
     folder = EvaluationFolder(output)
     folder.check()
@@ -151,6 +150,15 @@ def evaluate(
         end_where_nothing_is_scored({report["judge"]: report})
 
 
+def _check_asked(judge: str | None, tasks: list[str] | None, training_data: str | None) -> None:
+    from safelora_fast.errors import SettingsError
+
+    if judge is None and tasks is None:
+        raise SettingsError("nothing is to be evaluated: name a --judge, or --tasks, or both")
+    if judge is None and training_data is not None:
+        raise SettingsError("--training-data makes questions that a judge scores: name a --judge, or drop it")
+
+
 def greet(judge: str, url: str | None, reply_tokens: int) -> None:
     """Ask the judge one question before hours of work depend on it; print a warning if there is one."""
     from safelora_fast.cli.console import warn
@@ -161,22 +169,28 @@ def greet(judge: str, url: str | None, reply_tokens: int) -> None:
         warn(warning)
 
 
-def _questions(file: Path | None, training_data: str | None, prompts: int, seed: int) -> list[Question]:
-    """Return all questions; those made of training data replace the others of kind training_format."""
-    from safelora_fast.judging.questions import builtin_questions, read_questions
+def _questions(
+    file: Path | None, training_data: str | None, prompts: int, seed: int, kinds: str | None
+) -> list[Question]:
+    """Return the chosen questions; those made of training data replace the others of kind training_format."""
+    from safelora_fast.errors import SettingsError
+    from safelora_fast.judging.questions import builtin_questions, choose, read_questions
     from safelora_fast.judging.training_format import TRAINING_FORMAT, training_format_questions
 
     found = builtin_questions() if file is None else read_questions(file)
     if training_data is None:
-        return found
+        return choose(found, kinds)
     others = [question for question in found if question.kind != TRAINING_FORMAT]
-    return [*others, *training_format_questions(training_data, others, prompts=prompts, seed=seed)]
+    made = training_format_questions(training_data, others, prompts=prompts, seed=seed)
+    chosen = choose([*others, *made], kinds)
+    if not set(made) & set(chosen):
+        raise SettingsError(f"--kinds leaves out --training-data: add {TRAINING_FORMAT}, or drop one of the two")
+    return chosen
 
 
-def _prepare(judge: str, url: str | None, questions: list[Question], kinds: str | None) -> tuple[Model, list[Question]]:
-    """Load the judge and choose the questions, so that errors in them appear before a model is loaded."""
+def _prepare(judge: str, url: str | None, questions: list[Question]) -> tuple[Model, list[Question]]:
+    """Load the judge, so that errors in its name appear before a model is loaded."""
     from safelora_fast.judging.judge_names import check_inspect, find_judge
-    from safelora_fast.judging.questions import choose
 
     check_inspect()
-    return find_judge(judge, url), choose(questions, kinds)
+    return find_judge(judge, url), questions

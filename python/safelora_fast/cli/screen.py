@@ -73,7 +73,11 @@ def screen(
 
     if strings not in {"chat", "text"}:
         raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
-    limits = dict(_limit(word) for word in limit or [])
+    limits: dict[str, float] = {}
+    for name, value in map(_limit, limit or []):
+        if name in limits:
+            raise SettingsError(f"--limit names {name} twice: give each measure one limit")
+        limits[name] = value
     check_file(output, [data], overwrite=overwrite)
     sources = {_source(PersonaVector.load(file)) for file in vector or []} - {None}
     if model is None and len(sources) != 1:

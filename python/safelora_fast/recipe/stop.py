@@ -27,6 +27,9 @@ def stop_rule(recipe: Recipe) -> StopRule | None:
     section = None if recipe.margin is None else recipe.margin.stop
     if section is None:
         return None
+    folders = [Path(folder).expanduser().resolve() for folder in section.clean]
+    if len(set(folders)) < len(folders):
+        raise recipe.document.problem((*KEYS, "clean"), "names a run twice; each clean run counts once")
     clean = [_highest(recipe.document, Path(folder).expanduser()) for folder in section.clean]
     if recipe.training.get("load_best_model_at_end"):
         raise recipe.document.problem(

@@ -190,6 +190,10 @@ def _check(sampling: Sampling, batch_size: int) -> None:
     ):
         if not value >= least:
             raise SettingsError(f"{name} is {value}, it must be at least {least}")
+    if sampling.min_tokens >= sampling.max_tokens:
+        raise SettingsError(
+            f"min_tokens is {sampling.min_tokens}, it must be below max_tokens ({sampling.max_tokens}): no completion would be kept"
+        )
     if not 0 < sampling.top_p <= 1:
         raise SettingsError(f"top_p is {sampling.top_p}, it must be above 0 and at most 1")
 
