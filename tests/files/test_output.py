@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from pathlib import Path
 
 import pytest
 
 from safelora_fast.errors import OutputError
-from safelora_fast.files.output import abandoned, check_target, whole_file, whole_folder
+from safelora_fast.files.output import abandoned, check_file, check_target, whole_file, whole_folder
 
 
 def write(target, *, meanwhile=lambda: None, **options):
@@ -111,3 +112,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     write(tmp_path / "out")
     assert abandoned(tmp_path / "out") == []
     assert (tmp_path / "out" / "new").exists()
+
+
+def test_a_url_does_not_become_folders(tmp_path, monkeypatch):
+    """Path turns `s3://bucket/a` into the relative path `s3:/bucket/a`."""
+    monkeypatch.chdir(tmp_path)
+    for url in ("s3://bucket/a", "hf://x", "file:///tmp/x"):
+        with pytest.raises(OutputError, match="is a URL, but this is written to a disk: give a path"):
+            check_target(Path(url), [], overwrite=False, nbytes=0)
+        with pytest.raises(OutputError, match="is a URL"):
+            check_file(Path(url), [], overwrite=False)
+    check_target(tmp_path / "s3:" / "a", [], overwrite=False, nbytes=0)
+    check_target(Path("a:b"), [], overwrite=False, nbytes=0)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from made_comparisons import usual
-from plain_pair import write_pair
+from plain_pair import write_model, write_pair
 
-from safelora_fast import project_adapter
+from safelora_fast import project_adapter, project_model
 from safelora_fast.examples import FOLDER
 from safelora_fast.files.store import write_json
 from safelora_fast.gate.readers import READERS
@@ -160,7 +160,7 @@ SOURCES = {
 def test_what_is_missing_damaged_or_stale_never_passes(source, release, call):
     comparison(release)
     more, name = SOURCES[source]
-    criterion = {"source": source, "at_most": 1e9, **more}
+    criterion = {"source": source, "at_most": 1, **more}
     assert verdicts_of(call, release, one=criterion)["one"]["verdict"] == "passes"
     file = release / name
     whole = file.read_bytes()
@@ -183,6 +183,33 @@ def test_what_is_missing_damaged_or_stale_never_passes(source, release, call):
     assert (failed["verdict"], "is stale" in failed["reason"]) == ("fails", True)
 
 
+@pytest.mark.parametrize("damage", [{"hits": 300}, {"count": 300}], ids=str)
+def test_a_rate_of_more_answers_than_there_are_is_damaged(damage, release, call):
+    path = release / "evaluation" / "report.json"
+    report = json.loads(path.read_text())
+    report["misaligned"] |= damage
+    write_json(path, report)
+    (failed,) = verdicts_of(call, release, one=MISALIGNED).values()
+    assert (failed["verdict"], "report.json is damaged" in failed["reason"]) == ("fails", True)
+
+
+def test_a_projected_model_is_read_like_an_adapter(release, call):
+    inputs = release.parent / "inputs"
+    finetuned = write_model(release.parent / "finetuned", 7)
+    models = {"aligned": inputs / "aligned", "base": inputs / "base"}
+    output = release / "model"
+    project_model(finetuned, **models, output=output, operator="orthogonal", rank=2, select="all")
+    (release / "adapter").rename(release / "other")
+    output.rename(release / "adapter")
+    criterion = {"source": "project", "metric": "gain", "at_least": 0.1}
+    (found,) = verdicts_of(call, release, one=criterion).values()
+    assert (found["verdict"], found["reason"]) == ("passes", "")
+    shard = release / "adapter" / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x07")
+    (failed,) = verdicts_of(call, release, one=criterion).values()
+    assert (failed["verdict"], "is stale" in failed["reason"]) == ("fails", True)
+
+
 def test_an_evaluation_that_lacks_answers_of_its_report_is_stale(release, call):
     (release / "evaluation" / "answers.jsonl").write_text("{}\n" * 199)
     (failed,) = verdicts_of(call, release, one=MISALIGNED).values()
@@ -199,6 +226,10 @@ def test_an_evaluation_that_lacks_answers_of_its_report_is_stale(release, call):
         ("subject: a\ncriteria:\n  a:\n    source: margin\n    at_mots: 1\n", "policy.yaml:5: criteria.a.at_mots: unknown; did"),
         ("subject: a\ncriteria:\n  a:\n    source: compare\n    metric: x\n    at_most: 1\n", "criteria.a.run: is required"),
         ("subject: a\ncriteria:\n  a:\n    source: margin\n    at_most: .nan\n", "policy.yaml:5: criteria.a.at_most: must be a"),
+        ("subject: a\ncriteria:\n  a: {source: evaluate, at_most: 5}\n", "policy.yaml:3: criteria.a.at_most: must be between 0"),
+        ("subject: a\ncriteria:\n  a: {source: project, at_least: 50}\n", "this metric is a share, not 50"),
+        ("subject: a\ncriteria:\n  a: {source: margin, metric: share, at_most: 5}\n", "this metric is a share, not 5"),
+        ("subject: a\ncriteria:\n  a: {source: margin, at_most: 0.1, at_least: 0.5}\n", "at_least is above at_most"),
         ("criteria:\n  a: {source: margin, at_most: 1}\n", "policy.yaml: subject: missing"),
         ("subject: evaluation\ncriteria:\n  a: {source: margin, at_most: 1}\n", "holds neither adapter_config.json nor"),
     ],

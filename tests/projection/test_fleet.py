@@ -170,6 +170,8 @@ WRONG = [
     ('{"id": "", "adapter": "x"}', "list.jsonl:2: id is empty"),
     ('{"id": "b", "adapter": 3}', "list.jsonl:2: adapter must be text, not 3"),
     ('{"id": "b", "adapter": "x", "ouput": "y"}', "list.jsonl:2: unknown key 'ouput'; a row is {"),
+    ('{"id": "b\\ud800", "adapter": "x"}', "list.jsonl:2: id 'b\\ud800' holds a character that no path can have"),
+    ('{"id": "b", "adapter": "x\\u0000y"}', "list.jsonl:2: adapter 'x\\x00y' holds a character"),
     ('{"id": "../b", "adapter": "x"}', "list.jsonl:2: id '../b' is not a relative path"),
     ('{"id": "/b", "adapter": "x"}', "list.jsonl:2: id '/b' is not a relative path"),
     ('{"id": "b/.x", "adapter": "x"}', "list.jsonl:2: id 'b/.x' is not a relative path"),
@@ -198,6 +200,23 @@ def test_a_wrong_row_is_named_before_anything_is_read(fleet, tmp_path, line, mes
         fleet.project(listed, overwrite=True)
     assert message in str(refused.value)
     assert contents(tmp_path) == before
+
+
+def test_a_name_that_is_too_long_fails_alone(fleet):
+    """With what a temporary name adds, it would be longer than a file system allows."""
+    rows = [{"id": name, "adapter": str(fleet.folder / "t0" / "a0")} for name in ("n" * 250, "n" * 238, "n" * 237)]
+    report = fleet.project(rows)
+    assert (report.projected, list(report.failed)) == (1, [rows[0]["id"], rows[1]["id"]])
+    assert "the name has 250 bytes, at most 237 are possible" in report.failed["n" * 250]
+
+
+@pytest.mark.parametrize(
+    "words", [["--join", "parts"], ["--modules-shard", "0/2"], ["--plot", "a.png"], ["--dry-run"]], ids=" ".join
+)
+def test_options_that_a_fleet_does_not_have_are_refused(fleet, call, words):
+    code, _, err = call(*fleet.words, *words)
+    assert (code, fleet.out.exists()) == (2, False)
+    assert words[0] in err
 
 
 def test_folders_that_are_no_fleet(fleet, tmp_path):

@@ -93,3 +93,16 @@ def test_parts_that_do_not_belong_together(pair, call, tmp_path):
     assert "was made from something else (adapter was '" in joined()
     (parts / "part-0-of-2.safetensors").write_bytes(b"\0" * 64)
     assert "part of a projection cannot be read" in joined()
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], ["--join", "parts"], ["--plot", "a.png"]], ids=" ".join)
+def test_a_part_is_refused_beside_options_that_it_does_not_have(pair, call, words):
+    code, _, err = call(*pair.command("--modules-shard", "0/2", *words))
+    assert (code, pair.output.exists()) == (2, False)
+    assert "cannot be combined with --join, --dry-run, and --plot" in err
+
+
+def test_parts_are_not_joined_with_a_subspace(pair, call, tmp_path):
+    words = ["project", pair.adapter, "--subspace", tmp_path / "x", "--join", tmp_path, "--output", pair.output]
+    code, _, err = call(*words)
+    assert (code, "--join needs both models" in err) == (2, True)

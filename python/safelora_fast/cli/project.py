@@ -80,11 +80,13 @@ def project(
     Reads both checkpoints once, as a stream, for any number of adapters, and loads no model. The output folder holds an
     adapter that PEFT loads, a model card and a report. It appears under its name only when it is complete.
     """
-    where = _models(aligned, base, subspace)
+    beside = dry_run or join is not None or plot is not None
+    where = _models(aligned, base, subspace, join)
     if source is not None:
-        if adapters or dry_run or plot is not None or output is None:
+        if adapters or modules_shard is not None or beside or output is None:
             raise SettingsError(
-                "--from needs --output DIR, and cannot be combined with named adapters, --dry-run, and --plot"
+                "--from needs --output DIR, and cannot be combined with named adapters, --modules-shard, --join, --dry-run, "
+                "and --plot"
             )
         given = {**where, **settings, "strict": strict, "overwrite": overwrite}
         _fleet(source, output, shard, batch, as_json, quiet, given)
@@ -93,12 +95,12 @@ def project(
         raise SettingsError("--shard and --batch belong to a fleet: give its adapters with --from")
     if not adapters:
         raise SettingsError("name an adapter, or give a fleet with --from LIST.jsonl or --from DIR")
-    if output is None and not dry_run:
-        raise SettingsError("say where to write with --output DIR, or pass --dry-run")
     if modules_shard is not None:
         given = {**where, **settings, "strict": strict, "overwrite": overwrite}
-        _part(adapters, output, modules_shard, as_json or quiet, given)
+        _part(adapters, None if beside else output, modules_shard, as_json or quiet, given)
         return
+    if output is None and not dry_run:
+        raise SettingsError("say where to write with --output DIR, or pass --dry-run")
     from safelora_fast.cli.console import print_warnings, warn_of_abandoned
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.projection.project import project_adapter
@@ -131,8 +133,10 @@ def project(
     print_warnings(report)
 
 
-def _models(aligned: str | None, base: str | None, subspace: Path | None) -> dict[str, Any]:
-    """Return the arguments that say what V is. Both models are required without a subspace."""
+def _models(aligned: str | None, base: str | None, subspace: Path | None, join: Path | None) -> dict[str, Any]:
+    """Return the arguments that say what V is. Both models are required without a subspace, and to join parts."""
+    if join is not None and subspace is not None:
+        raise SettingsError("--join needs both models: parts are not made from a subspace")
     if subspace is None:
         lacking = next((name for name, model in (("--aligned", aligned), ("--base", base)) if model is None), None)
         if lacking is not None:
@@ -167,7 +171,9 @@ def _part(adapters: list[str], output: str | None, shard: str, quiet: bool, chos
     from safelora_fast.projection.settings import Settings
 
     if output is None or "subspace" in chosen:
-        raise SettingsError("--modules-shard needs --output DIR and both models")
+        raise SettingsError(
+            "--modules-shard needs --output DIR and both models, and cannot be combined with --join, --dry-run, and --plot"
+        )
     where = {name: chosen.pop(name) for name in ("aligned", "base", "overwrite")}
     with ProgressBar(wanted=not quiet) as progress:
         path = project_part(

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +28,18 @@ RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as a path, which has one slash
+LONGEST_NAME = 255 - len(".") - len(".partial-12345678")  # bytes, with what temporary names add
+
+
+def _refuse_odd_names(target: Path) -> None:
+    """Raise OutputError for a URL, which would become folders here, and for a name that is too long."""
+    if URL.match(str(target)):
+        raise OutputError(f"{target}: is a URL, but this is written to a disk: give a path")
+    if (size := len(os.fsencode(target.name))) > LONGEST_NAME:
+        raise OutputError(f"{target}: the name has {size} bytes, at most {LONGEST_NAME} are possible; choose another")
+
+
 def resolved(path: Path) -> Path:
     """Return `path.resolve()`, but without a RuntimeError for circular links."""
     return Path(os.path.realpath(path))
@@ -34,6 +47,7 @@ def resolved(path: Path) -> Path:
 
 def check_file(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """Raise OutputError if a file exists (without `overwrite`), is inside an input, or cannot be written."""
+    _refuse_odd_names(target)
     with described(target):
         own = resolved(target)
         for source in inputs:
@@ -61,6 +75,7 @@ def check_target(
         mark: a file that marks an earlier output, in the folder or in each of its subfolders. None: the caller checks
             that.
     """
+    _refuse_odd_names(target)
     with described(target):
         own = resolved(target)
         if own == Path.cwd():

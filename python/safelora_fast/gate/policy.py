@@ -85,6 +85,14 @@ def read_policy(path: Path) -> Policy:
         if criterion.at_most is None and criterion.at_least is None:
             raise document.problem(keys, "has no limit: set at_most, at_least, or both")
         reader = READERS[criterion.source]
+        low, high = criterion.at_least, criterion.at_most
+        for key, limit in {"at_least": low, "at_most": high}.items():
+            if limit is not None and not 0 <= limit <= 1 and reader.is_share(criterion):
+                raise document.problem(
+                    (*keys, key), f"must be between 0 and 1, since this metric is a share, not {limit:g}"
+                )
+        if low is not None and high is not None and low > high:
+            raise document.problem(keys, "no value is within its limits: at_least is above at_most")
         if reader.has_runs != (criterion.run is not None):
             why = f"is {'required' if reader.has_runs else 'unknown'} for the source {criterion.source}"
             raise document.problem((*keys, "run"), why)

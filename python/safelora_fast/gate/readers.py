@@ -9,12 +9,15 @@ from __future__ import annotations
 import statistics
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.checkpoints.provenance import sampled
 from safelora_fast.checkpoints.resolver import ADAPTER_CONFIG, CONFIG
+from safelora_fast.checkpoints.sources import open_checkpoint
 from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import (
     COUNT,
     FLAG,
@@ -34,7 +37,6 @@ from safelora_fast.scoring.intervals import NORMAL_QUANTILE, Interval, wilson
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from safelora_fast.gate.policy import Criterion
 
@@ -121,6 +123,11 @@ class Reader(ABC):
         given = criterion.path or self.path
         return subject.folder if given is None else folder / given
 
+    def is_share(self, criterion: Criterion) -> bool:
+        """Return whether the metric lies between 0 and 1."""
+        del criterion
+        return False
+
     @abstractmethod
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the value of a criterion's metric.
@@ -151,6 +158,11 @@ class EvaluateReader(Reader):
 
     name, path, metric = "evaluate", "evaluation", "misaligned"
 
+    def is_share(self, criterion: Criterion) -> bool:
+        """Return True: all are rates."""
+        del criterion
+        return True
+
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the rate with its interval. The report must have every answer of the folder."""
         kind, _, outcome = (criterion.metric or self.metric).rpartition(".")
@@ -164,6 +176,8 @@ class EvaluateReader(Reader):
         rates = _item(report["kinds"], kind, "kind", path) if kind else report
         rate = check_fields(_item(rates, outcome, "metric", path), {"hits": COUNT, "count": COUNT, "interval": LIST})
         asked = of_kind(rates.get("answers"), COUNT, "answers")
+        if not rate["hits"] <= rate["count"] <= asked:
+            raise DataError(f"{path}: report.json is damaged: {rate['hits']} of {rate['count']} of {asked} answers")
         count = (
             f"{rate['hits']} of {rate['count']} answers, {asked - rate['count']} unscored; judge {report.get('judge')}"
         )
@@ -205,6 +219,10 @@ class MarginReader(Reader):
         "margin": ("margin", "margin_interval"),
         "share": ("share_misaligned", "share_interval"),
     }
+
+    def is_share(self, criterion: Criterion) -> bool:
+        """Return whether the metric is the share of misaligned pairs."""
+        return criterion.metric == "share"
 
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the value of the entry that has the subject's digest."""
@@ -254,14 +272,19 @@ class ProjectReader(Reader):
 
     name, path, metric = "project", None, "projected"
 
+    def is_share(self, criterion: Criterion) -> bool:
+        """Return whether the metric is the share of projected modules."""
+        return criterion.metric in {None, "projected"}
+
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the value for the projected adapter in this folder, which must be as the projection wrote it."""
         report = check_fields(_object(path / "safelora_report.json"), {"adapters": LIST})
         (adapter,) = report["adapters"]
         check_fields(adapter, {"modules": LIST, "copied": LIST, "fingerprint": TEXT})
-        weights = subject.folder / WEIGHTS
-        if sampled(weights) != adapter["fingerprint"]:
-            raise DataError(f"{path}: is stale: {weights} is not the file that the projection wrote; project again")
+        if _fingerprint(subject) != adapter["fingerprint"]:
+            raise DataError(
+                f"{path}: is stale: {subject.folder} does not hold the weights that the projection wrote; project again"
+            )
         modules = [
             check_fields(module, {"projected": FLAG}, {"gain": NUMBER, "cosine": NUMBER})
             for module in adapter["modules"]
@@ -275,6 +298,15 @@ class ProjectReader(Reader):
         }
         value = _item(values, criterion.metric or self.metric, "metric", path)
         return Reading(value, exact=True, count=f"{len(gains)} of {len(modules)} modules projected")
+
+
+def _fingerprint(subject: Subject) -> str:
+    """Return the digest that the report of a projection has of the weights that it wrote."""
+    if subject.key == "adapter_sha256":
+        return sampled(subject.folder / WEIGHTS)
+    model = open_checkpoint(str(subject.folder), role="released")
+    model.require(model.names)
+    return text_digest([sampled(Path(path)) for path in sorted(file.path for file in model.files)])
 
 
 def _object(file: Path) -> dict[str, Any]:

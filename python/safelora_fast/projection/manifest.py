@@ -96,6 +96,9 @@ def _row(value: Any, place: str, output: str | Path) -> Row:
             raise ValueError(f"unknown key {unknown[0]!r}; a row is {FORM}")
         if empty := next((key for key, text in fields.items() if text is not None and not text.strip("\0 ")), None):
             raise ValueError(f"{empty} is empty")
+        for key, text in fields.items():
+            if text is not None and not _encodable(text):
+                raise ValueError(f"{key} {text!r} holds a character that no path can have")
         name = _relative(fields["id"], "id")
         adapter, revision = fields["adapter"], fields.get("revision")
         if revision is not None:
@@ -110,6 +113,13 @@ def _row(value: Any, place: str, output: str | Path) -> Row:
     except (ValueError, OSError) as error:
         raise DataError(f"{place}: {error}") from error
     return Row(name, adapter, own or _joined(output, name))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _relative(name: str, key: str) -> str:
