@@ -151,3 +151,17 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file/records"):
         TensorRecords(tmp_path / "file" / "records")
+
+
+def test_what_cannot_be_opened_counts_as_absent(tmp_path, caplog):
+    """A file that vanishes or belongs to somebody else, with one warning; a folder or a pipe of that name, without waiting."""
+    written(tmp_path, KEYS[:1])
+    (tmp_path / f"gone{SUFFIX}").symlink_to(tmp_path / "nothing")
+    (tmp_path / f"folder{SUFFIX}").mkdir()
+    os.mkfifo(tmp_path / f"pipe{SUFFIX}")
+    records = TensorRecords(tmp_path)
+    records.refresh()
+    check(KEYS[0], records.read(KEYS[0], {3}))
+    assert records.read(KEYS[0], {3})
+    (warning,) = caplog.records
+    assert f"gone{SUFFIX}: cannot be opened (No such file or directory)" in warning.message

@@ -62,7 +62,7 @@ class TensorRecords:
         self._descriptors: dict[str, int] = {}
         self._names: list[str] = []  # of files, by number
         self._read_to: list[int] = []  # where each file's next record begins
-        self._complaints: set[str] = set()  # names of files with damaged records
+        self._complaints: set[str] = set()  # names of files that were warned about
         self._where: dict[bytes, tuple[tuple[int, int], ...]] = {}  # (file, offset) of the records of each key
         self._own: int | None = None
         weakref.finalize(self, _close, self._descriptors)
@@ -71,15 +71,19 @@ class TensorRecords:
         self.refresh()
 
     def refresh(self) -> None:
-        """Find the records that other processes have written since.
+        """Find the records that other processes have written since. A file that cannot be opened counts as absent.
 
         Raises:
             OutputError: the folder cannot be read.
         """
         with described(self.folder):
             for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-                if path.name not in self._descriptors:
-                    self._add(path, os.O_RDONLY)
+                if path.name not in self._descriptors and path.name not in self._complaints:
+                    try:
+                        self._add(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep it waiting
+                    except OSError as error:
+                        self._complaints.add(path.name)
+                        logger.warning("%s: cannot be opened (%s), so its records are not used", path, error.strerror)
             for number, name in enumerate(self._names):
                 if number != self._own:
                     self._scan(number, self._descriptors[name])
