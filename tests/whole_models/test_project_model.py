@@ -411,3 +411,17 @@ def test_an_earlier_output_is_replaced_only_if_asked(models, call):
     )
     assert call(*command(models, "--overwrite", "--quiet")).code == 0
     assert room.REPORT in {path.name for path in Path(models["output"]).iterdir()}
+
+
+def test_a_damaged_state_of_an_unfinished_output(tmp_path):
+    models = {role: write_model(tmp_path / role, seed) for seed, role in enumerate(("aligned", "base"))}
+    finetuned, output = write_model(tmp_path / "finetuned", 7), tmp_path / "out"
+    unfinished = tmp_path / ".out.unfinished"
+    unfinished.mkdir()
+    for content in ("{", "[]"):
+        (unfinished / "safelora_unfinished.json").write_text(content)
+        with pytest.raises(SafeLoraFastError, match=r"unfinished.json: .*; delete this folder, or pass --overwrite"):
+            project_model(finetuned, **models, output=output, operator="zero", select="all")
+    project_model(finetuned, **models, output=output, operator="zero", select="all", overwrite=True)
+    assert output.is_dir()
+    assert not unfinished.exists()

@@ -16,7 +16,7 @@ from safelora_fast.checkpoints.weight_norms import weight_norm
 from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError, PairingError, SettingsError
 from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.digest import text_digest
-from safelora_fast.files.json_reader import read_json
+from safelora_fast.files.json_reader import read_json, read_object
 from safelora_fast.files.output import check_target, resumable_folder
 from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.files.store import changed_settings, plain, settings_message, to_json, write_json
@@ -241,9 +241,11 @@ class _Run:
         )
         path = folder / STATE
         if path.exists():
-            message = settings_message(
-                folder, changed_settings(read_json(path), state), "delete this folder, or pass --overwrite"
-            )
+            remedy = "delete this folder, or pass --overwrite"
+            try:
+                message = settings_message(folder, changed_settings(read_object(path), state), remedy)
+            except ValueError as error:
+                message = f"{path}: {error}; {remedy}"
             if message is None:
                 return
             if not overwrite:
