@@ -425,3 +425,21 @@ def test_a_damaged_state_of_an_unfinished_output(tmp_path):
     project_model(finetuned, **models, output=output, operator="zero", select="all", overwrite=True)
     assert output.is_dir()
     assert not unfinished.exists()
+
+
+def test_a_link_out_of_the_models_folder_is_not_followed(models, tmp_path):
+    (tmp_path / "secret.json").write_text("{}")
+    (Path(models["finetuned"]) / "merges.txt").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(SafeLoraFastError, match=r"merges.txt: is a link to a file outside the model's folder"):
+        project_model(**models, operator="zero", select="all")
+    assert not Path(models["output"]).exists()
+
+
+def test_files_of_others_in_the_unfinished_folder_stay(models):
+    output = Path(models["output"])
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    unfinished.mkdir()
+    (unfinished / "thesis.txt").write_text("mine")
+    with pytest.raises(SafeLoraFastError, match="holds files of something else"):
+        project_model(**models, operator="zero", select="all")
+    assert (unfinished / "thesis.txt").read_text() == "mine"

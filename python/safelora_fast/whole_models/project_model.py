@@ -35,7 +35,7 @@ from safelora_fast.whole_models.shard_writer import (
     restore,
     write_shard,
 )
-from safelora_fast.whole_models.side_files import copy_side_files
+from safelora_fast.whole_models.side_files import copy_side_files, side_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -143,12 +143,13 @@ class _Run:
     def write(self, folder: Path, target: Path, told: Progress | None, *, overwrite: bool) -> ProjectionReport:
         """Write all shards that are not there yet, and then what depends on all of them."""
         self._check_state(folder, overwrite=overwrite)
+        beside = side_files(self.finetuned)
         try:
             metrics = self.pass_over(folder, told)
             if self.settings.select == "number":
                 self._restore_unselected(folder, self._selected(metrics))
             report = self.report(metrics, folder, target)
-            copy_side_files(self.finetuned, folder)
+            copy_side_files(beside, folder)
             (folder / REPORT).write_text(to_json(published(report).to_dict()) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(render(report), encoding="utf-8", errors="backslashreplace")
         except KeyboardInterrupt:
@@ -250,6 +251,8 @@ class _Run:
                 return
             if not overwrite:
                 raise OutputError(message)
+        elif not overwrite and any(folder.iterdir()):
+            raise OutputError(f"{folder}: holds files of something else; move them, or pass --overwrite to delete them")
         for left in folder.iterdir():
             left.unlink() if left.is_file() or left.is_symlink() else shutil.rmtree(left)
         write_json(path, state)
