@@ -65,7 +65,8 @@ def test_two_processes(whole, kind, launcher, tmp_path):
 def test_fsdp_projects_uneven_rows_where_they_are(mesh, tmp_path):
     """Every matrix has an odd number of rows. Only lora_A is gathered, and all modules share one all-reduce."""
     model = {"intermediate_size": 47, "lora": {"r": 3}}
-    spec = {"batch": 2, "accumulation": 2, "steps": 2, "model": model, "defenses": STRONG}
+    # With a strong anchor, weights of the second step are in the thousands, and rounding grows with them.
+    spec = {"batch": 2, "accumulation": 2, "steps": 2, "model": model, "defenses": {**STRONG, "template_anchor": 0.1}}
     whole = run({**spec, "kind": "loop", "batch": 8}, tmp_path)
     sharded = run_two_processes({**spec, "kind": "fsdp", "mesh": mesh}, tmp_path)
     same(sharded, whole)
