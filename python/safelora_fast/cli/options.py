@@ -65,6 +65,10 @@ TemplateArgs = Annotated[
         help="A variable of the chat template, e.g. enable_thinking=false; or a JSON object; repeatable.",
     ),
 ]
+Strings = Annotated[
+    str, typer.Option(metavar="chat|text", help="chat puts plain-text examples into the chat template; text does not.")
+]
+MaxLength = Annotated[int, typer.Option(metavar="N", help="Longer examples are skipped and counted.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.")
 ]

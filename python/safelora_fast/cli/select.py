@@ -48,14 +48,11 @@ def select(
     epsilon: Annotated[float, typer.Option(metavar="E", help="ε of the score.")] = 1.0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    strings: Annotated[
-        str,
-        typer.Option(metavar="chat|text", help="chat puts plain-text examples into the chat template; text does not."),
-    ] = "chat",
+    strings: options.Strings = "chat",
     chat_template: options.ChatTemplate = None,
     template_args: options.TemplateArgs = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    max_length: Annotated[int, typer.Option(metavar="N", help="Longer examples are skipped and counted.")] = 2048,
+    max_length: options.MaxLength = 2048,
     tokens_per_batch: Annotated[
         int | None,
         typer.Option(metavar="N", help="Maximum tokens of a batch. In float32 the result does not depend on it."),
