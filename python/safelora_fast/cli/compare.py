@@ -20,7 +20,7 @@ INCOMPLETE = 1
 
 def compare(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="What to compare and measure; see docs/evaluation.md.")
+        Path, typer.Argument(metavar="CONFIG.yaml", help="What to compare and measure; see docs/compare.md.")
     ],
     overrides: Annotated[
         list[str] | None,

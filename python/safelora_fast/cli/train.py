@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The recipe; see docs/training.md.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The recipe; see docs/recipe.md.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file, e.g. defenses.kl.weight=0.2."),

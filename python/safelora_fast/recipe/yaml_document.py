@@ -141,7 +141,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         return f"did you mean {near[0]}"
     if len(known) <= 12:
         return f"known are {', '.join(known)}"
-    return f"there are {len(known)} others; see docs/training.md"
+    return f"there are {len(known)} others; see docs/recipe.md"
 
 
 def read_document(path: str | Path, overrides: Sequence[str] = (), *, what: str = "recipe") -> Document:

@@ -100,7 +100,7 @@ def sequence_bounds(
 
 @triton.jit
 def _unit_distance(squared, dot, norm):
-    """Distance between unit vectors, and the factors of d and h in its gradient (docs/methods.md).
+    """Distance between unit vectors, and the factors of d and h in its gradient (docs/methods-training.md).
 
     A zero vector has no direction: its unit vector is taken as zero, and so is its gradient.
     """
