@@ -28,6 +28,7 @@ ROOMS = [
     "data",
     "models",
     "defenses",
+    "configuration",
     "training",
     "scoring",
     "trainers",
@@ -43,11 +44,11 @@ ROOMS = [
 ]
 # Names that mean the same in every room. Files of cli/ and compare/measures/ have the name of a command or a measure.
 SHARED_NAMES = {"base", "card", "journal", "page", "plan", "plot", "report", "store", "sweep"}
-# British spellings. Users may type them (recipe/synonyms.py), 0.1.0 wrote two, and data is as its authors wrote it.
+# British spellings. Users may type them (configuration/synonyms.py), 0.1.0 wrote two, and data is as its authors wrote it.
 BRITISH = re.compile(
     r"defence|behaviour|(?:norm|optim|diagonal|random|quant|final|general|penal|tok?en)is(?:e|ed|ing|ation)|learnt|favour"
 )
-KEPT = {"recipe/synonyms.py", "checkpoints/pairing.py", "compare/report.py"}
+KEPT = {"configuration/synonyms.py", "checkpoints/pairing.py", "compare/report.py"}
 FILES = {file: file.relative_to(ROOT).with_suffix("").parts for file in sorted(ROOT.rglob("*.py"))}
 
 

@@ -58,11 +58,13 @@ posthoc.places=checkpoints.module_names posthoc.provenance=checkpoints.provenanc
 posthoc.resident=projection.device.resident posthoc.settings=projection.settings,files.argument_checks
 posthoc.shown_models=checkpoints.model_card,projection.report posthoc.sources=checkpoints.sources
 posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections recipe.callbacks=recipe.trainer
-recipe.defenses=recipe.defense_section recipe.digests=models.digests,files.digest recipe.document=recipe.yaml_document
-recipe.epochs=data.schedule recipe.folder=recipe.run_folder,files.store recipe.kinds=recipe.signatures
-recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.run_metrics recipe.monitors=recipe.defense_section
+recipe.defenses=configuration.defense_section recipe.digests=models.digests,files.digest
+recipe.document=configuration.yaml_document
+recipe.epochs=data.schedule recipe.folder=recipe.run_folder,files.store recipe.kinds=configuration.signatures
+recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.run_metrics
+recipe.monitors=configuration.defense_section
 recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries recipe.results=recipe.run_metrics recipe.rows=data.rows
-recipe.section=recipe.yaml_section recipe.stopping=recipe.trainer recipe.tokens=data.tokens
+recipe.section=configuration.yaml_section recipe.stopping=recipe.trainer recipe.tokens=data.tokens
 recipe.words=recipe.summary_text scoring.answers=scoring.answer_scores scoring.batches=scoring.sequences
 scoring.head=scoring.label_likelihoods scoring.positions=scoring.sequences scoring.precision=scoring.answer_scores
 selection.low_rank=selection.perplexity selection.plot=selection.report

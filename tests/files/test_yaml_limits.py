@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from safelora_fast.compare.config import load_config
+from safelora_fast.configuration.yaml_document import read_document
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.files.yaml_reader import parse_yaml
 from safelora_fast.judging.questions import read_questions
 from safelora_fast.persona.trait import load_trait
-from safelora_fast.recipe.yaml_document import read_document
 
 LISTS = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))])
 MERGES = "\n".join(

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import safelora_fast
+from safelora_fast.configuration.defense_section import DefenseSpec, Subspaces
 from safelora_fast.defenses import KL, SafeLora, SubspacePenalty, registered
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.defense_section import DefenseSpec, Subspaces
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 
@@ -168,7 +168,7 @@ def test_one_subspace_for_all_that_name_it(monkeypatch):
         made.append(arguments)
         return SafeSubspace({})
 
-    monkeypatch.setattr("safelora_fast.recipe.defense_section.SafeSubspace.build", build)
+    monkeypatch.setattr("safelora_fast.configuration.defense_section.SafeSubspace.build", build)
     source = {"aligned": "a", "base": "b", "rank": 3, "device": "cuda"}
     subspaces = Subspaces(build=True)
     step = DefenseSpec(SafeLora, {"subspace": source, "at": "step"}).build(subspaces)

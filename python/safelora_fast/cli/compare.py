@@ -41,7 +41,7 @@ def compare(
     is a marked cell, and the next run tries it again. Exit code 1: the report is written, but something in it failed or is
     not finished.
     """
-    from safelora_fast.recipe.signatures import check_packages
+    from safelora_fast.configuration.signatures import check_packages
 
     check_packages("compare")
     from safelora_fast.compare.config import load_config

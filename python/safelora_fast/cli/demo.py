@@ -28,8 +28,8 @@ def demo(
         run(output, seed=seed)
         return
     from safelora_fast.cli.compare import run_and_show
+    from safelora_fast.configuration import signatures
     from safelora_fast.demo.ingredients import check_packages, configure
-    from safelora_fast.recipe import signatures
 
     check_packages()
     signatures.check_packages("demo --train")

@@ -97,7 +97,7 @@ def check_subject(command: str, model: str, adapters: Iterable[str] = ()) -> lis
         AdapterError: an adapter does not exist.
     """
     from safelora_fast.checkpoints.resolver import adapter_folder, find_model
-    from safelora_fast.recipe.signatures import check_packages
+    from safelora_fast.configuration.signatures import check_packages
 
     check_packages(command)
     find_model(model)

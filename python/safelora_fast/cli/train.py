@@ -54,7 +54,7 @@ def train(
 
     The output folder holds an adapter that PEFT loads, a model card that states the defenses, and a record of the run.
     """
-    from safelora_fast.recipe.signatures import check_packages
+    from safelora_fast.configuration.signatures import check_packages
 
     check_packages()
     from safelora_fast.files.progress import ProgressBar

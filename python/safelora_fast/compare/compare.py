@@ -10,6 +10,7 @@ from safelora_fast.compare.measurements import RunCheck
 from safelora_fast.compare.measures import MEASURES
 from safelora_fast.compare.runs import CONFIGURATION, check_folder, reference_of, runs_of
 from safelora_fast.compare.train_runs import trainings_of
+from safelora_fast.configuration.yaml_section import read_section
 from safelora_fast.data.rows import read_rows
 from safelora_fast.errors import (
     InterruptedRunError,
@@ -23,7 +24,6 @@ from safelora_fast.files.store import write_json
 from safelora_fast.files.yaml_reader import dump_yaml
 from safelora_fast.models.adapters import fit_adapter
 from safelora_fast.models.load import ModelSection, SubjectSettings, bare_outline, load_config
-from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:
     from collections.abc import Callable

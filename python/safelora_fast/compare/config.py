@@ -13,11 +13,11 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 from safelora_fast.compare.measures import MEASURES
 from safelora_fast.compare.runs import OPERATOR_SWAP, REFERENCE
 from safelora_fast.compare.train_runs import trainings_of
+from safelora_fast.configuration.yaml_document import Document, read_document
+from safelora_fast.configuration.yaml_section import Section, read_section
 from safelora_fast.errors import SettingsError
 from safelora_fast.recipe.recipe import SECTIONS, recipe_of
 from safelora_fast.recipe.sections import Count
-from safelora_fast.recipe.yaml_document import Document, read_document
-from safelora_fast.recipe.yaml_section import Section, read_section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,11 +6,11 @@ import gc
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.configuration.yaml_section import read_section
 from safelora_fast.data.rows import read_rows
 from safelora_fast.data.tokens import Encoder
 from safelora_fast.files.progress import ProgressBar
 from safelora_fast.models.load import ModelSection, Subject, SubjectSettings, load_subject
-from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:
     from collections.abc import Callable

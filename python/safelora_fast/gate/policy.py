@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from safelora_fast.configuration.yaml_document import read_document
+from safelora_fast.configuration.yaml_section import Section, check, read_section
 from safelora_fast.files.digest import digest
 from safelora_fast.gate.readers import READERS
-from safelora_fast.recipe.yaml_document import read_document
-from safelora_fast.recipe.yaml_section import Section, check, read_section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safelora_fast.configuration.yaml_document import Document, read_document
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.digest import text_digest
-from safelora_fast.recipe.yaml_document import Document, read_document
 
 SHIPPED = Path(__file__).parent / "traits"
 NAME = re.compile(r"[\w.-]+")

@@ -10,7 +10,7 @@ from safelora_fast.recipe.run_metrics import shown
 from safelora_fast.recipe.summary_text import settings_words
 
 if TYPE_CHECKING:
-    from safelora_fast.recipe.defense_section import DefenseSpec
+    from safelora_fast.configuration.defense_section import DefenseSpec
     from safelora_fast.recipe.prepare import Prepared
     from safelora_fast.recipe.run_plan import DataFacts, Plan
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, create_model
 
 from safelora_fast.checkpoints.resolver import name_and_revision
+from safelora_fast.configuration.signatures import dataclass_fields, read_annotation
+from safelora_fast.configuration.yaml_section import Arguments, check
 from safelora_fast.models.foreign_errors import explained, first_line
 from safelora_fast.recipe.run_folder import CHECKPOINTS, RunFolder
 from safelora_fast.recipe.sections import Count
-from safelora_fast.recipe.signatures import dataclass_fields, read_annotation
-from safelora_fast.recipe.yaml_section import Arguments, check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import SFTConfig
 
+    from safelora_fast.configuration.yaml_document import Document
     from safelora_fast.recipe.recipe import Recipe
-    from safelora_fast.recipe.yaml_document import Document
 
 NotNegative = Annotated[float, Field(ge=0)]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from safelora_fast.checkpoints.resolver import did_you_mean
-from safelora_fast.models.load import ModelSection
-from safelora_fast.recipe.defense_section import (
+from safelora_fast.configuration.defense_section import (
     MONITORS,
     ON_NONFINITE,
     REFERENCE,
@@ -19,10 +18,11 @@ from safelora_fast.recipe.defense_section import (
     read_defenses,
     read_monitors,
 )
+from safelora_fast.configuration.yaml_document import Document, read_document
+from safelora_fast.configuration.yaml_section import read_section
+from safelora_fast.models.load import ModelSection
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 from safelora_fast.recipe.sections import DataSection, MarginSection, OutputSection
-from safelora_fast.recipe.yaml_document import Document, read_document
-from safelora_fast.recipe.yaml_section import read_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

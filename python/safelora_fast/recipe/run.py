@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.configuration.defense_section import Subspaces
 from safelora_fast.errors import (
     InterruptedRunError,
     MissingDependencyError,
@@ -22,7 +23,6 @@ from safelora_fast.files.store import write_json
 from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.recipe.adapted_model import load_model
 from safelora_fast.recipe.card import render
-from safelora_fast.recipe.defense_section import Subspaces
 from safelora_fast.recipe.mixture import to_table
 from safelora_fast.recipe.model_stamp import recipe_stamp
 from safelora_fast.recipe.run_folder import FORMAT, RECORD, RunFolder

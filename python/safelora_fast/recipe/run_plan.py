@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from trl import SFTConfig
 
+    from safelora_fast.configuration.defense_section import DefenseSpec
     from safelora_fast.data.tokens import ExampleSet
     from safelora_fast.defenses.step_cost import Extra
-    from safelora_fast.recipe.defense_section import DefenseSpec
     from safelora_fast.recipe.recipe import Recipe
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from safelora_fast.configuration.yaml_section import Section
 from safelora_fast.models.load import ModelSection
-from safelora_fast.recipe.yaml_section import Section
 
 __all__ = [
     "Count",

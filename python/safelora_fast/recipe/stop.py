@@ -12,8 +12,8 @@ from safelora_fast.recipe.run_folder import RECORD, read_record
 from safelora_fast.scoring.stop_rule import StopRule
 
 if TYPE_CHECKING:
+    from safelora_fast.configuration.yaml_document import Document
     from safelora_fast.recipe.recipe import Recipe
-    from safelora_fast.recipe.yaml_document import Document
 
 KEYS = ("margin", "stop")
 

@@ -11,8 +11,8 @@ from safelora_fast.recipe.run_plan import free_space
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from safelora_fast.configuration.defense_section import DefenseSpec, MonitorSpec
     from safelora_fast.defenses.step_cost import Extra
-    from safelora_fast.recipe.defense_section import DefenseSpec, MonitorSpec
     from safelora_fast.recipe.prepare import Prepared
     from safelora_fast.recipe.run_plan import DataFacts, Plan
 

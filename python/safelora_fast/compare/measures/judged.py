@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.compare.measures.base import Measure, Metric
 from safelora_fast.compare.report import Column
 from safelora_fast.compare.statistics import shares
+from safelora_fast.configuration.yaml_section import Section
 from safelora_fast.errors import EvaluationError, SafeLoraFastError
 from safelora_fast.files.digest import text_digest
 from safelora_fast.judging.questions import builtin_questions, choose, read_questions
 from safelora_fast.printable import one_line
 from safelora_fast.recipe.sections import Count
-from safelora_fast.recipe.yaml_section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

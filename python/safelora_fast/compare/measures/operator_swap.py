@@ -11,12 +11,12 @@ from safelora_fast.compare.measures.base import Measure, Metric
 from safelora_fast.compare.report import Column
 from safelora_fast.compare.runs import OPERATOR_SWAP
 from safelora_fast.compare.statistics import shares
+from safelora_fast.configuration.yaml_section import Section
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.digest import digest
 from safelora_fast.files.output import whole_folder
 from safelora_fast.judging import operator_swap
 from safelora_fast.judging.operator_swap import Difficulty
-from safelora_fast.recipe.yaml_section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

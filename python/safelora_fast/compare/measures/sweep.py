@@ -11,8 +11,8 @@ from safelora_fast.compare.measures.base import FAILURE, Measure, checked
 from safelora_fast.compare.measures.drift import has_rows, measure_drift, rows_inputs
 from safelora_fast.compare.measures.margin import measure_margin
 from safelora_fast.compare.report import SWEEP_TITLE, SweepPoint
+from safelora_fast.configuration.yaml_section import Section
 from safelora_fast.recipe.model_stamp import checkpoint_digest, model_commit
-from safelora_fast.recipe.yaml_section import Section
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,10 +13,10 @@ from pydantic import Field
 from safelora_fast.compare.measures.base import FAILURE, NOT_FINITE, UNFINISHED, Measure, Metric, number
 from safelora_fast.compare.report import Column
 from safelora_fast.compare.statistics import Summary
+from safelora_fast.configuration.yaml_section import Section
 from safelora_fast.files.store import to_json
 from safelora_fast.recipe.model_stamp import files_digest
 from safelora_fast.recipe.sections import Count
-from safelora_fast.recipe.yaml_section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

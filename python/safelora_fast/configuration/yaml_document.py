@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import did_you_mean
+from safelora_fast.configuration.synonyms import meant
 from safelora_fast.errors import SettingsError
 from safelora_fast.files.json_reader import read_bytes
 from safelora_fast.files.yaml_reader import MOST_DEPTH, parse_yaml
-from safelora_fast.recipe.synonyms import meant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

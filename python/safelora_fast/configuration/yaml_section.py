@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from safelora_fast.recipe.signatures import read_annotation
+from safelora_fast.configuration.signatures import read_annotation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from pydantic_core import ErrorDetails
 
+    from safelora_fast.configuration.yaml_document import Document
     from safelora_fast.errors import SettingsError
     from safelora_fast.files.yaml_reader import Keys
-    from safelora_fast.recipe.yaml_document import Document
 
 Read = TypeVar("Read")
 Checked = TypeVar("Checked", bound="Arguments")

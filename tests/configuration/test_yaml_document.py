@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 
+from safelora_fast.configuration.signatures import dataclass_fields
+from safelora_fast.configuration.synonyms import SYNONYMS
+from safelora_fast.configuration.yaml_document import read_document
 from safelora_fast.defenses import registered
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.load import ModelSection
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 from safelora_fast.recipe.recipe import SECTIONS, load_recipe
 from safelora_fast.recipe.sections import DataSection, OutputSection
-from safelora_fast.recipe.signatures import dataclass_fields
-from safelora_fast.recipe.synonyms import SYNONYMS
-from safelora_fast.recipe.yaml_document import read_document
 
 TEXT = """\
 model:

@@ -7,8 +7,8 @@ import importlib
 
 import pytest
 
+from safelora_fast.configuration import signatures
 from safelora_fast.errors import MissingDependencyError
-from safelora_fast.recipe import signatures
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 
 

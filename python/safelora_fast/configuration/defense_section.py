@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from safelora_fast.configuration.yaml_section import check, section_of
 from safelora_fast.defenses import DriftMonitor, registered
 from safelora_fast.errors import SafeLoraFastError
 from safelora_fast.files.json_reader import is_file
-from safelora_fast.recipe.yaml_section import check, section_of
 from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from safelora_fast.configuration.yaml_document import Document
+    from safelora_fast.configuration.yaml_section import Section
     from safelora_fast.defenses import Defense
     from safelora_fast.files.yaml_reader import Keys
     from safelora_fast.projection.project import Progress
-    from safelora_fast.recipe.yaml_document import Document
-    from safelora_fast.recipe.yaml_section import Section
 
 SECTION = "defenses"
 ON_NONFINITE = "on_nonfinite"
