@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
@@ -37,6 +37,8 @@ ON_NONFINITE = "on_nonfinite"
 REFERENCE = "reference"
 OPTIONS = (ON_NONFINITE, REFERENCE)  # keys of the section that are no defenses
 MONITORS = "monitors"
+OnNonFinite = Literal["raise", "skip"]
+BASE, CACHE = "base", "cache:"  # beginning of "cache:FOLDER"
 
 
 class Subspaces:
@@ -193,6 +195,32 @@ def read_monitors(document: Document) -> tuple[MonitorSpec, ...]:
             raise document.problem(keys, f"must be a mapping of settings (vector, layer), not {given!r}")
         specs.append(MonitorSpec(name, check(document, keys, section, given).model_dump()))
     return tuple(specs)
+
+
+def read_on_nonfinite(document: Document) -> OnNonFinite:
+    """Read what to do when a defense's term is NaN or infinite.
+
+    Raises:
+        SettingsError: it is neither "raise" nor "skip".
+    """
+    value = document.section(SECTION).get(ON_NONFINITE, "raise")
+    if value not in get_args(OnNonFinite):
+        raise document.problem((SECTION, ON_NONFINITE), f"must be {' or '.join(get_args(OnNonFinite))}, not {value!r}")
+    chosen: OnNonFinite = value
+    return chosen
+
+
+def read_reference(document: Document) -> str:
+    """Read the reference: "base", or "cache:FOLDER" to keep its hidden states on disk.
+
+    Raises:
+        SettingsError: it is something else.
+    """
+    value = document.section(SECTION).get(REFERENCE, BASE)
+    if value != BASE and not (isinstance(value, str) and value.removeprefix(CACHE).strip() not in {value, ""}):
+        raise document.problem((SECTION, REFERENCE), f"must be {BASE} or {CACHE}FOLDER, not {value!r}")
+    chosen: str = value
+    return chosen
 
 
 def _section(kind: Callable[..., Any], but: Collection[str] = ()) -> type[Section]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import did_you_mean
 from safelora_fast.configuration.defense_section import (
+    BASE,
     MONITORS,
     ON_NONFINITE,
     REFERENCE,
     SECTION,
     DefenseSpec,
     MonitorSpec,
+    OnNonFinite,
     read_defenses,
     read_monitors,
+    read_on_nonfinite,
+    read_reference,
 )
 from safelora_fast.configuration.yaml_document import Document, read_document
 from safelora_fast.configuration.yaml_section import read_section
@@ -28,8 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SECTIONS = ("model", "data", "lora", "training", SECTION, MONITORS, "margin", "output")
-OnNonFinite = Literal["raise", "skip"]
-BASE, CACHE = "base", "cache:"  # beginning of "cache:FOLDER"
 
 
 @dataclass(frozen=True)
@@ -104,31 +106,15 @@ def recipe_of(document: Document) -> Recipe:
         data=read_section(document, ("data",), DataSection),
         lora=LORA.read(document),
         training=TRAINING.read(document),
-        on_nonfinite=_on_nonfinite(document),
+        on_nonfinite=read_on_nonfinite(document),
         output=read_section(document, ("output",), OutputSection),
         defenses=read_defenses(document),
         monitors=read_monitors(document),
-        reference=_reference(document),
+        reference=read_reference(document),
         margin=read_section(document, ("margin",), MarginSection) if "margin" in document.values else None,
     )
     _check(recipe)
     return recipe
-
-
-def _on_nonfinite(document: Document) -> OnNonFinite:
-    value = document.section(SECTION).get(ON_NONFINITE, "raise")
-    if value not in get_args(OnNonFinite):
-        raise document.problem((SECTION, ON_NONFINITE), f"must be {' or '.join(get_args(OnNonFinite))}, not {value!r}")
-    chosen: OnNonFinite = value
-    return chosen
-
-
-def _reference(document: Document) -> str:
-    value = document.section(SECTION).get(REFERENCE, BASE)
-    if value != BASE and not (isinstance(value, str) and value.removeprefix(CACHE).strip() not in {value, ""}):
-        raise document.problem((SECTION, REFERENCE), f"must be {BASE} or {CACHE}FOLDER, not {value!r}")
-    chosen: str = value
-    return chosen
 
 
 def _check(recipe: Recipe) -> None:

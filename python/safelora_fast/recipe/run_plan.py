@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safelora_fast.configuration.defense_section import BASE
 from safelora_fast.defenses.base import BatchDefense
 from safelora_fast.defenses.step_cost import CHUNK_BYTES, Shape, Work
 from safelora_fast.files.output import resolved
 from safelora_fast.recipe.mixture import held_out_warnings
-from safelora_fast.recipe.recipe import BASE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_fast.recipe.recipe import CACHE
+from safelora_fast.configuration.defense_section import CACHE
 from safelora_fast.recipe.run_plan import free_space
 
 if TYPE_CHECKING:
