@@ -48,6 +48,14 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.packages
 develop: $(VENV)/.packages ## install the package for editing, kernels optimized
 	@$(BIN)/python -m maturin develop --release --quiet
 
+$(VENV)/.docs: pyproject.toml $(VENV)/.tools
+	$(PIP) install -q $$($(BIN)/python .ci/requirements.py docs)
+	@touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs ## the documentation as a site, in build/site; a broken link is an error
+	@$(BIN)/zensical build --clean --strict
+
 .PHONY: demo
 demo: $(VENV)/.packages wheel ## project an adapter of a real 135M model, from nothing to a picture
 	@$(PIP) install -q --force-reinstall --no-deps dist/safelora_fast-*.whl
@@ -70,7 +78,7 @@ test: develop ## the fast tests: Rust, and Python without those marked slow
 	$(PYTEST) -q -m "not slow and not wheel"
 
 .PHONY: test-all
-test-all: lint wheel ## everything that CI runs: lints, Rust tests, all Python tests, the wheel alone in an empty environment
+test-all: lint wheel docs ## everything that CI runs: lints, Rust and Python tests, the docs, the wheel in an empty environment
 	PROPTEST_RNG_SEED=0 cargo test --workspace --quiet
 	$(PYTEST)
 

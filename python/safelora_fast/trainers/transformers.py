@@ -61,7 +61,10 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
     Args:
         *args: passed to the trainer.
         defenses: the defenses. If all are switched off and there are no monitors, the trainer is unchanged.
-        reference, on_nonfinite, share_logits, monitors: as for :func:`~safelora_fast.training.defend`.
+        reference: as for :func:`~safelora_fast.training.defend`, like the next three.
+        on_nonfinite: see there.
+        share_logits: see there.
+        monitors: see there.
         **kwargs: passed to the trainer.
 
     Attributes:
