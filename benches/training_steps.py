@@ -28,7 +28,8 @@ from safelora_fast.demo.packaged_model import load
 from safelora_fast.models.anatomy import dissect
 from safelora_fast.models.lora_factors import adapted_modules
 from safelora_fast.ops import feature_distance
-from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.subspace.module_subspace import ModuleSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 from safelora_fast.training import Defended, defend
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ OF_WINDOW = f", {WINDOW * ROWS} examples"
 RANK, SUBSPACE_RANK = 16, 64
 WEIGHT = 0.1
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL(fine-tuned‖reference) over tokens, by torch operations."""
+    p, q = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
 
 
 class Steps:
@@ -143,19 +150,23 @@ class Steps:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def straightforward(self, *, features: bool) -> None:
-        """A second frozen model, all logits of both, and the features of each example in turn."""
+    def frozen_copy(self) -> Any:
+        """Return a second model, which simple code takes as the reference."""
         if self.copy is None:
             self.copy = load(self.folder).requires_grad_(False).eval()
+        return self.copy
+
+    def straightforward(self, *, features: bool, divergence: Callable[..., torch.Tensor] = divergence) -> None:
+        """A second frozen model, all logits of both, and the features of each example in turn."""
+        copy = self.frozen_copy()
         reference_blocks: list[torch.Tensor] = []
         blocks: list[torch.Tensor] = []
-        with self.autocast(), torch.no_grad(), kept(self.copy.model.layers, self.blocks, reference_blocks):
-            reference = self.copy(**self.inputs, use_cache=False).logits
+        with self.autocast(), torch.no_grad(), kept(copy.model.layers, self.blocks, reference_blocks):
+            reference = copy(**self.inputs, use_cache=False).logits
         with self.autocast():
             with kept(self.model.get_base_model().model.layers, self.blocks, blocks):
                 output = self.model(**self.batch)
-            p, q = output.logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-            loss = output.loss + WEIGHT * (p.exp() * (p - q)).sum(-1).mean()
+            loss = output.loss + WEIGHT * divergence(output.logits, reference)
         if features:
             distances = []
             for h, h0 in zip(blocks, reference_blocks, strict=True):
@@ -163,6 +174,22 @@ class Steps:
                     x, y = h[row].float().flatten(), h0[row].float().flatten()
                     distances.append((x / x.norm() - y / y.norm()).square().sum())
             loss = loss + torch.stack(distances).sum() / ROWS
+        self.finish(loss)
+
+    def anchored_supervised(self) -> None:
+        """Anchored supervised fine-tuning (arXiv 2509.23753), as trainers offer it: all logits of a second model.
+
+        The loss of each label is weighted by its probability, and KL(reference‖fine-tuned) of those tokens is added.
+        """
+        with self.autocast(), torch.no_grad():
+            reference = self.frozen_copy()(**self.inputs, use_cache=False).logits
+        with self.autocast():
+            logits = self.model(**self.inputs, use_cache=False).logits
+        labels = self.batch["labels"][:, 1:].flatten()
+        kept = labels >= 0
+        p, q = (values[:, :-1].flatten(0, 1)[kept].float().log_softmax(-1) for values in (logits, reference))
+        losses = -p.gather(1, labels[kept, None])
+        loss = (losses * (-losses).exp().detach()).mean() + WEIGHT * (q.exp() * (q - p)).sum(-1).mean()
         self.finish(loss)
 
     def reference_forward(self) -> None:
@@ -228,7 +255,11 @@ class Steps:
         return {
             "undefended": self.undefended,
             "straightforward KL": partial(self.straightforward, features=False),
+            "straightforward KL, torch.compile": partial(
+                self.straightforward, features=False, divergence=torch.compile(divergence)
+            ),
             "straightforward KL + features": partial(self.straightforward, features=True),
+            "anchored supervised fine-tuning": self.anchored_supervised,
             "template anchor": self.anchored,
             "KL apart": partial(self.ours, kl=True, features=False, share=False),
             "KL shared": partial(self.ours, kl=True, features=False, share=True),
