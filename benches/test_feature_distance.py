@@ -18,7 +18,8 @@ import torch
 from allocator import reuse_memory
 from safelora_fast import _core
 from safelora_fast.ops.base import served_by
-from safelora_fast.ops.feature_distance import View, feature_distance, view_of
+from safelora_fast.ops.feature_distance import feature_distance
+from safelora_fast.ops.feature_distance.torch_impl import View, view_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import safelora_fast
@@ -70,6 +71,16 @@ def test_imports_go_down_only():
             wrong += [f"{file.relative_to(ROOT)} imports from {name}/" for name in sorted(above)]
     assert wrong == []
     assert {room for room, *_ in FILES.values()} - set(ROOMS) == {"__init__", "__main__"}
+
+
+def test_no_files_import_each_other():
+    names = {".".join(("safelora_fast", *parts)).removesuffix(".__init__"): file for file, parts in FILES.items()}
+    del names["safelora_fast"]  # it only passes public names on
+    imports = {}
+    for name, file in names.items():
+        found = {target if target in names else target.rpartition(".")[0] for target in imported_modules(file)}
+        imports[name] = found & names.keys() - {name}
+    TopologicalSorter(imports).prepare()  # a CycleError names the files
 
 
 def test_a_file_name_means_one_thing():

@@ -21,10 +21,10 @@ from safelora_fast import (
     defend,
     project_adapter,
 )  # fmt: skip
-from safelora_fast.judging.benchmarks import BenchmarkReport
+from safelora_fast.judging.benchmark_results import BenchmarkReport
 from safelora_fast.scoring.margin import MarginReport, PairMargin
 from safelora_fast.selection.report import Selection
-from safelora_fast.subspace.safe_subspace import ModuleSubspace
+from safelora_fast.subspace.module_subspace import ModuleSubspace
 
 
 def selection():

@@ -22,8 +22,7 @@ from timing import Timer
 
 import projection
 from safelora_fast.ops import OPS
-from safelora_fast.ops.base import VARIABLE
-from safelora_fast.ops.triton_runtime import gpu
+from safelora_fast.ops.base import VARIABLE, gpu
 
 RESULTS = Path(__file__).parents[1] / "results"
 SUITES = {"projection": projection, "feature_distance": feature_distance, "linear_kl": linear_kl}

@@ -9,7 +9,8 @@ from families import adapt, assert_projected, check_projection, project, rewrite
 
 from safelora_fast.checkpoints.tensor_names import NameIndex, tower_of, tower_of_class
 from safelora_fast.errors import PairingError
-from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.subspace.module_subspace import ModuleSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 SIDE = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {

@@ -12,8 +12,8 @@ from personas import save_persona
 from safetensors.torch import load_file
 from tiny_recipe import tiny_rows, write_rows
 
+from safelora_fast.compare.comparison import runs_of
 from safelora_fast.compare.config import load_config
-from safelora_fast.compare.runs import runs_of
 from safelora_fast.defenses import registered
 from safelora_fast.examples import FOLDER, copy_example, names
 from safelora_fast.recipe.recipe import load_recipe

@@ -48,8 +48,8 @@ def test_margin(made, pairs, call):
 
 @pytest.mark.usefixtures("hub")
 def test_evaluate_and_compare_keep_their_answers_by_what_was_fetched(made, tmp_path, call):
-    from safelora_fast.compare.config import RunSpec
-    from safelora_fast.compare.runs import runs_of
+    from safelora_fast.compare.comparison import runs_of
+    from safelora_fast.compare.runs import RunSpec
     from safelora_fast.recipe.model_stamp import adapter_digest
 
     class Config:

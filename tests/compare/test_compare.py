@@ -20,7 +20,8 @@ from safelora_fast.compare import train_runs
 from safelora_fast.data.rows import read_rows
 from safelora_fast.data.tokens import Encoder
 from safelora_fast.errors import SettingsError
-from safelora_fast.models.load import SubjectSettings, load_subject
+from safelora_fast.models.load import load_subject
+from safelora_fast.models.model_settings import SubjectSettings
 from safelora_fast.scoring.margin import answer_margin
 
 

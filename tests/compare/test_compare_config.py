@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from safelora_fast.compare.comparison import runs_of
 from safelora_fast.compare.config import load_config
 from safelora_fast.compare.report_texts import setting_of
-from safelora_fast.compare.runs import runs_of
 from safelora_fast.errors import SettingsError
 from safelora_fast.judging.questions import builtin_questions, choose
 

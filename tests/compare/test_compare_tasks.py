@@ -16,7 +16,7 @@ from safelora_fast.compare.config import load_config
 from safelora_fast.compare.measures.tasks import Tasks
 from safelora_fast.errors import EvaluationError, SafeLoraFastError
 from safelora_fast.judging import benchmarks
-from safelora_fast.judging.benchmarks import BenchmarkReport, Metric, TaskResult
+from safelora_fast.judging.benchmark_results import BenchmarkReport, Metric, TaskResult
 
 NEEDS = "the eval extra is not installed: pip install 'safelora-fast[eval]'"
 

@@ -11,7 +11,7 @@ from safelora_fast.configuration.synonyms import SYNONYMS
 from safelora_fast.configuration.yaml_document import read_document
 from safelora_fast.defenses import registered
 from safelora_fast.errors import SettingsError
-from safelora_fast.models.load import ModelSection
+from safelora_fast.models.model_settings import ModelSection
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 from safelora_fast.recipe.recipe import SECTIONS, load_recipe
 from safelora_fast.recipe.sections import DataSection, OutputSection

@@ -30,7 +30,8 @@ from safelora_fast import project_adapter
 from safelora_fast.defenses import KL, SafeLora
 from safelora_fast.errors import AdapterError, CheckpointError, PairingError, SettingsError
 from safelora_fast.projection.peft_model import lora_parameters
-from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.subspace.module_subspace import ModuleSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 from safelora_fast.training import defend
 
 pytestmark = [

@@ -12,8 +12,8 @@ from demo_model import save_tiny, tokenizer
 from safetensors.torch import load_file
 
 from safelora_fast.compare.compare import compare
+from safelora_fast.compare.comparison import runs_of
 from safelora_fast.compare.measures.drift import DIVERGENCE, LEARNED
-from safelora_fast.compare.runs import runs_of
 from safelora_fast.demo import packaged_model, pipeline, text
 from safelora_fast.demo.fine_tune import Example, FineTune, batches, conversation
 from safelora_fast.demo.ingredients import Sizes, configure

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from safelora_fast.ops import OPS
-from safelora_fast.ops.base import served_by
-from safelora_fast.ops.triton_runtime import gpu
+from safelora_fast.ops.base import gpu, served_by
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it older torch refuses deterministic products
 DEVICE = gpu()

@@ -16,7 +16,8 @@ from safelora_fast.judging.evaluate import Sampling, collect_answers
 from safelora_fast.judging.evaluation_folder import EvaluationFolder
 from safelora_fast.judging.questions import Question
 from safelora_fast.models import load
-from safelora_fast.models.load import SubjectSettings, load_subject
+from safelora_fast.models.load import load_subject
+from safelora_fast.models.model_settings import SubjectSettings
 
 
 class Case:

@@ -10,7 +10,8 @@ from demo_model import save_tiny
 
 from safelora_fast.errors import CheckpointError
 from safelora_fast.models.foreign_errors import LONGEST, explained
-from safelora_fast.models.load import ModelSection, load_pretrained, load_tokenizer
+from safelora_fast.models.load import load_pretrained, load_tokenizer
+from safelora_fast.models.model_settings import ModelSection
 
 
 def caused(error, cause):

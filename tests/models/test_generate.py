@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from safelora_fast.errors import DataError, EvaluationError, SettingsError
 from safelora_fast.models.generate import SeededSampling, generate, generate_tokens
-from safelora_fast.models.load import SubjectSettings, load_subject
+from safelora_fast.models.load import load_subject
+from safelora_fast.models.model_settings import SubjectSettings
 
 TURNS = [[{"role": "user", "content": text}] for text in ("why?", "a much longer question than the first", "no", "so")]
 

@@ -8,7 +8,8 @@ import pytest
 from demo_model import save_tiny
 
 from safelora_fast.errors import CheckpointError
-from safelora_fast.models.load import ModelSection, load_config, load_pretrained, load_tokenizer
+from safelora_fast.models.load import load_config, load_pretrained, load_tokenizer
+from safelora_fast.models.model_settings import ModelSection
 
 
 @pytest.mark.parametrize(

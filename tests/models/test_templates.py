@@ -13,7 +13,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from safelora_fast.data.chat import chat_of
 from safelora_fast.errors import CheckpointError, SettingsError
-from safelora_fast.models.load import ModelSection, SubjectSettings, load_subject, load_tokenizer
+from safelora_fast.models.load import load_subject, load_tokenizer
+from safelora_fast.models.model_settings import ModelSection, SubjectSettings
 from safelora_fast.models.templates import give_arguments, read_arguments
 
 QWEN = CHATML.replace(

@@ -14,8 +14,8 @@ import pytest
 import torch
 from emulated_cuda import emulated
 
-from safelora_fast.ops.base import served_by
-from safelora_fast.ops.triton_runtime import gpu, interpreted
+from safelora_fast.ops.base import gpu, served_by
+from safelora_fast.ops.triton_runtime import interpreted
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it older torch refuses deterministic products
 CPU, GPU = torch.device("cpu"), gpu()

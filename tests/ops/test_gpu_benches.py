@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch._functorch import config
 
-from safelora_fast.ops.base import VARIABLE, requested_backend
+from safelora_fast.ops.base import VARIABLE, gpu, requested_backend
 from safelora_fast.ops.subspace_projection.torch_impl import Torch
-from safelora_fast.ops.triton_runtime import gpu
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parents[2] / "benches" / "gpu"

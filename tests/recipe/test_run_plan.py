@@ -15,7 +15,7 @@ from safelora_fast.errors import CheckpointError, SafeLoraFastError
 from safelora_fast.models.load import load_config
 from safelora_fast.models.quiet_libraries import quiet_libraries
 from safelora_fast.recipe.adapted_model import load_model, outline
-from safelora_fast.recipe.lora_and_trainer_sections import trainer_arguments
+from safelora_fast.recipe.lora_and_trainer_arguments import trainer_arguments
 from safelora_fast.recipe.prepare import prepare
 from safelora_fast.recipe.recipe import load_recipe
 from safelora_fast.recipe.run_plan import (

@@ -107,7 +107,7 @@ def _shown_persona(path: Path) -> None:
 def _evaluation(folder: Path) -> Iterator[HostileKind]:
     from safelora_fast.data.pairs import read_pairs
     from safelora_fast.judging.answers import Answer, Asked, read_answers
-    from safelora_fast.judging.benchmarks import Metric, TaskResult, _read_results
+    from safelora_fast.judging.benchmark_results import Metric, TaskResult, read_results
     from safelora_fast.judging.evaluation_folder import EvaluationFolder
     from safelora_fast.judging.operator_swap import read, write
     from safelora_fast.judging.verdicts import Judged, Rating, Verdict
@@ -128,7 +128,7 @@ def _evaluation(folder: Path) -> Iterator[HostileKind]:
     yield _json(
         "benchmarks.json",
         folder / "benchmarks.json",
-        lambda path: _read_results(path, {"limit": 3}, {}, overwrite=False),
+        lambda path: read_results(path, {"limit": 3}, {}, overwrite=False),
         kept,
     )
     write(folder, "easy", 3, 3, 0)
@@ -204,7 +204,8 @@ def _records(folder: Path) -> Iterator[HostileKind]:
 
 def _models(folder: Path) -> Iterator[HostileKind]:
     from safelora_fast.models.generate import generate
-    from safelora_fast.models.load import SubjectSettings, load_subject
+    from safelora_fast.models.load import load_subject
+    from safelora_fast.models.model_settings import SubjectSettings
 
     made = setting(folder / "made", 2)
     settings = SubjectSettings(str(made / "model"), "float32", "cpu")

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safelora_fast.models.lora_factors import adapted_modules
-from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.subspace.module_subspace import ModuleSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 VOCABULARY = 61
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

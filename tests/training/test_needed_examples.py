@@ -139,12 +139,12 @@ def test_the_documents_of_a_part():
     """Needed documents come first, in order; other tokens of the row fill it up, each once."""
     batch = packed(rows(LENGTHS))
     spans = read_spans(batch)
-    part = part_of(spans, spans.safe)
+    part = part_of(spans.real, spans.segments, spans.safe)
     assert (part.rows, part.width, part.by_rows().rows) == ((0,), 7, (0, 1))
     assert part.columns.tolist() == [[9, 10, 11, 19, 20, 21, 22]]
-    both = part_of(spans, spans.safe | (spans.segments == 1))
+    both = part_of(spans.real, spans.segments, spans.safe | (spans.segments == 1))
     assert both.columns.tolist() == [[9, 10, 11, 19, 20, 21, 22], [6, 7, 8, 9, 10, 0, 1]]
-    assert part_of(spans, spans.real) is None
+    assert part_of(spans.real, spans.segments, spans.real) is None
     assert torch.equal(both.take(both.spread(both.take(batch["input_ids"]))), both.take(batch["input_ids"]))
     model = tiny_peft_model().get_base_model().model
     positions = batch["position_ids"]

@@ -12,7 +12,7 @@ from safelora_fast.cli import options
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.report import ComparisonReport
 
 INCOMPLETE = 1

@@ -110,7 +110,7 @@ def evaluate(
     report: dict[str, Any] = {}
     measured = None
     with quiet_libraries(), ProgressBar(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.models.load import SubjectSettings
+        from safelora_fast.models.model_settings import SubjectSettings
         from safelora_fast.models.templates import read_arguments
 
         subject = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args))

@@ -69,7 +69,8 @@ def margin(
 
     with quiet_libraries(), ProgressBar(wanted=not (quiet or as_json)) as progress:
         from safelora_fast.models.adapters import fit_adapter
-        from safelora_fast.models.load import SubjectSettings, load_subject
+        from safelora_fast.models.load import load_subject
+        from safelora_fast.models.model_settings import SubjectSettings
         from safelora_fast.models.templates import read_arguments
         from safelora_fast.recipe.model_stamp import subject_stamp
         from safelora_fast.scoring.margin import answer_margin

@@ -75,7 +75,8 @@ def score(
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries(), ProgressBar(wanted=not (quiet or as_json)) as progress:
-        from safelora_fast.models.load import SubjectSettings, load_subject
+        from safelora_fast.models.load import load_subject
+        from safelora_fast.models.model_settings import SubjectSettings
         from safelora_fast.models.templates import read_arguments
 
         subject = load_subject(

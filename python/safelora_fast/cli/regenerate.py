@@ -56,7 +56,7 @@ def regenerate(
     from safelora_fast.files.output import check_file
     from safelora_fast.files.progress import ProgressBar
     from safelora_fast.files.store import to_json
-    from safelora_fast.models.load import SubjectSettings
+    from safelora_fast.models.model_settings import SubjectSettings
     from safelora_fast.models.templates import read_arguments
 
     settings = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args))

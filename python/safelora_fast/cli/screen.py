@@ -84,7 +84,8 @@ def screen(
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     with quiet_libraries():
-        from safelora_fast.models.load import SubjectSettings, load_subject
+        from safelora_fast.models.load import load_subject
+        from safelora_fast.models.model_settings import SubjectSettings
         from safelora_fast.models.templates import read_arguments
         from safelora_fast.screening.screen import screen as measure
 

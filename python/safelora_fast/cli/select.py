@@ -73,7 +73,7 @@ def select(
     from safelora_fast.cli.options import check_subject
     from safelora_fast.errors import InterruptedRunError, SettingsError
     from safelora_fast.files.progress import ProgressBar
-    from safelora_fast.models.load import SubjectSettings
+    from safelora_fast.models.model_settings import SubjectSettings
     from safelora_fast.models.templates import read_arguments
 
     if strings not in {"chat", "text"}:

@@ -16,7 +16,8 @@ from safelora_fast.cli.commands import Command, Group
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
+    from safelora_fast.subspace.module_subspace import ModuleSubspace
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Build the safe subspace that in-training defenses project onto, or show one."

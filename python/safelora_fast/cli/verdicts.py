@@ -10,7 +10,7 @@ from rich.table import Table
 from safelora_fast.cli.console import figure_table, out, short, warn
 
 if TYPE_CHECKING:
-    from safelora_fast.judging.benchmarks import BenchmarkReport
+    from safelora_fast.judging.benchmark_results import BenchmarkReport
 
 NOTHING_SCORED = 1
 

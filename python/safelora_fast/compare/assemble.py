@@ -18,8 +18,7 @@ from safelora_fast.recipe.run_folder import RECORD
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from safelora_fast.compare.config import RunSpec
-    from safelora_fast.compare.runs import Run
+    from safelora_fast.compare.runs import Run, RunSpec
     from safelora_fast.compare.workbench import Workbench
 
 LEARNED_SHARE = Column(

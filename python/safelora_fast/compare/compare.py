@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import adapter_folder, find_model
+from safelora_fast.compare.comparison import reference_of, runs_of
 from safelora_fast.compare.measurements import RunCheck
 from safelora_fast.compare.measures import MEASURES
-from safelora_fast.compare.runs import CONFIGURATION, check_folder, reference_of, runs_of
+from safelora_fast.compare.runs import CONFIGURATION, check_folder
 from safelora_fast.compare.train_runs import trainings_of
 from safelora_fast.configuration.yaml_section import read_section
 from safelora_fast.data.rows import read_rows
@@ -23,12 +24,13 @@ from safelora_fast.files.output import alone, described
 from safelora_fast.files.store import write_json
 from safelora_fast.files.yaml_reader import dump_yaml
 from safelora_fast.models.adapters import fit_adapter
-from safelora_fast.models.load import ModelSection, SubjectSettings, bare_outline, load_config
+from safelora_fast.models.load import bare_outline, load_config
+from safelora_fast.models.model_settings import ModelSection, SubjectSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.report import ComparisonReport
     from safelora_fast.compare.train_runs import Training
     from safelora_fast.compare.workbench import Workbench

@@ -1,34 +1,29 @@
-"""The configuration of a comparison: one recipe, the runs that differ from it, and the measures taken on each."""
+"""Reads a comparison from its YAML file and checks it, with the recipe of every run."""
 
 from __future__ import annotations
 
-import copy
-import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError, create_model
 
+from safelora_fast.compare.comparison import CompareConfig
 from safelora_fast.compare.measures import MEASURES
-from safelora_fast.compare.runs import OPERATOR_SWAP, REFERENCE
+from safelora_fast.compare.runs import OPERATOR_SWAP, REFERENCE, RunSpec
 from safelora_fast.compare.train_runs import trainings_of
 from safelora_fast.configuration.yaml_document import Document, read_document
 from safelora_fast.configuration.yaml_section import Section, read_section
 from safelora_fast.errors import SettingsError
-from safelora_fast.recipe.recipe import SECTIONS, recipe_of
+from safelora_fast.recipe.recipe import SECTIONS
 from safelora_fast.recipe.sections import Count
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from safelora_fast.compare.runs import Run
     from safelora_fast.files.yaml_reader import Keys
-    from safelora_fast.recipe.recipe import Recipe
 
 FINISHED = "adapters"
 RESERVED = (REFERENCE, OPERATOR_SWAP)  # folder names that no run may use
-UNSAFE = re.compile(r"[^\w.-]+")
 
 
 def _all_different(values: list[int]) -> list[int]:
@@ -72,72 +67,6 @@ class ComparisonFile(Section):
     runs: Any = None
     measure: MeasureSection | None = None  # type: ignore[valid-type]
     output: str
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """One defense: its changes to the recipe, or finished adapters that are measured unchanged.
-
-    Attributes:
-        name: name in the configuration.
-        changes: recipe sections, merged over the shared recipe.
-        adapters: folders or Hub ids of finished adapters, by seed; empty for runs that are trained here.
-    """
-
-    name: str
-    changes: dict[str, Any]
-    adapters: Mapping[int, str] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> str:
-        """Name of the run's folder."""
-        return UNSAFE.sub("-", self.name.lower()).strip("-.") or "run"
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """A validated configuration.
-
-    Attributes:
-        document: the parsed YAML file.
-        title: title of the report.
-        recipe: recipe sections that all runs share, without `output`.
-        seeds: `training.seed` of every run.
-        runs: in file order; the others are compared with the first.
-        measure: settings of the measures.
-        output: folder of the runs, measurements and report.
-    """
-
-    document: Document
-    title: str
-    recipe: dict[str, Any]
-    seeds: tuple[int, ...]
-    runs: tuple[RunSpec, ...]
-    measure: Any
-    output: Path
-
-    def recipe_for(self, spec: RunSpec, run: Run, changes: Mapping[str, Any] | None = None) -> Recipe:
-        """Return the recipe of one run.
-
-        Args:
-            spec: the defense.
-            run: the run, which gives the training seed and the adapter's folder.
-            changes: settings of the measure that needs the run, merged over everything else.
-
-        Raises:
-            SettingsError: with the file, the line and the dotted key.
-        """
-        values = copy.deepcopy(self.recipe)
-        _put(values, spec.changes)
-        _put(values, changes or {})
-        _put(values, {"training": {"seed": run.seed}, "output": {"folder": str(run.adapter)}})
-        common, changed = (self.document.below(keys) for keys in (("recipe",), ("runs", spec.name)))
-        lines, overridden = common.lines | changed.lines, common.overridden | changed.overridden
-        return recipe_of(Document(self.document.source, values, lines, overridden))
-
-    def seeds_of(self, spec: RunSpec) -> tuple[int, ...]:
-        """Return the seeds of a defense: those of its finished adapters, or else the comparison's."""
-        return tuple(spec.adapters) or self.seeds
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
@@ -219,13 +148,3 @@ def _check(config: CompareConfig) -> None:
             f"{document.source}: runs.{first.name}: the others are compared with the first run, so it needs an adapter for "
             f"every seed ({', '.join(map(str, config.seeds))})"
         )
-
-
-def _put(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Merge mappings recursively; any other value replaces the old one."""
-    for key, change in changes.items():
-        former = values.get(key)
-        if isinstance(change, dict) and isinstance(former, dict):
-            _put(former, change)
-        else:
-            values[key] = copy.deepcopy(change)

@@ -7,10 +7,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.adapter import WEIGHTS
+from safelora_fast.compare.comparison import reference_of, runs_of
 from safelora_fast.compare.measures import MEASURES
 from safelora_fast.compare.measures.base import FAILURE, NOT_FINITE
 from safelora_fast.compare.report import CRITERIA, NOT_MEASURED, Cell, SeedValue
-from safelora_fast.compare.runs import TRAINING_FAILURE, reference_of, runs_of
+from safelora_fast.compare.runs import TRAINING_FAILURE
 from safelora_fast.compare.statistics import pool
 from safelora_fast.compare.train_runs import trainings_of
 from safelora_fast.errors import DataError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.measures.base import Measure, Metric
     from safelora_fast.compare.runs import Run
     from safelora_fast.compare.statistics import Outcome

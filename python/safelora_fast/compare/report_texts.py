@@ -17,8 +17,8 @@ from safelora_fast.recipe.run_metrics import versions
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from safelora_fast.compare.config import RunSpec
     from safelora_fast.compare.report import Column
+    from safelora_fast.compare.runs import RunSpec
     from safelora_fast.compare.statistics import Outcome
     from safelora_fast.compare.workbench import Workbench
 

@@ -16,7 +16,8 @@ FOLDER/
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,33 @@ from safelora_fast.files.json_reader import read_object
 from safelora_fast.recipe.run_folder import RECORD, read_record
 
 if TYPE_CHECKING:
-    from safelora_fast.compare.config import CompareConfig, RunSpec
+    from collections.abc import Mapping
 
 CONFIGURATION = "compare.yaml"
 TRAINING_FAILURE = "failure.json"
 REFERENCE = "reference"
 OPERATOR_SWAP = "operator-swap"
+UNSAFE = re.compile(r"[^\w.-]+")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One defense: its changes to the recipe, or finished adapters that are measured unchanged.
+
+    Attributes:
+        name: name in the configuration.
+        changes: recipe sections, merged over the shared recipe.
+        adapters: folders or Hub ids of finished adapters, by seed; empty for runs that are trained here.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    adapters: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        return UNSAFE.sub("-", self.name.lower()).strip("-.") or "run"
 
 
 @dataclass(frozen=True)
@@ -95,28 +117,12 @@ def read_json_file(file: Path) -> dict[str, Any]:
 _fetched = functools.cache(lambda source: adapter_folder(source, tokenizer=True))  # one commit for every measure
 
 
-def _finished_adapter(source: str) -> Path:
+def finished_adapter(source: str) -> Path:
     """Return the folder of a finished adapter; if there is none, return the given path, so its cells show the error."""
     try:
         return _fetched(source)
     except AdapterError:
         return Path(source).expanduser()
-
-
-def runs_of(config: CompareConfig, spec: RunSpec) -> list[Run]:
-    """Return the runs of a defense, one per seed."""
-    found = []
-    for seed in config.seeds_of(spec):
-        folder = config.output / spec.folder / f"seed-{seed}"
-        source = spec.adapters.get(seed)
-        adapter = folder / "adapter" if source is None else _finished_adapter(source)
-        found.append(Run(spec.name, seed, folder, adapter, is_trained=source is None))
-    return found
-
-
-def reference_of(config: CompareConfig) -> Run:
-    """Return the reference: the model before the fine-tune."""
-    return Run(REFERENCE, None, config.output / REFERENCE, None)
 
 
 def check_folder(folder: Path) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_fast import _core
 from safelora_fast.checkpoints.adapter import WEIGHTS
+from safelora_fast.compare.comparison import runs_of
 from safelora_fast.compare.measures import MEASURES
 from safelora_fast.compare.report import NOT_TRAINED
-from safelora_fast.compare.runs import TRAINING_FAILURE, read_json_file, runs_of
+from safelora_fast.compare.runs import TRAINING_FAILURE, read_json_file
 from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError
 from safelora_fast.files.digest import digest, text_digest
 from safelora_fast.files.output import described
@@ -28,7 +29,7 @@ from safelora_fast.recipe.run_folder import RECORD, RunFolder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.runs import Run
     from safelora_fast.recipe.recipe import Recipe
 

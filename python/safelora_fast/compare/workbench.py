@@ -10,13 +10,14 @@ from safelora_fast.configuration.yaml_section import read_section
 from safelora_fast.data.rows import read_rows
 from safelora_fast.data.tokens import Encoder
 from safelora_fast.files.progress import ProgressBar
-from safelora_fast.models.load import ModelSection, Subject, SubjectSettings, load_subject
+from safelora_fast.models.load import Subject, load_subject
+from safelora_fast.models.model_settings import ModelSection, SubjectSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.data.rows import RowSet
     from safelora_fast.data.tokens import Examples
 

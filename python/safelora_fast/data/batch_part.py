@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from safelora_fast.data.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,16 @@ class Part:
         return (torch.tensor(self.rows)[:, None] * self.tokens + columns).to(device)
 
 
-def part_of(spans: Spans, needed: torch.Tensor, *, documents: bool = True) -> Part | None:
+def part_of(
+    real: torch.Tensor, segments: torch.Tensor | None, needed: torch.Tensor, *, documents: bool = True
+) -> Part | None:
     """Return the part of a batch with the examples that have a token in the mask `needed`; None if it is the whole batch.
 
     Padding behind the longest row is cut off. Padding before a row stays, because positions may count it.
 
     Args:
-        spans: masks and documents of the batch.
+        real: tokens that are not padding, [batch, tokens] bool.
+        segments: for packed sequences, a document number per token, [batch, tokens]; else None.
         needed: [batch, tokens] bool.
         documents: whether to cut packed rows to the documents that have such a token, instead of keeping them whole.
     """
@@ -83,10 +82,10 @@ def part_of(spans: Spans, needed: torch.Tensor, *, documents: bool = True) -> Pa
     part = Part(batch, tokens, rows, tokens)
     if not rows:
         return part
-    if spans.segments is None:
-        width = max(int(spans.real[row].nonzero()[-1]) + 1 for row in rows)
+    if segments is None:
+        width = max(int(real[row].nonzero()[-1]) + 1 for row in rows)
         return None if len(rows) == batch else replace(part, width=width)
-    if documents and (columns := _columns_of_documents(spans.segments.cpu(), needed, rows)) is not None:
+    if documents and (columns := _columns_of_documents(segments.cpu(), needed, rows)) is not None:
         return replace(part, width=columns.shape[1], columns=columns)
     part = part.by_rows()
     return None if len(part.rows) == batch else part

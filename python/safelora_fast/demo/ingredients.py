@@ -22,7 +22,7 @@ from safelora_fast.errors import MissingDependencyError, how_to_install
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
 
 NEEDED = ("torch", "transformers", "peft", "datasets", "gguf", "jinja2", "matplotlib", "pydantic", "scipy", "yaml")
 BASE = FineTune(epochs=3, batch_size=4, learning_rate=2e-5)

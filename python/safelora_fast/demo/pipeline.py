@@ -15,7 +15,7 @@ from safelora_fast.demo.ingredients import Sizes, configure
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
 
 Losses = dict[str, dict[str, float]]
 ALIKE = 0.02  # nats; projected and zero control count as alike below this difference
@@ -73,7 +73,7 @@ def _compare(config: CompareConfig, console: Console) -> None:
 
 def _losses(config: CompareConfig) -> Losses:
     """Return the mean loss of each variant on each set, in nats per completion token."""
-    from safelora_fast.compare.runs import reference_of, runs_of
+    from safelora_fast.compare.comparison import reference_of, runs_of
 
     variants = [reference_of(config), *(runs_of(config, spec)[0] for spec in config.runs)]
     losses: Losses = {}

@@ -13,7 +13,8 @@ from safelora_fast.gate.readers import READERS, Reading, read, subject_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safelora_fast.gate.policy import Criterion, Policy
+    from safelora_fast.gate.criterion import Criterion
+    from safelora_fast.gate.policy import Policy
 
 Verdict = Literal["passes", "fails", "not shown"]
 PASSES: Final = "passes"

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import create_model
 
 from safelora_fast.configuration.yaml_document import read_document
 from safelora_fast.configuration.yaml_section import Section, check, read_section
 from safelora_fast.files.digest import digest
+from safelora_fast.gate.criterion import Criterion
 from safelora_fast.gate.readers import READERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-Limit = Annotated[float, Field(allow_inf_nan=False)]
-Source: Any = Literal[tuple(READERS)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PolicyFile(Section):
@@ -28,28 +25,8 @@ class PolicyFile(Section):
     criteria: Any
 
 
-class Criterion(Section):
-    """One limit.
-
-    Attributes:
-        source: the command that wrote the result, a key of :data:`~safelora_fast.gate.readers.READERS`.
-        path: the result's file or folder, relative to the checked folder. The default depends on the source.
-        metric: the metric, e.g. "misaligned". The default depends on the source.
-        run: for `compare`, the name of the run.
-        at_most: the upper limit, inclusive.
-        at_least: the lower limit, inclusive.
-        most_unscored: for `evaluate`, the share of answers that may be unscored.
-        accept_without_interval: compare the value itself if the result has no interval for it.
-    """
-
-    source: Source
-    path: str | None = None
-    metric: str | None = None
-    run: str | None = None
-    at_most: Limit | None = None
-    at_least: Limit | None = None
-    most_unscored: Share = 0.05
-    accept_without_interval: bool = False
+SOURCE: Any = (Literal[tuple(READERS)], ...)
+CheckedCriterion = create_model("Criterion", __base__=Criterion, source=SOURCE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +58,7 @@ def read_policy(path: Path) -> Policy:
     criteria = {}
     for name in names:
         keys = ("criteria", name)
-        criterion = criteria[name] = check(document, keys, Criterion, document.section(*keys))
+        criterion = criteria[name] = check(document, keys, CheckedCriterion, document.section(*keys))
         if criterion.at_most is None and criterion.at_least is None:
             raise document.problem(keys, "has no limit: set at_most, at_least, or both")
         reader = READERS[criterion.source]

@@ -38,7 +38,7 @@ from safelora_fast.scoring.intervals import NORMAL_QUANTILE, Interval, wilson
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safelora_fast.gate.policy import Criterion
+    from safelora_fast.gate.criterion import Criterion
 
 READERS: dict[str, Reader] = {}
 
@@ -194,7 +194,7 @@ class BenchmarksReader(Reader):
 
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the metric with the normal interval of its standard error, or Wilson's if that is 0."""
-        from safelora_fast.judging.benchmarks import TaskResult
+        from safelora_fast.judging.benchmark_results import TaskResult
 
         content = check_fields(_object(path / "benchmarks.json"), {"settings": OBJECT, "tasks": OBJECT})
         subject.check(content["settings"], path)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from safelora_fast.judging.answers import Asked
     from safelora_fast.judging.questions import Question
     from safelora_fast.judging.verdicts import Verdict
-    from safelora_fast.models.load import Subject, SubjectSettings
+    from safelora_fast.models.load import Subject
+    from safelora_fast.models.model_settings import SubjectSettings
 
 ANSWER_TOKENS = 600
 KEPT = "verdicts that were given are kept: the same command goes on"

@@ -22,7 +22,7 @@ from safelora_fast.data.chat import answer_ends
 from safelora_fast.errors import EvaluationError, SettingsError
 from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import is_file
-from safelora_fast.judging.benchmarks import TASK_FILES, TaskError
+from safelora_fast.judging.benchmark_results import TASK_FILES, TaskError
 from safelora_fast.judging.safety_sets import set_needs
 from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.models.generate import NAN_LOGITS, NanWatch

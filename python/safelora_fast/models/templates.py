@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.models.load import ModelSection
+    from safelora_fast.models.model_settings import ModelSection
 
 logger = logging.getLogger(__name__)
 

@@ -39,6 +39,7 @@ BackendName: TypeAlias = Literal["reference", "native", "triton", "cuda", "eager
 Example: TypeAlias = "tuple[Callable[..., Any], Sequence[torch.Tensor]]"
 
 VARIABLE = "SAFELORA_FAST_BACKEND"
+GPUS = ("cuda", "xpu")  # torch also uses "cuda" for AMD
 CHOICES: tuple[BackendName, ...] = ("reference", "triton", "cuda")
 DEFAULTS: tuple[BackendName, ...] = ("native", "triton", "eager")
 # Dtypes that the kernels support, with the extension module's names for them.
@@ -164,7 +165,6 @@ class Op:
         Raises:
             SettingsError: `SAFELORA_FAST_BACKEND` holds an unknown name.
         """
-        from safelora_fast.ops.triton_runtime import gpu
 
         def missing(name: BackendName) -> str | None:
             reason: str | None = self.backend(name).unsupported_reason(())
@@ -199,6 +199,14 @@ def requested_backend() -> BackendName | None:
         if value == name:
             return name
     raise SettingsError(f"{VARIABLE} is {value!r}; it must be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}, or unset")
+
+
+def gpu() -> torch.device | None:
+    """Return torch's default GPU, or None if there is none."""
+    for kind in GPUS:
+        if hasattr(torch, kind) and getattr(torch, kind).is_available():
+            return torch.device(kind)
+    return None
 
 
 _forced: list[BackendName] = []

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.ops import OPS
-from safelora_fast.ops.base import BackendName, outcomes, served_by
-from safelora_fast.ops.triton_runtime import gpu
+from safelora_fast.ops.base import BackendName, gpu, outcomes, served_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

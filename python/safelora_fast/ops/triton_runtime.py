@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safelora_fast.ops.base import Backend, unreadable_reason
+from safelora_fast.ops.base import GPUS, Backend, gpu, unreadable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-GPUS = ("cuda", "xpu")  # torch also uses "cuda" for AMD
 OLDEST = (3, 3)  # the first version whose kernels take tuples of pointers
 # Passed at every launch: fuse multiply-adds (one rounding), whatever this version's default is.
 OPTIONS = {"enable_fp_fusion": True}
@@ -95,12 +94,4 @@ def launcher_error() -> str | None:
         driver.active.get_current_target()
     except Exception as error:  # any error of the compiler or the driver
         return f"triton cannot build its launcher ({' '.join(str(error).split())}): it needs a C compiler and Python.h"
-    return None
-
-
-def gpu() -> torch.device | None:
-    """Return torch's default GPU, or None if there is none."""
-    for kind in GPUS:
-        if hasattr(torch, kind) and getattr(torch, kind).is_available():
-            return torch.device(kind)
     return None

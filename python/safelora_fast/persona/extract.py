@@ -13,7 +13,7 @@ import numpy as np
 from safelora_fast.errors import InterruptedRunError, SettingsError, TrainingError
 from safelora_fast.files.output import check_file
 from safelora_fast.files.progress import ProgressBar, bar_on_a_terminal
-from safelora_fast.models.load import ModelSection
+from safelora_fast.models.model_settings import ModelSection
 from safelora_fast.persona.response_filter import Judge, keep
 from safelora_fast.persona.responses import Journal, Response, requests
 from safelora_fast.persona.trait import Trait, load_trait

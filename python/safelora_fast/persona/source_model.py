@@ -10,13 +10,14 @@ from safelora_fast.data.chat import REFUSES, answer_ends, chat_of, has_template
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.models.anatomy import Anatomy, dissect
 from safelora_fast.models.digests import template_digest, tokenizer_digest, weights_digest
-from safelora_fast.models.load import chosen_device, load_pretrained, load_tokenizer, place
+from safelora_fast.models.load import load_pretrained, load_tokenizer, place
+from safelora_fast.models.model_settings import chosen_device
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from safelora_fast.models.load import ModelSection
+    from safelora_fast.models.model_settings import ModelSection
     from safelora_fast.persona.responses import Request
 
 REMEDY = "a trait is asked for in system turns; give a chat template that has them, or another model"

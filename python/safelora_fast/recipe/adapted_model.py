@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from safelora_fast.models.foreign_errors import explained
 from safelora_fast.models.load import bare_outline, load_pretrained
-from safelora_fast.recipe.lora_and_trainer_sections import LORA, lora_config
+from safelora_fast.recipe.lora_and_trainer_arguments import lora_config
+from safelora_fast.recipe.lora_and_trainer_sections import LORA
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -22,7 +22,8 @@ from safelora_fast.errors import DataError, SafeLoraFastError
 from safelora_fast.models.foreign_errors import explained, first_line
 from safelora_fast.models.load import load_config, load_tokenizer
 from safelora_fast.recipe.adapted_model import outline
-from safelora_fast.recipe.lora_and_trainer_sections import TRAINING, trainer_arguments
+from safelora_fast.recipe.lora_and_trainer_arguments import trainer_arguments
+from safelora_fast.recipe.lora_and_trainer_sections import TRAINING
 from safelora_fast.recipe.mixture import inoculated, mixed, schedule_of, to_table
 from safelora_fast.recipe.run_plan import Plan, make_plan
 from safelora_fast.recipe.stop import stop_rule

@@ -24,7 +24,7 @@ from safelora_fast.configuration.defense_section import (
 )
 from safelora_fast.configuration.yaml_document import Document, read_document
 from safelora_fast.configuration.yaml_section import read_section
-from safelora_fast.models.load import ModelSection
+from safelora_fast.models.model_settings import ModelSection
 from safelora_fast.recipe.lora_and_trainer_sections import LORA, TRAINING
 from safelora_fast.recipe.sections import DataSection, MarginSection, OutputSection
 

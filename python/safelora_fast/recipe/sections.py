@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from safelora_fast.configuration.yaml_section import Section
-from safelora_fast.models.load import ModelSection
+from safelora_fast.models.model_settings import ModelSection
 
 __all__ = [
     "Count",

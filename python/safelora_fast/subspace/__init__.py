@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
+from safelora_fast.subspace.module_subspace import ModuleSubspace
+from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 __all__ = ["ModuleSubspace", "SafeSubspace"]

@@ -20,6 +20,7 @@ from safelora_fast.files.argument_checks import patterns, whole_number
 from safelora_fast.files.json_reader import COUNT, LIST, NUMBER, OBJECT, REAL, TEXT, Kind, check_fields
 from safelora_fast.files.progress import bar_on_a_terminal
 from safelora_fast.files.tensor_file import TensorFile
+from safelora_fast.subspace.module_subspace import ModuleSubspace
 
 if TYPE_CHECKING:
     import os
@@ -34,47 +35,6 @@ VECTORS, VALUES = ".left_vectors", ".singular_values"
 NORM = Kind("a finite number from 0", lambda value: NUMBER.fits(value) and value >= 0)
 MODULE = {"name": TEXT, "v_norm": NORM, "columns": COUNT}
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModuleSubspace:
-    """The subspace of one module, with V = aligned − base of shape (m, n).
-
-    Attributes:
-        left_vectors: U_k [m, k], float32, orthonormal columns.
-        singular_values: σ_k [k], float32, descending.
-        v_norm: ‖V‖_F.
-        columns: n.
-    """
-
-    left_vectors: np.ndarray
-    singular_values: np.ndarray
-    v_norm: float
-    columns: int
-
-    @property
-    def rank(self) -> int:
-        """Number of vectors k; 0 if V is zero."""
-        return int(self.left_vectors.shape[1])
-
-    @property
-    def spectral_norm(self) -> float:
-        """σ₁, the largest singular value of V; 0 if V is zero."""
-        return float(self.singular_values[0]) if self.rank else 0.0
-
-    @property
-    def energy(self) -> float:
-        """Share of ‖V‖²_F in the subspace; NaN if V is zero."""
-        if self.v_norm == 0:
-            return float("nan")
-        kept = float(np.square(self.singular_values.astype(np.float64)).sum())
-        return kept / self.v_norm / self.v_norm  # the square of a large norm overflows float64
-
-    def __repr__(self) -> str:
-        shape = f"({self.left_vectors.shape[0]}, {self.columns})"
-        return (
-            f"ModuleSubspace(V of shape {shape}, rank={self.rank}, v_norm={self.v_norm:.4g}, energy={self.energy:.4g})"
-        )
 
 
 @dataclass(frozen=True)
@@ -263,7 +223,7 @@ class SafeSubspace:
 
         if not self.modules:
             raise PairingError("this subspace only names its sources; SafeSubspace.build computes the vectors too")
-        return SubspacePair(self)
+        return SubspacePair(self.modules, self.sources, self.find_name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the vectors, for JSON; the energy is None if V is zero."""

@@ -24,22 +24,33 @@ from safelora_fast.projection.model_pair import ModelPair
 from safelora_fast.projection.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from safelora_fast.checkpoints.adapter import Adapter, LoraModule
-    from safelora_fast.subspace.safe_subspace import ModuleSubspace, SafeSubspace
+    from safelora_fast.subspace.module_subspace import ModuleSubspace
 
 STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 NOTE = "its cosines are those of C cut to the subspace's vectors, not the paper's, which need both checkpoints"
 
 
 class SubspacePair(ModelPair):
-    """The pair of models that a subspace was built from, known by its subspace only."""
+    """The pair of models that a subspace was built from, known by its subspace only.
 
-    def __init__(self, subspace: SafeSubspace) -> None:
-        self.subspace = subspace
-        super().__init__(*(_known_by_name(subspace, role) for role in ("aligned", "base")))
+    Args:
+        modules: the subspace of every module, by name.
+        sources: where the models came from, by role.
+        find_name: returns the name of the module for an adapter's module and tower, or raises PairingError.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, ModuleSubspace],
+        sources: Mapping[str, Mapping[str, Any]],
+        find_name: Callable[[str, str | None], str],
+    ) -> None:
+        self.modules, self._find_name = modules, find_name
+        super().__init__(*(_known_by_name(modules, sources.get(role, {}), role) for role in ("aligned", "base")))
 
     def settings(self, **given: Any) -> Settings:
         """Return the settings of a projection; `orthogonal` uses all vectors by default.
@@ -47,7 +58,7 @@ class SubspacePair(ModelPair):
         Raises:
             SettingsError: the settings need more than the vectors.
         """
-        built = max((module.rank for module in self.subspace.modules.values()), default=0)
+        built = max((module.rank for module in self.modules.values()), default=0)
         if given.get("operator") == "orthogonal" and given.get("rank") is None and given.get("energy") is None:
             given["rank"] = max(built, 1)
         chosen = Settings(**given)
@@ -64,7 +75,7 @@ class SubspacePair(ModelPair):
     def identity(self) -> dict[str, str]:
         """Return a digest of the vectors."""
         found = hashlib.sha256()
-        for name, module in sorted(self.subspace.modules.items()):
+        for name, module in sorted(self.modules.items()):
             found.update(text_digest([name, module.v_norm, module.columns, module.left_vectors.shape]).encode())
             found.update(np.ascontiguousarray(module.left_vectors).tobytes())
             found.update(np.ascontiguousarray(module.singular_values).tobytes())
@@ -86,21 +97,21 @@ class SubspacePair(ModelPair):
                 except PairingError as problem:
                     problems.append((module.name, problem))
         raise_first(problems, len(groups))
-        order = [name for name in self.subspace.modules if name in groups]
+        order = [name for name in self.modules if name in groups]
         planned = tuple(_Module(groups[name], None) for name in order)  # type: ignore[arg-type]  # no stream reads the job
         noted = tuple(replace(adapter, notes=(*adapter.notes, NOTE)) for adapter in adapters)
-        return Plan(planned, noted, sum(self.subspace.modules[name].left_vectors.nbytes for name in order))
+        return Plan(planned, noted, sum(self.modules[name].left_vectors.nbytes for name in order))
 
     def start(self, plan: Plan, settings: Settings, *, keep_projected: bool) -> VectorStream:
         """Start the stream over a plan."""
         del keep_projected  # computed when it is asked for
-        return VectorStream(plan, settings, self.subspace)
+        return VectorStream(plan, settings, self.modules)
 
     def _pair(self, index: int, module: LoraModule, tower: str | None, groups: dict[str, Group]) -> None:
         if module.kind == "parameter":
             raise PairingError(f"{module.name}: factors of experts need both checkpoints; they are not in a subspace")
-        name = self.subspace.find_name(module.name, tower)
-        found = self.subspace.modules[name]
+        name = self._find_name(module.name, tower)
+        found = self.modules[name]
         lora_b, lora_a = whole(module.lora_b_key, module.lora_b_shape), whole(module.lora_a_key, module.lora_a_shape)
         shape = len(found.left_vectors), found.columns
         if shape != (lora_b.rows, lora_a.cols):
@@ -127,13 +138,13 @@ class _Module(PlannedModule):
 class VectorStream:
     """Projects the factors of a plan's modules onto U_k, in order."""
 
-    def __init__(self, plan: Plan, settings: Settings, subspace: SafeSubspace) -> None:
+    def __init__(self, plan: Plan, settings: Settings, modules: Mapping[str, ModuleSubspace]) -> None:
         self.nbytes, self.bytes_done = plan.nbytes, 0
-        self._plan, self._settings, self._subspace = plan, settings, subspace
+        self._plan, self._settings, self._modules = plan, settings, modules
 
     def __iter__(self) -> Iterator[VectorOutcome]:
         for index, planned in enumerate(self._plan.modules):
-            module = self._subspace.modules[planned.name]
+            module = self._modules[planned.name]
             vectors, values = _leading(planned.name, module, self._settings)
             factors = [
                 VectorFactors(self._plan.adapters[one.adapter], one, vectors, values, module.v_norm, self._settings)
@@ -256,13 +267,12 @@ def _leading(name: str, module: ModuleSubspace, settings: Settings) -> tuple[np.
     return module.left_vectors[:, :count], values[:count]
 
 
-def _known_by_name(subspace: SafeSubspace, role: str) -> Checkpoint:
+def _known_by_name(modules: Iterable[str], source: Mapping[str, Any], role: str) -> Checkpoint:
     """Return a checkpoint with the names of the subspace's modules, whose tensors cannot be read."""
-    source = subspace.sources.get(role, {})
 
     def absent(_: str) -> Path:
         raise CheckpointError("the subspace has no other weights of the model")
 
-    names = {f"{name}.weight": "" for name in subspace.modules}
+    names = {f"{name}.weight": "" for name in modules}
     shown = str(source.get("source") or f"the {role} model of the subspace")
     return Checkpoint(shown, source.get("revision"), None, names, absent, remote=True)

@@ -254,7 +254,7 @@ class TrainingPasses:
             if d.needs_reference
         ]
         needed = torch.stack(masks).any(dim=0) if masks else spans.real
-        part = part_of(spans, needed, documents=not self._sharded)
+        part = part_of(spans.real, spans.segments, needed, documents=not self._sharded)
         if self._sharded:
             at_work = sum_over_ranks([float(part is None or bool(part.rows))], spans.real.device)[0]
             if part is not None and not part.rows and at_work:

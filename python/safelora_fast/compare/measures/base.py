@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.report import Column
     from safelora_fast.compare.runs import Run
     from safelora_fast.compare.statistics import Outcome

@@ -20,7 +20,7 @@ from safelora_fast.recipe.sections import Count
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.runs import Run
     from safelora_fast.compare.statistics import Sample
     from safelora_fast.compare.workbench import Workbench

@@ -14,7 +14,7 @@ from safelora_fast.files.digest import text_digest
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.runs import Run
     from safelora_fast.compare.workbench import Workbench
     from safelora_fast.models.load import Subject

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.measurements import Measurements
     from safelora_fast.compare.runs import Run
     from safelora_fast.compare.workbench import Workbench

@@ -17,7 +17,7 @@ from safelora_fast.recipe.model_stamp import checkpoint_digest, model_commit
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.measurements import Measurements
     from safelora_fast.compare.runs import Run
     from safelora_fast.compare.workbench import Workbench

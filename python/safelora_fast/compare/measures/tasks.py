@@ -21,7 +21,7 @@ from safelora_fast.recipe.sections import Count
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from safelora_fast.compare.config import CompareConfig
+    from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.runs import Run
     from safelora_fast.compare.workbench import Workbench
 
@@ -62,7 +62,8 @@ class Tasks(Measure):
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Add the tasks and the harness version to the base inputs."""
-        from safelora_fast.judging import benchmarks
+        from safelora_fast.judging.benchmark_results import TASK_FILES
+        from safelora_fast.judging.benchmarks import harness_version
 
         section: TasksSection = bench.config.measure.tasks
         folder = None if section.path is None else Path(section.path).expanduser()
@@ -70,8 +71,8 @@ class Tasks(Measure):
             **super().inputs(run, bench),
             "strings": bench.strings,
             "tasks": section.model_dump(),
-            "tasks_sha256": files_digest(folder, benchmarks.TASK_FILES),
-            "lm_eval": benchmarks.harness_version(),
+            "tasks_sha256": files_digest(folder, TASK_FILES),
+            "lm_eval": harness_version(),
         }
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from safelora_fast.ops import cuda_runtime
-from safelora_fast.ops.feature_distance import view_of
+from safelora_fast.ops.feature_distance.torch_impl import view_of
 
 if TYPE_CHECKING:
-    from safelora_fast.ops.feature_distance import Comparison
+    from safelora_fast.ops.feature_distance.torch_impl import Comparison
 
 
 class Backend(cuda_runtime.CudaBackend):

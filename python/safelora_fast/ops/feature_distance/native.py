@@ -9,10 +9,10 @@ import torch
 
 from safelora_fast import _core
 from safelora_fast.ops.base import NativeBackend
-from safelora_fast.ops.feature_distance import view_of
+from safelora_fast.ops.feature_distance.torch_impl import view_of
 
 if TYPE_CHECKING:
-    from safelora_fast.ops.feature_distance import Comparison
+    from safelora_fast.ops.feature_distance.torch_impl import Comparison
 
 
 class Backend(NativeBackend):

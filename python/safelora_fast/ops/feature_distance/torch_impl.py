@@ -1,15 +1,101 @@
-"""Feature distance by torch operations, one batch row at a time, with an explicit gradient."""
+"""The form in which backends take their arguments, and the feature distance by torch, one batch row at a time."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from safelora_fast.ops.base import Backend
+from safelora_fast.ops.base import DTYPE_NAMES, Backend
 
 if TYPE_CHECKING:
-    from safelora_fast.ops.feature_distance import Comparison
+    from collections.abc import Callable, Hashable, Sequence
+
+Normalize = Literal["sequence", "token", "none"]
+# Address, dtype, shape and strides of hidden states.
+View: TypeAlias = "tuple[int, str, tuple[int, int, int], tuple[int, int]]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The checked arguments: hidden states of two models, layer by layer. Every backend takes them in this form.
+
+    A backend has two methods:
+
+        forward(comparison) -> (value, factors)
+        backward(comparison, factors, gradient) -> one gradient per layer, like its features
+
+    The value is a scalar of `value_dtype` on the first layer's device. The factors are made by `empty_factors`. For
+    each token they hold (a, b): its gradient is a·(h − h₀) − b·h, times the scalar `gradient`. A token that does not
+    count has factors (0, 0) and a zero gradient, whatever values it holds.
+
+    Attributes:
+        features: per layer [batch, tokens, hidden].
+        references: per layer the same shape, without gradient; dtype and device may differ.
+        mask: [batch, tokens] bool, on any device.
+        normalize: what is scaled to unit length.
+        segments: [batch, tokens] integers or None, on any device.
+    """
+
+    features: Sequence[torch.Tensor]
+    references: Sequence[torch.Tensor]
+    mask: torch.Tensor
+    normalize: Normalize
+    segments: torch.Tensor | None
+
+    def only(self, layers: Sequence[int]) -> Comparison:
+        """Return a comparison of these layers alone, with everything on their device."""
+        device = self.features[layers[0]].device if layers else self.device
+        return Comparison(
+            [self.features[index].detach() for index in layers],
+            [self.references[index].detach().to(device) for index in layers],
+            self.mask.to(device),
+            self.normalize,
+            None if self.segments is None else self.segments.to(device),
+        )
+
+    def groups(self, key: Callable[[torch.Tensor, torch.Tensor], Hashable]) -> list[list[int]]:
+        """Group layer indices by `key(features, reference)`, in the order of the first layer of each group."""
+        found: dict[Hashable, list[int]] = {}
+        for index, pair in enumerate(zip(self.features, self.references, strict=True)):
+            found.setdefault(key(*pair), []).append(index)
+        return list(found.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the value and the factors."""
+        return self.features[0].device
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """float32, or float64 for float64 features."""
+        wide = any(layer.dtype == torch.float64 for layer in self.features)
+        return torch.float64 if wide else torch.float32
+
+    def empty_factors(self) -> torch.Tensor:
+        """Uninitialized factors [layers, batch, tokens, 2]; float64 on the CPU, elsewhere the dtype of the value."""
+        dtype = torch.float64 if self.device.type == "cpu" else self.value_dtype
+        return torch.empty((len(self.features), *self.mask.shape, 2), dtype=dtype, device=self.device)
+
+    def for_extension(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Features and references as the extension module reads them: one dtype per layer, contiguous hidden axis."""
+        features, references = [], []
+        for layer, given in zip(self.features, self.references, strict=True):
+            reference = given.to(layer.device)
+            alike = layer.dtype == reference.dtype
+            features.append(_contiguous(layer if alike else layer.float()))
+            references.append(_contiguous(reference if alike else reference.float()))
+        return features, references
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+
+
+def view_of(tensor: torch.Tensor) -> View:
+    """Hidden states as the extension module takes them."""
+    return tensor.data_ptr(), DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.stride()[:2]
 
 
 class Torch(Backend):

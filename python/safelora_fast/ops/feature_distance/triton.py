@@ -12,7 +12,7 @@ from safelora_fast.ops.triton_runtime import power_of_two, tiles
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from safelora_fast.ops.feature_distance import Comparison
+    from safelora_fast.ops.feature_distance.torch_impl import Comparison
 
 TOKENS, COLUMNS = 4, 512  # tile of the kernels that read hidden states: 16 elements per thread and tensor
 TOKEN_TILE = 1024  # tile of the kernels that read one number per token

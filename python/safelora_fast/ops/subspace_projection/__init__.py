@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from safelora_fast.ops.base import DTYPE_NAMES, Op, require_tensors
-from safelora_fast.ops.subspace_projection.torch_impl import ALIGNMENT, GroupedProjector, Torch
+from safelora_fast.ops.subspace_projection.torch_impl import ALIGNMENT, GroupedProjector, Matrix, Torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from safelora_fast.ops.base import Example
-    from safelora_fast.ops.subspace_projection.torch_impl import Prepared
+    from safelora_fast.ops.subspace_projection.torch_impl import Normalize, Prepared
 
 __all__ = [
     "OP",
@@ -27,10 +27,6 @@ __all__ = [
     "subspace_projections",
     "transposed_products",
 ]
-
-# (aligned, base), whose difference is V; or a single matrix, such as an orthonormal basis U_k.
-Matrix: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
-Normalize = Literal["frobenius", "spectral"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safelora_fast._core import CudaPlan
-    from safelora_fast.ops.subspace_projection import Matrix
+    from safelora_fast.ops.subspace_projection.torch_impl import Matrix
 
 
 class Backend(cuda_runtime.CudaBackend, GroupedProjector):

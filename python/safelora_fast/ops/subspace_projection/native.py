@@ -11,7 +11,7 @@ from safelora_fast.ops.base import DTYPE_NAMES, NativeBackend
 from safelora_fast.ops.subspace_projection.torch_impl import Torch
 
 if TYPE_CHECKING:
-    from safelora_fast.ops.subspace_projection import Normalize
+    from safelora_fast.ops.subspace_projection.torch_impl import Normalize
 
 
 class Backend(NativeBackend, Torch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -12,9 +12,9 @@ from safelora_fast.ops.base import Backend
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safelora_fast.ops.subspace_projection import Matrix, Normalize
-
-
+# (aligned, base), whose difference is V; or a single matrix, such as an orthonormal basis U_k.
+Matrix: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
+Normalize = Literal["frobenius", "spectral"]
 ALIGNMENT = 16  # bytes, of factors that CUDA kernels read in place
 Place: TypeAlias = "tuple[int, tuple[int, int]]"  # a result's first element, and its shape
 

@@ -17,8 +17,7 @@ from safelora_fast.ops.triton_runtime import power_of_two, tiles
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
-    from safelora_fast.ops.subspace_projection import Matrix
-    from safelora_fast.ops.subspace_projection.torch_impl import Place
+    from safelora_fast.ops.subspace_projection.torch_impl import Matrix, Place
 
 WIDTH = 64  # columns of a factor per program; wider factors are split
 CHUNK = 1024  # rows that a program of transposed_parts adds up
