@@ -28,6 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--models", default="0.5b", help="whole-model suite: comma-separated among 0.5b and 7b (30 GB of disk)"
     )
     parser.addoption("--fleet", default="100", help="fleet suite: comma-separated numbers of adapters")
+    parser.addoption(
+        "--model", type=Path, help="training and selection suites: a model's folder; default: a 135M model"
+    )
+    parser.addoption("--providers", default="", help="training suite: names separated by semicolons; default: all")
     parser.addoption("--levels", help="projection suite: comma-separated among scalar, avx2 and avx512")
     parser.addoption(
         "--scratch", type=Path, help="folder for the random checkpoints (kept, so that they are made once)"
@@ -92,9 +96,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real 135M model, converted from its GGUF file."""
+    """The folder of `--model`, or a real 135M model, converted from its GGUF file."""
     from safelora_fast.demo.packaged_model import gguf_file, save_from_gguf
 
+    if (given := request.config.getoption("--model")) is not None:
+        return Path(given)
     kept = request.config.getoption("--scratch")
     target = Path(kept or tmp_path_factory.mktemp("model")) / "smollm2-135m"
     if not (target / "config.json").exists():

@@ -1,8 +1,8 @@
-"""Script: training steps of SmolLM2-135M with LoRA, to measure time or memory.
+"""Script: training steps of a model with LoRA, to measure time or memory.
 
-`training_steps.py time FOLDER DTYPE ROUNDS` prints the seconds of every provider in each round. `training_steps.py
-memory FOLDER DTYPE PROVIDER` prints the peak of one provider. Both print JSON. It runs in a separate process so that
-the allocator can be set.
+`training_steps.py time FOLDER DTYPE ROUNDS [PROVIDER …]` prints the seconds and the CPU seconds of the providers (by
+default all) in each round. `training_steps.py memory FOLDER DTYPE PROVIDER` prints the peak of one provider. Both print
+JSON. It runs in a separate process so that the allocator can be set.
 """
 
 from __future__ import annotations
@@ -287,19 +287,21 @@ def kept(layers: Any, indices: list[int], outputs: list[torch.Tensor]) -> Iterat
         hook.remove()
 
 
-def seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def seconds(work: Callable[[], None]) -> tuple[float, float]:
+    """Return the time that a call takes, and the CPU time of all threads: what a busy neighbor changes least."""
+    start, of_cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - of_cpu
 
 
-def timed(steps: Steps, rounds: int) -> dict[str, list[float]]:
+def timed(steps: Steps, rounds: int, chosen: list[str]) -> dict[str, list[tuple[float, float]]]:
     """Alternate between the providers in each round; the first round is a warm-up."""
     providers = steps.providers() | {"features alone": steps.features_alone(), "projection": steps.projection()}
-    found: dict[str, list[float]] = {name: [] for name in providers}
+    names = chosen or list(providers)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for round_ in range(rounds + 1):
-        for name, work in providers.items():
-            elapsed = seconds(work)
+        for name in names:
+            elapsed = seconds(providers[name])
             if round_:
                 found[name].append(elapsed)
     return found
@@ -312,6 +314,6 @@ def peak(steps: Steps, provider: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    what, folder, dtype, argument = sys.argv[1:]
+    what, folder, dtype, argument, *chosen = sys.argv[1:]
     steps = Steps(Path(folder), dtype)
-    print(json.dumps(timed(steps, int(argument)) if what == "time" else peak(steps, argument)))
+    print(json.dumps(timed(steps, int(argument), chosen) if what == "time" else peak(steps, argument)))
