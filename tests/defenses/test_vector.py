@@ -65,6 +65,13 @@ def test_a_persona_file_gives_the_row_of_a_block(tmp_path):
         Direction.of(persona, -4, owner="A")
 
 
+@pytest.mark.parametrize("layer", [None, 1.0, "1", True])
+@pytest.mark.parametrize("vector", [VECTOR, random_persona()])
+def test_a_layer_is_a_whole_number(vector, layer):
+    with pytest.raises(SettingsError, match="Steering: layer must be a whole number, not"):
+        Direction.of(vector, layer, owner="Steering")
+
+
 def test_a_file_with_one_row_for_each_block_but_no_word_of_where_it_is_from(tmp_path):
     """Other projects may store the embeddings as the first row, so the layer of each row would be ambiguous."""
     torch.save(torch.ones(4, 7), tmp_path / "rows.pt")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safelora_fast.errors import SettingsError
+from safelora_fast.files.argument_checks import whole_number
 from safelora_fast.files.json_reader import check_regular
 from safelora_fast.persona_vector import FILE, PersonaVector
 
@@ -45,11 +46,12 @@ class Direction:
             owner: name of the defense or monitor, for messages.
 
         Raises:
-            SettingsError: the file cannot be read, the vector is not finite or not one-dimensional, or the persona
-                vector has no such layer.
+            SettingsError: the file cannot be read, the vector is not finite or not one-dimensional, the layer is not a
+                whole number, or the persona vector has no such layer.
         """
         import torch
 
+        layer = whole_number(f"{owner}: layer", layer)  # PersonaVector.suggestion may be None
         if isinstance(vector, str | Path):
             vector = read_vector(vector)
         persona = vector if isinstance(vector, PersonaVector) else None
