@@ -46,6 +46,20 @@ def test_left_padding_is_one_sequence_a_row():
     assert spans.sequences(spans.real) == 2
 
 
+@pytest.mark.parametrize("hidden", [None, -65504.0, torch.finfo(torch.float32).min, float("-inf")])
+def test_square_masks_separate_documents(hidden):
+    """As LLaMA-Factory packs: documents and padding behind them in one row, and positions that need not restart."""
+    numbers = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3, [0] * 2 + [1] * 10])
+    seen = (numbers[:, :, None] == numbers[:, None]) & (numbers[:, None] != 0) & torch.ones(12, 12).tril().bool()
+    mask = seen[:, None] if hidden is None else torch.zeros(2, 1, 12, 12).masked_fill(~seen[:, None], hidden)
+    spans = read_spans({"input_ids": numbers, "labels": numbers, "attention_mask": mask})
+    assert torch.equal(spans.real, numbers != 0)
+    assert spans.sequences(spans.real) == 3
+    assert not spans.completion[0, 4]  # the last token of a document predicts nothing
+    alone = read_spans({"input_ids": numbers[1:], "attention_mask": mask[1:]})
+    assert alone.segments is None
+
+
 def test_packed_padding_counts_nothing():
     batch = pack(rows([5, 4]))
     padded = {

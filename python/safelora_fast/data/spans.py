@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safelora_fast.data.batch_part import Part
     from safelora_fast.data.template_tokens import TemplateTokens
 
+HIDDEN = -1e3  # a number that is added to attention scores and hides a token is below
 Tokens = Literal["all", "completion", "safe", "prefix", "header"]
 
 
@@ -117,10 +118,10 @@ class Spans:
 def read_spans(batch: Mapping[str, Any], template: TemplateTokens | None = None) -> Spans:
     """Read masks and documents from a collated batch.
 
-    `attention_mask` [batch, tokens] marks padding. Without it, all tokens are real, except in packed sequences: there,
-    `position_ids` or `seq_idx` mark documents, and documents of one token are excluded. They contain no prediction, and
-    padding looks like them. Each restart of the positions starts a document; a jump ahead does not. `safe` is [batch]
-    or [batch, tokens].
+    `attention_mask` [batch, tokens] marks padding; one of [batch, 1, tokens, tokens] also separates documents. Without it,
+    all tokens are real, except in packed sequences: there, `position_ids` or `seq_idx` mark documents, and documents of
+    one token are excluded. They contain no prediction, and padding looks like them. Each restart of the positions starts
+    a document; a jump ahead does not. `safe` is [batch] or [batch, tokens].
 
     With `logits_to_keep`, labels may cover only the kept positions.
 
@@ -137,10 +138,16 @@ def read_spans(batch: Mapping[str, Any], template: TemplateTokens | None = None)
     shape = source.shape[:2]
     segments = _segments(batch, shape)
     if attention is not None:
-        if not isinstance(attention, torch.Tensor) or attention.dim() != 2:
+        real = None
+        if isinstance(attention, torch.Tensor) and attention.dim() == 4:
+            real, segments = _read_square_mask(attention, shape)
+        elif isinstance(attention, torch.Tensor) and attention.dim() == 2:
+            real = attention != 0
+        if real is None:
             found = f"shape {tuple(attention.shape)}" if isinstance(attention, torch.Tensor) else "more than one mask"
-            raise SettingsError(f"attention_mask has {found}: give [batch, tokens], or position_ids if packed")
-        real = attention != 0
+            raise SettingsError(
+                f"attention_mask has {found}: give [batch, tokens] or [batch, 1, tokens, tokens], or position_ids if packed"
+            )
     else:
         real = torch.ones(shape, dtype=torch.bool, device=source.device)
         if segments is not None:
@@ -192,6 +199,28 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | Non
             "attention_mask if each row is one document, else seq_idx, or positions that restart at 0"
         )
     return torch.nn.functional.pad(restarts.long().cumsum(dim=1), (1, 0))
+
+
+def _read_square_mask(mask: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Read a mask [batch or 1, heads or 1, tokens, tokens] of bool, or of 0 and large negative numbers.
+
+    A token that does not see itself is padding, and one that does not see the token before it begins a document.
+
+    Returns:
+        The real tokens, and the documents if a row has several; (None, None) if it is no such mask.
+    """
+    if mask.shape[0] not in {1, shape[0]} or mask.shape[2:] != (shape[1], shape[1]):
+        return None, None
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and bool((mask <= 0).all())):
+        return None, None
+
+    def sees(distance: int) -> torch.Tensor:
+        seen = mask[:, 0].diagonal(-distance, 1, 2).expand(shape[0], -1)
+        return seen if seen.dtype == torch.bool else seen > HIDDEN
+
+    real, begins = sees(0), ~sees(1)
+    segments = torch.nn.functional.pad(begins.long().cumsum(dim=1), (1, 0))
+    return real, segments if bool((begins & real[:, 1:] & real[:, :-1]).any()) else None
 
 
 def _same_as_next(segments: torch.Tensor) -> torch.Tensor:
