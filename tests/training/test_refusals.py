@@ -279,3 +279,16 @@ def test_wrappers_that_come_later_and_do_no_harm():
             wrap(model)
             losses.append(defended.loss(BATCH).item())
     assert losses == losses[:1] * 3
+
+
+def test_stages_of_deepspeed_that_partition_or_copy_weights():
+    """With a stand-in for ZeRO 3, which leaves empty parameters, and for an engine of stage 0."""
+    model = tiny_peft_model()
+    weight = model.get_base_model().lm_head.weight
+    weight.ds_shape, weight.data = weight.shape, torch.empty(0)
+    refused(r"DeepSpeed partitions base_model.model.lm_head.weight \(ZeRO stage 3\)", model, ONE_LAYER)
+    model = tiny_peft_model()
+    model.zero_optimization_stage = lambda: 0
+    refused("ZeRO stage 0", model, ONE_LAYER)
+    model.zero_optimization_stage = lambda: 2
+    defend(model, [ONE_LAYER])

@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+ZERO_STAGES = (1, 2)  # of DeepSpeed
+
+
 class Placement:
     """The parameters of a model at the time when defenses are attached to it.
 
     FSDP2 replaces sharded parameters by gathered ones at any time, so parameters of such models are not compared.
+
+    Raises:
+        SettingsError: DeepSpeed partitions the parameters, or its engine has another stage than 1 and 2.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _check_zero_stage(model)
         self._model = model
         self._parameters = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
         self._checked = is_sharded(model)
@@ -42,6 +49,19 @@ class Placement:
                     "FullyShardedDataParallel, accelerator.prepare) and make the optimizer first, then call defend()"
                 )
         self._checked = True
+
+
+def _check_zero_stage(model: nn.Module) -> None:
+    """Raise SettingsError for a stage of DeepSpeed in which weights that a defense reads are empty, or writes are lost."""
+    advice = "use ZeRO stage 1 or 2, DistributedDataParallel, or FSDP2"
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_shape"):
+            raise SettingsError(
+                f"DeepSpeed partitions {name} (ZeRO stage 3), so a defense would read an empty tensor: {advice}"
+            )
+    stage = getattr(model, "zero_optimization_stage", None)
+    if callable(stage) and stage() not in ZERO_STAGES:
+        raise SettingsError(f"DeepSpeed's engine has ZeRO stage {stage()}, in which defenses were not tested: {advice}")
 
 
 def check_gradients_are_shared(model: nn.Module) -> None:
