@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from tiny_comparison import write_comparison
+from tiny_comparison import TinyComparison, write_comparison
 
 from safelora_fast.compare import compare as comparing
 from safelora_fast.compare import train_runs
@@ -97,14 +97,11 @@ def test_a_record_that_is_cut_off_can_be_overwritten(copied, trained, call):
     assert len(trained) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "kept"),
-    [("adapter_model.safetensors", None), ("adapter_model.safetensors", 100), ("adapter_config.json", 0)],
-)
-def test_an_adapter_that_is_gone_or_damaged_is_trained_again(copied, trained, call, name, kept):
+@pytest.mark.parametrize(("name", "kept"), [("adapter_model.safetensors", 100), ("adapter_config.json", 0)])
+def test_an_adapter_that_is_damaged_is_trained_again(copied, trained, call, name, kept):
     file = copied.output / "kl" / "seed-1" / "adapter" / name
     before = file.read_bytes()
-    file.unlink() if kept is None else file.write_bytes(before[:kept])
+    file.write_bytes(before[:kept])
     call(*copied.words("--report-only", "-q"))
     assert reasons(copied, "KL", "learned") == [None, "the adapter of this run is gone or damaged"]
     assert call(*copied.words("-q")).code == 0
@@ -304,3 +301,73 @@ def test_another_base_is_another_sweep(copied, made, call):
         file.write_bytes(before)
     assert not copied.report()["sweep"]
     assert by_name(copied, "margin_rise") == [None]
+
+
+def without_inputs(comparison, folder):
+    """Leave what a repository would hold: the configuration and the JSON records, no adapter, model or data."""
+    for file in comparison.output.rglob("*"):
+        if file.is_file() and file.name not in {"compare.yaml", "safelora_train.json"} and "adapter" in str(file):
+            file.unlink()
+    hidden = folder.with_name("hidden")
+    folder.rename(hidden)
+    return hidden
+
+
+@pytest.fixture
+def recorded(tmp_path, trained, call, monkeypatch):
+    """A small finished comparison in a folder of its own, whose inputs a test may take away."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    inputs = write_comparison(tmp_path / "inputs")
+    measure = {name: inputs.values()["measure"][name] for name in ("narrow", "general", "scaled", "device")}
+    comparison = TinyComparison(tmp_path / "compare.yaml", tmp_path / "out")
+    inputs.path.rename(comparison.path)
+    comparison.edit(measure=measure, output=str(comparison.output))
+    assert call(*comparison.words("-q")).code == 0
+    trained.clear()
+    return comparison
+
+
+def test_records_alone_give_the_same_report_without_model_data_or_adapters(recorded, tmp_path, call):
+    before = (recorded.output / "report.html").read_bytes()
+    without_inputs(recorded, tmp_path / "inputs")
+    assert not list(recorded.output.rglob("*.safetensors"))
+    for name in ("report.html", "report.md", "report.json"):
+        (recorded.output / name).unlink()
+    result = call(*recorded.words("-q", "--report-only"))
+    assert result.code == 0, result.err
+    assert (recorded.output / "report.html").read_bytes() == before
+
+
+def test_a_new_checkout_trains_only_what_a_missing_measurement_needs(recorded, tmp_path, trained, call):
+    without_inputs(recorded, tmp_path / "inputs").rename(tmp_path / "inputs")
+    report = recorded.report()
+    assert call(*recorded.words("-q")).code == 0
+    assert (trained, recorded.report()) == ([], report)
+    (recorded.output / "kl" / "seed-1" / "drift.json").unlink()
+    recorded.edit(seeds=[0, 1, 2])
+    assert call(*recorded.words("-q")).code == 0
+    assert sorted(path.rpartition("/out/")[2] for path in trained) == [
+        "kl/seed-1/recipe.yaml", "kl/seed-2/recipe.yaml", "none/seed-2/recipe.yaml",
+    ]  # fmt: skip
+    assert (
+        recorded.cells("KL")["learned"]["seeds"][:2]
+        == next(row for row in report["rows"] if row["name"] == "KL")["cells"]["learned"]["seeds"]
+    ), "the same recipe gives the same adapter"
+
+
+def test_measurements_of_an_adapter_that_the_record_does_not_name_are_ignored(recorded, tmp_path, call):
+    without_inputs(recorded, tmp_path / "inputs")
+    record = recorded.output / "kl" / "seed-1" / "adapter" / "safelora_train.json"
+    whole = json.loads(record.read_text())
+    for content, reason in (
+        ({**whole, "adapter_sha256": "0" * 64}, "not measured yet"),
+        ({name: value for name, value in whole.items() if name != "adapter_sha256"}, train_runs.DAMAGED),
+        ({**whole, "finished": False}, "not trained yet"),
+    ):
+        record.write_text(json.dumps(content))
+        assert call(*recorded.words("-q", "--report-only")).code == 1
+        assert reasons(recorded, "KL", "learned") == [None, reason]
+    record.write_text(json.dumps(whole))
+    weigh(recorded, 9.0)
+    assert call(*recorded.words("-q", "--report-only")).code == 1
+    assert reasons(recorded, "KL", "learned") == [CHANGED] * 2, "another recipe is another run, with or without weights"

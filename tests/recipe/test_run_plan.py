@@ -65,15 +65,19 @@ def test_no_weight_is_read(tmp_path):
 
 KL = {"kl": {"weight": 0.5}}
 ANSWERS = {"kl": {"weight": 0.5, "tokens": "completion"}}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DISTANCE = {"feature_distance": {"layers": 2}}
 
 
 @pytest.mark.usefixtures("without_a_rehearsal")
 @pytest.mark.parametrize(
-    ("defenses", "checkpointing"),
-    [({}, False), (KL, False), (DISTANCE, False), (KL | DISTANCE, False), (ANSWERS, False), (KL | DISTANCE, True)],
-)
-def test_operations_are_those_that_torch_counts(tmp_path, defenses, checkpointing):
+    ("defenses", "checkpointing", "layers"),
+    [
+        ({}, False, None), (KL, False, None), (DISTANCE, False, None), (KL | DISTANCE, False, None), (ANSWERS, False, None),
+        (KL | DISTANCE, True, None), ({}, False, [3]), (KL, True, [2, 3]),
+    ],
+)  # fmt: skip
+def test_operations_are_those_that_torch_counts(tmp_path, defenses, checkpointing, layers):
     """For one step of a wider model, torch counts matrix products and attention, the latter without the causal mask."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,6 +86,7 @@ def test_operations_are_those_that_torch_counts(tmp_path, defenses, checkpointin
         data={"max_rows": 6},
         training={"num_train_epochs": 1, "gradient_accumulation_steps": 3, "gradient_checkpointing": checkpointing},
         defenses={"kl": False, **defenses},
+        lora={"layers_to_transform": layers, "target_modules": PROJECTIONS} if layers else {},
     )
     config = LlamaConfig.from_pretrained(
         tiny.model, hidden_size=96, intermediate_size=192, num_hidden_layers=4, attn_implementation="eager"

@@ -56,7 +56,7 @@ def make_report(bench: Workbench) -> ComparisonReport:
     }
     return ComparisonReport(
         title=config.title,
-        facts=facts_of(bench, [found.record(run) for run in found.everything]),
+        facts=facts_of(bench, [found.record(run) for run in found.everything], _row_counts(found, bench)),
         columns=columns,
         rows=tuple(rows),
         plot=Plot(LEARNED.key, DIVERGENCE.key, path_of_scaled(found)) if has_plot else None,
@@ -65,6 +65,13 @@ def make_report(bench: Workbench) -> ComparisonReport:
         reading=conclusions(columns, outcomes, seeds=len(config.seeds)),
         complete=not (failed or _any_failure(found) or any(cell.failures for cell in cells)),
     )
+
+
+def _row_counts(found: Measurements, bench: Workbench) -> dict[str, int]:
+    """Return the number of examples of each set: of the files, or of the reference's measurement if they are not here."""
+    measured = found.content("drift", found.reference)
+    here = {name: len(rows.rows) for name, rows in bench.rows.items()}
+    return here | {name: len(measured[name]) for name in bench.row_sources if name not in here and name in measured}
 
 
 def _any_failure(found: Measurements) -> bool:

@@ -6,10 +6,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.checkpoints.resolver import adapter_folder, find_model
-from safelora_fast.compare.comparison import reference_of, runs_of
+from safelora_fast.compare.comparison import all_runs
 from safelora_fast.compare.measurements import RunCheck
 from safelora_fast.compare.measures import MEASURES
 from safelora_fast.compare.runs import CONFIGURATION, check_folder
+from safelora_fast.compare.time_estimate import estimate_time
 from safelora_fast.compare.train_runs import trainings_of
 from safelora_fast.configuration.yaml_section import read_section
 from safelora_fast.data.rows import read_rows
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from safelora_fast.compare.report import ComparisonReport
     from safelora_fast.compare.train_runs import Training
     from safelora_fast.compare.workbench import Workbench
+    from safelora_fast.recipe.prepare import Prepared
 
 
 def compare(
@@ -72,16 +74,15 @@ def compare(
         trainings = list(trainings_of(config))
         for training in trainings:
             training.check_folder(overwrite=overwrite)
-        _rehearse(trainings)
+        due = _due(config, trainings)
+        estimate = estimate_time(config, due, _rehearse(due) or {})
         _keep_configuration(config)
+        if estimate is not None:
+            announce(str(estimate))
         try:
-            for number, training in enumerate(trainings, start=1):
-                if not training.is_finished():
-                    announce(f"training {number} of {len(trainings)}: {training.title}")
-                failure = training.train(overwrite=overwrite, talk=talk)
-                if failure is not None:
-                    announce(f"{training.title}: failed: {failure}")
-            return _measure(config, progress, announce)
+            return _run_all(
+                config, trainings, due, overwrite=overwrite, talk=talk, progress=progress, announce=announce
+            )
         except KeyboardInterrupt:
             raise InterruptedRunError("interrupted; what is finished is kept: the same command goes on") from None
 
@@ -129,28 +130,69 @@ def _keep_configuration(config: CompareConfig) -> None:
         (config.output / CONFIGURATION).write_text(dump_yaml(config.document.values), encoding="utf-8")
 
 
-def _rehearse(trainings: list[Training]) -> None:
-    """Check every run's data, model and defenses before the first training; one seed per run is enough."""
-    rehearsed = set()
+def _due(config: CompareConfig, trainings: list[Training]) -> list[Training]:
+    """Return the trainings to run: the unfinished ones, and those without weights that a missing measurement needs."""
+    from safelora_fast.compare.workbench import Workbench
+
+    bench, runs = Workbench(config), all_runs(config)
+    wanted = {
+        measure.measured_run(run)
+        for measure in MEASURES
+        for run in runs
+        if measure.applies(run, config) and not measure.is_taken(run, bench)
+    }
+    return [
+        training
+        for training in trainings
+        if not training.is_finished() and (training.run in wanted or not training.is_recorded())
+    ]
+
+
+def _rehearse(trainings: list[Training]) -> dict[tuple[str, bool], Prepared]:
+    """Check every run's data, model and defenses before the first training; one seed per run is enough.
+
+    Returns:
+        What was prepared, by :attr:`Training.kind`.
+    """
+    rehearsed: dict[tuple[str, bool], Prepared] = {}
     for training in trainings:
-        kind = training.run.name, training.run.folder.name
-        if training.is_finished() or kind in rehearsed:
+        if training.kind in rehearsed:
             continue
-        rehearsed.add(kind)
         from safelora_fast.recipe.prepare import prepare
 
         try:
-            prepare(training.recipe)
+            rehearsed[training.kind] = prepare(training.recipe)
         except SafeLoraFastError as error:
             raise type(error)(f"{training.title}: {error}") from error
+    return rehearsed
 
 
-def _measure(config: CompareConfig, progress: Any, announce: Callable[[str], None]) -> ComparisonReport:
+def _run_all(
+    config: CompareConfig,
+    trainings: list[Training],
+    due: list[Training],
+    *,
+    overwrite: bool,
+    talk: bool,
+    progress: Any,
+    announce: Callable[[str], None],
+) -> ComparisonReport:
+    """Train and measure run by run, all runs of the first seed first, so that a comparison of days shows results early."""
     from safelora_fast.compare.workbench import Workbench
 
     bench, check = Workbench(config, progress), RunCheck(config)
-    runs = [reference_of(config), *(run for spec in config.runs for run in runs_of(config, spec))]
+    runs = sorted(all_runs(config), key=lambda run: -1 if run.seed is None else run.seed)
     for number, run in enumerate(runs, start=1):
+        own = {run, *(measure.measured_run(run) for measure in MEASURES)}
+        for training in (one for one in trainings if one.run in own):
+            if training in due:
+                bench.release(reference=True)  # a training has the memory for itself
+                announce(f"training {due.index(training) + 1} of {len(due)}: {training.title}")
+            elif training.is_recorded():
+                continue
+            failure = training.train(overwrite=overwrite, talk=talk)
+            if failure is not None:
+                announce(f"{training.title}: failed: {failure}")
         wanted = [
             measure
             for measure in MEASURES
@@ -174,6 +216,10 @@ def _write_report(bench: Workbench) -> ComparisonReport:
     from safelora_fast.compare.page import render_markdown, render_page
 
     report, output = make_report(bench), bench.config.output
+    for measure in MEASURES:
+        runs = [run for run in all_runs(bench.config) if measure.applies(run, bench.config)]
+        if runs:
+            measure.publish(bench.config, [measure.kept(run, bench) for run in runs])
     with described(output):
         write_json(output / "report.json", report.to_dict())
         (output / "report.md").write_text(render_markdown(report), encoding="utf-8")

@@ -88,3 +88,8 @@ def _put(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
             _put(former, change)
         else:
             values[key] = copy.deepcopy(change)
+
+
+def all_runs(config: CompareConfig) -> list[Run]:
+    """Return the reference, and every run of every defense."""
+    return [reference_of(config), *(run for spec in config.runs for run in runs_of(config, spec))]

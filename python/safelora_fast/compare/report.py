@@ -28,7 +28,7 @@ CRITERIA: dict[Criterion, str] = {
     "cost": "cost",
 }
 
-NOT_TRAINED, NOT_MEASURED = PENDING = "not trained yet", "not measured yet"
+NOT_TRAINED, NOT_MEASURED, NOT_READ = PENDING = "not trained yet", "not measured yet", "not read yet"
 FAILED, NOT_DONE = "failed", "not done yet"
 
 

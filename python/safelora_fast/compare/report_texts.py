@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +10,10 @@ from safelora_fast.checkpoints.model_card import shown_model, shown_paths
 from safelora_fast.compare.measures.margin import MARGIN_RISE
 from safelora_fast.compare.statistics import pool, pool_differences
 from safelora_fast.compare.words import format_ends, words
-from safelora_fast.recipe.run_metrics import versions
+from safelora_fast.recipe.run_metrics import machine, versions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from safelora_fast.compare.report import Column
     from safelora_fast.compare.runs import RunSpec
@@ -28,16 +26,17 @@ PATHS = ("path", "subspace", "vector", "without_answer", "too_long")  # the reci
 UNITS = {"%": "points", "nats": "nats a token"}
 
 
-def facts_of(bench: Workbench, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def facts_of(bench: Workbench, records: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> dict[str, str]:
     """Return the set-up by label, in page order; only the last part of local paths is shown.
 
     Args:
         bench: the workbench, which has the configuration.
         records: records of the trainings.
+        counts: number of measured examples, by set name.
     """
     config, measure = bench.config, bench.config.measure
     steps = sorted({record["steps"] for record in records if "steps" in record})
-    rows = {name: f"{len(rows.rows)} of {rows.source}" for name, rows in bench.rows.items()}
+    rows = {name: f"{count} of {bench.row_sources[name]}" for name, count in counts.items()}
     swap = measure.operator_swap
     swap_seeds = config.seeds if swap is None or swap.seeds is None else swap.seeds
     facts = {
@@ -51,10 +50,23 @@ def facts_of(bench: Workbench, records: Sequence[Mapping[str, Any]]) -> dict[str
         "judge": "" if measure.judge is None else measure.judge.model,
         "SafeLoRA's base": "" if measure.sweep is None else shown_model(measure.sweep.base),
         "measured in": f"{bench.settings.dtype} on the {bench.settings.device}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "machine": "; ".join(_distinct(record.get("machine") for record in records) or [machine()]),
+        "versions": "; ".join(map(_versions, _distinct(record.get("versions") for record in records) or [versions()])),
     }
     return {label: shown_paths(text) for label, text in facts.items() if text}
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Return the different values in order, without None: the machines and versions that runs were trained with."""
+    found: list[Any] = []
+    for value in values:
+        if value is not None and value not in found:
+            found.append(value)
+    return found
+
+
+def _versions(packages: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
 def _list(values: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.errors import AdapterError, OutputError
 from safelora_fast.files.json_reader import read_object
@@ -89,6 +90,16 @@ class Run:
     def is_of(self, spec: RunSpec) -> bool:
         """Return whether the run is a seed of this defense."""
         return self.seed is not None and self.name == spec.name
+
+    def is_without_weights(self) -> bool:
+        """Return whether the run was trained, but only its record is here: adapters need not be kept or committed."""
+        return self.is_trained and self.adapter is not None and not (self.adapter / WEIGHTS).is_file()
+
+    def recorded_adapter(self) -> str | None:
+        """Return the digest of the adapter that the record of a finished training names."""
+        record = self.record()
+        digest: str | None = record.get("adapter_sha256") if record.get("finished") is True else None
+        return digest
 
     def file(self, measure: str) -> Path:
         """Return the path of a measurement file."""

@@ -17,7 +17,7 @@ from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.compare.comparison import runs_of
 from safelora_fast.compare.measures import MEASURES
 from safelora_fast.compare.report import NOT_TRAINED
-from safelora_fast.compare.runs import TRAINING_FAILURE, read_json_file
+from safelora_fast.compare.runs import OPERATOR_SWAP, TRAINING_FAILURE, read_json_file
 from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError
 from safelora_fast.files.digest import digest, text_digest
 from safelora_fast.files.output import described
@@ -53,6 +53,11 @@ class Training:
     recipe: Recipe
     title: str
 
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """The defense, and whether it is trained for a measure: what all seeds share."""
+        return self.run.name, self.run.folder.name == OPERATOR_SWAP
+
     def changes(self) -> str | None:
         """Return how the existing run differs from this recipe, data and model; None if it matches or is missing."""
         folder = RunFolder(self.recipe)
@@ -80,6 +85,10 @@ class Training:
         """Return whether the run is complete and matches its recipe."""
         return self.changes() is None and self.has_ended() and _is_whole(RunFolder(self.recipe).path)
 
+    def is_recorded(self) -> bool:
+        """Return whether a finished run matches its recipe, but only its record is here, without the adapter's weights."""
+        return self.run.is_without_weights() and self.run.recorded_adapter() is not None and self.changes() is None
+
     def failure(self) -> str | None:
         """Return why the latest training of this recipe failed; None if it succeeded, or if another recipe's failed."""
         content = read_json_file(self.run.folder / TRAINING_FAILURE)
@@ -87,8 +96,8 @@ class Training:
         return failure if content.get("recipe") == self._digest() else None
 
     def missing(self) -> str | None:
-        """Return why there is no complete run of the current recipe; None if there is one."""
-        if self.is_finished():
+        """Return why there is no complete run of the current recipe, nor the record of one; None if there is."""
+        if self.is_finished() or self.is_recorded():
             return None
         return self.failure() or self.changes() or (DAMAGED if self.has_ended() else NOT_TRAINED)
 

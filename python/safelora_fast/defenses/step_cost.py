@@ -28,6 +28,7 @@ class Shape:
         attention: number of attention heads times head width.
         inner: inner width of the feed-forward part.
         value_bytes: bytes of one activation value.
+        reached: share of the layers that backward passes through, from the lowest one with trained parameters.
     """
 
     parameters: int
@@ -41,6 +42,7 @@ class Shape:
     attention: int
     inner: int
     value_bytes: int
+    reached: float = 1.0
 
     def with_subspace(self, rank: int | None) -> Iterator[tuple[int, int, int, int]]:
         """Yield (m, n, r, k) of every adapted module, where k is the rank of its safe subspace."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,9 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -> Subject:
+def load_subject(
+    settings: SubjectSettings, adapter: str | Path | None = None, *, like: Subject | None = None
+) -> Subject:
     """Load a model, with an adapter if one is given.
 
     Each adapter needs its own model: some kinds of adapter change the model's weights on loading.
@@ -43,6 +46,7 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
     Args:
         settings: settings of the model.
         adapter: folder of a PEFT adapter, or its Hub id with an optional `@revision`.
+        like: the same model without an adapter, which is copied instead of being read from disk again.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be loaded.
@@ -56,7 +60,7 @@ def load_subject(settings: SubjectSettings, adapter: str | Path | None = None) -
     own_tokenizer = folder is not None and (folder / "tokenizer_config.json").is_file()
     # First, because it takes little time and memory to find out that it is missing.
     tokenizer, _ = load_tokenizer(replace(section, template_args=None) if own_tokenizer else section)
-    model: Any = load_pretrained(section)
+    model: Any = load_pretrained(section) if like is None else copy.deepcopy(like.model)
     if folder is None:
         return Subject("model", place(model, section.device), tokenizer)
     model = put_adapter(model, folder)

@@ -24,9 +24,9 @@ from safelora_fast.models.foreign_errors import first_line
 from safelora_fast.recipe.adapted_model import load_model
 from safelora_fast.recipe.card import render
 from safelora_fast.recipe.mixture import to_table
-from safelora_fast.recipe.model_stamp import recipe_stamp
+from safelora_fast.recipe.model_stamp import adapter_digest, recipe_stamp
 from safelora_fast.recipe.run_folder import FORMAT, RECORD, RunFolder
-from safelora_fast.recipe.run_metrics import peak_bytes, summarize, versions
+from safelora_fast.recipe.run_metrics import machine, peak_bytes, summarize, versions
 from safelora_fast.recipe.run_plan import free_space
 from safelora_fast.recipe.stop import stop_record
 
@@ -136,6 +136,7 @@ def _record(prepared: Prepared) -> dict[str, Any]:
         "trainer_arguments": prepared.arguments.to_dict(),
         "device": str(prepared.arguments.device),
         "versions": versions(),
+        "machine": machine(),
     }
 
 
@@ -201,6 +202,7 @@ def _write(prepared: Prepared, path: Path, trainer: Any, state: dict[str, Any], 
             if prepared.tokenizer_changed:
                 prepared.tokenizer.save_pretrained(str(partial))
             (partial / "README.md").write_text(render(prepared, record), encoding="utf-8")
+            record["adapter_sha256"] = adapter_digest(partial)  # a record tells results of another adapter even alone
             write_json(partial / RECORD, {"format": FORMAT, **record})
     except OutputError as error:
         raise _no_room(path, error) from error

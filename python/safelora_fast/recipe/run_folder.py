@@ -49,7 +49,7 @@ FORMAT = 1
 AT_THE_END = {"steps": COUNT, "seconds": NUMBER, "metrics": OBJECT}
 PARTS = {
     "finished": FLAG, "recipe": OBJECT, "data": OBJECT, "plan": OBJECT, "projection": OBJECT, "step_seconds": NUMBER,
-    "peak_bytes": OBJECT, "stop": OBJECT,
+    "peak_bytes": OBJECT, "stop": OBJECT, "adapter_sha256": TEXT, "machine": TEXT,
 }  # fmt: skip
 MOVABLE = {"data.path": "train", "data.eval": "held_out", "data.safe.path": "safe"}  # keys of the record's "data"
 
@@ -123,10 +123,13 @@ class RunFolder:
     def changes(self, wanted: Mapping[str, Any], part: str) -> str | None:
         """Describe how a part of the record differs from the current value; None if they are equal.
 
-        A different output folder, or a different path to a data file with the same contents, is not a change.
+        A different output folder, or a different path to a data file with the same contents, is not a change. An input
+        that is not on this machine (its digest is None) cannot be compared, and is not a change either.
         """
         record = self.read_record()
         changed = changed_settings(record.get(part) or {}, plain(wanted))
+        if part == "input":
+            changed = {key: (was, now) for key, (was, now) in changed.items() if now is not None}
         moved = {key for key, (_, now) in changed.items() if key == "output.folder" or _is_moved(key, now, record)}
         return changes_text({key: changed[key] for key in changed if key not in moved}) or None
 

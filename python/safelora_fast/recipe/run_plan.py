@@ -211,7 +211,11 @@ def estimate(shape: Shape, work: Work, specs: Sequence[DefenseSpec]) -> Cost:
     attention = 2 * shape.layers * shape.attention * work.squares
     layers = 2 * (shape.matrices + shape.adapter) * work.tokens + attention
     head = 2 * shape.head * work.head_tokens
-    backward = (2 * shape.matrices + 4 * shape.adapter) * work.tokens + 2 * attention + head
+    reached = (
+        1.0 if work.checkpointing else shape.reached
+    )  # with checkpointing, trainers give the embeddings a gradient
+    backward = reached * (2 * shape.matrices * work.tokens + 2 * attention) + head
+    backward += 4 * shape.adapter * work.tokens
     step = layers + head + backward + (layers if work.checkpointing else 0)
     # The largest share contains the others: defenses draw the same examples.
     share = max((spec.outline.reference_share(work) for spec in active), default=0.0)
@@ -343,7 +347,16 @@ def measure(model: PeftModel) -> Shape:
         attention=heads * width,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         value_bytes=max(frozen, key=lambda parameter: parameter.numel()).element_size(),
+        reached=_reached(model, anatomy.layers),
     )
+
+
+def _reached(model: PeftModel, layers: Sequence[Any]) -> float:
+    """Return the share of the layers that backward passes through; all of them if an embedding is trained."""
+    trained = [any(one.requires_grad for one in layer.parameters()) for layer in layers]
+    inside = {id(one) for layer in layers for one in layer.parameters() if one.requires_grad}
+    below = any(one.requires_grad and id(one) not in inside for one in model.parameters())
+    return 1.0 if below or not any(trained) else 1 - trained.index(True) / len(trained)
 
 
 def _matrices(layers: Any, trained: set[int], config: Any) -> int:

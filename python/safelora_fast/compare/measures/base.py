@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INPUTS = "of"  # key of a measurement file: the inputs of the measurement
 FAILURE = "failure"  # key of a file or of a part of it: why there is no result
 UNFINISHED = "unfinished"  # key of a file: why some parts failed; the next call retries them
+DIGESTS = ("sha256", "commit")  # ends of the keys of inputs that are files or models
 NOT_FINITE = "the measurement is not finite"
 _REGISTRY: dict[str, Measure] = {}
 
@@ -106,16 +107,29 @@ class Measure(ABC):
         """Return whether this run, or the reference, is measured."""
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
-        """Return what the result depends on, as plain values: here the model, how it is loaded, and the adapter."""
-        settings = bench.settings
+        """Return what the result depends on, as plain values: here the model, how it is loaded, and the adapter.
+
+        The adapter of a run whose weights were not kept is the one that its record names.
+        """
+        settings, measured = bench.settings, self.measured_run(run)
+        recorded = {"adapter_sha256": measured.recorded_adapter()} if measured.is_without_weights() else {}
         return {
             "model": settings.model,
             "dtype": settings.dtype,
             "device": settings.device,
             "chat_template": settings.chat_template,
             "template_args": settings.template_args,
-            **subject_stamp(settings.model, self.measured_run(run).adapter, settings.chat_template),
+            **subject_stamp(settings.model, measured.adapter, settings.chat_template),
+            **recorded,
         }
+
+    def work(self, run: Run, bench: Workbench) -> tuple[float, float] | None:
+        """Return the tokens that this measurement passes through the layers, and those through the head; None if unknown.
+
+        Tokens of a run's reference count too. The estimate of time before the first training reads it.
+        """
+        del run, bench
+        return None
 
     @abstractmethod
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
@@ -140,6 +154,9 @@ class Measure(ABC):
         del content
         return ()
 
+    def publish(self, config: CompareConfig, contents: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
+        """Write files beside the report that people work with, from the contents of all files of this measure."""
+
     def folder(self, run: Run, bench: Workbench) -> Path:
         """Return the folder of unfinished work; other inputs use another folder, so no work is lost."""
         return run.folder / f"{self.name}-{text_digest(self.inputs(run, bench))[:12]}"
@@ -147,7 +164,7 @@ class Measure(ABC):
     def kept(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Return the content of the file; empty if it was made from other inputs."""
         content = run.read(self.name)
-        return content if INPUTS in content and content[INPUTS] == plain(self.inputs(run, bench)) else {}
+        return content if INPUTS in content and agree(content[INPUTS], plain(self.inputs(run, bench))) else {}
 
     def is_taken(self, run: Run, bench: Workbench) -> bool:
         """Return whether the file holds the complete result."""
@@ -192,6 +209,18 @@ class Measure(ABC):
         if settings.device != "cpu":
             advice.append("set measure.device to cpu")
         return ", or ".join(advice) or "free some of it; the model and its reference are in memory together"
+
+
+def agree(recorded: Any, now: Any, key: str = "") -> bool:
+    """Return whether recorded inputs equal those of today, as far as today's files are on this machine.
+
+    A digest or commit that is None today belongs to an input that is not here: a report can be made from records alone.
+    """
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        if now.get("sha256", "") is None:
+            return True  # a file that is not here: nothing else is known of it
+        return recorded.keys() == now.keys() and all(agree(recorded[name], now[name], name) for name in recorded)
+    return recorded == now or (now is None and key.endswith(DIGESTS))
 
 
 def registered() -> tuple[Measure, ...]:

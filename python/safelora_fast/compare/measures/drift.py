@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast.compare.measures.base import Measure, Metric, number
 from safelora_fast.compare.report import Column
 from safelora_fast.compare.statistics import Sample
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.recipe.sections import Count
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class Drift(Measure):
         """Add the data to the base inputs."""
         return {**super().inputs(run, bench), **rows_inputs(bench)}
 
+    def work(self, run: Run, bench: Workbench) -> tuple[float, float]:
+        """Return the tokens of both sets; the reference's layers run once for all runs, but its head runs each time."""
+        return drift_work(run, bench)
+
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Return the token count, loss and divergence of every completion, by set name."""
         return measure_drift(bench.subject(run.adapter), bench, run.label)
@@ -83,7 +88,19 @@ def has_rows(config: CompareConfig) -> bool:
 def rows_inputs(bench: Workbench) -> dict[str, Any]:
     """Return what the losses depend on besides the model: the data and how its strings are read."""
     rows = {name: {"sha256": rows.sha256, "count": len(rows.rows)} for name, rows in bench.rows.items()}
-    return {"strings": bench.strings, "rows": rows}
+    absent = {"sha256": None}  # only a report can be made without the data
+    return {"strings": bench.strings, "rows": {name: rows.get(name, absent) for name in bench.row_sources}}
+
+
+def drift_work(run: Run, bench: Workbench) -> tuple[float, float]:
+    """Return the tokens of one measurement of drift, and those through the head."""
+    layers = head = 0.0
+    for name in bench.rows:
+        examples = bench.examples(name, bench.tokenizer)
+        layers += sum(len(example.ids) for example in examples)
+        answers = sum(label != IGNORED_LABEL for example in examples for label in example.labels)
+        head += answers * (2 if name == "general" and run.seed is not None else 1)
+    return layers, head
 
 
 def measure_drift(subject: Subject, bench: Workbench, label: str) -> dict[str, Any]:
@@ -98,8 +115,8 @@ def measure_drift(subject: Subject, bench: Workbench, label: str) -> dict[str, A
 
     found = {}
     for name in bench.rows:
-        examples = bench.examples(name, subject)
-        reference = bench.reference.model if name == "general" and subject is not bench.reference else None
+        examples = bench.examples(name, subject.tokenizer)
+        reference = bench.reference_predictor if name == "general" and subject is not bench.reference else None
         progress = bench.counting(f"{name} answers of {label}", len(examples))
         answers = answer_drift(subject.model, reference, examples, progress=progress)
         found[name] = [asdict(answer) for answer in answers]

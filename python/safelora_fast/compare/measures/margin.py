@@ -9,6 +9,7 @@ from safelora_fast.compare.measures.base import Measure, Metric, number
 from safelora_fast.compare.report import Column
 from safelora_fast.compare.statistics import Sample
 from safelora_fast.data.pairs import builtin_pairs
+from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.files.digest import text_digest
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Margin(Measure):
         pairs = text_digest([asdict(pair) for pair in builtin_pairs()])
         return {**super().inputs(run, bench), "pairs_sha256": pairs, "strings": bench.strings}
 
+    def work(self, run: Run, bench: Workbench) -> tuple[float, float]:
+        """Return the tokens of both answers of every pair; the system prompt that they share counts once."""
+        del run
+        return margin_work(bench)
+
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Return the report of the margin."""
         return measure_margin(bench.subject(run.adapter), bench, run.label)
@@ -51,6 +57,17 @@ class Margin(Measure):
         """Return the rise over the reference."""
         del config, contents
         return [Metric(MARGIN_RISE, _rise)]
+
+
+def margin_work(bench: Workbench) -> tuple[float, float]:
+    """Return the tokens of one margin, and those of its answers."""
+    from safelora_fast.scoring.margin import encode_pairs
+
+    examples = encode_pairs(bench.tokenizer, builtin_pairs(), strings=bench.strings)
+    columns = zip(*(example.ids for example in examples), strict=False)
+    shared = next((place for place, tokens in enumerate(columns) if len(set(tokens)) > 1), 0)
+    tokens = sum(len(example.ids) - shared for example in examples)
+    return float(tokens), float(sum(label != IGNORED_LABEL for example in examples for label in example.labels))
 
 
 def measure_margin(subject: Subject, bench: Workbench, label: str) -> dict[str, Any]:

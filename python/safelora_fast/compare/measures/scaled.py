@@ -7,7 +7,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.compare.measures.base import FAILURE, Measure, checked
-from safelora_fast.compare.measures.drift import DIVERGENCE, LEARNED, measure_drift, rows_inputs
+from safelora_fast.compare.measures.drift import DIVERGENCE, LEARNED, drift_work, measure_drift, rows_inputs
+from safelora_fast.compare.measures.margin import margin_work, measure_margin
 from safelora_fast.recipe.sections import Share
 
 if TYPE_CHECKING:
@@ -39,7 +40,14 @@ class Scaled(Measure):
 
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Add the data and the shares to the base inputs."""
-        return {**super().inputs(run, bench), **rows_inputs(bench), "shares": bench.config.measure.scaled}
+        measure = bench.config.measure
+        return {**super().inputs(run, bench), **rows_inputs(bench), "shares": measure.scaled, "margin": measure.margin}
+
+    def work(self, run: Run, bench: Workbench) -> tuple[float, float]:
+        """Return the tokens of all shares."""
+        parts = [drift_work(run, bench)] + ([margin_work(bench)] if bench.config.measure.margin else [])
+        layers, head = (len(bench.config.measure.scaled) * sum(part) for part in zip(*parts, strict=True))
+        return layers, head
 
     def take(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Return the drift by share."""
@@ -47,7 +55,9 @@ class Scaled(Measure):
         for share in sorted(bench.config.measure.scaled):
             subject = bench.another(run.adapter)
             scale_update(subject.model, share)
-            shares[str(share)] = checked(measure_drift(subject, bench, f"{run.label}, scaled to {share:g}"))
+            label = f"{run.label}, scaled to {share:g}"
+            margin = {"margin": measure_margin(subject, bench, label)} if bench.config.measure.margin else {}
+            shares[str(share)] = checked({**measure_drift(subject, bench, label), **margin})
             del subject
         return {"shares": shares}
 
