@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from tiny_comparison import train_inside, write_comparison
 
 from safelora_fast import project_adapter
 from safelora_fast.compare import train_runs
+from safelora_fast.compare.measures.scaled import scale_update
 from safelora_fast.data.rows import read_rows
 from safelora_fast.data.tokens import Encoder
 from safelora_fast.errors import SettingsError
@@ -27,6 +29,10 @@ from safelora_fast.scoring.margin import answer_margin
 
 def subject(made, adapter=None):
     return load_subject(SubjectSettings(made.values()["recipe"]["model"]["path"], "float32", "cpu"), adapter)
+
+
+def vars_of(one):
+    return one.model, one.tokenizer
 
 
 def plain_drift(made, adapter, rows):
@@ -138,6 +144,23 @@ def test_the_path_goes_from_nothing_to_the_whole_update(made):
     assert end == [pytest.approx(none["learned"]["value"]), pytest.approx(none["divergence"]["value"]), "100 %"]
     assert half[2] == "50 %"
     assert 0 < half[1] < end[1]
+
+
+def test_the_margin_of_the_scaled_update_is_that_of_a_scaled_adapter(made):
+    plot = made.report()["margin_plot"]
+    start, half, end = plot["path"]
+    assert (plot["y"], start) == ("margin_rise", [0.0, 0.0, ""])
+    assert end[1] == pytest.approx(made.cells("none")["margin_rise"]["value"])
+    before, rises = answer_margin(*vars_of(subject(made))), []
+    for seed in (0, 1):
+        one = subject(made, adapter_of(made, "none", seed))
+        scale_update(one.model, 0.5)
+        rises.append(answer_margin(*vars_of(one)).change_from(before)[0])
+    assert half[1] == pytest.approx(sum(rises) / 2, abs=1e-6)
+    page = (made.output / "report.html").read_text()
+    assert page.count('<figure class="learning">') == 2
+    names = re.findall(r' id="([^"]+)"', page)
+    assert len(set(names)) == len(names), "two drawings share an id"
 
 
 def test_a_second_run_trains_and_measures_nothing_and_writes_the_same(copied, trained, call, monkeypatch):

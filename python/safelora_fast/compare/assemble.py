@@ -8,6 +8,7 @@ from safelora_fast.compare.measurements import Measurements
 from safelora_fast.compare.measures import MEASURES
 from safelora_fast.compare.measures.base import FAILURE
 from safelora_fast.compare.measures.drift import DIVERGENCE, LEARNED
+from safelora_fast.compare.measures.margin import MARGIN_RISE
 from safelora_fast.compare.measures.scaled import path_of_scaled
 from safelora_fast.compare.measures.sweep import points_of_sweep
 from safelora_fast.compare.report import Cell, Column, ComparisonReport, Failure, Plot, Row, SeedValue
@@ -46,6 +47,7 @@ def make_report(bench: Workbench) -> ComparisonReport:
         rows.append(Row(spec.name, setting_of(spec), _cells(found, spec, costs=config.measure.costs), kind))
     columns = _columns(found, rows)
     has_plot = found.metric(LEARNED.key) is not None and found.metric(DIVERGENCE.key) is not None
+    has_margins = found.metric(LEARNED.key) is not None and found.metric(MARGIN_RISE.key) is not None
     sweep, failed = points_of_sweep(found), tuple(_failures_without_a_cell(found))
     cells = [
         cell for cells in (*(row.cells for row in rows), *(point.cells for point in sweep)) for cell in cells.values()
@@ -63,6 +65,7 @@ def make_report(bench: Workbench) -> ComparisonReport:
         sweep=sweep,
         failed=failed,
         reading=conclusions(columns, outcomes, seeds=len(config.seeds)),
+        margin_plot=Plot(LEARNED.key, MARGIN_RISE.key, path_of_scaled(found, MARGIN_RISE.key)) if has_margins else None,
         complete=not (failed or _any_failure(found) or any(cell.failures for cell in cells)),
     )
 

@@ -34,7 +34,8 @@ def render_page(report: ComparisonReport) -> str:
         script=script,
         style_hash=_sha256(style),
         script_hash=_sha256(script),
-        learning=learning_plot(report),
+        learning=learning_plot(report, report.plot),
+        margins=learning_plot(report, report.margin_plot, "margin-"),
         panels=list(sweep_plots(report)) if report.sweep else [],
         styles=styles(report.rows),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from safelora_fast.printable import without_controls
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from safelora_fast.compare.report import Cell, Column, ComparisonReport, Row
+    from safelora_fast.compare.report import Cell, Column, ComparisonReport, Plot, Row
 
 SHAPES = "●■▲◆▼✚✖"  # MARKERS as characters, for tables; page.css has COLORS as --c0 to --c6
 MEAN, RUN, STEP = 10.0, 4.5, 5.0  # mark diameters: a row's mean, one run, a point of the path
@@ -85,19 +85,25 @@ class LearningPlot:
     better: str
 
 
-def learning_plot(report: ComparisonReport) -> LearningPlot | None:
-    """Return the plot; None if the report has none, or if no row has both values."""
+def learning_plot(report: ComparisonReport, plot: Plot | None, identity: str = "") -> LearningPlot | None:
+    """Return the drawings of a plot; None if there is none, or if no row has both values.
+
+    Args:
+        report: the report.
+        plot: one of its plots.
+        identity: tells the drawings of several plots on one page apart.
+    """
     columns = {column.key: column for column in report.columns}
-    if report.plot is None or not {report.plot.x, report.plot.y} <= columns.keys():
+    if plot is None or not {plot.x, plot.y} <= columns.keys():
         return None
-    x, y = columns[report.plot.x], columns[report.plot.y]
+    x, y = columns[plot.x], columns[plot.y]
     every = zip(report.rows, styles(report.rows), strict=True)
     shown = tuple((row, style) for row, style in every if _has_value(row, x) and _has_value(row, y))
     if not shown:
         return None
-    path = list(_path(report, x, y))
-    wide, named = _draw_learning("wide", WIDE, shown, path, x, y)
-    narrow, _ = _draw_learning("narrow", NARROW, shown, path, x, y)
+    path = list(_path(report, plot, x, y))
+    wide, named = _draw_learning(f"{identity}wide", WIDE, shown, path, x, y)
+    narrow, _ = _draw_learning(f"{identity}narrow", NARROW, shown, path, x, y)
     rows = [row for row, _ in shown]
     missing = [row.name for row in report.rows if row not in rows and not (path and row.kind == "reference")]
     better = f"{'down' if y.better == 'lower' else 'up'} and to the right" if x.better and y.better else ""
@@ -137,10 +143,10 @@ def _interval(cell: Cell, column: Column) -> tuple[float, float] | None:
     return _shown(cell.low, column), _shown(cell.high, column)
 
 
-def _path(report: ComparisonReport, x: Column, y: Column) -> Iterator[PathPoint]:
+def _path(report: ComparisonReport, plot: Plot, x: Column, y: Column) -> Iterator[PathPoint]:
     """Yield the points of the scaled-down undefended update; an unnamed first point gets the reference's name."""
     reference = next((row.name for row in report.rows if row.kind == "reference"), "")
-    for index, (across, up, label) in enumerate(report.plot.path if report.plot else ()):
+    for index, (across, up, label) in enumerate(plot.path):
         if is_value(across) and is_value(up):
             yield _shown(across, x), _shown(up, y), label or (reference if index == 0 else "")
 

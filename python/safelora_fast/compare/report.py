@@ -132,7 +132,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plot:
-    """The plot of learning against drift.
+    """A plot of learning against drift, or against the rise of the margin.
 
     Attributes:
         x: key of the column for learning.
@@ -193,6 +193,7 @@ class ComparisonReport:
         failed: missing parts of the plot's path and of the sweep.
         reading: conclusions from the values, one sentence each.
         complete: False if any requested run or measure is missing.
+        margin_plot: the plot of learning against the rise of the margin; None if they were not measured.
     """
 
     title: str
@@ -204,6 +205,7 @@ class ComparisonReport:
     failed: tuple[Failure, ...] = ()
     reading: tuple[str, ...] = ()
     complete: bool = True
+    margin_plot: Plot | None = None
     format: int = field(default=FORMAT)
 
     def to_dict(self) -> dict[str, Any]:

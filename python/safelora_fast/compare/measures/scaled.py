@@ -89,12 +89,16 @@ def percent(share: str) -> str:
     return f"{100 * float(share):g} %"
 
 
-def path_of_scaled(found: Measurements) -> tuple[tuple[float, float, str], ...]:
-    """Return points (learned, divergence, label) from no update to all of it.
+def path_of_scaled(found: Measurements, key: str = DIVERGENCE.key) -> tuple[tuple[float, float, str], ...]:
+    """Return points (learned, value, label) from no update to all of it.
 
     Each point is a mean over the seeds for which all parts were measured.
+
+    Args:
+        found: the measurements.
+        key: the column of the values.
     """
-    x, y = found.metric(LEARNED.key), found.metric(DIVERGENCE.key)
+    x, y = found.metric(LEARNED.key), found.metric(key)
     if x is None or y is None:
         return ()
     runs = [run for run in found.first if FAILURE not in found.content("scaled", run)]
@@ -108,6 +112,11 @@ def path_of_scaled(found: Measurements) -> tuple[tuple[float, float, str], ...]:
         return sum(math.nan if isinstance(one, str) else one.value for one in outcomes) / len(runs)
 
     shares = [found.content("scaled", run)["shares"] for run in runs]
-    steps = [([one[share] for one in shares], percent(share)) for share in shares[0]]
-    steps.append(([found.content("drift", run) for run in runs], percent("1")))
-    return ((0.0, 0.0, ""), *((mean(x, contents), mean(y, contents), label) for contents, label in steps))
+
+    def points(metric: Any) -> list[float]:
+        name = found.measure_of(metric).name
+        parts = [[one[share].get(name, one[share]) for one in shares] for share in shares[0]]
+        return [mean(metric, contents) for contents in [*parts, [found.content(name, run) for run in runs]]]
+
+    labels = [percent(share) for share in [*shares[0], "1"]]
+    return ((0.0, 0.0, ""), *zip(points(x), points(y), labels, strict=True))
