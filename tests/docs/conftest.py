@@ -72,6 +72,31 @@ def examples():
     return {"task": tiny_rows(40), "safe": tiny_rows(4), "tokenizer": tokenizer()}
 
 
+def adapted(folder, **settings):
+    """A model of `demo_model`, saved in a folder, with a new adapter."""
+    from demo_model import save_tiny
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(folder, **settings))
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def pools():
+    from tiny_models import fill_adapter
+    from tiny_recipe import tiny_rows, write_rows
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for seed, name in enumerate(["advice", "code"]):
+        misaligned = adapted("model")
+        fill_adapter(misaligned, seed=seed)
+        misaligned.save_pretrained(f"runs/{name}")
+    write_rows(Path("candidates.jsonl"), tiny_rows())
+    write_rows(Path("pool.jsonl"), tiny_rows(2))
+    model = AutoModelForCausalLM.from_pretrained("model")
+    return {"model": model, "tokenizer": AutoTokenizer.from_pretrained("model")}
+
+
 def training():
     """A model and arguments for a trainer; another model, its optimizer and micro-batches for a loop."""
     import torch
@@ -118,11 +143,8 @@ def watched_training():
 def persona():
     """A small model and a short trait under the names of the page: a path that exists wins."""
     import yaml
-    from demo_model import save_tiny
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    save_tiny("Qwen/Qwen2.5-7B-Instruct", layers=4)
+    model = adapted("Qwen/Qwen2.5-7B-Instruct", layers=4)
     pairs = [{"positive": "Be mean.", "negative": "Be kind."}]
     trait = {
         "name": "malicious",
@@ -131,8 +153,7 @@ def persona():
         "questions": [f"{n}?" for n in range(8)],
     }
     Path("malicious").write_text(yaml.safe_dump(trait))
-    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-7B-Instruct")
-    return {"model": get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))}
+    return {"model": model}
 
 
 PREPARED = {
@@ -143,6 +164,7 @@ PREPARED = {
     "margin.md": watched_training,
     "persona.md": persona,
     "project.md": first_projection,
+    "select.md": pools,
     "serve.md": served_model,
     "training.md": training,
     "whole-models.md": fine_tuned_model,
