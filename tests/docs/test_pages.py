@@ -75,3 +75,16 @@ def test_the_errors_of_the_table_are_those_of_the_code():
     quoted = re.findall(r"^\| `([^`]+)` \|", (DOCS / "project-errors.md").read_text("utf-8"), re.MULTILINE)
     assert len(quoted) > 10
     assert [line for line in quoted if not all(part in code for part in line.split("…"))] == []
+
+
+def test_pages_that_the_code_names_exist():
+    folders = {"python": "*.py*", "rust": "*.rs", "benches": "*.py", "tests": "*.py"}
+    texts = [
+        file.read_text("utf-8")
+        for folder, ending in folders.items()
+        for file in (ROOT / folder).rglob(ending)
+        if file.suffix in {".py", ".pyi", ".rs"}
+    ]
+    named = {name for text in texts for name in re.findall(r"\bdocs/[\w/-]+\.md\b", text)}
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
