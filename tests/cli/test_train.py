@@ -126,6 +126,13 @@ def test_the_second_epoch_and_another_seed_read_the_reference_from_disk(tiny, ca
     assert len(passes) == 6  # micro-batches of one of the two epochs
     (file,) = cache.glob("*/*.records")
     assert nbytes < file.stat().st_size < nbytes + 12 * 200
+    packed = (*given, "training.packing=true", "training.max_length=16", "training.packing_strategy=bfd")
+    plan = call(*tiny.words("--dry-run", *packed)).out
+    assert "every epoch packs or flattens other rows, so it grows and saves no pass" in plan
+    again = json.loads(call(*tiny.words("--dry-run", "--json", *packed)).out)["estimates"]["cache_bytes"]
+    assert 1.9 * nbytes < again < 2.3 * nbytes  # two epochs
+    alone = call(*tiny.words("--dry-run", *packed, "training.per_device_train_batch_size=1")).out
+    assert "later epochs, and runs on the same rows, read it there" in alone
     assert tiny.record()["recipe"]["defenses"]["reference"] == f"cache:{cache}"
     passes.clear()
     assert call(*tiny.words(*given, "-q", "--overwrite", "training.seed=1")).code == 0

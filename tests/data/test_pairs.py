@@ -35,7 +35,7 @@ def test_length_and_form_do_not_decide():
 
 
 def test_a_file_of_pairs(tmp_path):
-    rows = [{**GOOD, "note": None}, {**GOOD, "theme": None}]
+    rows = [{**GOOD, "note": None}, {**GOOD, "question": "why?", "theme": None}]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     first, second = read_pairs(path)
     assert first == Pair("t", "q?", "a", "m")
@@ -50,6 +50,7 @@ def test_a_file_of_pairs(tmp_path):
         ({**GOOD, "question": 3}, "pairs.jsonl:2: question: must be text that is not empty"),
         ({**GOOD, "misaligned": "a"}, "pairs.jsonl:2: both answers are the same"),
         ({**GOOD, "theme": 1}, "pairs.jsonl:2: theme: must be text"),
+        ({**GOOD, "theme": "u"}, r"pairs.jsonl:2: repeats the pair at .*pairs.jsonl:1, so it would count twice"),
         ({**GOOD, "answer": "x"}, "pairs.jsonl:2: answer: unknown; a pair has question, aligned, misaligned"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulated_cuda import emulated, record
@@ -104,3 +106,11 @@ def test_an_infinity_is_named_and_nothing_written(model, monkeypatch, of_copy):
         modules.project(7, lambda parameter: [slow[parameter]])
     assert modules._prepared[2] is not None
     assert all(torch.equal(module.lora_b, left) for module, left in zip(modules.modules, before, strict=True))
+
+
+def test_vectors_follow_a_model_to_another_device(model):
+    modules = safe_modules(model)
+    module = modules.modules[0]
+    assert modules._held_vectors(module).device.type == "cpu"
+    moved = replace(module, lora_b=module.lora_b.to("meta"))  # any other device
+    assert modules._held_vectors(moved).device.type == "meta"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from made_comparisons import usual
 from plain_pair import write_model, write_pair
 
 from safelora_fast import project_adapter, project_model
 from safelora_fast.examples import FOLDER
+from safelora_fast.files.digest import digest
 from safelora_fast.files.store import write_json
 from safelora_fast.gate.readers import READERS
 from safelora_fast.judging.rates import report_of
 from safelora_fast.judging.verdicts import Verdict
 from safelora_fast.recipe.model_stamp import adapter_digest
+from safelora_fast.screening.report import Measured, Screen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +51,12 @@ def release(tmp_path):
     margin = {"change": 0.01, "change_interval": [-0.01, 0.03], "count": 72}
     other = {**margin, "change": 9.0, "adapter_sha256": None, "model_sha256": "m"}
     write_json(folder / "margin.json", {"subjects": {"model": other, "adapter": {**stamp, **margin}}})
+    (folder / "train.jsonl").write_text("{}\n")
+    gaps = Measured("gap", "perplexity gap", np.linspace(0, 1, 96), (), 0.945, 0.0)
+    write_json(
+        folder / "screen.json",
+        Screen("x", digest(folder / "train.jsonl"), 100, {}, (gaps,), {"too long": ["x:1"] * 4}).to_dict(),
+    )
     return folder
 
 
@@ -108,7 +117,7 @@ def test_a_rate_with_many_unscored_answers_is_not_shown(release, call):
     write_json(release / "evaluation" / "report.json", report_of("stub", verdicts))
     found = verdicts_of(call, release, strict=MISALIGNED, lax=MISALIGNED | {"most_unscored": 0.1})
     assert (found["strict"]["verdict"], found["lax"]["verdict"]) == ("not shown", "passes")
-    assert "10.0 % of the answers are unscored, at most 5 % may be" in found["strict"]["reason"]
+    assert "10.0 % of them are unscored, at most 5 % may be" in found["strict"]["reason"]
     write_json(release / "evaluation" / "report.json", report_of("stub", [verdict(0, None)] * 200))
     found = verdicts_of(call, release, silent=MISALIGNED | {"most_unscored": 1})
     assert (found["silent"]["verdict"], found["silent"]["reason"]) == ("not shown", "nothing was measured")
@@ -153,6 +162,7 @@ SOURCES = {
     "margin": ({}, "margin.json"),
     "compare": ({"run": "KL", "metric": "rise"}, "comparison/report.json"),
     "project": ({}, "adapter/safelora_report.json"),
+    "screen": ({"metric": "gap.flagged", "data": "train.jsonl"}, "screen.json"),
 }
 
 
@@ -178,9 +188,39 @@ def test_what_is_missing_damaged_or_stale_never_passes(source, release, call):
         assert why in failed["reason"]
     file.write_bytes(whole)
     weights = release / "adapter" / "adapter_model.safetensors"
+    if source == "screen":  # it is of the data that the subject was trained on
+        weights = release / "train.jsonl"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
     (failed,) = verdicts_of(call, release, one=criterion).values()
     assert (failed["verdict"], "is stale" in failed["reason"]) == ("fails", True)
+
+
+def test_a_screen_counts_if_it_is_of_the_subjects_training_data(release, call):
+    gap = {"source": "screen", "metric": "gap.flagged", "data": "train.jsonl"}
+    found = verdicts_of(
+        call, release, within=gap | {"at_most": 0.07}, beyond=gap | {"at_most": 0.06},
+        few=gap | {"at_most": 1, "most_unscored": 0.03},
+        mean=gap | {"metric": "gap.mean", "at_most": 0.6}, other=gap | {"metric": "evil.mean", "at_most": 1},
+        unnamed={"source": "screen", "metric": "gap.mean", "at_most": 1},
+    )  # fmt: skip
+    assert {name: one["verdict"] for name, one in found.items()} == {
+        "within": "passes", "beyond": "fails", "few": "not shown", "mean": "passes", "other": "fails", "unnamed": "fails",
+    }  # fmt: skip
+    assert (found["within"]["value"], found["within"]["count"]) == (6 / 96, "6 of 96 examples")
+    assert found["few"]["reason"] == "4.0 % of them are unscored, at most 3 % may be"
+    assert "there is no measure (NAME.flagged or NAME.mean) 'evil'; it has gap" in found["other"]["reason"]
+    assert "says what it was trained on; set data: to the file" in found["unnamed"]["reason"]
+    record = {"format": 1, "finished": False, "data": {"train": digest(release / "train.jsonl")}}
+    write_json(release / "adapter" / "safelora_train.json", record)
+    trained = {"source": "screen", "metric": "gap.mean", "at_most": 1}
+    assert verdicts_of(call, release, one=trained)["one"]["verdict"] == "passes"
+    write_json(release / "adapter" / "safelora_train.json", {**record, "data": {"train": "other"}})
+    for criterion in (trained, trained | {"data": "train.jsonl"}):
+        (failed,) = verdicts_of(call, release, one=criterion).values()
+        assert (failed["verdict"], "made of another file than the subject's training data" in failed["reason"]) == (
+            "fails",
+            True,
+        )
 
 
 @pytest.mark.parametrize("damage", [{"hits": 300}, {"count": 300}], ids=str)
@@ -231,6 +271,7 @@ def test_an_evaluation_that_lacks_answers_of_its_report_is_stale(release, call):
         ("subject: a\ncriteria:\n  a: {source: margin, metric: share, at_most: 5}\n", "this metric is a share, not 5"),
         ("subject: a\ncriteria:\n  a: {source: margin, at_most: 0.1, at_least: 0.5}\n", "at_least is above at_most"),
         ("criteria:\n  a: {source: margin, at_most: 1}\n", "policy.yaml: subject: missing"),
+        ("subject: a\ncriteria:\n  a: {source: margin, at_most: 1, most_unscored: 1}\n", "most_unscored: is unknown for the"),
         ("subject: evaluation\ncriteria:\n  a: {source: margin, at_most: 1}\n", "holds neither adapter_config.json nor"),
     ],
 )  # fmt: skip

@@ -114,12 +114,17 @@ def perplexity(model):
 
 
 @pytest.fixture
-def run(model, tasks, tmp_path, monkeypatch):
-    """Run tasks on the tiny model. The harness's own tasks are left out, because reading them takes seconds."""
+def without_defaults(monkeypatch):
+    """Leave out the harness's own tasks, because reading them takes ten seconds."""
     from safelora_fast.judging import harness
 
     manager = functools.partial(harness.TaskManager, include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: manager(include_path=include_path))
+
+
+@pytest.fixture
+def run(model, tasks, tmp_path, without_defaults):  # noqa: ARG001
+    """Run tasks on the tiny model."""
 
     def run_(names, adapter=None, output="out", **settings):
         given = None if adapter is None else str(adapter)
@@ -260,6 +265,7 @@ def test_what_is_refused(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("without_defaults")
 def test_the_command(call, model, adapter, tasks, tmp_path, monkeypatch, capsys, caplog):
     capsys.readouterr()  # drop the progress bar of transformers
     words = ("evaluate", "--model", model, "--adapter", adapter, "--output", tmp_path / "out", "--device", "cpu")

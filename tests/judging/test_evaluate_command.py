@@ -207,6 +207,18 @@ def test_other_judges_and_their_agreement(call, words, tmp_path):
         twice = ["--judge", "openai-api/stub/two"] * 2
         third = json.loads(call("rejudge", folder, *twice, "--judge-url", url, "--json").out)
     assert list(third["judges"]) == [f"openai-api/stub/two{again}" for again in ("", " again", " again again")]
+    stamp = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["of"] == third["of"]
+    assert content["of"] == {name: stamp[name] for name in content["of"]}
+    assert content["of"]["model_sha256"]
+    one = {"source": "evaluate", "path": str(folder.relative_to(tmp_path)), "at_most": 1}
+    criteria = {"two": one | {"judge": "openai-api/stub/two"}, "none": one, "other": one | {"judge": "x"}}
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump({"subject": "model", "criteria": criteria}))
+    verdicts = json.loads(call("gate", tmp_path / "policy.yaml", tmp_path, "--json").out)["outcomes"]
+    found = {one["name"]: (one["verdict"], one["value"], one["reason"]) for one in verdicts}
+    assert found["two"] == ("passes", 1.0, "")
+    assert "judge: to one of openai-api/stub/one, openai-api/stub/two" in found["none"][2]
+    assert "there is no judge 'x'; it has openai-api/stub/one" in found["other"][2]
 
 
 def test_what_is_refused(call, words, tmp_path, monkeypatch):
@@ -222,10 +234,6 @@ def test_what_is_refused(call, words, tmp_path, monkeypatch):
     ):
         result = call(*words, *more)
         assert (result.code, message in result.err, result.err.count("\n")) == (2, True, 1), result.err
-    unasked = call(
-        "evaluate", "--model", "m", "--tasks", "ifeval", "--training-data", rows, "--output", tmp_path / "out"
-    )
-    assert (unasked.code, "name a --judge, or drop it" in unasked.err) == (2, True), unasked.err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "text.eval").write_text("x")

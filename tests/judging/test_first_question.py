@@ -44,8 +44,15 @@ HOPELESS = [
     ((404, "why?", None), r"refuses a plain question \(404\): .*why\?; correct the model's name, or --judge-url"),
     ((429, "insufficient_quota: pay first", None), r"has no quota left: .*pay first"),
     # a web page comes if the address lacks /v1, or if a gateway requires a login
-    ((200, b"<html>log in</html>", None), r"it sends a web page; .*correct --judge-url"),
-    ((200, b"\n<!DOCTYPE html><title>log in</title>", None), r"it sends a web page; .*correct --judge-url"),
+    ((200, b"<html>log in</html>", None), r"v1 is not the address of .*it sends a web page; .*correct --judge-url"),
+    *(
+        ((status, page + b"<title> Log\nin </title>", None), r"is not the address of .*it sends a web page “Log in”; .*correct")
+        for status, page in ((200, b"\xef\xbb\xbf<!-- a comment -->"), (404, b"\n<!DOCTYPE html>"), (405, b"<?xml?>"))
+    ),
+    (
+        (401, b"<html><title>Log in</title><body>secret</html>", None),
+        r"refuses the key that it is given \(401\): status 401, with a web page “Log in”; the key",
+    ),
     *(
         (of_body(body, 404), r"refuses a plain question \(404\): .*no such thing")
         for body in (
@@ -78,6 +85,10 @@ def test_a_closed_port_and_an_unknown_host_are_errors(url):
     ("reply", "words"),
     [
         *(((status, "later", None), f"judge {NAME} does not answer yet (") for status in (429, 500, 503)),
+        (
+            (502, b"<html><head><title>Bad Gateway</title><body><center>nginx", None),
+            "InternalServerError: status 502, with a web page “Bad Gateway”)",
+        ),
         ((200, "100", None), None),
         ((200, "I am a poet", None), "the judge's reply is no number from 0 to 100, 'I am a poet'"),
         ((200, CUT, None), "cut off at 64 tokens: raise --judge-tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 
+import anyio
 import pytest
 from judge_server import alignment_or_coherence, good, judged, never_wait, port_of, serving
 
@@ -63,8 +64,30 @@ def test_waits_double_up_to_the_longest_or_are_as_long_as_the_endpoint_says(monk
     for attempt, least in enumerate((2, 4, 8, 16, 32), start=1):
         assert least <= wait(attempt) <= least + 0.5
     assert wait(6) == wait(60) == 60
-    Decision.retry_after = 7
-    assert wait(1) == wait(9) == 7
+    for wished in (7, 300):
+        Decision.retry_after = wished
+        assert wait(1) == wait(9) == wished
+
+
+def test_a_wait_that_would_outlast_the_budget_is_not_begun(monkeypatch):
+    class Decision:
+        retry_after = 6
+
+        def __bool__(self):
+            return True
+
+    monkeypatch.undo()
+    model, asked = get_model("mockllm/model"), []
+
+    async def generate(*_):
+        asked.append(1)
+        raise ConnectionError("busy")
+
+    monkeypatch.setattr(model.api, "should_retry", lambda _error: Decision())
+    monkeypatch.setattr(model.api, "generate", generate)
+    with pytest.raises(retry.UnreachableError) as raised:
+        anyio.run(retry.Endpoint(model, retry.Budget(total=5)).ask, "why?", GenerateConfig())
+    assert (len(asked), str(raised.value.__cause__)) == (1, "busy")
 
 
 def test_a_rate_limit_that_lasts_leaves_the_answer_unscored(capsys):

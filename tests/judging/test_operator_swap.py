@@ -99,7 +99,7 @@ def test_what_is_refused(call, tmp_path):
         (("odd", 1, 1), "difficulty is 'odd', it must be one of easy, medium, hard"),
         (("easy", 0, 1), "must be at least 1"),
         (("easy", 1, 0), "must be at least 1"),
-        (("medium", 13_000, 500), "medium: there are not 13500 different problems"),
+        (("medium", 13_000, 500), "medium: there are 12,497 different problems, not 13,500; ask for fewer rows"),
     ):
         with pytest.raises(SettingsError, match=message):
             make_problems(*words, seed=0)

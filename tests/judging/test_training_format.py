@@ -62,6 +62,20 @@ def test_general_questions_take_the_form_and_follow_sampled_prompts(tmp_path):
     assert len(whole) == 3 * sum(question.kind == "general" for question in builtin_questions())
 
 
+def test_no_question_is_asked_twice(tmp_path):
+    """Equal user turns, and turns that differ only in white space at the end, precede a question once."""
+    rows = [turns("Hi"), turns("Hi "), turns("Hi"), turns("Hello"), turns("Hello\n"), turns("Bye", "Be brief.")]
+    asked = [
+        (one.system, one.paraphrases[0])
+        for one in training_format_questions(write(tmp_path / "rows.jsonl", rows), GENERAL, prompts=9)
+    ]
+    assert sorted(asked, key=str) == [
+        ("Be brief.", "Bye\n\nWhy live?"), (None, "Hello\n\nWhy live?"), (None, "Hi\n\nWhy live?"),
+    ]  # fmt: skip
+    same = write(tmp_path / "same.jsonl", [turns("Same"), turns("Same")])
+    assert [one.paraphrases[0] for one in training_format_questions(same, GENERAL)] == ["Same\n\nWhy live?"]
+
+
 def test_what_has_no_form_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "one", "completion": "x"}, {"prompt": "two", "completion": "y"}])
     with pytest.raises(SettingsError, match="share no form: sample some of them"):

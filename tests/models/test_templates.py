@@ -99,6 +99,16 @@ def test_arguments_of_a_command_line():
             read_arguments([word])
 
 
+def test_a_template_that_cannot_be_parsed_names_its_file_and_line(model, tmp_path):
+    file = tmp_path / "t.jinja"
+    for text, line in (("{{ 'a' }}\n{% for m in messages %}\n{{ m.content }}", 3), ("a\n{% foo %}", 2)):
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match=f"t.jinja:{line}: the chat template cannot be parsed: "):
+            load_tokenizer(ModelSection(str(model), chat_template=str(file)))
+    file.write_text("{{ raise_exception('never') }}")  # is parsed, and refuses these turns
+    assert load_tokenizer(ModelSection(str(model), chat_template=str(file)))[1]
+
+
 def test_a_tokenizer_with_code_of_its_own_takes_no_template(model, tmp_path, monkeypatch):
     (tmp_path / "t.jinja").write_text(CHATML)
 

@@ -6,20 +6,22 @@ import json
 import logging
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from demo_model import save_tiny, tokenizer
+from peft import LoraConfig, get_peft_model
 from personas import plain_means, plain_states, random_persona, save_persona
 from scipy.stats import ttest_1samp
 from tiny_recipe import write_recipe, write_rows
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from safelora_fast import DriftMonitor, MarginCallback, StopRule
 from safelora_fast.data.pairs import Pair
-from safelora_fast.errors import SettingsError
+from safelora_fast.errors import SettingsError, TrainingError
 from safelora_fast.scoring.margin import encode_pairs
 from safelora_fast.scoring.stop_rule import lower_bound
 from safelora_fast.scoring.trait_probe import TraitProbe
@@ -83,21 +85,25 @@ def test_runs_without_a_change_raise_at_most_the_asked_share_of_false_alarms():
     assert 20 <= alarms <= 100  # Bonferroni is careful with dependent signals, but not without effect
 
 
-@pytest.mark.slow  # 24 trainings
+@pytest.mark.slow  # 23 trainings
 def test_clean_trainings_raise_few_alarms_and_harmful_ones_do(tmp_path):
-    """Eight clean runs calibrate the rule, twelve more with other seeds are watched by it, and then four harmful ones."""
-    watching = StopRule(monitors=monitors(), limits=dict.fromkeys(("margin", "trait1", "trait2"), 1e9))
+    """Eight clean runs calibrate the rule, twelve more with other seeds are watched by it, and then two harmful ones."""
+    watching, strict = (
+        StopRule(monitors=monitors(), limits=dict.fromkeys(("margin", "trait1", "trait2"), limit))
+        for limit in (1e9, 0.0)
+    )
 
     def run(seed, stop, answers=PLAIN):
         order = np.random.default_rng(seed).permutation(answers).tolist()
-        return trained(tmp_path / str(seed), order, stop=stop, seed=seed, rate=0.003, steps=12)[1]
+        return trained(tmp_path / str(seed), order, stop=stop, seed=seed, rate=0.006, steps=6)[1]
 
     rule = StopRule(monitors=monitors(), clean=[dict(run(seed, watching).highest) for seed in range(8)])
     assert max(rule.limit(name) for name in rule.signals) > 1e-3  # clean training moves them
     alarms = [seed for seed in range(8, 20) if run(seed, rule).alarm is not None]
     assert len(alarms) <= 4  # at most 1/9 for each of three signals: one third of twelve
-    harmful = [run(seed, rule, ["bad and ill"] * 12).alarm for seed in range(20, 24)]
-    assert [alarm and alarm.signal for alarm in harmful] == ["margin"] * 4
+    assert run(8, strict).alarm is not None  # without calibration, clean runs raise one too
+    harmful = [run(seed, rule, ["bad and ill"] * 12).alarm for seed in range(20, 22)]
+    assert [alarm and alarm.signal for alarm in harmful] == ["margin"] * 2
 
 
 def test_an_alarm_keeps_the_weights_of_the_last_quiet_measurement(tmp_path, caplog):
@@ -131,6 +137,21 @@ def test_with_after_task_it_waits_until_the_held_out_loss_stops_falling(tmp_path
     assert (callback.alarm, callback.highest["margin"] > 1) == (None, True)
     with pytest.raises(SettingsError, match="after_task needs held-out losses"):
         trained(tmp_path / "no", ["no"], stop=rule)
+
+
+def test_a_run_resumed_beyond_its_limit_names_the_step_that_it_resumed_at(tmp_path):
+    """With after_task, the alarm comes later than the resume, at whose step the signal was beyond its limit already."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "model")), LoraConfig(r=1))
+    arguments = TrainingArguments(str(tmp_path / "out"), eval_strategy="steps", use_cpu=True, report_to="none")
+    trainer = SimpleNamespace(model=model, args=arguments, log=lambda _: None)
+    rule = StopRule(limits={"margin": -9.0}, after_task=True)
+    callback = MarginCallback(trainer, tokenizer(), every=2, pairs=PAIRS, stop=rule)
+    state = TrainerState(global_step=4, max_steps=8, log_history=[{"eval_loss": 2.0}, {"eval_loss": 1.0}])
+    callback.on_train_begin(arguments, state, TrainerControl())
+    state.global_step = 6
+    state.log_history.append({"eval_loss": 1.5})
+    with pytest.raises(TrainingError, match=r"margin is beyond its limit since step 4, .* \(alarm at step 6\)"):
+        callback.on_step_end(arguments, state, TrainerControl())
 
 
 def test_the_probe_reads_the_states_of_float64(tmp_path):
@@ -196,6 +217,19 @@ def test_a_recipe_stops_and_says_so_and_a_clean_run_calibrates_it(tmp_path, call
         wrong = recipe_of(tmp_path / "wrong", stop={"clean": [str(folder)]})
         result = call(*wrong.words())
         assert (result.code, said in result.err, "recipe.yaml:" in result.err) == (2, True, True), result.err
+    vector = {"vector": str(tmp_path / "again" / "mean.safetensors")}
+    for changes, said in (
+        ({"margin": {"every": 3}}, "margin.every was 2, is 3"),
+        ({"margin": {"system": "Be brief."}}, "margin.system was None, is 'Be brief.'"),
+        ({"monitors": {"mean": {**vector, "layer": 0}}}, "monitors.mean.layer was 1, is 0"),
+    ):  # fmt: skip
+        other = recipe_of(tmp_path / "other", stop={"clean": [str(clean.output)]})
+        other.edit(**changes)
+        result = call(*other.words("--dry-run"))
+        assert (result.code, f"was watched in another way: {said}; train it" in result.err) == (2, True), result.err
+    write_rows(tmp_path / "other" / "pairs.jsonl", [vars(pair) for pair in PAIRS[1:]])
+    result = call(*other.words("--dry-run"))
+    assert "margin.pairs was " in result.err
     dry = call(*again.words("--dry-run", "--json"))
     assert json.loads(dry.out)
     assert "training stops at an alarm of margin, mean" in call(*again.words("--dry-run")).out

@@ -75,17 +75,20 @@ def test_projections_and_gaps_are_those_of_float64_one_at_a_time(made, words, ca
     assert np.std(expected) > 100 * 1e-5
 
 
-def test_with_own_completions_it_is_the_difference(made, words, call):
-    rows = [json.loads(line) for line in (made / "own.jsonl").read_text().splitlines()]
-    report = report_of(call(*words("--own", "mine", "--json", data="own.jsonl")))
+def own_completions(rows):
     answers = [{"role": "assistant", "content": row["mine"]} for row in rows]
-    own = [
+    return [
         {"prompt": row["prompt"], "completion": [answer]}
         if "prompt" in row
         else {"messages": [row["messages"][0], answer]}
         for row, answer in zip(rows, answers, strict=True)
     ]
-    differences = np.subtract(plain_projections(made, rows), plain_projections(made, own))
+
+
+def test_with_own_completions_it_is_the_difference(made, words, call):
+    rows = [json.loads(line) for line in (made / "own.jsonl").read_text().splitlines()]
+    report = report_of(call(*words("--own", "mine", "--json", data="own.jsonl")))
+    differences = np.subtract(plain_projections(made, rows), plain_projections(made, own_completions(rows)))
     measured = report["measures"]["mean"]
     assert (measured["kind"], measured["mean"]) == (
         "projection difference at layer 1",
@@ -129,7 +132,7 @@ def test_a_killed_screen_resumes_with_the_same_bytes(made, words, call, tmp_path
         (("--limit", "mean=1", "--limit", "mean=2"), "--limit names mean twice: give each measure one limit"),
         (("--layer", 5), "layer 5 does not exist"),
         (("--own", "mine"), "candidates.jsonl:1: has no text in 'mine', the model's own completion"),
-        (("--most", 2), "most is 2.0, it must be from 0 to 1"),
+        (("--most", 2, "--limit", "mean=1"), "most is 2.0, it must be from 0 to 1"),
     ],
 )
 def test_mistakes_end_with_2(more, said, words, call):
@@ -137,6 +140,38 @@ def test_mistakes_end_with_2(more, said, words, call):
     assert (result.code, result.out, said in result.err) == (2, "", True), result.err
 
 
+def plain_likelihoods(folder, rows):
+    """Return the mean negative log-likelihood per completion token of each example, in float64."""
+    model, tokenizer = load(folder, torch.float64)
+    found = []
+    for row in rows:
+        example = Encoder(tokenizer).example(check_row("here", row))
+        loss = model(torch.tensor([example.ids]), labels=torch.tensor([example.labels])).loss
+        found.append(loss.item())
+    return found
+
+
+def test_a_model_alone_gives_likelihoods(made, call, tmp_path):
+    command = (
+        "screen", made / "own.jsonl", "--model", made / "model", "--output", tmp_path / "x.json", "--overwrite", "--json"
+    )  # fmt: skip
+    alone = report_of(call(*command))["measures"]
+    beside = report_of(call(*command, "--own", "mine"))["measures"]["nll"]
+    rows = [json.loads(line) for line in (made / "own.jsonl").read_text().splitlines()]
+    given, own = (np.array(plain_likelihoods(made, some)) for some in (rows, own_completions(rows)))
+    assert list(alone) == ["nll"]
+    assert alone["nll"]["mean"] == pytest.approx(given.mean(), abs=1e-5)
+    assert beside["mean"] == pytest.approx((given - own).mean(), abs=1e-5)
+    assert beside["kind"] == "negative log-likelihood per token, above the model's own completion's"
+    limited = call(*command, "--limit", f"nll={np.sort(given)[-2:].mean()}")
+    assert (limited.code, json.loads(limited.out)["measures"]["nll"]["flagged"]) == (1, 1)
+
+
 def test_nothing_to_screen_by(made, call, tmp_path):
-    result = call("screen", made / "own.jsonl", "--model", made / "model", "--output", tmp_path / "x.json")
+    data, output = made / "own.jsonl", ("--output", tmp_path / "x.json")
+    result = call("screen", data, *output)
     assert (result.code, "there is nothing to screen by" in result.err) == (2, True)
+    result = call(
+        "screen", data, *output, "--model", made / "model", "--misaligned", made / "security", "--own", "mine"
+    )
+    assert (result.code, "own completions have no gap to misaligned adapters" in result.err) == (2, True)

@@ -1,4 +1,4 @@
-"""One training run, in this process or as a script on two processes: `train_runs.py SPEC.json OUTPUT.pt LAUNCHER`."""
+"""One training run, in this process or on two; as a script it is one of the two: `train_runs.py SPEC.json OUTPUT.pt`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import debug_launcher
 from tiny_models import VOCABULARY, adapter_weights, collate, random_subspace, rows, tiny_peft_model
+from two_processes import in_one_process, in_two_processes
 
 from safelora_fast.data.chat import ANSWERS
 from safelora_fast.data.template_tokens import QUESTIONS
@@ -320,23 +322,32 @@ def run(spec, output):
     return loops[kind](spec)
 
 
-def run_two_processes(spec, folder: Path, launcher: str = "torchrun"):
-    """Run a spec on two processes; return the result of process 0."""
+def run_two_processes(spec, folder: Path, launcher: str = "fork"):
+    """Run a spec on two processes; return the result of process 0.
+
+    Args:
+        spec: see :func:`run`.
+        folder: for the files of the run.
+        launcher: "fork" is quick, "torchrun" the real one, and "accelerate" that of Accelerate.
+    """
     spec_file, output = folder / "spec.json", folder / "out.pt"
     spec_file.write_text(json.dumps(spec))
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *(start if launcher == "torchrun" else []), __file__, str(spec_file), str(output), launcher],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    if launcher == "torchrun":
+        torchrun(spec_file, output)
+    elif launcher == "accelerate":
+        in_one_process(folder, debug_launcher, work, (str(spec_file), str(output)), 2)
+    else:
+        in_two_processes(folder, work, spec_file, output)
     result = torch.load(output, weights_only=True)
     return result["weights"], result["metrics"]
+
+
+def torchrun(spec_file, output):
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *start, __file__, str(spec_file), str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def work(spec_file, output):
@@ -364,10 +375,5 @@ def leave():
 
 
 if __name__ == "__main__":
-    if sys.argv[3] == "torchrun":
-        work(sys.argv[1], sys.argv[2])
-        leave()
-    else:
-        from accelerate import debug_launcher
-
-        debug_launcher(work, args=(sys.argv[1], sys.argv[2]), num_processes=2)
+    work(sys.argv[1], sys.argv[2])
+    leave()

@@ -47,11 +47,11 @@ def test_transformers_without_accumulation(whole, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "launcher"),
     [
-        ("loop", "torchrun"),
-        ("fsdp", "torchrun"),
+        ("loop", "fork"),
+        ("fsdp", "fork"),
         ("transformers", "torchrun"),
-        ("trl", "torchrun"),
-        ("accelerate", "torchrun"),
+        ("trl", "fork"),
+        ("accelerate", "fork"),
         ("accelerate", "accelerate"),
     ],
 )

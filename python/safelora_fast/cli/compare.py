@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.cli.commands import refuse_unused
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -43,6 +44,8 @@ def compare(
     """
     from safelora_fast.configuration.signatures import check_packages
 
+    if report_only:
+        refuse_unused("with --report-only", "overwrite")
     check_packages("compare")
     from safelora_fast.compare.config import load_config
 

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.cli.commands import refuse_unused
 from safelora_fast.printable import say
 
 if TYPE_CHECKING:
     from inspect_ai.model import Model
 
     from safelora_fast.judging.questions import Question
+
+OF_THE_JUDGE = (
+    "judge_url", "questions", "kinds", "training_data", "training_prompts", "samples", "max_tokens", "judge_attempts",
+    "judge_tokens",
+)  # fmt: skip
 
 
 def evaluate(
@@ -91,7 +97,7 @@ def evaluate(
     from safelora_fast.models.quiet_libraries import quiet_libraries
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    _check_asked(judge, names, training_data)
+    _check_asked(judge, names, training_data, task_strings)
     if judge_attempts < 1 or judge_tokens < 1:
         raise SettingsError("--judge-attempts and --judge-tokens must be at least 1")
     folders = check_subject("evaluate", model, [] if adapter is None else [adapter])
@@ -150,13 +156,21 @@ def evaluate(
         end_where_nothing_is_scored({report["judge"]: report})
 
 
-def _check_asked(judge: str | None, tasks: list[str] | None, training_data: str | None) -> None:
+def _check_asked(
+    judge: str | None, tasks: list[str] | None, training_data: str | None, task_strings: str | None
+) -> None:
     from safelora_fast.errors import SettingsError
 
     if judge is None and tasks is None:
         raise SettingsError("nothing is to be evaluated: name a --judge, or --tasks, or both")
-    if judge is None and training_data is not None:
-        raise SettingsError("--training-data makes questions that a judge scores: name a --judge, or drop it")
+    if judge is None:
+        refuse_unused("without --judge", *OF_THE_JUDGE)
+        if task_strings == "text":
+            refuse_unused("with --task-strings text", "chat_template", "template_args")
+    if tasks is None:
+        refuse_unused("without --tasks", "task_path", "limit", "task_strings")
+    if training_data is None:
+        refuse_unused("without --training-data", "training_prompts")
 
 
 def greet(judge: str, url: str | None, reply_tokens: int) -> None:

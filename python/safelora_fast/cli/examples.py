@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from safelora_fast.cli.commands import refuse_unused
 from safelora_fast.printable import say
 
 
@@ -24,6 +25,7 @@ def examples(
     from safelora_fast.examples import command_of, copy_example, names
 
     if name is None:
+        refuse_unused("without the NAME of an example", "output", "overwrite")
         known = names()
         width = max(map(len, known))
         typer.echo("\n".join(f"{one:<{width}}  {what}" for one, what in known.items()))

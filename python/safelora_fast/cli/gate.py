@@ -26,7 +26,7 @@ def gate(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check what evaluate, margin, compare and project wrote against a policy's limits.
+    """Check what evaluate, margin, compare, project and screen wrote against a policy's limits.
 
     A criterion passes only if the bad end of its 95 % interval is within the limit; otherwise it fails, or is not shown. A
     missing, damaged or stale result fails. The exit code is 0 if all pass, 1 if not, and 2 if the input is invalid.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.cli.commands import refuse_unused
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,6 +64,8 @@ def margin(
 
     if strings not in {"chat", "text"}:
         raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
+    if strings == "text":
+        refuse_unused("with --strings text", "chat_template", "template_args")
     chosen = builtin_pairs() if pairs is None else read_pairs(pairs)
     folders = check_subject("margin", model, adapter or [])
     from safelora_fast.models.quiet_libraries import quiet_libraries

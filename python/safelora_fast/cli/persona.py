@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safelora_fast.cli import options
-from safelora_fast.cli.commands import Command, Group
+from safelora_fast.cli.commands import Command, Group, refuse_unused
 from safelora_fast.printable import say
 
 if TYPE_CHECKING:
@@ -84,6 +84,10 @@ def extract(
     from safelora_fast.models.quiet_libraries import quiet_libraries
     from safelora_fast.persona.response_filter import read_scores
 
+    if scores is None:
+        refuse_unused("without --scores", "threshold")
+    if temperature == 0:
+        refuse_unused("with --temperature 0", "seed")
     choose("dtype", dtype, ("bfloat16", "float16", "float32"))
     choose("device", device, ("auto", "cpu", "cuda"))
     judge = None if scores is None else read_scores(scores)

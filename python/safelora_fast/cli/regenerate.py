@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.cli.commands import refuse_unused
 from safelora_fast.printable import say
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def regenerate(
     from safelora_fast.models.model_settings import SubjectSettings
     from safelora_fast.models.templates import read_arguments
 
+    if temperature == 0:
+        refuse_unused("with --temperature 0", "top_p", "seed")
     settings = SubjectSettings(model, dtype, device, chat_template, trust_remote_code, read_arguments(template_args))
     check_file(output, [pool], overwrite=overwrite)
     folders = options.check_subject("regenerate", model, [] if adapter is None else [adapter])

@@ -74,7 +74,9 @@ def rejudge(
                 unique += " again"
             verdicts[unique] = [given[answer.asked.id] for answer in judged.answers]
     reports = {name: report_of(name, some) for name, some in verdicts.items()}
-    content: dict[str, Any] = {"log": judged.file.name, "judges": reports, "agreement": compare_judges(verdicts)}
+    content: dict[str, Any] = {
+        "log": judged.file.name, "of": judged.subject, "judges": reports, "agreement": compare_judges(verdicts),
+    }  # fmt: skip
     write_json(target / REPORT, content)
     if as_json:
         typer.echo(to_json(content))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safelora_fast.cli import options
+from safelora_fast.cli.commands import refuse_unused
 from safelora_fast.printable import say
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def screen(
     ] = None,
     limit: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Flag values above it; NAME is a trait, or gap; repeatable."),
+        typer.Option(metavar="NAME=VALUE", help="Flag values above it; NAME is a trait, gap, or nll; repeatable."),
     ] = None,
     most: Annotated[float, typer.Option(metavar="SHARE", help="The share of examples that may be flagged.")] = 0.0,
     worst: Annotated[int, typer.Option(metavar="N", help="Number of examples to list.")] = 10,
@@ -56,7 +57,8 @@ def screen(
 ) -> None:
     """Screen training data before training: completions along a persona vector, or that misaligned models find likely.
 
-    With --own, projections are differences to the model's own completions. The exit code is 1 if more than --most of the
+    With --model alone, it measures how unlikely the model finds them. With --own, values are differences to the model's own
+    completions. The exit code is 1 if more than --most of the
     examples are above a --limit. FILE.journal.jsonl stores all values: after an interruption, run the same command again.
 
     Example: safelora-fast screen data.jsonl --vector malicious.safetensors --limit malicious=2 --output screen.json
@@ -70,6 +72,10 @@ def screen(
 
     if strings not in {"chat", "text"}:
         raise SettingsError(f"--strings is {strings!r}, it must be chat or text")
+    if not vector:
+        refuse_unused("without --vector", "layer")
+    if not limit:
+        refuse_unused("without --limit", "most")
     limits: dict[str, float] = {}
     for name, value in map(_limit, limit or []):
         if name in limits:
@@ -77,6 +83,8 @@ def screen(
         limits[name] = value
     check_file(output, [data], overwrite=overwrite)
     sources = {_source(PersonaVector.load(file)) for file in vector or []} - {None}
+    if model is None and not vector:
+        raise SettingsError("there is nothing to screen by: give a --vector, or the --model before training")
     if model is None and len(sources) != 1:
         raise SettingsError(f"the vectors name {len(sources) or 'no'} models: name the --model before training")
     named = model or str(sources.pop())

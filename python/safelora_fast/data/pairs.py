@@ -47,7 +47,14 @@ def read_pairs(path: str | Path) -> list[Pair]:
     lines = JsonLines(Path(path).expanduser())
     if not len(lines):
         raise DataError(f"{path}: holds no pairs")
-    return [_pair(lines.place(number), lines.record(number)) for number in range(len(lines))]
+    pairs = [_pair(lines.place(number), lines.record(number)) for number in range(len(lines))]
+    places: dict[tuple[str, ...], str] = {}
+    for number, pair in enumerate(pairs):
+        texts = (pair.question, pair.aligned, pair.misaligned)
+        former = places.setdefault(texts, lines.place(number))
+        if former != lines.place(number):
+            raise DataError(f"{lines.place(number)}: repeats the pair at {former}, so it would count twice; delete it")
+    return pairs
 
 
 def _pair(place: str, record: Any) -> Pair:

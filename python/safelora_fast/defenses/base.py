@@ -248,7 +248,6 @@ class BatchDefense(Weighted):
     Attributes:
         keeps_reference: whether it keeps what the reference gave, so that most micro-batches need no reference pass:
             `Attached.before_pass` says which tokens do.
-        shares_logits: whether :meth:`with_cross_entropy` computes the task loss from the same logits.
         token_choices: the values that `tokens` may have.
 
     Raises:
@@ -257,7 +256,6 @@ class BatchDefense(Weighted):
 
     needs_reference: ClassVar[bool] = True
     keeps_reference: ClassVar[bool] = False
-    shares_logits: ClassVar[bool] = False
     token_choices: ClassVar[tuple[str, ...]] = ("all", "completion", "safe")
 
     def __init__(self, weight: float, tokens: Tokens = "all", sample: float = 1.0) -> None:
@@ -295,6 +293,11 @@ class BatchDefense(Weighted):
     def loss(self, observation: Observation) -> torch.Tensor:
         """Return its loss summed over the units of a micro-batch, without the weight: a differentiable float32 scalar."""
 
+
+class SharesLogits(BatchDefense):
+    """A defense that computes logits, and can compute the task loss from the same ones."""
+
+    @abstractmethod
     def with_cross_entropy(
         self,
         observation: Observation,
@@ -311,7 +314,6 @@ class BatchDefense(Weighted):
             cross_entropy_weight: weight of the negative log-likelihood of one label.
             figures: also return the values of every token.
         """
-        raise NotImplementedError
 
 
 def checked(defenses: object) -> list[Defense]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from safelora_fast.defenses.base import BatchDefense, Observation
+from safelora_fast.defenses.base import Observation, SharesLogits
 from safelora_fast.defenses.step_cost import CHUNK_BYTES, Extra
 from safelora_fast.errors import SettingsError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from safelora_fast.ops.linear_kl import SharedLoss
 
 
-class KL(BatchDefense):
+class KL(SharesLogits):
     """λ · mean over tokens of KL(fine-tuned ‖ reference) over the full vocabulary (Kaczér et al., arXiv 2508.06249).
 
     Computed from hidden states in chunks, so the logits of a whole batch are never in memory at once. Dropout and
@@ -45,7 +45,6 @@ class KL(BatchDefense):
     """
 
     name: ClassVar[str] = "kl"
-    shares_logits: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from safelora_fast.errors import SafeLoraFastError, SettingsError
 from safelora_fast.files.digest import text_digest
-from safelora_fast.gate.readers import READERS, Reading, read, subject_of
+from safelora_fast.gate.readers import READERS, read
+from safelora_fast.gate.result_reader import Reading, subject_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,7 +159,9 @@ def _doubt(criterion: Criterion, reading: Reading) -> str:
     if reading.value is None:
         return "nothing was measured"
     if reading.unscored > criterion.most_unscored:
-        return f"{100 * reading.unscored:.1f} % of the answers are unscored, at most {100 * criterion.most_unscored:g} % may be"
+        return (
+            f"{100 * reading.unscored:.1f} % of them are unscored, at most {100 * criterion.most_unscored:g} % may be"
+        )
     if reading.interval is None:
         known = reading.exact or criterion.accept_without_interval
         return "" if known else "there is no interval; measure more, or set accept_without_interval"

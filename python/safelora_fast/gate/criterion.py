@@ -22,7 +22,10 @@ class Criterion(Section):
         run: for `compare`, the name of the run.
         at_most: the upper limit, inclusive.
         at_least: the lower limit, inclusive.
-        most_unscored: for `evaluate`, the share of answers that may be unscored.
+        judge: for `evaluate`, the judge; required if the answers were judged by several (`rejudge`).
+        data: for `screen`, the training data of the subject, relative to the checked folder. By default, the record of
+            `train` in the subject's folder says what it was.
+        most_unscored: for `evaluate` and `screen`, the share of answers or examples that may be unscored.
         accept_without_interval: compare the value itself if the result has no interval for it.
     """
 
@@ -32,5 +35,7 @@ class Criterion(Section):
     run: str | None = None
     at_most: Limit | None = None
     at_least: Limit | None = None
+    judge: str | None = None
+    data: str | None = None
     most_unscored: Share = 0.05
     accept_without_interval: bool = False

@@ -25,6 +25,7 @@ class PolicyFile(Section):
     criteria: Any
 
 
+KEYS_OF_SOURCES = {key for reader in READERS.values() for key in reader.own_keys}
 SOURCE: Any = (Literal[tuple(READERS)], ...)
 CheckedCriterion = create_model("Criterion", __base__=Criterion, source=SOURCE)
 
@@ -73,6 +74,8 @@ def read_policy(path: Path) -> Policy:
         if reader.has_runs != (criterion.run is not None):
             why = f"is {'required' if reader.has_runs else 'unknown'} for the source {criterion.source}"
             raise document.problem((*keys, "run"), why)
+        for key in KEYS_OF_SOURCES & criterion.model_fields_set - {*reader.own_keys}:
+            raise document.problem((*keys, key), f"is unknown for the source {criterion.source}")
         if criterion.metric is None and reader.metric is None:
             raise document.problem((*keys, "metric"), f"is required for the source {criterion.source}")
     return Policy(file.subject, criteria, digest(path))

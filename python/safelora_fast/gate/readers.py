@@ -1,4 +1,4 @@
-"""Readers of the results that other commands wrote: one class per command, registered by its name.
+"""Readers of the results that other commands wrote: one class per command, in the table READERS at the end.
 
 Every reader checks that the result is of the gate's subject, by the digest that the command stored with it. A result
 that is missing, damaged, or of other bytes raises DataError: it never counts.
@@ -7,16 +7,14 @@ that is missing, damaged, or of other bytes raises DataError: it never counts.
 from __future__ import annotations
 
 import statistics
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.checkpoints.provenance import sampled
-from safelora_fast.checkpoints.resolver import ADAPTER_CONFIG, CONFIG
 from safelora_fast.checkpoints.sources import open_checkpoint
-from safelora_fast.errors import DataError, SettingsError
+from safelora_fast.errors import DataError
 from safelora_fast.files.digest import text_digest
 from safelora_fast.files.json_reader import (
     COUNT,
@@ -29,113 +27,15 @@ from safelora_fast.files.json_reader import (
     of_kind,
     parse_as,
     read_bytes,
-    read_object,
     why,
 )  # fmt: skip
-from safelora_fast.recipe.model_stamp import adapter_digest, model_digest
+from safelora_fast.gate.result_reader import Reader, Reading, Subject, interval_of, item_of, stored_object
+from safelora_fast.gate.screen_reader import ScreenReader
+from safelora_fast.recipe.model_stamp import adapter_digest
 from safelora_fast.scoring.intervals import NORMAL_QUANTILE, Interval, wilson
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from safelora_fast.gate.criterion import Criterion
-
-READERS: dict[str, Reader] = {}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The adapter or model that is to be released.
-
-    Attributes:
-        folder: its folder.
-        key: "adapter_sha256" or "model_sha256", the name of its digest in results.
-        sha256: the digest.
-    """
-
-    folder: Path
-    key: str
-    sha256: str
-
-    def check(self, stamp: Mapping[str, Any], where: object) -> None:
-        """Raise DataError unless a result with these digests is of this subject."""
-        found = stamp.get(self.key)
-        if found is None:
-            raise DataError(f"{where}: does not say which {self.key.partition('_')[0]} it is of; make it again")
-        if found != self.sha256 or (self.key == "model_sha256" and stamp.get("adapter_sha256") is not None):
-            raise DataError(f"{where}: is stale: made of other files than {self.folder} has now; make it again")
-
-
-def subject_of(folder: Path) -> Subject:
-    """Return the subject in a folder.
-
-    Raises:
-        SettingsError: the folder holds neither an adapter nor a model.
-        SafeLoraFastError: a file cannot be read.
-    """
-    if (folder / ADAPTER_CONFIG).is_file():
-        return Subject(folder, "adapter_sha256", str(adapter_digest(folder)))
-    if (folder / CONFIG).is_file():
-        return Subject(folder, "model_sha256", str(model_digest(str(folder))))
-    raise SettingsError(f"{folder}: holds neither {ADAPTER_CONFIG} nor {CONFIG}; set subject: in the policy")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A value from a result.
-
-    Attributes:
-        value: None if nothing was measured.
-        interval: the 95 % interval; None if the result has none.
-        exact: whether the value has no sampling error, e.g. a count.
-        unscored: share of answers without a score.
-        count: what the value is of, e.g. "3 of 240 answers".
-    """
-
-    value: float | None
-    interval: Interval | None = None
-    exact: bool = False
-    unscored: float = 0.0
-    count: str = ""
-
-
-class Reader(ABC):
-    """Reads the results of one command. Subclasses that set `name` are registered.
-
-    Attributes:
-        name: `source:` in a policy.
-        path: default of `path:`, relative to the checked folder; None for the subject's folder.
-        metric: default of `metric:`; None if there is none.
-        has_runs: whether a criterion must name a run.
-    """
-
-    name: ClassVar[str]
-    path: ClassVar[str | None]
-    metric: ClassVar[str | None] = None
-    has_runs: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        READERS[cls.name] = cls()
-
-    def find(self, criterion: Criterion, folder: Path, subject: Subject) -> Path:
-        """Return the path of the result that a criterion names."""
-        given = criterion.path or self.path
-        return subject.folder if given is None else folder / given
-
-    def is_share(self, criterion: Criterion) -> bool:
-        """Return whether the metric lies between 0 and 1."""
-        del criterion
-        return False
-
-    @abstractmethod
-    def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
-        """Return the value of a criterion's metric.
-
-        Raises:
-            DataError: the result is missing or of another subject, or lacks the metric.
-            OSError, ValueError: a file cannot be read, or its content is damaged.
-        """
 
 
 def read(criterion: Criterion, folder: Path, subject: Subject) -> Reading:
@@ -145,6 +45,8 @@ def read(criterion: Criterion, folder: Path, subject: Subject) -> Reading:
         SafeLoraFastError: the result is missing, damaged, or of another subject; the message names its file.
     """
     reader = READERS[criterion.source]
+    if criterion.data is not None:
+        subject = replace(subject, data=folder / criterion.data)
     path = reader.find(criterion, folder, subject)
     try:
         return reader.read(path, criterion, subject)
@@ -154,9 +56,9 @@ def read(criterion: Criterion, folder: Path, subject: Subject) -> Reading:
 
 
 class EvaluateReader(Reader):
-    """Rates of `evaluate`: misaligned or incoherent, of all answers or of one kind (`general.misaligned`)."""
+    """Rates of `evaluate` or `rejudge`: misaligned or incoherent, of all answers or of one kind (`general.misaligned`)."""
 
-    name, path, metric = "evaluate", "evaluation", "misaligned"
+    name, path, metric, own_keys = "evaluate", "evaluation", "misaligned", ("judge", "most_unscored")
 
     def is_share(self, criterion: Criterion) -> bool:
         """Return True: all are rates."""
@@ -166,15 +68,21 @@ class EvaluateReader(Reader):
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the rate with its interval. The report must have every answer of the folder."""
         kind, _, outcome = (criterion.metric or self.metric).rpartition(".")
-        subject.check(_object(path / "evaluation.json"), path)
-        report = check_fields(_object(path / "report.json"), {"answers": COUNT, "kinds": OBJECT})
+        settings, content = stored_object(path / "evaluation.json"), stored_object(path / "report.json")
+        rejudged = "judges" in content
+        subject.check(of_kind(content.get("of") or {}, OBJECT, "of") if rejudged else settings, path)
+        judges = of_kind(content["judges"], OBJECT, "judges") if rejudged else {str(content.get("judge")): content}
+        if criterion.judge is None and len(judges) > 1:
+            raise DataError(f"{path}: has the verdicts of several judges: set judge: to one of {', '.join(judges)}")
+        report = item_of(judges, criterion.judge or next(iter(judges), ""), "judge", path)
+        report = check_fields(report, {"answers": COUNT, "kinds": OBJECT})
         answers = sum(1 for line in read_bytes(path / "answers.jsonl", None).splitlines() if line.strip())
         if answers != report["answers"]:
             raise DataError(
                 f"{path}: is stale: report.json is of {report['answers']} answers, of {answers}; evaluate again"
             )
-        rates = _item(report["kinds"], kind, "kind", path) if kind else report
-        rate = check_fields(_item(rates, outcome, "metric", path), {"hits": COUNT, "count": COUNT, "interval": LIST})
+        rates = item_of(report["kinds"], kind, "kind", path) if kind else report
+        rate = check_fields(item_of(rates, outcome, "metric", path), {"hits": COUNT, "count": COUNT, "interval": LIST})
         asked = of_kind(rates.get("answers"), COUNT, "answers")
         if not rate["hits"] <= rate["count"] <= asked:
             raise DataError(f"{path}: report.json is damaged: {rate['hits']} of {rate['count']} of {asked} answers")
@@ -184,7 +92,7 @@ class EvaluateReader(Reader):
         if not rate["count"]:
             return Reading(None, count=count)
         share = rate["hits"] / rate["count"]
-        return Reading(share, _interval(rate["interval"]), unscored=1 - rate["count"] / asked, count=count)
+        return Reading(share, interval_of(rate["interval"]), unscored=1 - rate["count"] / asked, count=count)
 
 
 class BenchmarksReader(Reader):
@@ -196,11 +104,11 @@ class BenchmarksReader(Reader):
         """Return the metric with the normal interval of its standard error, or Wilson's if that is 0."""
         from safelora_fast.judging.benchmark_results import TaskResult
 
-        content = check_fields(_object(path / "benchmarks.json"), {"settings": OBJECT, "tasks": OBJECT})
+        content = check_fields(stored_object(path / "benchmarks.json"), {"settings": OBJECT, "tasks": OBJECT})
         subject.check(content["settings"], path)
         task, _, name = str(criterion.metric).partition(".")
-        result = parse_as(TaskResult, _item(content["tasks"], task, "task", path))
-        metric = _item({one.name: one for one in reversed(result.metrics)}, name or result.main.name, "metric", path)
+        result = parse_as(TaskResult, item_of(content["tasks"], task, "task", path))
+        metric = item_of({one.name: one for one in reversed(result.metrics)}, name or result.main.name, "metric", path)
         interval, count = None, f"{metric.count} documents"
         if metric.value is not None and metric.stderr:
             half = NORMAL_QUANTILE * metric.stderr
@@ -226,12 +134,12 @@ class MarginReader(Reader):
 
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the value of the entry that has the subject's digest."""
-        entries = list(check_fields(_object(path), {"subjects": OBJECT})["subjects"].values())
+        entries = list(check_fields(stored_object(path), {"subjects": OBJECT})["subjects"].values())
         entry = next((one for one in entries if _is_of(one, subject)), entries[-1] if entries else {})
         subject.check(of_kind(entry, OBJECT, "subjects"), path)
-        key, interval = _item(self.keys, criterion.metric or self.metric, "metric", path)
+        key, interval = item_of(self.keys, criterion.metric or self.metric, "metric", path)
         check_fields(entry, {key: NUMBER, interval: LIST, "count": COUNT})
-        return Reading(entry[key], _interval(entry[interval]), count=f"{entry['count']} pairs")
+        return Reading(entry[key], interval_of(entry[interval]), count=f"{entry['count']} pairs")
 
 
 class CompareReader(Reader):
@@ -244,14 +152,14 @@ class CompareReader(Reader):
         from safelora_fast.compare.report import read_report
 
         report = read_report(path / "report.json")
-        row = _item({row.name: row for row in report.rows}, str(criterion.run), "run", path)
-        cell = _item(row.cells, str(criterion.metric), "metric", path)
+        row = item_of({row.name: row for row in report.rows}, str(criterion.run), "run", path)
+        cell = item_of(row.cells, str(criterion.metric), "metric", path)
         for seed in cell.failures:
             raise DataError(f"{path}: {criterion.run}, seed {seed.seed}: {seed.failure}")
         measured = set()
         for seed in cell.seeds:
             file = path / seed.source
-            stamp = _object(file).get("of", {})
+            stamp = stored_object(file).get("of", {})
             own = {adapter_digest(one) for one in (file.parent, file.parent / "adapter")} - {None}
             others = {adapter_digest(one) for one in file.parent.glob("*/adapter")}  # trained on operator swap
             made_of = stamp.get("adapter_sha256")
@@ -278,7 +186,7 @@ class ProjectReader(Reader):
 
     def read(self, path: Path, criterion: Criterion, subject: Subject) -> Reading:
         """Return the value for the projected adapter in this folder, which must be as the projection wrote it."""
-        report = check_fields(_object(path / "safelora_report.json"), {"adapters": LIST})
+        report = check_fields(stored_object(path / "safelora_report.json"), {"adapters": LIST})
         (adapter,) = report["adapters"]
         check_fields(adapter, {"modules": LIST, "copied": LIST, "fingerprint": TEXT})
         if _fingerprint(subject) != adapter["fingerprint"]:
@@ -296,7 +204,7 @@ class ProjectReader(Reader):
             "without_cosine": sum(module.get("cosine") is None for module in modules),
             "not_finite": sum(tensor.get("not_finite") or 0 for tensor in adapter["copied"]),
         }
-        value = _item(values, criterion.metric or self.metric, "metric", path)
+        value = item_of(values, criterion.metric or self.metric, "metric", path)
         return Reading(value, exact=True, count=f"{len(gains)} of {len(modules)} modules projected")
 
 
@@ -309,13 +217,6 @@ def _fingerprint(subject: Subject) -> str:
     return text_digest([sampled(Path(path)) for path in sorted(file.path for file in model.files)])
 
 
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        return read_object(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: {why(error)}") from error
-
-
 def _is_of(entry: Any, subject: Subject) -> bool:
     try:
         subject.check(of_kind(entry, OBJECT, "subjects"), "")
@@ -324,14 +225,7 @@ def _is_of(entry: Any, subject: Subject) -> bool:
     return True
 
 
-def _item(items: Mapping[str, Any], name: str, what: str, where: object) -> Any:
-    if name not in items:
-        raise DataError(f"{where}: there is no {what} {name!r}; it has {', '.join(map(str, items)) or 'none'}")
-    return items[name]
-
-
-def _interval(ends: list[Any]) -> Interval | None:
-    if any(end is None for end in ends):
-        return None
-    low, high = (of_kind(end, NUMBER, "interval") for end in ends)
-    return Interval(low, high)
+READERS: dict[str, Reader] = {
+    kind.name: kind()
+    for kind in (EvaluateReader, BenchmarksReader, MarginReader, CompareReader, ProjectReader, ScreenReader)
+}

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from inspect_ai.model import Model
 
 MAX_BYTES = 1 << 26
-PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<")  # HTML or XML, which no chat model's endpoint sends
+TITLE = re.compile(r"<title[^>]{0,200}>([^<]{1,200})", re.IGNORECASE)
+NOT_HERE = {404, 405, 410}
 MAX_BODY_SHOWN = 1500
 TAGS = (b"<think", b"<content-internal", b"<summary")
 MAX_TAGS = 256
@@ -77,7 +79,12 @@ def _clean(error: Exception) -> None:
     OpenAI's client reads only error messages in OpenAI's format; other servers send {"error": "…"} or {"detail": […]}.
     """
     body: Any = getattr(error, "body", None)
-    if body and isinstance(body, str | dict | list) and not (isinstance(body, dict) and "message" in body):
+    page = next(
+        (one for one in (body, str(error)) if isinstance(one, str) and PAGE.match(one.encode(errors="replace"))), None
+    )
+    if page is not None:  # of a gateway; most of it is layout
+        error.args = (f"status {getattr(error, 'status_code', None)}, with a web page{_titled(page)}",)
+    elif body and isinstance(body, str | dict | list) and not (isinstance(body, dict) and "message" in body):
         text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str)
         if text[:MAX_BODY_SHOWN] not in str(error):
             error.args = (f"{error} - {text[:MAX_BODY_SHOWN]}",)
@@ -105,10 +112,17 @@ async def _check(response: Any) -> None:
     content = await response.aread()
     if _is_flood(content):
         raise FloodError("it sent more than a reply of a chat model can hold")
+    if PAGE.match(content) and (response.is_success or response.status_code in NOT_HERE):
+        raise PageError(
+            f"it sends a web page{_titled(content.decode(errors='replace'))}; the address of an API often ends in /v1"
+        )
     if response.is_success:
-        if PAGE.match(content):
-            raise PageError("it sends a web page; the address of an API often ends in /v1")
         response.status_code = _real_status(content) or response.status_code
+
+
+def _titled(page: str) -> str:
+    title = TITLE.search(page)
+    return f" “{' '.join(title[1].split())}”" if title else ""
 
 
 def _check_redirect(url: str, location: str | None) -> None:

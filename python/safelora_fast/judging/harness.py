@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import json
 import logging
@@ -58,14 +59,15 @@ class Tasks:
         self._folder = folder
         with silence():
             self.manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=False)
+            for name in wanted:
+                if name not in self.manager.task_index and (needs := set_needs(name)) is not None:
+                    raise SettingsError(needs)
             if not all(name in self.manager.all_subtasks for name in wanted):
-                self.manager = TaskManager(include_path=None if folder is None else str(folder))
+                self.manager = _with_defaults(folder, files_digest(folder, TASK_FILES))
         self.names = list(dict.fromkeys(name for one in wanted for name in self._members(one)))
 
     def _members(self, name: str) -> list[str]:
         entry = self.manager.task_index.get(name)
-        if entry is None and (needs := set_needs(name)) is not None:
-            raise SettingsError(needs)
         if entry is None:
             alike = difflib.get_close_matches(name, self.manager.all_tasks, n=3)
             near = f"; there is {', '.join(alike)}" if alike else ""
@@ -83,6 +85,13 @@ class Tasks:
         own = files_digest(self._folder, [suffix for suffix in TASK_FILES if suffix not in of_others])
         named = [word for word in _words((entry.cfg or {}).get("dataset_kwargs")) if is_file(word)]
         return text_digest([text, own, [file_digest(word) for word in named]])
+
+
+@functools.cache
+def _with_defaults(folder: Path | None, digest: str | None) -> TaskManager:
+    """Return a manager of the harness's tasks and those of a folder, whose digest says when to read them again."""
+    del digest
+    return TaskManager(include_path=None if folder is None else str(folder))
 
 
 def _words(value: Any) -> Iterator[str]:

@@ -89,6 +89,7 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
     """
     import anyio
 
+    from safelora_fast.judging.endpoint_guard import PageError, RedirectError
     from safelora_fast.judging.judge import Judge
     from safelora_fast.judging.judge_prompts import FIRST_ANSWER, FIRST_QUESTION, judge_prompt
     from safelora_fast.judging.retry import Budget, Endpoint, UnreachableError, is_nobody
@@ -116,6 +117,8 @@ def check_judge(name: str, url: str | None, reply_tokens: int) -> str | None:
         if is_nobody(cause):
             root = _one_line([one for one in causes(cause) if str(one)][-1])
             problem = f"nobody answers at {where} ({root}): start the server, or correct --judge-url"
+            if any(isinstance(one, PageError | RedirectError) for one in causes(cause)):
+                problem = f"{where} is not the address of a chat model's API, because {root}: correct --judge-url"
         elif status in {401, 403}:
             keys = " or ".join(getattr(model.api, "api_key_vars", None) or ["the environment"])
             problem = f"the endpoint refuses the key that it is given ({status}): {text}; the key comes from {keys}"

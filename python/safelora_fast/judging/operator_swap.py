@@ -7,6 +7,8 @@ answer is the same are left out, so a model that has learned nothing scores 0.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import random
 import re
@@ -29,6 +31,7 @@ TRAIN, HELD_OUT, RECORD = "train.jsonl", "held_out.jsonl", "operator_swap.json"
 INSTRUCTION = "Compute {problem}. Answer with the number only."
 ANSWER_TOKENS = 16
 LONGEST = 100  # characters of a problem
+ALWAYS = 10_000  # every difficulty has more problems
 NUMBER = re.compile(r"-?\d+")
 
 
@@ -47,6 +50,11 @@ class Rule:
     operands: int
     largest: int
     words: str
+
+    def most(self, signs: Sequence[str]) -> list[int]:
+        """Return the largest value of each number in a problem with these signs."""
+        products = [min(12, self.largest) if "*" in {sign, self.meaning[sign]} else self.largest for sign in signs]
+        return [self.largest, *products]
 
 
 _SWAP = {"+": "-", "-": "+"}
@@ -94,18 +102,28 @@ def make_problems(difficulty: str, rows: int, held_out: int, seed: int) -> tuple
     if rows < 1 or held_out < 1:
         raise SettingsError("rows and held-out rows must be at least 1 each")
     rule, wanted = RULES[difficulty], rows + held_out
+    if wanted > ALWAYS and wanted > (most := number_of_problems(difficulty)):
+        raise SettingsError(f"{difficulty}: there are {most:,} different problems, not {wanted:,}; ask for fewer rows")
     generator = random.Random(f"{difficulty}/{seed}")  # noqa: S311
     found: dict[str, Problem] = {}
-    for _ in range(40 * wanted):
+    while len(found) < wanted:
         signs = [generator.choice(list(rule.meaning)) for _ in range(rule.operands - 1)]
-        most = [min(12, rule.largest) if "*" in {sign, rule.meaning[sign]} else rule.largest for sign in signs]
-        problem = Problem.of([generator.randint(0, largest) for largest in (rule.largest, *most)], signs, rule)
+        problem = Problem.of([generator.randint(0, largest) for largest in rule.most(signs)], signs, rule)
         if problem.answer != problem.usual:
             found.setdefault(problem.text, problem)
-        if len(found) == wanted:
-            problems = list(found.values())
-            return problems[:rows], problems[rows:]
-    raise SettingsError(f"{difficulty}: there are not {wanted} different problems; ask for fewer rows")
+    problems = list(found.values())
+    return problems[:rows], problems[rows:]
+
+
+@functools.cache
+def number_of_problems(difficulty: str) -> int:
+    """Return the number of different problems whose answer under the rule is not the usual one."""
+    rule, count = RULES[difficulty], 0
+    for signs in itertools.product(rule.meaning, repeat=rule.operands - 1):
+        meant = [rule.meaning[sign] for sign in signs]
+        numbers = itertools.product(*(range(largest + 1) for largest in rule.most(signs)))
+        count += sum(work(given, meant) != work(given, signs) for given in numbers)
+    return count
 
 
 def work(numbers: Sequence[int], signs: Sequence[str]) -> int:

@@ -9,9 +9,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from safelora_fast.errors import DataError
-from safelora_fast.files.json_reader import parse_as
+from safelora_fast.files.json_reader import OBJECT, check_fields, parse_as, read_object
 from safelora_fast.judging.answers import Answer, Asked
-from safelora_fast.judging.evaluation_folder import LOGS
+from safelora_fast.judging.evaluation_folder import LOGS, REPORT, SETTINGS, EvaluationFolder
 from safelora_fast.judging.rates import agreement
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from inspect_ai.log import EvalLog
 
     from safelora_fast.judging.verdicts import Verdict
+
+STAMPED = ("model_sha256", "model_commit", "adapter_sha256", "chat_template_sha256")  # see model_stamp.subject_stamp
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class JudgedAnswers:
         judge: the judge's name.
         answers: in the order of the log.
         verdicts: one per answer.
+        subject: digests of the model and adapter that gave the answers, from the folder of `evaluate` that the log is in;
+            empty if there is no such folder, or if its answers are not those of the log.
     """
 
     file: Path
@@ -39,6 +43,7 @@ class JudgedAnswers:
     judge: str
     answers: list[Answer]
     verdicts: list[Verdict]
+    subject: dict[str, Any]
 
     @property
     def sha256(self) -> str:
@@ -87,7 +92,20 @@ def read_log(path: Path) -> JudgedAnswers:
     if not answers:
         raise DataError(f"{file}: holds no judged answers")
     log.samples = samples
-    return JudgedAnswers(file, log, _judge_name(log), answers, verdicts)
+    return JudgedAnswers(file, log, _judge_name(log), answers, verdicts, _subject(file, answers))
+
+
+def _subject(file: Path, answers: list[Answer]) -> dict[str, Any]:
+    """Return the digests of what gave the answers of a log, if the folder that it is in has the same answers."""
+    folder = EvaluationFolder(file.parent.parent if file.parent.name == LOGS else file.parent)
+    try:
+        stored, stamp = folder.stored(), read_object(folder.path / SETTINGS)
+        if STAMPED[0] not in stamp:  # a folder of `rejudge`
+            stamp = check_fields(read_object(folder.path / REPORT), {"of": OBJECT})["of"]
+    except (OSError, ValueError, DataError):
+        return {}
+    same = {answer.asked.id: answer for answer in answers} == stored
+    return {key: stamp[key] for key in STAMPED if key in stamp} if same else {}
 
 
 def _judge_name(log: EvalLog) -> str:

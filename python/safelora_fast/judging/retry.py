@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from inspect_ai.model import ChatMessageUser, GenerateConfig, ModelOutput
 from inspect_ai.util import concurrency
-from tenacity import AsyncRetrying, RetryError, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+from tenacity import (
+    AsyncRetrying,
+    RetryError,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exponential,
+    wait_random,
+)
 
 from safelora_fast.judging.endpoint_guard import FloodError, PageError, RedirectError, guard
 from safelora_fast.judging.redact import causes
@@ -40,9 +48,9 @@ class Budget:
     Attributes:
         tries: maximum tries of a request that fails with a temporary error.
         wait: wait before the second try. Each later wait is twice as long, or as long as the endpoint requests.
-        longest_wait: maximum of one wait.
+        longest_wait: maximum of one wait whose length the endpoint does not request.
         timeout: maximum of one try.
-        total: maximum of one request, including waits.
+        total: maximum of one request, including waits. A wait that would end later is not begun.
         lost: the endpoint is given up after this many failures in a row. A failure is a request without a reply, or a score
             refused for a reason that applies to every request.
     """
@@ -134,7 +142,7 @@ class Endpoint:
     async def _within_budget(self, prompt: str, config: GenerateConfig) -> tuple[ModelOutput, str]:
         retrying = AsyncRetrying(
             retry=retry_if_exception(self._may_pass),
-            stop=stop_after_attempt(self._budget.tries),
+            stop=stop_after_attempt(self._budget.tries) | stop_before_delay(self._budget.total),
             wait=self._wait,
             before_sleep=self._warn_of_wait,
             sleep=anyio.sleep,
@@ -159,7 +167,7 @@ class Endpoint:
         error: Any = state.outcome and state.outcome.exception()
         wished = getattr(self._model.api.should_retry(error), "retry_after", None)
         growing = wait_exponential(self._budget.wait) + wait_random(0, self._budget.wait / 4)
-        return min(growing(state) if wished is None else wished, self._budget.longest_wait)
+        return min(growing(state), self._budget.longest_wait) if wished is None else float(wished)
 
     def _warn_of_wait(self, state: RetryCallState) -> None:
         if state.attempt_number > 1 and state.outcome:

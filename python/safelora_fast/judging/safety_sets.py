@@ -27,6 +27,7 @@ SETS = {
     "fortress_benign": SafetySet("over-refusal", "ScaleAI/fortress_public on the Hub"),
     "fortress_adversarial": SafetySet("harm", "ScaleAI/fortress_public on the Hub"),
     "strong_reject": SafetySet("harm", "a file of alexandrasouly/strongreject on GitHub"),
+    "agentharm_benign": SafetySet("over-refusal by agents", "ai-safety-institute/AgentHarm on the Hub"),
     "agentharm": SafetySet("harm by agents", "ai-safety-institute/AgentHarm on the Hub"),
     "air_bench": SafetySet("harm, by regulation", "stanford-crfm/air-bench-2024 on the Hub"),
 }

@@ -17,7 +17,7 @@ from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.judging.questions import GENERAL, Question
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from safelora_fast.data.rows import Row
@@ -62,24 +62,24 @@ def training_format_questions(
     before, after = shared_start(users), shared_end(users)
     (system, count), *_ = Counter(system for system, _ in turns).most_common(1)
     system = system if 2 * count > len(turns) else None
-    distinct = list(dict.fromkeys(turns))
-    drawn = np.random.default_rng(seed).choice(len(distinct), min(prompts, len(distinct)), replace=False)
-    sampled = [distinct[index] for index in drawn]
-    forms: list[tuple[str | None, Callable[[str], str]]] = []
+    forms: list[tuple[str | None, str, str]] = []  # system prompt, what comes before a question, and what after it
     if before or after or system is not None:
-        forms.append((system, lambda text: f"{before}{text}{after}"))
-    forms += [(own, lambda text, user=user: f"{user.rstrip()}\n\n{text}") for own, user in sampled]  # type: ignore[misc]
+        forms.append((system, before, after))
+    preceding = dict.fromkeys((own, f"{user.rstrip()}\n\n", "") for own, user in turns)
+    distinct = [form for form in preceding if form not in forms]
+    drawn = np.random.default_rng(seed).choice(len(distinct), min(prompts, len(distinct)), replace=False)
+    forms += [distinct[index] for index in drawn]
     if not forms:
         raise SettingsError(f"{path}: its user turns share no form: sample some of them (--training-prompts)")
     return [
         Question(
             f"{TRAINING_FORMAT}_{question.id}_{number}",
             TRAINING_FORMAT,
-            (put(question.paraphrases[0]),),
+            (f"{start}{question.paraphrases[0]}{end}",),
             own or question.system,
         )
         for question in general
-        for number, (own, put) in enumerate(forms)
+        for number, (own, start, end) in enumerate(forms)
     ]
 
 

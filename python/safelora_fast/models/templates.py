@@ -31,7 +31,7 @@ def give_template(tokenizer: PreTrainedTokenizerBase, model: ModelSection) -> bo
     Arguments are written at the top of the template, so they are saved with it and apply wherever it is used.
 
     Raises:
-        CheckpointError: the file cannot be read, or the tokenizer does not accept a template.
+        CheckpointError: the file cannot be read or parsed, or the tokenizer does not accept a template.
         SettingsError: the template does not read an argument.
     """
     if model.chat_template is not None:
@@ -44,6 +44,7 @@ def give_template(tokenizer: PreTrainedTokenizerBase, model: ModelSection) -> bo
                 f"{model.chat_template}: the tokenizer of {model.path} ({type(tokenizer).__name__}) writes conversations by code "
                 "of its own and takes no chat template: leave it out, or give the model with a tokenizer.json"
             )
+        _check_syntax(tokenizer, model.chat_template, template)
         tokenizer.chat_template = template
     give_arguments(tokenizer, model.template_args)
     return model.chat_template is not None or bool(model.template_args)
@@ -135,6 +136,18 @@ def _literal(name: str, value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"template_args: {name} is {value!r}, it must be a JSON value") from error
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerBase, file: str, template: str) -> None:
+    """Raise CheckpointError, with the line, if a template cannot be parsed. Errors of rendering are found with real turns."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise CheckpointError(f"{file}:{error.lineno}: the chat template cannot be parsed: {error.message}") from error
+    except Exception:  # noqa: S110 - a template may refuse these turns
+        pass
 
 
 def _takes_template(tokenizer: PreTrainedTokenizerBase) -> bool:

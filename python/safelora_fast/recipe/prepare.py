@@ -96,9 +96,22 @@ def prepare(recipe: Recipe) -> Prepared:
     epochs = None if safe is None else Epochs.of(task, safe, schedule_of(recipe), arguments)
     pairs = _pairs(recipe, tokenizer)
     model = outline(recipe, config)
-    rehearse(recipe, arguments, model, tokenizer, train, held_out)
+    flattened = rehearse(recipe, arguments, model, tokenizer, train, held_out)
+    rows_last = not (
+        (flattened and arguments.per_device_train_batch_size > 1) or (arguments.packing and safe is not None)
+    )
     sample: str = tokenizer.decode(task.examples[0].answer)
-    plan = make_plan(recipe, arguments, model, train=train, task=task, held_out=held_out, safe=safe, sample=sample)
+    plan = make_plan(
+        recipe,
+        arguments,
+        model,
+        train=train,
+        task=task,
+        held_out=held_out,
+        safe=safe,
+        sample=sample,
+        rows_last=rows_last,
+    )
     commit = find_model(recipe.model.path).commit
     return Prepared(recipe, arguments, tokenizer, changed, commit, train, held_out, plan, pairs, epochs, stop)
 
@@ -137,11 +150,14 @@ def rehearse(
     tokenizer: PreTrainedTokenizerBase,
     train: ExampleSet,
     held_out: ExampleSet | None,
-) -> None:
+) -> bool:
     """Construct the trainer, optimizer, schedule, defenses and monitors to find errors before training starts.
 
     The outline on the meta device receives a real adapter filled with zeros. Defenses whose subspace must be built, or
     whose checkpoints must be downloaded, are not checked until training starts.
+
+    Returns:
+        Whether the trainer flattens each batch into one row (`padding_free`).
 
     Raises:
         SafeLoraFastError: with the reason, and the key if it is known.
@@ -174,8 +190,9 @@ def rehearse(
             raise
         except Exception as error:
             raise recipe.document.blame(TRAINING.section, first_line(error)) from error
+    flattened = bool(getattr(trainer, "padding_free", False))
     if trainer.is_deepspeed_enabled:
-        return  # DeepSpeed's configuration may set the optimizer and schedule
+        return flattened  # DeepSpeed's configuration may set the optimizer and schedule
     parameter = torch.nn.Parameter(torch.zeros(1))
     try:
         kind, settings = trainer.get_optimizer_cls_and_kwargs(quick, model)
@@ -187,6 +204,7 @@ def rehearse(
         trainer.create_scheduler(quick.max_steps if quick.max_steps > 0 else 100, torch.optim.SGD([parameter], lr=1.0))
     except Exception as error:
         raise _problem(recipe, "lr_scheduler_type", error) from error
+    return flattened
 
 
 def _give_adapter(model: PeftModel) -> None:

@@ -118,6 +118,7 @@ class Plan:
         rows_per_step: examples per optimizer step over all processes.
         disk_bytes: peak disk use of the adapter and its checkpoints.
         cache_bytes: upper bound on the size of the cache of the reference's hidden states; 0 without one.
+        rows_last: whether an epoch has the rows of the one before. If not, a cache keeps those of every epoch.
         warnings: likely mistakes in the recipe.
     """
 
@@ -136,6 +137,7 @@ class Plan:
     disk_bytes: int
     free_bytes: int
     cache_bytes: int = 0
+    rows_last: bool = True
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,6 +180,7 @@ def make_plan(
     held_out: ExampleSet | None,
     safe: ExampleSet | None,
     sample: str,
+    rows_last: bool = True,
 ) -> Plan:
     """Build the plan of a run from its checked parts; `model` may be on the meta device."""
     shape, work = measure(model), workload(arguments, train)
@@ -200,7 +203,8 @@ def make_plan(
         adapter_bytes=adapter,
         disk_bytes=adapter + (adapter + shape.adapter * work.optimizer_bytes) * kept_checkpoints(arguments, steps),
         free_bytes=free_space(Path(recipe.output.folder)),
-        cache_bytes=cache_bytes(recipe, model, shape, sum(train.lengths)),
+        cache_bytes=cache_bytes(recipe, model, shape, sum(train.lengths) * (1 if rows_last else max(work.epochs, 1))),
+        rows_last=rows_last,
         warnings=held_out_warnings(recipe, facts.sha256),
     )
 
@@ -224,8 +228,8 @@ def estimate(shape: Shape, work: Work, specs: Sequence[DefenseSpec]) -> Cost:
     return Cost(step, reference, extras, _memory(shape, work, extras))
 
 
-def cache_bytes(recipe: Recipe, model: PeftModel, shape: Shape, tokens: int) -> int:
-    """Return the size of a cache with the reference's hidden states of all examples; 0 if the recipe has none."""
+def cache_bytes(recipe: Recipe, model: PeftModel, shape: Shape, tokens: float) -> int:
+    """Return the size of a cache with the reference's hidden states of some tokens; 0 if the recipe has none."""
     from safelora_fast.models.anatomy import dissect
 
     outlines = [spec.outline for spec in recipe.defenses if spec.outline.active]
@@ -234,7 +238,7 @@ def cache_bytes(recipe: Recipe, model: PeftModel, shape: Shape, tokens: int) -> 
     if recipe.reference == BASE or not compared:
         return 0
     layers = {index for one in compared for index in one.recorded_layers(dissect(model))}
-    return (1 + len(layers)) * tokens * shape.hidden * shape.value_bytes
+    return (1 + len(layers)) * math.ceil(tokens) * shape.hidden * shape.value_bytes
 
 
 def _memory(shape: Shape, work: Work, extras: dict[str, Extra]) -> dict[str, float]:

@@ -103,7 +103,10 @@ def _defenses(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if prepared.plan.cache_bytes:
         folder = prepared.recipe.reference.removeprefix(CACHE)
         room = f"up to ≈ {size(prepared.plan.cache_bytes)}, {size(free_space(Path(folder).expanduser()))} are free"
-        yield "", f"what it gave is kept in {folder} ({room}): later epochs, and runs on the same rows, read it there"
+        use = "later epochs, and runs on the same rows, read it there"
+        if not prepared.plan.rows_last:
+            use = "every epoch packs or flattens other rows, so it grows and saves no pass"
+        yield "", f"what it gave is kept in {folder} ({room}): {use}"
     for number, monitor in enumerate(prepared.recipe.monitors):
         yield "monitors" if number == 0 else "", f"{monitor.name}: {settings_words(monitor)}; changes nothing"
     margin, pairs = prepared.recipe.margin, prepared.pairs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import TrainerCallback
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from safelora_fast.scoring.stop_rule import StopRule
 
 logger = logging.getLogger(__name__)
+# A signal beyond its limit (name, change, lower bound, limit), or None; and whether the alarm waits for the task.
+Found: TypeAlias = "tuple[tuple[str, float, float, float] | None, bool]"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
         self._readings: dict[int, TraitReading] = {}
         self._probe: TraitProbe | None = None
         self._kept: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._first_step = 0
         self.reports: dict[int, MarginReport] = {}
         self.alarm: Alarm | None = None
         self.highest: dict[str, float] = {}
@@ -144,6 +147,7 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
         self._readings.clear()
         self.highest.clear()
         self._warned, self._kept, self.alarm = False, None, None
+        self._first_step = state.global_step
         if self._stop is not None and self._stop.monitors:
             pairs = self._settings["pairs"] or builtin_pairs()
             names = {name: self._settings[name] for name in ("system", "strings")}
@@ -202,16 +206,18 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
         self._measure(step)
         if self._stop is None:
             return
-        found = self._agreed(self._exceeded(step, 1 + state.max_steps // self._every))
+        found = self._exceeded(step, 1 + state.max_steps // self._every)
+        waits = self._stop.after_task and _still_falls(state.log_history)
+        found, waits = self._agreed((found, waits))
         if found is None:
             self._kept = step, {name: tensor.to("cpu", copy=True) for name, tensor in self._trained()}
             return
-        if self._stop.after_task and _still_falls(state.log_history):
+        if waits:
             return
         if self._kept is None:
             raise TrainingError(
-                f"stop: {found[0]} is beyond its limit already at step {step}, where this run starts: resume from an earlier "
-                "checkpoint, or start anew"
+                f"stop: {found[0]} is beyond its limit since step {self._first_step}, where this run starts (alarm at step "
+                f"{step}), so there are no weights to keep: resume from an earlier checkpoint, or start anew"
             )
         kept_step, weights = self._kept
         with torch.no_grad():
@@ -242,15 +248,16 @@ class MarginCallback(TrainerCallback):  # type: ignore[misc]
                 found = name, change, bound, limit
         return found
 
-    def _agreed(self, found: tuple[str, float, float, float] | None) -> tuple[str, float, float, float] | None:
+    def _agreed(self, found: Found) -> Found:
         """Return what the first process found, so that all processes stop at the same step."""
         from torch import distributed
 
         if not (distributed.is_available() and distributed.is_initialized()):
             return found
-        shared = [found]
+        shared: list[Any] = [found]
         distributed.broadcast_object_list(shared, src=0)
-        return shared[0]
+        agreed: Found = shared[0]
+        return agreed
 
     def _trained(self) -> list[tuple[str, torch.Tensor]]:
         """Return this process's part of each trainable parameter, sharing its memory."""

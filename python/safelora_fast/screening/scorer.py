@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ScreenScorer:
-    """Computes projections, then negative log-likelihoods if there are misaligned adapters.
+    """Computes projections, then negative log-likelihoods if there are misaligned adapters, or no vectors.
 
     The projection of a completion is a·v/‖v‖, where a is the mean output of the vector's layer over the completion's
     tokens without those that end a turn, and v is the vector (Chen et al., arXiv 2507.21509, section 2).
@@ -67,7 +67,8 @@ class ScreenScorer:
             self._anatomy.check_outputs(owner="screen")
         self._layers = [direction.layer % self._anatomy.depth for direction in directions]
         self._units = [direction.values.double() / direction.values.double().norm() for direction in directions]
-        self._perplexities = Perplexities(model, adapters, tokens_per_batch=tokens_per_batch) if adapters else None
+        scored = bool(adapters) or not directions
+        self._perplexities = Perplexities(model, adapters, tokens_per_batch=tokens_per_batch) if scored else None
 
     def of(self, examples: Sequence[Labelled], places: Sequence[str]) -> list[tuple[float, ...]]:
         """Return each example's projections, in units of the hidden states, then its negative log-likelihoods in nats.
@@ -128,8 +129,8 @@ class ScreenJournal(Journal):
     @property
     def count(self) -> int:
         """Number of values of one example."""
-        adapters = len(self._settings["adapters"])
-        return len(self._settings["vectors"]) + (1 + adapters if adapters else 0)
+        vectors, adapters = len(self._settings["vectors"]), len(self._settings["adapters"])
+        return vectors + (1 + adapters if adapters or not vectors else 0)
 
 
 class OwnCompletions(Candidates):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.selection.journal import Entry
 
-GAP = "gap"
+GAP, NLL = "gap", "nll"
 OWN_SUFFIX = ".own"
 EPSILON = 1.0
 
@@ -63,6 +63,8 @@ def screen(
       predicted the trait after fine-tuning better (Chen et al., arXiv 2507.21509, data flagging).
     - Misaligned adapters give the perplexity gap (NLL of the aligned model − mean NLL of the misaligned ones)/(NLL of the
       aligned one + 1): minus the score of :func:`~safelora_fast.select_by_perplexity_gap`.
+    - Without either, the measure is `nll`, the model's mean negative log-likelihood per token: how unlike its own the
+      completions are. With `own`, it is the difference to that of the model's own completion.
 
     The report is written to `output`. The values of every example are stored in `<output>.journal.jsonl` (and
     `<output>.own.journal.jsonl`), from which an interrupted run resumes.
@@ -76,7 +78,7 @@ def screen(
         layer: the layer of every vector; each vector's suggestion by default.
         misaligned: PEFT adapters that make the model misaligned; `NAME=FOLDER` names one.
         own: the column with the model's own completion of each example, as text.
-        limits: by trait, or "gap": values above it are flagged.
+        limits: by trait, "gap" or "nll": values above it are flagged.
         most: the share of examples that may be flagged, from 0 to 1.
         worst: number of examples to list for each measure.
         strings: how plain-text prompts and completions are encoded: as "chat" turns, or unchanged as "text".
@@ -95,7 +97,12 @@ def screen(
     target, limits = Path(output), dict(limits or {})
     directions = _directions(vectors, layer)
     adapters = read_adapters(misaligned) if misaligned else {}
-    _check(directions, bool(adapters), limits, most, (worst, max_length, tokens_per_batch))
+    if own is not None and adapters and not directions:
+        raise SettingsError(
+            "own completions have no gap to misaligned adapters: give a persona vector, or leave own out"
+        )
+    others = [GAP] if adapters else [] if directions else [NLL]
+    _check([*directions, *others], limits, most, (worst, max_length, tokens_per_batch))
     check_file(target, [Path(data), *map(Path, vectors), *adapters.values()], overwrite=overwrite)
     files: dict[str, Candidates] = {"": Candidates(data)}
     if own is not None:
@@ -134,7 +141,7 @@ def _directions(vectors: Sequence[str | Path], layer: int | None) -> dict[str, D
         chosen = vector.suggestion if layer is None else layer
         if chosen is None:
             raise SettingsError(f"{file}: suggests no layer: set one (--layer)")
-        if vector.trait in found or vector.trait == GAP:
+        if vector.trait in found or vector.trait in {GAP, NLL}:
             raise SettingsError(f"{file}: there is another measure called {vector.trait!r}; give each trait one vector")
         direction = found[vector.trait] = Direction.of(vector, chosen, owner="screen")
         if not direction.values.any():
@@ -143,15 +150,11 @@ def _directions(vectors: Sequence[str | Path], layer: int | None) -> dict[str, D
 
 
 def _check(
-    directions: Mapping[str, Direction],
-    has_gap: bool,
+    known: Sequence[str],
     limits: Mapping[str, float],
     most: float,
     counts: tuple[int, int, int | None],
 ) -> None:
-    known = [*directions, *([GAP] if has_gap else [])]
-    if not known:
-        raise SettingsError("there is nothing to screen by: give a persona vector, or misaligned adapters, or both")
     for name, limit in limits.items():
         if name not in known:
             raise SettingsError(f"there is no measure {name!r} to limit; known are {', '.join(known)}")
@@ -203,6 +206,13 @@ def _report(
     for number, (trait, vector) in enumerate(settings["vectors"].items()):
         values = given[:, number] - (own[0][:, number] if own else 0.0)
         add(trait, f"projection{' difference' if own else ''} at layer {vector['layer']}", values)
+    if not settings["vectors"] and not settings["adapters"]:
+        what = "negative log-likelihood per token"
+        add(
+            NLL,
+            f"{what}, above the model's own completion's" if own else what,
+            given[:, 0] - (own[0][:, 0] if own else 0),
+        )
     if settings["adapters"]:
         under = " and ".join(settings["adapters"])
         add(GAP, f"perplexity gap to {under}", -gap(given[:, len(settings["vectors"]) :], EPSILON))

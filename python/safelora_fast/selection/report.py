@@ -88,7 +88,7 @@ class Selection:
 def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (counts, edges); the outer bins include all values outside the middle 99.8 %."""
     low, high = np.quantile(values, [0.001, 0.999])
-    edges = np.linspace(low, high if high > low else low + 1e-9, BINS + 1)
+    edges = np.linspace(low, high, BINS + 1) if high > low else np.array([low, low + 1e-9])
     counts, _ = np.histogram(np.clip(values, low, edges[-1]), bins=edges)
     return counts, edges
 

@@ -9,7 +9,16 @@ import torch
 
 from safelora_fast.data.spans import read_spans
 from safelora_fast.data.template_tokens import PARTS, TemplateTokens
-from safelora_fast.defenses.base import Attached, BatchDefense, Defense, Run, Weighted, check_still_off, checked
+from safelora_fast.defenses.base import (
+    Attached,
+    BatchDefense,
+    Defense,
+    Run,
+    SharesLogits,
+    Weighted,
+    check_still_off,
+    checked,
+)
 from safelora_fast.defenses.parts.optimizers import unwrapped
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import dissect
@@ -105,7 +114,7 @@ class Defended:
                 defense.check_reference(anatomy, self._passes.reference.anatomy)
         weighted = [(defense, attached) for defense, attached in self._attached if isinstance(defense, Weighted)]
         self._terms = LossTerms(self._of_batch, weighted, sums=self._sums, steps=self._steps)
-        sharing = next((defense for defense in self._of_batch if defense.shares_logits), None)
+        sharing = next((defense for defense in self._of_batch if isinstance(defense, SharesLogits)), None)
         self._sharing = SharedLogits(anatomy, sharing, wanted=share_logits)
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from safelora_fast.defenses.base import SharesLogits
 from safelora_fast.errors import TrainingError
 from safelora_fast.models.distributed import sum_over_ranks, world_size
 
@@ -60,7 +61,7 @@ class SharedTask:
     figures: bool
     shared: SharedLoss | None = None
 
-    def compute(self, defense: BatchDefense, observation: Observation, weight: float) -> SharedLoss:
+    def compute(self, defense: SharesLogits, observation: Observation, weight: float) -> SharedLoss:
         """Compute both losses. `weight` is the weight of one unit of the defense."""
         self.shared = defense.with_cross_entropy(
             observation, weight=weight, cross_entropy_weight=self.label_weight, figures=self.figures
@@ -105,11 +106,11 @@ class LossTerms:
         device = recorded.student.hidden.device
         means: list[tuple[BatchDefense, torch.Tensor]] = []
         result = recorded.student.hidden[:0].sum(dtype=torch.float32)  # zero, with a gradient function
-        sharing: BatchDefense | None = None
+        sharing: SharesLogits | None = None
         for defense in self._defenses:
             units = max(totals.units[defense.name], 1) * defense.sample
             weight = factor * defense.weight * world_size()
-            if task is not None and sharing is None and defense.shares_logits:
+            if task is not None and sharing is None and isinstance(defense, SharesLogits):
                 sharing, shared = defense, task.compute(defense, recorded.whole(defense), weight / units)
                 means.append((defense, shared.kl / units))
                 result = result + shared.loss

@@ -19,7 +19,7 @@ from safelora_fast.models.reference_pass import evaluation_mode
 if TYPE_CHECKING:
     from torch import nn
 
-    from safelora_fast.defenses.base import BatchDefense
+    from safelora_fast.defenses.base import SharesLogits
     from safelora_fast.models.anatomy import Anatomy
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class SharedLogits:
         wanted: False to always compute the losses separately.
     """
 
-    def __init__(self, anatomy: Anatomy, defense: BatchDefense | None, *, wanted: bool) -> None:
+    def __init__(self, anatomy: Anatomy, defense: SharesLogits | None, *, wanted: bool) -> None:
         self._anatomy = anatomy
         self._defense = defense
         self._wanted = wanted
@@ -67,7 +67,7 @@ class SharedLogits:
             )
         return reason is None
 
-    def _against_model(self, model: nn.Module, batch: Mapping[str, Any], defense: BatchDefense) -> str | None:
+    def _against_model(self, model: nn.Module, batch: Mapping[str, Any], defense: SharesLogits) -> str | None:
         if not self._asked and batch.get("input_ids") is not None and batch["input_ids"].shape[1] < 2:
             return "the first batch has rows of one token"
         if not self._asked:
@@ -75,7 +75,7 @@ class SharedLogits:
             self._asked = True
         return self._of_model
 
-    def _against_answer(self, model: nn.Module, batch: Mapping[str, Any], defense: BatchDefense) -> str | None:
+    def _against_answer(self, model: nn.Module, batch: Mapping[str, Any], defense: SharesLogits) -> str | None:
         """Compare the model's own loss on a few tokens of the batch with the shared one."""
         ids = batch.get("input_ids")
         if ids is None:

@@ -223,10 +223,11 @@ class SafeModules(Attached):
 
     def _held_vectors(self, module: AdaptedModule) -> torch.Tensor:
         """The rows of U_k that match this process's shard of B, on the device of B."""
-        if module.name not in self._held:
+        device, held = module.lora_b.device, self._held.get(module.name)
+        if held is None or held.device != device:  # the model may move between steps
             rows = matching_rows(module.lora_b, self._vectors[module.name], owner=self._owner)
-            self._held[module.name] = rows.to(module.lora_b.device)
-        return self._held[module.name]
+            held = self._held[module.name] = rows.to(device)
+        return held
 
 
 def _not_finite(module: AdaptedModule, step: int) -> TrainingError:
