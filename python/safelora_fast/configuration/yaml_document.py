@@ -23,6 +23,7 @@ SHAPES = {
     "recipe": "a mapping of sections, e.g. `model:`, `data:`, `output:`",
     "comparison": "a mapping of `recipe:`, `runs:`, `measure:` and `output:`",
     "policy": "a mapping of `subject:` and `criteria:`",
+    "settings": "a mapping",
     "trait": "a mapping of `name:`, `description:`, `pairs:` and `questions:`",
 }
 

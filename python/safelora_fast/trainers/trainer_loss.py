@@ -46,16 +46,31 @@ def reports_figures(owner: type) -> bool:
     return owner.__module__ == SFT_MODULE
 
 
-def label_weight(trainer: Any, inputs: Mapping[str, Any], items: Any) -> torch.Tensor:
-    """Return the weight of one label in the trainer's loss, by calling `compute_loss` with a stub model of NLL 1."""
-    labels = inputs["labels"]
+class _OneLabel:
+    """A stub model whose loss is that of one label with a negative log-likelihood of 1."""
 
-    def one_label(**arguments: Any) -> dict[str, torch.Tensor]:
+    training = True
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self._inputs = inputs
+
+    def __call__(self, **arguments: Any) -> dict[str, torch.Tensor]:
         count = arguments.get("num_items_in_batch")
-        count = read_spans(inputs).labels if count is None else count
-        return {"loss": torch.ones((), device=labels.device) / count}
+        count = read_spans(self._inputs).labels if count is None else count
+        return {"loss": torch.ones((), device=self._inputs["labels"].device) / count}
 
-    weight: torch.Tensor = Trainer.compute_loss(trainer, one_label, dict(inputs), num_items_in_batch=items)
+
+def label_weight(trainer: Any, owner: type[Trainer], inputs: Mapping[str, Any], items: Any) -> torch.Tensor:
+    """Return the weight of one label in the trainer's loss, by calling `compute_loss` with a stub model of NLL 1.
+
+    Args:
+        trainer: the trainer.
+        owner: the class whose `compute_loss` is called.
+        inputs: the micro-batch.
+        items: labels of the whole optimizer step, if the trainer counts them.
+    """
+    model = _OneLabel(inputs)
+    weight: torch.Tensor = owner.compute_loss(trainer, model, dict(inputs), num_items_in_batch=items)
     return weight
 
 

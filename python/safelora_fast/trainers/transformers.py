@@ -88,6 +88,36 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.projection_report: ProjectionReport | None = None
+        self._defended: Defended | None = None
+        self._finished: Defended | None = None
+        self._window: Totals | None = None
+        self._losses_defended = 0
+        self._disagreement: str | None = None  # how the trainer's loss differs from the loss from KL's logits
+        self._source_losses: SourceLosses | None = None
+        if _may_be_tagged(getattr(self, "train_dataset", None)):
+            self.data_collator = TaggedCollator(self.data_collator)
+            self._source_losses = SourceLosses()
+        self._followed = False
+        self.use_defenses(
+            defenses, reference=reference, on_nonfinite=on_nonfinite, share_logits=share_logits, monitors=monitors
+        )
+
+    def use_defenses(
+        self,
+        defenses: Sequence[Defense],
+        *,
+        reference: Reference = "base",
+        on_nonfinite: OnNonFinite = "raise",
+        share_logits: bool = True,
+        monitors: Sequence[DriftMonitor] = (),
+    ) -> None:
+        """Set the defenses after construction, before training. The arguments are those of the constructor.
+
+        Raises:
+            SettingsError: see the class.
+            CheckpointError: see the class.
+        """
         self.defenses = checked(defenses)
         self._defenses_off = [defense for defense in defenses if not defense.active]
         self._defend = partial(
@@ -99,21 +129,12 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
             seed=self.args.seed,
             tokenizer=getattr(self, "processing_class", None),
         )
-        self._followed = bool(self.defenses or monitors)
-        self._defended: Defended | None = None
-        self._finished: Defended | None = None
-        self._window: Totals | None = None
-        self._losses_defended = 0
-        self._disagreement: str | None = None  # how the trainer's loss differs from the loss from KL's logits
-        self.projection_report: ProjectionReport | None = None
-        self._source_losses: SourceLosses | None = None
-        if _may_be_tagged(getattr(self, "train_dataset", None)):
-            self.data_collator = TaggedCollator(self.data_collator)
-            self._source_losses = SourceLosses()
+        followed, self._followed = self._followed, bool(self.defenses or monitors)
         if self._followed:
-            self.add_callback(_Follower(self))
-            # First callback, so that trackers are still open and upload the projected adapter.
-            self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
+            if not followed:
+                self.add_callback(_Follower(self))
+                # First callback, so that trackers are still open and upload the projected adapter.
+                self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
             _check_trainer(self)
             if getattr(self, "model", None) is not None:
                 self._defend(self.model, self.defenses)  # raises before training if something is not compatible
@@ -169,7 +190,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         factor = self.current_gradient_accumulation_steps if divided else 1
         self._losses_defended += 1
         owner = _task_owner(type(self))
-        apart = self._disagreement or ("the outputs are requested" if return_outputs else why_apart(self, owner))
+        apart = self._disagreement or ("the outputs are requested" if return_outputs else self.why_apart(owner))
         if defended.shares_logits(model, inputs, unless=apart):
             shared = self._shared_loss(model, inputs, factor, owner, items)
             if shared is not None:
@@ -180,6 +201,16 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         loss = result[0] if return_outputs else result
         loss = loss + factor * defended.regularizer(self._window).to(loss.device)
         return (loss, result[1]) if return_outputs else loss
+
+    def why_apart(self, owner: type) -> str | None:
+        """Return why the task loss may not be the plain cross-entropy of the labels; None if it is.
+
+        Override it for a trainer whose `compute_loss` is known to leave that loss as it is.
+
+        Args:
+            owner: the class whose `compute_loss` computes the task loss.
+        """
+        return why_apart(self, owner)
 
     def _task_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool, kwargs: Mapping[str, Any]
@@ -196,7 +227,7 @@ class DefendedMixin(Mixed):  # type: ignore[misc]
         """The loss, with the task part from KL's logits; None if the trainer's own loss turns out to be different."""
         assert self._window is not None  # noqa: S101
         defended, figures = self._attached(), reports_figures(owner)
-        weight = label_weight(self, inputs, items)
+        weight = label_weight(self, Trainer if figures else owner, inputs, items)
         loss, shared = defended.shared_loss(
             model, inputs, self._window, label_weight=weight, factor=factor, figures=figures
         )
