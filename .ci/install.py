@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 LARGE = 20.0  # megabytes
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 15.0
 UNITS = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
 DOWNLOAD = re.compile(r"\s*(Downloading|Using cached) (?:\S*/)?([^/\s]+\.(?:whl|tar\.gz|zip)) \(([\d.]+) (kB|MB|GB)\)")
 
 
 def say(text: str) -> None:
+    """Print a line at once."""
     print(f"  {text}", flush=True)
 
 
@@ -27,19 +28,29 @@ def installed() -> int:
 
 
 def watch(stop: threading.Event, wanted: int) -> None:
-    """Say every ten seconds how many of the wanted packages are in place; pip itself is silent here."""
+    """Say every few seconds how many of the wanted packages are in place; pip itself is silent here."""
     before, start = installed(), time.monotonic()
     while not stop.wait(SECONDS_BETWEEN_LINES):
-        say(f"{min(installed() - before, wanted)} of {wanted} packages installed after {time.monotonic() - start:.0f} s")
+        say(
+            f"{min(installed() - before, wanted)} of {wanted} packages installed after {time.monotonic() - start:.0f} s"
+        )
 
 
 def main(arguments: list[str]) -> int:
     """Run pip, and return its exit code."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar=off", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--no-compile",
+        "--progress-bar=off",
+        *arguments,
+    ]
     pip = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     stop, megabytes, found, wanted, printed = threading.Event(), 0.0, 0, 0, time.monotonic()
-    assert pip.stdout is not None
-    for line in pip.stdout:
+    for line in pip.stdout or ():
         found += line.startswith("Collecting ")
         if download := DOWNLOAD.match(line):
             verb, name, number, unit = download.groups()

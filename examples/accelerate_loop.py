@@ -6,10 +6,10 @@ from itertools import islice
 
 import torch
 from accelerate import Accelerator
+from task import adapted, model_and_tokenizer, tokenized
 from transformers import DataCollatorForSeq2Seq
 
 from safelora_fast import KL, defend
-from task import adapted, model_and_tokenizer, tokenized
 
 accelerator = Accelerator()
 base, tokenizer = model_and_tokenizer(*sys.argv[1:])

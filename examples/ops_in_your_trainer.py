@@ -7,10 +7,10 @@ This is what a library would build in. `linear_kl` takes hidden states and the o
 import sys
 
 import torch
+from task import adapted, model_and_tokenizer, tokenized
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from safelora_fast.ops import linear_kl
-from task import adapted, model_and_tokenizer, tokenized
 
 
 class KLTrainer(Trainer):

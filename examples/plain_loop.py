@@ -3,10 +3,10 @@
 import sys
 
 import torch
+from task import adapted, model_and_tokenizer, tokenized
 from transformers import DataCollatorForSeq2Seq
 
 from safelora_fast import KL, defend
-from task import adapted, model_and_tokenizer, tokenized
 
 base, tokenizer = model_and_tokenizer(*sys.argv[1:])
 model = adapted(base)

@@ -3,10 +3,10 @@
 import sys
 
 import torch
+from task import adapted, model_and_tokenizer, tokenized
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from safelora_fast import DefendedMixin, FeatureDistance
-from task import adapted, model_and_tokenizer, tokenized
 
 
 class ShyTrainer(Trainer):

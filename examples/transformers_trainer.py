@@ -2,10 +2,10 @@
 
 import sys
 
+from task import adapted, model_and_tokenizer, tokenized
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from safelora_fast import KL, DefendedTrainer
-from task import adapted, model_and_tokenizer, tokenized
 
 base, tokenizer = model_and_tokenizer(*sys.argv[1:])
 trainer = DefendedTrainer(

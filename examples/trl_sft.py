@@ -4,10 +4,10 @@ import sys
 
 import torch
 from datasets import Dataset
+from task import adapted, conversations, model_and_tokenizer
 from trl import SFTConfig
 
 from safelora_fast import KL, DefendedSFTTrainer
-from task import adapted, conversations, model_and_tokenizer
 
 base, tokenizer = model_and_tokenizer(*sys.argv[1:])
 trainer = DefendedSFTTrainer(
