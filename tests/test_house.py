@@ -25,6 +25,7 @@ ROOMS = [
     "projection",
     "subspace",
     "whole_models",
+    "serving",
     "persona_vector",
     "data",
     "models",

@@ -268,13 +268,17 @@ def project_update(
     output: tuple[int, int],
     *,
     cosine: bool = True,
+    vectors: tuple[int, int] | None = None,
     threads: int | None = None,
 ) -> UpdateOutcome:
     """Write aligned + O·(finetuned - aligned) to (address, length), row-major as stored, in the dtype of `finetuned`.
 
-    `finetuned` has one view for each part of the job. Reads tiles of columns, so memory does not grow with the module
-    beyond min(m, n)^2 floats. C takes 4·m·n·min(m, n) operations; without `cosine`, other operators do not need it. The
+    `finetuned` has one view for each part of the job. Reads tiles, so memory does not grow with the module beyond
+    min(m, n)^2 floats. C takes 4·m·n·min(m, n) operations; without `cosine`, other operators do not need it. The
     result does not depend on `threads`. Ctrl-C stops between tiles. The caller keeps the memory of `output` alive.
+
+    `vectors`, the address and number k of orthonormal float32 vectors [k, m], replace the leading left singular vectors
+    of V for the orthogonal operator without cosine. The base is not read then, and v_norm is NaN.
 
     Raises `CheckpointError` if a weight is NaN or infinite or the result leaves the range of its dtype, and ValueError
     if views or output do not fit the job.

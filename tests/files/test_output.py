@@ -83,22 +83,22 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch):
 
 def test_what_a_run_is_writing_is_not_taken_for_abandoned(tmp_path):
     target = tmp_path / "out"
-    left = tmp_path / ".out.partial-killed"
+    left = tmp_path / ".out.partial-killed00"
     left.mkdir()
     (tmp_path / ".outer.partial-other").mkdir()
     with whole_folder(target):
         assert abandoned(target) == [left]
     with whole_file(tmp_path / "file"):
         assert abandoned(tmp_path / "file") == []
-    (tmp_path / ".file.partial-killed").touch()
-    assert abandoned(tmp_path / "file") == [tmp_path / ".file.partial-killed"]
+    (tmp_path / ".file.partial-killed00").touch()
+    assert abandoned(tmp_path / "file") == [tmp_path / ".file.partial-killed00"]
     assert abandoned(tmp_path / "nowhere" / "out") == []
 
 
 def test_a_relative_target(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".out.partial-killed").mkdir()
-    assert abandoned(type(tmp_path)("out")) == [tmp_path / ".out.partial-killed"]
+    (tmp_path / ".out.partial-killed00").mkdir()
+    assert abandoned(type(tmp_path)("out")) == [tmp_path / ".out.partial-killed00"]
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    (tmp_path / ".out.partial-killed").mkdir()
+    (tmp_path / ".out.partial-killed00").mkdir()
     write(tmp_path / "out")
     assert abandoned(tmp_path / "out") == []
     assert (tmp_path / "out" / "new").exists()

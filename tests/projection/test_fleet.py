@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import signal
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -290,6 +291,18 @@ def test_two_processes_on_one_shard(fleet):
         assert (worker.returncode, out, err) == (0, "", "")
     assert written(fleet.out) == fleet.weights
     assert sorted(path.name for path in fleet.out.iterdir()) == ["t0", "t1"]
+
+
+def test_leftovers_of_killed_workers_are_named(fleet, call, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    left = [tmp_path / ".safelora-fast-fleet.partial-abcdefgh", fleet.out / "t0" / ".a0.partial-abcdefgh"]
+    for folder in left:
+        folder.mkdir(parents=True)
+    (fleet.out / "t0" / ".other.partial-abcdefgh").mkdir()
+    code, _, err = call(*fleet.words)
+    assert (code, f"has left {left[0]} and 1 more: nothing reads it, delete it" in err) == (0, True)
+    assert all(folder.exists() for folder in left)
 
 
 def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(fleet, monkeypatch):

@@ -10,6 +10,8 @@ from command_line import call
 from plain_pair import contents, write_adapter, write_pair
 from safetensors.torch import load_file, save_file
 
+from safelora_fast.projection.part_file import FILE
+
 __all__ = ["call"]
 SETTINGS = [
     ["--threshold", "0.7"],
@@ -93,6 +95,39 @@ def test_parts_that_do_not_belong_together(pair, call, tmp_path):
     assert "was made from something else (adapter was '" in joined()
     (parts / "part-0-of-2.safetensors").write_bytes(b"\0" * 64)
     assert "part of a projection cannot be read" in joined()
+
+
+HOSTILE = {
+    "a huge count": (lambda document, _: document.update(count=2**62), "the parts lack 1/4611686018427387904"),
+    "no metrics": (lambda document, _: document["modules"][0].update(factors=[3]), "cannot be read"),
+    "rank of text": (lambda document, _: document["modules"][0].update(rank="x"), "rank must be a whole number"),
+    "other factors": (lambda document, _: document["modules"][0].update(factors=[]), "cannot be read"),
+    "no tensor": (lambda _, tensors: tensors.clear(), "is damaged"),
+    "a wrong dtype": (lambda document, _: document["modules"][0]["factors"][0].update(B="I8"), "is damaged"),
+    "a wrong shape": (lambda _, tensors: tensors.update({name: tensor[:2] for name, tensor in tensors.items()}), "is damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_part_is_refused_in_one_line(pair, call, tmp_path, damage, message):
+    words = ["--modules-shard", "0/1", "--output", tmp_path / "parts", "--select", "all"]
+    code, out, _ = call(*pair.command(*words, "--json", output=False))
+    path = tmp_path / "parts" / "part-0-of-1.safetensors"
+    assert (code, json.loads(out)) == (0, {"part": str(path), "shard": "0/1"})
+    with FILE.opened(path) as (document, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damage(document, tensors)
+    FILE.save(path, tensors, document)
+    code, _, err = call(*pair.command("--join", tmp_path / "parts", "--select", "all"))
+    assert (code, err.count("\n"), pair.output.exists()) == (2, 1, False)
+    assert message in err
+
+
+def test_parts_of_two_numbers_are_not_joined(pair, call, tmp_path):
+    for shard in ("0/1", "0/2"):
+        assert call(*pair.command("--modules-shard", shard, "--output", tmp_path / "parts", output=False)).code == 0
+    code, _, err = call(*pair.command("--join", tmp_path / "parts"))
+    assert (code, "is one of 1 parts, but" in err) == (2, True)
 
 
 @pytest.mark.parametrize("words", [["--dry-run"], ["--join", "parts"], ["--plot", "a.png"]], ids=" ".join)

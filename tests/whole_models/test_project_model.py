@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from safelora_fast import project_model
+from safelora_fast import SafeSubspace, project_model
 from safelora_fast.errors import SafeLoraFastError, SettingsError
 from safelora_fast.whole_models import project_model as room
 from safelora_fast.whole_models import shard_writer
@@ -229,12 +230,42 @@ def test_families(tmp_path, family, settings):
     assert reasons["extra.table"] == "the aligned model has no tensor of this name and shape: kept"
 
 
-def test_the_bytes_do_not_depend_on_threads(models):
+@pytest.mark.parametrize("settings", [{}, OPERATORS["orthogonal"], OPERATORS["restore"]], ids=["C", "U", "V"])
+def test_the_bytes_do_not_depend_on_threads(models, settings):
     outputs = []
     for threads in (1, 3):
-        project_model(**models, overwrite=True, select="all", threads=threads)
+        project_model(**models, overwrite=True, select="all", threads=threads, **settings)
         outputs.append(contents(models["output"])["model-00001-of-00002.safetensors"])
     assert outputs[0] == outputs[1]
+
+
+def test_a_subspace_replaces_the_base(models, tmp_path, call):
+    SafeSubspace.build(aligned=models["aligned"], base=models["base"], rank=5).save(tmp_path / "safe.safetensors")
+    given = {"select": "all", "operator": "orthogonal"}
+    whole = project_model(**models, rank=3, **given)
+    expected = dense(models["output"].rename(tmp_path / "with-base"))
+    base = models.pop("base").rename(tmp_path / "gone")
+    words = ["--subspace", tmp_path / "safe.safetensors", "--operator", "orthogonal", "--select", "all", "--rank", "3"]
+    assert call(*command(models, *words, roles=("aligned", "output")), "--quiet").code == 0
+    found = dense(models["output"])
+    assert all(close(found[name], expected[name], expected[name]) for name in expected)
+    report = json.loads((models["output"] / room.REPORT).read_text())
+    for module, former in zip(report["adapters"][0]["modules"], whole.adapters[0].modules, strict=True):
+        metrics = (module["v_norm"], module["v_rank"], module["v_energy"], module["update_norm_after"])
+        assert metrics == pytest.approx((former.v_norm, 3, former.v_energy, former.update_norm_after), rel=1e-4)
+    assert report["bytes_read"] == whole.bytes_read * 2 // 3
+    subspace = SafeSubspace.load(tmp_path / "safe.safetensors")
+    models |= {"output": tmp_path / "other", "subspace": subspace}
+    (first, _), *others = subspace.modules.items()
+    less = dict(others)
+    for more, message in (
+        ({"base": base}, "give either base, or a subspace"),
+        ({"operator": "zero"}, "operator zero needs both checkpoints; with a subspace, use orthogonal"),
+        ({"aligned": base}, "is not the aligned model that the subspace was built from"),
+        ({"subspace": replace(subspace, modules=less)}, f"module {first} is not in the subspace.*--exclude {first}"),
+    ):
+        with pytest.raises(SafeLoraFastError, match=message):
+            project_model(**{**models, **given, **more})
 
 
 def test_others_come_from_the_aligned_model_if_asked(models):
@@ -244,9 +275,9 @@ def test_others_come_from_the_aligned_model_if_asked(models):
     assert report.adapters[0].copied == [{"tensor": "model.norm.weight", "reason": "taken from the aligned model"}]
 
 
-def command(models, *more):
-    roles = [word for role in ("aligned", "base", "output") for word in (f"--{role}", models[role])]
-    return ["project-model", models["finetuned"], *roles, *more]
+def command(models, *more, roles=("aligned", "base", "output")):
+    words = [word for role in roles for word in (f"--{role}", models[role])]
+    return ["project-model", models["finetuned"], *words, *more]
 
 
 def without_seconds(folder):
@@ -425,6 +456,23 @@ def test_a_damaged_state_of_an_unfinished_output(tmp_path):
     project_model(finetuned, **models, output=output, operator="zero", select="all", overwrite=True)
     assert output.is_dir()
     assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"modules": [{}, {}, {}]}', '{"modules": []}', "shard"])
+def test_a_damaged_record_of_a_shard_is_not_believed(models, monkeypatch, content):
+    project_model(**models, operator="zero", select="all")
+    expected = without_seconds(models["output"].rename(models["output"].with_name("whole")))
+    monkeypatch.setattr(room, "copy_side_files", lambda *_: (_ for _ in ()).throw(OSError("stop")))
+    with pytest.raises(SafeLoraFastError, match="finished shards stay"):
+        project_model(**models, operator="zero", select="all")
+    monkeypatch.undo()
+    unfinished = models["output"].with_name(".out.unfinished")
+    if content == "shard":
+        (unfinished / "model-00001-of-00002.safetensors").write_bytes(b"")
+    else:
+        (unfinished / "model-00001-of-00002.safetensors.record.json").write_text(content)
+    project_model(**models, operator="zero", select="all")
+    assert without_seconds(models["output"]) == expected
 
 
 def test_a_link_out_of_the_models_folder_is_not_followed(models, tmp_path):

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safelora_fast.checkpoints.module_names import natural_order
-from safelora_fast.files.output import abandoned
+from safelora_fast.files.output import abandoned, leftovers_note
 from safelora_fast.printable import counted, one_line, printable
 
 if TYPE_CHECKING:
@@ -94,10 +94,8 @@ def print_warnings(report: ProjectionReport) -> None:
 
 def warn_of_abandoned(target: Path) -> None:
     """Warn about partial outputs that killed runs have left next to an output."""
-    left = abandoned(target)
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warn(f"a run that was killed has left {left[0]}{more}: nothing reads it, delete it")
+    for warning in leftovers_note(abandoned(target)):
+        warn(warning)
 
 
 def print_module_tables(report: ProjectionReport, *, most: int | None) -> None:

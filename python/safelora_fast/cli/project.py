@@ -97,7 +97,7 @@ def project(
         raise SettingsError("name an adapter, or give a fleet with --from LIST.jsonl or --from DIR")
     if modules_shard is not None:
         given = {**where, **settings, "strict": strict, "overwrite": overwrite}
-        _part(adapters, None if beside else output, modules_shard, as_json or quiet, given)
+        _part(adapters, None if beside else output, modules_shard, as_json, quiet, given)
         return
     if output is None and not dry_run:
         raise SettingsError("say where to write with --output DIR, or pass --dry-run")
@@ -162,7 +162,9 @@ def _print(report: ProjectionReport) -> None:
             out.print(f"written to {adapter.output}", soft_wrap=True)
 
 
-def _part(adapters: list[str], output: str | None, shard: str, quiet: bool, chosen: dict[str, Any]) -> None:
+def _part(
+    adapters: list[str], output: str | None, shard: str, as_json: bool, quiet: bool, chosen: dict[str, Any]
+) -> None:
     """Write the part file of a share of the modules."""
     from safelora_fast.cli.console import out
     from safelora_fast.files.progress import ProgressBar
@@ -175,11 +177,12 @@ def _part(adapters: list[str], output: str | None, shard: str, quiet: bool, chos
             "--modules-shard needs --output DIR and both models, and cannot be combined with --join, --dry-run, and --plot"
         )
     where = {name: chosen.pop(name) for name in ("aligned", "base", "overwrite")}
-    with ProgressBar(wanted=not quiet) as progress:
-        path = project_part(
-            adapters, Settings(**chosen), output=Path(output), shard=parse_shard(shard), progress=progress, **where
-        )
-    if not quiet:
+    part = parse_shard(shard)
+    with ProgressBar(wanted=not (quiet or as_json)) as progress:
+        path = project_part(adapters, Settings(**chosen), output=Path(output), shard=part, progress=progress, **where)
+    if as_json:
+        typer.echo(json.dumps({"part": str(path), "shard": str(part)}))
+    elif not quiet:
         out.print(f"written to {path}", soft_wrap=True)
 
 

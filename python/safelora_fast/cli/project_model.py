@@ -18,7 +18,11 @@ def project_model(
     settings: dict[str, Any],
     finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="A full fine-tune: its path or Hub id.")],
     aligned: Annotated[str, typer.Option(metavar="PATH|HUB_ID[@REV]", help="The aligned model that was fine-tuned.")],
-    base: options.Base,
+    base: Annotated[str | None, options.BASE] = None,
+    subspace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file of `subspace build` instead of --base; for orthogonal, select all."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to create.")] = None,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", metavar="", help="Project input embeddings and the head too.")
@@ -47,13 +51,17 @@ def project_model(
 
     from safelora_fast.cli.console import out, print_module_tables, print_warnings
     from safelora_fast.files.progress import ProgressBar
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
     from safelora_fast.whole_models.project_model import project_model
 
+    if (base is None) == (subspace is None):
+        raise SettingsError("give either --base, or a subspace of the two models with --subspace FILE")
     with ProgressBar(wanted=not (quiet or as_json)) as progress:
         report = project_model(
             finetuned,
             aligned=aligned,
             base=base,
+            subspace=None if subspace is None else SafeSubspace.load(subspace),
             output=None if dry_run else output,
             embeddings=embeddings,
             others=others,  # type: ignore[arg-type]

@@ -29,7 +29,8 @@ AT_FDCWD = -100
 
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as a path, which has one slash
-LONGEST_NAME = 255 - len(".") - len(".partial-12345678")  # bytes, with what temporary names add
+PARTIAL = len("12345678")  # characters that tempfile adds
+LONGEST_NAME = 255 - len(".") - len(".partial-") - PARTIAL  # bytes, with what temporary names add
 
 
 def _refuse_odd_names(target: Path) -> None:
@@ -116,13 +117,22 @@ def _writable_parent(target: Path) -> Path:
     return parent
 
 
-def abandoned(target: Path) -> list[Path]:
-    """Return temporary folders and files of this target that no process locks: leftovers of killed runs."""
-    try:
-        beside = sorted(target.absolute().parent.iterdir())
-    except OSError:
-        return []
-    return [path for path in beside if path.name.startswith(f".{target.name}.partial-") and _is_free(path)]
+def abandoned(*targets: Path) -> list[Path]:
+    """Return temporary folders and files of these targets that no process locks: leftovers of killed runs."""
+    names: dict[Path, set[str]] = {}
+    for target in targets:
+        names.setdefault(target.absolute().parent, set()).add(f".{target.name}.partial-")
+    found = []
+    for parent, known in names.items():
+        with contextlib.suppress(OSError):
+            found += [path for path in parent.iterdir() if path.name[:-PARTIAL] in known and _is_free(path)]
+    return sorted(found)
+
+
+def leftovers_note(left: Sequence[Path]) -> list[str]:
+    """Return a warning about leftovers of killed runs, if there are any."""
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    return [f"a run that was killed has left {left[0]}{more}: nothing reads it, delete it"] if left else []
 
 
 def _is_free(path: Path) -> bool:
@@ -135,6 +145,15 @@ def _is_free(path: Path) -> bool:
     except OSError:  # locked, deleted meanwhile, or on a file system without locks
         return False
     return True
+
+
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield a folder for temporary files, deleted at the end, and the ones of this name that killed runs have left."""
+    place = Path(tempfile.gettempdir(), name)
+    left = abandoned(place)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.partial-", dir=place.parent) as folder, _held(Path(folder)):
+        yield Path(folder), left
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from safelora_fast.projection.copied_tensors import bypass_note, copied_tensors,
 from safelora_fast.projection.made_from import MARKER
 from safelora_fast.projection.module_reports import run_plan
 from safelora_fast.projection.report import AdapterReport, ProjectionReport, published
+from safelora_fast.projection.serving_limits import serving_notes
 from safelora_fast.projection.writer import AdapterWriter, Output
 from safelora_fast.projection.written_keys import settled_adapters
 
@@ -228,7 +229,7 @@ def _settled(
     except AdapterError as error:
         return slot.failed(error)
     trained_on = adapter.config.get("base_model_name_or_path") or None
-    notes = [*adapter.notes, *bypass_note(copied)]
+    notes = [*adapter.notes, *bypass_note(copied), *serving_notes(adapter, copied)]
     output = None if target is None else str(target)
     writer = slot.output.writer
     written = None if writer is None else sampled(writer.folder / WEIGHTS)

@@ -6,7 +6,6 @@ and later runs share: an output whose marker fits is done.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,9 @@ from safelora_fast.checkpoints.adapter import load_adapter
 from safelora_fast.checkpoints.tensor_names import matching
 from safelora_fast.errors import AdapterError, OutputError, SafeLoraFastError, SettingsError, StoreError
 from safelora_fast.files.argument_checks import check_path, whole_number
+from safelora_fast.files.output import abandoned, leftovers_note, temporary_folder
 from safelora_fast.files.progress import bar_on_a_terminal, log_warning
+from safelora_fast.files.remote import is_url
 from safelora_fast.files.store import changes_text
 from safelora_fast.printable import counted
 from safelora_fast.projection.batch import Item, project_batch
@@ -127,9 +128,12 @@ def project_fleet(
     report = FleetReport(shard=parse_shard(shard))
     rows = read_manifest(source, output, local)[report.shard.index :: report.shard.count]
     pair = pair or open_pair(aligned, base)
-    with tempfile.TemporaryDirectory(prefix="safelora-fast-") as cache, bar_on_a_terminal(progress) as bar:
-        places = Places(output, report.shard.failures, Path(cache))
+    with temporary_folder("safelora-fast-fleet") as (cache, left), bar_on_a_terminal(progress) as bar:
+        places = Places(output, report.shard.failures, cache)
         run = _Run(chosen, pair, local, overwrite, places, report, warn or log_warning)
+        beside = abandoned(*(Path(row.output) for row in rows if not is_url(row.output)))
+        for warning in leftovers_note([*left, *beside]):
+            run.warn(warning)
         if bar is not None:
             bar.start("adapters", len(rows), 0)
         for done in run.work(rows, batch):

@@ -31,13 +31,13 @@ class ModelPair:
     def __init__(self, aligned: Checkpoint, base: Checkpoint) -> None:
         self.aligned, self.base = aligned, base
 
-    def settings(self, **given: Any) -> Settings:
+    def settings(self, kind: type[Settings] = Settings, **given: Any) -> Settings:
         """Return checked settings of a projection.
 
         Raises:
             SettingsError: the settings contradict each other, or do not fit the pair.
         """
-        return Settings(**given)
+        return kind(**given)
 
     def plan(self, adapters: Sequence[Adapter]) -> Plan:
         """Pair the modules of adapters with V.

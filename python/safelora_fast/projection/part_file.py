@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from safelora_fast.checkpoints.adapter import load_adapters
 from safelora_fast.errors import AdapterError, CheckpointError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from safelora_fast.checkpoints.experts import Slice
     from safelora_fast.projection.fleet_shard import Shard
     from safelora_fast.projection.jobs import Plan
     from safelora_fast.projection.module_reports import Progress
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 
 FILE = TensorFile("safelora_fast.part", 1, "part of a projection", "safelora-fast project --modules-shard")
 MODULE = {"name": TEXT, "v_norm": NUMBER, "factors": LIST}
+OF_V = {"rank": COUNT, "energy": NUMBER}
 METRICS = ("cosine", "gain", "lora_b_norm", "lora_b_norm_projected", "update_norm", "update_norm_projected")
+FACTORS = {**dict.fromkeys(METRICS, NUMBER), "A": TEXT, "B": TEXT, "failure": TEXT}
 # How the values of a stored dtype become float32, and back: both without rounding.
 WIDTHS: dict[str, Any] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -109,18 +113,27 @@ class JoinedParts:
         if not found:
             raise CheckpointError(f"{self.folder}: holds no part-I-of-N.safetensors; make them with --modules-shard")
         now = _document(plan, self._pair, settings, None)["made_from"]
-        indices: set[int] = set()
+        indices: dict[int, Path] = {}
+        counts: dict[int, Path] = {}
         modules: dict[str, tuple[Path, dict[str, Any]]] = {}
         for path in found:
             with FILE.opened(path) as (document, _):
                 check_fields(document, {"made_from": LIST, "modules": LIST, "index": COUNT, "count": COUNT})
                 _check_same(path, document["made_from"], now)
-                indices.add(document["index"])
-                modules |= {check_fields(one, MODULE)["name"]: (path, one) for one in document["modules"]}
-        missing = sorted(set(range(document["count"])) - indices)
-        if missing or any(module.name not in modules for module in plan.modules):
-            lacking = ", ".join(f"{index}/{document['count']}" for index in missing) or "a module"
-            raise CheckpointError(f"{self.folder}: the parts lack {lacking}; make it with --modules-shard")
+                indices[document["index"]] = counts[document["count"]] = path
+                for one in document["modules"]:
+                    for factors in check_fields(one, MODULE, OF_V)["factors"]:
+                        check_fields(factors, {}, FACTORS)
+                    modules[one["name"]] = path, one
+        if len(counts) > 1:
+            (few, first), (many, second) = sorted(counts.items())[:2]
+            raise CheckpointError(f"{first} is one of {few} parts, but {second} of {many}; make all with the same N")
+        (count,) = counts
+        lacking = next((f"{index}/{count}" for index in range(count) if index not in indices), None)
+        if lacking or any(module.name not in modules for module in plan.modules):
+            raise CheckpointError(
+                f"{self.folder}: the parts lack {lacking or 'a module'}; make it with --modules-shard"
+            )
         return _Joined(plan, modules)
 
 
@@ -145,8 +158,11 @@ class _Joined:
             path, module = self._modules[planned.name]
             with FILE.opened(path) as (_, file):
                 pairs = zip(planned.group.factors, module["factors"], strict=True)
-                factors = [_Factors(one, file, f"{planned.name}.{number}") for number, (_, one) in enumerate(pairs)]
-                yield _Outcome(index, module["v_norm"], module["rank"], module["energy"], factors)
+                factors = [
+                    _Factors(one, path, file, f"{planned.name}.{number}", {"B": block.lora_b, "A": block.lora_a})
+                    for number, (block, one) in enumerate(pairs)
+                ]
+                yield _Outcome(index, module["v_norm"], module.get("rank"), module.get("energy"), factors)
 
     def close(self) -> None:
         """Nothing is open between outcomes."""
@@ -166,10 +182,10 @@ class _Outcome:
 class _Factors:
     """The outcome of one adapter in one module, with the attributes of `_core.FactorOutcome`."""
 
-    def __init__(self, metrics: dict[str, Any], file: Any, name: str) -> None:
-        self._metrics, self._file, self._name = metrics, file, name
+    def __init__(self, metrics: dict[str, Any], path: Path, file: Any, name: str, blocks: dict[str, Slice]) -> None:
+        self._metrics, self._path, self._file, self._name, self._blocks = metrics, path, file, name, blocks
         for metric in METRICS:
-            setattr(self, metric, math.nan if metrics[metric] is None else metrics[metric])
+            setattr(self, metric, math.nan if metrics.get(metric) is None else metrics[metric])
 
     def projected(self) -> bytes:
         """Return O·B as it was projected.
@@ -177,16 +193,25 @@ class _Factors:
         Raises:
             AdapterError: a value left the range of its dtype.
         """
-        if "failure" in self._metrics:
+        if self._metrics.get("failure") is not None:
             raise AdapterError(self._metrics["failure"])
         return self._values("B")
 
     def projected_lora_a(self) -> bytes | None:
         """Return the new A, or None if it stays."""
-        return self._values("A") if "A" in self._metrics else None
+        return None if self._metrics.get("A") is None else self._values("A")
 
     def _values(self, side: str) -> bytes:
-        return _narrowed(self._file.get_tensor(f"{self._name}.{side}"), self._metrics[side])
+        block, key = self._blocks[side], f"{self._name}.{side}"
+        try:
+            values, dtype = self._file.get_tensor(key), self._metrics[side]
+            if values.dtype != np.float32 or values.size != block.rows * block.cols or dtype not in WIDTHS:
+                raise ValueError(
+                    f"{key} is {values.dtype} {list(values.shape)}, for {dtype} {[block.rows, block.cols]}"
+                )
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self._path}: the {FILE.what} is damaged ({error}); make it again") from error
+        return _narrowed(values, dtype)
 
 
 def _document(plan: Plan, pair: dict[str, str], settings: Settings, shard: Shard | None) -> dict[str, Any]:

@@ -160,9 +160,9 @@ class ProjectionReport:
         if zero := sum(module.v_norm == 0 for module in adapter.modules):
             modules = counted(len(adapter.modules), "module")
             found.append(f"aligned and base hold the same weights in {zero} of {modules}, which stay as they are")
-        if (trained_on := adapter.trained_on) and not _alike(trained_on, str(self.aligned["source"])):
+        if (trained_on := adapter.trained_on) and not alike(trained_on, str(self.aligned["source"])):
             doubt = f"but aligned is {self.aligned['source']}; check that they are the same model"
-            if _alike(trained_on, str(self.base["source"])):
+            if alike(trained_on, str(self.base["source"])):
                 doubt = (
                     "which is given as base: are the two models swapped? The projection is the same, but not the card"
                 )
@@ -197,7 +197,7 @@ def published(report: ProjectionReport) -> ProjectionReport:
     return replace(report, aligned=model(report.aligned), base=model(report.base), adapters=adapters)
 
 
-def _alike(one: str, other: str) -> bool:
+def alike(one: str, other: str) -> bool:
     """Return whether two paths or Hub ids may mean the same model: equal last parts, also inside the Hub's cache."""
     names = [path.rstrip("/").rpartition("/")[2].partition("@")[0].lower() for path in (one, other)]
     cached = [f"--{name}/" in f"{path.lower()}/" for name, path in zip(names, (other, one), strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from safelora_fast.subspace.module_subspace import ModuleSubspace
 
 STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-NOTE = "its cosines are those of C cut to the subspace's vectors, not the paper's, which need both checkpoints"
+NOTE = "the cosines are those of C cut to the subspace's vectors, not the paper's, which need both checkpoints"
 
 
 class SubspacePair(ModelPair):
@@ -52,7 +52,7 @@ class SubspacePair(ModelPair):
         self.modules, self._find_name = modules, find_name
         super().__init__(*(_known_by_name(modules, sources.get(role, {}), role) for role in ("aligned", "base")))
 
-    def settings(self, **given: Any) -> Settings:
+    def settings(self, kind: type[Settings] = Settings, **given: Any) -> Settings:
         """Return the settings of a projection; `orthogonal` uses all vectors by default.
 
         Raises:
@@ -61,7 +61,7 @@ class SubspacePair(ModelPair):
         built = max((module.rank for module in self.modules.values()), default=0)
         if given.get("operator") == "orthogonal" and given.get("rank") is None and given.get("energy") is None:
             given["rank"] = max(built, 1)
-        chosen = Settings(**given)
+        chosen = kind(**given)
         if chosen.operator != "orthogonal":
             raise SettingsError(f"operator {chosen.operator} needs both checkpoints; with a subspace, use orthogonal")
         if chosen.select != "all":
@@ -99,8 +99,7 @@ class SubspacePair(ModelPair):
         raise_first(problems, len(groups))
         order = [name for name in self.modules if name in groups]
         planned = tuple(_Module(groups[name], None) for name in order)  # type: ignore[arg-type]  # no stream reads the job
-        noted = tuple(replace(adapter, notes=(*adapter.notes, NOTE)) for adapter in adapters)
-        return Plan(planned, noted, sum(self.modules[name].left_vectors.nbytes for name in order))
+        return Plan(planned, tuple(adapters), sum(self.modules[name].left_vectors.nbytes for name in order))
 
     def start(self, plan: Plan, settings: Settings, *, keep_projected: bool) -> VectorStream:
         """Start the stream over a plan."""
@@ -145,7 +144,7 @@ class VectorStream:
     def __iter__(self) -> Iterator[VectorOutcome]:
         for index, planned in enumerate(self._plan.modules):
             module = self._modules[planned.name]
-            vectors, values = _leading(planned.name, module, self._settings)
+            vectors, values = leading(planned.name, module, self._settings)
             factors = [
                 VectorFactors(self._plan.adapters[one.adapter], one, vectors, values, module.v_norm, self._settings)
                 for one in planned.group.factors
@@ -252,7 +251,7 @@ def _read(file: _core.SafetensorsFile, key: str) -> np.ndarray:
     return values
 
 
-def _leading(name: str, module: ModuleSubspace, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def leading(name: str, module: ModuleSubspace, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Return the vectors [m, k] and singular values [k] that the rank or the energy asks for."""
     values = module.singular_values.astype(np.float64)
     count = min(settings.rank or len(values), len(values))
@@ -275,4 +274,5 @@ def _known_by_name(modules: Iterable[str], source: Mapping[str, Any], role: str)
 
     names = {f"{name}.weight": "" for name in modules}
     shown = str(source.get("source") or f"the {role} model of the subspace")
-    return Checkpoint(shown, source.get("revision"), None, names, absent, remote=True)
+    note = NOTE if role == "aligned" else None
+    return Checkpoint(shown, source.get("revision"), None, names, absent, remote=True, beside=note)

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Literal
 
 from safelora_fast.checkpoints.geometry import VOCABULARY, Block, weight_entry
 from safelora_fast.checkpoints.pairing import TensorNames
+from safelora_fast.checkpoints.sources import Checkpoint
 from safelora_fast.checkpoints.tensor_names import canonical, matching
 from safelora_fast.errors import PairingError
+from safelora_fast.projection.jobs import Problems, raise_first
 from safelora_fast.subspace.plan import IN_A_LAYER, OF_EXPERTS, plan_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from safelora_fast import _core
-    from safelora_fast.checkpoints.sources import Checkpoint
     from safelora_fast.projection.jobs import PlannedModule
+    from safelora_fast.subspace.module_subspace import ModuleSubspace
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
 
 Others = Literal["finetuned", "aligned"]  # where the tensors come from that are no modules
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
@@ -28,10 +31,14 @@ WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True)
 class WholeModule:
-    """One module: V with its job, and the rows of the fine-tuned tensor, one block for each part of the job."""
+    """One module: V with its job, and the rows of the fine-tuned tensor, one block for each part of the job.
+
+    With a subspace, the base of the job is the aligned weight, and is not read.
+    """
 
     planned: PlannedModule
     finetuned: tuple[Block, ...]
+    subspace: ModuleSubspace | None = None
 
     @property
     def name(self) -> str:
@@ -43,6 +50,11 @@ class WholeModule:
         """Bytes of the module in the fine-tuned model, which lie in one piece."""
         first = self.finetuned[0]
         return sum(block.rows for block in self.finetuned) * first.cols * WIDTHS[first.dtype]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are read of all models."""
+        return self.nbytes + self.planned.job.nbytes // (1 if self.subspace is None else 2)
 
     @property
     def begin(self) -> int:
@@ -58,7 +70,7 @@ class WholePlan:
         shards: the files of the fine-tuned model, each with its modules in the order of their bytes.
         others: the other tensors, with the tensor of the aligned model that has the same shape, or None.
         excluded: modules that the user excluded.
-        nbytes: bytes of all modules in the three models.
+        nbytes: bytes of all modules that are read.
     """
 
     shards: Mapping[str, tuple[_core.SafetensorsFile, list[WholeModule]]]
@@ -73,20 +85,25 @@ class WholePlan:
 
 
 def plan_whole_model(
-    finetuned: Checkpoint, aligned: Checkpoint, base: Checkpoint, *, embeddings: bool, exclude: Sequence[str] = ()
+    finetuned: Checkpoint,
+    aligned: Checkpoint,
+    base: Checkpoint | SafeSubspace,
+    *,
+    embeddings: bool,
+    exclude: Sequence[str] = (),
 ) -> WholePlan:
     """Match each tensor of a fine-tuned model with the aligned model, and each module with V.
 
     Args:
         finetuned: a full fine-tune of the aligned model.
         aligned: the model that was fine-tuned.
-        base: the model before alignment.
+        base: the model before alignment, or the subspace of the pair.
         embeddings: whether input embeddings and the head are modules too, beside the linear weights and experts of the
             numbered layers.
         exclude: names or patterns of modules to leave unchanged.
 
     Raises:
-        PairingError: the model is no fine-tune of `aligned`, or a module has no counterpart in the base.
+        PairingError: the model is no fine-tune of `aligned`, or a module has no counterpart in the base or subspace.
         CheckpointError: a checkpoint is quantized.
         SettingsError: an exclude pattern matches nothing, or all modules are excluded.
     """
@@ -99,7 +116,9 @@ def plan_whole_model(
     }
     for tensor in modules:
         weight_entry(names, own[tensor])
-    plan = plan_modules(aligned, base, list(modules.values()), exclude)
+    subspace = None if isinstance(base, Checkpoint) else base
+    plan = plan_modules(aligned, base if isinstance(base, Checkpoint) else aligned, list(modules.values()), exclude)
+    vectors = {} if subspace is None else _vectors(plan.modules, subspace)
     shards: dict[str, tuple[_core.SafetensorsFile, list[WholeModule]]] = {
         file.path: (file, []) for file in sorted(finetuned.files, key=lambda file: file.path)
     }
@@ -110,7 +129,7 @@ def plan_whole_model(
             blocks.append(
                 replace(block, tensor=own[block.tensor], file=entry.file, dtype=entry.dtype, begin=entry.begin)
             )
-        shards[blocks[0].file.path][1].append(WholeModule(planned, tuple(blocks)))
+        shards[blocks[0].file.path][1].append(WholeModule(planned, tuple(blocks), vectors.get(planned.name)))
     for _, found in shards.values():
         found.sort(key=lambda module: module.begin)
     chosen = {block.tensor for _, found in shards.values() for module in found for block in module.finetuned}
@@ -120,8 +139,30 @@ def plan_whole_model(
         if partner is not None and finetuned.tensor(name).shape != aligned.tensor(partner).shape:
             others[name] = None
     excluded = [module for module in modules.values() if matching(module, exclude)]
-    read = sum(module.nbytes for _, found in shards.values() for module in found)
-    return WholePlan(shards, others, excluded, plan.nbytes + read)
+    return WholePlan(
+        shards, others, excluded, sum(module.bytes_read for _, found in shards.values() for module in found)
+    )
+
+
+def _vectors(modules: Sequence[PlannedModule], subspace: SafeSubspace) -> dict[str, ModuleSubspace]:
+    """Return the subspace of each module.
+
+    Raises:
+        PairingError: a module is not in the subspace, or its shape differs.
+    """
+    problems: Problems = []
+    found: dict[str, ModuleSubspace] = {}
+    for module in modules:
+        try:
+            one = subspace.find(module.name)
+            if (shape := (len(one.left_vectors), one.columns)) != module.shape:
+                raise PairingError(f"{module.name}: is {list(module.shape)}, but {list(shape)} in the subspace")
+        except PairingError as problem:
+            problems.append((module.name, problem))
+        else:
+            found[module.name] = one
+    raise_first(problems, len(found))
+    return found
 
 
 def _paired(finetuned: Checkpoint, aligned: Checkpoint, names: TensorNames) -> dict[str, str]:

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+
 from safelora_fast import _core
 from safelora_fast.checkpoints.provenance import describe, same_content, sampled
 from safelora_fast.checkpoints.sources import A_MODEL, open_checkpoint
@@ -16,7 +18,7 @@ from safelora_fast.checkpoints.weight_norms import weight_norm
 from safelora_fast.errors import CheckpointError, InterruptedRunError, OutputError, PairingError, SettingsError
 from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.digest import text_digest
-from safelora_fast.files.json_reader import read_json, read_object
+from safelora_fast.files.json_reader import read_object
 from safelora_fast.files.output import check_target, resumable_folder
 from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.files.store import changed_settings, plain, settings_message, to_json, write_json
@@ -31,6 +33,7 @@ from safelora_fast.whole_models.plan import Others, plan_whole_model
 from safelora_fast.whole_models.shard_writer import (
     finish_shard,
     needs_cosine,
+    read_record,
     replace_tensors,
     restore,
     write_shard,
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from safelora_fast.checkpoints.sources import Checkpoint, TensorEntry
     from safelora_fast.projection.model_pair import ModelPair
     from safelora_fast.projection.module_reports import Progress
+    from safelora_fast.projection.settings import Settings
+    from safelora_fast.subspace.safe_subspace import SafeSubspace
     from safelora_fast.whole_models.plan import WholeModule, WholePlan
 
 STATE = "safelora_unfinished.json"
@@ -54,8 +59,9 @@ def project_model(
     finetuned: str | Path,
     *,
     aligned: str | Path,
-    base: str | Path,
+    base: str | Path | None = None,
     output: str | Path | None,
+    subspace: SafeSubspace | None = None,
     embeddings: bool = False,
     others: Others = "finetuned",
     overwrite: bool = False,
@@ -73,6 +79,7 @@ def project_model(
         finetuned: path or Hub id (optionally with `@revision`) of a full fine-tune of `aligned`.
         aligned: the model that was fine-tuned.
         base: the model before alignment.
+        subspace: a subspace of the two models instead of `base`, for operator "orthogonal" and select "all".
         output: the folder to create; None writes nothing.
         embeddings: project input embeddings and the head too, if their shapes agree.
         others: where tensors that are no modules (norms, biases, embeddings, head) come from: "finetuned" or "aligned".
@@ -89,16 +96,26 @@ def project_model(
     Raises:
         SafeLoraFastError: an input is invalid, or the model is no fine-tune of `aligned`; the message is one line.
     """
-    checked = WholeModelSettings(**settings)
+    if (base is None) == (subspace is None):
+        raise SettingsError("give either base, or a subspace of aligned and base")
+    known = None if subspace is None else subspace.as_pair()
+    checked = WholeModelSettings(**settings) if known is None else known.settings(WholeModelSettings, **settings)
     if others not in get_args(Others):
         raise SettingsError(f"others must be one of {', '.join(get_args(Others))}, not {others!r}")
     check_path("finetuned", finetuned, A_MODEL)
-    local = [*local_models(aligned, base), *(path for path in [Path(finetuned)] if path.exists())]
+    local = [
+        *local_models(aligned, aligned if base is None else base),
+        *(path for path in [Path(finetuned)] if path.exists()),
+    ]
     if output is not None:
         check_path("output", output, "the folder to make, or None")
     target = None if output is None else Path(output)
     model = open_checkpoint(finetuned, role="fine-tuned")
-    run = _Run(model, open_pair(aligned, base), checked, embeddings, others)
+    if known is None:
+        pair = open_pair(aligned, base)
+    else:
+        known.aligned, pair = open_checkpoint(aligned, role="aligned"), known
+    run = _Run(model, pair, subspace, checked, embeddings, others)
     with bar_on_a_terminal(progress) as told:
         if target is None:
             report = run.report(run.pass_over(None, told), None, target)
@@ -114,17 +131,31 @@ class _Run:
     """One run: three models, the plan, and the settings."""
 
     def __init__(
-        self, finetuned: Checkpoint, pair: ModelPair, settings: WholeModelSettings, embeddings: bool, others: Others
+        self,
+        finetuned: Checkpoint,
+        pair: ModelPair,
+        subspace: SafeSubspace | None,
+        settings: Settings,
+        embeddings: bool,
+        others: Others,
     ) -> None:
         self.began = time.perf_counter()
         self.finetuned, self.pair, self.settings, self.source = finetuned, pair, settings, others
         self.embeddings = embeddings
         self.plan: WholePlan = plan_whole_model(
-            finetuned, pair.aligned, pair.base, embeddings=embeddings, exclude=settings.exclude
+            finetuned, pair.aligned, subspace or pair.base, embeddings=embeddings, exclude=settings.exclude
         )
-        models = {"finetuned": finetuned, "aligned": pair.aligned, "base": pair.base}
+        models = {"finetuned": finetuned, "aligned": pair.aligned, **({} if subspace else {"base": pair.base})}
         self.described = {role: describe(checkpoint) for role, checkpoint in models.items()}
-        if same_content(self.described["aligned"], self.described["base"]):
+        if subspace is not None:
+            former = subspace.sources.get("aligned")
+            if former is not None and not same_content(former, self.described["aligned"]):
+                raise PairingError(
+                    f"{pair.aligned.description}: is not the aligned model that the subspace was built from, {former['source']}; "
+                    "give that one, or build the subspace again"
+                )
+            self.described["subspace"] = {"source": None, "revision": None, **pair.identity()}
+        elif same_content(self.described["aligned"], self.described["base"]):
             refuse_equal([0.0])
         same = same_content(self.described["finetuned"], self.described["aligned"])
         if same and not settings.described_operator.adds:
@@ -171,26 +202,26 @@ class _Run:
             told.start(self.plan.nbytes, len(self.plan.modules))
         metrics: list[Metrics] = []
         done = 0
+        largest = max(module.nbytes for module in self.plan.modules)
+        buffers = np.empty(largest, np.uint8), np.empty(largest, np.uint8)
 
         def after(module: WholeModule) -> None:
             nonlocal done
-            done += module.nbytes + module.planned.job.nbytes
+            done += module.bytes_read
             if told is not None:
                 told.advance(done, module.name)
 
         for file, modules in self.plan.shards.values():
             source = Path(file.path)
+            shard = None if folder is None else folder / source.name
             record = None if folder is None else _record(folder, source)
-            if record is not None and record.exists():
-                metrics += [
-                    {**one, "cosine": math.nan if one["cosine"] is None else one["cosine"]}
-                    for one in read_json(record)["modules"]
-                ]
+            former = read_record(record, shard, source, len(modules)) if shard and record else None
+            if former is not None:
+                metrics += former
                 for module in modules:
                     after(module)
                 continue
-            shard = None if folder is None else folder / source.name
-            found = write_shard(source, shard, modules, self.settings, keeps=self._keeps, told=after)
+            found = write_shard(source, shard, modules, self.settings, buffers, keeps=self._keeps, told=after)
             if shard is not None and record is not None:
                 replace_tensors(shard, self._replaced(file))
                 finish_shard(shard, record, {"modules": found})
@@ -320,7 +351,9 @@ class _Run:
             v_norm=found["v_norm"],
             v_rank=found["rank"],
             v_energy=found["energy"],
-            sources=[asdict(source) for source in module.planned.sources],
+            sources=[
+                asdict(source) | ({"base_file": ""} if module.subspace else {}) for source in module.planned.sources
+            ],
             v_ratio=found["v_norm"] / weight if weight else math.nan,
         )
 

@@ -7,6 +7,7 @@ after the shard is on the disk.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,10 @@ import numpy as np
 
 from safelora_fast import _core
 from safelora_fast.errors import SettingsError
+from safelora_fast.files.json_reader import COUNT, LIST, NUMBER, check_fields, read_object
 from safelora_fast.files.output import sync
 from safelora_fast.files.store import write_json
+from safelora_fast.subspace.subspace_pair import leading
 from safelora_fast.whole_models.plan import WIDTHS
 
 if TYPE_CHECKING:
@@ -28,16 +31,27 @@ if TYPE_CHECKING:
     from safelora_fast.whole_models.plan import WholeModule
 
 PIECE = 64 << 20
-METRICS = ("v_norm", "rank", "energy", "cosine", "update_norm", "update_norm_projected")
+NORMS = ("v_norm", "update_norm", "update_norm_projected")
+METRICS = (*NORMS, "rank", "energy", "cosine")
 
 
 def project_module(module: WholeModule, settings: Settings, output: np.ndarray) -> dict[str, Any]:
     """Write W_a + O·(W_ft − W_a) of one module to `output` (uint8), as stored, and return its metrics.
 
+    With the module's subspace, the metrics of V are those that the subspace holds.
+
     Raises:
         CheckpointError: a weight is NaN or infinite, or the result leaves the range of its dtype.
         SettingsError: the system cannot start that many threads.
     """
+    known: dict[str, Any] = {}
+    vectors = None
+    if module.subspace is not None:
+        basis, values = leading(module.name, module.subspace, settings)
+        vectors = np.ascontiguousarray(basis.T, np.float32)  # [k, m]
+        v_norm = module.subspace.v_norm
+        energy = float(np.square(values / v_norm).sum()) if v_norm else None
+        known = {"v_norm": v_norm, "rank": len(values), "energy": energy}
     try:
         outcome = _core.project_update(
             module.planned.job,
@@ -45,11 +59,12 @@ def project_module(module: WholeModule, settings: Settings, output: np.ndarray) 
             settings.described_operator.in_rust(vars(settings)),
             (output.ctypes.data, output.nbytes),
             cosine=needs_cosine(settings),
+            vectors=None if vectors is None else (vectors.ctypes.data, len(vectors)),
             threads=settings.threads,
         )
     except RuntimeError as error:
         raise SettingsError(f"{error}; ask for fewer with threads") from error
-    return {name: getattr(outcome, name) for name in METRICS}
+    return {name: getattr(outcome, name) for name in METRICS} | known
 
 
 def needs_cosine(settings: Settings) -> bool:
@@ -62,6 +77,7 @@ def write_shard(
     target: Path | None,
     modules: Sequence[WholeModule],
     settings: Settings,
+    buffers: tuple[np.ndarray, np.ndarray],
     *,
     keeps: Callable[[dict[str, Any]], bool],
     told: Callable[[WholeModule], None],
@@ -73,6 +89,7 @@ def write_shard(
         target: the file to write; None only computes the metrics.
         modules: the modules in the file, in the order of their bytes.
         settings: the operator.
+        buffers: two of the size of the largest module: one is written while the other is filled.
         keeps: whether the projected weight of a module with these metrics is written. Otherwise its bytes stay.
         told: called after each module.
     """
@@ -89,7 +106,7 @@ def write_shard(
         done = 0
         for index, module in enumerate(modules):
             _announce(modules[index + 1 : index + 2])
-            values = np.empty(module.nbytes, np.uint8)
+            values = buffers[index % 2][: module.nbytes]
             found = project_module(module, settings, values)
             metrics.append(found)
             if writer is not None:
@@ -110,6 +127,20 @@ def finish_shard(target: Path, record: Path, content: dict[str, Any]) -> None:
     """Put a written shard on the disk, then its record."""
     sync(target)
     write_json(record, content)
+
+
+def read_record(record: Path, shard: Path, source: Path, count: int) -> list[dict[str, Any]] | None:
+    """Return the metrics of a finished shard's modules; None if it is not finished, or not whole, and must be written."""
+    try:
+        modules = check_fields(read_object(record), {"modules": LIST})["modules"]
+        if len(modules) != count or shard.stat().st_size != source.stat().st_size:
+            return None
+        for one in modules:
+            check_fields(one, dict.fromkeys(NORMS, NUMBER), {"rank": COUNT, "energy": NUMBER, "cosine": NUMBER})
+    except (OSError, ValueError):
+        return None
+    found = [{name: one.get(name) for name in METRICS} for one in modules]
+    return [one | {"cosine": math.nan if one["cosine"] is None else one["cosine"]} for one in found]
 
 
 def restore(source: Path, target: Path, modules: Sequence[WholeModule]) -> None:
@@ -161,7 +192,7 @@ def _announce(modules: Sequence[WholeModule]) -> None:
     """Ask the system to read the weights of modules ahead of time."""
     for module in modules:
         group = module.planned.group
-        for block in (*module.finetuned, *group.aligned, *group.base):
+        for block in (*module.finetuned, *group.aligned, *(() if module.subspace else group.base)):
             width = WIDTHS[block.dtype]
             with contextlib.suppress(OSError):
                 descriptor = os.open(block.file.path, os.O_RDONLY)

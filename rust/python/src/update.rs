@@ -32,8 +32,8 @@ impl UpdateOutcome {
 
 /// Write aligned + O·(finetuned - aligned) to (address, length), row-major as stored, in the dtype of `finetuned`.
 #[pyfunction]
-#[pyo3(signature = (job, finetuned, operator, output, *, cosine=true, threads=None))]
-#[allow(clippy::needless_pass_by_value, reason = "arguments are extracted by value")]
+#[pyo3(signature = (job, finetuned, operator, output, *, cosine=true, vectors=None, threads=None))]
+#[allow(clippy::needless_pass_by_value, clippy::too_many_arguments, reason = "arguments are extracted by value")]
 pub(crate) fn project_update(
     py: Python<'_>,
     job: &Job,
@@ -41,6 +41,7 @@ pub(crate) fn project_update(
     operator: &Operator,
     output: (usize, usize),
     cosine: bool,
+    vectors: Option<(usize, usize)>,
     threads: Option<usize>,
 ) -> PyResult<UpdateOutcome> {
     let (threads, level) = (settings::threads(threads)?, settings::level()?);
@@ -59,6 +60,17 @@ pub(crate) fn project_update(
     {
         return Err(PyValueError::new_err(format!("module {}: views or output do not fit the job", job.name())));
     }
+    let vectors = vectors.map(|(address, count)| {
+        let orthogonal = matches!(operator, core::Operator::Orthogonal(_)) && !cosine;
+        if !orthogonal || address == 0 || !address.is_multiple_of(4) || count > job.shape().0 {
+            return Err(PyValueError::new_err(format!("module {}: vectors do not fit", job.name())));
+        }
+        // SAFETY: Python owns this memory during the call, (count, m) f32 values (documented in the stub).
+        let values: &[f32] =
+            unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count * job.shape().0) };
+        Ok(values.to_vec())
+    });
+    let vectors = vectors.transpose()?;
     let raised = Mutex::new(None);
     #[allow(clippy::redundant_closure_for_method_calls, reason = "the method is not general over the token's lifetime")]
     let interrupted = || match Python::attach(|py| py.check_signals()) {
@@ -69,7 +81,7 @@ pub(crate) fn project_update(
         // SAFETY: Python owns this memory during the call and does not touch it (documented in the stub).
         let target = unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), length) };
         let mut engine = engines::take(threads, level)?;
-        let found = core::project_update(&mut engine, job, &finetuned, operator, cosine, target, &interrupted);
+        let found = core::project_update(&mut engine, job, &finetuned, operator, vectors, cosine, target, &interrupted);
         engines::keep(engine);
         found.map_err(|error| projection_error(&error))
     });

@@ -5,8 +5,11 @@
 //! number of threads. Functions run on the current rayon pool.
 
 mod eigen;
+mod multiversion;
 mod orthonormal;
 mod products;
+
+pub(crate) use multiversion::multiversion;
 
 pub use eigen::{Eigen, symmetric_eigen};
 pub use orthonormal::{orthonormal, removed};

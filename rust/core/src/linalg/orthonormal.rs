@@ -33,11 +33,9 @@ pub fn removed(vectors: &[f32], against: &[f32], length: usize) -> Vec<f32> {
         return rest;
     }
     let outputs = vectors.len() / length;
-    for _ in 0..2 {
-        let weights = inner_products(against, &rest, length);
-        for (value, along) in rest.iter_mut().zip(combine(against, length, &weights, outputs)) {
-            *value -= along;
-        }
+    let weights = inner_products(against, &rest, length);
+    for (value, along) in rest.iter_mut().zip(combine(against, length, &weights, outputs)) {
+        *value -= along;
     }
     rest
 }

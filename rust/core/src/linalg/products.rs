@@ -2,40 +2,17 @@
 
 use rayon::prelude::*;
 
+use super::multiversion;
+
 /// Vectors that are loaded together.
 const TILE: usize = 4;
 /// Partial sums of one inner product.
 const LANES: usize = 8;
-/// Columns of a linear combination that are summed together.
-const BLOCK: usize = 64;
-
-/// Compiles a function for AVX-512, AVX2 and the baseline, and calls the widest that the CPU supports.
-macro_rules! multiversion {
-    ($name:ident, $body:ident, ($($argument:ident: $type:ty),*) -> $result:ty) => {
-        fn $name($($argument: $type),*) -> $result {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512vl")]
-                fn avx512($($argument: $type),*) -> $result {
-                    $body($($argument),*)
-                }
-                #[target_feature(enable = "avx2")]
-                fn avx2($($argument: $type),*) -> $result {
-                    $body($($argument),*)
-                }
-                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-                    // SAFETY: the CPU features were checked just above.
-                    return unsafe { avx512($($argument),*) };
-                }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: as above.
-                    return unsafe { avx2($($argument),*) };
-                }
-            }
-            $body($($argument),*)
-        }
-    };
-}
+/// Linear combinations that are summed together, and columns of them: the sums stay in registers.
+const OUTPUTS: usize = 6;
+const BLOCK: usize = 8;
+/// Columns of all combinations that one thread computes at a time.
+const PANEL: usize = 64;
 
 /// Inner products ⟨aᵢ, aⱼ⟩ of vectors of `length` values: a symmetric (count, count) matrix, row-major.
 ///
@@ -160,35 +137,57 @@ fn total(lanes: [f64; LANES]) -> f64 {
 pub fn combine(x: &[f32], length: usize, weights: &[f64], outputs: usize) -> Vec<f32> {
     let inputs = count(x, length);
     assert_eq!(weights.len(), inputs * outputs, "{inputs} vectors, {outputs} outputs");
+    let tiles: Vec<Vec<[f64; OUTPUTS]>> = (0..outputs)
+        .step_by(OUTPUTS)
+        .map(|first| {
+            let count = OUTPUTS.min(outputs - first);
+            let rows = weights.chunks_exact(outputs);
+            rows.map(|row| std::array::from_fn(|j| if j < count { row[first + j] } else { 0.0 })).collect()
+        })
+        .collect();
+    let starts: Vec<usize> = (0..length).step_by(PANEL).collect();
+    let panels: Vec<Vec<[f32; BLOCK]>> = starts
+        .par_iter()
+        .map(|start| {
+            (*start..length.min(start + PANEL)).step_by(BLOCK).flat_map(|at| block(x, length, at, &tiles)).collect()
+        })
+        .collect();
     let mut y = vec![0.0_f32; outputs * length];
-    y.par_chunks_mut((TILE * length).max(1)).enumerate().for_each(|(index, y)| {
-        combine_tile(x, length, &weights[index * TILE..], outputs, y);
+    y.par_chunks_mut(length.max(1)).enumerate().for_each(|(j, y)| {
+        let blocks = panels.iter().flat_map(|panel| panel.iter().skip(j).step_by(tiles.len() * OUTPUTS));
+        for (values, sums) in y.chunks_mut(BLOCK).zip(blocks) {
+            values.copy_from_slice(&sums[..values.len()]);
+        }
     });
     y
 }
 
-multiversion!(combine_tile, combine_body, (x: &[f32], length: usize, weights: &[f64], stride: usize, y: &mut [f32]) -> ());
+multiversion!(block, block_body, (x: &[f32], length: usize, start: usize, tiles: &[Vec<[f64; OUTPUTS]>]) -> Vec<[f32; BLOCK]>);
 
-#[allow(clippy::inline_always, reason = "as above")]
+/// Adjacent columns of all linear combinations, padded with zeros: (output, column).
+#[allow(clippy::inline_always, clippy::needless_range_loop, reason = "as above")]
 #[inline(always)]
-fn combine_body(x: &[f32], length: usize, weights: &[f64], stride: usize, y: &mut [f32]) {
-    for start in (0..length).step_by(BLOCK) {
-        let width = BLOCK.min(length - start);
-        let mut sums = [[0.0; BLOCK]; TILE];
-        for (vector, weights) in x.chunks_exact(length).zip(weights.chunks(stride)) {
-            let values = &vector[start..start + width];
-            for (sums, weight) in sums.iter_mut().zip(weights) {
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum += weight * f64::from(*value);
+fn block_body(x: &[f32], length: usize, start: usize, tiles: &[Vec<[f64; OUTPUTS]>]) -> Vec<[f32; BLOCK]> {
+    let width = BLOCK.min(length - start);
+    let mut values = vec![[0.0; BLOCK]; x.len() / length];
+    for (values, vector) in values.iter_mut().zip(x.chunks_exact(length)) {
+        for (value, element) in values.iter_mut().zip(&vector[start..start + width]) {
+            *value = f64::from(*element);
+        }
+    }
+    let mut results = Vec::with_capacity(tiles.len() * OUTPUTS);
+    for weights in tiles {
+        let mut sums = [[0.0; BLOCK]; OUTPUTS];
+        for (values, weights) in values.iter().zip(weights) {
+            for j in 0..OUTPUTS {
+                for lane in 0..BLOCK {
+                    sums[j][lane] += weights[j] * values[lane];
                 }
             }
         }
-        for (vector, sums) in y.chunks_exact_mut(length).zip(&sums) {
-            for (value, sum) in vector[start..start + width].iter_mut().zip(sums) {
-                *value = *sum as f32;
-            }
-        }
+        results.extend(sums.map(|sums| sums.map(|sum| sum as f32)));
     }
+    results
 }
 
 fn count(vectors: &[f32], length: usize) -> usize {

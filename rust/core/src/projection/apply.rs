@@ -63,7 +63,7 @@ pub fn apply(
     Ok(Applied { columns, factor: scale / divisor, v_norm })
 }
 
-/// Leading singular vectors of a V that is not zero.
+/// Leading singular vectors of V; none if V is zero or not finite.
 pub(super) fn leading(
     engine: &mut Engine,
     v: &mut Stacked<'_>,
@@ -79,5 +79,9 @@ pub(super) fn leading(
     let right = engine.install(|| orthonormal(&image, &[], n));
     let mut left = vec![0.0; right.len() / n * m];
     v.product(engine, &right, right.len() / n, &mut left)?;
+    // Known only now if the stored matrix is Vᵀ.
+    if !v.norm_squared().is_some_and(|squared| squared > 0.0 && squared.is_finite()) {
+        return Ok(Leading::default());
+    }
     Iteration::new(v, engine, right, left, extent, random).run(&AtomicBool::new(false))
 }

@@ -278,7 +278,7 @@ pub(super) fn normalize(values: &mut [f32]) -> f64 {
 }
 
 /// Finds the weight that is not finite.
-fn not_finite(job: &Job) -> ProjectionError {
+pub(super) fn not_finite(job: &Job) -> ProjectionError {
     let views = job.parts().iter().flat_map(|part| [part.aligned(), part.base()]);
     let found = views.into_iter().find_map(first_not_finite);
     found.map_or_else(|| ProjectionError::OutOfRange(job.name().to_owned()), ProjectionError::Checkpoint)

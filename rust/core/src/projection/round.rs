@@ -1,11 +1,14 @@
 //! Rounding of results to the dtype of the adapter.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::kernels::Dtype;
 
 /// Rows that are written together.
 const BLOCK: usize = 64;
+/// The exponent of a binary32 that is NaN or infinite.
+const INFINITE: u32 = 0x7f80_0000;
 
 /// A result that is out of its dtype's range.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,23 +59,46 @@ pub fn write_rounded(
 }
 
 /// Writes values in `dtype`, rounded to nearest even. Returns the position of the first that overflows, if any.
+#[allow(clippy::inline_always, reason = "a function with CPU features inlines it to use them")]
+#[inline(always)]
 pub(super) fn round_row(values: &[f32], dtype: Dtype, output: &mut [u8]) -> Option<usize> {
-    fn write<const SIZE: usize>(values: &[f32], output: &mut [u8], bytes: impl Fn(f32) -> [u8; SIZE]) {
-        let (slots, _) = output.as_chunks_mut::<SIZE>();
-        for (slot, value) in slots.iter_mut().zip(values) {
-            *slot = bytes(*value);
+    let mut overflows = 0;
+    match dtype {
+        Dtype::F32 => {
+            for (slot, value) in output.as_chunks_mut().0.iter_mut().zip(values) {
+                overflows |= u32::from(!value.is_finite());
+                *slot = value.to_le_bytes();
+            }
         }
+        Dtype::Bf16 => {
+            for (slot, value) in output.as_chunks_mut().0.iter_mut().zip(values) {
+                let bits = value.to_bits();
+                // Half of the last kept digit, minus one if the digit is even: ties go to even.
+                let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+                overflows |= u32::from(bits & INFINITE == INFINITE) | u32::from(rounded & INFINITE == INFINITE);
+                *slot = ((rounded >> 16) as u16).to_le_bytes();
+            }
+        }
+        Dtype::F16 => {
+            let mut halves = [f16::ZERO; BLOCK];
+            for (slots, values) in output.chunks_mut(2 * BLOCK).zip(values.chunks(BLOCK)) {
+                let halves = &mut halves[..values.len()];
+                halves.convert_from_f32_slice(values);
+                for (slot, half) in slots.as_chunks_mut().0.iter_mut().zip(&*halves) {
+                    overflows |= u32::from(!half.is_finite());
+                    *slot = half.to_le_bytes();
+                }
+            }
+        }
+    }
+    if overflows == 0 {
+        return None;
     }
     let is_finite: fn(f32) -> bool = match dtype {
         Dtype::F32 => f32::is_finite,
         Dtype::Bf16 => |value| bf16::from_f32(value).is_finite(),
         Dtype::F16 => |value| f16::from_f32(value).is_finite(),
     };
-    match dtype {
-        Dtype::F32 => write(values, output, f32::to_le_bytes),
-        Dtype::Bf16 => write(values, output, |value| bf16::from_f32(value).to_le_bytes()),
-        Dtype::F16 => write(values, output, |value| f16::from_f32(value).to_le_bytes()),
-    }
     values.iter().position(|value| !is_finite(*value))
 }
 

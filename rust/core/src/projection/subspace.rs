@@ -5,6 +5,7 @@
 //! converged. It is also the next block of Z. Each block costs two reads of V (Halko, Martinsson and Tropp 2011, arXiv 0909.4061,
 //! section 4.5; Knyazev 2001 for the soft locking of converged vectors).
 
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
 use super::{ProjectionError, Random, Stacked};
@@ -15,7 +16,7 @@ use crate::linalg::{Eigen, combine, gram, inner_products, orthonormal, removed, 
 const OVERSAMPLING: usize = 8;
 /// Residual, relative to σ₁, at which a singular vector counts as converged.
 const TOLERANCE: f64 = 1e-5;
-/// The iteration stops after this many blocks, even if a singular vector has not converged.
+/// The iteration stops after this many blocks of the first one's size, even if a singular vector has not converged.
 const MOST_BLOCKS: usize = 48;
 /// Singular values below this fraction of σ₁ are lost in the rounding of the products with V.
 const NUMERICAL_RANK: f64 = TOLERANCE;
@@ -78,6 +79,8 @@ pub(super) struct Iteration<'a, 'v> {
     gram: Vec<f64>,
     extent: Extent,
     random: Random,
+    /// Number of leading Ritz vectors that had converged when they were last looked at.
+    settled: usize,
 }
 
 impl<'a, 'v> Iteration<'a, 'v> {
@@ -92,14 +95,15 @@ impl<'a, 'v> Iteration<'a, 'v> {
     ) -> Self {
         let m = v.shape().0;
         let gram = engine.install(|| gram(&left, m));
-        Self { v, engine, right, left, gram, extent, random }
+        Self { v, engine, right, left, gram, extent, random, settled: 0 }
     }
 
     /// Improves the vectors until the wanted ones have converged.
     pub(super) fn run(mut self, cancel: &AtomicBool) -> Result<Leading, Failure> {
         let n = self.v.shape().1;
         let norm_squared = self.v.norm_squared().unwrap_or(0.0);
-        for _ in 0..MOST_BLOCKS {
+        let mut room = MOST_BLOCKS * self.count().max(2 * OVERSAMPLING);
+        while room > 0 {
             let ritz = symmetric_eigen(&self.gram, self.count());
             let wanted = self.wanted(&ritz, norm_squared);
             if self.count() == n {
@@ -117,6 +121,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
                 self.restart(&ritz, wanted.unwrap_or(0) + OVERSAMPLING);
             }
             ProjectionError::if_cancelled(cancel).map_err(|_| Failure::Cancelled)?;
+            room = room.saturating_sub(block.len() / n);
             self.append(&block)?;
         }
         Ok(self.finish(norm_squared))
@@ -143,44 +148,41 @@ impl<'a, 'v> Iteration<'a, 'v> {
         }
     }
 
-    /// New directions: residuals of vectors that have not converged, or random ones if there are none.
+    /// New directions: residuals of vectors that have not converged, or random ones if there are none. Few at a time
+    /// reach the same accuracy with fewer products than all together.
     fn next_block(&mut self, ritz: &Eigen, wanted: Option<usize>) -> Result<Vec<f32>, ShapeError> {
         let (m, n) = self.v.shape();
-        let (count, room) = (self.count(), n - self.count());
-        let improved = wanted.map_or(count, |wanted| (wanted + OVERSAMPLING).min(count));
-        let ritz_left = self.rotated_left(ritz, improved);
-        let improved = ritz_left.len() / m;
-        let mut images = vec![0.0; improved * n];
-        self.v.transposed_product(self.engine, &ritz_left, improved, &mut images)?;
+        let room = n - self.count();
         let limit = TOLERANCE * ritz.values.first().map_or(0.0, |value| value.max(0.0).sqrt());
+        let known = self.above_rounding(ritz);
+        let mut residuals = Vec::new();
+        if let Some(wanted) = wanted {
+            let (needed, improved) = (wanted.min(known), (wanted + OVERSAMPLING).min(known));
+            let most = (improved / 4).max(2 * OVERSAMPLING);
+            let mut open = Vec::new();
+            let mut checked = needed;
+            while open.is_empty() && self.settled < needed {
+                checked = self.settled;
+                let end = (self.settled + most).min(improved);
+                open = self.residuals(ritz, self.settled..end, limit)?;
+                self.settled = open.first().map_or(end, |(index, _)| *index);
+            }
+            if self.settled >= needed {
+                // Later vectors may have changed the first ones.
+                if checked > 0 {
+                    open = self.residuals(ritz, 0..needed, limit)?;
+                    self.settled = open.first().map_or(needed, |(index, _)| *index);
+                }
+                if self.settled >= needed {
+                    return Ok(Vec::new());
+                }
+            }
+            residuals.extend(open.into_iter().take(most).flat_map(|(_, residual)| residual));
+        } else {
+            let open = self.residuals(ritz, 0..known, limit)?;
+            residuals.extend(open.into_iter().flat_map(|(_, residual)| residual));
+        }
         let right = &self.right;
-        // Zᵀ·Vᵀ·U = YᵀU = Q·σ: the component inside Z is known.
-        let mut inside = columns(ritz, improved);
-        for row in inside.chunks_exact_mut(improved.max(1)) {
-            for (weight, value) in row.iter_mut().zip(&ritz.values) {
-                *weight *= value.max(0.0).sqrt();
-            }
-        }
-        let mut residuals = self.engine.install(|| combine(right, n, &inside, improved));
-        for (residual, image) in residuals.iter_mut().zip(&images) {
-            *residual = image - *residual;
-        }
-        let norms: Vec<f64> = residuals
-            .chunks_exact(n)
-            .map(|residual| residual.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>().sqrt())
-            .collect();
-        let converged = norms.iter().take(wanted.unwrap_or(improved)).all(|norm| *norm <= limit);
-        if converged && wanted.is_some() {
-            return Ok(Vec::new());
-        }
-        let mut norms = norms.iter();
-        let mut open = Vec::with_capacity(residuals.len());
-        for residual in residuals.chunks_exact(n) {
-            if norms.next().is_some_and(|norm| *norm > limit) {
-                open.extend_from_slice(residual);
-            }
-        }
-        residuals = open;
         if residuals.is_empty() {
             let mut random = Vec::new();
             self.random.extend(&mut random, (2 * OVERSAMPLING).min(room) * m);
@@ -193,24 +195,45 @@ impl<'a, 'v> Iteration<'a, 'v> {
         Ok(block)
     }
 
-    /// The first `count` left Ritz vectors, without those lost in rounding.
-    fn rotated_left(&self, ritz: &Eigen, count: usize) -> Vec<f32> {
-        let m = self.v.shape().0;
-        let floor = ritz.values.first().map_or(0.0, |value| value * NUMERICAL_RANK * NUMERICAL_RANK);
-        let kept = ritz.values.iter().take(count).take_while(|value| **value > floor).count();
-        let mut weights = columns(ritz, kept);
-        for row in weights.chunks_exact_mut(kept.max(1)) {
-            for (weight, value) in row.iter_mut().zip(&ritz.values) {
-                *weight /= value.sqrt();
-            }
+    /// Vᵀ·U outside Z for some Ritz vectors U, where its norm is above the limit, each with the position of U.
+    fn residuals(
+        &mut self,
+        ritz: &Eigen,
+        range: Range<usize>,
+        limit: f64,
+    ) -> Result<Vec<(usize, Vec<f32>)>, ShapeError> {
+        let n = self.v.shape().1;
+        let left = self.rotated_left(ritz, range.clone());
+        let mut images = vec![0.0; range.len() * n];
+        self.v.transposed_product(self.engine, &left, range.len(), &mut images)?;
+        // Zᵀ·Vᵀ·U = YᵀU = Q·σ: the component inside Z is known.
+        let right = &self.right;
+        let inside = columns(ritz, range.clone(), f64::sqrt);
+        let inside = self.engine.install(|| combine(right, n, &inside, range.len()));
+        for (image, inside) in images.iter_mut().zip(&inside) {
+            *image -= inside;
         }
-        self.engine.install(|| combine(&self.left, m, &weights, kept))
+        let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+        let residuals = range.zip(images.chunks_exact(n.max(1)));
+        Ok(residuals.filter(|(_, image)| norm(image) > limit).map(|(index, image)| (index, image.to_vec())).collect())
+    }
+
+    /// Number of Ritz vectors that are not lost in rounding.
+    fn above_rounding(&self, ritz: &Eigen) -> usize {
+        let floor = ritz.values.first().map_or(0.0, |value| value * NUMERICAL_RANK * NUMERICAL_RANK);
+        ritz.values.iter().take(self.count()).take_while(|value| **value > floor).count()
+    }
+
+    /// Left Ritz vectors.
+    fn rotated_left(&self, ritz: &Eigen, range: Range<usize>) -> Vec<f32> {
+        let weights = columns(ritz, range.clone(), |value| value.sqrt().recip());
+        self.engine.install(|| combine(&self.left, self.v.shape().0, &weights, range.len()))
     }
 
     /// Keeps the first `count` Ritz vectors.
     fn restart(&mut self, ritz: &Eigen, count: usize) {
         let (m, n) = self.v.shape();
-        let weights = columns(ritz, count);
+        let weights = columns(ritz, 0..count, |_| 1.0);
         let (left, right) = (&self.left, &self.right);
         let rotated = self.engine.install(|| (combine(left, m, &weights, count), combine(right, n, &weights, count)));
         (self.left, self.right) = rotated;
@@ -248,7 +271,7 @@ impl<'a, 'v> Iteration<'a, 'v> {
         let m = self.v.shape().0;
         let ritz = symmetric_eigen(&self.gram, self.count());
         let wanted = self.wanted(&ritz, norm_squared).unwrap_or(ritz.values.len());
-        let rotated = self.rotated_left(&ritz, wanted);
+        let rotated = self.rotated_left(&ritz, 0..wanted.min(self.above_rounding(&ritz)));
         let vectors = self.engine.install(|| orthonormal(&rotated, &[], m));
         let kept = vectors.len() / m;
         let values = ritz.values.iter().take(kept).map(|value| value.max(0.0).sqrt()).collect();
@@ -285,8 +308,9 @@ fn beyond_rounding(images: &[f32], right: &[f32], n: usize, limit: f64) -> Vec<f
     rest.chunks_exact(n).filter(|vector| norm(vector) > limit).flatten().copied().collect()
 }
 
-/// The first `count` columns of the eigenvectors, (n, count) row-major.
-fn columns(ritz: &Eigen, count: usize) -> Vec<f64> {
-    let n = ritz.values.len();
-    ritz.vectors.chunks_exact(n.max(1)).flat_map(|row| row[..count].iter().copied()).collect()
+/// Some columns of the eigenvectors, (n, range) row-major, each multiplied by a function of its eigenvalue.
+fn columns(ritz: &Eigen, range: Range<usize>, factor: impl Fn(f64) -> f64) -> Vec<f64> {
+    let factors: Vec<f64> = ritz.values[range.clone()].iter().map(|value| factor(value.max(0.0))).collect();
+    let rows = ritz.vectors.chunks_exact(ritz.values.len().max(1));
+    rows.flat_map(|row| row[range.clone()].iter().zip(&factors).map(|(value, factor)| value * factor)).collect()
 }

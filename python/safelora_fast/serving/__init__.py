@@ -1,0 +1,1 @@
+"""Plugins of servers that serve projected adapters only."""
