@@ -177,6 +177,7 @@ def prepare(monkeypatch):
 
     The defenses and measures that a page defines are registered only while its blocks run.
     """
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     for module in (defenses, measures):
         monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
     return lambda page: {"__name__": "__main__", **(PREPARED.get(page.name, dict)() or {})}
