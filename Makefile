@@ -98,7 +98,10 @@ lint: develop ## formatting, lints, types, and the stub against the binary
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest safelora_fast._core --mypy-config-file pyproject.toml
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope
+# A worker that crashes (a kill, a fault in C) ends the run: pytest-xdist would give its test to one worker after another,
+# and then wait for ever (3.8, loadscope).
+PARALLEL := --numprocesses=auto --dist=loadscope --max-worker-restart=0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 .PHONY: test
 test: develop ## the fast tests: Rust, and Python without those marked slow
@@ -115,7 +118,7 @@ test-matrix: develop $(OLDEST)/.packages test-trainers ## the training tests wit
 	@for python in $(BIN)/python $(OLDEST)/bin/python; do \
 		$$python -c 'from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in \
 			("torch", "transformers", "trl", "peft", "accelerate", "datasets")), sep=", ")'; \
-		OMP_NUM_THREADS=1 $$python -m pytest -q --numprocesses=auto --dist=loadscope $(TRAINING_TESTS); \
+		OMP_NUM_THREADS=1 $$python -m pytest -q $(PARALLEL) $(TRAINING_TESTS); \
 	done
 
 .PHONY: test-trainers $(OTHER_TRAINERS:%=test-%)

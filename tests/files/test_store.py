@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -110,3 +111,18 @@ def test_settings_that_have_changed(former, now, words):
 
 def test_a_long_value_is_shortened():
     assert len(settings_message("out", changed_settings({"a": "x" * 1000}, {"a": "y" * 1000}), "")) < 260
+
+
+def test_a_full_disk_says_what_is_left(store, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OutputError, match=r"the disk is full \(.*\); what is stored stays: make room, and run the same command"
+    ):
+        store.append(ROWS[:1])
+    assert store.read(check)[: len(ROWS)] == ROWS
+    with pytest.raises(OutputError, match=r"the disk is full \(.*\); nothing of it is left"):
+        write_json(tmp_path / "x.json", {})
+    assert not list(tmp_path.glob("*x.json*"))

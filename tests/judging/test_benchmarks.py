@@ -7,6 +7,7 @@ import json
 import math
 import random
 import string
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,3 +336,27 @@ def test_a_prompt_is_that_of_the_template(words):
         text = counted.apply_chat_template(turns) if chat else "hello"
         wanted = Chat(words).prompt(turns) if chat else words("hello")["input_ids"]
         assert counted.tok_encode(text) == counted.tok_batch_encode([text])[0][0].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub"),
+            "downloaded on first use: check the network, or HF_HUB_OFFLINE",
+        ),
+        (
+            ValueError("Dataset 'a/b' is a gated dataset on the Hub."),
+            "accept the terms of its data on the Hub, and log in",
+        ),
+    ],
+)
+def test_data_that_cannot_be_had_are_named_with_what_to_do(error, advice, monkeypatch):
+    from safelora_fast.judging import harness
+
+    def unreachable(**_):
+        raise error
+
+    monkeypatch.setattr(harness.lm_eval, "simple_evaluate", unreachable)
+    with pytest.raises(EvaluationError, match=f"^task x: {type(error).__name__}: .*'a/b' .*; .*{advice}"):
+        harness.measure(SimpleNamespace(), SimpleNamespace(manager=None), "x", limit=None, chat=False, seed=0)

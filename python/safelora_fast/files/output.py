@@ -24,6 +24,7 @@ from safelora_fast.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+NOTHING = "nothing of it is left"
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
@@ -223,7 +224,7 @@ def whole_folder(target: Path, *, overwrite: bool = False, keep_others: bool = F
     Raises:
         OutputError: writing failed, or something appeared at the target meanwhile.
     """
-    with _with_parents(target), described(target):
+    with _with_parents(target), described(target, kept=NOTHING):
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
             with _held(partial):
@@ -269,7 +270,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: writing failed.
     """
-    with _with_parents(target), described(target):
+    with _with_parents(target), described(target, kept=NOTHING):
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
         os.close(descriptor)
         partial = Path(name)
@@ -334,12 +335,12 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def described(target: Path) -> Iterator[None]:
-    """Turn an OSError into an :class:`OutputError` that names the target."""
+def described(target: Path, *, kept: str = "make room and try again") -> Iterator[None]:
+    """Turn an OSError into an :class:`OutputError` that names the target; `kept` says what a full disk has left of it."""
     try:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise OutputError(f"{target}: the disk is full ({error.strerror}); nothing was kept") from error
+            raise OutputError(f"{target}: the disk is full ({error.strerror}); {kept}") from error
         where = f" ({error.filename})" if error.filename else ""
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}{where}") from error

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 Changed: TypeAlias = "dict[str, tuple[Any, Any]]"
 MOST_TOLD = 4
+GROWS = "what is stored stays: make room, and run the same command again"
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100
 
@@ -102,7 +103,7 @@ class JsonlStore:
             OutputError: the file cannot be written. Earlier rows stay.
         """
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        with described(self.path):
+        with described(self.path, kept=GROWS):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
                 end = file.seek(0, os.SEEK_END)

@@ -220,7 +220,7 @@ def judge_folder(
         WATCH.reset(watch)
     if log.status != "success":
         reason = "no reason given" if log.error is None else redact(" ".join(log.error.message.split()))
-        raise EvaluationError(f"{folder.path}: judging did not finish ({log.status}): {reason}")
+        raise EvaluationError(f"{folder.path}: judging did not finish ({log.status}): {reason}; {KEPT}")
     verdicts = {str(sample.id): verdict_of((sample.scores or {})["judged"]) for sample in log.samples or []}
     where = {"judge_url": getattr(judge.api, "base_url", None), "log": str(log.location).rpartition("/")[2]}
     return verdicts, {**report_of(str(judge), list(verdicts.values())), **where}

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 VERSION = version("lm_eval")
 TAG, GROUP = "TAG", "GROUP"
+UNREACHABLE = {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}  # of several packages
 
 
 class Tasks:
@@ -188,8 +189,17 @@ def measure(
             f"task {name}: out of memory with {model.batch_size} requests at a time: lower the batch size"
         ) from error
     except Exception as error:  # tasks have their own code, data and metrics, so anything can be raised
-        raise TaskError(f"task {name}: {type(error).__name__}: {first_line(error)}") from error
+        raise TaskError(f"task {name}: {type(error).__name__}: {first_line(error)}{_advice(error)}") from error
     return results
+
+
+def _advice(error: BaseException) -> str:
+    """Return what to do about data that cannot be had; "" for other errors."""
+    if "gated" in str(error):
+        return "; accept the terms of its data on the Hub, and log in with `hf auth login` or HF_TOKEN"
+    if {kind.__name__ for kind in type(error).__mro__} & UNREACHABLE:
+        return "; its data is downloaded on first use: check the network, or HF_HUB_OFFLINE"
+    return ""
 
 
 @contextlib.contextmanager
