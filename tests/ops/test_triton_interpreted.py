@@ -18,10 +18,10 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
 
 
-def run(file):
+def run(*files):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("SAFELORA_FAST_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(TESTS / file) for file in files)]
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -43,11 +43,6 @@ class TestSubspaceProjection:
         run("ops/test_subspace_projection.py")
 
 
-class TestTrainingStep:
+class TestTrainingStepAndCheckpoints:
     def test_interpreted(self):
-        run("interpreted/test_safe_modules_interpreted.py")
-
-
-class TestCheckpoints:
-    def test_interpreted(self):
-        run("interpreted/test_device_interpreted.py")
+        run("interpreted/test_safe_modules_interpreted.py", "interpreted/test_device_interpreted.py")
