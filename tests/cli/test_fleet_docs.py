@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
+import huggingface_hub
 import pytest
 import yaml
 from plain_pair import write_adapter, write_pair
@@ -23,7 +25,7 @@ def snippets(language):
 
 
 def slurm():
-    (script,) = snippets("bash")
+    (script,) = (text for text in snippets("bash") if "#SBATCH" in text)
     first, last = map(int, re.search(r"--array=(\d+)-(\d+)", script).groups())
     array = {"MIN": first, "MAX": last, "COUNT": last - first + 1}
     variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
@@ -75,6 +77,25 @@ def test_workers_of_a_scheduler(scheduler, call, tmp_path, monkeypatch):
     assert sorted(share) == [f"a{seed}" for seed in range(ADAPTERS)]
 
 
+def test_jobs_of_the_hub(call, tmp_path, monkeypatch, capsys):
+    """Nothing is sent: run_job is replaced by a function with its signature, and the commands run here."""
+    names = write_fleet(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (program,) = (text for text in snippets("python") if "run_job" in text)
+    with monkeypatch.context() as patch:
+        sent = create_autospec(huggingface_hub.run_job)
+        patch.setattr(huggingface_hub, "run_job", sent)
+        exec(compile(program, "snippet", "exec"), {})
+    capsys.readouterr()
+    assert len(sent.call_args_list) > 1
+    for one in sent.call_args_list:
+        assert one.kwargs["flavor"] in {hardware.value for hardware in huggingface_hub.JobHardware}
+        words = [names.get(word, word) for word in one.kwargs["command"]]
+        assert words.pop(0) == "safelora-fast"
+        assert call(*words, "--quiet")[:2] == (0, "")
+    assert sorted(path.name for path in (tmp_path / "safe").iterdir()) == [f"a{seed}" for seed in range(ADAPTERS)]
+
+
 @pytest.fixture
 def two_nodes():
     """Return the address of a Ray cluster with two nodes of one CPU on this machine."""
@@ -90,7 +111,7 @@ def two_nodes():
 def test_steps_of_other_engines(request, tmp_path, number, package):
     pytest.importorskip(package)
     address = {"RAY_ADDRESS": request.getfixturevalue("two_nodes")} if package == "ray" else {}
-    program = snippets("python")[number]
+    program = [text for text in snippets("python") if "run_job" not in text][number]
     shared = {"list.jsonl": str(tmp_path / "list.jsonl"), "safe": str(tmp_path / "safe")}  # seen by all nodes
     for name, path in {**write_fleet(tmp_path), **shared}.items():
         program = program.replace(f'"{name}"', repr(path))

@@ -88,6 +88,23 @@ def test_equals_the_projection_of_the_saved_adapter(sources, tmp_path, options, 
     assert metrics["defense/modules_projected"] == len(report.adapters[0].projected)
 
 
+def test_a_merge_at_the_end(sources, tmp_path):
+    """The safe adapter is the model's own with the sign turned, so the merge is 0.6 of the update."""
+    model = tiny_peft_model()
+    model.save_pretrained(tmp_path / "safe")
+    path = tmp_path / "safe" / "adapter_model.safetensors"
+    turned = {key: -tensor if ".lora_B." in key else tensor for key, tensor in load_file(path).items()}
+    save_file(turned, path, {"format": "pt"})
+    options = {"operator": "merge", "weight": 0.8, "safe_adapter": str(tmp_path / "safe"), "select": "all"}
+    report, expected = from_disk(model, sources, tmp_path, **options)
+    assert [module.gain for module in report.adapters[0].modules] == pytest.approx(
+        [0.6] * len(report.adapters[0].modules)
+    )
+    with defend(model, [SafeLora(SafeSubspace.from_sources(**sources), **options)]):
+        pass
+    same_bytes(model, expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mixtral", "gpt_oss"])
 def test_families(tmp_path, family):
     made = FAMILIES[family]

@@ -30,7 +30,7 @@ WRONG = [
     ({"operator": "orthogonal", "energy": "all"}, "energy must be a number, not 'all'"),
     ({"select": "number", "num_layers": 2.5}, "num_layers must be a whole number, not 2.5"),
     ({"threads": "2"}, "threads must be a whole number, not '2'"),
-    ({"operator": None}, "operator must be one of safelora, orthogonal, attenuate, zero, not None"),
+    ({"operator": None}, "operator must be one of safelora, orthogonal, attenuate, merge, zero, not None"),
     ({"select": ["all"]}, "select must be one of threshold, number, all, not ['all']"),
     ({"adapter": None}, "adapter must be the folder of a PEFT adapter, or several, not None"),
     ({"adapter": [None]}, "adapter must be the folder of a PEFT adapter, or several, not None"),

@@ -16,7 +16,7 @@ from safelora_fast.projection.operators import OPERATORS, Name, operator_of, own
 from safelora_fast.projection.settings import OPTIONS, Settings, WholeModelSettings
 
 METHODS = Path(__file__).parents[2] / "docs" / "methods.md"
-ARGUMENTS = {"rank": 3, "keep": 0.25, "weight": 0.5}
+ARGUMENTS = {"rank": 3, "keep": 0.25, "weight": 0.5, "safe_adapter": "safe"}
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.variant)
@@ -24,11 +24,13 @@ def test_every_operator_is_complete(operator):
     assert operator.name in get_args(Name)
     given = {name: ARGUMENTS[name] for names, _ in operator.required for name in names if name in ARGUMENTS}
     form = {} if operator.form is None else dict([operator.form])
-    settings = WholeModelSettings(operator.name, select="all", **given, **form)
+    kind = Settings if operator.merges else WholeModelSettings
+    settings = kind(operator.name, select="all", **given, **form)
     assert settings.described_operator is operator_of(settings.effective()) is operator
     assert isinstance(operator.in_rust(vars(settings)), _core.Operator)
     assert {*operator.arguments, *form} <= OPTIONS.keys()
-    assert all(f"{name} {value}" in operator.title(settings.effective()) for name, value in given.items())
+    numbers = {name: value for name, value in given.items() if not isinstance(value, str)}
+    assert all(f"{name} {value}" in operator.title(settings.effective()) for name, value in numbers.items())
     row = next(line for line in METHODS.read_text("utf-8").splitlines() if line.startswith(f"| `{operator.name}`"))
     assert all(f"--{name}" in row for name in form)
     assert f"| {operator.formula.split(', ')[0]}" in METHODS.read_text("utf-8")

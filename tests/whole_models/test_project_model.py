@@ -419,7 +419,7 @@ def test_the_paper_of_lox_needs_no_fine_tune(models):
     [
         ({"operator": "restore", "weight": 1}, "operator restore does not depend on the update: give select all"),
         ({"operator": "restore", "select": "all"}, "operator restore needs weight: the factor of V"),
-        ({"weight": 1.0}, "weight applies to operator restore and extrapolate only"),
+        ({"weight": 1.0}, "weight applies to operator merge and restore and extrapolate only"),
         ({"others": "base"}, "others must be one of finetuned, aligned, not 'base'"),
     ],
 )

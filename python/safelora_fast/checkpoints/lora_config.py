@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -120,16 +121,26 @@ def other_ranks_note(config: Mapping[str, Any], ranks: Mapping[str, int]) -> lis
     ]
 
 
+def scaling(name: str, config: Mapping[str, Any]) -> float:
+    """Return the factor of B·A that PEFT applies in a module: lora_alpha/r, or lora_alpha/√r if rank-stabilized."""
+    rank = _rank_of(name, config)
+    alpha = _of_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def _rank_of(name: str, config: Mapping[str, Any]) -> Any:
-    """Return the rank that PEFT gives a module: of the first rank_pattern key that equals or ends its name, else r."""
-    pattern = config.get("rank_pattern") or {}
-    for key, rank in pattern.items():
+    return _of_pattern(name, config.get("rank_pattern"), config["r"])
+
+
+def _of_pattern(name: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
+    """Return what PEFT gives a module: the value of the first key that equals or ends its name, else the default."""
+    for key, value in (pattern or {}).items():
         try:
             if key == name or re.match(rf"(?:.*\.)?({key})$", name):
-                return rank
+                return value
         except re.error:
             continue
-    return config["r"]
+    return default
 
 
 def _unknown(config: Mapping[str, Any]) -> list[str]:

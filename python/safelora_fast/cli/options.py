@@ -116,7 +116,7 @@ def with_settings(command: Callable[..., None], *, whole_model: bool = False) ->
     options = {}
     for name, option in wanted.items():
         default = getattr(Settings, name)
-        kind: Any = option.values if option.values in {int, float} else str
+        kind: Any = option.values if option.values in {int, float, str} else str
         kind = kind if default else kind | None
         takers = " and ".join(taker for taker in owners(name) if taker in known) or option.select
         text = f"For {takers}: {option.help[0].lower()}{option.help[1:]}" if takers else option.help

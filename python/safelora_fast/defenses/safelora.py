@@ -37,7 +37,8 @@ class SafeLora(Defense):
             (:meth:`SafeSubspace.from_sources`).
         at: when to project, "end" or "step".
         every: for at="step": k in optimizer steps, counted from the start of the run, also after a resume; default 1.
-        operator: "safelora" (default for "end"), "orthogonal" (the only one for "step"), "attenuate" or "zero".
+        operator: "safelora" (default for "end"), "orthogonal" (the only one for "step"), "attenuate", "merge"
+            or "zero".
         normalize: "frobenius" (default) or "spectral", for operator safelora.
         rank: columns of U_k for at="end" and operators orthogonal and attenuate; default: as the subspace was built.
         energy: share of ‖V‖²_F that U_k must cover, instead of rank.
@@ -48,6 +49,8 @@ class SafeLora(Defense):
         exclude: names or patterns ("lm_head", "layers.0.*") of modules that are not projected.
         keep: for operator attenuate: share of the part outside U_k (and W_k) that is kept.
         sides: for operator attenuate: "both" (default) changes B and A, "left" changes only B.
+        weight: for operator merge: share of the adapter itself.
+        safe_adapter: for operator merge: the safety-tuned adapter, a path or Hub id.
 
     Attributes:
         settings: the settings of the projection at the end; None for at="step".
@@ -76,6 +79,8 @@ class SafeLora(Defense):
         exclude: list[str] | None = None,
         keep: float | None = None,
         sides: Sides | None = None,
+        weight: float | None = None,
+        safe_adapter: str | None = None,
     ) -> None:
         if at not in get_args(When):
             raise SettingsError(f'SafeLora: at is {at!r}, it must be "end" or "step"')
@@ -96,6 +101,8 @@ class SafeLora(Defense):
                 "threads": threads,
                 "keep": keep,
                 "sides": sides,
+                "weight": weight,
+                "safe_adapter": safe_adapter,
             }
             self._check_step(operator, [name for name, value in only_at_end.items() if value is not None])
             return
@@ -117,6 +124,8 @@ class SafeLora(Defense):
                 self.exclude,
                 keep=keep,
                 sides=sides,
+                weight=weight,
+                safe_adapter=safe_adapter,
             )
         except SettingsError as error:
             raise SettingsError(f"SafeLora: {error}") from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from safelora_fast import _core
 from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.checkpoints.lora_config import CONFIG
+from safelora_fast.checkpoints.resolver import adapter_folder
 from safelora_fast.files.digest import digest, text_digest
 from safelora_fast.files.store import changed_settings, plain
 
@@ -31,6 +32,10 @@ def made_from(pair: Mapping[str, str], settings: Settings, adapter: str, stamp: 
         stamp: what a remote store says about the adapter's content, so that it need not be read again.
     """
     effective = {name: value for name, value in settings.effective().items() if name != "threads"}
+    if settings.safe_adapter is None:
+        del effective["safe_adapter"]
+    else:
+        effective["safe_adapter"] = adapter_digest(adapter_folder(settings.safe_adapter))
     return {
         "format": FORMAT,
         "pair": dict(pair),

@@ -11,6 +11,7 @@ from safelora_fast.errors import SettingsError
 from safelora_fast.files.argument_checks import check_path
 from safelora_fast.files.digest import text_digest
 from safelora_fast.projection.jobs import refuse_equal, start_stream
+from safelora_fast.projection.merge import starting
 from safelora_fast.projection.plan import plan_projection
 from safelora_fast.projection.settings import Settings
 
@@ -49,7 +50,7 @@ class ModelPair:
 
     def start(self, plan: Plan, settings: Settings, *, keep_projected: bool) -> Stream:
         """Start the stream over a plan."""
-        return start_stream(plan, settings, keep_projected=keep_projected)
+        return starting(start_stream)(plan, settings, keep_projected=keep_projected)
 
     def identity(self) -> dict[str, str]:
         """Return what identifies the pair on every machine: commits on the Hub, or digests of the files.

@@ -61,6 +61,7 @@ def run_plan(plan: Plan, stream: Stream, outputs: Sequence[Output], progress: Pr
                     v_energy=outcome.energy,
                     sources=[asdict(source) for source in planned.sources],
                     v_ratio=outcome.v_norm / weight if weight else math.nan,
+                    merge_error=getattr(found, "error", None),
                 )
                 for output in outputs:
                     if output.adapter == factors.adapter:

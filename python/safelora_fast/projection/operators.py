@@ -13,7 +13,7 @@ from safelora_fast import _core
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Name = Literal["safelora", "orthogonal", "attenuate", "zero", "restore", "extrapolate"]
+Name = Literal["safelora", "orthogonal", "attenuate", "merge", "zero", "restore", "extrapolate"]
 Normalize = Literal["frobenius", "spectral"]
 Sides = Literal["both", "left"]
 HOW_MUCH = "how much of V to keep, e.g. rank 64"
@@ -33,6 +33,8 @@ class Operator:
         arguments: settings passed to the constructor by name.
         required: groups of arguments, each with a description; exactly one argument of each group must be given.
         adds: whether the operator adds to the weights of a whole model, whatever the update. Adapters cannot have it.
+        merges: whether projection/merge.py computes it from two adapters. The variant only gives the cosine, and whole
+            models cannot have it.
     """
 
     name: Name
@@ -43,11 +45,13 @@ class Operator:
     arguments: tuple[str, ...] = ()
     required: tuple[tuple[tuple[str, ...], str], ...] = ()
     adds: bool = False
+    merges: bool = False
 
     def in_rust(self, settings: Mapping[str, Any]) -> _core.Operator:
         """Return the extension's operator with these settings."""
         make = getattr(_core.Operator, self.variant)
-        given = {name: settings[name] for name in self.arguments if settings[name] is not None}
+        names = () if self.merges else self.arguments
+        given = {name: settings[name] for name in names if settings[name] is not None}
         made: _core.Operator = make(**given)
         return made
 
@@ -84,6 +88,18 @@ OPERATORS = (
             ("left", "attenuation of B", "U_k·U_kᵀ·B + keep·(B − U_k·U_kᵀ·B)"),
         )
     ),
+    Operator(
+        "merge",
+        "SafeMERGE",
+        "weight·B·A + (1 − weight)·B_safe·A_safe in rank r",
+        "zero",
+        arguments=("weight", "safe_adapter"),
+        required=(
+            (("weight",), "the share of the adapter itself, e.g. weight 0.8"),
+            (("safe_adapter",), "the safety-tuned adapter to merge with"),
+        ),
+        merges=True,
+    ),
     Operator("zero", "the zero control", "0", "zero"),
     Operator(
         "restore",
@@ -118,7 +134,7 @@ def operator_of(settings: Mapping[str, Any]) -> Operator:
 
 def names(*, whole_model: bool) -> list[str]:
     """Return the names of the operators for whole models or for adapters."""
-    return list(dict.fromkeys(operator.name for operator in OPERATORS if whole_model or not operator.adds))
+    return list(dict.fromkeys(one.name for one in OPERATORS if not (one.merges if whole_model else one.adds)))
 
 
 def owners(argument: str) -> list[str]:

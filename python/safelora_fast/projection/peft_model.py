@@ -13,6 +13,7 @@ from safelora_fast.checkpoints.adapter import WEIGHTS
 from safelora_fast.errors import MissingDependencyError, SafeLoraFastError, SettingsError, how_to_install
 from safelora_fast.files.progress import bar_on_a_terminal, log_warnings
 from safelora_fast.projection.jobs import start_stream
+from safelora_fast.projection.merge import starting
 from safelora_fast.projection.project import project_folders
 from safelora_fast.projection.settings import Settings
 
@@ -112,7 +113,9 @@ def projected_folder(
     with tempfile.TemporaryDirectory(prefix="safelora-fast-") as folder:
         projected = Path(folder, "projected")
         where = {name: options.pop(name) for name in ("aligned", "base", "progress") if name in options}
-        report = project_folders(saved, Settings(**options), output=projected, start=start, keep_keys=True, **where)
+        report = project_folders(
+            saved, Settings(**options), output=projected, start=starting(start), keep_keys=True, **where
+        )
         adapters = [replace(adapter, adapter=adapter_name, output=None) for adapter in report.adapters]
         yield replace(report, adapters=adapters), projected
 

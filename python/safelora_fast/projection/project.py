@@ -50,6 +50,8 @@ def project_adapter(
     progress: Progress | bool | None = None,
     keep: float | None = None,
     sides: str | None = None,
+    weight: float | None = None,
+    safe_adapter: PathLike | None = None,
     subspace: Vectors | None = None,
     parts: PathLike | None = None,
 ) -> ProjectionReport:
@@ -66,7 +68,7 @@ def project_adapter(
         output: the folder to create; several adapters get one subfolder each, with the name of their own folder (or,
             where two names are equal, their path below the folder that holds them all). None writes nothing.
         operator: the operator for selected modules: "safelora" (C = V·Vᵀ/‖V‖_F), "orthogonal" (U_k·U_kᵀ), "attenuate"
-            (shrinks the part outside the leading directions) or "zero".
+            (shrinks the part outside the leading directions), "merge" (with a safety-tuned adapter) or "zero".
         normalize: "frobenius" (default, as in the paper) or "spectral"; only for safelora.
         rank: number of columns of U_k; only for orthogonal and attenuate.
         energy: share of ‖V‖²_F that U_k must capture, instead of `rank`.
@@ -80,6 +82,8 @@ def project_adapter(
         progress: receives the progress; None shows a bar if standard error is a terminal, False shows nothing.
         keep: the share of the part outside U_k (and W_k) to keep; only for attenuate.
         sides: "both" (default) changes B and A, "left" only B; only for attenuate.
+        weight: the share of the adapter itself; only for merge (SafeMERGE, arXiv 2503.17239, uses 0.8).
+        safe_adapter: the safety-tuned adapter, as `adapter`; only for merge. It must adapt the same modules.
         subspace: a :class:`~safelora_fast.SafeSubspace` instead of `aligned` and `base`; only for orthogonal and select
             "all", with all vectors by default.
         parts: a folder of files that `project --modules-shard` wrote, to join instead of reading V. The same adapters,
@@ -105,6 +109,8 @@ def project_adapter(
         "strict": strict,
         "keep": keep,
         "sides": sides,
+        "weight": weight,
+        "safe_adapter": safe_adapter,
     }
     settings, pair = settings_and_pair(subspace, aligned, base, given)
     with bar_on_a_terminal(progress) as told:

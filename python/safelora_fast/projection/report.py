@@ -22,7 +22,9 @@ class ModuleReport:
     """One module of one adapter. All norms are Frobenius norms; `gain` is ‖O·B‖/‖B‖ for the chosen operator O.
 
     `cosine` is the cosine of C·ΔW and ΔW with the paper's C, for any operator. `update_norm` excludes the LoRA scale.
-    `v_ratio` is ‖V‖/‖W_aligned‖; for a large weight, the denominator is estimated from a sample of rows.
+    `v_ratio` is ‖V‖/‖W_aligned‖; for a large weight, the denominator is estimated from a sample of rows. `merge_error` is
+    what a merge lost by its cut to the adapter's rank, relative to the norm of the merged update; else None. The gain of
+    a merge is that of the update.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ModuleReport:
     v_energy: float | None
     sources: list[dict[str, str]]
     v_ratio: float = math.nan
+    merge_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,12 @@ class ProjectionReport:
         if not adapter.projected:
             return [*found, "no module was selected, so nothing changes"]
         gain = statistics.median(module.gain for module in adapter.projected)
+        errors = [module.merge_error for module in adapter.projected if module.merge_error is not None]
+        if errors:
+            found.append(
+                f"merged updates were cut to the adapter's rank, which lost {statistics.median(errors):.2g} of their norm in the "
+                f"median, at most {max(errors):.2g}"
+            )
         if self.settings["operator"] != "zero" and gain < NEARLY_DELETED:
             found.append(
                 f"the median gain ‖CB‖/‖B‖ is {gain:.2g}: projecting nearly deletes these updates; compare with --operator zero, "
@@ -194,7 +203,9 @@ def published(report: ProjectionReport) -> ProjectionReport:
         )
         for one in report.adapters
     ]
-    return replace(report, aligned=model(report.aligned), base=model(report.base), adapters=adapters)
+    safe = report.settings.get("safe_adapter")
+    settings = {**report.settings, **({"safe_adapter": shown_model(safe)} if safe else {})}
+    return replace(report, settings=settings, aligned=model(report.aligned), base=model(report.base), adapters=adapters)
 
 
 def alike(one: str, other: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from safelora_fast.errors import SettingsError
@@ -14,7 +15,7 @@ Select = Literal["threshold", "number", "all"]
 
 
 class Option(NamedTuple):
-    """A command-line option: its help, its type (a Literal of choices, `int` or `float`), and the range of a number.
+    """A command-line option: its help, its type (a Literal, `str`, `int` or `float`), and the range of a number.
 
     `above` excludes `low` itself from the range. `select` is the only selection that the setting applies to.
     """
@@ -33,6 +34,10 @@ class Option(NamedTuple):
         Raises:
             SettingsError: the value has the wrong type or is out of range.
         """
+        if self.values is str:
+            if not isinstance(value, str | Path) or not str(value):
+                raise SettingsError(f"{name} must be a path or a Hub id, not {value!r}")
+            return str(value)
         if self.values not in {int, float}:
             if value not in get_args(self.values):
                 raise SettingsError(f"{name} must be one of {', '.join(get_args(self.values))}, not {value!r}")
@@ -53,7 +58,8 @@ OPTIONS = {
     "energy": Option("Share of ‖V‖² to keep, instead of --rank.", float, "E", low=0, high=1, above=True),
     "keep": Option("Share to keep of the part outside these directions.", float, "C", low=0, high=1),
     "sides": Option("both (default) changes lora_B and lora_A; left changes only lora_B.", Sides),
-    "weight": Option("Factor of what is added to the weights.", float, "X", low=-100, high=100),
+    "weight": Option("Factor of what is added, or share of the adapter in a merge.", float, "X", low=-100, high=100),
+    "safe_adapter": Option("The safety-tuned adapter.", str, "DIR|HUB_ID[@REV]"),
     "select": Option("Which modules to project, by the paper's cosine for any operator.", Select),
     "threshold": Option("Largest cosine to project. (default 0.5)", float, "T", low=-1, high=1, select="threshold"),
     "num_layers": Option("Number of lowest cosines to project. (default 10)", int, "N", low=1, select="number"),
@@ -69,8 +75,8 @@ class Settings:
 
     projection/operators.py lists the operators that use `normalize`, `rank`, `energy`, `keep` and `sides`. `threshold`
     applies to `select="threshold"`, `num_layers` to `select="number"`. None selects the default, if there is one.
-    `weight` is for operators that add to whole models. `exclude` names modules to leave unchanged; `strict` rejects
-    adapters with trained tensors other than LoRA factors.
+    `weight` is for operators that add to whole models, and for "merge", with `safe_adapter`. `exclude` names modules to
+    leave unchanged; `strict` rejects adapters with trained tensors other than LoRA factors.
 
     Raises:
         SettingsError: options contradict each other, are out of range, or have the wrong type.
@@ -91,6 +97,7 @@ class Settings:
     keep: float | None = None
     sides: Sides | None = None
     weight: float | None = None
+    safe_adapter: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", patterns("exclude", self.exclude))
@@ -109,6 +116,8 @@ class Settings:
                 raise SettingsError(f"{name} applies to operator {' and '.join(takers)} only")
             if option.select not in {None, self.select}:
                 raise SettingsError(f"{name} applies to select {option.select} only")
+        if self.described_operator.merges and self.weight is not None and not 0 <= self.weight <= 1:
+            raise SettingsError(f"weight must lie between 0 and 1 in a merge, not {self.weight:g}")
         if self.described_operator.adds and self.select != "all":
             raise SettingsError(f"operator {self.operator} does not depend on the update: give select all")
         for group, what in self.described_operator.required:
