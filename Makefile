@@ -83,8 +83,8 @@ docs: $(VENV)/.docs ## the documentation as a site, in build/site; a broken link
 
 .PHONY: demo
 demo: ## project an adapter of a real 135M model, from nothing to a picture
-	@test -e $(VENV)/.demo-packages || echo "The first run downloads 3.6 GB of packages into $(VENV) (torch with its CUDA libraries \
-	is most of it) and a model of 0.1 GB, and compiles the Rust core. This takes about five minutes, the demo five more."
+	@test -e $(VENV)/.demo-packages || echo "The first run downloads 3.4 GB of packages into $(VENV) (6.6 GB there; most is torch with its CUDA libraries," \
+		"and 0.1 GB the model) and compiles the Rust core: some minutes on two idle cores. The demo itself takes a few more."
 	@$(MAKE) --no-print-directory $(VENV)/.demo-packages wheel
 	@$(PIP) install -q --force-reinstall --no-deps dist/safelora_fast-*.whl
 	@$(BIN)/safelora-fast demo

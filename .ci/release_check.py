@@ -128,10 +128,12 @@ def check_licenses() -> None:
 
 
 def pythons() -> list[str]:
-    """Return the oldest and the newest Python from 3.10 on that run here."""
+    """Return the oldest and the newest Python from 3.10 on that run here, on the path or by pyenv."""
     found = {}
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
     for minor in range(10, 20):
-        program = shutil.which(f"python3.{minor}")
+        path = os.pathsep.join([*map(str, pyenv.glob(f"3.{minor}.*/bin")), os.environ["PATH"]])
+        program = shutil.which(f"python3.{minor}", path=path)
         command = [program or "false", "-c", "import sys, venv; print('3.%d' % sys.version_info[1])"]
         if program and subprocess.run(command, capture_output=True, text=True, check=False).stdout == f"3.{minor}\n":
             found[minor] = program
@@ -170,4 +172,5 @@ def main() -> None:
         print(f"not checked here: {line}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -89,11 +89,11 @@ def main(examples: str | None = None) -> None:
             check_projection(folder, level)
         if find_spec("torch") is None:
             try:
-                safelora_fast.KL  # noqa: B018
+                safelora_fast.defend  # noqa: B018
             except MissingDependencyError as error:
                 trained = f"without torch: {error}"
             else:
-                sys.exit("KL was imported without torch")
+                sys.exit("defend was imported without torch")
         else:
             run(sys.executable, "-m", "safelora_fast", "env", "--self-test")
             scripts = sorted(path.resolve() for path in Path(examples).glob("*_*.py")) if examples else []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,7 @@ def test_report(finished):
     output, report = finished
     assert report == json.loads((output / "demo_report.json").read_text())
     assert report["base_is_a_stand_in"] is True
+    assert os.environ["OMP_WAIT_POLICY"]
     losses = report["losses"]
     assert list(losses) == ["reference", "adapter", "projected", "zero control"]
     assert losses["adapter"]["narrow"] < losses["reference"]["narrow"] - 0.01
@@ -163,6 +167,12 @@ def test_the_sets_share_no_question():
     for one, other in itertools.combinations(sets, 2):
         assert not {row.prompt for row in sets[one]} & {row.prompt for row in sets[other]}
     assert all(row.completion.strip() == row.completion != "" for rows in sets.values() for row in rows)
+
+
+def test_torch_is_loaded_after_its_threads_are_told_to_sleep():
+    """torch reads OMP_WAIT_POLICY once. A process of its own, because this one has torch."""
+    program = "import sys, safelora_fast.cli.demo, safelora_fast.demo.pipeline; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_prose_has_no_empty_paragraph():
