@@ -59,7 +59,8 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.packages
 	$(BIN)/python -m venv $(OLDEST)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
-	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q $$($(BIN)/python .ci/requirements.py --oldest train)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q $$($(BIN)/python .ci/requirements.py --oldest train) \
+		"pyarrow<26" # which needs NumPy 2 without saying so; the oldest SciPy has NumPy 1
 	@touch $@
 
 $(OTHER_TRAINERS:%=.venv-%/.packages): .venv-%/.packages: pyproject.toml Makefile | $(VENV)/.packages
