@@ -16,7 +16,9 @@ export CARGO_TERM_COLOR ?= never
 
 OLDEST ?= .venv-oldest
 # Trainers of other libraries: each has an environment and a torch of its own (6 GB, linked where the file system can), because
-# they pin other versions of transformers. axolotl's also has the trackers, ms-swift's has Tinker's client.
+# they pin other versions of transformers. axolotl's also has the trackers, ms-swift's has Tinker's client. They need Python
+# 3.12, which uv finds by itself unless pyenv has it.
+PYTHON_3_12 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) 3.12)
 OTHER_TRAINERS ?= axolotl ms_swift llamafactory
 PACKAGES_axolotl := axolotl==0.21.0 mlflow
 PACKAGES_ms_swift := ms-swift==4.6.0 tinker
@@ -66,7 +68,7 @@ $(OLDEST)/.packages: pyproject.toml $(VENV)/.packages
 $(OTHER_TRAINERS:%=.venv-%/.packages): .venv-%/.packages: pyproject.toml Makefile | $(VENV)/.packages
 	@$(PIP) install -q uv
 	@rm -rf .venv-$*
-	$(BIN)/uv venv -q --python 3.12 .venv-$*
+	$(BIN)/uv venv -q --python $(PYTHON_3_12) .venv-$*
 	$(BIN)/uv pip install -q --python .venv-$*/bin/python $(PACKAGES_$*) "torch<2.15" pytest pytest-timeout
 	@touch $@
 
