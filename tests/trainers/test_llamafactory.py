@@ -116,6 +116,7 @@ def test_neat_packing(folder, monkeypatch):
         ({"safelora_fast": {"defenses": {"kll": True}}}, r"\.yaml:\d+: defenses.kll: unknown"),
         ({"stage": "dpo"}, "stage: is dpo"),
         ({"use_mca": True}, "use_mca: trains without LLaMA-Factory's own trainer"),
+        ({"use_ray": True}, "use_ray: .* in processes of its own"),
     ],
 )
 def test_refusals(folder, changes, message, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_channels_of_documents_in_one_row():
 def test_other_tasks_and_missing_settings_are_refused(monkeypatch):
     from swift.trainers import TrainerFactory
 
-    from safelora_fast.trainers.ms_swift import install, refuse
+    from safelora_fast.trainers.ms_swift import check_whole_sequences, install, refuse
 
     monkeypatch.delenv("SAFELORA_FAST", raising=False)
     with pytest.raises(SettingsError, match="SAFELORA_FAST is not set"):
@@ -138,3 +139,5 @@ def test_other_tasks_and_missing_settings_are_refused(monkeypatch):
     assert refuse.__name__ not in TrainerFactory.TRAINER_MAPPING["dpo"]
     with pytest.raises(SettingsError, match="swift sft"):
         refuse(model=None)
+    with pytest.raises(SettingsError, match="sequence_parallel_size > 1"):
+        check_whole_sequences(SimpleNamespace(sequence_parallel_size=2))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from safelora_fast.trainers.defense_settings import DefenseSettings
 
 USAGE = "usage: python -m safelora_fast.trainers.llamafactory train FILE.yaml [key=value …]"
-OTHER_TRAINERS = ("use_mca", "use_hyper_parallel", "use_kt", "use_v1")
+OTHER_TRAINERS = ("use_mca", "use_hyper_parallel", "use_kt", "use_ray", "use_v1")
 
 
 class DefendedSeq2SeqTrainer(DefendedMixin, CustomSeq2SeqTrainer):  # type: ignore[misc]
@@ -63,7 +63,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> None:
     ours = [word for word in overrides if word.partition("=")[0].partition(".")[0] == KEY]
     settings = read_settings(path, key=KEY, overrides=ours)
     theirs = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli([w for w in overrides if w not in ours]))
-    values: dict[str, Any] = OmegaConf.to_container(theirs, resolve=True)
+    values: dict[str, Any] = OmegaConf.to_container(theirs)
     del values[KEY]
     check_compatible(values, path)
     former = workflow.CustomSeq2SeqTrainer
@@ -85,7 +85,10 @@ def check_compatible(values: Mapping[str, Any], path: str) -> None:
         raise document.problem(("stage",), f"is {values['stage']}, and {KEY} is for sft: remove one of them")
     for name in OTHER_TRAINERS:
         if values.get(name) or os.environ.get(name.upper(), "").lower() in {"1", "true", "y", "yes"}:
-            raise document.problem((name,), f"trains without LLaMA-Factory's own trainer, so {KEY} has no effect")
+            raise document.problem(
+                (name,),
+                f"trains without LLaMA-Factory's own trainer or in processes of its own, so {KEY} would have no effect",
+            )
 
 
 def _with_settings(settings: DefenseSettings) -> type[DefendedSeq2SeqTrainer]:

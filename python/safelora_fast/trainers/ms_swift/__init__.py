@@ -35,8 +35,17 @@ class DefendedSwiftTrainer(DefendedMixin, Seq2SeqTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_whole_sequences(self.template)
         self.data_collator = ChannelCollator(self.data_collator)
         self.use_defenses(**settings().arguments())
+
+
+def check_whole_sequences(template: Any) -> None:
+    """Raise SettingsError if ms-swift splits sequences over processes: units are counted over whole ones."""
+    if template.sequence_parallel_size > 1:
+        raise SettingsError(
+            "sequence_parallel_size > 1 splits sequences in a way that defenses do not support: leave it at 1"
+        )
 
 
 @dataclass
