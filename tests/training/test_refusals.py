@@ -46,7 +46,12 @@ def test_initializations_that_need_data_or_other_libraries(init):
 @pytest.mark.parametrize("init", sorted(KEEPS_BASE_WEIGHTS))
 def test_initializations_that_keep_the_base_weights(init):
     plain = tiny_model().state_dict()
-    model = tiny_peft_model(lora={"init_lora_weights": init})
+    try:
+        model = tiny_peft_model(lora={"init_lora_weights": init})
+    except ValueError as error:
+        if "Unknown initialization" not in str(error):
+            raise
+        pytest.skip(f"this PEFT has no {init}")
     for name, weight in model.get_base_model().state_dict().items():
         if "lora_" not in name:
             assert torch.equal(weight, plain[name.replace(".base_layer.", ".")]), name
