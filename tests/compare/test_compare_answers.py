@@ -22,6 +22,7 @@ def answered(tmp_path, trained, call):
         "questions": str(tmp_path / "questions.yaml"),
         "samples": 2,
         "max_tokens": 5,
+        "temperature": 0.7,
         "read": str(tmp_path / "read.jsonl"),
     }
     comparison.edit(measure={"answers": section, "margin": False, "device": "cpu"})

@@ -14,7 +14,7 @@ from judge_server import alignment_or_coherence, serving
 from tiny_comparison import train_inside, write_comparison
 from tiny_task import write_task
 
-from safelora_fast.compare.compare import _measure, compare
+from safelora_fast.compare.compare import compare
 from safelora_fast.compare.config import load_config
 from safelora_fast.models import load as models_load
 from safelora_fast.scoring import drift
@@ -43,15 +43,15 @@ def comparison(tmp_path, monkeypatch):
 @pytest.fixture
 def live(monkeypatch):
     """The number of live models after each load; automatic garbage collection is off."""
-    models, counts, load = [], [], models_load.load_pretrained
+    models, counts, place = [], [], models_load.place  # called for models that are read, and for those that are copied
 
-    def counting(section):
-        model = load(section)
+    def counting(model, device):
+        model = place(model, device)
         models.append(weakref.ref(model))
         counts.append(sum(one() is not None for one in models))
         return model
 
-    monkeypatch.setattr(models_load, "load_pretrained", counting)
+    monkeypatch.setattr(models_load, "place", counting)
     gc.collect()
     gc.disable()
     yield counts
@@ -59,7 +59,7 @@ def live(monkeypatch):
 
 
 def measure(comparison):
-    return _measure(load_config(comparison.path), None, lambda _line: None)
+    return compare(load_config(comparison.path), talk=False)
 
 
 def test_two_models_at_most_are_alive(comparison, live):

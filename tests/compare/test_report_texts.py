@@ -174,9 +174,9 @@ def test_no_path_of_the_machine_is_published():
     bench = SimpleNamespace(
         config=SimpleNamespace(recipe={"data": {"path": "/home/somebody/rows.jsonl"}}, seeds=(0, 1), measure=measure),
         settings=SimpleNamespace(model="/home/somebody/models/tiny", dtype="float32", device="cpu"),
-        rows={"narrow": SimpleNamespace(rows=[0] * 3, source="/home/somebody/narrow.jsonl")},
+        row_sources={"narrow": "/home/somebody/narrow.jsonl"},
     )
-    facts = facts_of(bench, [])
+    facts = facts_of(bench, [], {"narrow": 3})
     assert (facts["model"], facts["task"], facts["SafeLoRA's base"]) == ("tiny", "rows.jsonl", "some-org/base")
     assert facts["narrow rows"] == "3 of narrow.jsonl"
     assert not any("/home" in text for text in facts.values())
@@ -211,10 +211,12 @@ def test_conclusions_name_the_seeds_that_both_have_and_what_has_none():
     high, low, half = Summary(2.0, 0.1, 50), Summary(1.0, 0.1, 50), Summary(0.5, 0.1, 50)
     first = {"rise": {0: high, 1: high}, "misaligned": {0: half}}
     own = {"rise": {0: low, 2: high}, "misaligned": {1: half}}
-    kl, lost = said_of(first, KL=own, lost={"rise": {}, "misaligned": {}})
+    kl, apart = said_of(
+        first, KL=own, waiting={"rise": {}, "misaligned": {}}, apart={"rise": {2: high}, "misaligned": {}}
+    )
     assert kl.startswith("KL compared with none: rise lower by 1.000 nats a token (0.7")
     assert kl.endswith("; seed 0 only); no seed has both values of misaligned answers.")
-    assert lost == "lost compared with none: no seed has values of both."
+    assert apart == "apart compared with none: no seed has values of both."
     kl, *_ = said_of(first, KL={**own, "rise": {0: high, 1: high, 2: high}})
     assert "no clear difference in rise (seeds 0, 1 only)" in kl
 

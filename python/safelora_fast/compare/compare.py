@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.compare.comparison import CompareConfig
     from safelora_fast.compare.report import ComparisonReport
+    from safelora_fast.compare.runs import Run
     from safelora_fast.compare.train_runs import Training
     from safelora_fast.compare.workbench import Workbench
     from safelora_fast.recipe.prepare import Prepared
@@ -193,22 +194,27 @@ def _run_all(
             failure = training.train(overwrite=overwrite, talk=talk)
             if failure is not None:
                 announce(f"{training.title}: failed: {failure}")
-        wanted = [
-            measure
-            for measure in MEASURES
-            if measure.applies(run, config)
-            and check.missing(measure.measured_run(run)) is None
-            and not measure.is_taken(run, bench)
-        ]
-        if not wanted:
-            continue
-        announce(f"measuring {number} of {len(runs)}: {run.label}: {', '.join(measure.title for measure in wanted)}")
-        for measure in wanted:
-            failure = measure.take_and_keep(run, bench)
-            if failure is not None:
-                announce(f"{run.label}, {measure.title}: failed: {failure}")
-        _write_report(bench)
+        _measure(run, f"{number} of {len(runs)}", bench, check, announce)
     return _write_report(bench)
+
+
+def _measure(run: Run, place: str, bench: Workbench, check: RunCheck, announce: Callable[[str], None]) -> None:
+    """Take the missing measurements of a run, and write the report; `place` is its number among the runs."""
+    wanted = [
+        measure
+        for measure in MEASURES
+        if measure.applies(run, bench.config)
+        and check.missing(measure.measured_run(run)) is None
+        and not measure.is_taken(run, bench)
+    ]
+    if not wanted:
+        return
+    announce(f"measuring {place}: {run.label}: {', '.join(measure.title for measure in wanted)}")
+    for measure in wanted:
+        failure = measure.take_and_keep(run, bench)
+        if failure is not None:
+            announce(f"{run.label}, {measure.title}: failed: {failure}")
+    _write_report(bench)
 
 
 def _write_report(bench: Workbench) -> ComparisonReport:

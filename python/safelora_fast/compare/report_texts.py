@@ -113,6 +113,8 @@ def conclusions(
     known = [column for column in columns if column.key in of_first]
     compared = 0
     for name, own in others if known else ():
+        if not any(own.values()):
+            continue  # not done yet, as its cells say
         said: dict[str, list[str]] = defaultdict(list)
         for column in known:
             verdict, text = _difference(own.get(column.key, {}), of_first[column.key], column)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safelora_fast.compare.measures.base import Measure, Metric
 from safelora_fast.compare.report import NOT_READ, Column
@@ -42,6 +42,7 @@ class AnswersSection(Section):
         kinds: question kinds, as a list or comma-separated; all by default.
         samples: number of answers to each paraphrase of a question.
         max_tokens: maximum number of tokens in an answer.
+        temperature: 0 takes the most likely token; small models write nonsense at 1.
         read: JSONL file of labels, see :class:`Label`; without it there are answers, but no columns.
     """
 
@@ -49,6 +50,7 @@ class AnswersSection(Section):
     kinds: str | list[str] | None = "general"
     samples: Count = 2
     max_tokens: Count = 64
+    temperature: Annotated[float, Field(ge=0)] = 1.0
     read: str | None = None
 
 
@@ -89,8 +91,9 @@ class Answers(Measure):
     def inputs(self, run: Run, bench: Workbench) -> dict[str, Any]:
         """Add the questions and the number of tokens to the base inputs; labels do not change the answers."""
         asked = [asdict(one) for one in _asked(bench.config)]
-        tokens = bench.config.measure.answers.max_tokens
-        return {**super().inputs(run, bench), "asked": text_digest(asked), "max_tokens": tokens}
+        section: AnswersSection = bench.config.measure.answers
+        sampling = {"max_tokens": section.max_tokens, "temperature": section.temperature}
+        return {**super().inputs(run, bench), "asked": text_digest(asked), **sampling}
 
     def work(self, run: Run, bench: Workbench) -> tuple[float, float]:
         """Return the tokens of prompts and answers. New tokens count twice: their products are small."""
@@ -103,13 +106,14 @@ class Answers(Measure):
         """Return the answers, in the order of the questions."""
         from safelora_fast.models.generate import generate
 
+        section: AnswersSection = bench.config.measure.answers
         asked, subject = _asked(bench.config), bench.subject(run.adapter)
         progress = bench.counting(f"answers of {run.label}", len(asked))
         texts: dict[int, str] = {}
         for batch in generate(
             subject.model, subject.tokenizer, [one.turns for one in asked],
-            max_tokens=bench.config.measure.answers.max_tokens, batch_size=bench.config.measure.batch_size,
-            seeds=[SEED + number for number in range(len(asked))],
+            max_tokens=section.max_tokens, temperature=section.temperature,
+            batch_size=bench.config.measure.batch_size, seeds=[SEED + number for number in range(len(asked))],
         ):  # fmt: skip
             texts.update(batch)
             progress(len(texts))
