@@ -16,32 +16,36 @@ ROOMS = {"posthoc": "projection", "evaluation": "judging", "comparison": "compar
 # Former name = new name, or several names if the module was split. Modules that kept their name in a renamed room are
 # found by ROOMS.
 MOVED_TEXT = """
-comparison.cells=compare.assemble comparison.columns=compare.measures.base comparison.contents=compare.measurements
+comparison.cells=compare.assemble comparison.columns=compare.measures.base
+comparison.config=compare.config,compare.comparison,compare.runs comparison.contents=compare.measurements
 comparison.costs=compare.assemble comparison.curves=compare.measures.scaled,compare.measures.sweep
 comparison.differences=compare.statistics comparison.facts=compare.report_texts comparison.figures_text=compare.words
 comparison.flaws=compare.measures.base comparison.gaps=compare.measurements comparison.inputs=compare.compare
-comparison.origins=compare.cell_sources comparison.places=compare.runs comparison.pooling=compare.statistics
-comparison.reading=compare.report_texts comparison.sections=compare.config comparison.svg=plotting
-comparison.training=compare.train_runs data.best=data.rows data.jsonl=files.jsonl
+comparison.origins=compare.cell_sources comparison.places=compare.runs,compare.comparison
+comparison.pooling=compare.statistics comparison.reading=compare.report_texts comparison.sections=compare.config
+comparison.svg=plotting comparison.training=compare.train_runs data.best=data.rows data.jsonl=files.jsonl
 defenses.vector=defenses.steering_vector demo.comparison=demo.ingredients demo.model=demo.packaged_model
 demo.page=demo.pipeline demo.picture=demo.pipeline demo.preparation=demo.fine_tune demo.recipe=demo.ingredients
 demo.terminal=files.progress demo.training=demo.fine_tune evaluation.agreement=judging.rates
-evaluation.callback=scoring.margin_callback evaluation.drift=scoring.drift
-evaluation.evaluate=judging.evaluate,judging.rates evaluation.figures=judging.rates
+evaluation.benchmarks=judging.benchmarks,judging.benchmark_results evaluation.callback=scoring.margin_callback
+evaluation.drift=scoring.drift evaluation.evaluate=judging.evaluate,judging.rates evaluation.figures=judging.rates
 evaluation.folder=judging.evaluation_folder evaluation.generation=models.generate
-evaluation.guard=judging.endpoint_guard evaluation.inspect_registry=judging.task evaluation.intervals=scoring.intervals
-evaluation.judges=judging.judge_names evaluation.loading=models.load evaluation.margin=scoring.margin
-evaluation.pairs=data.pairs evaluation.parameters=judging.request_parameters evaluation.patience=judging.retry
+evaluation.guard=judging.endpoint_guard evaluation.inspect_registry=judging.task
+evaluation.intervals=scoring.intervals evaluation.judges=judging.judge_names
+evaluation.loading=models.load,models.model_settings evaluation.margin=scoring.margin evaluation.pairs=data.pairs
+evaluation.parameters=judging.request_parameters evaluation.patience=judging.retry
 evaluation.prompts=judging.judge_prompts evaluation.response_checks=judging.endpoint_guard
 evaluation.secrets=judging.redact evaluation.store=judging.judge integrations.sources=trainers.loss_by_source
 integrations.task_loss=trainers.trainer_loss ops.backends=ops.base ops.feature_distance.autograd=ops.feature_distance
-ops.feature_distance.comparison=ops.feature_distance ops.feature_distance.eager=ops.feature_distance.torch_impl
-ops.feature_distance.library=ops.feature_distance ops.feature_distance.reference=ops.feature_distance.torch_impl
+ops.feature_distance.comparison=ops.feature_distance,ops.feature_distance.torch_impl
+ops.feature_distance.eager=ops.feature_distance.torch_impl ops.feature_distance.library=ops.feature_distance
+ops.feature_distance.reference=ops.feature_distance.torch_impl
 ops.linear_kl.chunked=ops.linear_kl,ops.linear_kl.chunks ops.linear_kl.eager=ops.linear_kl.torch_impl
 ops.linear_kl.fused=ops.linear_kl ops.linear_kl.head=ops.linear_kl.chunks ops.linear_kl.library=ops.linear_kl
 ops.linear_kl.passes=ops.linear_kl.chunks ops.linear_kl.reference=ops.linear_kl.torch_impl
 ops.linear_kl.rows=ops.linear_kl.chunks ops.once=ops.base ops.operands=ops.base
-ops.subspace_projection.eager=ops.subspace_projection.torch_impl ops.subspace_projection.grouped=ops.subspace_projection
+ops.subspace_projection.eager=ops.subspace_projection.torch_impl
+ops.subspace_projection.grouped=ops.subspace_projection
 ops.subspace_projection.leading=projection.device.leading_vectors
 ops.subspace_projection.library=ops.subspace_projection
 ops.subspace_projection.penalties=defenses.parts.grouped_penalties
@@ -57,21 +61,23 @@ posthoc.hub=checkpoints.hub posthoc.output=files.output posthoc.pairing=checkpoi
 posthoc.places=checkpoints.module_names posthoc.provenance=checkpoints.provenance
 posthoc.resident=projection.device.resident posthoc.settings=projection.settings,files.argument_checks
 posthoc.shown_models=checkpoints.model_card,projection.report posthoc.sources=checkpoints.sources
-posthoc.subspace_plan=subspace.plan recipe.arguments=recipe.lora_and_trainer_sections recipe.callbacks=recipe.trainer
+posthoc.subspace_plan=subspace.plan
+recipe.arguments=recipe.lora_and_trainer_sections,recipe.lora_and_trainer_arguments recipe.callbacks=recipe.trainer
 recipe.defenses=configuration.defense_section recipe.digests=models.digests,files.digest
-recipe.document=configuration.yaml_document
-recipe.epochs=data.schedule recipe.folder=recipe.run_folder,files.store recipe.kinds=configuration.signatures
-recipe.loading=models.load,recipe.adapted_model recipe.memory=recipe.run_metrics
-recipe.monitors=configuration.defense_section
-recipe.plan=recipe.run_plan recipe.quiet=models.quiet_libraries recipe.results=recipe.run_metrics recipe.rows=data.rows
-recipe.section=configuration.yaml_section recipe.stopping=recipe.trainer recipe.tokens=data.tokens
-recipe.words=recipe.summary_text scoring.answers=scoring.answer_scores scoring.batches=scoring.sequences
-scoring.head=scoring.label_likelihoods scoring.positions=scoring.sequences scoring.precision=scoring.answer_scores
-selection.low_rank=selection.perplexity selection.plot=selection.report
-subspace_build=subspace.plan,subspace.safe_subspace training.adapted=models.lora_factors training.anatomy=models.anatomy
-training.batch=data.spans training.capture=models.capture training.distributed=models.distributed
-training.drift=training.monitors training.finish=defenses.parts.projection_at_end training.guard=training.loss_terms
-training.head_check=defenses.parts.head_check training.held=models.shards training.optimizers=defenses.parts.optimizers
+recipe.document=configuration.yaml_document recipe.epochs=data.schedule recipe.folder=recipe.run_folder,files.store
+recipe.kinds=configuration.signatures recipe.loading=models.load,models.model_settings,recipe.adapted_model
+recipe.memory=recipe.run_metrics recipe.monitors=configuration.defense_section recipe.plan=recipe.run_plan
+recipe.quiet=models.quiet_libraries recipe.results=recipe.run_metrics recipe.rows=data.rows
+recipe.section=configuration.yaml_section recipe.signatures=configuration.signatures recipe.stopping=recipe.trainer
+recipe.synonyms=configuration.synonyms recipe.tokens=data.tokens recipe.words=recipe.summary_text
+scoring.answers=scoring.answer_scores scoring.batches=scoring.sequences scoring.head=scoring.label_likelihoods
+scoring.positions=scoring.sequences scoring.precision=scoring.answer_scores selection.low_rank=selection.perplexity
+selection.plot=selection.report subspace_build=subspace.plan,subspace.safe_subspace
+training.adapted=models.lora_factors training.anatomy=models.anatomy training.batch=data.spans
+training.capture=models.capture training.distributed=models.distributed training.drift=training.monitors
+training.finish=defenses.parts.projection_at_end training.guard=training.loss_terms
+training.head_check=defenses.parts.head_check training.held=models.shards
+training.optimizers=defenses.parts.optimizers
 training.projections=defenses.parts.projection_at_steps,defenses.parts.projection_at_end
 training.reference=models.reference_pass training.safe_modules=defenses.parts.safe_modules
 training.steered=training.training_passes training.steps=training.optimizer_steps training.terms=training.loss_terms
