@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from safelora_fast.demo.ingredients import Sizes, configure
+from safelora_fast.demo.ingredients import Sizes, check_packages, configure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +36,7 @@ def run(output: Path, *, seed: int = 0, source: Path | None = None, sizes: Sizes
     """
     from safelora_fast.files.store import to_json
 
+    check_packages()
     output, start = Path(output), time.perf_counter()
     console = Console(highlight=False)
     console.print(
