@@ -13,12 +13,11 @@ import torch
 from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.errors import DataError, SettingsError
 from safelora_fast.models.anatomy import adapter_layers, dissect
-from safelora_fast.models.capture import Tap
 from safelora_fast.models.reference_pass import evaluation_mode
 from safelora_fast.scoring.label_likelihoods import NARROW, label_log_likelihoods, picked
 from safelora_fast.scoring.prefix import Pasts, reads_whole_inputs
 from safelora_fast.scoring.sequences import batches_by_length, padded, stretched_beyond
-from safelora_fast.training.shared_logits import KEPT_LOGITS, forward_without_logits
+from safelora_fast.training.shared_logits import KEPT_LOGITS, hidden_states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -168,15 +167,8 @@ class AnswerScorer:
         if self._head is None:
             logits = self._model(**batch, use_cache=False).logits[:, -width:]
             return picked(logits[where.to(logits.device)], labels.to(logits.device))
-        tap = Tap(self._anatomy, [])
-        tap.attach()
-        try:
-            capture = tap.begin()
-            forward_without_logits(self._model, batch)
-        finally:
-            tap.detach()
-        assert capture.hidden is not None  # noqa: S101
-        hidden = capture.hidden[:, -width:]
+        capture, hidden = hidden_states(self._model, self._anatomy, batch)
+        hidden = hidden[:, -width:]
         with capture.autocast_again():
             return label_log_likelihoods(hidden[where.to(hidden.device)], labels, self._head)
 

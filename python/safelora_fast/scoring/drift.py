@@ -16,10 +16,9 @@ from torch.nn.functional import linear
 from safelora_fast.data.tokens import IGNORED_LABEL
 from safelora_fast.errors import SettingsError
 from safelora_fast.models.anatomy import adapter_layers, dissect
-from safelora_fast.models.capture import Tap
 from safelora_fast.models.reference_pass import evaluation_mode
 from safelora_fast.scoring.sequences import batches_by_length, padded
-from safelora_fast.training.shared_logits import KEPT_LOGITS, forward_without_logits
+from safelora_fast.training.shared_logits import KEPT_LOGITS, hidden_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -95,15 +94,8 @@ class Predictor:
             output: Any = self._model(**batch, use_cache=False)
             logits: torch.Tensor = output.logits[:, -width:]
             return logits[where.to(logits.device)]
-        tap = Tap(self._anatomy, [])
-        tap.attach()
-        try:
-            capture = tap.begin()
-            forward_without_logits(self._model, batch)
-        finally:
-            tap.detach()
-        assert capture.hidden is not None  # noqa: S101
-        hidden = capture.hidden[:, -width:]
+        _, hidden = hidden_states(self._model, self._anatomy, batch)
+        hidden = hidden[:, -width:]
         return hidden[where.to(hidden.device)]
 
     def _linear_head(self, ids: torch.Tensor) -> Head | None:

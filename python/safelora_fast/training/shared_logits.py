@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from safelora_fast.defenses.base import SharesLogits
     from safelora_fast.models.anatomy import Anatomy
+    from safelora_fast.models.capture import Capture
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,19 @@ def forward_without_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.
     source = inputs["inputs_embeds"] if source is None else source
     none = torch.zeros(0, dtype=torch.long, device=source.device)
     return _field(model(**{"use_cache": False, **inputs, KEPT_LOGITS: none}), "logits")
+
+
+def hidden_states(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> tuple[Capture, torch.Tensor]:
+    """Run the model without its head; return the capture, and the states [batch, tokens, hidden] after the final norm."""
+    tap = Tap(anatomy, [])
+    tap.attach()
+    try:
+        capture = tap.begin()
+        forward_without_logits(model, batch)
+    finally:
+        tap.detach()
+    assert capture.hidden is not None  # noqa: S101
+    return capture, capture.hidden
 
 
 def _field(output: Any, name: str) -> Any:
